@@ -1,0 +1,574 @@
+#!/usr/bin/env python3
+"""Turn text into a tokenizer and training shards.
+
+    python data/make_shards.py corpus.jsonl.zst --out data/datasets/mine --vocab-size 1024 --val-docs 500
+    python data/make_shards.py corpus.jsonl --out data/datasets/mine --tokenizer data/tokenizers/fineweb_1024_bpe.model
+
+Inputs, in the order given: .jsonl, .jsonl.gz, .jsonl.zst (one {"text": ...} a line is one document) and .txt (one
+document, or one between blank lines with --blank-line-docs). The first --val-docs documents are the validation split.
+A new tokenizer is trained on the other documents only.
+
+DIR receives fineweb_val_*.bin, fineweb_train_*.bin, the tokenizer and manifest.json, all of them or none. Each document
+is its BOS and its pieces; every one is checked to decode to its normalised text, byte for byte as a scorer counts them.
+Point DATA_PATH at DIR and TOKENIZER_PATH at the tokenizer. The same input and settings give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import sentencepiece
+import zstandard
+from shards import SPACE, InputError, run_tool, sha256_of, shard_header, shard_name, sync_folder, write_synced
+from tqdm import tqdm
+
+OFFICIAL_VAL_DOCS = 50_000
+BATCH_CHARS = 1 << 19  # text handed to a worker at a time: large enough to hide the hand-over, small enough to share
+SETTINGS = ("val_docs", "shard_tokens", "blank_line_docs", "drop_copies")  # what decides the bytes, for the manifest
+STAGING = ".make_shards.partial"
+# What published tokenizers of the challenge are trained with: all text is representable (bytes), digits stand alone.
+TRAINER = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "nmt_nfkc",
+    "add_dummy_prefix": False,
+    "pad_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "unk_id": 3,
+}
+
+
+# ---- documents
+
+
+class Document(NamedTuple):
+    """One text and where it came from ("file:line"), for messages."""
+
+    text: str
+    where: str
+
+
+def zstd_blocks(file: io.BufferedIOBase, name: str) -> Iterator[bytes]:
+    """Decompressed bytes of all frames; unlike the library's stream reader it notices a file cut short."""
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    fresh = True
+    while block := file.read(1 << 18):
+        while block:
+            yield frame.decompress(block)
+            fresh, block = False, b""
+            if frame.eof:
+                block, fresh = frame.unused_data, True
+                frame = zstandard.ZstdDecompressor().decompressobj()
+    if not fresh:
+        raise InputError(f"{name}: the zstd stream ends early; the file is cut short")
+
+
+def blocks(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
+    """Decompressed bytes of an open file by its name's ending; damage raises InputError."""
+    try:
+        if path.suffix == ".zst":
+            yield from zstd_blocks(file, str(path))
+            return
+        plain = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        while block := plain.read(1 << 20):
+            yield block
+    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise InputError(f"{path}: cannot be decompressed ({error})") from None
+
+
+def text_of(path: Path, parts: Iterable[bytes]) -> Iterator[str]:
+    """UTF-8 text of byte blocks, a byte-order mark removed; other encodings raise InputError."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    try:
+        for part in parts:
+            yield decoder.decode(part)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason}); convert it first") from None
+
+
+def lines_of(parts: Iterable[str]) -> Iterator[str]:
+    """Lines ended by newline alone: str.splitlines would also cut inside a JSON string at U+2028."""
+    rest = ""
+    for part in parts:
+        *full, rest = (rest + part).split("\n")
+        yield from full
+    if rest:
+        yield rest
+
+
+def parse_line(line: str, where: str) -> Document:
+    """The document on one JSON line; raises InputError where there is none."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON ({error}); each line must be an object with a string under text") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f'{where}: no string under "text"; each line must be {{"text": "..."}}')
+    return Document(text, where)
+
+
+def paragraphs(path: Path, lines: Iterable[str]) -> Iterator[Document]:
+    """Documents between blank lines of a .txt file."""
+    held: list[str] = []
+    start = 1
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            held.append(line)
+            continue
+        if held:
+            yield Document("\n".join(held), f"{path}:{start}")
+        held, start = [], number + 1
+    if held:
+        yield Document("\n".join(held), f"{path}:{start}")
+
+
+def file_documents(path: Path, blank_line_docs: bool, progress: Callable[[int], object]) -> Iterator[Document]:
+    """Documents of one file in order; `progress` is told how many bytes of the file were consumed since the last."""
+    with path.open("rb") as file:
+        seen = 0
+        text = text_of(path, blocks(path, file))
+        if path.suffix == ".txt" and not blank_line_docs:
+            found: Iterable[Document] = [Document("".join(text), str(path))]
+        elif path.suffix == ".txt":
+            found = paragraphs(path, lines_of(text))
+        else:
+            numbered = enumerate(lines_of(text), 1)
+            found = (parse_line(line, f"{path}:{number}") for number, line in numbered if line.strip())
+        for document in found:
+            yield document
+            progress(file.tell() - seen)
+            seen = file.tell()
+
+
+class Corpus(NamedTuple):
+    """The input files, read anew by each pass."""
+
+    paths: list[Path]
+    blank_line_docs: bool
+
+    def documents(self, label: str) -> Iterator[Document]:
+        """Documents that are more than white space, in order, under a progress bar (on a terminal)."""
+        total = sum(path.stat().st_size for path in self.paths)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None) as bar:
+            for path in self.paths:
+                for document in file_documents(path, self.blank_line_docs, bar.update):
+                    if document.text.strip():
+                        yield document
+
+
+def check_inputs(paths: list[Path]) -> None:
+    """Refuse missing files and unknown endings before any work is done."""
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        if not re.search(r"\.(txt|jsonl|jsonl\.gz|jsonl\.zst)$", path.name):
+            raise InputError(f"{path}: unknown ending; expected .txt, .jsonl, .jsonl.gz or .jsonl.zst")
+
+
+# ---- tokenizer
+
+
+def training_lines(documents: Iterable[Document], val_docs: int, limit: int) -> Iterator[str]:
+    """Lines of the documents after the validation split, up to `limit` bytes: the tokenizer never sees validation."""
+    used = count = 0
+    for count, document in enumerate(documents, 1):
+        if count <= val_docs:
+            continue
+        for line in document.text.split("\n"):
+            if line.strip():
+                used += len(line.encode("utf-8", "replace"))
+                yield line
+        if used >= limit:
+            return
+    if not used:
+        raise too_few_documents(count, val_docs)
+
+
+def too_few_documents(count: int, val_docs: int) -> InputError:
+    """The complaint of a corpus that the validation split would use up."""
+    return InputError(
+        f"--val-docs {val_docs}: the input has {count:,} documents, so none is left for training; "
+        f"choose fewer (the official split is {OFFICIAL_VAL_DOCS:,})"
+    )
+
+
+def train_tokenizer(lines: Iterator[str], vocab_size: int, coverage: float) -> bytes:
+    """Serialised SentencePiece BPE model of exactly `vocab_size` pieces; InputError where the text cannot fill it."""
+    model = io.BytesIO()
+    failure: list[InputError] = []
+
+    def guarded() -> Iterator[str]:  # SentencePiece replaces exceptions of its iterator by its own
+        try:
+            yield from lines
+        except InputError as error:
+            failure.append(error)
+
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=guarded(),
+            model_writer=model,
+            vocab_size=vocab_size,
+            character_coverage=coverage,
+            max_sentence_length=1 << 30,  # by default lines above 4,192 bytes would be left out in silence
+            minloglevel=2,
+            **TRAINER,
+        )
+    except (RuntimeError, OSError) as error:
+        raise (failure or [vocabulary_error(vocab_size, str(error))])[0] from None
+    if failure:
+        raise failure[0]
+    return model.getvalue()
+
+
+def vocabulary_error(vocab_size: int, reason: str) -> InputError:
+    """The trainer's complaint in terms of --vocab-size."""
+    most = re.search(r"value <= (\d+)", reason)
+    least = re.search(r"required_chars\. \d+ vs (\d+)", reason) or re.search(r"smaller than (\d+)", reason)
+    if most:
+        remedy = f"this text fills at most {most[1]} pieces; give fewer, or more text"
+    elif least:
+        remedy = f"the special pieces, 256 bytes and single characters need {least[1]} already; give more"
+    else:
+        remedy = f"the tokenizer could not be trained ({reason.strip()})"
+    return InputError(f"--vocab-size {vocab_size}: {remedy}")
+
+
+def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model that has a BOS piece and fits uint16; anything else raises InputError."""
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError:
+        raise InputError(f"{name}: not a SentencePiece model") from None
+    if tokenizer.bos_id() < 0:
+        raise InputError(f"{name}: the tokenizer has no BOS piece, and documents start with one")
+    if tokenizer.vocab_size() > 1 << 16:
+        raise InputError(f"{name}: {tokenizer.vocab_size():,} pieces do not fit the shards' uint16 (65,536)")
+    return tokenizer
+
+
+def byte_counts(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a scorer counts, per piece: bytes (V,) int64 without a leading space, has that space (V,), is boundary (V,).
+
+    Boundary pieces (control, unknown, unused) stand for no bytes and swallow the space of the piece after them.
+    """
+    size = tokenizer.vocab_size()
+    pieces = [tokenizer.id_to_piece(i) for i in range(size)]
+    byte = np.array([tokenizer.is_byte(i) for i in range(size)])
+    silent = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
+    boundary = np.array([any(test(i) for test in silent) for i in range(size)])
+    length = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces], dtype=np.int64)
+    spaced = np.array([piece.startswith(SPACE) for piece in pieces]) & ~byte & ~boundary
+    return np.where(boundary, 0, np.where(byte, 1, length)), spaced, boundary
+
+
+class Encoder:
+    """Text to checked tokens with one tokenizer."""
+
+    def __init__(self, model: bytes, name: str):
+        self.name, self.tokenizer = name, load_tokenizer(model, name)
+        self.length, self.spaced, self.boundary = byte_counts(self.tokenizer)
+
+    def normalise(self, text: str) -> str:
+        return self.tokenizer.normalize(text).replace(SPACE, " ")
+
+    def encode(self, document: Document) -> tuple[np.ndarray, str]:
+        """(BOS and pieces as uint16, normalised text); raises InputError if one does not give back the other.
+
+        A scorer counts no leading space after BOS, so a document starts at its first other character: most tokenizers
+        drop leading space themselves, the rest get the text without it.
+        """
+        try:
+            text = self.normalise(document.text)
+        except UnicodeEncodeError:
+            raise InputError(f"{document.where}: the text holds half a surrogate pair, which is no character") from None
+        source = text.lstrip(" ") if text.startswith(" ") else document.text
+        ids = self.tokenizer.encode(source)
+        tokens = np.array([self.tokenizer.bos_id(), *ids], dtype=np.int64)
+        self.check(document, tokens, ids, text.lstrip(" "))
+        return tokens.astype(np.uint16), text.lstrip(" ")
+
+    def check(self, document: Document, tokens: np.ndarray, ids: list[int], text: str) -> None:
+        if self.tokenizer.decode(ids) != text:
+            raise InputError(
+                f"{document.where}: the tokenizer {self.name} does not give this document back; "
+                "use one with byte fallback, or train one with --vocab-size"
+            )
+        counted, true = self.count_bytes(tokens), len(text.encode())
+        if counted != true:
+            raise InputError(
+                f"{document.where}: {counted:,} bytes counted from the tokens of {self.name}, {true:,} in the text; "
+                "scores would be wrong: train a tokenizer with --vocab-size"
+            )
+
+    def count_bytes(self, tokens: np.ndarray) -> int:
+        """Bytes that a scorer counts for the targets tokens[1:], each after its predecessor."""
+        inputs, targets = tokens[:-1], tokens[1:]
+        return int(self.length[targets].sum() + (self.spaced[targets] & ~self.boundary[inputs]).sum())
+
+
+# ---- parallel work
+
+
+class Encoded(NamedTuple):
+    """One document's tokens (n,) uint16, bytes of its normalised text, and a digest that finds copies."""
+
+    tokens: np.ndarray
+    text_bytes: int
+    digest: bytes
+
+
+_encoder: Encoder  # one a worker process, set by start_worker
+
+
+def start_worker(model: bytes, name: str) -> None:
+    global _encoder
+    _encoder = Encoder(model, name)
+
+
+def encode_batch(batch: list[Document]) -> list[Encoded] | InputError:
+    """Tokens of some documents; a mistake is returned, since an exception would lose its place in the order."""
+    try:
+        pairs = [_encoder.encode(document) for document in batch]
+    except InputError as error:
+        return error
+    return [Encoded(tokens, len(text.encode()), hashlib.sha256(text.encode()).digest()[:16]) for tokens, text in pairs]
+
+
+def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Consecutive documents in lists of about BATCH_CHARS characters."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_all(documents: Iterable[Document], model: bytes, name: str, workers: int) -> Iterator[Encoded]:
+    """Tokens of all documents in their order, by `workers` processes; only a few batches are in flight at a time."""
+    with contextlib.ExitStack() as stack:
+        if workers == 1:
+            start_worker(model, name)
+            results = map(encode_batch, batched(documents))
+        else:
+            pool = stack.enter_context(multiprocessing.Pool(workers, start_worker, (model, name)))
+            results = windowed(pool, batched(documents), 3 * workers)
+        for result in results:
+            if isinstance(result, InputError):
+                raise result
+            yield from result
+
+
+def windowed(pool: Any, batches: Iterable[list[Document]], width: int) -> Iterator[Any]:
+    """Ordered results with at most `width` batches submitted: Pool.imap would read the whole corpus into memory."""
+    pending: deque[Any] = deque()
+    for batch in batches:
+        pending.append(pool.apply_async(encode_batch, (batch,)))
+        if len(pending) >= width:
+            yield pending.popleft().get()
+    while pending:
+        yield pending.popleft().get()
+
+
+# ---- shards
+
+
+class Split:
+    """Writes one split's tokens into shards of exactly `shard_tokens` tokens (the last may be shorter)."""
+
+    def __init__(self, folder: Path, name: str, shard_tokens: int):
+        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
+        self.documents = self.text_bytes = self.held = 0
+        self.parts: list[np.ndarray] = []
+        self.shards: list[dict[str, Any]] = []
+
+    def add(self, encoded: Encoded) -> None:
+        self.documents += 1
+        self.text_bytes += encoded.text_bytes
+        tokens = encoded.tokens
+        while self.held + len(tokens) >= self.shard_tokens:  # documents may cross from one shard to the next
+            room = self.shard_tokens - self.held
+            self.parts.append(tokens[:room])
+            self.flush()
+            tokens = tokens[room:]
+        self.parts.append(tokens)
+        self.held += len(tokens)
+
+    def flush(self) -> None:
+        """Write what is held as the next shard, if there is anything."""
+        tokens = np.concatenate([*self.parts, np.empty(0, np.uint16)]).astype("<u2")
+        self.parts, self.held = [], 0
+        if len(tokens):
+            path = self.folder / shard_name(self.name, len(self.shards))
+            write_synced(path, shard_header(len(tokens)) + tokens.tobytes())
+            self.shards.append({"file": path.name, "tokens": len(tokens), "sha256": sha256_of(path)})
+
+    def summary(self) -> dict[str, Any]:
+        """The split's entry in the manifest; bytes are those of the normalised text, BOS counts as a token."""
+        tokens = sum(shard["tokens"] for shard in self.shards)
+        return {"documents": self.documents, "tokens": tokens, "bytes": self.text_bytes, "shards": self.shards}
+
+
+def write_splits(encoded: Iterable[Encoded], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Write both splits into `folder`; returns their summaries and how many training documents copy validation ones."""
+    val, train = (Split(folder, name, args.shard_tokens) for name in ("val", "train"))
+    val_digests: set[bytes] = set()
+    copies = 0
+    for item in encoded:
+        if val.documents < args.val_docs:
+            val.add(item)
+            val_digests.add(item.digest)
+            continue
+        copied = item.digest in val_digests
+        copies += copied
+        if not (copied and args.drop_copies):
+            train.add(item)
+    if not train.documents:
+        raise too_few_documents(val.documents + copies, args.val_docs)
+    val.flush()
+    train.flush()
+    return {"val": val.summary(), "train": train.summary(), "copies_of_validation": copies}
+
+
+@contextlib.contextmanager
+def staged(out: Path, force: bool) -> Iterator[Path]:
+    """A folder aside whose files move into `out` together at the end, or vanish on any failure."""
+    old = [path for pattern in ("fineweb_*.bin", "manifest.json") for path in sorted(out.glob(pattern))]
+    if old and not force:
+        raise InputError(f"--out {out}: {old[0].name} is there already; name another folder, or --force to replace it")
+    created = not out.exists()
+    folder = out / STAGING
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for path in old:
+            path.unlink()
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.json"):  # the manifest comes last
+            os.replace(path, out / path.name)
+        sync_folder(out)
+    except BaseException:
+        shutil.rmtree(out if created else folder, ignore_errors=True)
+        raise
+    folder.rmdir()
+
+
+# ---- the tool
+
+
+def obtain_tokenizer(corpus: Corpus, args: argparse.Namespace) -> tuple[bytes, str, dict[str, Any]]:
+    """(serialised model, file name, manifest entry) of the tokenizer that was named, or of one trained now."""
+    if args.tokenizer:
+        model, name, how = args.tokenizer.read_bytes(), args.tokenizer.name, {"trained_here": False}
+    else:
+        lines = training_lines(corpus.documents("tokenizer"), args.val_docs, args.tokenizer_bytes)
+        model = train_tokenizer(lines, args.vocab_size, args.character_coverage)
+        name = f"tokenizer_{args.vocab_size}.model"
+        how = {"trained_here": True, **TRAINER, "character_coverage": args.character_coverage}
+    size = load_tokenizer(model, name).vocab_size()
+    return model, name, {"file": name, "sha256": hashlib.sha256(model).hexdigest(), "vocab_size": size, **how}
+
+
+def make_shards(args: argparse.Namespace) -> dict[str, Any]:
+    """Do the whole job and return the manifest that was written."""
+    check_inputs(args.inputs)
+    corpus = Corpus(args.inputs, args.blank_line_docs)
+    with staged(args.out, args.force) as folder:
+        model, name, about_tokenizer = obtain_tokenizer(corpus, args)
+        write_synced(folder / name, model)
+        splits = write_splits(encode_all(corpus.documents("shards"), model, name, args.workers), folder, args)
+        manifest = {
+            "format": "parameter-golf shards, version 1",
+            "inputs": [{"file": p.name, "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in args.inputs],
+            "settings": {key: getattr(args, key) for key in SETTINGS},
+            "tokenizer": about_tokenizer,
+            **splits,
+        }
+        write_synced(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    return manifest
+
+
+def report(manifest: dict[str, Any], out: Path) -> None:
+    """Say what was written, in the numbers a user compares."""
+    for split in ("val", "train"):
+        entry = manifest[split]
+        print(
+            f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens "
+            f"({entry['bytes'] / entry['tokens']:.3f} bytes a token), {len(entry['shards'])} shard(s)"
+        )
+    settings, copies, tokenizer = manifest["settings"], manifest["copies_of_validation"], manifest["tokenizer"]
+    if settings["val_docs"] != OFFICIAL_VAL_DOCS:
+        split = f"{settings['val_docs']:,} documents; the official split is {OFFICIAL_VAL_DOCS:,}"
+        print(f"validation is the first {split}")
+    if copies:
+        verdict = "left out" if settings["drop_copies"] else "kept; --drop-copies leaves them out"
+        print(f"{copies:,} training documents equal a validation document ({verdict})")
+    print(f"DATA_PATH={out} TOKENIZER_PATH={out / tokenizer['file']} VOCAB_SIZE={tokenizer['vocab_size']}")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up, with _ or , between digits if one likes."""
+    number = int(text.replace(",", "").replace("_", ""))
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return number
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".txt, .jsonl, .jsonl.gz or .jsonl.zst")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for shards, tokenizer and manifest.json")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--vocab-size", type=positive, default=1024, help="pieces of the tokenizer to train (1024)")
+    which.add_argument("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model instead")
+    add("--val-docs", type=positive, default=OFFICIAL_VAL_DOCS, metavar="N",
+        help="the first N documents are validation (official split, and default: 50,000)")  # fmt: skip
+    add("--shard-tokens", type=positive, default=100_000_000, help="tokens a shard (100,000,000)")
+    add("--blank-line-docs", action="store_true", help="blank lines separate the documents of a .txt file")
+    add("--drop-copies", action="store_true", help="leave out training documents that equal a validation document")
+    add("--tokenizer-bytes", type=positive, default=500_000_000, metavar="BYTES",
+        help="train the tokenizer on the first so many bytes of training text (500,000,000)")  # fmt: skip
+    add("--character-coverage", type=float, default=0.999,
+        help="share of characters that get pieces of their own, the rest are bytes (0.999)")  # fmt: skip
+    add("--workers", type=positive, default=os.cpu_count() or 1, help="processes that tokenise (all cores)")
+    add("--force", action="store_true", help="replace the shards in DIR")
+    args = parser.parse_args(argv)
+    if not 0.9 <= args.character_coverage <= 1.0:
+        parser.error(f"--character-coverage {args.character_coverage}: expected 0.9 to 1.0")
+    if args.vocab_size > 1 << 16:
+        parser.error(f"--vocab-size {args.vocab_size}: shards hold uint16, so at most 65536")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    report(make_shards(args), args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
