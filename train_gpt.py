@@ -1,0 +1,3557 @@
+"""Train the best language model that fits 16,000,000 bytes, pack it, reload it and score it as a code length.
+
+    python train_gpt.py                                            on a laptop: the `cpu` recipe on the shipped sample
+    torchrun --standalone --nproc_per_node=8 train_gpt.py          on 8xH100: the best recipe
+    RECIPE=pr164 SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py
+    MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
+    python train_gpt.py --help | --dump-config | --toc
+
+Every knob is an environment variable, declared once in section 1. The file is ordered as data flows; a name is used only
+below its definition, so a reader can stop anywhere and have understood all above.
+
+    0 HEAD        imports, optional kernels
+    1 CONFIG      every knob declared once; recipes; load_config(env)
+    2 RUNTIME     device, ranks, clock, logging, seeding
+    3 DATA        shards, byte counts per token, batches
+    4 MODEL       GPT and its parts
+    5 OPTIMIZER   Muon, AdamW, parameter roles, reductions
+    6 TRAINING    schedules, averaging, the loop
+    7 QUANTIZER   rounding, GPTQ, low-rank correction; bits and steps a tensor
+    8 ARTIFACT    container, entropy coding, size account
+    9 EVALUATOR   sliding window, n-gram statistics, mixing, test-time training, audit
+    10 MAIN       MODE -> a short list of calls
+
+Two walks. A batch: TokenStream §3 -> Batcher.next §3 -> GPT.features §4 -> GPT.nll §4 -> Optimizers.step §5 -> Run.log §2.
+A weight: its tags (role, store) §4 -> Muon §5 -> WeightAverage §6 -> quantize §7 -> pack, unpack §8 -> the same GPT
+scored by the one score-first driver §9.
+"""
+
+# ==== 0 HEAD ==========================================================================================================
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import fnmatch
+import hashlib
+import json
+import lzma
+import math
+import os
+import platform
+import shutil
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SCRIPT = Path(__file__).resolve()
+
+# ==== 1 CONFIG ========================================================================================================
+
+
+WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)  # bits a weight may be stored in: codes up to 8, floats above
+
+
+class ConfigError(ValueError):
+    """A user's mistake: the message names the knob or file, the value and the remedy. Exit status 2."""
+
+
+def knob(default: Any, unit: str, doc: str, *, choices: tuple = (), lo: float = -math.inf, hi: float = math.inf,
+         shape: bool = False) -> Any:  # fmt: skip
+    """Declare one knob; `shape` marks those that fix the model or its tokenizer, which an artifact's header binds."""
+    meta = {"unit": unit, "doc": doc, "choices": choices, "lo": lo, "hi": hi, "shape": shape}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every knob: field `muon_momentum` is the environment variable MUON_MOMENTUM. Defaults are the challenge's baseline."""
+
+    # fmt: off
+    # ---- 1 CONFIG
+    recipe: str = knob("auto", "", "named set of values; auto: the best on a GPU, cpu without one")
+    mode: str = knob("train", "", "what to do", choices=("train", "eval", "plan"))
+    # ---- 2 RUNTIME
+    seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
+    run_id: str = knob("", "", "names the logs; empty: time-recipe-seed")
+    log_dir: str = knob("logs", "folder", "where logs, checkpoints and artifacts go")
+    device: str = knob("auto", "", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
+    force: bool = knob(False, "", "overwrite finished files")
+    profile: bool = knob(False, "", "write a torch.profiler trace of a few training steps")
+    # ---- 3 DATA
+    data_path: str = knob("", "folder", "shards fineweb_train_*.bin, fineweb_val_*.bin; empty: FineWeb if there, else the sample")
+    tokenizer_path: str = knob("", "file", "SentencePiece model; empty: the one that belongs to DATA_PATH")
+    vocab_size: int = knob(1024, "pieces", "size of the vocabulary", lo=2, hi=65536, shape=True)
+    val_tokens: int = knob(0, "tokens", "score only a prefix of the validation stream: a quick look, no score; 0: all", lo=0)
+    val_drop_tail: bool = knob(False, "", "drop the last partial sequence of the validation stream, as the published scripts do")
+    # ---- 4 MODEL
+    num_layers: int = knob(9, "blocks", "depth", lo=1, hi=256, shape=True)
+    model_dim: int = knob(512, "", "width of the residual stream", lo=8, hi=16384, shape=True)
+    num_heads: int = knob(8, "heads", "query heads", lo=1, hi=512, shape=True)
+    num_kv_heads: int = knob(4, "heads", "key/value heads; each serves NUM_HEADS / NUM_KV_HEADS query heads", lo=1, hi=512, shape=True)
+    kv_fused: bool = knob(False, "", "one projection for keys and values (#1095)", shape=True)
+    mlp_mult: float = knob(2.0, "x MODEL_DIM", "hidden width of the MLP", lo=0.01, hi=64, shape=True)
+    mlp_mult_encoder: float = knob(0.0, "x MODEL_DIM", "the same for encoder blocks; 0: MLP_MULT", lo=0, hi=64, shape=True)
+    mlp_mult_decoder: float = knob(0.0, "x MODEL_DIM", "the same for decoder blocks; 0: MLP_MULT", lo=0, hi=64, shape=True)
+    leaky_slope: float = knob(0.0, "", "a of the MLP's leaky_relu(z, a)^2; 0: relu^2", lo=0, hi=1, shape=True)
+    tie_embeddings: bool = knob(True, "", "the output head is the token embedding", shape=True)
+    logit_softcap: float = knob(30.0, "", "logits = c tanh(z / c)", lo=0.1, hi=1e6, shape=True)
+    rope_base: float = knob(10000.0, "", "RoPE base", lo=1, hi=1e9, shape=True)
+    rope_dims: int = knob(0, "dims a head", "dims that RoPE rotates, the rest pass through; 0: all", lo=0, hi=4096, shape=True)
+    rope_train_len: int = knob(0, "tokens", "NTK-aware base: scaled by (len/this)^(d/(d-2)) where longer; 0: off", lo=0, shape=True)
+    qk_gain_init: float = knob(1.5, "", "initial per-head gain on normalised queries", lo=0, hi=100, shape=True)
+    ln_scale: str = knob("none", "", "1/sqrt(layer+1) on normalised block inputs (in) or on block outputs (out)", choices=("none", "in", "out"), shape=True)
+    xsa_last_n: int = knob(0, "blocks", "exclusive self attention in the last N blocks", lo=0, hi=256, shape=True)
+    attn_gate: str = knob("none", "", "gate on each head's output: from the input, or one scalar a head", choices=("none", "input", "scalar"), shape=True)
+    attn_gate_init: float = knob(4.0, "", "initial gate logit (bias of `input`, value of `scalar`)", lo=-20, hi=20, shape=True)
+    value_residual: str = knob("none", "", "mix the first block's values into every later block's", choices=("none", "softmax", "sigmoid"), shape=True)
+    ve_dim: int = knob(0, "", "width of the shared value embedding; 0: none", lo=0, hi=4096, shape=True)
+    ve_layers: str = knob("", "block numbers", "blocks that add the value embedding, e.g. 9,10", shape=True)
+    smear: bool = knob(False, "", "SmearGate: blend each embedding with the one before it", shape=True)
+    smear_init: float = knob(0.0, "", "initial logit g of the previous token's share sigmoid(g)", lo=-20, hi=20, shape=True)
+    smear_before_norm: bool = knob(False, "", "smear before the embedding's RMSNorm instead of after it", shape=True)
+    smear_cross_doc: bool = knob(False, "", "published leak: blend across a BOS", shape=True)
+    bigram_vocab_size: int = knob(0, "rows", "hashed bigram embedding; 0: none", lo=0, hi=2**24, shape=True)
+    bigram_dim: int = knob(128, "", "width of the bigram table", lo=1, hi=4096, shape=True)
+    bigram_hash: str = knob("pr164", "", "hash of (previous, current)", choices=("pr164", "pr740", "pr187"), shape=True)
+    bigram_scale: float = knob(0.05, "", "initial learned scale of the bigram branch; 0: no scale", lo=0, hi=10, shape=True)
+    bigram_table_std: float = knob(0.0, "", "initial standard deviation of the bigram table; 0: zeros", lo=0, hi=10, shape=True)
+    bigram_table_role: str = knob("embed", "", "optimizer group of the bigram table", choices=("embed", "scalar", "matrix"), shape=True)
+    bigram_proj_role: str = knob("matrix", "", "optimizer group of the bigram projection", choices=("embed", "scalar", "matrix"), shape=True)
+    pre_enrich_dim: int = knob(0, "", "hidden width of the GELU pre-enrichment of embeddings; 0: none", lo=0, hi=65536, shape=True)
+    skip_split: str = knob("floor", "", "encoder half of an odd number of blocks", choices=("floor", "ceil"), shape=True)
+    encoder_recurrence: bool = knob(False, "", "run the encoder blocks ENCODER_PASSES times", shape=True)
+    encoder_passes: int = knob(2, "passes", "passes of ENCODER_RECURRENCE", lo=2, hi=8, shape=True)
+    resid_mix_init: str = knob("plain", "", "initial mix with the embedding: (1, 0), or by depth", choices=("plain", "phase"), shape=True)
+    linear_init: str = knob("default", "", "init of projections: torch's Kaiming-uniform or orthogonal", choices=("default", "orthogonal"), shape=True)
+    out_init: str = knob("zero", "", "init of attention and MLP output projections; scaled: orthogonal / sqrt(2 L)", choices=("zero", "scaled"), shape=True)
+    branch_proj_scaled: bool = knob(False, "", "1/sqrt(2 L) on the projections of bigram and value embeddings", shape=True)
+    embed_init_std: float = knob(0.005, "", "initial standard deviation of the token embedding", lo=0, hi=10, shape=True)
+    overtone_init: bool = knob(False, "", "spectrum S_k = S_1 / sqrt(k) for the initial token embedding", shape=True)
+    adapter_rank: int = knob(0, "", "matrices = frozen random orthogonal base + rank-r adapter (#1095); 0: off", lo=0, hi=4096, shape=True)
+    adapter_b_init: str = knob("zero", "", "B of the adapters: zeros, or N(0, 1/r) on q, kv and up", choices=("zero", "published"), shape=True)
+    adapter_seed: int = knob(42, "", "seed of the frozen bases", lo=0, hi=2**31 - 1, shape=True)
+    attention: str = knob("auto", "", "attention kernel", choices=("auto", "fa3", "fa2", "sdpa"))
+    compile: str = knob("auto", "", "torch.compile: where it pays, never, or always", choices=("auto", "0", "1"))
+    # ---- 5 OPTIMIZER
+    tied_embed_lr: float = knob(0.05, "", "Adam rate of embedding tables when the head shares the token table", lo=0)
+    embed_lr: float = knob(0.6, "", "Adam rate of embedding tables when the head has its own matrix", lo=0)
+    head_lr: float = knob(0.008, "", "Adam rate of a head with its own matrix", lo=0)
+    matrix_lr: float = knob(0.04, "", "Muon rate of the matrices", lo=0)
+    scalar_lr: float = knob(0.04, "", "Adam rate of gains, gates and other small parameters", lo=0)
+    decoder_lr_mult: float = knob(1.0, "", "multiplier on MATRIX_LR in the second half of the blocks", lo=0)
+    muon_momentum: float = knob(0.95, "", "Muon momentum after its warm-up", lo=0, hi=1)
+    muon_momentum_warmup_start: float = knob(0.85, "", "Muon momentum at step 0", lo=0, hi=1)
+    muon_momentum_warmup_steps: int = knob(500, "steps", "steps over which Muon's momentum rises; 0 skips it", lo=0)
+    muon_backend_steps: int = knob(5, "iterations", "Newton-Schulz iterations a step", lo=1, hi=10)
+    muon_wd: float = knob(0.0, "", "decoupled weight decay of the matrices, times their rate", lo=0)
+    muon_wd_order: str = knob("before", "", "decay a matrix before or after its update", choices=("before", "after"))
+    adam_wd: float = knob(0.0, "", "decoupled weight decay of Adam's parameters, times their rate", lo=0)
+    beta1: float = knob(0.9, "", "Adam's decay of the gradient's mean", lo=0, hi=0.9999)
+    beta2: float = knob(0.95, "", "Adam's decay of the gradient's square", lo=0, hi=0.99999)
+    adam_eps: float = knob(1e-8, "", "Adam's epsilon", lo=0)
+    grad_clip_norm: float = knob(0.0, "", "largest global norm of the reduced gradient; 0 leaves it alone", lo=0)
+    # ---- 6 TRAINING
+    train_seq_len: int = knob(1024, "tokens", "sequence length in training", lo=8, hi=2**20, shape=True)
+    train_batch_tokens: int = knob(524288, "tokens", "targets of one optimizer step, over all ranks", lo=8, hi=2**30)
+    micro_batch_tokens: int = knob(0, "tokens", "most tokens of one forward on one rank; 0: as many as fit, found while priming", lo=0)
+    iterations: int = knob(20000, "steps", "most optimizer steps", lo=0)
+    max_wallclock_seconds: float = knob(600.0, "s", "training time, validation excluded; 0: no limit", lo=0)
+    warmup_steps: int = knob(20, "steps", "priming steps that compile kernels and are undone completely, before the clock", lo=0, hi=10000)
+    lr_schedule: str = knob("warmdown", "", "flat then linear down, or flat then cosine down (wsd)", choices=("warmdown", "wsd"))
+    warmdown_iters: int = knob(1200, "steps", "length of the linear warmdown, in steps or their measured time", lo=0)
+    wsd_stable_frac: float = knob(0.75, "", "share of the budget before the cosine of wsd", lo=0, hi=1)
+    prog_seq_enabled: bool = knob(False, "", "sequence-length curriculum")
+    prog_seq_lens: str = knob("512,1024", "tokens", "lengths before TRAIN_SEQ_LEN")
+    prog_seq_fracs: str = knob("0.33,0.55", "", "shares of the budget at which each of those lengths ends")
+    val_loss_every: int = knob(1000, "steps", "validate during training; 0: only at the end", lo=0)
+    train_log_every: int = knob(200, "steps", "step lines in the log", lo=1)
+    ema_decay: float = knob(0.0, "", "exponential moving average of the weights; 0: off", lo=0, hi=0.999999)
+    ema_start_frac: float = knob(0.0, "", "share of the budget before the EMA starts", lo=0, hi=1)
+    swa_every: int = knob(0, "steps", "stochastic weight averaging; 0: off", lo=0)
+    swa_start_scale: float = knob(0.2, "", "SWA collects while the learning-rate scale is below this", lo=0, hi=2)
+    swa_source: str = knob("weights", "", "what SWA averages", choices=("weights", "ema"))
+    swa_blend: float = knob(0.5, "", "final = (1 - b) (EMA or weights) + b SWA", lo=0, hi=1)
+    qat: str = knob("none", "", "fake quantisation of projections while training", choices=("none", "ste", "soft_round", "soft_round_pr850"))
+    qat_bits: int = knob(6, "bits", "width of the fake quantisation", lo=2, hi=8)
+    qat_start_frac: float = knob(0.0, "", "share of the budget at which QAT starts", lo=0, hi=1)
+    complement_alpha: float = knob(0.0, "", "complementary training: weight 1 - alpha p_bigram on each token (#803); 0: off", lo=0, hi=1)
+    complement_normalized: bool = knob(False, "", "divide the weighted loss by the weights' sum instead of the token count")
+    complement_sync: bool = knob(False, "", "sum the bigram counts over ranks")
+    checkpoint_every: int = knob(0, "steps", "save a checkpoint; 0: only when stopped by a signal and never before", lo=0)
+    checkpoint_keep: int = knob(2, "files", "how many checkpoints stay", lo=1)
+    resume: str = knob("", "", "auto: the newest checkpoint of RUN_ID if there is one; or a checkpoint file")
+    # ---- 7 QUANTIZER
+    attn_bits: int = knob(6, "bits", "width of attention matrices; 16 and 32 pass floats through", choices=WIDTHS)
+    mlp_bits: int = knob(6, "bits", "width of MLP matrices", choices=WIDTHS)
+    embed_bits: int = knob(8, "bits", "width of the token embedding (and head)", choices=WIDTHS)
+    table_bits: int = knob(8, "bits", "width of hashed and value embedding tables", choices=WIDTHS)
+    proj_bits: int = knob(8, "bits", "width of matrices beside the blocks (table projections)", choices=WIDTHS)
+    adapter_bits: int = knob(8, "bits", "width of adapters on a random base", choices=WIDTHS)
+    control_bits: int = knob(32, "bits", "width of gains, mixes and other small control parameters", choices=WIDTHS)
+    quant_overrides: str = knob("", "", "bits by parameter name, first match wins: blocks.9.attn.k=16,blocks.*.mlp.up=5")
+    quant_min_numel: int = knob(4096, "elements", "tensors this small pass through as fp16 whatever their role", lo=0)
+    quant_clip: str = knob("max", "", "what a row's largest code stands for", choices=("max", "quantile", "row", "tensor", "sigma"))
+    quant_quantiles: str = knob("0.999,0.9995,0.9999,0.99999,1.0", "", "quantiles of |row|: QUANT_CLIP=quantile takes the last, row and tensor search all by squared error")
+    attn_clip_sigmas: float = knob(13.0, "std", "QUANT_CLIP=sigma: clip of attention rows", lo=0.1)
+    mlp_clip_sigmas: float = knob(11.5, "std", "QUANT_CLIP=sigma: clip of MLP rows", lo=0.1)
+    embed_clip_sigmas: float = knob(14.0, "std", "QUANT_CLIP=sigma: clip of token embedding rows", lo=0.1)
+    matrix_clip_sigmas: float = knob(12.85, "std", "QUANT_CLIP=sigma: clip of all other rows", lo=0.1)
+    # ---- 8 ARTIFACT
+    artifact: str = knob("", "file", "the artifact to write or score; empty: LOG_DIR/RUN_ID.pgz")
+    artifact_limit: int = knob(16_000_000, "bytes", "limit on artifact + code", lo=0)
+    compressor: str = knob("zstd", "", "coder of the weight streams", choices=("zstd", "lzma"))
+    zstd_level: int = knob(22, "", "zstd level", lo=1, hi=22)
+    lzma_preset: int = knob(9, "", "LZMA preset; 9 is run as 9|EXTREME", lo=0, hi=9)
+    # ---- 9 EVALUATOR
+    eval_seq_len: int = knob(0, "tokens", "window of the evaluation; 0: TRAIN_SEQ_LEN", lo=0, hi=2**20)
+    eval_stride: int = knob(0, "tokens", "targets that each sliding window scores; 0: no sliding pass", lo=0)
+    val_batch_tokens: int = knob(0, "tokens", "tokens of one evaluation forward on one rank; 0: by device, halved until it fits", lo=0)
+    eval_wallclock_seconds: float = knob(600.0, "s", "evaluation time limit; 0: none", lo=0)
+    eval_stages: str = knob("auto", "", "stages to score, of roundtrip,sliding; auto: all that are switched on")
+    score_stage: str = knob("auto", "", "the stage that is the score, fixed before scoring; auto: the last valid one switched on")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        errors = [e for check in (self._shape_errors, self._training_errors, self._evaluation_errors) for e in check()]
+        if errors:
+            raise ConfigError("\n".join(errors))
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def encoder_layers(self) -> int:
+        """Blocks whose outputs are kept for the U-Net skips."""
+        return self.num_layers // 2 if self.skip_split == "floor" else (self.num_layers + 1) // 2
+
+    @property
+    def eval_len(self) -> int:
+        return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Blocks that add the value embedding."""
+        return tuple(int(i) for i in self.ve_layers.split(",") if i.strip()) if self.ve_dim else ()
+
+    @property
+    def seq_curriculum(self) -> list[tuple[float, int]]:
+        """[(share of the budget at which this sequence length ends, length)], rising; the last ends at 1."""
+        if not self.prog_seq_enabled:
+            return [(1.0, self.train_seq_len)]
+        fracs = [float(f) for f in self.prog_seq_fracs.split(",")]
+        return list(zip([*fracs, 1.0], [*map(int, self.prog_seq_lens.split(",")), self.train_seq_len], strict=True))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Evaluation stages in the order they are scored."""
+        if self.eval_stages != "auto":
+            asked = {s.strip() for s in self.eval_stages.split(",")}
+            return tuple(s for s in STAGES if s in asked)
+        on = {"roundtrip": True, "sliding": self.eval_stride > 0}
+        return tuple(s for s in STAGES if on[s])
+
+    @property
+    def final_stage(self) -> str:
+        """The stage that is the score."""
+        return self.stages[-1] if self.score_stage == "auto" else self.score_stage
+
+    def _shape_errors(self) -> Iterator[str]:
+        if self.model_dim % self.num_heads:
+            yield f"MODEL_DIM={self.model_dim} is not a multiple of NUM_HEADS={self.num_heads}"
+        if self.num_heads % self.num_kv_heads:
+            yield f"NUM_HEADS={self.num_heads} is not a multiple of NUM_KV_HEADS={self.num_kv_heads}"
+        if self.head_dim % 2:
+            yield f"MODEL_DIM={self.model_dim} / NUM_HEADS={self.num_heads} gives an odd head width; RoPE needs an even one"
+        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
+            yield f"ROPE_DIMS={self.rope_dims}: expected an even number of at most the head width {self.head_dim}"
+        if self.rope_train_len and (self.rope_dims or self.head_dim) <= 2:
+            yield f"ROPE_TRAIN_LEN={self.rope_train_len}: the NTK rule needs more than 2 rotated dims"
+        if self.xsa_last_n > self.num_layers:
+            yield f"XSA_LAST_N={self.xsa_last_n} exceeds NUM_LAYERS={self.num_layers}"
+        yield from self._branch_errors()
+
+    def _branch_errors(self) -> Iterator[str]:
+        try:
+            layers = self.value_layers
+        except ValueError:
+            layers = ()
+            yield f"VE_LAYERS={self.ve_layers!r}: expected block numbers such as 9,10"
+        if any(not 0 <= i < self.num_layers for i in layers):
+            yield f"VE_LAYERS={self.ve_layers}: blocks are 0 to {self.num_layers - 1} with NUM_LAYERS={self.num_layers}"
+        if self.ve_dim and not layers:
+            yield f"VE_DIM={self.ve_dim} without VE_LAYERS: name the blocks that add the value embedding, or VE_DIM=0"
+        if self.bigram_vocab_size == 1:
+            yield "BIGRAM_VOCAB_SIZE=1: expected 0 (off) or at least 2 rows"
+        if self.adapter_b_init != "zero" and not self.adapter_rank:
+            yield f"ADAPTER_B_INIT={self.adapter_b_init} has no adapters to act on: set ADAPTER_RANK above 0"
+        if self.encoder_recurrence and self.encoder_layers == 0:
+            yield f"ENCODER_RECURRENCE=1 needs an encoder block: NUM_LAYERS={self.num_layers} has none"
+        if self.value_residual != "none" and self.num_layers < 2:
+            yield f"VALUE_RESIDUAL={self.value_residual} needs at least 2 blocks, NUM_LAYERS={self.num_layers}"
+
+    def _training_errors(self) -> Iterator[str]:
+        try:
+            lens = [t for _, t in self.seq_curriculum]
+            fracs = [f for f, _ in self.seq_curriculum]
+            if fracs != sorted(fracs) or not all(0 <= f <= 1 for f in fracs) or min(lens) < 8:
+                raise ValueError
+        except ValueError:
+            lens = []
+            yield (f"PROG_SEQ_LENS={self.prog_seq_lens!r}, PROG_SEQ_FRACS={self.prog_seq_fracs!r}: expected as many "
+                   "lengths (8 or more) as rising shares between 0 and 1")  # fmt: skip
+        for t in lens:
+            if self.train_batch_tokens % t:
+                n = max(1, round(self.train_batch_tokens / t)) * t
+                yield f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of the sequence length {t}; nearest: {n}"
+            if t > self.train_seq_len:
+                yield f"PROG_SEQ_LENS={self.prog_seq_lens}: {t} exceeds TRAIN_SEQ_LEN={self.train_seq_len}"
+        if self.swa_every and self.swa_source == "ema" and not self.ema_decay:
+            yield "SWA_SOURCE=ema needs EMA_DECAY above 0"
+        if self.mode == "train" and not self.max_wallclock_seconds and not self.iterations:
+            yield "MAX_WALLCLOCK_SECONDS=0 and ITERATIONS=0: one of them must end the training"
+        if self.resume == "auto" and not self.run_id:
+            yield "RESUME=auto needs RUN_ID, the name of the run to continue"
+
+    def _evaluation_errors(self) -> Iterator[str]:
+        if self.eval_stride > self.eval_len:
+            yield f"EVAL_STRIDE={self.eval_stride} exceeds the window of {self.eval_len}: some tokens would never be scored"
+        asked = [] if self.eval_stages == "auto" else [s.strip() for s in self.eval_stages.split(",")]
+        unknown = [s for s in asked if s not in STAGES]
+        if unknown:
+            yield f"EVAL_STAGES={self.eval_stages!r}: unknown stage {', '.join(unknown)}; stages: {', '.join(STAGES)}"
+        elif self.score_stage != "auto" and self.score_stage not in self.stages:
+            yield f"SCORE_STAGE={self.score_stage} is not among the stages switched on: {', '.join(self.stages)}"
+
+
+STAGES = ("roundtrip", "sliding")
+FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
+TYPES = {"bool": bool, "int": int, "float": float, "str": str}
+
+_MUON_99 = {"MUON_MOMENTUM": 0.99, "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500}
+_BIGRAM = {"SMEAR": True, "BIGRAM_VOCAB_SIZE": 4096, "BIGRAM_DIM": 128}
+_SEQ_2048 = {"TRAIN_SEQ_LEN": 2048, "TRAIN_BATCH_TOKENS": 786432}
+
+# What each published system sets, as its record run did (specs of #164, #740, #187, #850, #1095). The defaults are `baseline`.
+RECIPES: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "cpu": {
+        "NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 512,
+        "TRAIN_BATCH_TOKENS": 8192, "MAX_WALLCLOCK_SECONDS": 240, "WARMUP_STEPS": 1, "WARMDOWN_ITERS": 150,
+        "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 20, "EVAL_STRIDE": 128,
+    },
+    "pr164": {
+        **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 3.0, "ITERATIONS": 9000, "MATRIX_LR": 0.02, "SCALAR_LR": 0.02,
+        "TIED_EMBED_LR": 0.03, "WARMDOWN_ITERS": 3000, "GRAD_CLIP_NORM": 0.3, "LINEAR_INIT": "orthogonal",
+        "BRANCH_PROJ_SCALED": True, "ROPE_TRAIN_LEN": 1024, "EVAL_STRIDE": 64,
+    },
+    "pr740": {
+        **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 2.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": 9, "ROPE_DIMS": 32,
+        "LN_SCALE": "in", "SMEAR_BEFORE_NORM": True, "BIGRAM_HASH": "pr740", "BIGRAM_SCALE": 0.0,
+        "BIGRAM_TABLE_STD": 1.0, "BIGRAM_TABLE_ROLE": "scalar", "BIGRAM_PROJ_ROLE": "scalar",
+        "LINEAR_INIT": "orthogonal", "MATRIX_LR": 0.02, "SCALAR_LR": 0.02, "TIED_EMBED_LR": 0.03,
+        "WARMDOWN_ITERS": 3500, "MUON_WD": 0.04, "GRAD_CLIP_NORM": 0.3, "EVAL_STRIDE": 64,
+    },
+    "pr187": {
+        **_MUON_99, "TRAIN_SEQ_LEN": 2048, "TRAIN_BATCH_TOKENS": 524288, "NUM_LAYERS": 10, "MLP_MULT": 3.0,
+        "SKIP_SPLIT": "ceil", "XSA_LAST_N": 4, "SMEAR": True, "SMEAR_INIT": -3.0, "SMEAR_BEFORE_NORM": True,
+        "PRE_ENRICH_DIM": 768, "OVERTONE_INIT": True, "BIGRAM_VOCAB_SIZE": 2048, "BIGRAM_HASH": "pr187",
+        "BIGRAM_SCALE": 0.0, "BIGRAM_TABLE_STD": 0.01, "BIGRAM_TABLE_ROLE": "matrix", "TIED_EMBED_LR": 0.035,
+        "MATRIX_LR": 0.025, "SCALAR_LR": 0.025, "MUON_WD": 0.04, "MUON_WD_ORDER": "after", "ADAM_WD": 0.04,
+        "WARMDOWN_ITERS": 3500, "EMA_DECAY": 0.997, "SWA_EVERY": 50, "SWA_BLEND": 0.5, "QAT": "ste", "QAT_BITS": 6,
+        "EVAL_STRIDE": 64,
+    },
+    "pr850": {
+        **_SEQ_2048, **_MUON_99, **_BIGRAM, "NUM_LAYERS": 11, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.9, "XSA_LAST_N": 4,
+        "ROPE_DIMS": 16, "ROPE_TRAIN_LEN": 1024, "LN_SCALE": "in", "VE_DIM": 128, "VE_LAYERS": "9,10",
+        "VALUE_RESIDUAL": "softmax", "ATTN_GATE": "input", "LINEAR_INIT": "orthogonal", "BRANCH_PROJ_SCALED": True,
+        "TIED_EMBED_LR": 0.035, "MATRIX_LR": 0.025, "SCALAR_LR": 0.025, "DECODER_LR_MULT": 2.0, "MUON_WD": 0.04,
+        "ADAM_WD": 0.04, "GRAD_CLIP_NORM": 0.3, "LR_SCHEDULE": "wsd", "EMA_DECAY": 0.997, "SWA_EVERY": 50,
+        "SWA_SOURCE": "ema", "SWA_BLEND": 0.3, "COMPLEMENT_ALPHA": 0.5, "QAT": "soft_round", "QAT_BITS": 5,
+        "QAT_START_FRAC": 0.85, "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
+    },
+    "pr1095": {
+        **_MUON_99, **_BIGRAM, "NUM_LAYERS": 5, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": 5, "ROPE_DIMS": 16,
+        "LN_SCALE": "in", "BIGRAM_VOCAB_SIZE": 3072, "VE_DIM": 128, "VE_LAYERS": "3,4", "KV_FUSED": True,
+        "ADAPTER_RANK": 64, "LINEAR_INIT": "orthogonal", "BRANCH_PROJ_SCALED": True, "TRAIN_SEQ_LEN": 2048,
+        "TRAIN_BATCH_TOKENS": 524288, "WARMDOWN_ITERS": 5000, "TIED_EMBED_LR": 0.035, "MATRIX_LR": 0.04,
+        "SCALAR_LR": 0.025, "MUON_WD": 0.04, "ADAM_WD": 0.04, "GRAD_CLIP_NORM": 0.1, "EMA_DECAY": 0.997,
+        "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
+    },
+}  # fmt: skip
+BEST_GPU_RECIPE = "pr187"
+
+Converter = Callable[[str], dict[str, str]]
+
+
+def renamed(*names: str) -> Converter:
+    """Published name -> the same value for each of our knobs."""
+    return lambda value: dict.fromkeys(names, value)
+
+
+def mapped(name: str, table: dict[str, str]) -> Converter:
+    """Published value -> our word for it; other values pass through unchanged."""
+    return lambda value: {name: table.get(value, value)}
+
+
+def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
+    """Published 0/1 switch -> our knobs when on and when off."""
+
+    def convert(value: str) -> dict[str, str]:
+        if value not in ("0", "1"):
+            raise ConfigError(f"expected 0 or 1, got {value!r}")
+        return {k: str(v) for k, v in (on if value == "1" else off).items()}
+
+    return convert
+
+
+# Published names that are not ours, and what they become: names common to all recipes under "*", then recipe by recipe.
+ALIASES: dict[str, dict[str, Converter]] = {
+    "*": {
+        "VAL_BATCH_SIZE": renamed("VAL_BATCH_TOKENS"),
+        "LN_SCALE": mapped("LN_SCALE", {"0": "none", "1": "in"}),
+        "VRL_ENABLED": mapped("VALUE_RESIDUAL", {"0": "none", "1": "softmax"}),
+        "VALUE_RESIDUAL": mapped("VALUE_RESIDUAL", {"0": "none", "1": "sigmoid"}),
+        "GATED_ATTN_ENABLED": mapped("ATTN_GATE", {"0": "none", "1": "input"}),
+        "GATED_ATTN": mapped("ATTN_GATE", {"0": "none", "1": "scalar"}),
+        "GATED_ATTN_BIAS_INIT": renamed("ATTN_GATE_INIT"),
+        "LEAKY_RELU": mapped("LEAKY_SLOPE", {"0": "0.0", "1": "0.5"}),
+        "TIED_EMBED_INIT_STD": renamed("EMBED_INIT_STD"),
+        "VE_ENABLED": switch({}, {"VE_DIM": 0, "VE_LAYERS": ""}),
+        "EVAL_ONLY": switch({"MODE": "eval"}, {}),
+        "EMA_ENABLED": switch({"EMA_DECAY": 0.997}, {"EMA_DECAY": 0.0}),
+        "MUON_BACKEND": lambda _: {},
+    },
+    "pr164": {
+        "QAT_ENABLED": switch({"QAT": "ste"}, {"QAT": "none"}),
+        "SWA_ENABLED": switch({"SWA_EVERY": 200, "SWA_START_SCALE": 1.0}, {"SWA_EVERY": 0}),
+    },
+    "pr740": {
+        "WEIGHT_DECAY": renamed("MUON_WD"),
+        "SWA_ENABLED": switch({"SWA_EVERY": 50, "SWA_BLEND": 0.5}, {"SWA_EVERY": 0}),
+    },
+    "pr187": {
+        "LN_SCALE": mapped("LN_SCALE", {"0": "none", "1": "out"}),
+        "RUN_CONFIG": lambda v: {"NUM_LAYERS": "12", "MLP_MULT": "2", "TRAIN_SEQ_LEN": "1024", "WARMDOWN_ITERS": "2600"}
+        if v == "C" else {},
+    },
+    "pr850": {"QAT_TRIGGER_FRAC": renamed("QAT_START_FRAC")},
+    "pr1095": {},
+}  # fmt: skip
+
+# Published knobs that never did anything: accepted, reported, and without effect here too.
+NO_EFFECT: dict[str, dict[str, str]] = {
+    "*": {
+        "MUON_BETA2": "read by no published update rule",
+        "QAT_ENABLED": "the published switch was never reached; use QAT",
+        "MTP_NUM_HEADS": "multi-token heads were off in every published run and are not part of this script",
+        "MTP_LOSS_WEIGHT": "belongs to MTP_NUM_HEADS",
+        "DTG_ENABLED": "the per-token gate was off in every published run and is not part of this script",
+    },
+    "pr850": {
+        "WARMDOWN_ITERS": "the published schedule is WSD, which never reads it",
+        "NGRAM_EVAL_CHUNK_TOKENS": "the published pass is cut by TTT_CHUNK_TOKENS",
+        "TTT_FREEZE_BLOCKS": "the published adaptation freezes all base weights",
+        "LATE_QAT_THRESHOLD": "only an on/off switch in the published script; use QAT and QAT_START_FRAC",
+        "SWA_ENABLED": "the published script always averaged; use SWA_EVERY",
+    },
+    "pr1095": {"SWA_ENABLED": "the published sums were collected and never applied; use SWA_EVERY"},
+}
+
+# Names that torchrun, Slurm and the shell own; never mistaken for a misspelt knob.
+FOREIGN = frozenset(
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT NODE_RANK "
+    "OMP_NUM_THREADS PATH HOME SHELL TERM USER LANG PWD OLDPWD SHLVL LOGNAME MAIL EDITOR PAGER TMPDIR HOSTNAME".split()
+)
+FOREIGN_PREFIXES = ("TORCH", "NCCL_", "GLOO_", "CUDA_", "SLURM_", "GITHUB_", "LC_", "XDG_", "PYTHON", "PYTEST_", "PIP_",
+                    "VIRTUAL_ENV", "GROUP_", "ROLE_", "SSH_", "HF_", "MKL_", "OMP_", "KMP_", "TRITON_", "CONDA_")  # fmt: skip
+
+
+def parse_value(name: str, text: str) -> Any:
+    """Text of one knob -> its typed value; raises ConfigError naming knob, value and what would do."""
+    f = FIELDS[name]
+    kind, meta = TYPES[f.type], f.metadata
+    if kind is bool:
+        if text not in ("0", "1", "False", "True"):
+            raise ConfigError(f"{name}={text!r}: expected 0 or 1")
+        return text in ("1", "True")
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r}: expected {'an integer' if kind is int else 'a number'}") from None
+    if meta["choices"] and value not in meta["choices"]:
+        raise ConfigError(f"{name}={text!r}: expected one of {', '.join(map(str, meta['choices']))}")
+    if kind is not str and not meta["lo"] <= value <= meta["hi"]:
+        raise ConfigError(f"{name}={text}: expected {meta['lo']:g} to {meta['hi']:g} {meta['unit']}".rstrip())
+    return value
+
+
+def misspelt(name: str) -> str | None:
+    """The knob or published name that `name` most resembles (ratio >= 0.8), or None."""
+    if name in FOREIGN or name.startswith(FOREIGN_PREFIXES):
+        return None
+    known = [*FIELDS, *(a for table in (*ALIASES.values(), *NO_EFFECT.values()) for a in table)]
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
+
+
+def related(name: str) -> str | None:
+    """A knob that shares at least half of the words of `name`: worth a warning, since shells have names like it."""
+    if name in FOREIGN or name.startswith(FOREIGN_PREFIXES):
+        return None
+    words = set(name.split("_"))
+    hits = [k for k in FIELDS if len(words) > 1 and 2 * len(words & set(k.split("_"))) >= len(words)]
+    return max(hits, key=lambda k: len(words & set(k.split("_"))), default=None)
+
+
+class Loaded(NamedTuple):
+    """A configuration with the source of every value ("default", "recipe NAME", "artifact", "env") and its notices."""
+
+    cfg: Config
+    source: dict[str, str]
+    notices: list[str]
+
+
+def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: list[str]) -> dict[str, str]:
+    """Environment -> {knob: text}: published names become ours, dead ones are reported, misspelt ones are errors."""
+    aliases = {**ALIASES["*"], **ALIASES.get(recipe, {})}
+    dead = {**NO_EFFECT["*"], **NO_EFFECT.get(recipe, {})}
+    ours: dict[str, str] = {}
+    for name, text in env.items():
+        if name in NO_EFFECT.get(recipe, {}) or (name in dead and name not in aliases):
+            notices.append(f"{name}={text} has no effect: {dead[name]}")
+        elif name in aliases:
+            try:
+                ours = {**aliases[name](text), **ours}  # an explicit knob of ours wins over a published name
+            except ConfigError as e:
+                errors.append(f"{name}={text!r}: {e}")
+        elif name in FIELDS:
+            ours[name] = text
+        elif guess := misspelt(name):
+            errors.append(f"{name} is no knob; did you mean {guess}?")
+        elif guess := related(name):
+            notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
+    return ours
+
+
+def choose_recipe(env: Mapping[str, str], has_gpu: Callable[[], bool]) -> tuple[str, str]:
+    """(recipe, why). Without RECIPE: the best recipe on a GPU, `cpu` without one."""
+    asked = env.get("RECIPE", "auto")
+    if asked != "auto":
+        if asked not in RECIPES:
+            raise ConfigError(f"RECIPE={asked!r}: expected one of {', '.join(RECIPES)}")
+        return asked, "RECIPE is set"
+    if env.get("DEVICE", "auto") in ("cuda", "auto") and has_gpu():
+        return BEST_GPU_RECIPE, "RECIPE is not set; this is the best valid one on a GPU"
+    return "cpu", "RECIPE is not set and there is no GPU"
+
+
+def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
+                has_gpu: Callable[[], bool] = torch.cuda.is_available) -> Loaded:  # fmt: skip
+    """Resolve every knob: defaults < recipe < environment, or with an artifact's `header`: defaults < header < environment.
+
+    The only reader of the environment but for torchrun's ranks. Raises ConfigError with one line for each bad knob.
+    """
+    errors: list[str] = []
+    notices: list[str] = []
+    recipe, why = choose_recipe(env, has_gpu)
+    if header is not None:
+        recipe, why = header.get("RECIPE", recipe), "the artifact names it"
+    source = dict.fromkeys(FIELDS, "default")
+    values: dict[str, Any] = {}
+    base = {k: v for k, v in (RECIPES[recipe] if header is None else header).items() if k in FIELDS}
+    values.update(base)
+    source.update(dict.fromkeys(base, f"recipe {recipe}" if header is None else "artifact"))
+    for name, text in translate(env, recipe, errors, notices).items():
+        try:
+            value = parse_value(name, text)
+        except ConfigError as e:
+            errors.append(str(e))
+            continue
+        if header is not None and FIELDS[name].metadata["shape"] and value != values.get(name, FIELDS[name].default):
+            errors.append(f"{name}={text}: the artifact was made with {values.get(name)}; unset {name}")
+        values[name], source[name] = value, "env"
+    values["RECIPE"], source["RECIPE"] = recipe, why
+    try:
+        cfg = Config(**{k.lower(): v for k, v in values.items()})
+    except ConfigError as e:
+        errors.append(str(e))
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return Loaded(cfg, source, notices)
+
+
+def describe_knobs() -> str:
+    """The text of --help: knobs by section, with default, unit and bounds."""
+    lines, groups = [__doc__.split("\n\n")[0], ""], knob_groups()
+    for group, names in groups.items():
+        lines += [f"[{group}]"]
+        for name in names:
+            meta, default = FIELDS[name].metadata, FIELDS[name].default
+            limits = "|".join(map(str, meta["choices"])) if meta["choices"] else meta["unit"]
+            shown = int(default) if isinstance(default, bool) else default
+            lines.append(f"  {name}={shown}{f' ({limits})' if limits else ''}  {meta['doc']}")
+        lines.append("")
+    lines.append("recipes: " + ", ".join(RECIPES))
+    return "\n".join(lines)
+
+
+def knob_groups() -> dict[str, list[str]]:
+    """Section -> its knobs, read from the `# ---- N NAME` comments inside Config, so that help cannot rot."""
+    groups: dict[str, list[str]] = {}
+    inside = False
+    for line in source_text().splitlines():
+        inside = (inside or line.startswith("class Config:")) and not line.startswith("    def ")
+        if inside and line.startswith("    # ---- "):
+            groups[line[11:]] = []
+        elif inside and groups and ": " in line and "= knob(" in line:
+            groups[list(groups)[-1]].append(line.split(":")[0].strip().upper())
+    return groups or {"knobs": list(FIELDS)}
+
+
+def source_text() -> str:
+    """This script's text as it runs (a packed script registers its unpacked source)."""
+    return SCRIPT.read_text(encoding="utf-8")
+
+
+def dump_config(loaded: Loaded) -> str:
+    """One `NAME=value  # source` line a knob."""
+    return "\n".join(f"{n}={as_text(getattr(loaded.cfg, n.lower()))}  # {loaded.source[n]}" for n in FIELDS)
+
+
+def as_text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+# ==== 2 RUNTIME =======================================================================================================
+
+LOG_SCHEMA = 1
+# Dense bf16 peak of one device in FLOP/s, for MFU; by a word of torch.cuda.get_device_name().
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
+              "RTX 4090": 165e12, "RTX 3090": 71e12, "A10G": 70e12, "L4": 121e12}  # fmt: skip
+
+
+class Interrupted(RuntimeError):
+    """SIGTERM or SIGINT arrived; the message says what was saved."""
+
+
+class BrokenRun(RuntimeError):
+    """The run failed through no mistake of the user (a loss that is not finite, a limit broken). Exit status 1."""
+
+
+def atomic_write(path: Path, blob: bytes) -> None:
+    """Write `blob` so that `path` appears whole or not at all: write aside, fsync, rename."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as f:
+            f.write(blob)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except OSError as e:
+        raise ConfigError(
+            f"cannot write {path}: {e.strerror}; choose a folder that can be written (LOG_DIR, ARTIFACT)"
+        ) from e
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def derive_seed(seed: int, *purpose: Any) -> int:
+    """A 63-bit seed for (seed, purpose...): streams of random numbers for different purposes never coincide."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *purpose)).encode()).digest()[:8], "little") >> 1
+
+
+def is_first_rank() -> bool:
+    """True on rank 0, also before a run has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """DEVICE -> torch.device of this rank; raises ConfigError if the device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu or DEVICE=auto")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("DEVICE=mps: no Apple GPU is visible; use DEVICE=cpu or DEVICE=auto")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+class Run:
+    """Where and as whom this process runs: ranks, device, logs, the stop signal. Made once, by `Run.start`."""
+
+    current: Run | None = None  # for main, which closes the logs whatever happens
+
+    def __init__(self, cfg: Config, rank: int, local_rank: int, world: int, local_world: int) -> None:
+        self.cfg, self.rank, self.local_rank, self.world = cfg, rank, local_rank, world
+        self.device = pick_device(cfg.device, local_rank)
+        self.started = time.perf_counter()
+        self.run_id = ""
+        self.signal: int | None = None
+        self.graceful = False  # True while a loop checks `signal` by itself
+        self.on_terminal = rank == 0 and sys.stderr.isatty()
+        self._text: Any = None
+        self._events: Any = None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = True
+        elif self.device.type == "cpu":
+            # torchrun sets OMP_NUM_THREADS=1 for several processes; share the cores instead.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // local_world))
+
+    @classmethod
+    def start(cls, cfg: Config) -> Run:
+        """Join the process group (torchrun's environment says which), name the run, open its logs."""
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        run = cls.current = cls(cfg, rank, local_rank, world, local_world)
+        if world > 1:
+            backend = "nccl" if run.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, device_id=run.device if backend == "nccl" else None)
+        recipe = cfg.recipe
+        run.run_id = run.broadcast(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{cfg.seed}")
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, run._on_signal)
+        torch.manual_seed(derive_seed(cfg.seed, "init"))
+        return run
+
+    # ---- files
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.cfg.log_dir) / f"{self.run_id}.txt"
+
+    @property
+    def events_path(self) -> Path:
+        return self.log_path.with_suffix(".jsonl")
+
+    @property
+    def artifact_path(self) -> Path:
+        return Path(self.cfg.artifact) if self.cfg.artifact else self.log_path.with_suffix(".pgz")
+
+    def open_logs(self, append: bool) -> None:
+        """Open both logs on rank 0; refuses to overwrite those of another run unless FORCE=1 or `append`."""
+        if self.rank:
+            return
+        if not append and not self.cfg.force and (old := [p for p in (self.log_path, self.events_path) if p.exists()]):
+            raise ConfigError(f"{old[0]} exists: choose another RUN_ID, or FORCE=1 to overwrite it")
+        try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            mode = "a" if append else "w"
+            self._text = open(self.log_path, mode, encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._events = open(self.events_path, mode, encoding="utf-8", buffering=1)  # noqa: SIM115
+        except OSError as e:
+            raise ConfigError(
+                f"LOG_DIR={self.cfg.log_dir}: cannot write there ({e.strerror}); choose another folder"
+            ) from e
+
+    def log(self, text: str, to_terminal: bool = True) -> None:
+        """A line for people, on rank 0: terminal and logs/RUN_ID.txt."""
+        if self.rank:
+            return
+        if to_terminal:
+            print(("\r\033[K" if self.on_terminal else "") + text, flush=True)
+        if self._text:
+            print(text, file=self._text)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """A line for programs, on rank 0: logs/RUN_ID.jsonl, schema LOG_SCHEMA."""
+        if self._events:
+            line = {"v": LOG_SCHEMA, "event": kind, "t": round(time.perf_counter() - self.started, 3), **fields}
+            print(json.dumps(line, default=str), file=self._events)
+
+    def notice(self, text: str) -> None:
+        """Something a person should know that is no error."""
+        self.log(f"notice: {text}")
+        self.event("notice", text=text)
+
+    def progress(self, what: str, done: int, total: int, since: float) -> None:
+        """A progress bar on a terminal; nothing in a log."""
+        if self.on_terminal and total:
+            eta = (time.perf_counter() - since) * (total - done) / max(done, 1)
+            bar = "#" * (24 * done // total)
+            print(
+                f"\r\033[K{what} [{bar:<24}] {100 * done // total}% eta {eta:.0f}s", end="", file=sys.stderr, flush=True
+            )
+
+    def close(self, status: str) -> None:
+        """Write the end event, close the logs, leave the process group."""
+        self.event("end", status=status)
+        for f in (self._text, self._events):
+            if f:
+                f.close()
+        self._text = self._events = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # ---- signals
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if self.graceful and self.signal is None:
+            self.signal = number
+        else:
+            raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+    # ---- ranks
+
+    def all_reduce(self, t: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """In-place reduction over ranks; the tensor itself when there is one rank."""
+        if self.world > 1:
+            dist.all_reduce(t, op)
+        return t
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's small Python value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def share(self, n: int) -> range:
+        """This rank's contiguous part of range(n); the parts differ by at most one."""
+        return range(self.rank * n // self.world, (self.rank + 1) * n // self.world)
+
+    def sync(self) -> None:
+        """Wait for the device, so that the clock reads work done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory_mib(self) -> float:
+        """Peak memory of this process: device memory on a GPU, resident memory on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Clock:
+    """Seconds of one activity, with pauses excluded and the device waited for at both ends."""
+
+    def __init__(self, run: Run, elapsed: float = 0.0) -> None:
+        self.run, self.total, self.since = run, elapsed, time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.total + (time.perf_counter() - self.since)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the body (periodic validation, checkpoints) from this clock."""
+        self.run.sync()
+        self.total = self.seconds()
+        try:
+            yield
+        finally:
+            self.run.sync()
+            self.since = time.perf_counter()
+
+
+# ==== 3 DATA ==========================================================================================================
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # header: 256 little-endian int32, then uint16 tokens
+SAMPLE_DIR = SCRIPT.parent / "data" / "sample"
+FINEWEB_DIR = Path("data/datasets/fineweb10B_sp1024")
+
+
+class DataPaths(NamedTuple):
+    """Where the data are; `sample` marks the shipped sample, whose results are no challenge results."""
+
+    folder: Path
+    tokenizer: Path
+    sample: bool
+
+
+def find_data(cfg: Config) -> DataPaths:
+    """DATA_PATH and TOKENIZER_PATH, or downloaded FineWeb, or the shipped sample. Raises ConfigError if nothing is there."""
+    if cfg.data_path:
+        folder, sample = Path(cfg.data_path), Path(cfg.data_path).resolve() == SAMPLE_DIR
+        if not folder.is_dir():
+            raise ConfigError(f"DATA_PATH={cfg.data_path}: no such folder; unset it to use the shipped sample")
+    else:
+        fineweb = next(
+            (p for p in (FINEWEB_DIR, SCRIPT.parent / FINEWEB_DIR) if any(p.glob("fineweb_val_*.bin"))), None
+        )
+        folder, sample = fineweb or SAMPLE_DIR, fineweb is None
+    guesses = [*sorted(folder.glob("tokenizer*.model")), folder.parent.parent / "tokenizers" / "fineweb_1024_bpe.model"]
+    tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else next((g for g in guesses if g.is_file()), None)
+    if tokenizer is None or not tokenizer.is_file():
+        named = cfg.tokenizer_path or f"none beside {folder}"
+        raise ConfigError(
+            f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
+        )
+    return DataPaths(folder, tokenizer, sample)
+
+
+def load_shard(path: Path) -> np.ndarray:
+    """Tokens of one shard (n,) uint16, memory-mapped; the header is checked against the file's size."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such shard")
+    size = path.stat().st_size
+    head = np.fromfile(path, dtype="<i4", count=min(SHARD_HEADER, size // 4))
+    if len(head) < SHARD_HEADER or head[0] != SHARD_MAGIC:
+        raise ConfigError(
+            f"{path}: not a token shard (expected magic {SHARD_MAGIC}); download it again or make it with data/make_shards.py"
+        )
+    if head[1] != SHARD_VERSION:
+        raise ConfigError(f"{path}: shard version {head[1]}, this script reads version {SHARD_VERSION}")
+    if size != 4 * SHARD_HEADER + 2 * int(head[2]):
+        raise ConfigError(
+            f"{path}: {size} bytes, its header promises {4 * SHARD_HEADER + 2 * int(head[2])}; download it again"
+        )
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
+
+
+def load_split(folder: Path, split: str) -> list[np.ndarray]:
+    """Shards of `split` ("train" or "val") in name order."""
+    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    if not paths:
+        raise ConfigError(
+            f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; download with data/cached_challenge_fineweb.py"
+        )
+    return [load_shard(p) for p in paths]
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, what: str) -> np.ndarray:
+    """The same tokens; raises ConfigError if an id is outside the vocabulary."""
+    if len(tokens) and int(tokens.max()) >= vocab_size:
+        raise ConfigError(
+            f"{what}: token id {int(tokens.max())} with VOCAB_SIZE={vocab_size}; set VOCAB_SIZE to the tokenizer's size"
+        )
+    return tokens
+
+
+class TokenStream:
+    """The training shards as one endless stream: sequential, wrapping to the first shard at the end."""
+
+    def __init__(self, shards: list[np.ndarray], vocab_size: int) -> None:
+        self.shards, self.vocab_size, self.position = shards, vocab_size, 0
+        self.starts = np.cumsum([0, *(len(s) for s in shards)])
+        self.total = int(self.starts[-1])
+
+    def read(self, offset: int, n: int) -> np.ndarray:
+        """Tokens [position + offset, position + offset + n) of the stream, (n,) int64; does not move."""
+        parts, at = [], (self.position + offset) % self.total
+        while n > 0:
+            i = int(np.searchsorted(self.starts, at, side="right")) - 1
+            part = self.shards[i][at - self.starts[i] : at - self.starts[i] + n]
+            parts.append(check_ids(part, self.vocab_size, "training shard").astype(np.int64))
+            n -= len(part)
+            at = (at + len(part)) % self.total
+        return np.concatenate(parts)
+
+
+class Batcher:
+    """Cuts the stream into steps: TRAIN_BATCH_TOKENS + 1 tokens a step, whole sequences a rank, so that the data of a
+    step do not depend on the number of ranks."""
+
+    def __init__(self, cfg: Config, stream: TokenStream, run: Run) -> None:
+        self.stream, self.run, self.batch_tokens = stream, run, cfg.train_batch_tokens
+        longest = max(t for _, t in cfg.seq_curriculum)
+        if self.batch_tokens // longest < run.world:
+            raise ConfigError(
+                f"TRAIN_BATCH_TOKENS={self.batch_tokens} holds {self.batch_tokens // longest} sequences of {longest}, fewer "
+                f"than the {run.world} ranks; at least TRAIN_BATCH_TOKENS={run.world * longest} works"
+            )
+
+    def next(self, seq_len: int) -> tuple[Tensor, Tensor]:
+        """This rank's (inputs, targets) of the next step, each (n, seq_len) int64 on the device; advances the stream."""
+        rows = self.run.share(self.batch_tokens // seq_len)
+        tokens = self.stream.read(rows.start * seq_len, len(rows) * seq_len + 1)
+        self.stream.position += self.batch_tokens
+        t = torch.from_numpy(tokens)
+        if self.run.device.type == "cuda":
+            t = t.pin_memory().to(self.run.device, non_blocking=True)
+        else:
+            t = t.to(self.run.device)
+        return t[:-1].view(-1, seq_len), t[1:].view(-1, seq_len)
+
+
+class Tokenizer:
+    """The SentencePiece model of the data, and the bytes of text that each token stands for."""
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        import sentencepiece as spm
+
+        self.path, self.blob = path, path.read_bytes()
+        self.sha256 = hashlib.sha256(self.blob).hexdigest()
+        try:
+            self.sp = spm.SentencePieceProcessor(model_proto=self.blob)
+        except RuntimeError:
+            raise ConfigError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
+        if self.sp.vocab_size() != vocab_size:
+            raise ConfigError(
+                f"TOKENIZER_PATH={path} has {self.sp.vocab_size()} pieces but VOCAB_SIZE={vocab_size}; set them equal"
+            )
+        self.bos = self.sp.bos_id()
+        pieces = [self.sp.id_to_piece(i) for i in range(vocab_size)]
+        self.boundary = np.array(
+            [self.sp.is_control(i) or self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)]
+        )
+        self.spaced = np.array([p.startswith("▁") for p in pieces]) & ~self.boundary
+        lengths = [1 if self.sp.is_byte(i) else len(p.removeprefix("▁").encode()) for i, p in enumerate(pieces)]
+        self.lengths = np.where(self.boundary, 0, lengths)
+
+    def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of text that each target tokens[1:] adds, (n - 1,) int64.
+
+        A piece counts its UTF-8 length without the leading ▁, a byte piece 1, control pieces 0; the space that ▁ stands
+        for counts 1 unless the previous token is a boundary (the space at the start of a document is not text).
+        """
+        prev, target = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+        return self.lengths[target] + (self.spaced[target] & ~self.boundary[prev])
+
+
+class ValidationText(NamedTuple):
+    """The validation stream: tokens (n,) int64 on the CPU, bytes (n,) int64 that each token adds as a target (0 for the first)."""
+
+    tokens: Tensor
+    bytes: Tensor
+    complete: bool  # False when VAL_TOKENS cut it: no score
+
+
+def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> ValidationText:
+    """All validation shards as one stream, cut only by VAL_TOKENS and VAL_DROP_TAIL."""
+    tokens = np.concatenate([np.asarray(s) for s in load_split(folder, "val")]).astype(np.int64)
+    check_ids(tokens, cfg.vocab_size, f"validation shard in {folder}")
+    if len(tokens) - 1 < cfg.eval_len:
+        raise ConfigError(
+            f"DATA_PATH={folder}: {len(tokens)} validation tokens are fewer than one window of {cfg.eval_len} + 1; lower EVAL_SEQ_LEN"
+        )
+    complete = not cfg.val_tokens or cfg.val_tokens >= len(tokens)
+    if not complete:
+        tokens = tokens[: max(cfg.val_tokens, cfg.eval_len + 1)]
+    if cfg.val_drop_tail:
+        tokens = tokens[: (len(tokens) - 1) // cfg.eval_len * cfg.eval_len + 1]
+    counts = np.concatenate([[0], tokenizer.count_bytes(tokens)])
+    return ValidationText(torch.from_numpy(tokens), torch.from_numpy(counts.astype(np.int64)), complete)
+
+
+# ==== 4 MODEL =========================================================================================================
+# Shapes: B sequences, T positions, D model width, H query heads, G key/value heads, K head width, V vocabulary, R C rows
+# and columns of a matrix. A parameter is tagged at birth: `role` routes it to its optimizer, `store` to its storage.
+
+
+class Ctx(NamedTuple):
+    """What a caller may add to the forward pass; the default context is the plain model."""
+
+    tap: Callable[[str, Tensor], None] | None = None  # sees the input of each projection (GPTQ Hessians)
+    lora: Callable[[str, Tensor], Tensor] | None = None  # adds a low-rank delta to a projection's output (TTT)
+    cache: KVCache | None = None  # keys and values of earlier positions (incremental decoding)
+    fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
+
+
+class KVCache:
+    """Keys and values of earlier positions for each pass through a block, and the last token and embedding.
+
+    B sequences of the same length in lockstep; `limit` positions at most. `length` counts those already seen.
+    """
+
+    def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (2, batch, limit, cfg.num_kv_heads, cfg.head_dim)
+        self.slots = [torch.zeros(shape, device=device, dtype=dtype) for _ in layer_plan(cfg)]
+        self.limit, self.length = limit, 0
+        self.last_id: Tensor | None = None  # (B,)
+        self.last_embedding: Tensor | None = None  # (B, 1, D) before the smear
+
+    def extend(self, slot: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this call's keys and values; returns all so far."""
+        end = self.length + k_BTGK.shape[1]
+        assert end <= self.limit, f"cache of {self.limit} positions cannot hold {end}"
+        self.slots[slot][0][:, self.length : end] = k_BTGK
+        self.slots[slot][1][:, self.length : end] = v_BTGK
+        return self.slots[slot][0][:, :end], self.slots[slot][1][:, :end]
+
+
+def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Parameter:
+    """Mark a parameter with its optimizer role (matrix, scalar, embed), storage role and learning-rate multiplier."""
+    p.role, p.store, p.lr_mult = role, store, lr_mult  # type: ignore[attr-defined]
+    return p
+
+
+def vector(*shape: int, value: float = 0.0) -> nn.Parameter:
+    """A constant control parameter: fp32, scalar Adam, kept in high precision."""
+    return tag(nn.Parameter(torch.full(shape, value)), "scalar", "control")
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / rms(x) over the last axis, no learned weight, eps = the dtype's."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
+    """Fill in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
+    if how == "zero":
+        nn.init.zeros_(w_RC)
+    elif how == "normal":
+        nn.init.normal_(w_RC, std=gain)
+    elif how == "orthogonal" and min(w_RC.shape) >= 64:
+        nn.init.orthogonal_(w_RC, gain=gain)
+    else:  # the published orthogonal pass skips matrices narrower than 64
+        nn.init.kaiming_uniform_(w_RC, a=math.sqrt(5))
+        w_RC.data.mul_(gain)
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; the fp32 master is cast to x's dtype at use. `site` names the projection to taps and LoRA."""
+
+    def __init__(self, site: str, d_in: int, d_out: int, store: str, init: str, gain: float = 1.0,
+                 role: str = "matrix", lr_mult: float = 1.0) -> None:  # fmt: skip
+        super().__init__()
+        self.site, self.shape = site, torch.Size((d_out, d_in))
+        self.weight = tag(nn.Parameter(torch.empty(d_out, d_in)), role, store, lr_mult)
+        if self.weight.device.type != "meta":
+            init_matrix(self.weight, init, gain)
+
+    def matrix(self) -> Tensor:
+        """The effective weight (out, in), fp32."""
+        return self.weight
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        if ctx.tap is not None:
+            ctx.tap(self.site, x)
+        w = self.matrix()
+        if ctx.fake_quant is not None:
+            w = ctx.fake_quant(w)
+        y = F.linear(x, w.to(x.dtype))
+        return y if ctx.lora is None else y + ctx.lora(self.site, x)
+
+
+def random_words(seed: int, n: int) -> np.ndarray:
+    """n uint64 of the SplitMix64 sequence from `seed`: integer arithmetic only, the same everywhere."""
+    z = np.uint64(seed % 2**64) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def random_orthogonal(seed: int, m: int) -> np.ndarray:
+    """A pseudo-random orthogonal matrix (m, m) fp64, bit-identical on every machine: Q = P K S K P' S' with
+    K = Hadamard(2^a) (x) Householder(odd part), random signs S and permutations P.
+
+    No QR: its last bits depend on the LAPACK build. All sums here are of integers below 2^53, exact in any order; one
+    division rounds at the end, correctly by IEEE 754.
+    """
+    odd, two = m, 1
+    while odd % 2 == 0:
+        odd, two = odd // 2, two * 2
+    hadamard = np.ones((1, 1))
+    while len(hadamard) < two:
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    core = np.kron(hadamard, odd * np.eye(odd) - 2.0 * np.ones((odd, odd)))  # norm of a row: odd * sqrt(two)
+    words = random_words(seed, 4 * m).reshape(4, m)
+    rows, cols = (np.argsort(w, kind="stable") for w in words[:2])
+    inner, outer = (np.where(w >> np.uint64(63), 1.0, -1.0) for w in words[2:])
+    return (core[rows] * inner) @ core[:, cols] * outer / (odd * odd * two)
+
+
+ADAPTER_TYPES = {
+    "q": 0,
+    "kv": 1,
+    "k": 1,
+    "v": 5,
+    "out": 2,
+    "up": 3,
+    "down": 4,
+}  # #1095's numbering; v only if kv is split
+
+
+class AdapterLinear(Linear):
+    """W = base + B A: a frozen random orthogonal base that is never stored, and a trained rank-r adapter (#1095).
+
+    base = Q[:out, :in] / sqrt(in), so all its singular values are 1/sqrt(in). A ~ N(0, 1/in); B = 0 starts at the base
+    (published: N(0, 1/r) on q, kv and up, which swamps it). Masters are fp32.
+    """
+
+    def __init__(self, cfg: Config, layer: int, kind: str, site: str, d_in: int, d_out: int, lr_mult: float) -> None:
+        nn.Module.__init__(self)
+        self.site, self.shape = site, torch.Size((d_out, d_in))
+        r = cfg.adapter_rank
+        self.a = tag(nn.Parameter(torch.empty(r, d_in)), "matrix", "adapter", lr_mult)
+        self.b = tag(nn.Parameter(torch.zeros(d_out, r)), "matrix", "adapter", lr_mult)
+        base = torch.empty(d_out, d_in)
+        if base.device.type != "meta":
+            init_matrix(self.a, "normal", 1 / math.sqrt(d_in))
+            if cfg.adapter_b_init == "published" and kind not in ("out", "down"):
+                init_matrix(self.b, "normal", 1 / math.sqrt(r))
+            q = random_orthogonal(cfg.adapter_seed + 100 * layer + ADAPTER_TYPES[kind], max(d_in, d_out))
+            base = torch.from_numpy((q[:d_out, :d_in] / math.sqrt(d_in)).astype(np.float32))
+        self.register_buffer("base", base, persistent=False)
+
+    def matrix(self) -> Tensor:
+        return self.base + self.b @ self.a
+
+
+def projection(cfg: Config, layer: int, part: str, kind: str, d_in: int, d_out: int) -> Linear:
+    """The matrix `blocks.<layer>.<part>.<kind>` as the configuration builds it: trained, or adapter on a random base."""
+    site = f"blocks.{layer}.{part}.{kind}"
+    mult = cfg.decoder_lr_mult if layer >= cfg.encoder_layers else 1.0
+    if cfg.adapter_rank:
+        return AdapterLinear(cfg, layer, kind, site, d_in, d_out, mult)
+    if kind in ("out", "down"):
+        how, gain = ("zero", 1.0) if cfg.out_init == "zero" else ("orthogonal", 1 / math.sqrt(2 * cfg.num_layers))
+    else:
+        how, gain = cfg.linear_init, 1.0
+    return Linear(site, d_in, d_out, part, how, gain, lr_mult=mult)
+
+
+# ---- rotary positions
+
+
+def rope_base(cfg: Config) -> float:
+    """RoPE base with the NTK rule: base (len / T0)^(d / (d - 2)) where the longest window exceeds T0 = ROPE_TRAIN_LEN."""
+    longest, dims = max(cfg.train_seq_len, cfg.eval_len), cfg.rope_dims or cfg.head_dim
+    if not cfg.rope_train_len or longest <= cfg.rope_train_len:
+        return cfg.rope_base
+    return cfg.rope_base * (longest / cfg.rope_train_len) ** (dims / (dims - 2))
+
+
+def rope_table(cfg: Config) -> Tensor:
+    """(2, longest window, rotated dims / 2) fp32: cosines and sines."""
+    dims = cfg.rope_dims or cfg.head_dim
+    freqs = rope_base(cfg) ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    angles = torch.arange(max(cfg.train_seq_len, cfg.eval_len), dtype=torch.float32)[:, None] * freqs
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x_BTHK: Tensor, rope_2TC: Tensor) -> Tensor:
+    """Half-split rotation of the first 2C dims of each head, (a cos + b sin, -a sin + b cos); the others pass through."""
+    cos, sin = rope_2TC.to(x_BTHK.dtype)[:, :, None]
+    half = cos.shape[-1]
+    a, b = x_BTHK[..., :half], x_BTHK[..., half : 2 * half]
+    parts = [a * cos + b * sin, b * cos - a * sin]
+    if 2 * half < x_BTHK.shape[-1]:
+        parts.append(x_BTHK[..., 2 * half :])
+    return torch.cat(parts, dim=-1)
+
+
+# ---- attention kernels: (B, T, H, K), (B, S, G, K), (B, S, G, K) -> (B, T, H, K), causal, aligned at the last position
+
+
+def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+    """PyTorch's scaled_dot_product_attention. Key/value heads are expanded on the CPU, where enable_gqa is slower."""
+    grouped = q_BTHK.shape[2] != k_BSGK.shape[2]
+    if grouped and q_BTHK.device.type != "cuda":
+        n = q_BTHK.shape[2] // k_BSGK.shape[2]
+        k_BSGK, v_BSGK, grouped = k_BSGK.repeat_interleave(n, 2), v_BSGK.repeat_interleave(n, 2), False
+    t, s = q_BTHK.shape[1], k_BSGK.shape[1]
+    mask = None
+    if 1 < t < s:  # several new positions after a cache: position i sees the first s - t + i + 1
+        mask = torch.ones(t, s, dtype=torch.bool, device=q_BTHK.device).tril(s - t)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=t == s and t > 1, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+def attend_flash(module: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """FlashAttention from `module` (flash_attn_interface is version 3, flash_attn version 2)."""
+    kernel = __import__(module, fromlist=["flash_attn_func"]).flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = kernel(q, k, v, causal=True)
+        return y[0] if isinstance(y, tuple) else y
+
+    return attend
+
+
+def choose_attention(name: str, device: torch.device) -> tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """(name, kernel) of ATTENTION on this device; `auto` prefers FlashAttention 3, then 2, then SDPA.
+
+    Raises ConfigError if a kernel is forced that is not installed or cannot run here.
+    """
+    modules = {"fa3": ("flash_attn_interface", 9), "fa2": ("flash_attn", 8)}
+    for candidate in ("fa3", "fa2") if name == "auto" else (name,):
+        if candidate == "sdpa":
+            break
+        module, capability = modules[candidate]
+        able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= capability
+        try:
+            if able:
+                return candidate, attend_flash(module)
+            reason = f"it needs a CUDA device of compute capability {capability}.0, this is {device.type}"
+        except ImportError as e:
+            reason = f"{module} cannot be imported ({e})"
+        if name != "auto":
+            raise ConfigError(f"ATTENTION={name}: {reason}; use ATTENTION=auto or ATTENTION=sdpa")
+    return "sdpa", attend_sdpa
+
+
+# ---- what may act on the heads
+
+
+def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
+    """XSA: y - (y . v^) v^ for each query head, v^ the unit value of its group at the query's own position.
+
+    arXiv 2603.09078 and #265. Grouped: values are broadcast over their query heads, never expanded. A zero v leaves y.
+    """
+    b, t, h, k = y_BTHK.shape
+    g = v_BTGK.shape[2]
+    y = y_BTHK.view(b, t, g, h // g, k)
+    unit = F.normalize(v_BTGK, dim=-1, eps=1e-12)[:, :, :, None]
+    return (y - (y * unit).sum(-1, keepdim=True) * unit).view(b, t, h, k)
+
+
+class NoGate(nn.Module):
+    """Leaves the heads alone."""
+
+    def __init__(self, cfg: Config) -> None:  # noqa: ARG002
+        super().__init__()
+
+    def forward(self, y_BTHK: Tensor, x_BTD: Tensor) -> Tensor:  # noqa: ARG002
+        return y_BTHK
+
+
+class InputGate(nn.Module):
+    """y_h *= sigmoid(W x + b)_h, x the block's normalised input; W = 0 and b = 4 start near identity (#850)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.weight_HD = vector(cfg.num_heads, cfg.model_dim)
+        self.bias_H = vector(cfg.num_heads, value=cfg.attn_gate_init)
+
+    def forward(self, y_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
+        g_BTH = torch.sigmoid(F.linear(x_BTD, self.weight_HD.to(x_BTD.dtype), self.bias_H.to(x_BTD.dtype)))
+        return y_BTHK * g_BTH[..., None]
+
+
+class ScalarGate(nn.Module):
+    """y_h *= sigmoid(g_h), one learned scalar a head (#187's option, init 1)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.logit_H = vector(cfg.num_heads, value=cfg.attn_gate_init)
+
+    def forward(self, y_BTHK: Tensor, x_BTD: Tensor) -> Tensor:  # noqa: ARG002
+        return y_BTHK * torch.sigmoid(self.logit_H).to(y_BTHK.dtype)[:, None]
+
+
+ATTN_GATES = {"none": NoGate, "input": InputGate, "scalar": ScalarGate}
+
+
+class NoValueResidual(nn.Module):
+    """Keeps each block's own values."""
+
+    def forward(self, v: Tensor, v0: Tensor) -> Tensor:  # noqa: ARG002
+        return v
+
+
+class SoftmaxValueResidual(nn.Module):
+    """v <- a v0 + (1 - a) v, (a, 1 - a) = softmax of two learned logits, v0 the first block's values (arXiv 2410.17897, #850)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = vector(2, value=0.5)
+
+    def forward(self, v: Tensor, v0: Tensor) -> Tensor:
+        a, b = self.logits.softmax(0).to(v.dtype).unbind()
+        return a * v0 + b * v
+
+
+class SigmoidValueResidual(SoftmaxValueResidual):
+    """v <- sigmoid(l0) v0 + sigmoid(l1) v (#187's option): the two shares are independent, .62 each at first."""
+
+    def forward(self, v: Tensor, v0: Tensor) -> Tensor:
+        a, b = self.logits.sigmoid().to(v.dtype).unbind()
+        return a * v0 + b * v
+
+
+VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": SoftmaxValueResidual, "sigmoid": SigmoidValueResidual}
+
+
+# ---- embeddings
+
+
+class Embedding(nn.Module):
+    """Rows of a table; the fp32 master is cast to the compute dtype after the lookup."""
+
+    def __init__(self, rows: int, dim: int, std: float, role: str, store: str) -> None:
+        super().__init__()
+        self.weight = tag(nn.Parameter(torch.empty(rows, dim)), role, store)
+        if self.weight.device.type != "meta":
+            init_matrix(self.weight, "normal" if std else "zero", std)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(ids, self.weight).to(dtype)
+
+
+def overtone_(w_VD: Tensor) -> None:
+    """Reshape the spectrum in place: S_k <- S_1 / sqrt(k), singular vectors kept (#60's lineage, #187)."""
+    u, s, vt = torch.linalg.svd(w_VD.float(), full_matrices=False)
+    w_VD.copy_((u * (s[0] * torch.arange(1, len(s) + 1, device=s.device) ** -0.5)) @ vt)
+
+
+def hash_bigram(form: str, prev: Tensor, cur: Tensor, rows: int) -> Tensor:
+    """Row of each (previous, current) pair in the table of that published system; `prev` is -1 where there is none."""
+    none = prev < 0
+    prev = prev.clamp_min(0)
+    if form == "pr164":  # one row is reserved for "no previous token"
+        return torch.where(none, rows - 1, ((36313 * cur) ^ (27191 * prev)) % (rows - 1))
+    if form == "pr740":
+        return (2654435761 * cur + 40503 * prev) % rows
+    return (92821 * prev + cur) % rows
+
+
+class BigramHash(nn.Module):
+    """Adds scale * P E[hash(previous, current)] to the token embedding. Neutral where table or scale are zero."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.form, self.rows = cfg.bigram_hash, cfg.bigram_vocab_size
+        gain = 1 / math.sqrt(2 * cfg.num_layers) if cfg.branch_proj_scaled else 1.0
+        self.table = Embedding(self.rows, cfg.bigram_dim, cfg.bigram_table_std, cfg.bigram_table_role, "table")
+        self.proj = Linear(
+            "bigram.proj", cfg.bigram_dim, cfg.model_dim, "proj", cfg.linear_init, gain, cfg.bigram_proj_role
+        )
+        self.scale = vector(1, value=cfg.bigram_scale) if cfg.bigram_scale else None
+
+    def forward(self, prev: Tensor, cur: Tensor, dtype: torch.dtype, ctx: Ctx) -> Tensor:
+        y = self.proj(self.table(hash_bigram(self.form, prev, cur, self.rows), dtype), ctx)
+        return y if self.scale is None else y * self.scale.to(dtype)
+
+
+class Smear(nn.Module):
+    """SmearGate: y_t = (1 - s) x_t + s x_{t-1}, s = sigmoid(g) per channel, x_{-1} = 0. Neutral at g = -inf.
+
+    s = 0 where the current token is a BOS, so that no document sees the one before it (SMEAR_CROSS_DOC=1 restores the
+    published leak). #740 and #187 put sigmoid(g) on the current token: their init 3 is -3 here.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.gate = vector(cfg.model_dim, value=cfg.smear_init)
+        self.cross_doc = cfg.smear_cross_doc
+
+    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor) -> Tensor:
+        shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+        s = torch.sigmoid(self.gate).to(x_BTD.dtype)
+        if not self.cross_doc:
+            s = s * ~starts_BT[..., None]
+        return x_BTD + s * (shifted - x_BTD)
+
+
+class PreEnrich(nn.Module):
+    """x <- W_b gelu(W_a x), exact GELU, no residual (#187)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.up = Linear("pre_enrich.up", cfg.model_dim, cfg.pre_enrich_dim, "mlp", "default")
+        self.down = Linear("pre_enrich.down", cfg.pre_enrich_dim, cfg.model_dim, "mlp", "default")
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        return self.down(F.gelu(self.up(x, ctx)), ctx)
+
+
+class ValueEmbedding(nn.Module):
+    """One shared table to the width of the values; each listed block adds it at its own learned scale (#850, #1095)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        gain = 1 / math.sqrt(2 * cfg.num_layers) if cfg.branch_proj_scaled else 1.0
+        self.table = Embedding(cfg.vocab_size, cfg.ve_dim, 0.01, "embed", "table")
+        self.proj = Linear("ve.proj", cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim, "proj", cfg.linear_init, gain)
+        self.scale = vector(1, value=0.1)
+        self.layer_scales = vector(len(cfg.value_layers), value=1.0)
+        self.index = {layer: i for i, layer in enumerate(cfg.value_layers)}
+
+    def forward(self, ids: Tensor, dtype: torch.dtype, ctx: Ctx) -> dict[int, Tensor]:
+        """Block -> (B, T, G K) to add to its values."""
+        shared = self.proj(self.table(ids, dtype), ctx) * self.scale.to(dtype)
+        return {layer: shared * self.layer_scales[i].to(dtype) for layer, i in self.index.items()}
+
+
+# ---- blocks
+
+
+class Stream(NamedTuple):
+    """What every block of one forward pass shares."""
+
+    x0_BTD: Tensor  # the embedding stream
+    rope_2TC: Tensor  # cosines and sines of these positions
+    values: dict[int, Tensor]  # value embeddings by block
+    ctx: Ctx
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: RMS-normalised queries and keys, RoPE, per-head gain, then XSA, gate, projection."""
+
+    def __init__(self, cfg: Config, layer: int) -> None:
+        super().__init__()
+        d, kv = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+        self.layer, self.head_dim = layer, cfg.head_dim
+        self.q = projection(cfg, layer, "attn", "q", d, d)
+        self.kv = projection(cfg, layer, "attn", "kv", d, 2 * kv) if cfg.kv_fused else None
+        self.k = None if cfg.kv_fused else projection(cfg, layer, "attn", "k", d, kv)
+        self.v = None if cfg.kv_fused else projection(cfg, layer, "attn", "v", d, kv)
+        self.out = projection(cfg, layer, "attn", "out", d, d)
+        self.q_gain_H = vector(cfg.num_heads, value=cfg.qk_gain_init)
+        self.gate = ATTN_GATES[cfg.attn_gate](cfg)
+        self.value_residual = VALUE_RESIDUALS[cfg.value_residual if layer else "none"]()
+        self.exclude_self = exclude_self if layer >= cfg.num_layers - cfg.xsa_last_n else lambda y, v: y  # noqa: ARG005
+        self.attend = attend_sdpa
+
+    def heads(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, n K) -> (B, T, n, K)."""
+        return x_BTD.view(*x_BTD.shape[:2], -1, self.head_dim)
+
+    def keys_values(self, x_BTD: Tensor, s: Stream) -> tuple[Tensor, Tensor]:
+        """Raw keys and values (B, T, G K), value embedding added."""
+        k, v = (
+            self.kv(x_BTD, s.ctx).chunk(2, dim=-1)
+            if self.kv is not None
+            else (self.k(x_BTD, s.ctx), self.v(x_BTD, s.ctx))
+        )
+        return k, v + s.values[self.layer] if self.layer in s.values else v
+
+    def forward(self, x_BTD: Tensor, v0_BTGK: Tensor | None, s: Stream, slot: int) -> tuple[Tensor, Tensor]:
+        """(what the block adds (B, T, D), the first block's values (B, T, G, K))."""
+        k, v = (self.heads(t) for t in self.keys_values(x_BTD, s))
+        v0_BTGK = v if v0_BTGK is None else v0_BTGK
+        v = self.value_residual(v, v0_BTGK)
+        q = rotate(rms_norm(self.heads(self.q(x_BTD, s.ctx))), s.rope_2TC) * self.q_gain_H.to(x_BTD.dtype)[:, None]
+        k, all_v = rotate(rms_norm(k), s.rope_2TC), v
+        if s.ctx.cache is not None:
+            k, all_v = s.ctx.cache.extend(slot, k, v)
+        y = self.gate(self.exclude_self(self.attend(q, k, all_v), v), x_BTD)
+        return self.out(y.reshape(x_BTD.shape), s.ctx), v0_BTGK
+
+
+class MLP(nn.Module):
+    """W_down leaky_relu(W_up x, a)^2; a = 0 is relu^2."""
+
+    def __init__(self, cfg: Config, layer: int) -> None:
+        super().__init__()
+        own = cfg.mlp_mult_encoder if layer < cfg.encoder_layers else cfg.mlp_mult_decoder
+        hidden = int((own or cfg.mlp_mult) * cfg.model_dim)
+        self.slope = cfg.leaky_slope
+        self.up = projection(cfg, layer, "mlp", "up", cfg.model_dim, hidden)
+        self.down = projection(cfg, layer, "mlp", "down", hidden, cfg.model_dim)
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        z = self.up(x, ctx)
+        return self.down((F.leaky_relu(z, self.slope) if self.slope else F.relu(z)).square(), ctx)
+
+
+def phase_mix(layer: int, layers: int) -> float:
+    """Share of the stream in the phase-transition init: sigmoid(3 (i / (L - 1) - 1/2)), early blocks lean on x0 (#60)."""
+    return 1 / (1 + math.exp(-3 * (layer / max(layers - 1, 1) - 0.5)))
+
+
+class Block(nn.Module):
+    """u = m0 x + m1 x0;  u += a Attn(norm u);  u += b MLP(norm u). Per-channel m, a, b; LN_SCALE = 1/sqrt(layer + 1)."""
+
+    def __init__(self, cfg: Config, layer: int) -> None:
+        super().__init__()
+        self.attn, self.mlp = Attention(cfg, layer), MLP(cfg, layer)
+        self.attn_scale, self.mlp_scale = vector(cfg.model_dim, value=1.0), vector(cfg.model_dim, value=1.0)
+        self.resid_mix = vector(2, cfg.model_dim)
+        share = phase_mix(layer, cfg.num_layers) if cfg.resid_mix_init == "phase" else 1.0
+        if self.resid_mix.device.type != "meta":
+            self.resid_mix.data[0], self.resid_mix.data[1] = share, 1.0 - share
+        depth = 1 / math.sqrt(layer + 1)
+        self.in_scale = depth if cfg.ln_scale == "in" else 1.0
+        self.out_scale = depth if cfg.ln_scale == "out" else 1.0
+
+    def norm(self, u: Tensor) -> Tensor:
+        n = rms_norm(u)
+        return n if self.in_scale == 1.0 else n * self.in_scale
+
+    def forward(self, x: Tensor, v0: Tensor | None, s: Stream, slot: int) -> tuple[Tensor, Tensor]:
+        mix, a, b = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
+        u = mix[0] * x + mix[1] * s.x0_BTD
+        y, v0 = self.attn(self.norm(u), v0, s, slot)
+        u = u + a * y * self.out_scale if self.out_scale != 1.0 else u + a * y
+        y = self.mlp(self.norm(u), s.ctx)
+        return (u + b * y * self.out_scale if self.out_scale != 1.0 else u + b * y), v0
+
+
+class Step(NamedTuple):
+    """One pass through a block."""
+
+    block: int  # which weights
+    norm: bool  # RMSNorm the stream first (start of a repeated encoder pass)
+    save: bool  # push the output for a later skip
+    skip: int | None  # which skip weight merges the popped output before the block
+
+
+def layer_plan(cfg: Config) -> list[Step]:
+    """The order of blocks: encoder (ENCODER_PASSES times with ENCODER_RECURRENCE, skips from the last pass), decoder."""
+    passes, half = cfg.encoder_passes if cfg.encoder_recurrence else 1, cfg.encoder_layers
+    skips = min(half, cfg.num_layers - half)
+    plan = [Step(i, p > 0 and i == 0, p == passes - 1, None) for p in range(passes) for i in range(half)]
+    return plan + [Step(i, False, False, i - half if i - half < skips else None) for i in range(half, cfg.num_layers)]
+
+
+class GPT(nn.Module):
+    """The language model. One forward path: `features` -> `logits`, `nll`; callers differ only by their `Ctx`."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg, self.plan = cfg, layer_plan(cfg)
+        self.compute_dtype = torch.float32
+        self.bos_id = 1  # the id of BOS in every export of this challenge
+        self.tok_emb = Embedding(cfg.vocab_size, cfg.model_dim, cfg.embed_init_std, "embed", "embed")
+        if cfg.overtone_init and self.tok_emb.weight.device.type != "meta":
+            overtone_(self.tok_emb.weight.data)
+        self.head = (
+            None if cfg.tie_embeddings else Linear("head", cfg.model_dim, cfg.vocab_size, "embed", "zero", role="head")
+        )
+        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
+        self.smear = Smear(cfg) if cfg.smear else None
+        self.pre_enrich = PreEnrich(cfg) if cfg.pre_enrich_dim else None
+        self.ve = ValueEmbedding(cfg) if cfg.ve_dim else None
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
+        skips = sum(step.skip is not None for step in self.plan)
+        self.skip_weights = vector(skips, cfg.model_dim, value=1.0)
+        self.register_buffer("rope", rope_table(cfg), persistent=False)
+
+    def sites(self) -> dict[str, torch.Size]:
+        """Every projection's site and the shape (out, in) of its effective matrix."""
+        return {m.site: m.shape for m in self.modules() if isinstance(m, Linear)}
+
+    def place(self, device: torch.device, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> GPT:
+        """Move to the device and choose dtype (bf16 on a GPU, fp32 elsewhere: it is faster there) and attention kernel."""
+        self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        for block in self.blocks:
+            block.attn.attend = attend
+        return self.to(device)
+
+    def previous_ids(self, ids_BT: Tensor, ctx: Ctx) -> Tensor:
+        """The token before each position, -1 where there is none."""
+        first = torch.full_like(ids_BT[:, :1], -1)
+        if ctx.cache is not None and ctx.cache.last_id is not None:
+            first = ctx.cache.last_id[:, None]
+        return torch.cat([first, ids_BT[:, :-1]], dim=1)
+
+    def smeared(self, x: Tensor, ids: Tensor, ctx: Ctx) -> Tensor:
+        """SmearGate over this call's positions, with the embedding before them from the cache."""
+        before = torch.zeros_like(x[:, :1])
+        if ctx.cache is not None:
+            before = before if ctx.cache.last_embedding is None else ctx.cache.last_embedding
+            ctx.cache.last_embedding = x[:, -1:]
+        return self.smear(x, before, ids == self.bos_id)
+
+    def embed(self, ids: Tensor, ctx: Ctx) -> Tensor:
+        """ids (B, T) -> x0 (B, T, D): token (+ bigram), then smear, enrichment and RMSNorm in the configured order."""
+        x = self.tok_emb(ids, self.compute_dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(self.previous_ids(ids, ctx), ids, self.compute_dtype, ctx)
+        if self.smear is not None and self.cfg.smear_before_norm:
+            x = self.smeared(x, ids, ctx)
+        if self.pre_enrich is not None:
+            x = self.pre_enrich(x, ctx)
+        x = rms_norm(x)
+        if self.smear is not None and not self.cfg.smear_before_norm:
+            x = self.smeared(x, ids, ctx)
+        return x
+
+    def features(self, ids: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
+        """ids (B, T) int64 -> final normalised stream (B, T, D). With a cache, ids continue the cached positions."""
+        start = 0 if ctx.cache is None else ctx.cache.length
+        x = x0 = self.embed(ids, ctx)
+        values = {} if self.ve is None else self.ve(ids, self.compute_dtype, ctx)
+        stream = Stream(x0, self.rope[:, start : start + ids.shape[1]], values, ctx)
+        v0: Tensor | None = None
+        saved: list[Tensor] = []
+        for slot, step in enumerate(self.plan):
+            if step.norm:
+                x = rms_norm(x)
+            if step.skip is not None:
+                x = x + self.skip_weights[step.skip].to(x.dtype) * saved.pop()
+            x, v0 = self.blocks[step.block](x, v0, stream, slot)
+            if step.save:
+                saved.append(x)
+        if ctx.cache is not None:
+            ctx.cache.length, ctx.cache.last_id = start + ids.shape[1], ids[:, -1]
+        return rms_norm(x)
+
+    def logits(self, features: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
+        """(..., D) -> softcapped logits (..., V) fp32."""
+        if self.head is not None:
+            z = self.head(features, ctx)
+        else:
+            if ctx.tap is not None:
+                ctx.tap("tok_emb", features)
+            z = F.linear(features, self.tok_emb.weight.to(features.dtype))
+            z = z if ctx.lora is None else z + ctx.lora("head", features)
+        cap = self.cfg.logit_softcap
+        return cap * torch.tanh(z.float() / cap)
+
+    def nll(self, inputs: Tensor, targets: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
+        """-log p(target) in nats, (B, T) fp32."""
+        z = self.logits(self.features(inputs, ctx), ctx)
+        return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    forward = nll
+
+
+class FakeQuant(nn.Module):
+    """w -> its rows rounded to signed `bits`-bit codes, with a straight-through gradient (QAT).
+
+    `ste` rounds; `soft_round` (arXiv 2006.09952) is f + 1/2 + tanh(a (u - f - 1/2)) / (2 tanh(a / 2)), f = floor(u), which
+    tends to rounding as a grows; `soft_round_pr850` is the published form, which tends to no rounding at all.
+    """
+
+    def __init__(self, kind: str, bits: int) -> None:
+        super().__init__()
+        self.kind, self.top = kind, 2 ** (bits - 1) - 1
+        self.register_buffer("sharpness", torch.ones(()), persistent=False)  # a tensor: changing it recompiles nothing
+
+    def forward(self, w_RC: Tensor) -> Tensor:
+        w = w_RC.detach()
+        scale = (w.abs().amax(dim=1, keepdim=True) / self.top).clamp_min(1e-12)
+        u, a = w / scale, self.sharpness
+        if self.kind == "ste":
+            r = u.round()
+        elif self.kind == "soft_round":
+            r = u.floor() + 0.5 + torch.tanh(a * (u - u.floor() - 0.5)) / (2 * torch.tanh(a / 2))
+        else:
+            r = u + torch.tanh(a * (u.round() - u)) / (2 * a)
+        return w_RC + (scale * r.clamp(-self.top, self.top) - w)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable elements."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def flops_per_token(model: GPT, seq_len: int) -> float:
+    """Training FLOPs a token: 6 a matrix weight and pass through it, 6 T D a pass for causal attention's two products."""
+    weights = {site: shape.numel() for site, shape in model.sites().items()}
+    passes = [step.block for step in model.plan]
+    blocks = sum(n * passes.count(int(site.split(".")[1])) for site, n in weights.items() if site.startswith("blocks."))
+    others = sum(n for site, n in weights.items() if not site.startswith("blocks.") and site != "head")
+    head = model.cfg.vocab_size * model.cfg.model_dim
+    return 6.0 * (blocks + others + head) + 6.0 * len(passes) * seq_len * model.cfg.model_dim
+
+
+# ==== 5 OPTIMIZER =====================================================================================================
+#
+# Matrices learn by Muon, everything else by AdamW. Nothing wraps the model: after backward a gradient holds this rank's
+# part of the sum. One step (a) starts every reduction, (b) lets Adam work while the matrices are still on their way,
+# (c) orthogonalises each matrix on the one rank that owns it, (d) applies a bank's updates while the next computes.
+# One process is the same code in a world of one rank, where nothing travels.
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steep at zero, so that small singular values rise within few iterations
+
+
+def orthogonalize(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Brings the singular values of every matrix in G (n, R, C) near 1 and keeps its singular vectors; returns `dtype`.
+
+    Newton-Schulz iteration X <- (a + bA + cA^2) X with A = X X^T (Keller Jordan, kellerjordan.github.io/posts/muon).
+    Five steps bring all but tiny singular values into about 0.7..1.2. Tall matrices are multiplied from the right: the
+    Gram matrix always has the short side, and a transposed input gives the transposed result. Zeros stay zeros.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = G.size(1) > G.size(2)
+    # The Frobenius norm bounds the largest singular value, and the iteration converges only below sqrt(3).
+    X = (G / (torch.linalg.vector_norm(G, dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    for _ in range(steps):
+        A = X.mT @ X if tall else X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
+    return X
+
+
+def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
+    """Momentum at `step` (from 0): linear from `start` to `end` over `warmup_steps`; with 0 of them `end` at once."""
+    frac = min(step / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
+    return (1.0 - frac) * start + frac * end
+
+
+def copy_grads(params: list[nn.Parameter], places: list[Tensor]) -> None:
+    """Copies each gradient to its place; a parameter that this rank's loss did not touch counts as zeros."""
+    torch._foreach_copy_(places, [torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+
+
+class MatrixBank:
+    """Muon for matrices of one shape (R, C), stacked and dealt out whole: rank r owns slots r*share .. (r+1)*share.
+
+    The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
+    never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
+    Gradients are reduced in fp32, updates return in the dtype they were made in, so the way costs no accuracy.
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter], run: Run):
+        self.names, self.params, self.run = list(named), list(named.values()), run
+        rows, cols = self.params[0].shape
+        self.share = -(-len(self.params) // run.world)
+        self.grads = torch.zeros(self.share * run.world, rows, cols, device=run.device)
+        self.shard = self.grads if run.world == 1 else torch.zeros(self.share, rows, cols, device=run.device)
+        self.momentum = torch.zeros_like(self.shard)
+        # bf16 is where a GPU's matrix rate is; on a CPU without bf16 units it is several times slower than fp32.
+        self.dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+        aspect = math.sqrt(max(1.0, rows / cols))
+        self.lr_mults = [p.lr_mult for p in self.params]
+        self.scale = torch.tensor([m * aspect for m in self.lr_mults], device=run.device)[:, None, None]
+        self.updates = self.work = None
+
+    def reduce(self) -> None:
+        """Starts summing the gradients over the ranks; each rank receives the matrices it owns."""
+        copy_grads(self.params, list(self.grads.unbind()[: len(self.params)]))
+        if self.run.world > 1:
+            self.work = dist.reduce_scatter_single(self.shard, self.grads, async_op=True)
+
+    def wait(self) -> None:
+        """Returns (on a GPU: lets the stream go on) when the last reduction or gathering of this bank is complete."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+    def update(self, momentum: float, steps: int) -> None:
+        """Orthogonalises the owned matrices' Nesterov momentum and starts gathering the updates of all owners."""
+        self.wait()
+        self.momentum.mul_(momentum).add_(self.shard)
+        self.shard.add_(self.momentum, alpha=momentum)
+        self.updates = orthogonalize(self.shard, steps, self.dtype)
+        if self.run.world > 1:
+            owned, self.updates = self.updates, self.updates.new_empty(self.grads.shape)
+            self.work = dist.all_gather_single(self.updates, owned, async_op=True)
+
+    def apply(self, lr: float, weight_decay: float, order: str) -> None:
+        """W <- W (1 - lr wd) - lr sqrt(max(1, R/C)) U, or with order "after" the decay acts on the sum of both."""
+        self.wait()
+        keep = [1.0 - lr * mult * weight_decay for mult in self.lr_mults]
+        deltas = (self.updates[: len(self.params)] * (lr * self.scale)).unbind()
+        self.updates = None
+        if weight_decay > 0 and order == "before":
+            torch._foreach_mul_(self.params, keep)
+        torch._foreach_sub_(self.params, deltas)
+        if weight_decay > 0 and order == "after":
+            torch._foreach_mul_(self.params, keep)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Momentum of every matrix by name, gathered from its owner: all ranks must call it, all receive everything."""
+        stack = self.momentum.clone()
+        if self.run.world > 1:
+            stack = torch.empty_like(self.grads)
+            dist.all_gather_single(stack, self.momentum)
+        return dict(zip(self.names, stack.unbind(), strict=False))  # the rest is padding
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Keeps the owned part of what state_dict gave, at this or any other world size."""
+        mine = self.names[self.run.rank * self.share : (self.run.rank + 1) * self.share]
+        for slot, name in zip(self.momentum, mine, strict=False):
+            slot.copy_(state[name])
+
+
+class SmallParameters:
+    """AdamW for all that is no matrix: gradients travel in one flat fp32 buffer, every rank makes the same step."""
+
+    def __init__(self, named: dict[str, nn.Parameter], rates: dict[str, float], cfg: Config, run: Run):
+        self.names, self.params, self.run, self.work = list(named), list(named.values()), run, None
+        sizes = [p.numel() for p in self.params]
+        self.flat = torch.zeros(sum(sizes), device=run.device)
+        self.grads = [g.view_as(p) for g, p in zip(self.flat.split(sizes), self.params, strict=True)]
+        groups: dict[float, list[nn.Parameter]] = {}
+        for p in self.params:
+            groups.setdefault(rates[p.role] * p.lr_mult, []).append(p)
+        self.adam = torch.optim.AdamW(
+            [{"params": params, "rate": rate} for rate, params in groups.items()],
+            betas=(cfg.beta1, cfg.beta2),
+            eps=cfg.adam_eps,
+            weight_decay=cfg.adam_wd,
+            fused=True,
+        )
+
+    def reduce(self) -> None:
+        """Starts summing the gradients over the ranks."""
+        copy_grads(self.params, self.grads)
+        if self.run.world > 1:
+            self.work = dist.all_reduce(self.flat, async_op=True)
+
+    def wait(self) -> None:
+        """Returns when the reduction is complete."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+    def step(self, lr_scale: float) -> None:
+        """One AdamW step on the reduced gradients."""
+        self.wait()
+        for p, grad in zip(self.params, self.grads, strict=True):
+            p.grad = grad
+        for group in self.adam.param_groups:
+            group["lr"] = group["rate"] * lr_scale
+        self.adam.step()
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Adam's buffers by parameter name; empty before the first step."""
+        pairs = zip(self.names, self.params, strict=True)
+        return {
+            name: {key: value.clone() for key, value in self.adam.state[p].items()}
+            for name, p in pairs
+            if self.adam.state[p]
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Takes over what state_dict gave."""
+        self.adam.state.clear()
+        for name, p in zip(self.names, self.params, strict=True):
+            if name in state:
+                self.adam.state[p] = {key: value.to(p.device, copy=True) for key, value in state[name].items()}
+
+
+class Optimizers:
+    """Muon for parameters of role "matrix", AdamW for the others; every trainable parameter has exactly one owner.
+
+    Before `step`, each `p.grad` holds the sum over this rank's tokens of d nll / (tokens of the whole step), so that
+    the sum over the ranks is the gradient of the mean. All ranks end a step with bit-identical weights.
+    """
+
+    def __init__(self, cfg: Config, model: nn.Module, run: Run):
+        self.cfg, self.run = cfg, run
+        rates = {
+            "embed": cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr,
+            "head": cfg.head_lr,
+            "scalar": cfg.scalar_lr,
+        }
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        small = {name: p for name, p in trainable.items() if getattr(p, "role", None) in rates}
+        shapes: dict[torch.Size, dict[str, nn.Parameter]] = {}
+        for name, p in trainable.items():
+            if getattr(p, "role", None) == "matrix" and p.ndim == 2:
+                shapes.setdefault(p.shape, {})[name] = p
+        missing = trainable.keys() - small.keys() - {name for named in shapes.values() for name in named}
+        assert not missing, f"no optimizer owns {sorted(missing)}"
+        # Biggest first: the longest transfers start earliest, and nothing hides the gathering of the last bank.
+        banks = sorted(shapes.values(), key=lambda named: -sum(p.numel() for p in named.values()))
+        self.banks = [MatrixBank(named, run) for named in banks]
+        self.small = SmallParameters(small, rates, cfg, run)
+
+    @torch.no_grad()
+    def step(self, step: int, lr_scale: float) -> None:
+        """One optimizer step: `step` (from 0) sets Muon's momentum, `lr_scale` multiplies every learning rate."""
+        cfg = self.cfg
+        self.small.reduce()  # first in the queue: Adam then works while the matrices travel
+        for bank in self.banks:
+            bank.reduce()
+        if cfg.grad_clip_norm > 0:
+            self.clip(cfg.grad_clip_norm)
+        self.small.step(lr_scale)
+        momentum = muon_momentum(
+            step, cfg.muon_momentum_warmup_start, cfg.muon_momentum, cfg.muon_momentum_warmup_steps
+        )
+        for bank, previous in zip([*self.banks, None], [None, *self.banks], strict=True):
+            if bank is not None:
+                bank.update(momentum, cfg.muon_backend_steps)
+            if previous is not None:  # its updates were gathered while `bank` computed
+                previous.apply(cfg.matrix_lr * lr_scale, cfg.muon_wd, cfg.muon_wd_order)
+
+    def clip(self, limit: float) -> Tensor:
+        """Scales the reduced gradient down to a global norm of `limit`; returns the norm it had (0-dim, on device)."""
+        for part in (self.small, *self.banks):
+            part.wait()
+        squares = sum(
+            (torch.linalg.vector_norm(bank.shard).square() for bank in self.banks),
+            torch.zeros((), device=self.run.device),
+        )
+        if self.run.world > 1:
+            dist.all_reduce(squares)
+        norm = (squares + torch.linalg.vector_norm(self.small.flat).square()).sqrt()
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([self.small.flat, *(bank.shard for bank in self.banks)], scale)
+        return norm
+
+    def zero_grad(self) -> None:
+        """Forgets every gradient."""
+        for part in (self.small, *self.banks):
+            for p in part.params:
+                p.grad = None
+
+    def reset(self) -> None:
+        """Back to the state of a new object, bit for bit: undoes priming steps (the weights are restored elsewhere)."""
+        self.small.adam.state.clear()
+        for bank in self.banks:
+            bank.momentum.zero_()
+        self.zero_grad()
+
+    def state_dict(self) -> dict[str, dict]:
+        """Everything a step depends on besides weights and gradients, whole on every rank; all ranks must call it."""
+        return {
+            "muon": {k: v for bank in self.banks for k, v in bank.state_dict().items()},
+            "adam": self.small.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Continues from `state` bit for bit at the same world size, and to rounding at any other."""
+        for bank in self.banks:
+            bank.load_state_dict(state["muon"])
+        self.small.load_state_dict(state["adam"])
+
+
+# ==== 6 TRAINING ======================================================================================================
+
+# ---- schedules: pure functions
+
+
+def budget_frac(cfg: Config, step: int, elapsed: float, budget: float) -> float:
+    """Share 0..1 of the training budget that is used: of the time or of the steps, whichever is further."""
+    by_time = elapsed / budget if budget else 0.0
+    by_steps = step / cfg.iterations if cfg.iterations else 0.0
+    return min(max(by_time, by_steps), 1.0)
+
+
+def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
+    """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
+
+    warmdown: flat, then linear to 0 over the last WARMDOWN_ITERS steps or, with a time limit, over the time they take at
+    the measured pace; whichever of the two limits is nearer counts. wsd: flat to WSD_STABLE_FRAC, then cosine to 0.
+    """
+    if cfg.lr_schedule == "wsd":
+        p = (budget_frac(cfg, step, elapsed, budget) - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
+        return 0.5 * (1 + math.cos(math.pi * min(max(p, 0.0), 1.0)))
+    if not cfg.warmdown_iters:
+        return 1.0
+    left = (cfg.iterations - step) / cfg.warmdown_iters if cfg.iterations else 1.0
+    if budget and step:
+        left = min(left, (budget - elapsed) / (cfg.warmdown_iters * elapsed / step))
+    return min(max(left, 0.0), 1.0)
+
+
+def seq_len_at(cfg: Config, frac: float) -> int:
+    """Sequence length of the curriculum at `frac` of the budget."""
+    return next(t for end, t in cfg.seq_curriculum if frac < end or end >= 1.0)
+
+
+def qat_sharpness(cfg: Config, frac: float) -> float:
+    """Sharpness a of the soft rounding: 1 when QAT starts, 16 at the end of the budget."""
+    return 1.0 + 15.0 * min(max((frac - cfg.qat_start_frac) / max(1.0 - cfg.qat_start_frac, 1e-9), 0.0), 1.0)
+
+
+# ---- averaging
+
+
+class WeightAverage:
+    """EMA and SWA of the weights, in fp32 on the device.
+
+    EMA: e <- d e + (1 - d) w each step from EMA_START_FRAC of the budget. SWA: plain mean, every SWA_EVERY steps while
+    the learning-rate scale is below SWA_START_SCALE, of the weights (#187) or of the EMA (#850).
+    """
+
+    def __init__(self, cfg: Config, model: nn.Module) -> None:
+        self.cfg = cfg
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.ema: list[Tensor] = []
+        self.swa: list[Tensor] = []
+        self.swa_n = 0
+
+    @torch.no_grad()
+    def update(self, step: int, frac: float, scale: float) -> None:
+        """Take in the weights after optimizer step `step` (0-based)."""
+        if self.cfg.ema_decay and frac >= self.cfg.ema_start_frac:
+            if self.ema:
+                torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema_decay)
+            else:
+                self.ema = [p.detach().clone() for p in self.params]
+        if self.cfg.swa_every and scale < self.cfg.swa_start_scale and (step + 1) % self.cfg.swa_every == 0:
+            source = self.ema if self.cfg.swa_source == "ema" and self.ema else [p.detach() for p in self.params]
+            self.swa_n += 1
+            if self.swa:
+                torch._foreach_lerp_(self.swa, source, 1 / self.swa_n)
+            else:
+                self.swa = [t.clone() for t in source]
+
+    @torch.no_grad()
+    def apply(self) -> str:
+        """Put the average in the model: EMA or weights, blended with SWA. Returns what it was, for the log."""
+        base = self.ema or [p.detach().clone() for p in self.params]
+        if self.swa:
+            base = torch._foreach_lerp(base, self.swa, self.cfg.swa_blend)
+        torch._foreach_copy_(self.params, base)
+        name = f"ema({self.cfg.ema_decay})" if self.ema else "weights"
+        return f"{1 - self.cfg.swa_blend:g} {name} + {self.cfg.swa_blend:g} swa({self.swa_n})" if self.swa else name
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ema": self.ema, "swa": self.swa, "swa_n": self.swa_n}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        move = lambda ts: [t.to(p.device, copy=True) for t, p in zip(ts, self.params, strict=False)]  # noqa: E731
+        self.ema, self.swa, self.swa_n = move(state["ema"]), move(state["swa"]), state["swa_n"]
+
+
+# ---- complementary training
+
+
+class BigramCounts:
+    """Running counts C(a, b) of the training stream, which down-weight tokens that a bigram predicts (#803, #850).
+
+    Weight of target b after a: max(0.1, 1 - alpha C(a, b) / (T(a) + 1)); 1 before anything is counted. Counted after the
+    step (no look-ahead), never in evaluation; COMPLEMENT_SYNC sums the step's counts over ranks.
+    """
+
+    def __init__(self, cfg: Config, run: Run) -> None:
+        self.cfg, self.run, self.vocab = cfg, run, cfg.vocab_size
+        self.pairs = torch.zeros(self.vocab * self.vocab, device=run.device)
+        self.totals = torch.zeros(self.vocab, device=run.device)
+
+    def weights(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """(B, T) in [1 - alpha, 1]."""
+        share = self.pairs[inputs * self.vocab + targets] / (self.totals[inputs] + 1)
+        return (1 - self.cfg.complement_alpha * share).clamp_min(0.1)
+
+    def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """Count this step's pairs."""
+        keys, ones = (inputs * self.vocab + targets).flatten(), torch.ones(inputs.numel(), device=self.run.device)
+        if self.cfg.complement_sync and self.run.world > 1:
+            fresh = torch.zeros_like(self.pairs).index_add_(0, keys, ones)
+            self.pairs += self.run.all_reduce(fresh)
+            self.totals = self.pairs.view(self.vocab, self.vocab).sum(1)
+        else:
+            self.pairs.index_add_(0, keys, ones)
+            self.totals.index_add_(0, inputs.flatten(), ones)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"pairs": self.pairs, "totals": self.totals}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.pairs.copy_(state["pairs"])
+        self.totals.copy_(state["totals"])
+
+
+# ---- checkpoints
+
+
+# Knobs that may change between a checkpoint and its continuation: they do not change what is learned.
+FREE_ON_RESUME = frozenset(
+    "RECIPE MODE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS VAL_DROP_TAIL ATTENTION COMPILE "
+    "MICRO_BATCH_TOKENS WARMUP_STEPS VAL_LOSS_EVERY TRAIN_LOG_EVERY CHECKPOINT_EVERY CHECKPOINT_KEEP RESUME".split()
+)
+
+
+def binding_values(cfg: Config) -> dict[str, Any]:
+    """Knobs that a resumed run must share with its checkpoint: those of sections 1 to 6 but for the free ones."""
+    training = list(FIELDS)[: list(FIELDS).index("ATTN_BITS")]
+    return {n: getattr(cfg, n.lower()) for n in training if n not in FREE_ON_RESUME}
+
+
+class Checkpoints:
+    """Files logs/RUN_ID.ckpt/step_NNNNNN.pt, written whole by rank 0, the last CHECKPOINT_KEEP of them kept."""
+
+    def __init__(self, cfg: Config, run: Run) -> None:
+        self.cfg, self.run = cfg, run
+        self.folder = run.log_path.with_suffix(".ckpt")
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write `state` as the checkpoint of `step`; all ranks call it, rank 0 writes."""
+        path = self.folder / f"step_{step:06d}.pt"
+        if self.run.rank == 0:
+            import io
+
+            buffer = io.BytesIO()
+            torch.save({**state, "config": binding_values(self.cfg)}, buffer)
+            atomic_write(path, buffer.getvalue())
+            for old in sorted(self.folder.glob("step_*.pt"))[: -self.cfg.checkpoint_keep]:
+                old.unlink(missing_ok=True)
+        return path
+
+    def find(self) -> Path | None:
+        """The checkpoint that RESUME names, the newest for `auto` (None if there is none yet)."""
+        if self.cfg.resume == "auto":
+            found = sorted(self.folder.glob("step_*.pt"))
+            return found[-1] if found else None
+        if self.cfg.resume and not Path(self.cfg.resume).is_file():
+            raise ConfigError(f"RESUME={self.cfg.resume}: no such checkpoint; RESUME=auto takes the newest of RUN_ID")
+        return Path(self.cfg.resume) if self.cfg.resume else None
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Read a checkpoint (data only, no code); raises ConfigError if it belongs to another configuration."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:
+            raise ConfigError(f"RESUME={path}: not a checkpoint of this script ({type(e).__name__})") from None
+        here = binding_values(self.cfg)
+        changed = [
+            f"{k.upper()} was {v}, is {here[k]}" for k, v in state["config"].items() if k in here and here[k] != v
+        ]
+        if changed:
+            raise ConfigError(f"RESUME={path}: made with another configuration: {'; '.join(changed)}")
+        return state
+
+
+# ---- the step and the loop
+
+
+COMPILE_PAYS_SECONDS = 120  # a training time that repays the compile on a CPU
+
+
+def wants_compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
+    """(whether to torch.compile, why)."""
+    if cfg.compile != "auto":
+        return cfg.compile == "1", f"COMPILE={cfg.compile}"
+    if device.type == "cuda":
+        return True, "a GPU"
+    if device.type != "cpu":
+        return False, f"no compiler for {device.type}"
+    if not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
+        return False, "no C++ compiler was found"
+    if cfg.max_wallclock_seconds < COMPILE_PAYS_SECONDS:
+        return False, f"training for less than {COMPILE_PAYS_SECONDS} s does not repay compiling on a CPU"
+    return True, "it pays at this training time"
+
+
+class Trainer:
+    """Everything one training step touches. `train_step` is one optimizer step; the loop around it is `train`."""
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, stream: TokenStream) -> None:
+        self.cfg, self.run, self.model = cfg, run, model
+        self.batcher = Batcher(cfg, stream, run)
+        self.optimizers = Optimizers(cfg, model, run)
+        self.average = WeightAverage(cfg, model)
+        self.counts = BigramCounts(cfg, run) if cfg.complement_alpha else None
+        self.fake_quant = FakeQuant(cfg.qat, cfg.qat_bits).to(run.device) if cfg.qat != "none" else None
+        self.forward: Callable[..., Tensor] = model
+        self.micro_tokens = cfg.micro_batch_tokens or cfg.train_batch_tokens
+        self.step = 0
+
+    def compile(self) -> None:
+        """Switch to the compiled forward, or say why not."""
+        on, why = wants_compile(self.cfg, self.run.device)
+        self.run.log(f"compile: {'on' if on else 'off'} ({why})")
+        self.forward = torch.compile(self.model, dynamic=False) if on else self.model
+
+    def context(self, frac: float) -> Ctx:
+        """Context of a training forward at `frac` of the budget: fake quantisation once QAT has started."""
+        if self.fake_quant is None or frac < self.cfg.qat_start_frac:
+            return Ctx()
+        self.fake_quant.sharpness.fill_(qat_sharpness(self.cfg, frac))
+        return Ctx(fake_quant=self.fake_quant)
+
+    def backward(self, inputs: Tensor, targets: Tensor, ctx: Ctx) -> Tensor:
+        """Accumulate the gradient of the step's mean loss over this rank's micro-batches; returns its part of that mean."""
+        weights = None if self.counts is None else self.counts.weights(inputs, targets)
+        total = torch.tensor(float(self.cfg.train_batch_tokens), device=self.run.device)
+        if weights is not None and self.cfg.complement_normalized:
+            total = self.run.all_reduce(weights.sum())
+        rows = max(1, self.micro_tokens // inputs.shape[1])
+        loss = torch.zeros((), device=self.run.device)
+        for i in range(0, len(inputs), rows):
+            nll = self.forward(inputs[i : i + rows], targets[i : i + rows], ctx)
+            part = (nll if weights is None else nll * weights[i : i + rows]).sum() / total
+            part.backward()
+            loss += part.detach()
+        return loss
+
+    def train_step(self, frac: float, scale: float) -> Tensor:
+        """One optimizer step on the next batch; returns this rank's part of the mean loss (0-dim, on the device)."""
+        inputs, targets = self.batcher.next(seq_len_at(self.cfg, frac))
+        self.optimizers.zero_grad()
+        loss = self.backward(inputs, targets, self.context(frac))
+        self.optimizers.step(self.step, scale)
+        self.average.update(self.step, frac, scale)
+        if self.counts is not None:
+            self.counts.update(inputs, targets)
+        self.step += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs; every rank must call it."""
+        state = {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict(), "step": self.step,
+                 "average": self.average.state_dict(), "position": self.batcher.stream.position}  # fmt: skip
+        return state if self.counts is None else {**state, "counts": self.counts.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what state_dict gave, to the same numbers."""
+        self.model.load_state_dict(state["model"])
+        self.optimizers.load_state_dict(state["optimizers"])
+        self.average.load_state_dict(state["average"])
+        self.step, self.batcher.stream.position = state["step"], state["position"]
+        if self.counts is not None:
+            self.counts.load_state_dict(state["counts"])
+
+    def prime(self) -> None:
+        """Run WARMUP_STEPS steps of every graph the training will use, before the clock, and undo them completely.
+
+        Compiles, allocates, and finds the micro-batch: halved on out-of-memory (the step stays the same).
+        """
+        weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        counts = None if self.counts is None else {k: v.clone() for k, v in self.counts.state_dict().items()}
+        fracs = sorted(
+            {
+                0.0,
+                *(end for end, _ in self.cfg.seq_curriculum[:-1]),
+                self.cfg.qat_start_frac * (self.fake_quant is not None),
+            }
+        )
+        started, tries = time.perf_counter(), 0
+        for i in range(self.cfg.warmup_steps):
+            while True:
+                try:
+                    self.train_step(fracs[i % len(fracs)], 1.0)
+                    break
+                except torch.OutOfMemoryError:
+                    self.halve_micro_batch()
+                except torch._dynamo.exc.BackendCompilerFailed as e:
+                    self.run.notice(f"torch.compile failed ({str(e).splitlines()[0][:120]}); running eager")
+                    self.forward = self.model
+                tries += 1
+        self.run.sync()
+        self.model.load_state_dict(weights)
+        self.optimizers.reset()
+        self.average = WeightAverage(self.cfg, self.model)
+        if self.counts is not None:
+            self.counts.load_state_dict(counts)
+        self.step, self.batcher.stream.position = 0, 0
+        if self.cfg.warmup_steps:
+            self.run.log(
+                f"primed: {self.cfg.warmup_steps} steps undone, {time.perf_counter() - started:.1f}s, micro-batch {self.micro_tokens} tokens"
+            )
+
+    def halve_micro_batch(self) -> None:
+        """After an out-of-memory: half the micro-batch, on this rank alone (the data of a step do not change)."""
+        seq = max(t for _, t in self.cfg.seq_curriculum)
+        local = -(-self.cfg.train_batch_tokens // self.run.world)
+        if self.cfg.micro_batch_tokens or min(self.micro_tokens, local) < 2 * seq:
+            raise ConfigError(
+                f"MICRO_BATCH_TOKENS={self.micro_tokens}: out of memory with {seq}-token sequences; use a smaller model or TRAIN_SEQ_LEN"
+            )
+        self.micro_tokens = min(self.micro_tokens, local) // 2 // seq * seq
+        if self.run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class Watch:
+    """Decides on all ranks alike, without stalling the device: each step's flags are read one step later.
+
+    Flags: [stop, rank + 1 of a loss that is not finite], reduced with MAX.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.pending = run, None
+
+    def exchange(self, stop: bool, loss: Tensor) -> tuple[bool, int]:
+        """Send this step's flags; (stop, rank + 1 with a bad loss or 0) of the previous exchange, or now on one rank."""
+        bad = (~torch.isfinite(loss)).float() * (self.run.rank + 1)
+        flags = torch.stack([torch.full_like(bad, float(stop)), bad])
+        self.run.all_reduce(flags, dist.ReduceOp.MAX)
+        previous, self.pending = self.pending, flags
+        seen = flags if self.run.device.type == "cpu" else previous
+        if seen is None:
+            return False, 0
+        stopped, culprit = seen.tolist()
+        return bool(stopped), int(culprit)
+
+
+class TrainResult(NamedTuple):
+    """What training leaves behind for the log and the account."""
+
+    steps: int
+    seconds: float
+    reason: str
+
+
+def training_budget(cfg: Config) -> float:
+    """Seconds the loop may use (0: no limit)."""
+    return cfg.max_wallclock_seconds
+
+
+def train(
+    cfg: Config, run: Run, model: GPT, stream: TokenStream, validate: Callable[[GPT], tuple[float, float]]
+) -> TrainResult:
+    """Train `model` in place until the budget ends; the averaged weights are in it afterwards.
+
+    `validate` gives (nats a token, bits a byte) of the whole validation stream; its time is not counted.
+    """
+    trainer, checkpoints = Trainer(cfg, run, model, stream), Checkpoints(cfg, run)
+    trainer.compile()
+    trainer.prime()
+    elapsed = 0.0
+    if (path := checkpoints.find()) is not None:
+        state = checkpoints.load(path)
+        trainer.load_state_dict(state)
+        elapsed = state["elapsed"]
+        run.notice(f"resumed {path} at step {trainer.step} after {elapsed:.1f}s of training")
+    loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
+    result = loop.run_until_done(elapsed)
+    what = trainer.average.apply()
+    run.log(f"train_end steps:{result.steps} train_time:{1000 * result.seconds:.0f}ms reason:{result.reason} "
+            f"weights:{what} peak_memory:{run.peak_memory_mib():.0f}MiB")  # fmt: skip
+    run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
+              peak_memory_mib=run.peak_memory_mib())  # fmt: skip
+    return result
+
+
+class TrainingLoop:
+    """The loop around `train_step`: clock, schedule, stopping, validation, checkpoints, step lines."""
+
+    def __init__(self, cfg: Config, run: Run, trainer: Trainer, checkpoints: Checkpoints,
+                 validate: Callable[[GPT], tuple[float, float]]) -> None:  # fmt: skip
+        self.cfg, self.run, self.trainer, self.checkpoints, self.validate = cfg, run, trainer, checkpoints, validate
+        self.budget, self.watch = training_budget(cfg), Watch(run)
+        self.flops = flops_per_token(trainer.model, cfg.train_seq_len)
+        name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
+        self.peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+        self.lines: list[str] = []  # the last good step lines, for the message when a loss is not finite
+        self.was = (cfg.seq_curriculum[0][1], False, False)
+        self.epoch = 0
+
+    def run_until_done(self, elapsed: float) -> TrainResult:
+        """Step until the time or the steps are used up, or a signal asks to stop."""
+        cfg, run, trainer = self.cfg, self.run, self.trainer
+        self.clock = Clock(run, elapsed)
+        self.first_step, self.first_elapsed = trainer.step, elapsed
+        self.run.graceful, reason = True, "iterations"
+        self.profiler = self.start_profiler()
+        scale = 1.0
+        while not cfg.iterations or trainer.step < cfg.iterations:
+            now = self.clock.seconds()
+            frac = budget_frac(cfg, trainer.step, now, self.budget)
+            scale = lr_scale(cfg, trainer.step, now, self.budget)
+            self.announce_switches(frac)
+            loss = trainer.train_step(frac, scale)
+            stop, culprit = self.watch.exchange(self.out_of_time() or run.signal is not None, loss)
+            if culprit:
+                raise BrokenRun(f"loss is not finite at step {trainer.step} on rank {culprit - 1}; last good: {' | '.join(self.lines[-2:]) or 'none'}; "
+                                "lower the learning rates")  # fmt: skip
+            self.after_step(loss, scale)
+            if stop:
+                reason = "signal" if run.signal is not None else "wallclock"
+                break
+        run.sync()
+        run.graceful = False
+        if self.profiler:
+            self.stop_profiler()
+        seconds = self.clock.seconds()
+        self.stop_for_signal(seconds)
+        self.report_validation(seconds)
+        return TrainResult(trainer.step, seconds, reason)
+
+    def out_of_time(self) -> bool:
+        """True if one more step (two, where flags are read a step late) would cross the limit."""
+        if not self.budget:
+            return False
+        now, done = self.clock.seconds(), self.trainer.step - self.first_step
+        pace = (now - self.first_elapsed) / done
+        return now + pace * (1 if self.run.device.type == "cpu" else 2) > self.budget
+
+    def after_step(self, loss: Tensor, scale: float) -> None:
+        """Step line, validation, checkpoint, trace, progress: whatever is due after this step."""
+        cfg, step = self.cfg, self.trainer.step
+        if step % cfg.train_log_every == 0 or step - self.first_step <= 10:
+            self.log_step(loss, scale)
+        if cfg.val_loss_every and step % cfg.val_loss_every == 0 and step != cfg.iterations:
+            with self.clock.paused():
+                self.report_validation(self.clock.total)
+        if cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
+            with self.clock.paused():
+                self.save(self.clock.total)
+        if self.profiler:
+            self.profiler.step()
+        done = int(1000 * budget_frac(cfg, step, self.clock.seconds(), self.budget))
+        self.run.progress(f"training step {step}", done, 1000, self.run.started)
+
+    def log_step(self, loss: Tensor, scale: float) -> None:
+        """One step line, with the mean loss over all ranks."""
+        cfg, step = self.cfg, self.trainer.step
+        mean = float(self.run.all_reduce(loss.clone()))
+        now = self.clock.seconds()
+        pace = (now - self.first_elapsed) / (step - self.first_step)
+        rate = cfg.train_batch_tokens / pace
+        mfu = rate * self.flops / (self.peak * self.run.world) if self.peak else None
+        frac = budget_frac(cfg, step, now, self.budget)
+        eta = (now - self.first_elapsed) * (1 - frac) / max(frac - self.first_elapsed / (self.budget or math.inf), 1e-6)
+        line = (f"step:{step}/{cfg.iterations} train_loss:{mean:.4f} lr_scale:{scale:.3f} train_time:{1000 * now:.0f}ms "
+                f"step_avg:{1000 * pace:.2f}ms tokens_per_s:{rate:.0f} mfu:{'n/a' if mfu is None else f'{mfu:.3f}'} eta:{eta:.0f}s")  # fmt: skip
+        self.lines.append(line)
+        self.run.log(line)
+        self.run.event("step", step=step, total=cfg.iterations, train_loss=mean, lr_scale=scale, train_s=now,
+                       step_ms=1000 * pace, tokens_per_s=rate, mfu=mfu, eta_s=eta)  # fmt: skip
+
+    def announce_switches(self, frac: float) -> None:
+        """Log what turns on at this share of the budget: sequence length, QAT; and each new pass over the data."""
+        cfg = self.cfg
+        qat = self.trainer.fake_quant is not None and frac >= cfg.qat_start_frac
+        now = (seq_len_at(cfg, frac), qat, bool(cfg.ema_decay) and frac >= cfg.ema_start_frac)
+        for name, old, new in zip(("seq_len", "qat", "ema"), self.was, now, strict=True):
+            if old != new:
+                self.run.log(f"switch:{name} step:{self.trainer.step} frac:{frac:.3f} value:{new}")
+                self.run.event("switch", step=self.trainer.step, frac=frac, name=name, value=new)
+        self.was = now
+        epoch = self.trainer.batcher.stream.position // self.trainer.batcher.stream.total
+        if epoch > self.epoch:
+            self.epoch = epoch
+            self.run.notice(f"the training data are used for the {epoch + 1}. time from step {self.trainer.step} on")
+
+    def report_validation(self, train_s: float) -> None:
+        """Validate the current weights and log it."""
+        if not self.cfg.val_loss_every:
+            return
+        loss, bpb = self.validate(self.trainer.model)
+        step = self.trainer.step
+        self.run.log(
+            f"step:{step}/{self.cfg.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * train_s:.0f}ms"
+        )
+        self.run.event("val", step=step, val_loss=loss, val_bpb=bpb, train_s=train_s)
+
+    def save(self, elapsed: float) -> Path:
+        """Write a checkpoint of this moment."""
+        path = self.checkpoints.save(self.trainer.step, {**self.trainer.state_dict(), "elapsed": elapsed})
+        self.run.event("checkpoint", step=self.trainer.step, path=str(path))
+        return path
+
+    def stop_for_signal(self, elapsed: float) -> None:
+        """If a signal ended the loop: checkpoint if CHECKPOINT_EVERY asked for checkpoints, then leave."""
+        asked = self.run.all_reduce(
+            torch.tensor(float(self.run.signal or 0), device=self.run.device), dist.ReduceOp.MAX
+        )
+        if not asked:
+            return
+        where = (
+            f"; saved {self.save(elapsed)}, go on with RESUME=auto"
+            if self.cfg.checkpoint_every
+            else "; no checkpoint was asked for"
+        )
+        raise Interrupted(f"stopped by {signal.Signals(int(asked)).name} at step {self.trainer.step}{where}")
+
+    def start_profiler(self) -> Any:
+        """torch.profiler over four steps after a few have passed, on rank 0."""
+        if not self.cfg.profile or self.run.rank:
+            return None
+        schedule = torch.profiler.schedule(wait=2, warmup=1, active=4, repeat=1)
+        profiler = torch.profiler.profile(schedule=schedule, record_shapes=False)
+        profiler.start()
+        return profiler
+
+    def stop_profiler(self) -> None:
+        """Write the trace beside the log."""
+        self.profiler.stop()
+        path = self.run.log_path.with_suffix(".trace.json")
+        self.profiler.export_chrome_trace(str(path))
+        self.run.log(f"profile: {path} (open it in a Chrome trace viewer)")
+
+
+# ==== 7 QUANTIZER =====================================================================================================
+
+SCALE_EPS = 2.0**-24  # smallest fp16 number; only rows of zeros meet it
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as the artifact keeps it: floats in `values`, or `codes * scale` by row. All parts lie on the CPU."""
+
+    role: str
+    bits: int  # 2..8: codes; 16, 32: values
+    shape: tuple[int, ...]
+    values: Tensor | None = None  # `shape`, fp16 or fp32
+    codes: Tensor | None = None  # (R, C) int8, |code| <= 2**(bits-1) - 1
+    scale: Tensor | None = None  # (R,) fp16
+
+
+class Clip(NamedTuple):
+    """How a row's clip is found; `quantiles` rise."""
+
+    rule: str = "max"
+    quantiles: tuple[float, ...] = (1.0,)
+    sigmas: float = 12.0
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(R, C) under which a tensor of any rank is quantised: rows are its first axis, a vector is one row."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def largest_code(bits: int) -> int:
+    """Codes of `bits` bits run from -top to top: symmetric, so that zero is a code and signs cost the same."""
+    return 2 ** (bits - 1) - 1
+
+
+def row_scale(clip_R: Tensor, top: int) -> Tensor:
+    """Step of each row, rounded to fp16 as the file keeps it: codes must be computed with the decoder's own step."""
+    return (clip_R / top).clamp(SCALE_EPS, 65504.0).half()
+
+
+def round_rows(w_RC: Tensor, scale_R: Tensor, top: int) -> Tensor:
+    """Nearest code to each weight, clamped to +-top: (R, C) int8."""
+    return (w_RC / scale_R.float()[:, None]).round().clamp(-top, top).to(torch.int8)
+
+
+def row_quantiles(w_RC: Tensor, quantiles: tuple[float, ...]) -> Tensor:
+    """(Q, R) quantiles of |row| with linear interpolation; torch.quantile refuses tensors above 16 M elements."""
+    sorted_RC = w_RC.abs().sort(dim=1).values
+    at_Q = torch.tensor(quantiles, dtype=torch.float64) * (w_RC.shape[1] - 1)
+    low_Q = at_Q.floor().long()
+    high_Q = at_Q.ceil().long()
+    share_Q = (at_Q - low_Q).to(w_RC)
+    return torch.lerp(sorted_RC[:, low_Q.to(w_RC.device)], sorted_RC[:, high_Q.to(w_RC.device)], share_Q).T
+
+
+def search_errors(w_RC: Tensor, clips_QR: Tensor, top: int) -> Tensor:
+    """(Q, R) squared error of each row when it is rounded under each candidate clip."""
+    errors = []
+    for clip_R in clips_QR:
+        scale_R = row_scale(clip_R, top)
+        errors.append((round_rows(w_RC, scale_R, top) * scale_R.float()[:, None] - w_RC).square().sum(dim=1))
+    return torch.stack(errors)
+
+
+def clip_by_row(w_RC: Tensor, top: int, clip: Clip) -> Tensor:
+    """The quantile with the least squared error, for each row its own (GPTQ-lite, PR #414)."""
+    clips_QR = row_quantiles(w_RC, clip.quantiles)
+    best_R = search_errors(w_RC, clips_QR, top).argmin(dim=0)
+    return clips_QR.gather(0, best_R[None])[0]
+
+
+def clip_by_tensor(w_RC: Tensor, top: int, clip: Clip) -> Tensor:
+    """The one quantile with the least squared error over the tensor (PR #187)."""
+    clips_QR = row_quantiles(w_RC, clip.quantiles)
+    return clips_QR[search_errors(w_RC, clips_QR, top).sum(dim=1).argmin()]
+
+
+# At 11 to 14 deviations nothing is clipped: sigmas / top is the step, and an entropy coder makes it a rate (PR #1394).
+CLIP_RULES: dict[str, Callable[[Tensor, int, Clip], Tensor]] = {
+    "max": lambda w_RC, _top, _clip: w_RC.abs().amax(dim=1),
+    "quantile": lambda w_RC, _top, clip: row_quantiles(w_RC, clip.quantiles[-1:])[0],
+    "row": clip_by_row,
+    "tensor": clip_by_tensor,
+    "sigma": lambda w_RC, _top, clip: clip.sigmas * w_RC.square().mean(dim=1).sqrt(),
+}
+
+
+def quantize_rows(w_RC: Tensor, bits: int, clip: Clip) -> tuple[Tensor, Tensor]:
+    """Round each row to signed `bits`-bit codes: codes (R, C) int8, scale (R,) fp16, w ~ codes * scale."""
+    top = largest_code(bits)
+    scale_R = row_scale(CLIP_RULES[clip.rule](w_RC, top, clip), top)
+    return round_rows(w_RC, scale_R, top), scale_R
+
+
+def parse_overrides(text: str) -> list[tuple[str, int]]:
+    """'blocks.9.attn.k=16,*.up=5' -> [(pattern, bits)]; patterns are shell patterns over names without '.weight'."""
+    overrides = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        pattern, _, bits = item.partition("=")
+        if not bits.isdigit() or int(bits) not in WIDTHS:
+            raise ConfigError(f"QUANT_OVERRIDES item {item!r}: expected name=bits with bits one of {WIDTHS}")
+        overrides.append((pattern.strip(), int(bits)))
+    return overrides
+
+
+def parse_quantiles(text: str) -> tuple[float, ...]:
+    """Rising quantiles in (0, 1]."""
+    try:
+        quantiles = tuple(sorted(float(part) for part in text.split(",")))
+    except ValueError:
+        quantiles = ()
+    if not quantiles or not 0 < quantiles[0] <= quantiles[-1] <= 1:
+        raise ConfigError(f"QUANT_QUANTILES={text!r}: expected numbers in (0, 1] with commas between, like 0.999,1.0")
+    return quantiles
+
+
+class Policy:
+    """Bits and clip of every tensor: QUANT_OVERRIDES by name, else fp16 where small, else <ROLE>_BITS by its role."""
+
+    def __init__(self, cfg: Config, shapes: dict[str, tuple[int, ...]], store: dict[str, str]):
+        self.cfg, self.shapes, self.store = cfg, shapes, store
+        self.overrides = parse_overrides(cfg.quant_overrides)
+        self.quantiles = parse_quantiles(cfg.quant_quantiles)
+        sites = [name.removesuffix(".weight") for name in shapes]
+        for pattern, bits in self.overrides:
+            if not fnmatch.filter(sites, pattern):
+                known = ", ".join(sorted(sites)[:3])
+                raise ConfigError(f"QUANT_OVERRIDES item {pattern}={bits} matches no parameter (they are {known}, ...)")
+
+    def bits(self, name: str) -> int:
+        """Width of the tensor `name`."""
+        for pattern, bits in self.overrides:
+            if fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern):
+                return bits
+        bits = getattr(self.cfg, f"{self.store[name]}_bits")
+        if math.prod(self.shapes[name]) <= self.cfg.quant_min_numel:
+            return max(bits, 16)
+        return bits
+
+    def clip(self, name: str) -> Clip:
+        """Clip rule of the tensor `name`."""
+        role = self.store[name]
+        sigmas = getattr(self.cfg, f"{role if role in ('attn', 'mlp', 'embed') else 'matrix'}_clip_sigmas")
+        return Clip(self.cfg.quant_clip, self.quantiles, sigmas)
+
+
+def pass_through(name: str, w: Tensor, role: str, bits: int) -> Stored:
+    """Keep a tensor as fp16 or fp32; a value that fp16 cannot hold is an error, not an infinity."""
+    values = w.to(torch.float16 if bits == 16 else torch.float32).cpu()
+    if not torch.isfinite(values).all():
+        site = name.removesuffix(".weight")
+        raise ConfigError(f"{name} has values that fp16 cannot hold: store it with QUANT_OVERRIDES={site}=32")
+    return Stored(role, bits, tuple(w.shape), values=values.contiguous())
+
+
+@torch.no_grad()
+def quantize(cfg: Config, named: dict[str, Tensor], store: dict[str, str]) -> dict[str, Stored]:
+    """Store every tensor of `named` at the width its role in `store` and QUANT_OVERRIDES ask for.
+
+    Raises ConfigError where a weight is not finite, does not fit fp16, or an override names nothing.
+    """
+    policy = Policy(cfg, {name: tuple(w.shape) for name, w in named.items()}, store)
+    stored = {}
+    for name, w in named.items():
+        bits, role = policy.bits(name), store[name]
+        if not torch.isfinite(w).all():
+            raise ConfigError(f"{name} holds NaN or Inf: the training diverged; lower the learning rates")
+        if bits > 8:
+            stored[name] = pass_through(name, w, role, bits)
+            continue
+        codes_RC, scale_R = quantize_rows(w.float().reshape(rows_and_columns(w.shape)), bits, policy.clip(name))
+        stored[name] = Stored(role, bits, tuple(w.shape), codes=codes_RC.cpu(), scale=scale_R.cpu())
+    return stored
+
+
+def dequantize(stored: Stored) -> Tensor:
+    """The fp32 tensor that `stored` stands for, exactly as training-side checks and the reloaded model see it."""
+    if stored.values is not None:
+        return stored.values.float()
+    return (stored.codes.float() * stored.scale.float()[:, None]).reshape(stored.shape)
+
+
+def quant_report(named: dict[str, Tensor], stored: dict[str, Stored]) -> dict[str, dict[str, float]]:
+    """By role: parameters, mean width and the rms error relative to the rms weight, for the `quant` event."""
+    roles: dict[str, dict[str, float]] = {}
+    for name, item in stored.items():
+        w = named[name].detach().float().cpu()
+        sums = roles.setdefault(item.role, {"params": 0, "bits": 0.0, "error": 0.0, "power": 0.0})
+        sums["params"] += w.numel()
+        sums["bits"] += item.bits * w.numel()
+        sums["error"] += float((dequantize(item) - w).square().sum(dtype=torch.float64))
+        sums["power"] += float(w.square().sum(dtype=torch.float64))
+    return {
+        role: {
+            "bits": round(s["bits"] / s["params"], 3),
+            "params": s["params"],
+            "rmse_rel": (s["error"] / max(s["power"], 1e-30)) ** 0.5,
+        }
+        for role, s in roles.items()
+    }
+
+
+# ==== 8 ARTIFACT ======================================================================================================
+#
+# Layout, little-endian:  preamble | header (JSON, LZMA) | streams, one after the other | SHA-256 of all before it.
+# The header carries the caller's fields (config ...), a tensor table in file order and the sizes of the streams.
+# Streams are cut by storage role, so the account of bytes by role is exact.
+
+MAGIC, VERSION = b"PGLM", 1
+PREAMBLE = struct.Struct("<4sHQII")  # magic, version, bytes of the file, bytes of the header packed and unpacked
+CHECKSUM_BYTES = 32
+MAX_HEADER_BYTES = 1 << 24
+MAX_RAW_BYTES = 1 << 32  # bound on what all streams of one file may unpack to
+MAX_RANK = 4
+STORE_ROLES = ("attn", "mlp", "embed", "table", "proj", "adapter", "control")
+
+
+class ArtifactError(ValueError):
+    """The file is no artifact this script can load; the message says why and what to do."""
+
+
+class Entry(NamedTuple):
+    """One line of the tensor table."""
+
+    name: str
+    role: str
+    bits: int
+    shape: tuple[int, ...]
+
+
+class StreamInfo(NamedTuple):
+    """One stream: all parts of one kind of one role, in table order."""
+
+    role: str
+    kind: str
+    coder: str
+    packed: int
+    raw: int
+
+
+# ---- byte coders: bytes -> bytes, with the size of the result known to the decoder
+
+
+def lzma_filters(size: int, preset: int = 9) -> list[dict[str, int]]:
+    """Raw LZMA2 with a window that the decoder fixes from the known size: a file cannot ask for more memory."""
+    window = max(1 << 12, min(size, 1 << 26))
+    level = preset | lzma.PRESET_EXTREME if preset == 9 else preset
+    return [{"id": lzma.FILTER_LZMA2, "preset": level, "dict_size": window}]
+
+
+def lzma_pack(raw: bytes, preset: int = 9) -> bytes:
+    """Raw LZMA2 stream without container headers."""
+    return lzma.compress(raw, lzma.FORMAT_RAW, filters=lzma_filters(len(raw), preset))
+
+
+def lzma_unpack(packed: bytes, size: int) -> bytes:
+    """Inverse of lzma_pack; stops at `size` bytes and refuses any other length."""
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(size))
+    try:
+        raw = decoder.decompress(packed, max_length=size + 1)
+    except (lzma.LZMAError, EOFError) as error:
+        raise ArtifactError(f"an LZMA stream does not decode: {error}") from None
+    if len(raw) != size or not decoder.eof or decoder.unused_data:
+        raise ArtifactError(f"an LZMA stream does not hold the {size} bytes that the header announces")
+    return raw
+
+
+def zstd_pack(raw: bytes, level: int = 22) -> bytes:
+    """One zstd frame that carries its content size."""
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=level, write_checksum=False).compress(raw)
+
+
+def zstd_unpack(packed: bytes, size: int) -> bytes:
+    """Inverse of zstd_pack; the frame's announced size is compared with `size` before anything is allocated."""
+    import zstandard
+
+    try:
+        announced = zstandard.get_frame_parameters(packed).content_size
+        if announced != size:
+            raise ArtifactError(f"a zstd stream announces {announced} bytes where the header says {size}")
+        raw = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(packed, max_output_size=max(size, 1))
+    except zstandard.ZstdError as error:
+        raise ArtifactError(f"a zstd stream does not decode: {error}") from None
+    if len(raw) != size:
+        raise ArtifactError(f"a zstd stream holds {len(raw)} bytes where the header says {size}")
+    return raw
+
+
+def byte_coder(cfg: Config) -> Callable[[bytes], bytes]:
+    """The packer that COMPRESSOR and its level name."""
+    if cfg.compressor == "zstd":
+        return lambda raw: zstd_pack(raw, cfg.zstd_level)
+    return lambda raw: lzma_pack(raw, cfg.lzma_preset)
+
+
+UNPACKERS: dict[str, Callable[[bytes, int], bytes]] = {"zstd": zstd_unpack, "lzma": lzma_unpack}
+
+
+# ---- parts: a tensor is one to two arrays, each of which goes to the stream (role, kind)
+
+KINDS: dict[str, torch.dtype] = {
+    "codes": torch.int8,
+    "scale": torch.float16,
+    "half": torch.float16,
+    "single": torch.float32,
+}
+
+
+def part_shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
+    """Kind and shape of each part of a tensor, from its table line alone."""
+    rows, columns = rows_and_columns(entry.shape)
+    if entry.bits <= 8:
+        return {"codes": (rows, columns), "scale": (rows,)}
+    return {"half" if entry.bits == 16 else "single": entry.shape}
+
+
+def parts_of(stored: Stored) -> dict[str, Tensor]:
+    """The arrays of a stored tensor by kind."""
+    if stored.values is None:
+        return {"codes": stored.codes, "scale": stored.scale}
+    return {"half" if stored.bits == 16 else "single": stored.values}
+
+
+def to_bytes(arrays: list[Tensor]) -> bytes:
+    """Concatenate flat arrays of one type, bytes split by significance: exponents beside exponents compress better."""
+    flat = torch.cat([a.reshape(-1) for a in arrays]).numpy()
+    return flat.view(np.uint8).reshape(-1, flat.itemsize).T.tobytes()
+
+
+def from_bytes(raw: bytes, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Inverse of to_bytes."""
+    planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
+    flat = torch.from_numpy(planes.T.copy().reshape(-1)).view(dtype)
+    return [part.reshape(shape) for part, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+
+
+def stream_plan(entries: list[Entry]) -> dict[tuple[str, str], list[int]]:
+    """(role, kind) -> indices of the tensors with such a part; the order of streams and of parts within them."""
+    plan: dict[tuple[str, str], list[int]] = {}
+    for index, entry in enumerate(entries):
+        for kind in part_shapes(entry):
+            plan.setdefault((entry.role, kind), []).append(index)
+    return dict(sorted(plan.items()))
+
+
+# ---- the container
+
+
+def pack(cfg: Config, header: dict[str, Any], tensors: dict[str, Stored]) -> bytes:
+    """The artifact as bytes: `header` (JSON values; "tensors" and "streams" are ours) and every tensor, checksummed."""
+    entries = [Entry(name, s.role, s.bits, s.shape) for name, s in tensors.items()]
+    parts = [parts_of(s) for s in tensors.values()]
+    encode = byte_coder(cfg)
+    streams, blobs = [], []
+    for (role, kind), members in stream_plan(entries).items():
+        raw = to_bytes([parts[i][kind] for i in members])
+        blobs.append(encode(raw))
+        streams.append(StreamInfo(role, kind, cfg.compressor, len(blobs[-1]), len(raw)))
+    return seal({**header, "tensors": entries, "streams": streams}, b"".join(blobs))
+
+
+def seal(header: dict[str, Any], body: bytes) -> bytes:
+    """Put preamble, packed header and checksum around the streams."""
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    packed = lzma_pack(text)
+    total = PREAMBLE.size + len(packed) + len(body) + CHECKSUM_BYTES
+    blob = PREAMBLE.pack(MAGIC, VERSION, total, len(packed), len(text)) + packed + body
+    return blob + hashlib.sha256(blob).digest()
+
+
+def read_header(blob: bytes) -> tuple[dict[str, Any], list[Entry], list[StreamInfo], int]:
+    """Validate everything but the streams' contents: header fields, table, streams, offset of the first stream.
+
+    Raises ArtifactError for a foreign, future, truncated, damaged or inconsistent file. Allocates no tensor.
+    """
+    if blob[:4] != MAGIC:
+        raise ArtifactError(f"not an artifact of this script: it begins with {bytes(blob[:4])!r}, not {MAGIC!r}")
+    if len(blob) < PREAMBLE.size + CHECKSUM_BYTES:
+        raise ArtifactError(f"the file is truncated: {len(blob)} bytes are less than an empty artifact; copy it again")
+    _, version, total, packed, raw = PREAMBLE.unpack_from(blob)
+    if version != VERSION:
+        raise ArtifactError(f"format version {version}, this script reads {VERSION}: use the script that wrote it")
+    if len(blob) != total:
+        what = "is truncated" if len(blob) < total else "has bytes appended"
+        raise ArtifactError(f"the file {what}: {len(blob)} bytes instead of {total}; copy it again")
+    if hashlib.sha256(memoryview(blob)[:-CHECKSUM_BYTES]).digest() != blob[-CHECKSUM_BYTES:]:
+        raise ArtifactError("the checksum differs: the file was damaged after it was written; copy it again")
+    if packed > total - PREAMBLE.size - CHECKSUM_BYTES or raw > MAX_HEADER_BYTES:
+        raise ArtifactError(f"the header claims {packed} bytes packed and {raw} unpacked, which cannot be")
+    fields = parse_json(lzma_unpack(blob[PREAMBLE.size : PREAMBLE.size + packed], raw))
+    entries, streams = parse_table(fields.pop("tensors", None)), parse_streams(fields.pop("streams", None))
+    start = PREAMBLE.size + packed
+    check_streams(entries, streams, total - CHECKSUM_BYTES - start)
+    return fields, entries, streams, start
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """The header's object; ArtifactError for anything else."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ArtifactError("the header is not a JSON object")
+    return fields
+
+
+def parse_table(rows: Any) -> list[Entry]:
+    """The tensor table, every field checked for type and range."""
+    if not isinstance(rows, list):
+        raise ArtifactError("the header has no tensor table")
+    entries = []
+    for row in rows:
+        if not (isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and isinstance(row[3], list)):
+            raise ArtifactError(f"tensor table: {str(row)[:80]} is not [name, role, bits, shape]")
+        name, role, bits, shape = row
+        if role not in STORE_ROLES or type(bits) is not int or bits not in WIDTHS:
+            raise ArtifactError(f"tensor {name[:80]!r}: unknown role {str(role)[:20]!r} or width {str(bits)[:20]}")
+        if len(shape) > MAX_RANK or not all(type(n) is int and 0 < n < MAX_RAW_BYTES for n in shape):
+            raise ArtifactError(f"tensor {name[:80]!r}: impossible shape {str(shape)[:80]}")
+        entries.append(Entry(name, role, bits, tuple(shape)))
+    if len({entry.name for entry in entries}) != len(entries):
+        raise ArtifactError("tensor table: a name occurs twice")
+    return entries
+
+
+def parse_streams(rows: Any) -> list[StreamInfo]:
+    """The list of streams, every field checked for type."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 5 for row in rows):
+        raise ArtifactError("the header has no list of streams")
+    streams = [StreamInfo(*row) for row in rows]
+    for s in streams:
+        if not all(isinstance(text, str) for text in s[:3]) or not all(type(n) is int and n >= 0 for n in s[3:]):
+            raise ArtifactError(f"stream {str(list(s))[:80]} is not [role, kind, coder, packed bytes, raw bytes]")
+    return streams
+
+
+def check_streams(entries: list[Entry], streams: list[StreamInfo], body: int) -> None:
+    """Streams must be the ones that the table implies, of the sizes that it implies, and fill the file."""
+    expected = {
+        key: sum(math.prod(part_shapes(entries[i])[key[1]]) for i in members) * KINDS[key[1]].itemsize
+        for key, members in stream_plan(entries).items()
+    }
+    if [(s.role, s.kind) for s in streams] != list(expected):
+        raise ArtifactError("the streams are not those of the tensor table")
+    for s in streams:
+        if s.raw != expected[s.role, s.kind]:
+            raise ArtifactError(f"stream {s.role}.{s.kind} unpacks to {s.raw} bytes, its tensors need another size")
+        if s.coder not in UNPACKERS:
+            raise ArtifactError(
+                f"stream {s.role}.{s.kind}: unknown coder {s.coder[:20]!r} (known: {', '.join(UNPACKERS)})"
+            )
+    if sum(s.raw for s in streams) > MAX_RAW_BYTES:
+        raise ArtifactError(f"the tensors would take more than {MAX_RAW_BYTES} bytes")
+    if sum(s.packed for s in streams) != body:
+        raise ArtifactError("the streams do not fill the file")
+
+
+def unpack(blob: bytes, shapes: dict[str, tuple[int, ...]] | None = None) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Inverse of pack: (header, tensors in file order). Data only, nothing in the file is executed.
+
+    `shapes`, when given, are the model's own (name -> shape): any difference is refused before a tensor is allocated.
+    Raises ArtifactError.
+    """
+    header, entries, streams, at = read_header(blob)
+    if shapes is not None:
+        check_shapes(entries, shapes)
+    parts: list[dict[str, Tensor]] = [{} for _ in entries]
+    for stream, members in zip(streams, stream_plan(entries).values(), strict=True):
+        raw = UNPACKERS[stream.coder](blob[at : at + stream.packed], stream.raw)
+        at += stream.packed
+        arrays = from_bytes(raw, KINDS[stream.kind], [part_shapes(entries[i])[stream.kind] for i in members])
+        for i, array in zip(members, arrays, strict=True):
+            parts[i][stream.kind] = array
+    return header, {entry.name: restore(entry, part) for entry, part in zip(entries, parts, strict=True)}
+
+
+def check_shapes(entries: list[Entry], shapes: dict[str, tuple[int, ...]]) -> None:
+    """The table must name exactly the tensors of the model, in their shapes."""
+    found = {entry.name: entry.shape for entry in entries}
+    for name in sorted(found.keys() | shapes.keys()):
+        if found.get(name) != (tuple(shapes[name]) if name in shapes else None):
+            ours, theirs = shapes.get(name, "absent"), found.get(name, "absent")
+            raise ArtifactError(f"tensor {name[:80]!r} is {theirs} in the file and {ours} in the model of its config")
+
+
+def restore(entry: Entry, parts: dict[str, Tensor]) -> Stored:
+    """Put a tensor's parts together again; codes beyond its width and numbers that are not finite are refused."""
+    floats = parts.get("scale", parts.get("half", parts.get("single")))
+    if not torch.isfinite(floats).all():
+        raise ArtifactError(f"tensor {entry.name[:80]!r} holds NaN or Inf")
+    if entry.bits > 8:
+        return Stored(entry.role, entry.bits, entry.shape, values=floats)
+    top = largest_code(entry.bits)
+    if parts["codes"].min() < -top or parts["codes"].max() > top:
+        raise ArtifactError(f"tensor {entry.name[:80]!r} holds codes beyond {entry.bits} bits")
+    return Stored(entry.role, entry.bits, entry.shape, codes=parts["codes"], scale=floats)
+
+
+# ---- the size account
+
+
+def role_bytes(blob: bytes) -> dict[str, dict[str, float]]:
+    """By role: parameters, bytes in the file, bits per weight; "container" is preamble, header and checksum."""
+    _, entries, streams, start = read_header(blob)
+    roles: dict[str, dict[str, float]] = {}
+    for role in sorted({entry.role for entry in entries}):
+        params = sum(math.prod(entry.shape) for entry in entries if entry.role == role)
+        size = sum(stream.packed for stream in streams if stream.role == role)
+        roles[role] = {"params": params, "bytes": size, "bits_per_weight": round(8 * size / params, 4)}
+    roles["container"] = {"params": 0, "bytes": start + CHECKSUM_BYTES, "bits_per_weight": 0.0}
+    return roles
+
+
+def size_table(roles: dict[str, dict[str, float]]) -> str:
+    """The account of `role_bytes` as text, one line a role."""
+    lines = [f"size {'role':<10}{'params':>12}{'bytes':>12}{'bits/weight':>13}"]
+    lines += [f"size {r:<10}{s['params']:>12,}{s['bytes']:>12,}{s['bits_per_weight']:>13.3f}" for r, s in roles.items()]
+    return "\n".join(lines)
+
+
+# ==== 9 EVALUATOR =====================================================================================================
+# The score is a code length: each target is scored once, left to right, by a distribution that the artifact and the
+# strict prefix fix; only then may anything learn from it. `score_first` is the one driver, experts live behind it.
+
+
+class BpbMeter:
+    """Sums nats, tokens and bytes of scored targets, in float64 and integers."""
+
+    def __init__(self) -> None:
+        self.nats, self.tokens, self.bytes = 0.0, 0, 0
+
+    def add(self, logp: Tensor, byte_counts: Tensor) -> None:
+        """Count targets with natural log-probabilities `logp` (n,) that add `byte_counts` (n,) bytes of text."""
+        self.nats -= float(logp.double().sum())
+        self.tokens += logp.numel()
+        self.bytes += int(byte_counts.sum())
+
+    @property
+    def val_loss(self) -> float:
+        """Mean nats a token."""
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def val_bpb(self) -> float:
+        """Bits a byte of text."""
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+
+class Window(NamedTuple):
+    """One forward: inputs tokens[start:hi-1], of whose targets those in [lo, hi) are scored."""
+
+    start: int
+    lo: int
+    hi: int
+
+
+def window_at(lo: int, n_tokens: int, seq_len: int, stride: int) -> Window:
+    """The window that scores target `lo` first: the whole first window, then `stride` targets each with full context.
+
+    The last window is shifted back, so every target of the stream is scored exactly once and none twice.
+    """
+    hi = min(lo + (seq_len if lo == 1 else stride), n_tokens)
+    return Window(max(0, hi - 1 - seq_len), lo, hi)
+
+
+def window_plan(lo: int, until: int, n_tokens: int, seq_len: int, stride: int) -> list[Window]:
+    """Windows from the one that begins at target `lo` up to the first that reaches target `until`."""
+    plan: list[Window] = []
+    while lo < min(until, n_tokens):
+        plan.append(window_at(lo, n_tokens, seq_len, stride))
+        lo = plan[-1].hi
+    return plan
+
+
+def score_windows(model: GPT, inputs: Tensor, targets: Tensor, n: int, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p, entropy, largest probability), each (B, n) fp32 in nats, of the last n targets; logits only for these."""
+    z = model.logits(model.features(inputs, ctx)[:, -n:], ctx)
+    lse = z.logsumexp(-1)
+    p = torch.exp(z - lse[..., None])
+    logp = z.gather(-1, targets[:, -n:, None]).squeeze(-1) - lse
+    return logp, lse - (p * z).sum(-1), torch.exp(z.amax(-1) - lse)
+
+
+class NetworkExpert:
+    """The network over sliding windows. `score` runs ahead in large batches shared by the ranks: without test-time
+    training a score is a function of the prefix alone, so computing it early changes nothing.
+
+    After `score(lo, hi)`, `entropy[lo:hi]` and `max_prob[lo:hi]` hold prefix-only features of its distributions.
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, n_tokens: int, stride: int) -> None:
+        self.run, self.model, self.n_tokens = run, model, n_tokens
+        self.seq_len, self.stride, self.ctx = cfg.eval_len, min(stride, cfg.eval_len), Ctx()
+        default = 2**17 if run.device.type == "cuda" else 2**13
+        self.rows = max(1, (cfg.val_batch_tokens or default) // self.seq_len)
+        self.logp, self.entropy, self.max_prob = torch.zeros(3, n_tokens)
+        self.done = 1  # targets below are scored
+        compiled = run.device.type == "cuda" and cfg.compile != "0"
+        self.forward = torch.compile(score_windows, dynamic=False) if compiled else score_windows
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        """(hi - lo,) float64 natural log-probabilities of tokens[lo:hi]."""
+        while self.done < hi:
+            self.score_ahead(tokens, max(hi, self.done + 16 * self.rows * self.run.world * self.stride))
+        return self.logp[lo:hi].double()
+
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """A network without test-time training learns nothing."""
+
+    @torch.no_grad()
+    def dist(self, tokens: Tensor, t: int) -> Tensor:
+        """(V,) float64: the whole distribution of target t, in the window that scores it."""
+        w = next(w for w in window_plan(1, t + 1, self.n_tokens, self.seq_len, self.stride) if w.lo <= t < w.hi)
+        inputs = tokens[w.start : t][None].to(self.run.device)
+        z = self.model.logits(self.model.features(inputs, self.ctx)[:, -1], self.ctx)
+        return z[0].double().softmax(-1).cpu()
+
+    @torch.no_grad()
+    def score_ahead(self, tokens: Tensor, until: int) -> None:
+        """Fill the buffers up to target `until` (or the end), each rank a contiguous share of the windows."""
+        plan = window_plan(self.done, until, self.n_tokens, self.seq_len, self.stride)
+        end = plan[-1].hi
+        fresh = torch.zeros(3, end - self.done, device=self.run.device)
+        mine = [plan[i] for i in self.run.share(len(plan))]
+        while mine:
+            shape = (mine[0].hi - mine[0].start, mine[0].hi - mine[0].lo)
+            batch = [w for w in mine[: self.rows] if (w.hi - w.start, w.hi - w.lo) == shape]
+            self.score_batch(tokens, batch, fresh)
+            mine = mine[len(batch) :]
+        fresh = self.run.all_reduce(fresh).cpu()
+        for buffer, values in zip((self.logp, self.entropy, self.max_prob), fresh, strict=True):
+            buffer[self.done : end] = values
+        self.done = end
+
+    def score_batch(self, tokens: Tensor, batch: list[Window], fresh: Tensor) -> None:
+        """Score windows of equal shape; halves the batch for good when memory runs out."""
+        if len(batch) > self.rows:
+            for i in range(0, len(batch), self.rows):
+                self.score_batch(tokens, batch[i : i + self.rows], fresh)
+            return
+        rows = torch.stack([tokens[w.start : w.hi] for w in batch]).to(self.run.device)
+        try:
+            values = self.forward(self.model, rows[:, :-1], rows[:, 1:], batch[0].hi - batch[0].lo, self.ctx)
+        except torch.OutOfMemoryError:
+            if self.rows == 1:
+                raise ConfigError(
+                    f"EVAL_SEQ_LEN={self.seq_len}: one window does not fit in memory; use a shorter one"
+                ) from None
+            self.rows = max(1, min(self.rows, len(batch)) // 2)
+            torch.cuda.empty_cache()
+            return self.score_batch(tokens, batch, fresh)
+        for i, w in enumerate(batch):
+            fresh[:, w.lo - self.done : w.hi - self.done] = torch.stack([v[i] for v in values])
+
+
+def score_first(run: Run, text: ValidationText, scorers: dict[str, Any], parts: list[Any], chunk: int,
+                deadline: float) -> dict[str, BpbMeter]:  # fmt: skip
+    """The one driver: for each chunk, every scorer scores its targets, then every part may learn from them.
+
+    `deadline` is a reading of time.perf_counter(); BrokenRun if it passes, since a score of a part is no score.
+    """
+    meters = {name: BpbMeter() for name in scorers}
+    n, since = len(text.tokens), time.perf_counter()
+    for lo in range(1, n, chunk):
+        hi = min(lo + chunk, n)
+        for name, scorer in scorers.items():
+            meters[name].add(scorer.score(text.tokens, lo, hi), text.bytes[lo:hi])
+        for part in parts:
+            part.update(text.tokens, lo, hi)
+        run.progress("evaluating", hi, n, since)
+        if time.perf_counter() > deadline:
+            raise BrokenRun(f"EVAL_WALLCLOCK_SECONDS={run.cfg.eval_wallclock_seconds:g} passed after {hi} of {n} tokens; "
+                            "raise EVAL_STRIDE or switch a stage off: a score of a part is no score")  # fmt: skip
+    return meters
+
+
+class StageResult(NamedTuple):
+    """One row of the table of stages."""
+
+    stage: str
+    val_loss: float
+    val_bpb: float
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+def evaluate(
+    cfg: Config, run: Run, model: GPT, text: ValidationText, stages: tuple[str, ...] | None = None
+) -> list[StageResult]:
+    """Score the validation text in every stage that is switched on (or in `stages`), in order; all ranks get the results."""
+    model.eval()
+    deadline = time.perf_counter() + (cfg.eval_wallclock_seconds or math.inf)
+    results = []
+    for stage in stages or cfg.stages:
+        started = time.perf_counter()
+        stride = cfg.eval_len if stage == "roundtrip" else cfg.eval_stride
+        network = NetworkExpert(cfg, run, model, len(text.tokens), stride)
+        meter = score_first(run, text, {stage: network}, [network], len(text.tokens), deadline)[stage]
+        run.sync()
+        seconds = time.perf_counter() - started
+        results.append(StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds))
+    model.train()
+    return results
+
+
+def log_stages(run: Run, results: list[StageResult], complete: bool) -> None:
+    """The table of stages: bits a byte, gain over the stage before, seconds."""
+    before = None
+    for r in results:
+        gain = "" if before is None else f" gain:{before - r.val_bpb:.6f}"
+        run.log(
+            f"final_{r.stage}_exact val_loss:{r.val_loss:.8f} val_bpb:{r.val_bpb:.8f}{gain} eval_time:{1000 * r.seconds:.0f}ms"
+        )
+        run.event("stage", **r._asdict(), complete=complete)
+        before = r.val_bpb
+
+
+# ==== 10 MAIN =========================================================================================================
+
+
+class Job(NamedTuple):
+    """What every mode that touches text needs."""
+
+    loaded: Loaded
+    run: Run
+    paths: DataPaths
+    tokenizer: Tokenizer
+    text: ValidationText
+
+    @property
+    def cfg(self) -> Config:
+        return self.loaded.cfg
+
+
+def open_job(loaded: Loaded, append_logs: bool) -> Job:
+    """Read tokenizer and validation text, start the run, open its logs."""
+    cfg = loaded.cfg
+    paths = find_data(cfg)
+    tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size)
+    text = load_validation(cfg, paths.folder, tokenizer)
+    run = Run.start(cfg)
+    run.open_logs(append_logs)
+    return Job(loaded, run, paths, tokenizer, text)
+
+
+def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> None:
+    """The head of every log: source, configuration with sources, versions, data, parameters."""
+    cfg, run, source = job.cfg, job.run, source_text()
+    run.log(source, to_terminal=False)
+    run.log("=" * 100, to_terminal=False)
+    run.log(dump_config(job.loaded), to_terminal=False)
+    device = (
+        torch.cuda.get_device_name(run.device)
+        if run.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({job.loaded.source['RECIPE']}) mode:{cfg.mode} seed:{cfg.seed}")
+    run.log(
+        f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} threads:{torch.get_num_threads()}"
+    )
+    run.log(
+        f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(job.text.tokens) - 1} val_bytes:{int(job.text.bytes.sum())}"
+    )
+    run.log(f"model_params:{count_parameters(model)} source_sha256:{sha256_text(source)}")
+    if job.paths.sample:
+        run.notice("training and scoring the sample that ships with the script; its numbers are no challenge results")
+    for text in job.loaded.notices:
+        run.notice(text)
+    values = {n: getattr(cfg, n.lower()) for n in FIELDS}
+    run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=job.loaded.source["RECIPE"], mode=cfg.mode,
+              seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
+              python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+              source_sha256=sha256_text(source), source_bytes=len(source.encode()), params=count_parameters(model),
+              data={"path": str(job.paths.folder), "sample": job.paths.sample, "train_shards": train_shards,
+                    "train_tokens": train_tokens, "val_tokens": len(job.text.tokens) - 1,
+                    "val_sha256": hashlib.sha256(job.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
+              tokenizer={"path": str(job.paths.tokenizer), "sha256": job.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
+    run.event("config", values=values, sources=job.loaded.source)
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def build_model(cfg: Config, run: Run) -> GPT:
+    """The model on its device, with the attention kernel that ATTENTION names; the same weights on every rank."""
+    name, attend = choose_attention(cfg.attention, run.device)
+    run.log(f"attention:{name}")
+    return GPT(cfg).place(run.device, attend)
+
+
+# Knobs that belong to one machine or one call, not to the artifact.
+LOCAL_KNOBS = frozenset("MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS ATTENTION COMPILE ARTIFACT "
+                        "RESUME CHECKPOINT_EVERY CHECKPOINT_KEEP MICRO_BATCH_TOKENS VAL_BATCH_TOKENS".split())  # fmt: skip
+
+
+def artifact_header(cfg: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the artifact says of itself: recipe, every knob that differs from its default, its tokenizer."""
+    values = {
+        n: getattr(cfg, n.lower())
+        for n, f in FIELDS.items()
+        if n not in LOCAL_KNOBS and getattr(cfg, n.lower()) != f.default
+    }
+    return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256}
+
+
+def write_artifact(job: Job, model: GPT) -> bytes:
+    """Quantize, pack and write the artifact (rank 0); returns its bytes on every rank, as read back from the file."""
+    cfg, run = job.cfg, job.run
+    blob = b""
+    if run.rank == 0:
+        started = time.perf_counter()
+        named = {n: p.detach() for n, p in model.named_parameters()}
+        stored = quantize(cfg, named, {n: p.store for n, p in model.named_parameters()})
+        report = quant_report(named, stored)
+        run.event("quant", seconds=time.perf_counter() - started, roles=report)
+        started = time.perf_counter()
+        atomic_write(run.artifact_path, pack(cfg, artifact_header(cfg, job.tokenizer), stored))
+        blob = run.artifact_path.read_bytes()
+        run.log(f"packed {run.artifact_path} in {time.perf_counter() - started:.1f}s\n{size_table(role_bytes(blob))}")
+    return run.broadcast(blob)
+
+
+def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
+    """The model that the artifact holds, and nothing else, on the device."""
+    model = GPT(cfg)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    _, stored = unpack(blob, shapes)
+    model.load_state_dict({n: dequantize(s) for n, s in stored.items()}, strict=True)
+    return model.place(run.device, choose_attention(cfg.attention, run.device)[1])
+
+
+class Account(NamedTuple):
+    """The size account."""
+
+    artifact_bytes: int
+    code_bytes: int
+    limit: int
+
+    @property
+    def total(self) -> int:
+        return self.artifact_bytes + self.code_bytes
+
+
+def account_bytes(job: Job, blob: bytes) -> Account:
+    """Count artifact and code against ARTIFACT_LIMIT, and log it."""
+    account = Account(len(blob), len(source_text().encode()), job.cfg.artifact_limit)
+    job.run.log(
+        f"Total submission size: {account.total} bytes = artifact {account.artifact_bytes} + code {account.code_bytes}, limit {account.limit}"
+    )
+    job.run.event("pack", artifact=str(job.run.artifact_path), artifact_bytes=account.artifact_bytes, code_bytes=account.code_bytes,
+                  code_form="source", total_bytes=account.total, limit=account.limit, roles=role_bytes(blob))  # fmt: skip
+    return account
+
+
+def report_score(job: Job, results: list[StageResult], account: Account, train_s: float, eval_s: float) -> bool:
+    """The last line; False (and why) if a limit did not hold."""
+    cfg, run = job.cfg, job.run
+    r = next(r for r in results if r.stage == cfg.final_stage)
+    broken = (
+        [f"total {account.total} bytes exceed ARTIFACT_LIMIT={account.limit}"] if account.total > account.limit else []
+    )
+    if cfg.eval_wallclock_seconds and eval_s > cfg.eval_wallclock_seconds:
+        broken.append(f"evaluation took {eval_s:.1f}s, EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}")
+    for text in broken:
+        run.log(f"limit broken: {text}")
+        run.event("error", message=text)
+    word = "score" if job.text.complete else f"no_score (VAL_TOKENS={cfg.val_tokens} scored a prefix only)"
+    run.log(f"{word} val_bpb:{r.val_bpb:.8f} stage:{r.stage} artifact_bytes:{account.artifact_bytes} code_bytes:{account.code_bytes} "
+            f"total_bytes:{account.total} limit:{account.limit} train_time:{train_s:.1f}s eval_time:{eval_s:.1f}s")  # fmt: skip
+    run.event("score", val_bpb=r.val_bpb, val_loss=r.val_loss, stage=r.stage, artifact_bytes=account.artifact_bytes,
+              code_bytes=account.code_bytes, total_bytes=account.total, limit=account.limit, train_s=train_s,
+              eval_s=eval_s, complete=job.text.complete, limits_ok=not broken)  # fmt: skip
+    return not broken
+
+
+def score_artifact(job: Job, blob: bytes, train_s: float) -> int:
+    """Reload the artifact, score it in every stage, print the score. Exit status."""
+    started = time.perf_counter()
+    model = load_model(job.cfg, job.run, blob)
+    account = account_bytes(job, blob)
+    results = evaluate(job.cfg, job.run, model, job.text)
+    log_stages(job.run, results, job.text.complete)
+    return 0 if report_score(job, results, account, train_s, time.perf_counter() - started) else 1
+
+
+def run_train(loaded: Loaded) -> int:
+    """MODE=train: train -> quantize -> pack -> reload from the file -> score."""
+    cfg = loaded.cfg
+    job = open_job(loaded, append_logs=cfg.resume != "")
+    run = job.run
+    if run.artifact_path.exists() and not cfg.force:
+        raise ConfigError(f"{run.artifact_path} exists: choose another RUN_ID or ARTIFACT, or FORCE=1 to overwrite it")
+    shards = load_split(job.paths.folder, "train")
+    stream = TokenStream(shards, cfg.vocab_size)
+    model = build_model(cfg, run)
+    log_start(job, model, stream.total, len(shards))
+
+    def validate(model: GPT) -> tuple[float, float]:
+        result = evaluate(cfg, run, model, job.text, ("roundtrip",))[0]
+        return result.val_loss, result.val_bpb
+
+    result = train(cfg, run, model, stream, validate)
+    return score_artifact(job, write_artifact(job, model), result.seconds)
+
+
+def run_eval(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=eval: score an existing artifact with no training state and no training data."""
+    job = open_job(loaded, append_logs=False)
+    if header["tokenizer_sha256"] != job.tokenizer.sha256:
+        raise ConfigError(
+            f"TOKENIZER_PATH={job.tokenizer.path}: not the tokenizer of {loaded.cfg.artifact}; name the one it was trained with"
+        )
+    with torch.device("meta"):
+        log_start(job, GPT(loaded.cfg), 0, 0)
+    return score_artifact(job, blob, 0.0)
+
+
+def run_plan(loaded: Loaded) -> int:
+    """MODE=plan: parameters, predicted bytes, memory and FLOPs of a step, without training."""
+    cfg = loaded.cfg
+    with torch.device("meta"):
+        model = GPT(cfg)
+    params = list(model.named_parameters())
+    policy = Policy(cfg, {n: tuple(p.shape) for n, p in params}, {n: p.store for n, p in params})
+    print(f"recipe {cfg.recipe}: {count_parameters(model):,} trainable parameters")
+    total = 0.0
+    for role in sorted({p.store for _, p in params}):
+        mine = [(n, p) for n, p in params if p.store == role]
+        count, size = sum(p.numel() for _, p in mine), sum(p.numel() * policy.bits(n) / 8 for n, p in mine)
+        total += size
+        print(
+            f"  {role:<8} {count:>12,} parameters {size:>12,.0f} bytes at fixed width ({8 * size / count:.2f} bits each)"
+        )
+    print(
+        f"artifact at fixed width: {total:,.0f} bytes (an upper bound but for scales and header); limit {cfg.artifact_limit:,}"
+    )
+    matrices = sum(p.numel() for _, p in params if p.role == "matrix")
+    state = 4 * (2 * count_parameters(model) + matrices + 2 * (count_parameters(model) - matrices))
+    print(f"weights, gradients and optimizer state: {state / 2**20:,.0f} MiB on one rank")
+    flops = flops_per_token(model, cfg.train_seq_len)
+    print(
+        f"FLOPs: {flops:.3g} a token, {flops * cfg.train_batch_tokens:.3g} a step of {cfg.train_batch_tokens:,} tokens"
+    )
+    return 0
+
+
+def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
+    """(bytes, header) of the file that ARTIFACT names; raises ConfigError if it is missing or no artifact."""
+    path = env.get("ARTIFACT", "")
+    if not path or not Path(path).is_file():
+        raise ConfigError(
+            f"ARTIFACT={path!r}: no such file; MODE={env.get('MODE')} needs the artifact of a finished run"
+        )
+    blob = Path(path).read_bytes()
+    try:
+        header = read_header(blob)[0]
+    except ArtifactError as e:
+        raise ConfigError(f"ARTIFACT={path}: {e}") from None
+    if not isinstance(header.get("config"), dict) or not isinstance(header.get("tokenizer_sha256"), str):
+        raise ConfigError(f"ARTIFACT={path}: its header names no configuration and tokenizer")
+    return blob, header
+
+
+def dispatch(env: Mapping[str, str]) -> int:
+    """MODE -> its job. Exit status."""
+    if env.get("MODE") == "eval":
+        blob, header = open_artifact(env)
+        return run_eval(load_config(env, header["config"]), blob, header)
+    loaded = load_config(env)
+    return run_plan(loaded) if loaded.cfg.mode == "plan" else run_train(loaded)
+
+
+def show_toc() -> str:
+    """Banners with their lines."""
+    return "\n".join(
+        f"{i:5d}  {line[7:].rstrip(' =')}"
+        for i, line in enumerate(source_text().splitlines(), 1)
+        if line.startswith("# ==== ")
+    )
+
+
+def main(argv: list[str], env: Mapping[str, str]) -> int:
+    """Exit status: 0 all that was asked for was done and every limit held; 2 a user's mistake; 1 a failure."""
+    views = {"--help": describe_knobs, "-h": lambda: describe_knobs(), "--toc": show_toc,
+             "--dump-config": lambda: dump_config(load_config(env))}  # fmt: skip
+    status, outcome, message = 1, "failed", ""
+    try:
+        if argv and argv[0] not in views:
+            raise ConfigError(f"unknown argument {argv[0]!r}; knobs are environment variables; try {', '.join(views)}")
+        if argv:
+            print(views[argv[0]]())
+            return 0
+        status = dispatch(env)
+        outcome = "ok" if status == 0 else "limit broken"
+    except (ConfigError, ArtifactError) as e:
+        status, outcome, message = 2, "mistake", str(e)
+    except (Interrupted, BrokenRun) as e:
+        status, outcome, message = 1, "stopped", str(e)
+    finally:
+        finish(outcome, message)
+    return status
+
+
+def finish(outcome: str, message: str) -> None:
+    """Say what went wrong once, from rank 0, and close the logs."""
+    run = Run.current
+    if message and is_first_rank():
+        print(("\n".join(f"error: {line}" for line in message.splitlines())), file=sys.stderr, flush=True)
+    if run is not None:
+        if message:
+            run.event("error", message=message)
+        run.close(outcome)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
