@@ -124,6 +124,8 @@ def parse_line(line: str, where: str) -> Document:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{where}: no string under "text"; each line must be {{"text": "..."}}')
+    if re.search(r"\\u[dD]", line) and re.search(r"[\ud800-\udfff]", text):
+        raise InputError(f"{where}: the text holds half a surrogate pair, which is no character")
     return Document(text, where)
 
 
@@ -196,7 +198,7 @@ def training_lines(documents: Iterable[Document], val_docs: int, limit: int) -> 
             continue
         for line in document.text.split("\n"):
             if line.strip():
-                used += len(line.encode("utf-8", "replace"))
+                used += len(line.encode())
                 yield line
         if used >= limit:
             return
@@ -297,10 +299,7 @@ class Encoder:
         A scorer counts no leading space after BOS, so a document starts at its first other character: most tokenizers
         drop leading space themselves, the rest get the text without it.
         """
-        try:
-            text = self.normalise(document.text)
-        except UnicodeEncodeError:
-            raise InputError(f"{document.where}: the text holds half a surrogate pair, which is no character") from None
+        text = self.normalise(document.text)
         source = text.lstrip(" ") if text.startswith(" ") else document.text
         ids = self.tokenizer.encode(source)
         tokens = np.array([self.tokenizer.bos_id(), *ids], dtype=np.int64)

