@@ -335,7 +335,10 @@ def fetch_all(hub: HfApi, repo: str, files: dict[str, Remote], args: argparse.Na
     checked = tqdm(files.items(), desc="checking files", unit="file", disable=None, leave=False)
     missing = {k: file for k, file in checked if not is_good(args.out, k, file, record, args.verify)}
     check_space(args.out, missing)
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(missing), unit="file", disable=None) as bar:
+    with (
+        ThreadPoolExecutor(args.jobs) as pool,
+        tqdm(total=len(missing), desc="files", unit="file", disable=None) as bar,
+    ):
         tasks = {pool.submit(fetch, hub, repo, file, args.out / k, staging): k for k, file in missing.items()}
         try:
             for task in as_completed(tasks):
