@@ -1,0 +1,192 @@
+"""From runs to a table, a comparison, pictures, a submission and its check. `python records/report.py --help`
+
+    report.py table   [logs ...]                   one line a run: changed knobs, scores, bytes, seconds, status
+    report.py compare [logs ...] --ref KNOB=VALUE  seeds grouped; Welch's t in bpb and nats/token; the record rule
+    report.py plot    [logs ...] --out pictures    curves, waterfall of stages, bytes by role, bpb against bytes
+    report.py sweep   sweep.txt                    runs one configuration a line, skips what is finished
+    report.py submit  logs ... --name my_idea      writes records/<track>/<date>_<name>/, or says what is missing
+    report.py check   records/track_*/FOLDER       PASS/WARN/FAIL a line for any record folder, never running it
+    report.py index                                rewrites the table of systems in records/README.md
+
+Exit status: 0 all good, 1 something was found to fail, 2 a mistake of the user. Needs numpy, and matplotlib to draw.
+
+Modules: runs.py reads logs, stats.py has the t-test, tables.py prints, plots.py draws, source.py reads scripts without
+running them, rules.py holds the challenge's rules, leaks.py looks for validation documents in training shards,
+submission.py writes folders, sweep.py runs lists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import runs as logs
+import tables
+from runs import Run, UserError
+
+# ---- Commands
+
+
+def _load(places: list[str]) -> list[Run]:
+    """Runs of the logs named, or of logs/; messages about unreadable neighbours go to stderr."""
+    runs, messages = logs.load_runs(places or ["logs"])
+    for message in messages:
+        print(f"left out: {message}", file=sys.stderr)
+    if not runs:
+        raise UserError(f"no logs in {', '.join(map(str, places or ['logs']))}")
+    return runs
+
+
+def run_table(args: argparse.Namespace) -> int:
+    runs, messages = logs.load_runs(args.logs or ["logs"])
+    if not runs and not messages:
+        raise UserError(f"no logs in {', '.join(args.logs or ['logs'])}")
+    print(tables.table(runs, messages, args.format, args.sort))
+    return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    runs = tables.scored_runs(_load(args.logs), args.stage)
+    differing = logs.differences(runs)
+    if differing and not args.anyway:
+        raise UserError(
+            "these runs cannot be compared, they differ in\n  " + "\n  ".join(differing)
+            + "\nName only logs that belong together, or pass --anyway to see the numbers without a verdict in nats."
+        )  # fmt: skip
+    groups = dict(logs.group_by_settings(runs))
+    ref = tables.published(args.published) if args.published else None
+    name = f"published {ref.mean:g} bpb" if ref else tables.pick_reference(groups, args.ref)
+    factor = None if differing else tables.nats_per_bpb(runs, args.stage)
+    entries = tables.comparison(groups, ref, name, args.stage, factor)
+    if args.format == "json":
+        entries = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in e.items()} for e in entries]
+        report = {"reference": name, "rule": tables.RULE, "groups": entries, "differences": differing}
+        print(json.dumps(report, indent=1))
+    else:
+        print(tables.comparison_text(entries, name, args.format))
+        for line in differing:
+            print(f"NOT COMPARABLE: {line}")
+    return 0
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    import plots
+
+    for path in plots.draw(_load(args.logs), Path(args.out), args.force):
+        print(path)
+    return 0
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    import sweep
+
+    return sweep.run(args.list, args.launch, args.only, Path(args.logs))
+
+
+def run_submit(args: argparse.Namespace) -> int:
+    import submission
+
+    return submission.submit(_load(args.logs), args)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    import rules
+
+    return rules.check_folders([Path(f) for f in args.folders], args.json, args.data_path)
+
+
+def run_index(_: argparse.Namespace) -> int:
+    import submission
+
+    return submission.write_index()
+
+
+# ---- Command line
+
+
+def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="report.py", description=__doc__, formatter_class=raw)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    def takes_logs(sub: argparse.ArgumentParser, nargs: str = "*") -> None:
+        sub.add_argument("logs", nargs=nargs, help="log files or folders (default: logs)")
+
+    sub = command("table", run_table, "one line a run")
+    takes_logs(sub)
+    sub.add_argument("--format", choices=("text", "markdown", "csv"), default="text")
+    sub.add_argument("--sort", default="score bpb", help="column to sort by (default: score bpb)")
+
+    published_help = "a figure in bpb from someone else's table, as reference"
+    sub = command("compare", run_compare, "configurations over their seeds, tested against one of them or a figure")
+    takes_logs(sub)
+    ref_help = "the reference group, may be repeated (default: the one that ran first)"
+    sub.add_argument("--ref", action="append", default=[], metavar="KNOB=VALUE", help=ref_help)
+    sub.add_argument("--published", metavar="MEAN[,STD,N]", help=published_help)
+    sub.add_argument("--stage", help="compare this stage instead of each run's score")
+    sub.add_argument(
+        "--anyway", action="store_true", help="print numbers of runs that cannot be compared, marked as such"
+    )
+    sub.add_argument("--format", choices=("text", "markdown", "csv", "json"), default="text")
+
+    sub = command("plot", run_plot, "PNG pictures of runs")
+    takes_logs(sub)
+    sub.add_argument("--out", default="pictures", help="folder to write to (default: pictures)")
+    sub.add_argument("--force", action="store_true", help="replace pictures that exist")
+
+    sub = command(
+        "sweep", run_sweep, "run one configuration a line; finished ones are skipped, failing ones are survived"
+    )
+    sub.add_argument("list", help="file with KNOB=value words a line (# comments), or - for stdin")
+    sub.add_argument(
+        "--launch", default=f"{sys.executable} train_gpt.py", help="command that each configuration starts"
+    )
+    sub.add_argument("--only", type=int, metavar="N", help="run only configuration N, from 0 (a Slurm array index)")
+    sub.add_argument("--logs", default="logs", help="where the runs write their logs (default: logs)")
+
+    sub = command("submit", run_submit, "write a record folder from finished runs that differ in SEED alone")
+    takes_logs(sub, "+")
+    sub.add_argument("--name", required=True, help="short name, part of the folder's name")
+    sub.add_argument("--author", default="")
+    sub.add_argument("--github-id", default="")
+    sub.add_argument("--blurb", default="", help="one sentence for submission.json and the head of README.md")
+    sub.add_argument("--date", help="YYYY-MM-DD (default: today)")
+    sub.add_argument(
+        "--non-record", action="store_true", help="relax hardware, time, seeds and data; the README says so"
+    )
+    sub.add_argument("--script", default="train_gpt.py", help="the script that ran (default: train_gpt.py)")
+    sub.add_argument("--records", default="records", help="folder of the tracks (default: records)")
+    sub.add_argument("--baseline", nargs="+", default=[], metavar="LOG", help="runs to compare with in the README")
+    sub.add_argument("--published", metavar="MEAN[,STD,N]", help=published_help)
+    sub.add_argument("--system", help="the published system this recipe reproduces (a key of records/systems.json)")
+
+    sub = command("check", run_check, "the challenge's rules for any record folder; its code is read, never run")
+    sub.add_argument("folders", nargs="+")
+    sub.add_argument("--json", action="store_true", help="machine-readable output")
+    sub.add_argument("--data-path", help="shards the runs used: looks for validation documents in the training ones")
+
+    command("index", run_index, "rewrite the table of systems in records/README.md")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

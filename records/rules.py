@@ -1,0 +1,453 @@
+"""The challenge's rules, asked of a record folder: PASS, WARN or FAIL a line. The folder's code is read, never run.
+
+WARN means "a person must look": either a rule bent within what was accepted before, or something a folder cannot show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import leaks
+import runs as logs
+import source
+from runs import Run, UserError
+
+LIMIT_BYTES, LIMIT_SECONDS, RECORD_SEEDS = 16_000_000, 600.0, 3
+FINEWEB_VAL_BYTES = 151_075_000  # text bytes of the first 50,000 documents; exports differ by a few tenths of a percent
+PLAUSIBLE_BPB = 1.0  # the best verified code length at this size is 1.0565 (PR 2135)
+PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
+
+
+@dataclass(frozen=True)
+class Check:
+    status: str
+    rule: str
+    detail: str
+
+
+@dataclass
+class Entry:
+    """A record folder, read once: its submission.json, the runs in its logs and its script."""
+
+    folder: Path
+    submission: dict | None = None
+    broken_json: str | None = None
+    runs: list[Run] = field(default_factory=list)
+    others: list[Run] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    dumps: dict[str, str] = field(default_factory=dict)
+    script: source.Script | None = None
+    data_path: str | None = None
+
+    @property
+    def is_record(self) -> bool:
+        track = f"{self.folder.parent.name} {(self.submission or {}).get('track', '')}"
+        return "non_record" not in track and "non-record" not in track
+
+    def bent(self, record_status: str = FAIL) -> str:
+        """`record_status` in the record track, WARN outside it."""
+        return record_status if self.is_record else WARN
+
+
+def read_entry(folder: Path, data_path: str | None = None) -> Entry:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    entry = Entry(folder, data_path=data_path)
+    meta = folder / "submission.json"
+    if meta.is_file():
+        try:
+            entry.submission = json.loads(meta.read_text(encoding="utf-8", errors="replace"))
+            if not isinstance(entry.submission, dict):
+                entry.submission, entry.broken_json = None, "is no JSON object"
+        except ValueError as error:
+            entry.broken_json = f"is no JSON: {error}"
+    places = [p for p in (folder, folder / "logs") if p.is_dir()]
+    found, entry.unreadable = logs.load_runs(places)
+    entry.runs = [r for r in found if r.mode == "train" and (r.score or r.info.get("v"))]
+    entry.others = [r for r in found if r not in entry.runs]
+    for run in entry.runs:
+        for suffix in (".txt", ".log"):
+            if (text := run.path.with_suffix(suffix)).is_file():
+                dump = logs.dumped_source(text.read_text(encoding="utf-8", errors="surrogateescape"))
+                entry.dumps |= {run.path.stem: dump} if dump else {}
+    if (folder / "train_gpt.py").is_file():
+        entry.script = source.read_script(folder / "train_gpt.py")
+    return entry
+
+
+def checks(entry: Entry) -> list[Check]:
+    """Every rule's verdict, in the order a reviewer goes: files, figures, limits, seeds, data, score, code."""
+    groups = (files, figures, limits, seeds, data, validity, code)
+    return [Check(*line) for group in groups for line in group(entry)]
+
+
+# ---- Files and figures
+
+Lines = Iterator[tuple[str, str, str]]
+
+
+def files(entry: Entry) -> Lines:
+    for name in ("README.md", "submission.json", "train_gpt.py"):
+        there = (entry.folder / name).is_file()
+        yield PASS if there else FAIL, f"file {name}", "present" if there else "missing"
+    if not (entry.folder / "requirements.txt").is_file():
+        yield WARN, "file requirements.txt", "missing: the versions that ran stand nowhere but in the logs"
+    scored = [r for r in entry.runs if r.score]
+    if scored:
+        yield PASS, "training logs", ", ".join(r.path.name for r in scored)
+    else:
+        yield FAIL, "training logs", "no log with a final score: nothing supports the figures"
+    for run in entry.runs:
+        if run.score is None or run.damage:
+            yield FAIL, f"log {run.path.name}", run.status()
+    for message in entry.unreadable:
+        yield WARN, "log unreadable", message
+
+
+def figures(entry: Entry) -> Lines:
+    """submission.json: readable, complete, and equal to what the logs say; a claimed figure is never val_bpb."""
+    if entry.broken_json:
+        yield FAIL, "submission.json", entry.broken_json
+    if entry.submission is None:
+        return
+    meta = entry.submission
+    missing = [k for k in ("author", "github_id", "name", "date", "val_bpb") if meta.get(k) in (None, "")]
+    if "val_bpb" in missing:
+        yield FAIL, "submission fields", f"without {', '.join(missing)}"
+    else:
+        yield (
+            (WARN, "submission fields", f"empty: {', '.join(missing)}")
+            if missing
+            else (PASS, "submission fields", "complete")
+        )
+    flags = meta.get("compliance") if isinstance(meta.get("compliance"), dict) else {}
+    if broken := [k for k, v in flags.items() if v is False]:
+        yield entry.bent(), "own compliance list", f"says no to: {', '.join(broken)}"
+    bpb = meta.get("val_bpb")
+    if not isinstance(bpb, int | float) or isinstance(bpb, bool) or not math.isfinite(bpb):
+        if "val_bpb" not in missing:
+            yield FAIL, "val_bpb", f"is no number: {bpb!r}"
+        return
+    yield _supported(entry, float(bpb))
+
+
+def _supported(entry: Entry, bpb: float) -> tuple[str, str, str]:
+    """Whether the logs' mean (or one log) shows `bpb` as a stage, or only as a claimed figure."""
+    scored = [r for r in entry.runs if r.score]
+    near = 6e-5  # most folders round to four digits
+    means = {"score": [r.bpb() for r in scored]}
+    means |= {s: [r.bpb(s) for r in scored if s in r.stages] for s in {s for r in scored for s in r.stages}}
+    claims = [c["claimed_bpb"] for r in entry.runs for c in r.claims]
+    for stage, values in means.items():
+        if values and abs(fmean(values) - bpb) < near:
+            return PASS, "val_bpb", f"{bpb:.5f} is the mean of stage {stage} over {len(values)} log(s)"
+    if claims and min(abs(c - bpb) for c in [*claims, fmean(claims)]) < near:
+        return (
+            FAIL,
+            "val_bpb",
+            f"{bpb:.5f} is a claimed figure (no code length); the logs' scores are {_list(means['score'])}",
+        )
+    for stage, values in means.items():
+        if values and min(abs(v - bpb) for v in values) < near:
+            return (
+                entry.bent(WARN),
+                "val_bpb",
+                f"{bpb:.5f} is one log's {stage}; the mean over {len(values)} is {fmean(values):.5f}",
+            )
+    if not scored:
+        return WARN, "val_bpb", f"{bpb:.5f}: no log shows it"
+    return FAIL, "val_bpb", f"{bpb:.5f}, but the logs' scores are {_list(means['score'])}"
+
+
+def _list(values: list[float]) -> str:
+    return ", ".join(f"{v:.5f}" for v in values)
+
+
+# ---- Limits
+
+
+def limits(entry: Entry) -> Lines:
+    yield from _bytes(entry)
+    yield _hardware(entry)
+    yield _seconds(entry, "training", [r.train_s for r in entry.runs if r.score], [r.ms_per_step for r in entry.runs])
+    yield _seconds(entry, "evaluation", [r.eval_s for r in entry.runs if r.score], [])
+    for run in entry.runs:
+        if run.score and run.score.get("limits_ok") is False:
+            yield entry.bent(), f"limits of {run.path.name}", run.status()
+
+
+def _bytes(entry: Entry) -> Lines:
+    totals = [r.total_bytes for r in entry.runs if r.total_bytes]
+    meta = entry.submission or {}
+    totals += [meta[k] for k in ("bytes_total", "artifact_bytes_max") if isinstance(meta.get(k), int) and k in meta]
+    if not totals:
+        yield WARN, "bytes", "cannot be known: neither logs nor submission.json give a total"
+        return
+    worst = max(totals)
+    yield (
+        PASS if worst <= LIMIT_BYTES else FAIL,
+        "bytes",
+        f"{worst:,} of {LIMIT_BYTES:,} (largest of {len(totals)} figures)",
+    )
+    counted = {r.pack["code_bytes"] for r in entry.runs if r.pack and r.pack.get("code_bytes")}
+    on_disk = len(entry.script.outer) if entry.script else None
+    if counted and on_disk is not None:
+        plain = f"{on_disk:,} bytes"
+        if on_disk in counted:
+            yield PASS, "code bytes", f"train_gpt.py is the {plain} that were counted"
+        else:
+            artifact = max((r.pack.get("artifact_bytes", 0) for r in entry.runs if r.pack), default=0)
+            verdict = WARN if artifact + on_disk <= LIMIT_BYTES else entry.bent()
+            yield (
+                verdict,
+                "code bytes",
+                f"train_gpt.py has {plain}, the logs counted {', '.join(f'{c:,}' for c in sorted(counted))}",
+            )
+    yield _helper_bytes(entry, worst)
+
+
+def _helper_bytes(entry: Entry, total: int) -> tuple[str, str, str]:
+    found = source.helpers(entry.script, entry.folder) if entry.script else []
+    if not found:
+        return PASS, "helper files", "train_gpt.py uses no file of this folder but itself"
+    extra = sum(p.stat().st_size for p in found)
+    names = ", ".join(p.name for p in found)
+    if total + extra > LIMIT_BYTES:
+        return (
+            FAIL,
+            "helper files",
+            f"{names}: {extra:,} bytes that the total must hold; {total + extra:,} breaks the limit",
+        )
+    return (
+        WARN,
+        "helper files",
+        f"{names}: {extra:,} bytes; if not counted yet, the total is {total + extra:,}, within the limit",
+    )
+
+
+def _hardware(entry: Entry) -> tuple[str, str, str]:
+    found = {(r.info.get("device_name"), r.info.get("world_size")) for r in entry.runs if r.score}
+    known = {f"{ranks or '?'} x {device}" for device, ranks in found if device}
+    if not known:
+        return WARN, "hardware", "cannot be known from the logs; the record track runs on 8 x H100"
+    good = all("H100" in (device or "") and ranks in (8, None) for device, ranks in found)
+    return PASS if good else entry.bent(), "hardware", f"{', '.join(sorted(known))}; the record track runs on 8 x H100"
+
+
+def _seconds(entry: Entry, what: str, seconds: list[float | None], step_ms: list[float | None]) -> tuple[str, str, str]:
+    known = [s for s in seconds if s is not None]
+    if not known:
+        return WARN, f"{what} time", "cannot be known from the logs"
+    worst, step = max(known), max([s for s in step_ms if s], default=0.0) / 1000
+    detail = f"{worst:.1f} s of {LIMIT_SECONDS:.0f} s"
+    if worst <= LIMIT_SECONDS:
+        return PASS, f"{what} time", detail
+    if worst <= LIMIT_SECONDS + min(step, 0.5):
+        return (
+            WARN,
+            f"{what} time",
+            f"{detail}: over by less than the last step, as the baseline's own stop rule allows",
+        )
+    return entry.bent(), f"{what} time", detail if entry.is_record else f"{detail}: more than the record track allows"
+
+
+# ---- Seeds
+
+
+def seeds(entry: Entry) -> Lines:
+    scored = [r for r in entry.runs if r.score]
+    values = [r.seed for r in scored]
+    enough = len(scored) >= RECORD_SEEDS
+    names = ", ".join(str(v) for v in values) or "none"
+    yield PASS if enough else entry.bent(), "seeds", f"{len(scored)} ({names}); a record shows {RECORD_SEEDS}"
+    known = [v for v in values if v is not None]
+    if len(set(known)) < len(known):
+        yield FAIL, "seeds differ", f"one seed more than once: {names}"
+    if len(scored) > 1:
+        yield _one_config(scored)
+        yield _one_code(entry, scored)
+    yield from _script_is_logged(entry, scored)
+
+
+def _one_config(scored: list[Run]) -> tuple[str, str, str]:
+    places = [n for n in logs.changed(scored) if n not in ("@code",) and not _names_the_run(n, scored)]
+    if not places:
+        return PASS, "one configuration", "equal over the seeds, as far as the logs tell"
+    mixed = "; ".join(f"{n}: {_values(n, scored)}" for n in places[:6])
+    sure = all(r.path.suffix == ".jsonl" for r in scored)  # pairs read off foreign text may be no knobs at all
+    return FAIL if sure else WARN, "one configuration", f"the seeds differ in {mixed}"
+
+
+def _values(name: str, scored: list[Run]) -> str:
+    return ", ".join(sorted({logs.show(logs.settings(r).get(name)) for r in scored}))
+
+
+def _names_the_run(name: str, scored: list[Run]) -> bool:
+    """A text log's pair that holds the seed or run id (an output folder, say) is no difference of configuration."""
+    return all(str(r.seed) in (v := str(logs.settings(r).get(name))) or r.run_id in v for r in scored)
+
+
+def _one_code(entry: Entry, scored: list[Run]) -> tuple[str, str, str]:
+    hashes = {r.info.get("source_sha256") or _sha(entry.dumps.get(r.path.stem)) for r in scored}
+    if hashes == {None}:
+        return WARN, "one script", "cannot be known: the logs hold neither source nor hash"
+    if len(hashes) == 1:
+        return PASS, "one script", f"all logs name {next(iter(hashes))[:12]}"
+    return FAIL, "one script", f"the logs hold {len(hashes)} different scripts"
+
+
+def _script_is_logged(entry: Entry, scored: list[Run]) -> Lines:
+    """train_gpt.py is what ran: by hash where the log has one, else by the source printed at the log's head."""
+    if not entry.script or not scored:
+        return
+    logged = {h for r in scored for h in (r.info.get("source_sha256"), r.info.get("packed_sha256")) if h}
+    dumped = {d.strip() for d in entry.dumps.values()}
+    have = {entry.script.source.strip(), entry.script.outer.decode("utf-8", "surrogateescape").strip()}
+    if logged:
+        same = bool(logged & entry.script.hashes())
+    elif dumped:
+        same = bool(dumped & have)
+    else:
+        yield WARN, "script that ran", "cannot be known: the logs hold neither source nor hash"
+        return
+    detail = "train_gpt.py is the one in the logs" if same else "train_gpt.py is not the one in the logs"
+    yield PASS if same else entry.bent(), "script that ran", detail
+
+
+def _sha(text: str | None) -> str | None:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest() if text else None
+
+
+# ---- Data
+
+
+def data(entry: Entry) -> Lines:
+    scored = [r for r in entry.runs if r.score]
+    if any(r.info.get("data", {}).get("sample") for r in scored):
+        yield entry.bent(), "data", "the shipped sample, not FineWeb: no figure here compares with the leaderboard"
+    else:
+        yield from _validation_size(entry, scored)
+    partial = [r.path.name for r in scored if not r.score.get("complete", True)]
+    if partial:
+        yield FAIL, "validation complete", f"only a part was scored in {', '.join(partial)}"
+    elif scored and all("complete" in (r.score or {}) and r.path.suffix == ".jsonl" for r in scored):
+        yield PASS, "validation complete", "every target scored, says each log"
+    shards = {int(s) for r in scored if str(s := r.info.get("data", {}).get("train_shards", "")).isdigit()}
+    if shards and max(shards) > 200:
+        yield (
+            WARN,
+            "training shards",
+            f"{max(shards)}: the self-made export that trained on validation documents had 1,499",
+        )
+    yield _leaks(entry, scored)
+
+
+def _validation_size(entry: Entry, scored: list[Run]) -> Lines:
+    """Text bytes that the score implies (tokens x nats / ln 2 / bpb) against the official split's."""
+    implied = []
+    for run in scored:
+        tokens = run.stages.get(run.stage, {}).get("tokens") or run.info.get("data", {}).get("val_tokens")
+        if isinstance(tokens, int) and run.loss() and run.bpb():
+            implied.append(tokens * run.loss() / math.log(2) / run.bpb())
+    if not implied:
+        yield WARN, "validation text", "cannot be known: the logs give no token count, so no number of bytes follows"
+        return
+    off = max(abs(b / FINEWEB_VAL_BYTES - 1) for b in implied)
+    detail = f"the scores imply {implied[0]:,.0f} bytes of text; the official split has about {FINEWEB_VAL_BYTES:,}"
+    yield PASS if off < 0.01 else entry.bent(), "validation text", detail
+
+
+def _leaks(entry: Entry, scored: list[Run]) -> tuple[str, str, str]:
+    rule = "validation documents in training"
+    where = entry.data_path or next((p for r in scored if (p := r.info.get("data", {}).get("path"))), None)
+    if not where or not list(Path(where).glob("fineweb_train_*.bin")):
+        return WARN, rule, "cannot be known: the shards are not here (pass --data-path)"
+    overlap = leaks.find_overlap(Path(where))
+    return FAIL if overlap.leaked else WARN if overlap.found else PASS, rule, str(overlap)
+
+
+# ---- Validity and code
+
+
+def validity(entry: Entry) -> Lines:
+    """The four conditions: evidence of an audit, and the plausibility of the figure without one."""
+    audits = [r for r in [*entry.runs, *entry.others] if r.audit]
+    failed = [r.path.name for r in audits if not r.audit["passed"]]
+    if failed:
+        yield FAIL, "audit (C1-C4)", f"failed in {', '.join(failed)}"
+    elif audits:
+        names = ", ".join(dict.fromkeys(c["name"] for r in audits for c in r.audit["checks"]))
+        yield PASS, "audit (C1-C4)", f"passed: {names}"
+    else:
+        yield (
+            WARN,
+            "audit (C1-C4)",
+            "no audit in the logs: whether the score is a code length cannot be known from the folder",
+        )
+    bpb = (entry.submission or {}).get("val_bpb")
+    if (
+        isinstance(bpb, int | float)
+        and bpb < PLAUSIBLE_BPB
+        and not any(r.info.get("data", {}).get("sample") for r in entry.runs)
+    ):
+        status = WARN if audits and not failed else FAIL
+        yield (
+            status,
+            "plausible score",
+            f"{bpb:.4f} bpb is below any verified code length at this size; unnormalised caches score so",
+        )
+
+
+def code(entry: Entry) -> Lines:
+    """Static reading of the script: what cannot be read, and patterns that got entries rejected."""
+    script = entry.script
+    if script is None:
+        return
+    if script.opaque:
+        yield FAIL, "code readable", f"train_gpt.py {script.opaque}; a reviewer cannot read it"
+        return
+    packed = f"{script.layers} layer(s) of packing undone statically" if script.layers else "plain source"
+    yield PASS, "code readable", packed
+    audited = any(r.audit and r.audit["passed"] for r in [*entry.runs, *entry.others])
+    hard = {"target token in a cache key", "validation data in training code", "per-token choice by the target"}
+    grouped: dict[str, list[source.Finding]] = {}
+    for finding in script.findings:
+        grouped.setdefault(finding.pattern, []).append(finding)
+    for pattern, found in grouped.items():
+        lines = ", ".join(str(f.line) for f in found[:5]) + (" ..." if len(found) > 5 else "")
+        excuse = (
+            "; the audit of the scored stage passed, so it takes no part in the score"
+            if audited and pattern in hard
+            else ""
+        )
+        status = FAIL if pattern in hard and not audited else WARN
+        yield status, f"code: {pattern}", f"line {lines}: {found[0].text}{excuse}"
+    if not grouped:
+        yield PASS, "code patterns", "none of those that got entries rejected"
+
+
+# ---- Command
+
+
+def check_folders(folders: list[Path], as_json: bool, data_path: str | None) -> int:
+    """Prints every folder's verdicts; 1 if any line fails."""
+    results = {str(folder): checks(read_entry(folder, data_path)) for folder in folders}
+    if as_json:
+        print(json.dumps({f: [vars(c) for c in lines] for f, lines in results.items()}, indent=1))
+    else:
+        for folder, lines in results.items():
+            print(f"{folder}\n{format_checks(lines)}\n")
+    return int(any(c.status == FAIL for lines in results.values() for c in lines))
+
+
+def format_checks(lines: list[Check]) -> str:
+    width = max(len(c.rule) for c in lines)
+    body = "\n".join(f"  {c.status}  {c.rule.ljust(width)}  {c.detail}" for c in lines)
+    counts = ", ".join(f"{sum(c.status == s for c in lines)} {s}" for s in (PASS, WARN, FAIL))
+    return f"{body}\n  {counts}"

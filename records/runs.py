@@ -1,0 +1,411 @@
+"""Logs to runs: reads logs/*.jsonl (schema 1) and text logs with the baseline's keys; tells which may be compared."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SCHEMA = 1
+STILL_WARM_S = 120  # a log without an end that was written to this recently belongs to a run still going
+BOOKKEEPING = {  # knobs that name, place or watch a run without touching its score
+    *("SEED", "RUN_ID", "ARTIFACT", "FORCE", "RESUME", "CHECKPOINT_EVERY", "CHECKPOINT_KEEP", "PROFILE"),
+    *("TRAIN_LOG_EVERY", "VAL_LOSS_EVERY", "LOG_DIR", "OUTPUT", "INPUT", "MODE", "RECIPE"),
+}
+
+
+class UserError(ValueError):
+    """A mistake of the person at the keyboard: one message, exit status 2."""
+
+
+@dataclass
+class Run:
+    """What one log says. Events are kept as the log wrote them; a missing one is None or empty."""
+
+    path: Path
+    info: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+    sources: dict = field(default_factory=dict)
+    steps: list[dict] = field(default_factory=list)
+    vals: list[dict] = field(default_factory=list)
+    switches: list[dict] = field(default_factory=list)
+    stages: dict[str, dict] = field(default_factory=dict)
+    claims: list[dict] = field(default_factory=list)
+    train_end: dict | None = None
+    quant: dict | None = None
+    pack: dict | None = None
+    audit: dict | None = None
+    score: dict | None = None
+    error: str | None = None
+    ended: str | None = None
+    damage: str | None = None  # why the log could not be read to its end
+
+    @property
+    def run_id(self) -> str:
+        return self.info.get("run_id") or self.path.stem
+
+    @property
+    def seed(self) -> int | None:
+        return self.info.get("seed", self.config.get("SEED"))
+
+    @property
+    def mode(self) -> str:
+        return self.info.get("mode", "train")
+
+    @property
+    def stage(self) -> str | None:
+        return self.score["stage"] if self.score else None
+
+    def bpb(self, stage: str | None = None) -> float | None:
+        entry = self.stages.get(stage) if stage else self.score
+        return entry["val_bpb"] if entry else None
+
+    def loss(self, stage: str | None = None) -> float | None:
+        entry = self.stages.get(stage) if stage else self.score
+        return entry["val_loss"] if entry else None
+
+    @property
+    def last_step(self) -> int | None:
+        if self.train_end:
+            return self.train_end["steps"]
+        return max((e["step"] for e in self.steps + self.vals), default=None)
+
+    @property
+    def train_s(self) -> float | None:
+        if self.train_end:
+            return self.train_end["train_s"]
+        return max((e["train_s"] for e in self.steps + self.vals if e.get("train_s")), default=None)
+
+    @property
+    def ms_per_step(self) -> float | None:
+        return 1000 * self.train_s / self.last_step if self.train_s and self.last_step else None
+
+    @property
+    def eval_s(self) -> float | None:
+        return self.score.get("eval_s") if self.score else None
+
+    @property
+    def total_bytes(self) -> int | None:
+        return next((e["total_bytes"] for e in (self.score, self.pack) if e and e.get("total_bytes")), None)
+
+    @property
+    def claimed(self) -> dict | None:
+        return self.claims[-1] if self.claims else None
+
+    def status(self) -> str:
+        """`ok`, or the first thing that keeps this run out of a submission."""
+        if self.damage and not self.ended:
+            return self.damage
+        if self.ended == "limit broken" or (self.score and not self.score.get("limits_ok", True)):
+            return f"limit broken: {self.error or broken_limits(self)}"
+        if self.error or self.ended not in (None, "ok"):
+            return f"failed: {self.error or self.ended}"
+        if self.ended is None:
+            where = f"at step {self.last_step}" if self.last_step is not None else "before the first step"
+            recent = time.time() - self.path.stat().st_mtime < STILL_WARM_S
+            return f"{'still going' if recent else 'unfinished'}, {where}"
+        if self.audit and not self.audit["passed"]:
+            return "audit failed: " + ", ".join(c["name"] for c in self.audit["checks"] if not c["passed"])
+        if self.score and not self.score.get("complete", True):
+            return "not the whole validation text: no score"
+        return "ok"
+
+    @property
+    def finished(self) -> bool:
+        """It ran to its end and scored the whole validation text; a broken limit does not spoil the comparison."""
+        return self.ended in ("ok", "limit broken") and self.score is not None and self.score.get("complete", True)
+
+
+def broken_limits(run: Run) -> str:
+    """The figures behind `limits_ok: false`, for logs whose error line does not name the limit."""
+    score = run.score or {}
+    if score.get("limit") and score.get("total_bytes", 0) > score["limit"]:
+        return f"{score['total_bytes']:,} bytes of {score['limit']:,}"
+    return f"train {score.get('train_s', 0):.1f} s, eval {score.get('eval_s', 0):.1f} s"
+
+
+# ---- JSON logs
+
+
+def read_jsonl(path: Path) -> Run:
+    """One run from its JSON log. A cut last line is damage to report; another schema version is a `UserError`."""
+    run = Run(path)
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            event = json.loads(line)
+            version, kind = event["v"], event["event"]
+        except (ValueError, KeyError, TypeError):
+            run.damage = f"truncated or damaged at line {number}"
+            continue
+        if version != SCHEMA:
+            raise UserError(f"{path}: written in log schema {version}; this tool reads schema {SCHEMA}")
+        try:
+            _take(run, kind, event)
+        except (KeyError, TypeError) as missing:
+            run.damage = f"damaged at line {number}: {kind} without {missing}"
+    if not run.info:
+        raise UserError(f"{path}: no run event; not a log of this trainer, or cut before its first line")
+    run.steps, run.vals = _by_step(run.steps), _by_step(run.vals)
+    return run
+
+
+def _take(run: Run, kind: str, event: dict) -> None:
+    if kind in ("step", "val", "switch", "claim"):
+        {"step": run.steps, "val": run.vals, "switch": run.switches, "claim": run.claims}[kind].append(event)
+    elif kind == "run":
+        run.info = event
+        run.ended = run.error = None  # a resumed run writes a second head: what ended is going again
+    elif kind == "config":
+        run.config, run.sources = event["values"], event.get("sources", {})
+    elif kind == "stage":
+        run.stages[event["stage"]] = event
+    elif kind == "error":
+        run.error = str(event["message"])
+    elif kind == "end":
+        run.ended = event["status"]
+    elif kind in ("train_end", "quant", "pack", "audit", "score"):
+        setattr(run, kind, event)
+
+
+def _by_step(events: list[dict]) -> list[dict]:
+    """In step order, the later of two: a resumed run repeats the steps since its checkpoint."""
+    return [e for _, e in sorted({e["step"]: e for e in events}.items())]
+
+
+# ---- Text logs, the baseline's and those of other people's scripts
+
+_NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+_STEP = re.compile(rf"^(?:step:)?(\d+)/(\d+) (train_loss|val_loss): ?{_NUMBER}(?: val_bpb: ?{_NUMBER})?(.*)$")
+_TRAIN_TIME = re.compile(rf"train_time: ?{_NUMBER}(ms|s|m)\b")
+_STAGE = re.compile(rf"^(\w[\w .+-]*?):? val_loss: ?{_NUMBER},? val_bpb: ?{_NUMBER}(.*)$")
+_EVAL_TIME = re.compile(rf"eval_time: ?{_NUMBER}(ms|s|m)\b")
+_PAIR = re.compile(r"(?:^|[\s:])([a-z][a-z0-9_]*)[:=] ?([^\s:=]+)(?=\s|$)")
+_TOTAL = re.compile(r"^Total submission size[^:]*: (\d+) bytes")
+_CODE = re.compile(r"^Code size[^:]*: (\d+) bytes")
+_MODEL = re.compile(r"^Serialized model [^:]*: (\d+) bytes")
+_CLAIM = re.compile(rf"^claimed_bpb: ?{_NUMBER}(?: z_mean: ?{_NUMBER} z_max: ?{_NUMBER})?")
+_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0}
+_MEASURED = {"step", "warmup_step", "train_loss", "val_loss", "val_bpb", "train_time", "step_avg", "eval_time"}
+
+
+def dumped_source(text: str) -> str | None:
+    """The script that the baseline and its heirs print at the top of their logs, up to a line of `=`."""
+    head, line, _ = text.partition("\n" + "=" * 100)
+    return head + "\n" if line and "import " in head else None
+
+
+def read_text_log(path: Path) -> Run:
+    """One run from a text log that keeps the baseline's keys; a `UserError` if no line of it is one of those."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    run, pairs, diagnostics = Run(path, info={"run_id": path.stem}), {}, {}
+    body = text.rpartition("\n" + "=" * 100)[2]
+    for line in body.splitlines():
+        if not _read_measure(run, diagnostics, line.strip()) and not run.steps:
+            pairs.update({k: v for k, v in _PAIR.findall(line) if k not in _MEASURED})
+    if not (run.steps or run.vals or run.stages):
+        raise UserError(
+            f"{path}: no line of a training log in it (step:N/M train_loss:.. or ... val_loss:.. val_bpb:..)"
+        )
+    _adopt_pairs(run, pairs)
+    if device := re.search(r"NVIDIA (?:H\d+|A\d+|B\d+|GeForce RTX \d+)[^|\n]{0,24}", text):
+        run.info["device_name"] = device[0].strip()
+    final = [name for name in run.stages if name not in diagnostics]
+    if final and not run.score:
+        last = run.stages[final[-1]]
+        evals = [e["seconds"] for e in run.stages.values() if e.get("seconds") is not None]
+        run.score = {**last, "train_s": run.train_s, "eval_s": max(evals, default=None), "complete": True}
+        run.ended = "ok"
+    if run.pack and run.score:
+        run.score.setdefault("total_bytes", run.pack.get("total_bytes"))
+    return run
+
+
+def _read_measure(run: Run, diagnostics: dict, line: str) -> bool:
+    """Takes one line's measurement into `run`; False if the line carries none."""
+    if match := _STEP.match(line):
+        step, total, key, value, bpb, rest = match.groups()
+        clock = _TRAIN_TIME.search(rest)
+        event = {"step": int(step), "total": int(total), key: float(value)}
+        event["train_s"] = float(clock[1]) * _SECONDS[clock[2]] if clock else None
+        if key == "val_loss":
+            event["val_bpb"] = float(bpb) if bpb else None
+        (run.steps if key == "train_loss" else run.vals).append(event)
+    elif match := _CLAIM.match(line):
+        z_mean, z_max = (float(g) if g else None for g in match.groups()[1:])
+        run.claims.append({"claimed_bpb": float(match[1]), "z_mean": z_mean, "z_max": z_max})
+    elif match := _STAGE.match(line):
+        name = re.sub(r"^final_|_exact$", "", match[1].strip()).replace(" ", "_")
+        clock = _EVAL_TIME.search(match[4])
+        seconds = float(clock[1]) * _SECONDS[clock[2]] if clock else run.stages.get(name, {}).get("seconds")
+        run.stages[name] = {"stage": name, "val_loss": float(match[2]), "val_bpb": float(match[3]), "seconds": seconds}
+        if "diagnostic" in name or "pre-quant" in name or "prequant" in name:
+            diagnostics[name] = True
+    elif match := _TOTAL.match(line):
+        run.pack = {**(run.pack or {}), "total_bytes": int(match[1])}
+    elif match := _CODE.match(line):
+        run.pack = {**(run.pack or {}), "code_bytes": int(match[1])}
+    elif match := _MODEL.match(line):
+        run.pack = {**(run.pack or {}), "artifact_bytes": int(match[1])}
+    elif line.startswith("score val_bpb:"):
+        run.score, run.ended = _score_line(run, dict(_PAIR.findall(line))), "ok"
+    elif (
+        line.startswith("stopping_early:")
+        and (clock := _TRAIN_TIME.search(line))
+        and (at := re.search(r"step: ?(\d+)", line))
+    ):
+        run.train_end = {"steps": int(at[1]), "train_s": float(clock[1]) * _SECONDS[clock[2]], "reason": "wallclock"}
+    else:
+        return False
+    return True
+
+
+def _score_line(run: Run, pairs: dict[str, str]) -> dict:
+    """The last line of our own text logs, as the score event of the JSON log."""
+    whole = {k: int(pairs[k]) for k in ("artifact_bytes", "code_bytes", "total_bytes", "limit") if k in pairs}
+    seconds = {f"{k}_s": float(pairs[f"{k}_time"].rstrip("s")) for k in ("train", "eval") if f"{k}_time" in pairs}
+    loss = run.stages.get(pairs.get("stage", ""), {}).get("val_loss")
+    bpb = run.stages.get(pairs.get("stage", ""), {}).get("val_bpb", float(pairs["val_bpb"]))
+    run.pack = {**(run.pack or {}), **whole}
+    return {"stage": pairs.get("stage", "?"), "val_bpb": bpb, "val_loss": loss, **whole, **seconds, "complete": True}
+
+
+def _adopt_pairs(run: Run, pairs: dict[str, str]) -> None:
+    """Key:value lines before the first step: the config as this tool knows it, and the few facts it asks for."""
+    facts = {"world_size", "train_shards", "val_tokens", "tokens", "model_params", "dataset", "seed", "run_id"}
+    run.config = {k.upper(): _literal(v) for k, v in pairs.items() if k not in facts}
+    run.info["seed"] = _literal(pairs["seed"]) if "seed" in pairs else _seed_in_name(run.path)
+    run.info["run_id"] = pairs.get("run_id", run.path.stem)
+    if "world_size" in pairs:
+        run.info["world_size"] = _literal(pairs["world_size"])
+    if "model_params" in pairs:
+        run.info["params"] = _literal(pairs["model_params"])
+    tokens = pairs.get("val_tokens", pairs.get("tokens"))
+    data = {"path": pairs.get("dataset"), "train_shards": pairs.get("train_shards"), "val_tokens": tokens}
+    run.info["data"] = {k: _literal(v) for k, v in data.items() if v is not None}
+    if "tokenizer_path" in pairs:
+        run.info["tokenizer"] = {"path": pairs["tokenizer_path"]}
+
+
+def _literal(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _seed_in_name(path: Path) -> int | None:
+    match = re.search(r"seed[_-]?(\d+)", path.stem)
+    return int(match[1]) if match else None
+
+
+# ---- Many logs
+
+
+def log_files(places: Iterable[str | Path]) -> list[Path]:
+    """Log files in `places` (files or folders). Of a text log and a .jsonl of one stem, the .jsonl."""
+    found: list[Path] = []
+    for place in map(Path, places):
+        if place.is_dir():
+            found += sorted(p for p in place.iterdir() if p.suffix in (".jsonl", ".txt", ".log") and p.is_file())
+        elif place.is_file():
+            found.append(place)
+        else:
+            raise UserError(f"{place}: no such log or folder")
+    twins = {p.with_suffix("") for p in found if p.suffix == ".jsonl"}
+    return list(dict.fromkeys(p for p in found if p.suffix == ".jsonl" or p.with_suffix("") not in twins))
+
+
+def read_log(path: Path) -> Run:
+    return read_jsonl(path) if path.suffix == ".jsonl" else read_text_log(path)
+
+
+def load_runs(places: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
+    """All runs in `places`, and a message for each unreadable log met in a folder (one that is named itself raises)."""
+    places = [Path(p) for p in places]
+    runs, messages = [], []
+    for path in log_files(places):
+        try:
+            runs.append(read_log(path))
+        except UserError as error:
+            if path in places:
+                raise
+            if path.suffix == ".jsonl" or path.stem.startswith("train"):  # a requirements.txt is no failed log
+                messages.append(str(error))
+    return runs, messages
+
+
+# ---- What differs
+
+
+def settings(run: Run) -> dict:
+    """Everything that may move a run's score, seed aside: knobs, and as @names the script, hardware and torch."""
+    knobs = {k: v for k, v in run.config.items() if k not in BOOKKEEPING}
+    around = {"@code": (run.info.get("source_sha256") or "")[:8] or None, "@device": run.info.get("device_name")}
+    around |= {"@ranks": run.info.get("world_size"), "@torch": run.info.get("torch"), "@recipe": run.info.get("recipe")}
+    return knobs | {k: v for k, v in around.items() if v is not None}
+
+
+def changed(runs: list[Run]) -> list[str]:
+    """Names in `settings` that are not the same in all runs, in the order of the config."""
+    every = [settings(r) for r in runs]
+    names = dict.fromkeys(name for s in every for name in s)
+    return [n for n in names if len({json.dumps(s.get(n)) for s in every}) > 1]
+
+
+def group_by_settings(runs: list[Run]) -> Iterator[tuple[str, list[Run]]]:
+    """(label, runs of one configuration); the label names what sets the group apart from the others."""
+    names, groups = changed(runs), {}
+    for run in runs:
+        own = settings(run)
+        groups.setdefault(", ".join(f"{n}={show(own.get(n))}" for n in names) or "all runs", []).append(run)
+    yield from groups.items()
+
+
+def show(value: object) -> str:
+    """A knob's value as a person would type it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def yardstick(run: Run) -> dict[str, object]:
+    """What must be equal before two scores may stand in one comparison; None where the log does not say."""
+    data, tokenizer = run.info.get("data", {}), run.info.get("tokenizer", {})
+    length = run.config.get("EVAL_SEQ_LEN") or run.config.get("TRAIN_SEQ_LEN")
+    score = run.stages.get(run.stage or "", {})
+    return {
+        "validation data (sha256)": data.get("val_sha256"),
+        "validation tokens": data.get("val_tokens"),
+        "scored tokens": score.get("tokens"),
+        "training tokens on disk": data.get("train_tokens"),
+        "tokenizer": tokenizer.get("sha256") or (Path(tokenizer["path"]).name if tokenizer.get("path") else None),
+        "evaluation length (EVAL_SEQ_LEN)": length,
+    }
+
+
+def differences(runs: list[Run]) -> list[str]:
+    """One line for each part of the yardstick on which the runs disagree; unknown values agree with all."""
+    lines = []
+    for name in yardstick(runs[0]):
+        values: dict[object, list[str]] = {}
+        for run in runs:
+            if (value := yardstick(run)[name]) is not None:
+                values.setdefault(value, []).append(run.run_id)
+        if len(values) > 1:
+            lines.append(f"{name}: " + "; ".join(f"{_brief(v)} in {_some(ids)}" for v, ids in values.items()))
+    return lines
+
+
+def _brief(value: object) -> str:
+    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else str(value)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,509 @@
+"""Writes a record folder from finished runs or lists what is missing; keeps the index of systems."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import plots
+import rules
+import runs as logs
+import source
+import tables
+from runs import Run, UserError
+from stats import Sample
+
+HERE = Path(__file__).resolve().parent
+TRACKS = {False: "track_10min_16mb", True: "track_non_record_16mb"}
+AUDIT_RULE = "audit (C1-C4)"
+
+
+class Refused(Exception):
+    """What keeps runs from being a submission, one line each: exit status 1."""
+
+
+def submit(runs: list[Run], args: argparse.Namespace) -> int:
+    """Builds the folder aside, checks it by rules.py and moves it into place; 1 with the reasons if it fails."""
+    system = _system(args.system)
+    target = _target(args)
+    seeds, audits = _sort_out(runs)
+    staging = Path(tempfile.mkdtemp(prefix=".submission-", dir=target.parent))
+    folder = staging / target.parent.name / target.name  # the checker reads the track off the parent's name
+    try:
+        folder.mkdir(parents=True)
+        verdicts = _fill(folder, seeds, audits, args, system)
+        os.chmod(folder, 0o755)
+        if target.exists():
+            raise UserError(f"{target} appeared meanwhile: nothing is overwritten")
+        folder.rename(target)
+    except Refused as reasons:
+        print(f"no submission written:\n{reasons}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{target}\n{rules.format_checks(verdicts)}")
+    return 0
+
+
+def _target(args: argparse.Namespace) -> Path:
+    date = args.date or datetime.date.today().isoformat()
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+        raise UserError(f"--date {date}: expected YYYY-MM-DD")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", args.name):
+        raise UserError(f"--name {args.name!r}: letters, digits and _.+- only, it becomes a folder's name")
+    target = Path(args.records) / TRACKS[args.non_record] / f"{date}_{args.name}"
+    if target.exists():
+        raise UserError(f"{target} exists and is never overwritten: choose another --name or --date, or move it away")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _system(key: str | None) -> dict | None:
+    systems = json.loads((HERE / "systems.json").read_text(encoding="utf-8"))
+    if key is not None and key not in systems:
+        raise UserError(f"--system {key}: expected one of {', '.join(systems)}")
+    return {"key": key, **systems[key]} if key else None
+
+
+def _sort_out(runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """(training runs by seed, audits that belong to them: named, or beside them and of the same artifact)."""
+    seeds = sorted((r for r in runs if r.mode == "train"), key=lambda r: (r.seed is None, r.seed))
+    if not seeds:
+        raise UserError("none of the logs is a training run")
+    beside, _ = logs.load_runs({r.path.parent for r in seeds})
+    artifacts = {_artifact(r) for r in seeds}
+    audits = {
+        r.path.resolve(): r for r in [*runs, *beside] if r.mode != "train" and r.audit and _artifact(r) in artifacts
+    }
+    return seeds, list(audits.values())
+
+
+def _artifact(run: Run) -> str | None:
+    place = (run.pack or {}).get("artifact") or run.config.get("ARTIFACT")
+    return str(Path(place).resolve()) if place else None
+
+
+def _fill(
+    folder: Path, seeds: list[Run], audits: list[Run], args: argparse.Namespace, system: dict | None
+) -> list[rules.Check]:
+    problems = [f"{r.run_id}: {status}" for r in seeds if (status := _unfit(r, args.non_record))]
+    problems += [f"the runs differ in {line}" for line in logs.differences(seeds)]
+    problems += _copy_code(folder, seeds, Path(args.script))
+    problems += _copy_logs(folder, seeds, audits)
+    problems += _copy_companions(folder, seeds)
+    if problems:
+        raise Refused("\n".join(f"  - {p}" for p in problems))
+    meta = describe(seeds, args, system)
+    _write_json(folder / "submission.json", meta)
+    (folder / "README.md").write_text(meta["name"] + "\n", encoding="utf-8")
+    verdicts = rules.checks(rules.read_entry(folder))
+    problems = [f"{c.rule}: {c.detail}" for c in verdicts if c.status == rules.FAIL]
+    problems += [f"{c.rule}: {c.detail}; run MODE=audit ARTIFACT=... on each" for c in verdicts if _audit_missing(c)]
+    if problems:
+        raise Refused("\n".join(f"  - {p}" for p in problems))
+    meta["compliance"] = compliance(verdicts)
+    _write_json(folder / "submission.json", meta)
+    pictures = [p.name for p in plots.draw(seeds, folder)]
+    (folder / "README.md").write_text(readme(seeds, meta, verdicts, pictures, args, system), encoding="utf-8")
+    return verdicts
+
+
+def _unfit(run: Run, non_record: bool) -> str | None:
+    """Why this run cannot be submitted at all, or None."""
+    status = run.status()
+    if status.startswith("limit broken") and non_record and run.total_bytes <= rules.LIMIT_BYTES:
+        return None
+    if status != "ok":
+        return status
+    return None if run.score else "no score line"
+
+
+def _audit_missing(check: rules.Check) -> bool:
+    return check.rule == AUDIT_RULE and check.status == rules.WARN
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- What goes into the folder
+
+
+def _copy_code(folder: Path, seeds: list[Run], script: Path) -> list[str]:
+    """train_gpt.py in its counted form, by hash; a list of what is wrong with it otherwise."""
+    wanted = {r.info.get("source_sha256") for r in seeds}
+    if len(wanted) > 1:
+        return ["code: the seeds ran different scripts (source_sha256): " + ", ".join(str(w)[:12] for w in wanted)]
+    text = _script_that_ran(seeds, script)
+    if text is None:
+        return [f"code: {script} is not the script that ran (sha256 {str(wanted.pop())[:12]}); pass it as --script"]
+    form = (seeds[0].pack or {}).get("code_form", "source")
+    if form == "packed":
+        packed = _pack(text, script)
+        if hashlib.sha256(packed).hexdigest() not in {r.info.get("packed_sha256") for r in seeds}:
+            return ["code: packing the script again gives other bytes than the log's packed_sha256"]
+        text = packed
+    (folder / "train_gpt.py").write_bytes(text)
+    return []
+
+
+def _script_that_ran(seeds: list[Run], script: Path) -> bytes | None:
+    """The source whose hash the logs hold: --script, or the copy that a text log carries at its head."""
+    wanted = seeds[0].info.get("source_sha256")
+    texts = [script.read_bytes()] if script.is_file() else []
+    for run in seeds:
+        twin = run.path.with_suffix(".txt")
+        dump = logs.dumped_source(twin.read_text(encoding="utf-8", errors="replace")) if twin.is_file() else None
+        texts += [d.encode() for d in (dump, dump and dump.rstrip("\n"), dump and dump.rstrip("\n") + "\n") if d]
+    return next((t for t in texts if hashlib.sha256(t).hexdigest() == wanted), None)
+
+
+def _pack(text: bytes, script: Path) -> bytes:
+    """The self-extracting form that the script makes of itself (our own script: it may be run)."""
+    with tempfile.TemporaryDirectory() as room:
+        copy, out = Path(room, "train_gpt.py"), Path(room, "packed.py")
+        copy.write_bytes(text)
+        env = {
+            k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH")
+        }
+        env |= {"MODE": "pack_code", "OUTPUT": str(out)}
+        done = subprocess.run([sys.executable, copy], env=env, cwd=room, capture_output=True, text=True)
+        if done.returncode or not out.is_file():
+            raise UserError(f"MODE=pack_code of {script} failed:\n{done.stderr[-500:]}")
+        return out.read_bytes()
+
+
+def _copy_logs(folder: Path, seeds: list[Run], audits: list[Run]) -> list[str]:
+    problems = []
+    numbered = [(f"train_seed{r.seed}", r) for r in seeds]
+    by_artifact = {_artifact(r): r.seed for r in seeds}
+    numbered += [(f"audit_seed{by_artifact[_artifact(a)]}", a) for a in audits]
+    for name, run in numbered:
+        if (folder / f"{name}.jsonl").exists():
+            problems.append(f"{name}: two runs of one seed")
+            continue
+        shutil.copyfile(run.path, folder / f"{name}.jsonl")
+        text = run.path.with_suffix(".txt")
+        if text.is_file():
+            shutil.copyfile(text, folder / f"{name}.log")
+        elif name.startswith("train"):
+            problems.append(f"{run.run_id}: the text log {text} is missing; reviewers read that one")
+    return problems
+
+
+def _copy_companions(folder: Path, seeds: list[Run]) -> list[str]:
+    """requirements.txt of the repository and the tokenizer, whose hash must be the log's."""
+    shutil.copyfile(HERE.parent / "requirements.txt", folder / "requirements.txt")
+    tokenizer = seeds[0].info.get("tokenizer", {})
+    path = Path(tokenizer.get("path") or "")
+    if not path.is_file():
+        return [f"tokenizer: {path} is not here; a reviewer needs it"]
+    blob = path.read_bytes()
+    if tokenizer.get("sha256") not in (None, hashlib.sha256(blob).hexdigest()):
+        return [f"tokenizer: {path} has changed since the run (sha256 differs from the log's)"]
+    (folder / "tokenizers").mkdir()
+    (folder / "tokenizers" / path.name).write_bytes(blob)
+    return []
+
+
+# ---- submission.json
+
+
+def describe(seeds: list[Run], args: argparse.Namespace, system: dict | None) -> dict:
+    """The fields that recent records carry. val_bpb is the mean of the runs' scores and nothing else."""
+    bpb, loss = Sample.of([r.bpb() for r in seeds]), Sample.of([r.loss() for r in seeds])
+    totals = [r.total_bytes for r in seeds]
+    info = seeds[0].info
+    meta = {
+        "author": args.author,
+        "github_id": args.github_id,
+        "name": (system or {}).get("title") or args.name,
+        "blurb": args.blurb or _changes_in_words(seeds[0]),
+        "date": args.date or datetime.date.today().isoformat(),
+        "track": TRACKS[args.non_record].removeprefix("track_"),
+        "val_loss": loss.mean,
+        "val_bpb": bpb.mean,
+        "val_loss_std": None if loss.n < 2 else loss.std,
+        "val_bpb_std": None if bpb.n < 2 else bpb.std,
+        "score_stage": seeds[0].stage,
+        "seeds": [r.seed for r in seeds],
+        "seed_results": {str(r.seed): seed_result(r) for r in seeds},
+        "bytes_total": max(totals),
+        "bytes_code": (seeds[0].pack or {}).get("code_bytes"),
+        "artifact_bytes_mean": sum(r.pack["artifact_bytes"] for r in seeds) / len(seeds),
+        "artifact_bytes_max": max(r.pack["artifact_bytes"] for r in seeds),
+        "train_steps_mean": sum(r.last_step for r in seeds) / len(seeds),
+        "step_avg_ms_mean": sum(r.ms_per_step for r in seeds) / len(seeds),
+        "train_wallclock_ms_max": max(round(1000 * r.train_s) for r in seeds),
+        "eval_time_s_max": max(r.eval_s for r in seeds),
+        "hardware": f"{info.get('world_size', '?')}x {info.get('device_name') or info.get('device', '?')}",
+        "pytorch_version": info.get("torch"),
+        "python_version": info.get("python"),
+        "recipe": info.get("recipe"),
+        "data": "sample" if info.get("data", {}).get("sample") else "FineWeb",
+        "technique_summary": _changes_in_words(seeds[0]),
+        "logs": {str(r.seed): f"train_seed{r.seed}.log" for r in seeds},
+    }
+    if system:
+        meta |= {
+            "system": system["key"],
+            "base_pr": system["pr"],
+            "attribution": f"PR #{system['pr']} by {system['author']}",
+        }
+    if claims := [r.claimed for r in seeds if r.claimed]:
+        mean = sum(c["claimed_bpb"] for c in claims) / len(claims)
+        z = max(c["z_mean"] for c in claims if c.get("z_mean") is not None)
+        meta["claimed_not_a_code_length"] = {"claimed_bpb": mean, "z_mean": z}
+    return meta
+
+
+def seed_result(run: Run) -> dict:
+    out = {"val_loss": run.loss(), "val_bpb": run.bpb(), "artifact_bytes": run.pack["artifact_bytes"]}
+    out |= {"bytes_total": run.total_bytes, "steps": run.last_step, "step_avg_ms": run.ms_per_step}
+    out |= {
+        "train_time_s": run.train_s,
+        "eval_time_s": run.eval_s,
+        "target_tokens": run.stages[run.stage].get("tokens"),
+    }
+    return out | {"stages": {name: e["val_bpb"] for name, e in run.stages.items()}}
+
+
+def compliance(verdicts: list[rules.Check]) -> dict[str, bool | None]:
+    """The flags that records carry, each from a check; None where a person must look."""
+    named = {c.rule: c.status for c in verdicts}
+
+    def holds(rule: str) -> bool | None:
+        return {rules.PASS: True, rules.FAIL: False}.get(named.get(rule, rules.WARN))
+
+    return {
+        "artifact_under_16mb": holds("bytes"),
+        "train_under_600s": holds("training time"),
+        "eval_under_600s": holds("evaluation time"),
+        "three_seeds": holds("seeds"),
+        "full_validation_targets": holds("validation complete"),
+        "score_before_update": holds(AUDIT_RULE),
+        "no_validation_training_leak": holds("validation documents in training"),
+    }
+
+
+def _changes(run: Run) -> dict[str, object]:
+    """Knobs that are not at their default, bookkeeping and paths aside."""
+    moved = {k: v for k, v in run.config.items() if run.sources.get(k, "default") != "default"}
+    return {k: v for k, v in moved.items() if k not in logs.BOOKKEEPING and not k.endswith("_PATH")}
+
+
+def _changes_in_words(run: Run) -> str:
+    changes = [f"{k}={logs.show(v)}" for k, v in _changes(run).items()]
+    return f"recipe {run.info.get('recipe')}" + (": " + ", ".join(changes[:12]) if changes else ", unchanged")
+
+
+# ---- README.md
+
+
+def readme(
+    seeds: list[Run],
+    meta: dict,
+    verdicts: list[rules.Check],
+    pictures: list[str],
+    args: argparse.Namespace,
+    system: dict | None,
+) -> str:
+    parts = [f"# {meta['name']}\n\n{meta['blurb']}", *_notices(meta, verdicts, args.non_record), _result(seeds, meta)]
+    if system:
+        parts += [_system_text(system), _full_size(system, seeds[0])]
+    parts += [_method(seeds[0], args), *_against(seeds, args), _pictures(pictures), _compliance_text(verdicts)]
+    return "\n\n".join([*parts, _reproduce(seeds[0])]) + "\n"
+
+
+def _notices(meta: dict, verdicts: list[rules.Check], non_record: bool) -> list[str]:
+    if not non_record:
+        return []
+    relaxed = [f"{c.rule}: {c.detail}" for c in verdicts if c.status == rules.WARN]
+    lines = [
+        "> **Non-record submission.** It asks for no place in the 10-minute track. What that track would object to:"
+    ]
+    lines += [f"> - {line}" for line in relaxed]
+    if meta["data"] == "sample":
+        lines.append(
+            "> - Trained and scored on the small corpus shipped with the repository, at a shrunken size: "
+            "no figure here compares with the leaderboard or with the published system's."
+        )
+    return ["\n".join(lines)]
+
+
+def _result(seeds: list[Run], meta: dict) -> str:
+    stages = list(dict.fromkeys(s for r in seeds for s in r.stages))
+    header = ["seed", "steps", "ms/step", *stages, "**score**", "artifact bytes", "total bytes", "train s", "eval s"]
+    rows = []
+    for r in seeds:
+        row = [r.seed, r.last_step, tables.fixed(r.ms_per_step, 1), *[tables.fixed(r.bpb(s), 4) for s in stages]]
+        row += [tables.fixed(r.bpb(), 5), r.pack["artifact_bytes"], r.total_bytes]
+        rows.append([*row, tables.fixed(r.train_s, 1), tables.fixed(r.eval_s, 1)])
+    spread = (
+        f" (standard deviation {meta['val_bpb_std']:.5f}, n = {len(seeds)})" if meta["val_bpb_std"] is not None else ""
+    )
+    text = f"## Result\n\n**val_bpb {meta['val_bpb']:.5f}**{spread}, val_loss {meta['val_loss']:.5f} nats/token, "
+    text += f"stage `{meta['score_stage']}`, on {meta['hardware']}.\n\n{tables.render(header, rows, 'markdown')}"
+    if claim := meta.get("claimed_not_a_code_length"):
+        text += (
+            f"\n\nThe published scorer, kept for comparison, prints claimed_bpb {claim['claimed_bpb']:.4f}. Its "
+            f"probabilities sum to {claim['z_mean']:.1f} on average: **not a code length**, and not the score."
+        )
+    return text
+
+
+def _system_text(system: dict) -> str:
+    rows = [[p["figure"], p["kind"], p["what"]] for p in system["published"]]
+    differences = "\n".join(f"- **{what}**: {why}." for what, why in system["differences"])
+    return (
+        f"## The system: PR #{system['pr']} by {system['author']}\n\n{system['what']}\n\n### Published figures\n\n"
+        f"{tables.render(['figure', 'kind', 'what'], rows, 'markdown')}\n\n"
+        "A *valid* figure is a code length; a *claimed* one is not, since its probabilities do not sum to one.\n\n"
+        f"### What ours does differently, and why\n\n{differences}\n\n"
+        f"### Full size, on 8xH100\n\n```bash\n{system['command']}\n```"
+    )
+
+
+def estimate(system: dict, run: Run) -> list[tuple[str, int, float, float, float | None]]:
+    """(role, full-size weights, bits/weight of the shrunken run, estimated bytes, bytes at fixed width or None).
+
+    A role that the shrunken run did not have takes that run's mean over all roles.
+    """
+    roles = {name: r for name, r in run.pack["roles"].items() if r["params"]}  # the container holds no weights
+    overall = 8 * sum(r["bytes"] for r in roles.values()) / max(1, sum(r["params"] for r in roles.values()))
+    rows = []
+    for role, count in system["roles"].items():
+        bits = roles.get(role, {}).get("bits_per_weight", overall)
+        width = ((run.quant or {}).get("roles", {}).get(role) or {}).get("bits")
+        rows.append((role, count, bits, count * bits / 8, count * width / 8 if width else None))
+    return rows
+
+
+def _full_size(system: dict, run: Run) -> str:
+    rows = estimate(system, run)
+    cells = [[role, n, f"{bits:.2f}", round(size), width and round(width)] for role, n, bits, size, width in rows]
+    weights, code = sum(r[3] for r in rows), run.pack["code_bytes"]
+    widths = [r[4] for r in rows]
+    fixed = sum(widths) if all(w is not None for w in widths) else None
+    cells += [
+        ["code", None, None, code, code],
+        ["**total**", None, None, round(weights) + code, fixed and round(fixed) + code],
+    ]
+    header = ["role", "weights at full size", "bits/weight, shrunken run", "estimated bytes", "bytes at fixed width"]
+    note = (
+        "**An estimate**, not a measurement: the full-size weights of each role times the bits that a weight of that "
+        "role took in the shrunken run's artifact. Only storage at fixed width is an upper bound (row scales aside): "
+        "trained matrices of another size compress differently, and untrained ones that start at zero cost nothing."
+    )
+    extra = f" {system['note']}" if "note" in system else ""
+    return f"### Artifact at full size (estimate)\n\n{tables.render(header, cells, 'markdown')}\n\n{note}{extra}"
+
+
+def _method(run: Run, args: argparse.Namespace) -> str:
+    script = Path(args.script)
+    docs = source.knob_docs(script.read_text(encoding="utf-8", errors="replace")) if script.is_file() else {}
+    rows = []
+    for name, value in _changes(run).items():
+        known = docs.get(name, {})
+        rows.append(
+            [f"`{name}`", logs.show(value), logs.show(known.get("default")), run.sources[name], known.get("doc", "")]
+        )
+    head = f"## Method\n\nRecipe `{run.info.get('recipe')}` ({run.info.get('recipe_reason', 'as asked')}). "
+    if not rows:
+        return head + "No knob differs from its default."
+    table = tables.render(["knob", "value", "default", "set by", "meaning"], rows, "markdown")
+    return f"{head}Every knob that is not at its default:\n\n{table}"
+
+
+def _against(seeds: list[Run], args: argparse.Namespace) -> list[str]:
+    """Welch's test against --baseline runs or a --published figure, if one was named."""
+    if args.published:
+        ref, groups = tables.published(args.published), {"this submission": seeds}
+        name, factor = f"published {ref.mean:g}", tables.nats_per_bpb(seeds, None)
+    elif args.baseline:
+        base = tables.scored_runs(logs.load_runs(args.baseline)[0], None)
+        if differing := logs.differences([*base, *seeds]):
+            raise UserError("--baseline cannot be compared: " + "; ".join(differing))
+        groups, ref, name = {"baseline": base, "this submission": seeds}, None, "baseline"
+        factor = tables.nats_per_bpb([*base, *seeds], None)
+    else:
+        return []
+    entries = tables.comparison(groups, ref, name, None, factor)
+    return ["## Comparison\n\n" + tables.comparison_text(entries, name, "markdown")]
+
+
+def _pictures(names: list[str]) -> str:
+    return "## Pictures\n\n" + "\n\n".join(f"![{n.removesuffix('.png').replace('_', ' ')}]({n})" for n in names)
+
+
+def _compliance_text(verdicts: list[rules.Check]) -> str:
+    rows = [[c.status, c.rule, c.detail.replace("|", "\\|")] for c in verdicts]
+    return (
+        "## Compliance\n\nFrom the logs, the audit and the files of this folder "
+        "(`python records/report.py check` on it says it again). WARN: a person must look.\n\n"
+        + tables.render(["", "rule", "evidence"], rows, "markdown")
+    )
+
+
+def _reproduce(run: Run) -> str:
+    words = [f"RECIPE={run.info.get('recipe')}", f"SEED={run.seed}"]
+    asked = {k: v for k, v in run.config.items() if run.sources.get(k) == "env"}
+    words += [f"{k}={logs.show(v)}" for k, v in asked.items() if k not in logs.BOOKKEEPING and not k.endswith("_PATH")]
+    ranks = run.info.get("world_size") or 1
+    launch = "python train_gpt.py" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks} train_gpt.py"
+    return f"## Reproduce\n\n```bash\n{' '.join(words)} {launch}\n```"
+
+
+# ---- The index of systems
+
+
+def write_index(records: Path = HERE) -> int:
+    """Rewrites the table between the markers of records/README.md from the systems' folders. Rows stand in PR order."""
+    page = records / "README.md"
+    text = page.read_text(encoding="utf-8")
+    begin, end = "<!-- systems:begin -->", "<!-- systems:end -->"
+    if begin not in text or end not in text:
+        raise UserError(f"{page}: without the markers {begin} and {end}")
+    head, _, rest = text.partition(begin)
+    tail = rest.partition(end)[2]
+    page.write_text(f"{head}{begin}\n{index_table(records)}\n{end}{tail}", encoding="utf-8")
+    print(page)
+    return 0
+
+
+def index_table(records: Path) -> str:
+    systems = json.loads((HERE / "systems.json").read_text(encoding="utf-8"))
+    found = {}
+    for path in sorted(records.glob("track_*/*/submission.json")):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta.get("system") in systems:
+            found[meta["system"]] = (path.parent.relative_to(records), meta)  # the latest date wins
+    header = ["system", "published claim", "published valid bpb", "ours on the sample: network", "+ exact n-grams"]
+    header += ["claimed (mean Z), no code length"]
+    rows = []
+    for key, system in sorted(systems.items(), key=lambda kv: kv[1]["pr"]):
+        place, meta = found.get(key, (None, {}))
+        stages = [r.get("stages", {}) for r in meta.get("seed_results", {}).values()]
+        claim = meta.get("claimed_not_a_code_length")
+        title = f"#{system['pr']} {system['title']}"
+        row = [f"[{title}]({place}/)" if place else title, system["claim"], system["valid_bpb"]]
+        row += [_mean_stage(stages, ("sliding", "roundtrip")), _mean_stage(stages, ("ngram",))]
+        rows.append([*row, claim and f"{claim['claimed_bpb']:.4f} ({claim['z_mean']:.0f})"])
+    return tables.render(header, rows, "markdown")
+
+
+def _mean_stage(stages: list[dict], names: tuple[str, ...]) -> str | None:
+    """Mean over seeds of the first of `names` that all seeds have."""
+    for name in names:
+        if stages and all(name in s for s in stages):
+            return f"{sum(s[name] for s in stages) / len(stages):.4f}"
+    return None

@@ -1,0 +1,103 @@
+"""Runs a list of configurations one after another: skips finished ones, survives failing ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import runs as logs
+from runs import UserError
+
+
+def run(list_file: str, launch: str, only: int | None, log_dir: Path) -> int:
+    """Runs every line (or line `only`, counted from 0) and prints what became of each. 1 if any run failed."""
+    jobs = read_list(list_file)
+    if only is not None:
+        if not 0 <= only < len(jobs):
+            raise UserError(f"--only {only}: {list_file} holds configurations 0 to {len(jobs) - 1}")
+        jobs = jobs[only : only + 1]
+    outcomes = []
+    for number, knobs in enumerate(jobs, 1):
+        print(f"[{number}/{len(jobs)}] {knobs['RUN_ID']}", flush=True)
+        try:
+            outcomes.append((knobs["RUN_ID"], _one(knobs, launch, log_dir)))
+        except KeyboardInterrupt:
+            print(f"stopped by hand in {knobs['RUN_ID']}; the same command goes on from here", file=sys.stderr)
+            return 1
+        print(f"    {outcomes[-1][1]}", flush=True)
+    failed = [name for name, outcome in outcomes if outcome.startswith("failed")]
+    print(
+        f"{len(outcomes) - len(failed)} of {len(outcomes)} done" + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
+    return int(bool(failed))
+
+
+def read_list(list_file: str) -> list[dict[str, str]]:
+    """One dict of knobs a line, RUN_ID added; a `UserError` names the line that is no list of KNOB=value words."""
+    try:
+        text = sys.stdin.read() if list_file == "-" else Path(list_file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{list_file}: {error.strerror}") from None
+    jobs, ids = [], {}
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(f"{list_file}, line {number}: {error}") from None
+        if not words:
+            continue
+        wrong = [w for w in words if not re.match(r"[A-Z][A-Z0-9_]*=", w)]
+        if wrong:
+            raise UserError(f"{list_file}, line {number}: expected KNOB=value words, got {wrong[0]!r}")
+        knobs = dict(w.split("=", 1) for w in words)
+        knobs.setdefault("RUN_ID", run_id(knobs))
+        if knobs["RUN_ID"] in ids:
+            raise UserError(
+                f"{list_file}, line {number}: the same run as line {ids[knobs['RUN_ID']]} ({knobs['RUN_ID']})"
+            )
+        ids[knobs["RUN_ID"]] = number
+        jobs.append(knobs)
+    if not jobs:
+        raise UserError(f"{list_file}: no configuration in it")
+    return jobs
+
+
+def run_id(knobs: dict[str, str]) -> str:
+    """A file name that says what runs; the same knobs give the same name in any order. Long ones end in a hash."""
+    words = [f"{k.lower()}-{v}" for k, v in sorted(knobs.items(), key=lambda kv: (kv[0] == "SEED", kv[0]))]
+    name = re.sub(r"[^A-Za-z0-9_.+-]", "_", "_".join(words))
+    return name if len(name) <= 100 else f"{name[:88]}_{hashlib.sha256('_'.join(words).encode()).hexdigest()[:10]}"
+
+
+def _one(knobs: dict[str, str], launch: str, log_dir: Path) -> str:
+    before = _state(log_dir, knobs["RUN_ID"])
+    if before.startswith(("finished", "still going")):
+        return f"skipped: {before}"
+    began = time.monotonic()
+    try:
+        status = subprocess.run(shlex.split(launch), env=os.environ | knobs).returncode
+    except OSError as error:
+        raise UserError(f"--launch {launch}: {error.strerror}") from None
+    after = _state(log_dir, knobs["RUN_ID"])
+    if status != 0:
+        return f"failed: exit status {status}; {after}"
+    if not after.startswith("finished"):
+        return f"failed: exit status 0, but {after}"
+    return f"{after}, {time.monotonic() - began:.0f} s"
+
+
+def _state(log_dir: Path, name: str) -> str:
+    path = log_dir / f"{name}.jsonl"
+    if not path.is_file():
+        return f"no log {path}"
+    try:
+        log = logs.read_jsonl(path)
+    except UserError as error:
+        return str(error)
+    return f"finished, {log.bpb():.4f} bpb" if log.finished else log.status()

@@ -1,0 +1,786 @@
+"""records/: logs to tables, tests, pictures, submissions and checks, on logs written as the trainer writes them."""
+
+import base64
+import bz2
+import hashlib
+import json
+import lzma
+import math
+import re
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "records"))
+
+import leaks  # noqa: E402
+import report  # noqa: E402
+import rules  # noqa: E402
+import runs as logs  # noqa: E402
+import source  # noqa: E402
+import stats  # noqa: E402
+import submission  # noqa: E402
+import sweep  # noqa: E402
+
+NATS_PER_BPB = 1.6885  # sp1024 on FineWeb
+SCRIPT = '''"""A script."""
+import torch
+
+class Config:
+    matrix_lr: float = knob(0.04, "", "learning rate of the matrices", lo=0)
+    eval_stride: int = knob(64, "tokens", "step of the sliding window")
+
+
+def train(loader):
+    return torch.zeros(1)
+'''
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_shards(path: Path, train_docs: list[list[int]], val_docs: list[list[int]], split: int = 10**9) -> Path:
+    """Shards of at most `split` tokens, each document after a BOS."""
+    path.mkdir(parents=True, exist_ok=True)
+    for kind, docs in (("train", train_docs), ("val", val_docs)):
+        stream = [t for doc in docs for t in (1, *doc)]
+        for index, start in enumerate(range(0, len(stream), split)):
+            part = np.array(stream[start : start + split], dtype="<u2")
+            header = np.zeros(256, dtype="<i4")
+            header[:3] = 20240520, 1, len(part)
+            (path / f"fineweb_{kind}_{index:06d}.bin").write_bytes(header.tobytes() + part.tobytes())
+    return path
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> dict:
+    """Shards, a tokenizer and a script for runs to name, and an empty logs folder."""
+    rng = np.random.default_rng(0)
+    docs = [rng.integers(4, 1000, 30).tolist() for _ in range(80)]
+    data = write_shards(tmp_path / "data", docs[:50], docs[50:])
+    (tmp_path / "tok.model").write_bytes(b"tokenizer")
+    (tmp_path / "train_gpt.py").write_text(SCRIPT)
+    (tmp_path / "logs").mkdir()
+    return {"root": tmp_path, "logs": tmp_path / "logs", "data": data, "script": tmp_path / "train_gpt.py"}
+
+
+def write_run(
+    world: dict, run_id: str, seed: int = 1, bpb: float = 1.9, lr: float = 0.04, audit: bool = True, **over
+) -> Path:
+    """A finished run as events; `over` replaces fields of events (`score={...}`) or drops the event (`end=None`)."""
+    source_bytes = world["script"].read_bytes()
+    val_bytes = 151_075_000 if over.pop("fineweb", False) else 90_000
+    tokens = round(val_bytes * math.log(2) / NATS_PER_BPB)
+    artifact = str(world["logs"] / f"{run_id}.pgz")
+    data = {"path": str(world["data"]), "sample": val_bytes < 1e6, "train_shards": 80, "train_tokens": 8_000_000}
+    data |= {"val_tokens": tokens, "val_sha256": sha(b"val")}
+    values = {"MATRIX_LR": lr, "SEED": seed, "EVAL_SEQ_LEN": 512, "EVAL_STRIDE": 64, "RUN_ID": run_id}
+    events = [
+        {"event": "run", "run_id": run_id, "recipe": "cpu", "recipe_reason": "no GPU", "mode": "train", "seed": seed}
+        | {"world_size": 1, "device": "cpu", "device_name": "a CPU", "torch": "2.13.0", "python": "3.12", "data": data}
+        | {"source_sha256": sha(source_bytes), "packed_sha256": sha(b"packed"), "source_bytes": len(source_bytes)}
+        | {"tokenizer": {"path": str(world["root"] / "tok.model"), "sha256": sha(b"tokenizer"), "vocab_size": 1024}}
+        | {"started": f"2026-04-01T00:0{seed}:00", "params": 3_000_000},
+        {"event": "config", "values": values, "sources": {"MATRIX_LR": "env" if lr != 0.04 else "default"}},
+    ]
+    for step in range(0, 100, 5):
+        loss = 3.2 + 3.7 * math.exp(-step / 20) + 0.02 * math.sin(7 * step + seed)
+        scale = min(1.0, (100 - step) / 40)
+        events.append({"event": "step", "step": step, "total": 100, "train_loss": loss, "lr_scale": scale})
+        events[-1] |= {"train_s": step * 0.8, "step_ms": 800.0, "tokens_per_s": 1e4, "mfu": None}
+    stages = {"roundtrip": bpb + 0.05, "sliding": bpb}
+    roles = {"mlp": {"params": 2_000_000, "bytes": 1_400_000, "bits_per_weight": 5.6}}
+    roles |= {"attn": {"params": 800_000, "bytes": 540_000, "bits_per_weight": 5.4}}
+    roles |= {"embed": {"params": 262_144, "bytes": 230_000, "bits_per_weight": 7.02}}
+    pack = {"artifact": artifact, "artifact_bytes": 2_200_000, "code_bytes": len(source_bytes), "code_form": "source"}
+    pack |= {"total_bytes": 2_200_000 + len(source_bytes), "limit": 16_000_000, "roles": roles}
+    events += [
+        {"event": "switch", "step": 60, "frac": 0.6, "name": "qat", "value": 1},
+        {"event": "val", "step": 50, "val_loss": 3.6, "val_bpb": 2.13, "train_s": 40.0},
+        {"event": "val", "step": 100, "val_loss": 3.3, "val_bpb": bpb + 0.045, "train_s": 80.0},
+        {"event": "train_end", "steps": 100, "train_s": 80.0, "reason": "iterations", "peak_memory_mib": 500},
+        {"event": "quant", "seconds": 1.0, "roles": {r: {"bits": 6, "params": v["params"]} for r, v in roles.items()}},
+        {"event": "pack", **pack},
+    ]
+    for name, value in stages.items():
+        events.append({"event": "stage", "stage": name, "val_loss": value * NATS_PER_BPB, "val_bpb": value})
+        events[-1] |= {"tokens": tokens, "bytes": val_bytes, "seconds": 5.0, "complete": True}
+    score = {k: pack[k] for k in ("artifact_bytes", "code_bytes", "total_bytes", "limit")}
+    score |= {"val_bpb": bpb, "val_loss": bpb * NATS_PER_BPB, "stage": "sliding", "train_s": 80.0, "eval_s": 10.0}
+    events += [{"event": "score", **score, "complete": True, "limits_ok": True}, {"event": "end", "status": "ok"}]
+    for kind, fields in over.items():
+        events = [e for e in events if e["event"] != kind] if fields is None else events
+        for event in events:
+            if event["event"] == kind and fields:
+                event.update(fields)
+    path = world["logs"] / f"{run_id}.jsonl"
+    path.write_text("".join(json.dumps({"v": 1, "t": 0.0} | e) + "\n" for e in events))
+    path.with_suffix(".txt").write_text(
+        world["script"].read_text() + "=" * 100 + f"\nstep:0/100 train_loss:6.9 seed:{seed}\n"
+    )
+    if audit:
+        write_audit(world, run_id, artifact)
+    return path
+
+
+def write_audit(world: dict, run_id: str, artifact: str, passed: bool = True) -> None:
+    checks = [
+        {"name": "sum to 1", "passed": passed, "detail": "1e-9"},
+        {"name": "future", "passed": True, "detail": ""},
+    ]
+    events = [{"event": "run", "run_id": f"audit-{run_id}", "mode": "audit"}, {"event": "end", "status": "ok"}]
+    events.insert(1, {"event": "config", "values": {"ARTIFACT": artifact}, "sources": {}})
+    events.insert(2, {"event": "audit", "passed": passed, "checks": checks})
+    path = world["logs"] / f"audit-{run_id}.jsonl"
+    path.write_text("".join(json.dumps({"v": 1, "t": 0.0} | e) + "\n" for e in events))
+
+
+def run_cli(*words) -> int:
+    return report.main([str(w) for w in words])
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("t, df, p", [
+    (2.0, 10, 0.036694017385370196),  # scipy.stats.t.sf
+    (12.706204736432095, 1, 0.025),  # the 97.5 % quantile of any printed table
+    (2.3646242510102993, 7, 0.025),
+    (-1.0, 5, 0.8183912661754386),
+    (0.0, 3, 0.5),
+    (31.599054576443621, 2, 0.0005),
+])  # fmt: skip
+def test_tail_of_t_equals_published_values(t, df, p):
+    assert stats.t_above(t, df) == pytest.approx(p, rel=1e-9)
+
+
+def test_incomplete_beta_equals_its_closed_forms():
+    for x in (0.01, 0.3, 0.5, 0.77, 0.999):
+        assert stats.incomplete_beta(1, 3, x) == pytest.approx(1 - (1 - x) ** 3, rel=1e-12)
+        assert stats.incomplete_beta(2, 2, x) == pytest.approx(x * x * (3 - 2 * x), rel=1e-12)
+    assert stats.incomplete_beta(5, 7, 0.2) + stats.incomplete_beta(7, 5, 0.8) == pytest.approx(1.0, rel=1e-13)
+
+
+def test_welch_equals_scipy_on_unequal_groups():
+    a = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9]
+    b = [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2]
+    test = stats.welch(stats.Sample.of(b), stats.Sample.of(a))  # scipy.stats.ttest_ind(equal_var=False, greater)
+    assert (test.t, test.df) == (pytest.approx(1.761318346044763), pytest.approx(8.55599277832226))
+    assert test.p == pytest.approx(0.05688410142798731, rel=1e-10)
+
+
+def test_a_single_seed_proves_nothing_and_an_exact_mean_gives_the_one_sample_t():
+    one, three = stats.Sample.of([1.9]), stats.Sample.of([1.0, 1.1, 1.2])
+    assert math.isnan(stats.welch(three, one).p)
+    exact = stats.welch(stats.Sample(1.3, math.nan, 0), three)
+    assert (exact.t, exact.df) == (pytest.approx(0.2 / (0.1 / math.sqrt(3))), pytest.approx(2))
+
+
+def test_published_frontier_p_value_is_found_again():
+    new, ref = stats.Sample(1.05651, 0.00036, 3), stats.Sample(1.05759, 0.00034, 3)
+    assert 0.005 < stats.welch(ref, new).p < 0.02  # printed in the audit as .014
+
+
+# ---- logs
+
+
+def test_a_run_is_read_back_from_its_events(world):
+    run = logs.read_log(write_run(world, "a", seed=7, bpb=1.8))
+    assert (run.run_id, run.seed, run.stage, run.last_step, run.ms_per_step) == ("a", 7, "sliding", 100, 800.0)
+    assert run.bpb() == 1.8 and run.bpb("roundtrip") == 1.85 and run.status() == "ok" and run.finished
+
+
+BASELINE_LOG = """import os
+print("source")
+{bar}
+train_loader:dataset:fineweb10B_sp1024 train_shards:25
+val_loader:shards pattern=./data/fineweb_val_*.bin tokens:62021632
+model_params:17059912
+world_size:8 grad_accum_steps:1
+train_batch_tokens:524288 train_seq_len:1024 iterations:20000 matrix_lr:0.04
+seed:1337
+warmup_step:20/20
+step:1/20000 train_loss:6.9370 train_time:64ms step_avg:64.00ms
+step:13700/20000 train_loss:2.0323 train_time:596577ms step_avg:43.55ms
+step:13780/20000 val_loss:2.0606 val_bpb:1.2172 train_time:600038ms step_avg:43.54ms
+stopping_early: wallclock_cap train_time:600038ms step:13780/20000
+peak memory allocated: 10184 MiB reserved: 10200 MiB
+Serialized model: 67224983 bytes
+Code size: 47642 bytes
+Serialized model int8+zlib: 15815847 bytes (payload:17178912)
+Total submission size int8+zlib: 15863489 bytes
+final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:1.2244 eval_time:1401ms
+final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22436570
+""".format(bar="=" * 100)
+
+FRONTIER_LOG = """train_shards: 80
+val_tokens: 47851520
+seed: 42
+matrix_lr: 0.026
+4000/20000 train_loss: 2.4012 train_time: 8.0m tok/s: 6500000
+stopping_early: wallclock_cap train_time: 596137ms step: 4703/20000
+diagnostic pre-quantization post-ema val_loss:2.32112568 val_bpb:1.06066112 eval_time:18334ms
+Total submission size quantized+pergroup: 15989499 bytes
+diagnostic quantized val_loss:2.34 val_bpb:1.07 eval_time:19000ms
+quantized_ttt_phased val_loss:2.31538446 val_bpb:1.05803761 eval_time:591446ms
+"""
+
+
+def test_other_peoples_text_logs_are_read(tmp_path):
+    (tmp_path / "train.log").write_text(BASELINE_LOG)
+    run = logs.read_log(tmp_path / "train.log")
+    assert (run.bpb(), run.loss(), run.seed, run.total_bytes) == (1.2243657, 2.07269931, 1337, 15863489)
+    assert (run.last_step, run.train_s, run.config["MATRIX_LR"]) == (13780, 600.038, 0.04)
+    assert run.info["data"] == {"path": "fineweb10B_sp1024", "train_shards": 25, "val_tokens": 62021632}
+    (tmp_path / "train_seed42.log").write_text(FRONTIER_LOG)
+    run = logs.read_log(tmp_path / "train_seed42.log")
+    assert (run.bpb(), run.stage, run.seed) == (1.05803761, "quantized_ttt_phased", 42)
+    assert (run.last_step, run.train_s, run.eval_s) == pytest.approx((4703, 596.137, 591.446))
+
+
+def test_logs_that_cannot_be_trusted_get_one_clear_message_each(world, capsys):
+    whole = write_run(world, "whole").read_text()
+    lines = whole.splitlines(keepends=True)
+    (world["logs"] / "cut.jsonl").write_text("".join(lines[:9]) + lines[9][:20])
+    (world["logs"] / "future.jsonl").write_text(whole.replace('"v": 1', '"v": 2'))
+    (world["logs"] / "going.jsonl").write_text("".join(lines[:9]))
+    assert run_cli("table", world["logs"]) == 0
+    text = capsys.readouterr().out
+    assert "truncated or damaged at line 10" in text
+    assert "log schema 2; this tool reads schema 1" in text
+    assert "still going, at step" in text
+    assert run_cli("table", world["logs"] / "future.jsonl") == 2
+    assert run_cli("table", world["root"] / "nowhere") == 2
+    assert "no such log or folder" in capsys.readouterr().err
+
+
+def test_a_resumed_run_counts_each_step_once_and_is_finished_by_its_last_end(world):
+    path = write_run(world, "a")
+    lines = path.read_text().splitlines(keepends=True)
+    cut = [*lines[:12], json.dumps({"v": 1, "t": 0, "event": "end", "status": "interrupted"}) + "\n"]
+    path.write_text("".join(cut + lines))
+    run = logs.read_log(path)
+    assert run.finished and [e["step"] for e in run.steps] == list(range(0, 100, 5))
+
+
+def test_every_way_to_miss_a_score_is_a_status(world):
+    cases = {
+        "over": ({"score": {"limits_ok": False, "total_bytes": 16_000_001}}, "limit broken: 16,000,001 bytes"),
+        "late": ({"score": {"limits_ok": False, "train_s": 601.2}}, "limit broken: train 601.2 s"),
+        "part": ({"score": {"complete": False}}, "not the whole validation text"),
+        "died": ({"end": {"status": "failed"}}, "failed: failed"),
+    }
+    for name, (over, message) in cases.items():
+        assert message in logs.read_log(write_run(world, name, **over)).status()
+
+
+# ---- table and compare
+
+
+def test_table_shows_changed_knobs_only_sorted_by_score_in_three_forms(world, capsys):
+    write_run(world, "low", bpb=1.80, lr=0.02, audit=False)
+    write_run(world, "high", bpb=1.95, lr=0.04, audit=False)
+    run_cli("table", world["logs"])
+    header, first, second = capsys.readouterr().out.splitlines()
+    assert "MATRIX_LR" in header and "EVAL_STRIDE" not in header
+    assert first.startswith("low") and second.startswith("high") and "1.8000" in first
+    run_cli("table", world["logs"], "--format", "csv")
+    assert capsys.readouterr().out.splitlines()[1].startswith("low,0.02,1,100,800.0,1.85,1.8,1.8,")
+    run_cli("table", world["logs"], "--format", "markdown", "--sort", "MATRIX_LR")
+    assert capsys.readouterr().out.splitlines()[1].startswith("| ---")
+    assert run_cli("table", world["logs"], "--sort", "beauty") == 2
+
+
+def sweep_of_two(world, gain: float) -> None:
+    for seed, noise in ((1, -0.0003), (2, 0.0), (3, 0.0004)):
+        write_run(world, f"a{seed}", seed=seed, bpb=1.9 + noise, lr=0.04, audit=False)
+        write_run(world, f"b{seed}", seed=seed, bpb=1.9 - gain - noise, lr=0.02, audit=False)
+
+
+def compared(world, capsys, *words) -> dict:
+    assert run_cli("compare", world["logs"], "--format", "json", *words) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_seeds_are_grouped_and_the_record_rule_needs_five_thousandths_of_a_nat(world, capsys):
+    sweep_of_two(world, gain=0.02)
+    best, ref = compared(world, capsys, "--ref", "MATRIX_LR=0.04")["groups"]
+    assert (best["group"], best["n"], ref["n"]) == ("MATRIX_LR=0.02", 3, 3)
+    assert best["gain_nats"] == pytest.approx(best["gain_bpb"] * NATS_PER_BPB)
+    assert best["meets_record_rule"] and best["p_better"] < best["p_record"] < 0.01
+    sweep_of_two(world, gain=0.0025)  # 0.0042 nats: better beyond doubt, yet short of the rule
+    best, _ = compared(world, capsys, "--ref", "MATRIX_LR=0.04")["groups"]
+    assert best["p_better"] < 0.01 and not best["meets_record_rule"] and best["p_record"] > 0.5
+
+
+def test_a_published_mean_is_a_reference(world, capsys):
+    sweep_of_two(world, gain=0.02)
+    result = compared(world, capsys, "--published", "1.93,0.0005,3")
+    assert all(g["meets_record_rule"] for g in result["groups"])
+    assert run_cli("compare", world["logs"], "--published", "1.93,0.0005") == 2
+    assert run_cli("compare", world["logs"], "--ref", "MATRIX_LR=0.5") == 2
+    assert "fits 0 of these configurations" in capsys.readouterr().err
+
+
+def test_one_seed_is_told_that_it_proves_nothing(world, capsys):
+    write_run(world, "a", lr=0.04, audit=False)
+    write_run(world, "b", lr=0.02, bpb=1.5, audit=False)
+    assert run_cli("compare", world["logs"]) == 0
+    text = capsys.readouterr().out
+    assert "unknown" in text and "no test" in text and "0.005 nats/token better, shown at p < 0.01" in text
+
+
+@pytest.mark.parametrize("over, words", [
+    ({"run": {"data": {"val_sha256": "f" * 64, "val_tokens": 5}}}, "validation data (sha256)"),
+    ({"run": {"tokenizer": {"sha256": "e" * 64}}}, "tokenizer: "),
+    ({"config": {"values": {"EVAL_SEQ_LEN": 1024, "SEED": 2}}}, "EVAL_SEQ_LEN): 512 in a; 1024 in b"),
+])  # fmt: skip
+def test_incomparable_runs_are_refused_with_the_difference(world, capsys, over, words):
+    write_run(world, "a", audit=False)
+    write_run(world, "b", seed=2, audit=False, **over)
+    assert run_cli("compare", world["logs"]) == 2
+    assert words in capsys.readouterr().err
+    assert run_cli("compare", world["logs"], "--anyway") == 0
+    text = capsys.readouterr().out
+    assert "NOT COMPARABLE" in text and "MET" not in text.replace("NOT COMPARABLE", "")
+
+
+# ---- pictures
+
+
+def test_pictures_are_drawn_and_never_replaced_unasked(world, capsys):
+    sweep_of_two(world, gain=0.02)
+    out = world["root"] / "pictures"
+    assert run_cli("plot", world["logs"], "--out", out) == 0
+    drawn = {p.name for p in out.iterdir()}
+    assert drawn == {"curves.png", "stages.png", "bytes.png", "bpb_bytes.png"}
+    assert all(p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and p.stat().st_size > 10_000 for p in out.iterdir())
+    assert run_cli("plot", world["logs"], "--out", out) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+# ---- submit
+
+
+def submit(world, *words, runs=("s1", "s2", "s3")) -> int:
+    places = [world["logs"] / f"{r}.jsonl" for r in runs]
+    more = [
+        "--name",
+        "idea",
+        "--script",
+        world["script"],
+        "--records",
+        world["root"] / "records",
+        "--date",
+        "2026-04-02",
+    ]
+    return run_cli("submit", *places, *more, *words)
+
+
+def three_seeds(world, **over) -> None:
+    for seed in (1, 2, 3):
+        write_run(world, f"s{seed}", seed=seed, bpb=1.9 + seed / 1000, **over)
+
+
+RECORD_HARDWARE = {"run": {"device_name": "NVIDIA H100 80GB HBM3", "world_size": 8}}
+
+
+def test_a_record_folder_is_complete_and_passes_its_own_check(world, capsys):
+    three_seeds(world, fineweb=True, **RECORD_HARDWARE)
+    assert submit(world, "--author", "A Person", "--github-id", "aperson", "--blurb", "One idea.") == 0
+    folder = world["root"] / "records" / "track_10min_16mb" / "2026-04-02_idea"
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert {"README.md", "submission.json", "train_gpt.py", "requirements.txt", "tokenizers/tok.model"} <= names
+    assert {"train_seed1.log", "train_seed3.jsonl", "audit_seed2.jsonl", "curves.png"} <= names
+    meta = json.loads((folder / "submission.json").read_text())
+    assert meta["val_bpb"] == pytest.approx(1.902) and meta["seeds"] == [1, 2, 3] and meta["github_id"] == "aperson"
+    assert meta["compliance"] == dict.fromkeys(meta["compliance"], True)
+    readme = (folder / "README.md").read_text()
+    assert all(
+        w in readme
+        for w in ("## Result", "## Method", "## Compliance", "## Reproduce", "1.90200", "Every knob")
+        if w != "Every knob"
+    )
+    capsys.readouterr()
+    assert run_cli("check", folder, "--json") == 0
+    assert {c["status"] for c in json.loads(capsys.readouterr().out)[str(folder)]} == {"PASS"}
+
+
+def test_a_folder_is_never_overwritten(world, capsys):
+    three_seeds(world, fineweb=True, **RECORD_HARDWARE)
+    assert submit(world) == 0
+    before = {p: p.read_bytes() for p in (world["root"] / "records").rglob("*") if p.is_file()}
+    assert submit(world) == 2
+    assert "never overwritten" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (world["root"] / "records").rglob("*") if p.is_file()}
+
+
+REFUSALS = [
+    ({"score": {"limits_ok": False, "total_bytes": 16_000_001}}, "limit broken: 16,000,001 bytes"),
+    ({"train_end": {"train_s": 601.5}}, "training time: 601.5 s of 600 s"),
+    ({"score": {"eval_s": 700.0}}, "evaluation time: 700.0 s"),
+    ({"score": {"complete": False}}, "not the whole validation text"),
+    ({"end": None}, "still going"),
+    ({"run": {"source_sha256": "0" * 64}}, "is not the script that ran"),
+    ({"run": {"tokenizer": {"path": "gone.model"}}}, "tokenizer: gone.model is not here"),
+    ({"run": {"device_name": "a CPU", "world_size": 1}}, "hardware"),
+]
+
+
+@pytest.mark.parametrize("over, words", REFUSALS)
+def test_what_is_missing_is_listed_and_nothing_is_written(world, capsys, over, words):
+    three_seeds(world, fineweb=True, **({} if "run" in over else RECORD_HARDWARE), **over)
+    assert submit(world) == 1
+    assert words in capsys.readouterr().err
+    track = world["root"] / "records" / "track_10min_16mb"
+    assert list(track.iterdir()) == []
+
+
+def test_missing_seeds_and_audits_are_named(world, capsys):
+    three_seeds(world, fineweb=True, audit=False, **RECORD_HARDWARE)
+    assert submit(world, runs=("s1", "s2")) == 1
+    message = capsys.readouterr().err
+    assert "seeds: 2 (1, 2); a record shows 3" in message and "MODE=audit" in message
+    write_audit(world, "s1", str(world["logs"] / "s1.pgz"), passed=False)
+    assert submit(world) == 1
+    assert "audit (C1-C4): failed" in capsys.readouterr().err
+
+
+def test_seeds_of_two_configurations_are_no_submission(world, capsys):
+    three_seeds(world, fineweb=True, **RECORD_HARDWARE)
+    write_run(world, "s3", seed=3, lr=0.02, fineweb=True, **RECORD_HARDWARE)
+    assert submit(world) == 1
+    assert "the seeds differ in MATRIX_LR: 0.02, 0.04" in capsys.readouterr().err
+
+
+def test_non_record_relaxes_hardware_time_and_seeds_and_says_so(world, capsys):
+    write_run(world, "s1", lr=0.02, train_end={"train_s": 900.0})
+    assert submit(world, "--non-record", runs=("s1",)) == 0
+    readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
+    assert (
+        "Non-record submission" in readme
+        and "900.0 s" in readme
+        and "small corpus shipped with the repository" in readme
+    )
+    assert re.search(r"`MATRIX_LR` +\| +0.02 \| +0.04 \| env", readme) and "learning rate of the matrices" in readme
+    capsys.readouterr()
+
+
+def test_non_record_does_not_relax_bytes(world, capsys):
+    write_run(world, "s1", score={"limits_ok": False, "total_bytes": 16_000_001})
+    assert submit(world, "--non-record", runs=("s1",)) == 1
+    assert "16,000,001 bytes" in capsys.readouterr().err
+
+
+def test_a_claimed_figure_never_becomes_val_bpb(world, capsys):
+    path = write_run(world, "s1")
+    claim = {"v": 1, "t": 0, "event": "claim", "name": "pr850", "claimed_bpb": 0.3212, "z_mean": 734.0, "z_max": 853.0}
+    path.write_text(json.dumps(claim).join(["", "\n"]) + path.read_text())
+    path.write_text("".join(sorted(path.read_text().splitlines(keepends=True), key=lambda l: '"run"' not in l)))
+    assert submit(world, "--non-record", runs=("s1",)) == 0
+    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    meta = json.loads((folder / "submission.json").read_text())
+    assert meta["val_bpb"] == 1.9 and meta["claimed_not_a_code_length"]["claimed_bpb"] == 0.3212
+    assert "not a code length" in (folder / "README.md").read_text()
+    meta["val_bpb"] = 0.3212
+    (folder / "submission.json").write_text(json.dumps(meta))
+    capsys.readouterr()
+    assert run_cli("check", folder) == 1
+    assert "0.32120 is a claimed figure" in capsys.readouterr().out
+
+
+def test_a_systems_readme_tells_published_from_ours_and_estimates_full_size(world):
+    write_run(world, "s1")
+    assert submit(world, "--non-record", "--system", "pr850", runs=("s1",)) == 0
+    readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
+    assert "PR #850 by callithyia" in readme and "| 0.3212" in readme and "claimed" in readme
+    assert "RECIPE=pr850" in readme and "**An estimate**" in readme
+    run = logs.read_log(world["logs"] / "s1.jsonl")
+    by_role = {r[0]: r for r in submission.estimate(submission._system("pr850"), run)}
+    assert by_role["mlp"][3] == pytest.approx(17_301_504 * 5.6 / 8) and by_role["mlp"][4] == 17_301_504 * 6 / 8
+    assert by_role["table"][2] == pytest.approx(8 * 2_170_000 / 3_062_144)  # a role the run lacks: the mean of all
+
+
+def test_full_size_counts_add_up_to_the_published_parameters():
+    systems = json.loads((ROOT / "records" / "systems.json").read_text())
+    assert {k: sum(s["roles"].values()) for k, s in systems.items()} == {
+        "pr164": 22_368_841, "pr740": 17_650_248, "pr187": 25_254_992, "pr850": 27_301_064, "pr1095": 3_452_460,
+    }  # fmt: skip
+    assert all(sum(s["roles"].values()) == s["params"] for s in systems.values())
+
+
+def test_the_index_holds_a_row_a_system_and_the_figures_of_its_folder(world):
+    write_run(world, "s1")
+    assert submit(world, "--non-record", "--system", "pr164", runs=("s1",)) == 0
+    records = world["root"] / "records"
+    (records / "README.md").write_text("before\n<!-- systems:begin -->\nold\n<!-- systems:end -->\nafter\n")
+    assert submission.write_index(records) == 0
+    text = (records / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    row = next(line for line in text.splitlines() if "#164" in line)
+    assert "track_non_record_16mb/2026-04-02_idea/" in row and "1.9000" in row
+    assert all(f"#{n}" in text for n in (740, 187, 850, 1095))
+
+
+# ---- leaked documents
+
+
+def test_leaked_validation_documents_fail_and_stray_repeats_warn(tmp_path):
+    rng = np.random.default_rng(1)
+    docs = [rng.integers(4, 1000, rng.integers(5, 60)).tolist() for _ in range(3000)]
+    val, train = docs[:2000], docs[2000:]
+    clean = leaks.find_overlap(write_shards(tmp_path / "clean", train, val, split=7_001))
+    assert (clean.documents, clean.found, clean.leaked) == (2000, 0, False)
+    stray = leaks.find_overlap(write_shards(tmp_path / "stray", train + [val[5], val[700]], val, split=7_001))
+    assert (stray.found, stray.longest_run, stray.leaked) == (2, 1, False)  # .1 % exactly: not above
+    many = leaks.find_overlap(write_shards(tmp_path / "many", train + val[10:1000:300], val))
+    assert (many.found, many.leaked) == (4, True)
+    row = leaks.find_overlap(write_shards(tmp_path / "row", [*train, *val[40:60]], val * 15, split=5_003))
+    assert (row.longest_run, row.leaked) == (20, True)
+
+
+def test_documents_across_shard_ends_are_found(tmp_path):
+    doc = list(range(10, 60))
+    data = write_shards(tmp_path, [list(range(100, 120)), doc, [5, 6]], [doc], split=40)  # the doc spans three shards
+    assert leaks.find_overlap(data).found == 1
+
+
+def test_a_leak_stops_a_submission(world, capsys):
+    tokens = leaks.read_shard(world["data"] / "fineweb_val_000000.bin").tolist()
+    write_shards(world["data"], [tokens[1:31], [9, 9]], [tokens[1:31]])
+    write_run(world, "s1")
+    assert submit(world, "--non-record", runs=("s1",)) == 1
+    assert "1 of 1 validation documents in the training shards" in capsys.readouterr().err
+
+
+# ---- reading code without running it
+
+INNER = "import os\n\n\ndef main():\n    return os.getpid()\n\n\nmain()\n" + "# padding\n" * 60
+
+
+def packers() -> dict[str, str]:
+    data = INNER.encode()
+    raw = base64.b85encode(lzma.compress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])).decode()
+    xz, bz = base64.b64encode(lzma.compress(data)).decode(), base64.a85encode(bz2.compress(data)).decode()
+    return {
+        "lzma raw b85": f'import lzma as L,base64 as B\nexec(L.decompress(B.b85decode("{raw}"),format=L.FORMAT_RAW))',
+        "lzma xz b64": f'import lzma,base64\nexec(lzma.decompress(base64.b64decode("{xz}")))',
+        "zlib bytes literal": f"import zlib\nexec(zlib.decompress({zlib.compress(data)!r}))",
+        "bz2 a85": f"import bz2,base64\nexec(bz2.decompress(base64.a85decode({bz!r})))",
+        "hex": f'exec(bytes.fromhex("{data.hex()}"))',
+    }
+
+
+@pytest.mark.parametrize("form", packers())
+def test_packed_scripts_are_undone_statically(tmp_path, form, monkeypatch):
+    monkeypatch.setattr(source, "LARGE_LITERAL", 60)  # the tiny script packs below the usual size
+    (tmp_path / "train_gpt.py").write_text(packers()[form])
+    script = source.read_script(tmp_path / "train_gpt.py")
+    assert (script.source, script.layers, script.opaque) == (INNER, 1, None)
+
+
+@pytest.mark.parametrize("library", ["brotli", "zstandard"])
+def test_packed_scripts_of_optional_libraries_are_undone_too(tmp_path, library, monkeypatch):
+    module = pytest.importorskip(library)
+    monkeypatch.setattr(source, "LARGE_LITERAL", 60)
+    data = base64.b85encode(module.compress(INNER.encode())).decode()
+    (tmp_path / "train_gpt.py").write_text(
+        f'import {library} as c,base64\nexec(c.decompress(base64.b85decode("{data}")))'
+    )
+    assert source.read_script(tmp_path / "train_gpt.py").source == INNER
+
+
+def test_layers_within_layers_and_bombs_are_bounded(tmp_path):
+    text = SCRIPT * 40
+    for _ in range(3):
+        text = f"import zlib\nexec(zlib.decompress({zlib.compress(text.encode(), 0)!r}))\n"
+    path = tmp_path / "train_gpt.py"
+    path.write_text(text)
+    script = source.read_script(path)
+    assert (script.layers, script.source) == (3, SCRIPT * 40)
+    bomb = base64.b85encode(zlib.compress(b"import os\n" * 20_000_000, 9)).decode()
+    path.write_text(f'import zlib,base64\nexec(zlib.decompress(base64.b85decode("{bomb}")))\n')
+    assert "no known decoder opens" in source.read_script(path).opaque
+
+
+@pytest.mark.parametrize("content", [b"\x00\x01\xff", b"def (", b"(" * 5000, b"", b"x = 1\n"])
+def test_no_content_makes_the_reader_raise(tmp_path, content):
+    (tmp_path / "train_gpt.py").write_bytes(content)
+    source.read_script(tmp_path / "train_gpt.py")
+
+
+PATTERNS = [
+    ("full_key = (ctx_hash ^ (tgt_np * primes[4])) & mask", "target token in a cache key"),
+    ("pair = (h * 1000003 + target) % buckets", "target token in a cache key"),
+    ("import torch\nstate = torch.load(path)", "pickle loading"),
+    ("import pickle as p\nstate = p.loads(blob)", "pickle loading"),
+    ("import numpy as np\nnp.load(f, allow_pickle=True)", "pickle loading"),
+    ("def calibrate_hessians(args):\n    return load(args.val_files)", "validation data in training code"),
+    ("def train(args):\n    return open('fineweb_val_000000.bin')", "validation data in training code"),
+    ("import torch\nbest = torch.minimum(nll_model, nll_ngram)", "per-token choice by the target"),
+    ("PREQUANT_TTT_ENABLED = 1", "name of a rejected method: pre-quantisation TTT on validation text"),
+    ("import urllib.request", "network module"),
+]
+
+
+@pytest.mark.parametrize("text, pattern", PATTERNS)
+def test_rejected_patterns_are_flagged_with_their_line(text, pattern):
+    found = source.find_patterns(source.parse(text.encode()), text)
+    assert [f.pattern for f in found] == [pattern] and found[0].line == text.count("\n") + 1
+
+
+@pytest.mark.parametrize("text", [
+    "import torch\nstate = torch.load(path, weights_only=True)",
+    "def train(args):\n    return eval_val(model, val_tokens)",  # validation while training is no training on it
+    "def train(args):\n    '''Never opens fineweb_val shards.'''",
+    "key = (prev * 31 + cur) % rows",
+    "logits = F.cross_entropy(x, targets % vocab)",
+    "def evaluate(val_tokens):\n    return val_tokens",
+])  # fmt: skip
+def test_honest_code_is_not_flagged(text):
+    assert source.find_patterns(source.parse(text.encode()), text) == []
+
+
+def test_knob_docs_are_read_from_the_source():
+    assert source.knob_docs(SCRIPT)["MATRIX_LR"] == {
+        "default": 0.04,
+        "unit": "",
+        "doc": "learning rate of the matrices",
+    }
+
+
+# ---- check, on folders that other scripts made
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A folder as the challenge's baseline left it."""
+    folder = tmp_path / "track_10min_16mb" / "2026-03-17_Baseline"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("# Baseline\n")
+    (folder / "train.log").write_text(BASELINE_LOG)
+    (folder / "train_gpt.py").write_text('import os\nprint("source")\n')
+    meta = {"author": "Baseline", "github_id": "x", "name": "Baseline", "date": "2026-03-18", "val_bpb": 1.2244}
+    (folder / "submission.json").write_text(json.dumps(meta | {"bytes_total": 15863489}))
+    return folder
+
+
+def verdicts(folder: Path) -> dict[str, rules.Check]:
+    return {c.rule: c for c in rules.checks(rules.read_entry(folder))}
+
+
+def test_check_reads_a_foreign_folder_and_says_what_it_cannot_know(foreign):
+    got = verdicts(foreign)
+    assert got["val_bpb"].status == "PASS" and got["bytes"].status == "PASS" and got["script that ran"].status == "PASS"
+    assert got["training time"].status == "WARN"  # 600.038 s: the baseline's own overshoot
+    assert got["seeds"].status == "FAIL" and "1 (1337); a record shows 3" in got["seeds"].detail
+    assert got["validation text"].status == "PASS"  # 62,021,632 tokens imply 151 MB
+    assert "cannot be known" in got["validation documents in training"].detail
+    assert "cannot be known" in got["audit (C1-C4)"].detail
+
+
+def edit(folder: Path, **fields) -> None:
+    path = folder / "submission.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_check_finds_what_got_entries_rejected(foreign):
+    log = foreign / "train.log"
+    log.write_text(BASELINE_LOG.replace("tokens:62021632", "tokens:9662464"))  # a truncated validation set
+    assert verdicts(foreign)["validation text"].status == "FAIL"
+    log.write_text(BASELINE_LOG.replace("600038ms", "601900ms"))
+    assert verdicts(foreign)["training time"].status == "FAIL"
+    log.write_text(BASELINE_LOG)
+    edit(foreign, val_bpb=1.19)
+    assert "1.19000, but the logs' scores are 1.22437" in verdicts(foreign)["val_bpb"].detail
+    edit(foreign, val_bpb=0.3212)
+    assert verdicts(foreign)["plausible score"].status == "FAIL"
+    edit(foreign, bytes_total=16_000_001)
+    assert verdicts(foreign)["bytes"].status == "FAIL"
+    (foreign / "train_gpt.py").write_text("import cache\nkey = (ctx_hash ^ (tgt * 7)) % size\n")
+    (foreign / "cache.py").write_bytes(b"#" * 200_000)
+    got = verdicts(foreign)
+    assert got["code: target token in a cache key"].status == "FAIL" and got["helper files"].status == "FAIL"
+    assert got["script that ran"].status == "FAIL"
+
+
+def test_check_never_runs_the_folders_code(foreign, tmp_path):
+    trap = tmp_path / "sprung"
+    (foreign / "train_gpt.py").write_text(f"open({str(trap)!r}, 'w').write('x')\n")
+    (foreign / "sitecustomize.py").write_text(f"open({str(trap)!r}, 'w').write('x')\n")
+    assert run_cli("check", foreign) == 1
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"val_bpb": "low"}', '{"val_bpb": NaN}', "{}"])
+def test_a_broken_submission_json_fails_with_one_line(foreign, content):
+    (foreign / "submission.json").write_text(content)
+    assert any(
+        c.status == "FAIL" and c.rule in ("submission.json", "val_bpb", "submission fields")
+        for c in verdicts(foreign).values()
+    )
+
+
+def test_check_of_an_empty_folder_fails_and_of_none_is_a_mistake(tmp_path, capsys):
+    assert run_cli("check", tmp_path) == 1
+    assert run_cli("check", tmp_path / "none") == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+# ---- sweep
+
+FAKE_TRAINER = """
+import json, os, pathlib, sys
+with open("calls", "a") as f:
+    f.write(os.environ["RUN_ID"] + "\\n")
+if os.environ.get("MATRIX_LR") == "9":
+    sys.exit(1)
+lines = [{"event": "run", "run_id": os.environ["RUN_ID"]}, {"event": "end", "status": "ok"}]
+lines.insert(1, {"event": "score", "val_bpb": 1.5, "val_loss": 2.5, "stage": "sliding"})
+pathlib.Path("logs").mkdir(exist_ok=True)
+text = "".join(json.dumps({"v": 1, **line}) + "\\n" for line in lines)
+pathlib.Path("logs", os.environ["RUN_ID"] + ".jsonl").write_text(text)
+"""
+
+
+def test_a_sweep_skips_the_finished_survives_the_failing_and_can_run_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("trainer.py").write_text(FAKE_TRAINER)
+    Path("list.txt").write_text("# two rates\nMATRIX_LR=0.02 SEED=1\nMATRIX_LR=9 SEED=1\n\nMATRIX_LR=0.04 SEED=1\n")
+    words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
+    assert run_cli(*words) == 1
+    assert "2 of 3 done; failed: matrix_lr-9_seed-1" in capsys.readouterr().out
+    assert run_cli(*words) == 1
+    assert "skipped: finished, 1.5000 bpb" in capsys.readouterr().out
+    assert Path("calls").read_text().split() == [
+        *("matrix_lr-0.02_seed-1", "matrix_lr-9_seed-1", "matrix_lr-0.04_seed-1"),
+        "matrix_lr-9_seed-1",
+    ]
+    assert run_cli(*words, "--only", "0") == 0
+    assert run_cli(*words, "--only", "3") == 2
+
+
+@pytest.mark.parametrize("text, words", [
+    ("matrix_lr=1", "line 1: expected KNOB=value words, got 'matrix_lr=1'"),
+    ("SEED=1\nSEED=1", "line 2: the same run as line 1"),
+    ("A='1", "line 1: No closing quotation"),
+    ("# nothing", "no configuration"),
+])  # fmt: skip
+def test_a_wrong_sweep_list_names_its_line(tmp_path, text, words):
+    (tmp_path / "list").write_text(text)
+    with pytest.raises(logs.UserError, match=words.replace("'", ".")):
+        sweep.read_list(str(tmp_path / "list"))
+
+
+def test_a_run_id_does_not_depend_on_the_order_of_knobs_and_stays_a_file_name():
+    assert (
+        sweep.run_id({"B": "2", "A": "1/x", "SEED": "3"})
+        == sweep.run_id({"SEED": "3", "A": "1/x", "B": "2"})
+        == "a-1_x_b-2_seed-3"
+    )
+    assert len(sweep.run_id({f"KNOB_{i}": "value" for i in range(40)})) < 110
