@@ -30,6 +30,7 @@ scored by the one score-first driver §9.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import fnmatch
@@ -44,9 +45,12 @@ import signal
 import struct
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -219,8 +223,24 @@ class Config:
     eval_stride: int = knob(0, "tokens", "targets that each sliding window scores; 0: no sliding pass", lo=0)
     val_batch_tokens: int = knob(0, "tokens", "tokens of one evaluation forward on one rank; 0: by device, halved until it fits", lo=0)
     eval_wallclock_seconds: float = knob(600.0, "s", "evaluation time limit; 0: none", lo=0)
-    eval_stages: str = knob("auto", "", "stages to score, of roundtrip,sliding; auto: all that are switched on")
+    eval_stages: str = knob("auto", "", "stages to score, of roundtrip,sliding,ttt; auto: all that are switched on")
     score_stage: str = knob("auto", "", "the stage that is the score, fixed before scoring; auto: the last valid one switched on")
+    ttt_enabled: bool = knob(False, "", "test-time training: stage ttt, LoRA on the network, learning from scored text")
+    ttt_lora_rank: int = knob(8, "", "rank of the LoRA", lo=1, hi=1024)
+    ttt_lora_sites: str = knob("q,v", "", "projections with LoRA: of q,k,v,kv,out,up,down in the blocks, and head")
+    ttt_lora_blocks: int = knob(2, "blocks", "how many of the last blocks have LoRA", lo=1, hi=256)
+    ttt_chunk_tokens: int = knob(65536, "tokens", "text scored before each learning", lo=1)
+    ttt_reset: str = knob("none", "", "forget at the start of each document, or never", choices=("none", "document"))
+    ttt_epochs: int = knob(1, "epochs", "passes over each scored chunk", lo=1, hi=100)
+    ttt_batch_seqs: int = knob(0, "sequences", "sequences of one TTT step; 0: the whole chunk", lo=0)
+    ttt_optimizer: str = knob("adamw", "", "optimizer of the LoRA", choices=("adamw", "sgd"))
+    ttt_lr: float = knob(0.003, "", "learning rate of the LoRA", lo=0)
+    ttt_wd: float = knob(0.0, "", "decoupled weight decay of the LoRA with adamw", lo=0)
+    ttt_momentum: float = knob(0.9, "", "momentum of sgd", lo=0, hi=1)
+    ttt_grad_clip: float = knob(1.0, "", "largest gradient norm of a TTT step; 0: no limit", lo=0)
+    ttt_polyak_decay: float = knob(0.0, "", "score with an average of the LoRA that decays so a chunk; 0: the latest", lo=0, hi=0.99999)
+    ttt_byte_weighted: bool = knob(True, "", "TTT loss weighs each token by its bytes (at least 1)")
+    ttt_temperature: float = knob(1.0, "", "logits are divided by this constant in stage ttt", lo=0.1, hi=10)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -260,7 +280,7 @@ class Config:
         if self.eval_stages != "auto":
             asked = {s.strip() for s in self.eval_stages.split(",")}
             return tuple(s for s in STAGES if s in asked)
-        on = {"roundtrip": True, "sliding": self.eval_stride > 0}
+        on = {"roundtrip": True, "sliding": self.eval_stride > 0, "ttt": self.ttt_enabled}
         return tuple(s for s in STAGES if on[s])
 
     @property
@@ -328,6 +348,12 @@ class Config:
     def _evaluation_errors(self) -> Iterator[str]:
         if self.eval_stride > self.eval_len:
             yield f"EVAL_STRIDE={self.eval_stride} exceeds the window of {self.eval_len}: some tokens would never be scored"
+        sites = {t.strip() for t in self.ttt_lora_sites.split(",")}
+        known = {"q", "out", "up", "down", "head", *(("kv",) if self.kv_fused else ("k", "v"))}
+        if self.ttt_enabled and (not sites or sites - known):
+            yield f"TTT_LORA_SITES={self.ttt_lora_sites!r}: this model has the sites {', '.join(sorted(known))}"
+        if self.ttt_enabled and self.ttt_lora_blocks > self.num_layers:
+            yield f"TTT_LORA_BLOCKS={self.ttt_lora_blocks} exceeds NUM_LAYERS={self.num_layers}"
         asked = [] if self.eval_stages == "auto" else [s.strip() for s in self.eval_stages.split(",")]
         unknown = [s for s in asked if s not in STAGES]
         if unknown:
@@ -336,7 +362,7 @@ class Config:
             yield f"SCORE_STAGE={self.score_stage} is not among the stages switched on: {', '.join(self.stages)}"
 
 
-STAGES = ("roundtrip", "sliding")
+STAGES = ("roundtrip", "sliding", "ttt")
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
 TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 
@@ -381,6 +407,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ADAM_WD": 0.04, "GRAD_CLIP_NORM": 0.3, "LR_SCHEDULE": "wsd", "EMA_DECAY": 0.997, "SWA_EVERY": 50,
         "SWA_SOURCE": "ema", "SWA_BLEND": 0.3, "COMPLEMENT_ALPHA": 0.5, "QAT": "soft_round", "QAT_BITS": 5,
         "QAT_START_FRAC": 0.85, "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
+        "TTT_ENABLED": True, "TTT_POLYAK_DECAY": 0.998, "TTT_TEMPERATURE": 0.98,
     },
     "pr1095": {
         **_MUON_99, **_BIGRAM, "NUM_LAYERS": 5, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": 5, "ROPE_DIMS": 16,
@@ -1049,7 +1076,7 @@ class Ctx(NamedTuple):
     """What a caller may add to the forward pass; the default context is the plain model."""
 
     tap: Callable[[str, Tensor], None] | None = None  # sees the input of each projection (GPTQ Hessians)
-    lora: Callable[[str, Tensor], Tensor] | None = None  # adds a low-rank delta to a projection's output (TTT)
+    lora: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({})  # site -> low-rank delta of its output (TTT)
     cache: KVCache | None = None  # keys and values of earlier positions (incremental decoding)
     fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
 
@@ -1127,7 +1154,7 @@ class Linear(nn.Module):
         if ctx.fake_quant is not None:
             w = ctx.fake_quant(w)
         y = F.linear(x, w.to(x.dtype))
-        return y if ctx.lora is None else y + ctx.lora(self.site, x)
+        return y + ctx.lora[self.site](x) if self.site in ctx.lora else y
 
 
 def random_words(seed: int, n: int) -> np.ndarray:
@@ -1685,7 +1712,7 @@ class GPT(nn.Module):
             if ctx.tap is not None:
                 ctx.tap("tok_emb", features)
             z = F.linear(features, self.tok_emb.weight.to(features.dtype))
-            z = z if ctx.lora is None else z + ctx.lora("head", features)
+            z = z + ctx.lora["head"](features) if "head" in ctx.lora else z
         cap = self.cfg.logit_softcap
         return cap * torch.tanh(z.float() / cap)
 
@@ -3093,27 +3120,21 @@ class Window(NamedTuple):
     hi: int
 
 
-def window_at(lo: int, n_tokens: int, seq_len: int, stride: int) -> Window:
+def window_at(lo: int, end: int, seq_len: int, stride: int) -> Window:
     """The window that scores target `lo` first: the whole first window, then `stride` targets each with full context.
 
-    The last window is shifted back, so every target of the stream is scored exactly once and none twice.
+    The last window before `end` (of the stream, or of what may be scored before the next learning) is shifted back, so
+    every target is scored exactly once and none twice.
     """
-    hi = min(lo + (seq_len if lo == 1 else stride), n_tokens)
+    hi = min(lo + (seq_len if lo == 1 else stride), end)
     return Window(max(0, hi - 1 - seq_len), lo, hi)
 
 
-def window_plan(lo: int, until: int, n_tokens: int, seq_len: int, stride: int) -> list[Window]:
-    """Windows from the one that begins at target `lo` up to the first that reaches target `until`."""
-    plan: list[Window] = []
-    while lo < min(until, n_tokens):
-        plan.append(window_at(lo, n_tokens, seq_len, stride))
-        lo = plan[-1].hi
-    return plan
-
-
-def score_windows(model: GPT, inputs: Tensor, targets: Tensor, n: int, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor]:
+def score_windows(
+    model: GPT, inputs: Tensor, targets: Tensor, n: int, ctx: Ctx, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, entropy, largest probability), each (B, n) fp32 in nats, of the last n targets; logits only for these."""
-    z = model.logits(model.features(inputs, ctx)[:, -n:], ctx)
+    z = model.logits(model.features(inputs, ctx)[:, -n:], ctx) / temperature
     lse = z.logsumexp(-1)
     p = torch.exp(z - lse[..., None])
     logp = z.gather(-1, targets[:, -n:, None]).squeeze(-1) - lse
@@ -3121,21 +3142,26 @@ def score_windows(model: GPT, inputs: Tensor, targets: Tensor, n: int, ctx: Ctx)
 
 
 class NetworkExpert:
-    """The network over sliding windows. `score` runs ahead in large batches shared by the ranks: without test-time
-    training a score is a function of the prefix alone, so computing it early changes nothing.
+    """The network over sliding windows. `score` runs ahead in large batches shared by the ranks, up to the next point at
+    which the network learns (the end, without test-time training): so far a score is a function of the prefix alone.
 
     After `score(lo, hi)`, `entropy[lo:hi]` and `max_prob[lo:hi]` hold prefix-only features of its distributions.
     """
 
-    def __init__(self, cfg: Config, run: Run, model: GPT, n_tokens: int, stride: int) -> None:
-        self.run, self.model, self.n_tokens = run, model, n_tokens
-        self.seq_len, self.stride, self.ctx = cfg.eval_len, min(stride, cfg.eval_len), Ctx()
+    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
+        self.cfg, self.run, self.model, self.n_tokens = cfg, run, model, len(text.tokens)
+        self.seq_len, self.stride = cfg.eval_len, min(stride, cfg.eval_len)
+        self.ctx, self.temperature = Ctx(), 1.0
         default = 2**17 if run.device.type == "cuda" else 2**13
         self.rows = max(1, (cfg.val_batch_tokens or default) // self.seq_len)
-        self.logp, self.entropy, self.max_prob = torch.zeros(3, n_tokens)
+        self.logp, self.entropy, self.max_prob = torch.zeros(3, self.n_tokens)
         self.done = 1  # targets below are scored
         compiled = run.device.type == "cuda" and cfg.compile != "0"
         self.forward = torch.compile(score_windows, dynamic=False) if compiled else score_windows
+
+    def learns_at(self, t: int) -> int:
+        """The first position after target `t` at which the network may have changed; the end if it never does."""
+        return self.n_tokens if t < self.n_tokens else t
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         """(hi - lo,) float64 natural log-probabilities of tokens[lo:hi]."""
@@ -3148,22 +3174,32 @@ class NetworkExpert:
 
     @torch.no_grad()
     def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """(V,) float64: the whole distribution of target t, in the window that scores it."""
-        w = next(w for w in window_plan(1, t + 1, self.n_tokens, self.seq_len, self.stride) if w.lo <= t < w.hi)
+        """(V,) float64: the whole distribution of target t as the network is now, in the window that scores it."""
+        lo = 1
+        while not (w := window_at(lo, self.learns_at(lo), self.seq_len, self.stride)).lo <= t < w.hi:
+            lo = w.hi
         inputs = tokens[w.start : t][None].to(self.run.device)
-        z = self.model.logits(self.model.features(inputs, self.ctx)[:, -1], self.ctx)
+        z = self.model.logits(self.model.features(inputs, self.ctx)[:, -1], self.ctx) / self.temperature
         return z[0].double().softmax(-1).cpu()
+
+    def plan(self, until: int) -> list[Window]:
+        """Windows from the first target not scored yet to target `until`, or to the next learning."""
+        lo, end, windows = self.done, self.learns_at(self.done), []
+        while lo < min(until, end):
+            windows.append(window_at(lo, end, self.seq_len, self.stride))
+            lo = windows[-1].hi
+        return windows
 
     @torch.no_grad()
     def score_ahead(self, tokens: Tensor, until: int) -> None:
-        """Fill the buffers up to target `until` (or the end), each rank a contiguous share of the windows."""
-        plan = window_plan(self.done, until, self.n_tokens, self.seq_len, self.stride)
+        """Fill the buffers up to target `until` (or the next learning), each rank a contiguous share of the windows."""
+        plan = self.plan(until)
         end = plan[-1].hi
         fresh = torch.zeros(3, end - self.done, device=self.run.device)
         mine = [plan[i] for i in self.run.share(len(plan))]
         while mine:
             shape = (mine[0].hi - mine[0].start, mine[0].hi - mine[0].lo)
-            batch = [w for w in mine[: self.rows] if (w.hi - w.start, w.hi - w.lo) == shape]
+            batch = list(takewhile(lambda w: (w.hi - w.start, w.hi - w.lo) == shape, mine[: self.rows]))  # noqa: B023
             self.score_batch(tokens, batch, fresh)
             mine = mine[len(batch) :]
         fresh = self.run.all_reduce(fresh).cpu()
@@ -3179,7 +3215,9 @@ class NetworkExpert:
             return
         rows = torch.stack([tokens[w.start : w.hi] for w in batch]).to(self.run.device)
         try:
-            values = self.forward(self.model, rows[:, :-1], rows[:, 1:], batch[0].hi - batch[0].lo, self.ctx)
+            values = self.forward(
+                self.model, rows[:, :-1], rows[:, 1:], batch[0].hi - batch[0].lo, self.ctx, self.temperature
+            )
         except torch.OutOfMemoryError:
             if self.rows == 1:
                 raise ConfigError(
@@ -3192,20 +3230,131 @@ class NetworkExpert:
             fresh[:, w.lo - self.done : w.hi - self.done] = torch.stack([v[i] for v in values])
 
 
-def score_first(run: Run, text: ValidationText, scorers: dict[str, Any], parts: list[Any], chunk: int,
-                deadline: float) -> dict[str, BpbMeter]:  # fmt: skip
+class Lora(nn.Module):
+    """B A x beside one projection: A (r, in) ~ N(0, 1/in), B (out, r) = 0, so it starts as nothing. fp32, no scale."""
+
+    def __init__(self, shape: tuple[int, int], rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        d_out, d_in = shape
+        self.a = nn.Parameter(torch.randn(rank, d_in, generator=generator) / math.sqrt(d_in))
+        self.b = nn.Parameter(torch.zeros(d_out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+
+
+def lora_sites(cfg: Config, model: GPT) -> dict[str, tuple[int, int]]:
+    """Site -> (out, in) of every projection that TTT_LORA_SITES and TTT_LORA_BLOCKS choose."""
+    kinds = {t.strip() for t in cfg.ttt_lora_sites.split(",")}
+    first = cfg.num_layers - cfg.ttt_lora_blocks
+    chosen = {}
+    for site, shape in model.sites().items():
+        parts = site.split(".")
+        if parts[0] == "blocks" and parts[-1] in kinds and int(parts[1]) >= first:
+            chosen[site] = tuple(shape)
+    return {**chosen, "head": (cfg.vocab_size, cfg.model_dim)} if "head" in kinds else chosen
+
+
+class TestTimeNetwork(NetworkExpert):
+    """The network with a LoRA that learns each chunk of text once it is scored (#850; arXiv 2411.07279's family).
+
+    The base weights are frozen. Scores use the Polyak average of the LoRA, P <- d P + (1 - d) W after each chunk. Chunks
+    have TTT_CHUNK_TOKENS targets and, with TTT_RESET=document, also end with their document, where the LoRA starts anew.
+    Ranks share a chunk's sequences and sum the gradients, so that all keep the same LoRA.
+    """
+
+    __test__ = False  # the name begins with Test, but it is none
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
+        super().__init__(cfg, run, model, text, stride)
+        self.byte_weights = text.bytes.clamp_min(1).float() if cfg.ttt_byte_weighted else torch.ones(self.n_tokens)
+        self.temperature = cfg.ttt_temperature
+        edges = set(range(1 + cfg.ttt_chunk_tokens, self.n_tokens, cfg.ttt_chunk_tokens))
+        self.starts = set()
+        if cfg.ttt_reset == "document":  # a BOS is the last target of the document before it
+            self.starts = set((torch.nonzero(text.tokens[1:] == model.bos_id).flatten() + 2).tolist())
+        self.edges = sorted({e for e in edges | self.starts if e < self.n_tokens} | {self.n_tokens})
+        self.learned = 1  # targets below are learned
+        self.reset()
+
+    def learns_at(self, t: int) -> int:
+        """The end of the chunk that holds target `t`."""
+        return self.edges[min(bisect_right(self.edges, t), len(self.edges) - 1)]
+
+    def reset(self) -> None:
+        """A fresh LoRA, the same on every rank, and its optimizer."""
+        cfg, device = self.cfg, self.run.device
+        generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "ttt"))
+        shapes = lora_sites(cfg, self.model)
+        self.live = {site: Lora(shape, cfg.ttt_lora_rank, generator).to(device) for site, shape in shapes.items()}
+        self.averaged = copy.deepcopy(self.live)
+        self.params = [p for lora in self.live.values() for p in lora.parameters()]
+        if cfg.ttt_optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(self.params, cfg.ttt_lr, betas=(0.9, 0.999), weight_decay=cfg.ttt_wd)
+        else:
+            self.optimizer = torch.optim.SGD(self.params, cfg.ttt_lr, momentum=cfg.ttt_momentum)
+        self.ctx = Ctx(lora=self.averaged)
+
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
+        """Targets below `hi` are scored: learn every chunk that is now complete, but not after the last one."""
+        while self.learned < hi and (end := self.learns_at(self.learned)) <= hi < self.n_tokens:
+            if end in self.starts:
+                self.reset()
+            else:
+                self.learn(tokens, self.learned, end)
+            self.learned = end
+
+    def learn(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """TTT_EPOCHS passes over the targets [lo, hi), then one step of the average."""
+        starts = list(range(lo, hi, self.seq_len))
+        size = self.cfg.ttt_batch_seqs or len(starts)
+        for _ in range(self.cfg.ttt_epochs):
+            for i in range(0, len(starts), size):
+                self.learn_batch(tokens, [(s, min(s + self.seq_len, hi)) for s in starts[i : i + size]])
+        with torch.no_grad():
+            mine = [p for lora in self.averaged.values() for p in lora.parameters()]
+            torch._foreach_lerp_(mine, [p.detach() for p in self.params], 1 - self.cfg.ttt_polyak_decay)
+
+    def learn_batch(self, tokens: Tensor, spans: list[tuple[int, int]]) -> None:
+        """One optimizer step on the weighted mean nll of the targets in `spans`."""
+        total = sum(float(self.byte_weights[lo:hi].sum()) for lo, hi in spans)
+        self.optimizer.zero_grad(set_to_none=True)
+        frozen = [p for p in self.model.parameters() if p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(False)
+        for i in self.run.share(len(spans)):
+            lo, hi = spans[i]
+            row = tokens[lo - 1 : hi].to(self.run.device)[None]
+            nll = self.model.nll(row[:, :-1], row[:, 1:], Ctx(lora=self.live))
+            (nll[0] * self.byte_weights[lo:hi].to(nll.device)).sum().div(total).backward()
+        for p in frozen:
+            p.requires_grad_(True)
+        for p in self.params:
+            p.grad = self.run.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+        if self.cfg.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
+        self.optimizer.step()
+
+
+def score_first(
+    network: NetworkExpert, text: ValidationText, scorers: dict[str, Any], parts: list[Any], chunk: int, deadline: float
+) -> dict[str, BpbMeter]:
     """The one driver: for each chunk, every scorer scores its targets, then every part may learn from them.
 
-    `deadline` is a reading of time.perf_counter(); BrokenRun if it passes, since a score of a part is no score.
+    A chunk never crosses a point at which `network` learns. `deadline` is a reading of time.perf_counter(); BrokenRun if
+    it passes, since a score of a part is no score.
     """
+    run = network.run
     meters = {name: BpbMeter() for name in scorers}
     n, since = len(text.tokens), time.perf_counter()
-    for lo in range(1, n, chunk):
-        hi = min(lo + chunk, n)
+    lo = 1
+    while lo < n:
+        hi = min(lo + chunk, network.learns_at(lo))
         for name, scorer in scorers.items():
             meters[name].add(scorer.score(text.tokens, lo, hi), text.bytes[lo:hi])
         for part in parts:
             part.update(text.tokens, lo, hi)
+        lo = hi
         run.progress("evaluating", hi, n, since)
         if time.perf_counter() > deadline:
             raise BrokenRun(f"EVAL_WALLCLOCK_SECONDS={run.cfg.eval_wallclock_seconds:g} passed after {hi} of {n} tokens; "
@@ -3233,9 +3382,9 @@ def evaluate(
     results = []
     for stage in stages or cfg.stages:
         started = time.perf_counter()
-        stride = cfg.eval_len if stage == "roundtrip" else cfg.eval_stride
-        network = NetworkExpert(cfg, run, model, len(text.tokens), stride)
-        meter = score_first(run, text, {stage: network}, [network], len(text.tokens), deadline)[stage]
+        stride = cfg.eval_len if stage == "roundtrip" else cfg.eval_stride or cfg.eval_len
+        network = (TestTimeNetwork if stage == "ttt" else NetworkExpert)(cfg, run, model, text, stride)
+        meter = score_first(network, text, {stage: network}, [network], len(text.tokens), deadline)[stage]
         run.sync()
         seconds = time.perf_counter() - started
         results.append(StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds))
