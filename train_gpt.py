@@ -2240,7 +2240,8 @@ class Trainer:
         self.counts = BigramCounts(cfg, run) if cfg.complement_alpha else None
         self.fake_quant = FakeQuant(cfg.qat, cfg.qat_bits).to(run.device) if cfg.qat != "none" else None
         self.forward: Callable[..., Tensor] = model
-        self.micro_tokens = cfg.micro_batch_tokens or cfg.train_batch_tokens
+        first_try = 2**17 if run.device.type == "cuda" else cfg.train_batch_tokens
+        self.micro_tokens = cfg.micro_batch_tokens or min(first_try, cfg.train_batch_tokens)
         self.step = 0
 
     def compile(self) -> None:
@@ -3226,8 +3227,8 @@ class NetworkExpert:
             self.rows = max(1, min(self.rows, len(batch)) // 2)
             torch.cuda.empty_cache()
             return self.score_batch(tokens, batch, fresh)
-        for i, w in enumerate(batch):
-            fresh[:, w.lo - self.done : w.hi - self.done] = torch.stack([v[i] for v in values])
+        # The windows follow each other, so their targets are one run of positions.
+        fresh[:, batch[0].lo - self.done : batch[-1].hi - self.done] = torch.stack(values).flatten(1)
 
 
 class Lora(nn.Module):
