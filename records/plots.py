@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -46,18 +47,6 @@ def _pyplot():
     return plt
 
 
-def labels(runs: list[Run]) -> dict[str, str]:
-    """A short name a run, by path: what differs between the runs, then the seed; the run's id if nothing differs."""
-    names = [n for n in logs.changed(runs) if not n.startswith("@")][:3]
-    seeds = len({r.seed for r in runs}) > 1
-    out = {}
-    for run in runs:
-        words = [f"{n}={logs.show(logs.settings(run).get(n))}" for n in names]
-        words += [f"seed {run.seed}"] if seeds and run.seed is not None else []
-        out[str(run.path)] = ", ".join(words) or run.run_id
-    return out
-
-
 # ---- curves
 
 
@@ -66,12 +55,15 @@ def curves(plt, runs: list[Run]):
     drawn = [r for r in runs if r.steps or r.vals]
     if not drawn:
         return None
-    drawn = sorted(drawn, key=lambda r: r.bpb() or 99.0)[:MAX_CURVES]
-    names = labels(drawn)
+    groups = dict(logs.group_by_settings(drawn))
+    best = sorted(groups, key=lambda name: min(r.bpb() or math.inf for r in groups[name]))[:MAX_CURVES]
+    left_out, groups = len(groups) - len(best), {_legend(n, groups[n]): groups[n] for n in best}
+    drawn = [r for members in groups.values() for r in members]
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
     for axis, clock, unit in ((axes[0], "step", "step"), (axes[1], "train_s", "training time (s)")):
-        for index, run in enumerate(drawn):
-            _curve(axis, run, clock, f"C{index}", names[str(run.path)])
+        for index, (name, members) in enumerate(groups.items()):
+            for run in members:
+                _curve(axis, run, clock, f"C{index}", name if run is members[0] else None)
         _schedule(axis, drawn[0], clock)
         _switches(axis, drawn[0], clock)
         axis.set_xlabel(unit)
@@ -79,13 +71,19 @@ def curves(plt, runs: list[Run]):
     axes[0].set_ylabel("loss (nats/token)")
     axes[0].set_ylim(*_loss_window(drawn))
     axes[0].legend(fontsize=8, loc="upper right", framealpha=0.9)
-    left_out = len([r for r in runs if r.steps or r.vals]) - len(drawn)
-    note = f", best {len(drawn)} of {len(drawn) + left_out} runs" if left_out else ""
+    note = f", best {MAX_CURVES} of {len(best) + left_out} configurations" if left_out else ""
     figure.suptitle(f"Training loss (line) and validation loss (dots){note}", fontsize=11)
     return figure
 
 
-def _curve(axis, run: Run, clock: str, colour: str, name: str) -> None:
+def _legend(name: str, members: list[Run]) -> str:
+    """One line for a configuration: what sets it apart, and how many runs it has."""
+    words = name if name != "all runs" else members[0].run_id if len(members) == 1 else "one configuration"
+    words = words if len(words) < 60 else words[:57] + "..."
+    return words + (f" ({len(members)} runs)" if len(members) > 1 else "")
+
+
+def _curve(axis, run: Run, clock: str, colour: str, name: str | None) -> None:
     train = [(e[clock], e["train_loss"]) for e in run.steps if e.get(clock) is not None]
     if train:
         x, y = np.array(train, dtype=float).T
@@ -159,7 +157,7 @@ def waterfall(plt, runs: list[Run]):
     for axis, (name, run) in zip(axes[0], staged, strict=True):
         span += _falls(axis, run)
         title = name if len(name) < 60 else name[:57] + "..."
-        axis.set_title(run.run_id if name == "all runs" else title, fontsize=9)
+        axis.set_title(run.run_id if name == "all runs" else title, fontsize=9, wrap=True)
     pad = 0.18 * (max(span) - min(span)) or 0.05
     axes[0][0].set_ylim(min(span) - pad, max(span) + pad)
     axes[0][0].set_ylabel("bits per byte (axis does not start at 0)")

@@ -146,7 +146,8 @@ def _supported(entry: Entry, bpb: float) -> tuple[str, str, str]:
     claims = [c["claimed_bpb"] for r in entry.runs for c in r.claims]
     for stage, values in means.items():
         if values and abs(fmean(values) - bpb) < near:
-            return PASS, "val_bpb", f"{bpb:.5f} is the mean of stage {stage} over {len(values)} log(s)"
+            what = "the logs' scores" if stage == "score" else f"stage {stage}"
+            return PASS, "val_bpb", f"{bpb:.5f} is the mean of {what} ({len(values)} log(s))"
     if claims and min(abs(c - bpb) for c in [*claims, fmean(claims)]) < near:
         return (
             FAIL,

@@ -13,7 +13,8 @@ SCHEMA = 1
 STILL_WARM_S = 120  # a log without an end that was written to this recently belongs to a run still going
 BOOKKEEPING = {  # knobs that name, place or watch a run without touching its score
     *("SEED", "RUN_ID", "ARTIFACT", "FORCE", "RESUME", "CHECKPOINT_EVERY", "CHECKPOINT_KEEP", "PROFILE"),
-    *("TRAIN_LOG_EVERY", "VAL_LOSS_EVERY", "LOG_DIR", "OUTPUT", "INPUT", "MODE", "RECIPE"),
+    *("TRAIN_LOG_EVERY", "VAL_LOSS_EVERY", "LOG_DIR", "OUTPUT", "INPUT", "MODE", "RECIPE", "DEVICE"),
+    *("DATA_PATH", "TOKENIZER_PATH", "VAL_BATCH_TOKENS", "MICRO_BATCH_TOKENS", "EVAL_WALLCLOCK_SECONDS"),
 }
 
 
@@ -346,7 +347,12 @@ def settings(run: Run) -> dict:
     """Everything that may move a run's score, seed aside: knobs, and as @names the script, hardware and torch."""
     knobs = {k: v for k, v in run.config.items() if k not in BOOKKEEPING}
     around = {"@code": (run.info.get("source_sha256") or "")[:8] or None, "@device": run.info.get("device_name")}
-    around |= {"@ranks": run.info.get("world_size"), "@torch": run.info.get("torch"), "@recipe": run.info.get("recipe")}
+    around |= {
+        "@mode": run.info.get("mode"),
+        "@ranks": run.info.get("world_size"),
+        "@torch": run.info.get("torch"),
+        "@recipe": run.info.get("recipe"),
+    }
     return knobs | {k: v for k, v in around.items() if v is not None}
 
 

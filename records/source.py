@@ -219,7 +219,7 @@ REJECTED_NAMES = {  # words of methods that were ruled out (issue #1017, the rej
     "SLOT (optimises on the positions it scores)": re.compile(r"(^|_)slot_(lr|steps|delta|enabled|epochs)", re.I),
     "ETLB": re.compile(r"(^|_)etlb(_|$)", re.I),
     "byte-level PPM mixture (normalisation, denominator)": re.compile(r"(^|_)ppmd?(_|$)", re.I),
-    "second pass over scored text": re.compile(r"two_pass|second_pass|rescor", re.I),
+    "second pass over scored text": re.compile(r"two_?pass|second_pass|rescor", re.I),
     "hints computed outside the timer": re.compile(r"precompute_outside|outside_timer", re.I),
 }
 NETWORK = {"requests", "urllib", "socket", "http", "ftplib", "huggingface_hub", "wandb", "aiohttp"}

@@ -25,6 +25,7 @@ from stats import Sample
 HERE = Path(__file__).resolve().parent
 TRACKS = {False: "track_10min_16mb", True: "track_non_record_16mb"}
 AUDIT_RULE = "audit (C1-C4)"
+MAX_LINES_BEFORE_SOURCE = 20  # a text log may say a few things before it prints the script
 
 
 class Refused(Exception):
@@ -34,8 +35,10 @@ class Refused(Exception):
 def submit(runs: list[Run], args: argparse.Namespace) -> int:
     """Builds the folder aside, checks it by rules.py and moves it into place; 1 with the reasons if it fails."""
     system = _system(args.system)
-    target = _target(args)
     seeds, audits = _sort_out(runs)
+    if system and (ran := seeds[0].info.get("recipe")) != system["key"]:
+        raise UserError(f"--system {system['key']}: these runs are of RECIPE={ran}")
+    target = _target(args)
     staging = Path(tempfile.mkdtemp(prefix=".submission-", dir=target.parent))
     folder = staging / target.parent.name / target.name  # the checker reads the track off the parent's name
     try:
@@ -163,7 +166,8 @@ def _script_that_ran(seeds: list[Run], script: Path) -> bytes | None:
     for run in seeds:
         twin = run.path.with_suffix(".txt")
         dump = logs.dumped_source(twin.read_text(encoding="utf-8", errors="replace")) if twin.is_file() else None
-        texts += [d.encode() for d in (dump, dump and dump.rstrip("\n"), dump and dump.rstrip("\n") + "\n") if d]
+        lines = dump.rstrip("\n").splitlines(keepends=True) if dump else []
+        texts += [("".join(lines[first:]) + "\n").encode() for first in range(min(len(lines), MAX_LINES_BEFORE_SOURCE))]
     return next((t for t in texts if hashlib.sha256(t).hexdigest() == wanted), None)
 
 
@@ -227,7 +231,7 @@ def describe(seeds: list[Run], args: argparse.Namespace, system: dict | None) ->
         "author": args.author,
         "github_id": args.github_id,
         "name": (system or {}).get("title") or args.name,
-        "blurb": args.blurb or _changes_in_words(seeds[0]),
+        "blurb": args.blurb or _blurb(seeds[0], system),
         "date": args.date or datetime.date.today().isoformat(),
         "track": TRACKS[args.non_record].removeprefix("track_"),
         "val_loss": loss.mean,
@@ -264,6 +268,13 @@ def describe(seeds: list[Run], args: argparse.Namespace, system: dict | None) ->
         z = max(c["z_mean"] for c in claims if c.get("z_mean") is not None)
         meta["claimed_not_a_code_length"] = {"claimed_bpb": mean, "z_mean": z}
     return meta
+
+
+def _blurb(run: Run, system: dict | None) -> str:
+    if system is None:
+        return _changes_in_words(run)
+    size = "at a shrunken size on the shipped sample" if run.info.get("data", {}).get("sample") else "at full size"
+    return f"The system of PR #{system['pr']} by {system['author']}, trained and scored anew {size}."
 
 
 def seed_result(run: Run) -> dict:
@@ -321,7 +332,7 @@ def readme(
     if system:
         parts += [_system_text(system), _full_size(system, seeds[0])]
     parts += [_method(seeds[0], args), *_against(seeds, args), _pictures(pictures), _compliance_text(verdicts)]
-    return "\n\n".join([*parts, _reproduce(seeds[0])]) + "\n"
+    return "\n\n".join([*parts, _reproduce(seeds)]) + "\n"
 
 
 def _notices(meta: dict, verdicts: list[rules.Check], non_record: bool) -> list[str]:
@@ -383,7 +394,7 @@ def estimate(system: dict, run: Run) -> list[tuple[str, int, float, float, float
     rows = []
     for role, count in system["roles"].items():
         bits = roles.get(role, {}).get("bits_per_weight", overall)
-        width = ((run.quant or {}).get("roles", {}).get(role) or {}).get("bits")
+        width = run.config.get(f"{role.upper()}_BITS") or (run.quant or {}).get("roles", {}).get(role, {}).get("bits")
         rows.append((role, count, bits, count * bits / 8, count * width / 8 if width else None))
     return rows
 
@@ -414,9 +425,10 @@ def _method(run: Run, args: argparse.Namespace) -> str:
     rows = []
     for name, value in _changes(run).items():
         known = docs.get(name, {})
-        rows.append(
-            [f"`{name}`", logs.show(value), logs.show(known.get("default")), run.sources[name], known.get("doc", "")]
-        )
+        if known and known["default"] == value:
+            continue  # asked for, and the same as the default
+        default = logs.show(known.get("default"))
+        rows.append([f"`{name}`", logs.show(value), default, run.sources[name], known.get("doc", "")])
     head = f"## Method\n\nRecipe `{run.info.get('recipe')}` ({run.info.get('recipe_reason', 'as asked')}). "
     if not rows:
         return head + "No knob differs from its default."
@@ -454,13 +466,18 @@ def _compliance_text(verdicts: list[rules.Check]) -> str:
     )
 
 
-def _reproduce(run: Run) -> str:
+def _reproduce(seeds: list[Run]) -> str:
+    run = seeds[0]
     words = [f"RECIPE={run.info.get('recipe')}", f"SEED={run.seed}"]
     asked = {k: v for k, v in run.config.items() if run.sources.get(k) == "env"}
     words += [f"{k}={logs.show(v)}" for k, v in asked.items() if k not in logs.BOOKKEEPING and not k.endswith("_PATH")]
     ranks = run.info.get("world_size") or 1
     launch = "python train_gpt.py" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks} train_gpt.py"
-    return f"## Reproduce\n\n```bash\n{' '.join(words)} {launch}\n```"
+    data, others = run.info.get("data", {}), ", ".join(str(r.seed) for r in seeds[1:])
+    where = "the shipped sample (no DATA_PATH)" if data.get("sample") else f"`{Path(str(data.get('path'))).name}`"
+    text = f"## Reproduce\n\n```bash\n{' '.join(words)} {launch}\n```\n\n"
+    text += f"The other seeds: {others}. " if others else ""
+    return text + f"Data: {where}, validation tokens' sha256 {str(data.get('val_sha256'))[:16]}."
 
 
 # ---- The index of systems

@@ -30,7 +30,8 @@ def render(header: list[str], rows: list[list[object]], form: str) -> str:
         )
         return out.getvalue().rstrip("\n")
     cells = [[cell(c) for c in row] for row in rows]
-    widths = [max(len(r[i]) for r in [header, *cells]) for i in range(len(header))]
+    least = 3 if form == "markdown" else 1  # a Markdown rule has at least three characters
+    widths = [max(least, *[len(r[i]) for r in [header, *cells]]) for i in range(len(header))]
     right = [all(_numeric(r[i]) for r in cells) for i in range(len(header))]
     lines = [
         [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
@@ -223,11 +224,12 @@ def published(text: str) -> Sample:
 def scored_runs(runs: list[Run], stage: str | None) -> list[Run]:
     """Runs that carry the score asked for; the others are named on stderr, never dropped in silence."""
     usable = []
+    if any(r.mode == "train" for r in runs):  # MODE=eval repeats a training run's score; alone they may be compared
+        runs = [r for r in runs if r.mode == "train"]
     for run in runs:
         if run.bpb(stage) is None or not run.finished:
-            if run.mode == "train":
-                why = run.status() if not run.finished else f"no stage {stage}"
-                print(f"left out: {run.run_id}: {why}", file=sys.stderr)
+            why = run.status() if not run.finished else f"no stage {stage}"
+            print(f"left out: {run.run_id}: {why}", file=sys.stderr)
         else:
             usable.append(run)
     if not usable:

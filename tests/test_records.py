@@ -327,6 +327,12 @@ def test_a_published_mean_is_a_reference(world, capsys):
     assert "fits 0 of these configurations" in capsys.readouterr().err
 
 
+def test_a_score_counts_once_even_if_the_artifact_was_evaluated_again(world, capsys):
+    sweep_of_two(world, gain=0.02)
+    write_run(world, "again", seed=1, run={"mode": "eval"}, audit=False)
+    assert [g["n"] for g in compared(world, capsys)["groups"]] == [3, 3]
+
+
 def test_one_seed_is_told_that_it_proves_nothing(world, capsys):
     write_run(world, "a", lr=0.04, audit=False)
     write_run(world, "b", lr=0.02, bpb=1.5, audit=False)
@@ -495,7 +501,8 @@ def test_a_claimed_figure_never_becomes_val_bpb(world, capsys):
 
 
 def test_a_systems_readme_tells_published_from_ours_and_estimates_full_size(world):
-    write_run(world, "s1")
+    write_run(world, "s1", run={"recipe": "pr850"})
+    assert submit(world, "--non-record", "--system", "pr164", runs=("s1",)) == 2  # another system's recipe ran
     assert submit(world, "--non-record", "--system", "pr850", runs=("s1",)) == 0
     readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
     assert "PR #850 by callithyia" in readme and "| 0.3212" in readme and "claimed" in readme
@@ -515,7 +522,7 @@ def test_full_size_counts_add_up_to_the_published_parameters():
 
 
 def test_the_index_holds_a_row_a_system_and_the_figures_of_its_folder(world):
-    write_run(world, "s1")
+    write_run(world, "s1", run={"recipe": "pr164"})
     assert submit(world, "--non-record", "--system", "pr164", runs=("s1",)) == 0
     records = world["root"] / "records"
     (records / "README.md").write_text("before\n<!-- systems:begin -->\nold\n<!-- systems:end -->\nafter\n")
@@ -525,6 +532,25 @@ def test_the_index_holds_a_row_a_system_and_the_figures_of_its_folder(world):
     row = next(line for line in text.splitlines() if "#164" in line)
     assert "track_non_record_16mb/2026-04-02_idea/" in row and "1.9000" in row
     assert all(f"#{n}" in text for n in (740, 187, 850, 1095))
+
+
+def test_the_counted_form_is_packed_anew_and_must_have_the_logged_hash(world, capsys):
+    world["script"].write_text("import os\nopen(os.environ['OUTPUT'], 'wb').write(b'pack' + b'ed')\n")
+    write_run(world, "s1", pack={"code_form": "packed", "code_bytes": 6})
+    assert submit(world, "--non-record", runs=("s1",)) == 1  # six bytes that are no Python
+    assert "train_gpt.py is no Python" in capsys.readouterr().err
+    write_run(world, "s1", pack={"code_form": "packed"}, run={"packed_sha256": "0" * 64})
+    assert submit(world, "--non-record", runs=("s1",)) == 1
+    assert "other bytes than the log's packed_sha256" in capsys.readouterr().err
+
+
+def test_the_script_is_found_in_the_text_log_when_the_file_has_changed_since(world):
+    path = write_run(world, "s1")
+    path.with_suffix(".txt").write_text("attention:sdpa\n" + SCRIPT + "\n" + "=" * 100 + "\nseed:1\n")
+    world["script"].write_text("x = 1\n")
+    assert submit(world, "--non-record", runs=("s1",)) == 0
+    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    assert (folder / "train_gpt.py").read_text() == SCRIPT
 
 
 # ---- leaked documents
