@@ -366,7 +366,8 @@ def _validation_size(entry: Entry, scored: list[Run]) -> Lines:
 
 def _leaks(entry: Entry, scored: list[Run]) -> tuple[str, str, str]:
     rule = "validation documents in training"
-    where = entry.data_path or next((p for r in scored if (p := r.info.get("data", {}).get("path"))), None)
+    paths = [r.info.get("data", {}).get("path") for r in scored]
+    where = entry.data_path or next((p for p in paths if isinstance(p, str)), None)
     if not where or not list(Path(where).glob("fineweb_train_*.bin")):
         return WARN, rule, "cannot be known: the shards are not here (pass --data-path)"
     overlap = leaks.find_overlap(Path(where))
@@ -383,7 +384,7 @@ def validity(entry: Entry) -> Lines:
     if failed:
         yield FAIL, "audit (C1-C4)", f"failed in {', '.join(failed)}"
     elif audits:
-        names = ", ".join(dict.fromkeys(c["name"] for r in audits for c in r.audit["checks"]))
+        names = ", ".join(dict.fromkeys(name for r in audits for name, _ in logs.audit_checks(r)))
         yield PASS, "audit (C1-C4)", f"passed: {names}"
     else:
         yield (

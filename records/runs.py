@@ -109,7 +109,7 @@ class Run:
             recent = time.time() - self.path.stat().st_mtime < STILL_WARM_S
             return f"{'still going' if recent else 'unfinished'}, {where}"
         if self.audit and not self.audit["passed"]:
-            return "audit failed: " + ", ".join(c["name"] for c in self.audit["checks"] if not c["passed"])
+            return "audit failed: " + ", ".join(name for name, passed in audit_checks(self) if not passed)
         if self.score and not self.score.get("complete", True):
             return "not the whole validation text: no score"
         return "ok"
@@ -118,6 +118,12 @@ class Run:
     def finished(self) -> bool:
         """It ran to its end and scored the whole validation text; a broken limit does not spoil the comparison."""
         return self.ended in ("ok", "limit broken") and self.score is not None and self.score.get("complete", True)
+
+
+def audit_checks(run: Run) -> list[tuple[str, bool]]:
+    """(name, passed) of each check of the run's audit."""
+    checks = run.audit["checks"] if run.audit else []
+    return [(str(c.get("name")), c.get("passed") is True) for c in checks if isinstance(c, dict)]
 
 
 def broken_limits(run: Run) -> str:
@@ -130,6 +136,33 @@ def broken_limits(run: Run) -> str:
 
 # ---- JSON logs
 
+_NUM = (int, float)
+EVENT_FIELDS: dict[str, dict[str, tuple | type]] = {  # what this tool reads of schema 1; a name with ? may be missing
+    "run": {"run_id": str, "mode?": str, "seed?": int, "data?": dict, "tokenizer?": dict, "source_sha256?": str}
+    | {"packed_sha256?": str, "device_name?": str, "world_size?": int, "recipe?": str, "started?": str},
+    "config": {"values": dict, "sources?": dict},
+    "step": {"step": int, "train_loss": _NUM, "lr_scale?": _NUM, "train_s?": _NUM},
+    "switch": {"step": int, "name": str},
+    "val": {"step": int, "val_loss": _NUM, "val_bpb?": _NUM, "train_s?": _NUM},
+    "train_end": {"steps": int, "train_s": _NUM},
+    "quant": {"roles": dict},
+    "pack": {
+        "artifact_bytes": int,
+        "code_bytes": int,
+        "total_bytes": int,
+        "limit?": int,
+        "roles?": dict,
+        "artifact?": str,
+    },
+    "stage": {"stage": str, "val_loss": _NUM, "val_bpb": _NUM, "tokens?": int},
+    "claim": {"claimed_bpb": _NUM, "z_mean?": _NUM},
+    "audit": {"passed": bool, "checks": list},
+    "score": {"val_bpb": _NUM, "val_loss": _NUM, "stage": str, "total_bytes?": int, "limit?": int, "train_s?": _NUM}
+    | {"eval_s?": _NUM, "complete?": bool, "limits_ok?": bool},
+    "error": {"message": str},
+    "end": {"status": str},
+}
+
 
 def read_jsonl(path: Path) -> Run:
     """One run from its JSON log. A cut last line is damage to report; another schema version is a `UserError`."""
@@ -137,7 +170,7 @@ def read_jsonl(path: Path) -> Run:
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             event = json.loads(line)
-            version, kind = event["v"], event["event"]
+            version, kind = event["v"], str(event["event"])
         except (ValueError, KeyError, TypeError):
             run.damage = f"truncated or damaged at line {number}"
             continue
@@ -145,8 +178,8 @@ def read_jsonl(path: Path) -> Run:
             raise UserError(f"{path}: written in log schema {version}; this tool reads schema {SCHEMA}")
         try:
             _take(run, kind, event)
-        except (KeyError, TypeError) as missing:
-            run.damage = f"damaged at line {number}: {kind} without {missing}"
+        except TypeError as wrong:
+            run.damage = f"damaged at line {number}: {kind} event with {wrong}"
     if not run.info:
         raise UserError(f"{path}: no run event; not a log of this trainer, or cut before its first line")
     run.steps, run.vals = _by_step(run.steps), _by_step(run.vals)
@@ -154,6 +187,10 @@ def read_jsonl(path: Path) -> Run:
 
 
 def _take(run: Run, kind: str, event: dict) -> None:
+    for name, kinds in EVENT_FIELDS.get(kind, {}).items():
+        optional, value = name.endswith("?"), event.get(name.rstrip("?"))
+        if not (optional and value is None) and (not isinstance(value, kinds) or (value is True and kinds is not bool)):
+            raise TypeError(f"{name.rstrip('?')}={value!r}")
     if kind in ("step", "val", "switch", "claim"):
         {"step": run.steps, "val": run.vals, "switch": run.switches, "claim": run.claims}[kind].append(event)
     elif kind == "run":
@@ -391,7 +428,7 @@ def yardstick(run: Run) -> dict[str, object]:
         "validation tokens": data.get("val_tokens"),
         "scored tokens": score.get("tokens"),
         "training tokens on disk": data.get("train_tokens"),
-        "tokenizer": tokenizer.get("sha256") or (Path(tokenizer["path"]).name if tokenizer.get("path") else None),
+        "tokenizer": tokenizer.get("sha256") or (Path(str(tokenizer["path"])).name if tokenizer.get("path") else None),
         "evaluation length (EVAL_SEQ_LEN)": length,
     }
 

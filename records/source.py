@@ -212,7 +212,7 @@ def _unread(tree: ast.Module) -> str | None:
 TARGET = re.compile(r"^(tgt|target|targets|y|y_batch|next_tok|next_token|nxt|label|labels)(_\w+|\d*)$")
 HASHLIKE = re.compile(r"(hash|ctx|context|bucket|key|^h\d?$|prefix)", re.I)
 TRAINISH = re.compile(r"train|calib|hessian|gptq|quantiz|collect", re.I)
-EVALISH = re.compile(r"eval|valid|score|audit|bpb|test", re.I)
+EVALISH = re.compile(r"eval|valid|score|audit|bpb|test|ttt|adapt|lora", re.I)  # adapting after scoring is evaluation
 VALIDATION = re.compile(r"(^|_)(val|validation)_(tokens|files|data|loader|path|shards|pattern|seqs)|fineweb_val", re.I)
 REJECTED_NAMES = {  # words of methods that were ruled out (issue #1017, the rejections of the challenge's last weeks)
     "pre-quantisation TTT on validation text": re.compile(r"pre_?quant_?ttt", re.I),

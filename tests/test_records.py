@@ -6,7 +6,9 @@ import hashlib
 import json
 import lzma
 import math
+import random
 import re
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -257,6 +259,29 @@ def test_logs_that_cannot_be_trusted_get_one_clear_message_each(world, capsys):
     assert run_cli("table", world["logs"] / "future.jsonl") == 2
     assert run_cli("table", world["root"] / "nowhere") == 2
     assert "no such log or folder" in capsys.readouterr().err
+
+
+def test_no_damage_to_a_log_gets_past_the_reader(world, capsys):
+    """Lines cut, dropped, doubled, fields dropped or of another type: a status or a message, never a traceback."""
+    rng = random.Random(0)
+    lines = write_run(world, "a", audit=False).read_text().splitlines()
+    for round_ in range(150):
+        damaged = list(lines)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(damaged))
+            event = json.loads(damaged[at]) if damaged[at].startswith("{") and damaged[at].endswith("}") else {}
+            if event and rng.random() < 0.7:
+                key = rng.choice(list(event))
+                event[key] = rng.choice([None, "x", -1, [], {}, {"a": 1}])
+                damaged[at] = json.dumps(event)
+            else:
+                damaged[at] = damaged[at][: rng.randrange(len(damaged[at]) + 1)]
+        path = world["logs"] / "a.jsonl"
+        path.write_text("\n".join(damaged))
+        assert run_cli("table", path) in (0, 2), round_
+        assert run_cli("compare", path) in (0, 2), round_
+        rules.checks(rules.read_entry(world["logs"]))
+    capsys.readouterr()
 
 
 def test_a_resumed_run_counts_each_step_once_and_is_finished_by_its_last_end(world):
@@ -537,8 +562,10 @@ def test_the_index_holds_a_row_a_system_and_the_figures_of_its_folder(world):
 def test_the_counted_form_is_packed_anew_and_must_have_the_logged_hash(world, capsys):
     world["script"].write_text("import os\nopen(os.environ['OUTPUT'], 'wb').write(b'pack' + b'ed')\n")
     write_run(world, "s1", pack={"code_form": "packed", "code_bytes": 6})
-    assert submit(world, "--non-record", runs=("s1",)) == 1  # six bytes that are no Python
-    assert "train_gpt.py is no Python" in capsys.readouterr().err
+    assert submit(world, "--non-record", runs=("s1",)) == 0
+    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    assert (folder / "train_gpt.py").read_bytes() == b"packed"
+    shutil.rmtree(folder)
     write_run(world, "s1", pack={"code_form": "packed"}, run={"packed_sha256": "0" * 64})
     assert submit(world, "--non-record", runs=("s1",)) == 1
     assert "other bytes than the log's packed_sha256" in capsys.readouterr().err
@@ -667,6 +694,7 @@ def test_rejected_patterns_are_flagged_with_their_line(text, pattern):
     "key = (prev * 31 + cur) % rows",
     "logits = F.cross_entropy(x, targets % vocab)",
     "def evaluate(val_tokens):\n    return val_tokens",
+    "def ttt_train_chunk(val_tokens):\n    return val_tokens[:9]",  # learns what is scored already
 ])  # fmt: skip
 def test_honest_code_is_not_flagged(text):
     assert source.find_patterns(source.parse(text.encode()), text) == []
