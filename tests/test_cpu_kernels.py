@@ -1,0 +1,60 @@
+"""Section 4's own kernels for CPUs against PyTorch's: values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt as t
+
+
+def random_heads(length: int, heads: int, groups: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Queries (2, T, heads, 8), keys and values (2, T, groups, 8), in the layout that projections produce."""
+    torch.manual_seed(0)
+    sizes = (heads, groups, groups)
+    return [torch.randn(2, length, n * 8, dtype=dtype).unflatten(-1, (n, 8)).requires_grad_() for n in sizes]
+
+
+def gradients(y: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of a fixed random projection of y."""
+    torch.manual_seed(1)
+    return list(torch.autograd.grad((y * torch.randn(y.shape, dtype=y.dtype)).sum(), inputs))
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 300])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (2, 2), (3, 1)])
+def test_blocked_attention_is_causal_softmax_attention(length, heads, groups):
+    qkv = random_heads(length, heads, groups, torch.float64)
+    y, expected = t.attend_blocks(*qkv), t.attend_sdpa(*qkv)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for got, want in zip(gradients(y, qkv), gradients(expected, qkv), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_blocked_attention_without_gradients_keeps_no_probabilities():
+    saved = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x), lambda x: x):
+        y = t.attend_blocks(*random_heads(300, 4, 2, torch.float32))
+    assert y.shape == (2, 300, 4, 8) and not saved
+
+
+def test_attention_after_a_cache_equals_attention_over_everything():
+    q, k, v = random_heads(40, 4, 2, torch.float64)
+    whole, tail = t.attend_blocks(q, k, v), t.attend_blocks(q[:, 33:], k, v)
+    torch.testing.assert_close(tail, whole[:, 33:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 1e3])
+def test_rms_norm_is_torchs(scale):
+    torch.manual_seed(0)
+    x = (scale * torch.randn(3, 5, 64)).requires_grad_()
+    y, expected = t.rms_norm(x), F.rms_norm(x, (64,))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    for got, want in zip(gradients(y, [x]), gradients(expected, [x]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))
+
+
+def test_norm_and_attention_gradients_against_finite_differences(monkeypatch):
+    monkeypatch.setattr(t.BlockedAttention, "ROWS", 4)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(t.UnitRMS.apply, x, atol=1e-4)
+    assert torch.autograd.gradcheck(t.BlockedAttention.apply, random_heads(10, 4, 2, torch.float64))
