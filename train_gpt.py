@@ -36,6 +36,7 @@ import dataclasses
 import difflib
 import fnmatch
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -217,7 +218,7 @@ class Config:
     # ---- 8 ARTIFACT
     artifact: str = knob("", "file", "the artifact to write or score; empty: LOG_DIR/RUN_ID.pgz")
     artifact_limit: int = knob(16_000_000, "bytes", "limit on artifact + code", lo=0)
-    compressor: str = knob("zstd", "", "coder of the weight streams", choices=("zstd", "lzma"))
+    compressor: str = knob("entropy", "", "coder of the weight streams: our model and a range coder, or a byte compressor", choices=("entropy", "zstd", "lzma"))
     zstd_level: int = knob(22, "", "zstd level", lo=1, hi=22)
     lzma_preset: int = knob(9, "", "LZMA preset; 9 is run as 9|EXTREME", lo=0, hi=9)
     # ---- 9 EVALUATOR
@@ -2658,6 +2659,20 @@ class TrainingLoop:
 SCALE_EPS = 2.0**-24  # smallest fp16 number; only rows of zeros meet it
 
 
+class LowRank(NamedTuple):
+    """A rank-k matrix (left * left_scale) @ (right * right_scale[:, None]): int8 codes, one fp16 scale a direction."""
+
+    left: Tensor  # (R, k)
+    left_scale: Tensor  # (k,)
+    right: Tensor  # (k, C)
+    right_scale: Tensor  # (k,)
+
+    def product(self) -> Tensor:
+        """(R, C) fp32."""
+        left = self.left.float() * self.left_scale.float()
+        return left @ (self.right.float() * self.right_scale.float()[:, None])
+
+
 @dataclass(frozen=True)
 class Stored:
     """One tensor as the artifact keeps it: floats in `values`, or `codes * scale` by row. All parts lie on the CPU."""
@@ -2668,6 +2683,7 @@ class Stored:
     values: Tensor | None = None  # `shape`, fp16 or fp32
     codes: Tensor | None = None  # (R, C) int8, |code| <= 2**(bits-1) - 1
     scale: Tensor | None = None  # (R,) fp16
+    low_rank: LowRank | None = None  # added to codes * scale
 
 
 class Clip(NamedTuple):
@@ -2834,7 +2850,10 @@ def dequantize(stored: Stored) -> Tensor:
     """The fp32 tensor that `stored` stands for, exactly as training-side checks and the reloaded model see it."""
     if stored.values is not None:
         return stored.values.float()
-    return (stored.codes.float() * stored.scale.float()[:, None]).reshape(stored.shape)
+    w_RC = stored.codes.float() * stored.scale.float()[:, None]
+    if stored.low_rank is not None:
+        w_RC = w_RC + stored.low_rank.product()
+    return w_RC.reshape(stored.shape)
 
 
 def quant_report(named: dict[str, Tensor], stored: dict[str, Stored]) -> dict[str, dict[str, float]]:
@@ -2867,9 +2886,14 @@ MAGIC, VERSION = b"PGLM", 1
 PREAMBLE = struct.Struct("<4sHQII")  # magic, version, bytes of the file, bytes of the header packed and unpacked
 CHECKSUM_BYTES = 32
 MAX_HEADER_BYTES = 1 << 24
-MAX_RAW_BYTES = 1 << 32  # bound on what all streams of one file may unpack to
-MAX_RANK = 4
+MAX_AXES = 4
+MAX_LOW_RANK = 256
 STORE_ROLES = ("attn", "mlp", "embed", "table", "proj", "adapter", "control")
+
+
+def raw_limit(file_bytes: int) -> int:
+    """Bytes that a file of this size may unpack to: enough for weights at 1/8 bit, or for a small model of zeros."""
+    return (1 << 26) + 64 * file_bytes
 
 
 class ArtifactError(ValueError):
@@ -2883,6 +2907,7 @@ class Entry(NamedTuple):
     role: str
     bits: int
     shape: tuple[int, ...]
+    rank: int = 0  # of the low-rank correction
 
 
 class StreamInfo(NamedTuple):
@@ -2945,16 +2970,6 @@ def zstd_unpack(packed: bytes, size: int) -> bytes:
     return raw
 
 
-def byte_coder(cfg: Config) -> Callable[[bytes], bytes]:
-    """The packer that COMPRESSOR and its level name."""
-    if cfg.compressor == "zstd":
-        return lambda raw: zstd_pack(raw, cfg.zstd_level)
-    return lambda raw: lzma_pack(raw, cfg.lzma_preset)
-
-
-UNPACKERS: dict[str, Callable[[bytes, int], bytes]] = {"zstd": zstd_unpack, "lzma": lzma_unpack}
-
-
 # ---- parts: a tensor is one to two arrays, each of which goes to the stream (role, kind)
 
 KINDS: dict[str, torch.dtype] = {
@@ -2965,19 +2980,23 @@ KINDS: dict[str, torch.dtype] = {
 }
 
 
-def part_shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
-    """Kind and shape of each part of a tensor, from its table line alone."""
+def part_shapes(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
+    """Kind and shape of each part of a tensor, in order, from its table line alone."""
+    if entry.bits > 8:
+        return [("half" if entry.bits == 16 else "single", entry.shape)]
     rows, columns = rows_and_columns(entry.shape)
-    if entry.bits <= 8:
-        return {"codes": (rows, columns), "scale": (rows,)}
-    return {"half" if entry.bits == 16 else "single": entry.shape}
+    parts = [("codes", (rows, columns)), ("scale", (rows,))]
+    if entry.rank:
+        k = entry.rank
+        parts += [("codes", (rows, k)), ("scale", (k,)), ("codes", (k, columns)), ("scale", (k,))]
+    return parts
 
 
-def parts_of(stored: Stored) -> dict[str, Tensor]:
-    """The arrays of a stored tensor by kind."""
-    if stored.values is None:
-        return {"codes": stored.codes, "scale": stored.scale}
-    return {"half" if stored.bits == 16 else "single": stored.values}
+def parts_of(stored: Stored) -> list[Tensor]:
+    """The arrays of a stored tensor in the order of part_shapes."""
+    if stored.values is not None:
+        return [stored.values]
+    return [stored.codes, stored.scale, *(stored.low_rank or ())]
 
 
 def to_bytes(arrays: list[Tensor]) -> bytes:
@@ -2993,13 +3012,412 @@ def from_bytes(raw: bytes, dtype: torch.dtype, shapes: list[tuple[int, ...]]) ->
     return [part.reshape(shape) for part, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)]
 
 
-def stream_plan(entries: list[Entry]) -> dict[tuple[str, str], list[int]]:
-    """(role, kind) -> indices of the tensors with such a part; the order of streams and of parts within them."""
-    plan: dict[tuple[str, str], list[int]] = {}
-    for index, entry in enumerate(entries):
-        for kind in part_shapes(entry):
-            plan.setdefault((entry.role, kind), []).append(index)
+def stream_plan(entries: list[Entry]) -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """(role, kind) -> (tensor, part) of each array in that stream; the order of streams and of arrays within them."""
+    plan: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for i, entry in enumerate(entries):
+        for j, (kind, _) in enumerate(part_shapes(entry)):
+            plan.setdefault((entry.role, kind), []).append((i, j))
     return dict(sorted(plan.items()))
+
+
+# ---- entropy coding of codes
+#
+# A code's spread is modelled as 2**((row level + column level) / 8), both levels small integers that the stream carries
+# where they pay for themselves. Codes of one level share one symmetric frequency table, whatever their tensor; tables
+# are stored as log-probabilities in eighths of an octave. An embedding's columns are correlated: there each code is
+# predicted from the columns before it with a regression learned from the rows before it. Everything a decoder derives
+# is integer arithmetic or single IEEE operations, so that every machine derives the same.
+
+LEVELS_PER_OCTAVE = 8
+LEVEL_BOUNDS = (-24, 63)  # spreads from 1/8 to 235 steps
+LEVEL_GRIDS = (0, 4, 2, 1)  # coarseness of a tensor's row or column levels; 0 is one level for all
+CHUNK = 16  # columns predicted at once
+MAX_PREDICTED_COLUMNS = 1024  # a regression takes C x C float64
+
+
+class Spread(NamedTuple):
+    """Levels of one tensor, and whether its codes are predicted."""
+
+    rows: np.ndarray  # (R,) int16
+    columns: np.ndarray  # (C,) int16
+    predicted: bool
+
+    def levels(self) -> np.ndarray:
+        """(R, C) int16 level of every code."""
+        return (self.rows[:, None] + self.columns).clip(*LEVEL_BOUNDS)
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+    """Bits that `counts` occurrences cost under their own frequencies."""
+    counts = counts[counts > 0]
+    return float(counts @ np.log2(counts.sum() / counts))
+
+
+def on_grid(levels: np.ndarray, grid: int) -> np.ndarray:
+    """Real levels to multiples of `grid`, or to their mean."""
+    if grid == 0:
+        return np.full(len(levels), round(levels.mean()), np.int16)
+    return (np.round(levels / grid) * grid).astype(np.int16)
+
+
+def fit_spread(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Row and column levels with the shortest description, levels included: (R,), (C,) int16, bits.
+
+    Spreads solve the maximum-likelihood equations of a Gaussian with variance row x column (two rounds from a flat
+    start); every pair of grids is priced in closed form.
+    """
+    power_RC = np.square(codes_RC, dtype=np.float32)
+    column_C = np.ones(power_RC.shape[1], np.float32)
+    for _ in range(2):
+        row_R = (power_RC @ (1 / column_C)) / len(column_C) + 1e-2
+        column_C = (1 / row_R) @ power_RC / len(row_R) + 1e-2
+    rows = [on_grid(np.log2(row_R) / 2 * LEVELS_PER_OCTAVE, grid) for grid in LEVEL_GRIDS]
+    columns = [on_grid(np.log2(column_C) / 2 * LEVELS_PER_OCTAVE, grid) for grid in LEVEL_GRIDS]
+    rows[0][:] = round(np.log2((power_RC @ (1 / column_C)).mean() / len(column_C) + 1e-4) / 2 * LEVELS_PER_OCTAVE)
+    columns[0][:] = round(np.log2(((1 / row_R) @ power_RC).mean() / len(row_R) + 1e-4) / 2 * LEVELS_PER_OCTAVE)
+    inverse = [
+        np.stack([np.exp2(-2.0 * x / LEVELS_PER_OCTAVE) for x in side]).astype(np.float32) for side in (rows, columns)
+    ]
+    energy = inverse[0] @ power_RC @ inverse[1].T
+    best = (math.inf, 0, 0)
+    for i, r in enumerate(rows):
+        for j, c in enumerate(columns):
+            logs = (float(r.sum()) * len(c) + float(c.sum()) * len(r)) / LEVELS_PER_OCTAVE
+            side = sum(entropy_bits(np.unique(x, return_counts=True)[1]) + 32 for x, on in ((r, i), (c, j)) if on)
+            bits = logs + energy[i, j] / (2 * math.log(2)) + 0.5 * math.log2(2 * math.pi) * codes_RC.size + side
+            best = min(best, (bits, i, j))
+    return rows[best[1]], columns[best[2]], best[0]
+
+
+# Elementwise steps only: a BLAS may sum in any order, and the decoder's machine must find the very same factor.
+def unit_factor(cov_CC: np.ndarray) -> np.ndarray:
+    """Unit lower factor L of cov = L D L^T in 1/4096, as integer-valued float64."""
+    work = cov_CC.astype(np.float64)
+    for j in range(len(work)):
+        column = work[j + 1 :, j] / work[j, j]
+        work[j + 1 :, j + 1 :] -= column[:, None] * work[j, j + 1 :]
+        work[j + 1 :, j] = column
+    return np.round(np.tril(work, -1).clip(-8, 8) * 4096)
+
+
+def row_blocks(rows: int) -> list[slice]:
+    """Blocks that grow by half: few regressions to fit, little to lose by their age."""
+    bounds = [0, min(rows, 48)]
+    while bounds[-1] < rows:
+        bounds.append(min(rows, bounds[-1] + bounds[-1] // 2))
+    return [slice(lo, hi) for lo, hi in itertools.pairwise(bounds)]
+
+
+def regions(shape: tuple[int, int], predicted: bool) -> list[tuple[slice, slice]]:
+    """Parts of a tensor in coding order: all at once, or chunks of columns within blocks of rows."""
+    if not predicted:
+        return [(slice(0, shape[0]), slice(0, shape[1]))]
+    chunks = [slice(c, min(c + CHUNK, shape[1])) for c in range(0, shape[1], CHUNK)]
+    return [(rows, chunk) for rows in row_blocks(shape[0]) for chunk in chunks]
+
+
+def predict_codes(rows: int, columns: int, code: Callable[[slice, slice, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Walk `regions` of a tensor; `code(rows, columns, mean)` gives the codes there. Returns all of them, float64.
+
+    `mean` (integers) is the regression of a chunk on all columns before it, fitted to the row blocks before. Encoder
+    and decoder both are callbacks of this walk, so they cannot disagree.
+    """
+    codes_RC = np.zeros((rows, columns))
+    for block, chunk in regions((rows, columns), True):
+        if chunk.start == 0:
+            factor_CC = regression(codes_RC[: block.start])
+            error_RC = np.zeros((block.stop - block.start, columns))  # codes less their prediction, in 1/64
+        # Integers below 2**53, so that these products are exact whatever the order of summation.
+        mean = error_RC[:, : chunk.start] @ factor_CC[chunk, : chunk.start].T
+        codes_RC[block, chunk] = code(block, chunk, np.round(mean / 2**18))
+        for j in range(chunk.start, chunk.stop):
+            error_RC[:, j] = codes_RC[block, j] * 64 - np.round(error_RC[:, :j] @ factor_CC[j, :j] / 4096)
+    return codes_RC
+
+
+def regression(seen_RC: np.ndarray) -> np.ndarray:
+    """`unit_factor` of the codes seen so far; zero before the first."""
+    columns = seen_RC.shape[1]
+    if len(seen_RC) == 0:
+        return np.zeros((columns, columns))
+    ridge = 32 * (np.square(seen_RC).sum() // seen_RC.size + 1)
+    return unit_factor(seen_RC.T @ seen_RC + ridge * np.eye(columns))
+
+
+def octave_eighths() -> np.ndarray:
+    """2**(-i/8) for i in 0..254, by square roots and products alone: IEEE gives the same everywhere."""
+    root = math.sqrt(math.sqrt(math.sqrt(0.5)))
+    powers = [1.0]
+    for _ in range(254):
+        powers.append(powers[-1] * root)
+    return np.array(powers)
+
+
+class Table(NamedTuple):
+    """Symmetric frequencies of codes -M..M, shared by all levels from `start` to the next table's."""
+
+    start: int
+    logs: np.ndarray  # (M + 1,) int16, -8 log2 P(|code| = m)
+
+    def frequencies(self) -> np.ndarray:
+        """(2 M + 1,) float64 that sum to 1."""
+        side = weights(self.logs)
+        return normalised(np.concatenate([side[:0:-1], 2 * side[:1], side[1:]]))
+
+
+def weights(logs: np.ndarray) -> np.ndarray:
+    """Integer-valued weights 2**(-log/8), at least 1: their sum is exact in any order."""
+    return np.maximum(np.floor(octave_eighths()[logs] * 2**24), 1.0)
+
+
+def normalised(weight: np.ndarray) -> np.ndarray:
+    """Weights as probabilities."""
+    return weight / weight.sum()
+
+
+def log_table(counts: np.ndarray) -> np.ndarray:
+    """Counts as -8 log2 of their share, int16 in 0..254; what never occurred gets a quarter of a count."""
+    return np.round(8 * np.log2(max(counts.sum(), 1) / np.maximum(counts, 0.25))).clip(0, 254).astype(np.int16)
+
+
+def fit_tables(joint: np.ndarray) -> list[Table]:
+    """Tables from counts by (level, |code|): a level joins the table before it where that makes the file smaller."""
+    groups = [(LEVEL_BOUNDS[0], joint[0])]
+    for level, counts in enumerate(joint[1:], LEVEL_BOUNDS[0] + 1):
+        start, before = groups[-1]
+        if table_cost(before + counts) <= table_cost(before) + table_cost(counts):
+            groups[-1] = (start, before + counts)
+        else:
+            groups.append((level, counts))
+    return [Table(start, log_table(counts[: top_code(counts) + 1])) for start, counts in groups]
+
+
+def top_code(counts: np.ndarray) -> int:
+    """Largest magnitude that occurs, at least 1."""
+    return max(counts.nonzero()[0].max(initial=0), 1)
+
+
+def table_cost(counts: np.ndarray) -> float:
+    """Bits of the codes and of their table (about 4 an entry)."""
+    return entropy_bits(counts) + 4 * (top_code(counts) + 3)
+
+
+def count_levels(levels: np.ndarray, values: np.ndarray, width: int) -> np.ndarray:
+    """(levels, width) occurrences of each magnitude at each level."""
+    low, span = LEVEL_BOUNDS[0], LEVEL_BOUNDS[1] - LEVEL_BOUNDS[0] + 1
+    cell = (levels.astype(np.int32) - low) * width + np.abs(values)
+    return np.bincount(cell.ravel(), minlength=span * width).reshape(span, width)
+
+
+def by_table(levels: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Order that sorts codes by table, and the (n_tables + 1,) bounds of each table's share."""
+    table = np.searchsorted(starts, np.arange(LEVEL_BOUNDS[0], LEVEL_BOUNDS[1] + 1), side="right") - 1
+    index = table.astype(np.uint8)[levels.ravel() - LEVEL_BOUNDS[0]]
+    return np.argsort(index, kind="stable"), np.concatenate([[0], np.bincount(index, minlength=len(starts)).cumsum()])
+
+
+class CodeModel:
+    """Tables as coder models, with the two directions of one grid of codes."""
+
+    def __init__(self, tables: list[Table]):
+        import constriction
+
+        self.starts = np.array([table.start for table in tables])
+        self.tops = [len(table.logs) - 1 for table in tables]
+        self.models = [constriction.stream.model.Categorical(table.frequencies(), perfect=False) for table in tables]
+
+    def encode(self, encoder: Any, levels: np.ndarray, values: np.ndarray) -> None:
+        """Append the codes of one grid."""
+        order, bounds = by_table(levels, self.starts)
+        sorted_values = values.ravel()[order].astype(np.int32)
+        for model, top, lo, hi in zip(self.models, self.tops, bounds, bounds[1:], strict=False):
+            if hi > lo:
+                encoder.encode(sorted_values[lo:hi] + top, model)
+
+    def decode(self, decoder: Any, levels: np.ndarray) -> np.ndarray:
+        """Inverse of encode: int32 in the shape of `levels`."""
+        order, bounds = by_table(levels, self.starts)
+        values = np.empty(levels.size, np.int32)
+        for model, top, lo, hi in zip(self.models, self.tops, bounds, bounds[1:], strict=False):
+            if hi > lo:
+                values[order[lo:hi]] = decoder.decode(model, int(hi - lo)) - top
+        return values.reshape(levels.shape)
+
+
+def plan_codes(codes_RC: np.ndarray, predictable: bool) -> tuple[Spread, np.ndarray, float]:
+    """The shorter of coding a tensor plainly or predicted: its spread, the values to code, the estimated bits."""
+    rows, columns, bits = fit_spread(codes_RC)
+    best = Spread(rows, columns, False), codes_RC, bits
+    if predictable and codes_RC.shape[1] <= MAX_PREDICTED_COLUMNS:
+        errors_RC = np.zeros(codes_RC.shape, np.int32)
+
+        def note(rows: slice, chunk: slice, mean: np.ndarray) -> np.ndarray:
+            errors_RC[rows, chunk] = codes_RC[rows, chunk] - mean
+            return codes_RC[rows, chunk]
+
+        predict_codes(*codes_RC.shape, note)
+        rows, columns, bits = fit_spread(errors_RC)
+        if bits < best[2]:
+            best = Spread(rows, columns, True), errors_RC, bits
+    return best
+
+
+def side_fields(levels: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """One side of a spread as two fields, [grid, middle], and its symbols: grids above or below the middle."""
+    middle = int(np.median(levels))
+    grid = int(np.gcd.reduce(levels - middle))
+    return [grid, middle], (levels - middle) // grid if grid else levels[:0]
+
+
+def table_model(counts_log: np.ndarray) -> Any:
+    """Coder model of plain symbols 0..n-1 from their table of logs."""
+    import constriction
+
+    return constriction.stream.model.Categorical(normalised(weights(counts_log)), perfect=False)
+
+
+class Fields:
+    """Reader of a stream's fields that never runs past their end."""
+
+    def __init__(self, values: np.ndarray):
+        self.values, self.at = values, 0
+
+    def take(self, count: int, low: int, high: int) -> np.ndarray:
+        """The next `count` fields, all within low..high, else ArtifactError."""
+        part = self.values[self.at : self.at + count]
+        self.at += count
+        if len(part) != count or (count and not low <= part.min() <= part.max() <= high):
+            raise ArtifactError("a stream of codes has impossible fields")
+        return part
+
+    def one(self, low: int, high: int) -> int:
+        """The next field."""
+        return int(self.take(1, low, high)[0])
+
+
+def write_fields(fields: list[int]) -> bytes:
+    """Small integers as int16, LZMA-packed behind their sizes."""
+    packed = lzma_pack(to_bytes([torch.tensor(fields, dtype=torch.int16)]))
+    return struct.pack("<II", len(fields), len(packed)) + packed
+
+
+def read_fields(stream: bytes) -> tuple[Fields, np.ndarray]:
+    """Inverse of write_fields: the fields and the coder's words after them."""
+    count, packed = struct.unpack_from("<II", stream) if len(stream) >= 8 else (0, 1)
+    if packed > len(stream) - 8 or count > 1 << 20 or (len(stream) - packed) % 4:
+        raise ArtifactError("a stream of codes has impossible sizes")
+    (values,) = from_bytes(lzma_unpack(stream[8 : 8 + packed], 2 * count), torch.int16, [(count,)])
+    return Fields(values.numpy().astype(np.int64)), np.frombuffer(stream, "<u4", offset=8 + packed).astype(np.uint32)
+
+
+def encode_codes(arrays: list[np.ndarray], predictable: bool = False) -> bytes:
+    """int8 codes of several tensors, each (R, C), as one stream: fields (LZMA), then a range coder's words."""
+    import constriction
+
+    plans = [plan_codes(codes_RC, predictable) for codes_RC in arrays]
+    width = max(int(np.abs(values).max(initial=0)) for _, values, _ in plans) + 1
+    tables = fit_tables(sum(count_levels(spread.levels(), values, width) for spread, values, _ in plans))
+    sides = [side_fields(side) for spread, _, _ in plans for side in (spread.rows, spread.columns)]
+    symbols = np.concatenate([symbols for _, symbols in sides]).astype(np.int32)
+    low = int(symbols.min(initial=0))
+    level_logs = log_table(np.bincount(symbols - low, minlength=2))
+    fields = [field for side, _ in sides for field in side] + [int(spread.predicted) for spread, _, _ in plans]
+    fields += [low, len(level_logs), *level_logs, len(tables)]
+    for table in tables:
+        fields += [table.start, len(table.logs), *np.diff(table.logs, prepend=0)]
+    encoder, model = constriction.stream.queue.RangeEncoder(), CodeModel(tables)
+    encoder.encode(symbols - low, table_model(level_logs))
+    for spread, values, _ in plans:
+        levels = spread.levels()
+        for region in regions(levels.shape, spread.predicted):
+            model.encode(encoder, levels[region], values[region])
+    return write_fields(fields) + encoder.get_compressed().astype("<u4").tobytes()
+
+
+def read_table(fields: Fields) -> Table:
+    """One table from the fields."""
+    start = fields.one(*LEVEL_BOUNDS)
+    logs = np.cumsum(fields.take(fields.one(2, 4096), -254, 254))
+    if not 0 <= logs.min() <= logs.max() <= 254:
+        raise ArtifactError("a table of codes is impossible")
+    return Table(start, logs.astype(np.int16))
+
+
+def read_spreads(
+    sides: list[np.ndarray],
+    counts: list[int],
+    symbols: np.ndarray,
+    shapes: list[tuple[int, int]],
+    predicted: np.ndarray,
+) -> list[Spread]:
+    """Put the levels of all tensors together from their fields and symbols."""
+    ends = np.cumsum(counts)
+    levels = [
+        (middle + grid * (symbols[end - count : end] if count else np.zeros(n, np.int64))).astype(np.int16)
+        for (grid, middle), count, end, n in zip(sides, counts, ends, itertools.chain(*shapes), strict=True)
+    ]
+    return [Spread(levels[2 * i], levels[2 * i + 1], bool(flag)) for i, flag in enumerate(predicted)]
+
+
+def decode_tensor(decoder: Any, model: CodeModel, spread: Spread) -> np.ndarray:
+    """Codes (R, C) int8 of one tensor; refuses what int8 cannot hold before anything is computed from it."""
+    levels = spread.levels()
+
+    def code(rows: slice, chunk: slice, mean: np.ndarray) -> np.ndarray:
+        codes = model.decode(decoder, levels[rows, chunk]) + mean
+        if np.abs(codes).max(initial=0) > 127:
+            raise ArtifactError("a stream of codes holds values beyond 8 bits")
+        return codes
+
+    if spread.predicted:
+        if levels.shape[1] > MAX_PREDICTED_COLUMNS:
+            raise ArtifactError(f"a stream of codes predicts {levels.shape[1]} columns, {MAX_PREDICTED_COLUMNS} at most")
+        return predict_codes(*levels.shape, code).astype(np.int8)
+    return code(slice(None), slice(None), np.zeros((), np.int32)).astype(np.int8)
+
+
+def decode_codes(stream: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
+    """Inverse of encode_codes: int8 arrays of `shapes`. Raises ArtifactError."""
+    import constriction
+
+    fields, words = read_fields(stream)
+    sides = [fields.take(2, -999, 999) for _ in range(2 * len(shapes))]
+    predicted = fields.take(len(shapes), 0, 1)
+    low, level_logs = fields.one(-999, 999), fields.take(fields.one(2, 999), 0, 254)
+    tables = [read_table(fields) for _ in range(fields.one(1, 99))]
+    decoder, model = constriction.stream.queue.RangeDecoder(words), CodeModel(tables)
+    counts = [n if grid else 0 for (grid, _), n in zip(sides, itertools.chain(*shapes), strict=True)]
+    try:
+        symbols = decoder.decode(table_model(level_logs), sum(counts)) + low
+        spreads = read_spreads(sides, counts, symbols, shapes, predicted)
+        arrays = [decode_tensor(decoder, model, spread) for spread in spreads]
+    except AssertionError:  # what the decoder raises on words that no encoder writes
+        raise ArtifactError("a stream of codes does not decode") from None
+    if not decoder.maybe_exhausted():
+        raise ArtifactError("a stream of codes is longer than its tensors")
+    return arrays
+
+
+# ---- coders of streams
+
+BYTE_UNPACKERS: dict[str, Callable[[bytes, int], bytes]] = {"zstd": zstd_unpack, "lzma": lzma_unpack}
+
+
+def encode_stream(cfg: Config, role: str, kind: str, arrays: list[Tensor]) -> tuple[str, bytes]:
+    """(coder, bytes) of one stream under COMPRESSOR; rows of embeddings and tables are worth predicting."""
+    if cfg.compressor == "zstd":
+        return "zstd", zstd_pack(to_bytes(arrays), cfg.zstd_level)
+    if cfg.compressor == "entropy" and kind == "codes":
+        return "codes", encode_codes([a.numpy() for a in arrays], predictable=role in ("embed", "table"))
+    return "lzma", lzma_pack(to_bytes(arrays), cfg.lzma_preset)
+
+
+def decode_stream(stream: StreamInfo, packed: bytes, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Inverse of encode_stream."""
+    if stream.coder == "codes":
+        return [torch.from_numpy(a) for a in decode_codes(packed, shapes)]
+    return from_bytes(BYTE_UNPACKERS[stream.coder](packed, stream.raw), KINDS[stream.kind], shapes)
 
 
 # ---- the container
@@ -3007,15 +3425,20 @@ def stream_plan(entries: list[Entry]) -> dict[tuple[str, str], list[int]]:
 
 def pack(cfg: Config, header: dict[str, Any], tensors: dict[str, Stored]) -> bytes:
     """The artifact as bytes: `header` (JSON values; "tensors" and "streams" are ours) and every tensor, checksummed."""
-    entries = [Entry(name, s.role, s.bits, s.shape) for name, s in tensors.items()]
+    entries = [table_entry(name, s) for name, s in tensors.items()]
     parts = [parts_of(s) for s in tensors.values()]
-    encode = byte_coder(cfg)
     streams, blobs = [], []
     for (role, kind), members in stream_plan(entries).items():
-        raw = to_bytes([parts[i][kind] for i in members])
-        blobs.append(encode(raw))
-        streams.append(StreamInfo(role, kind, cfg.compressor, len(blobs[-1]), len(raw)))
+        arrays = [parts[i][j] for i, j in members]
+        coder, packed = encode_stream(cfg, role, kind, arrays)
+        blobs.append(packed)
+        streams.append(StreamInfo(role, kind, coder, len(packed), sum(a.numel() * a.itemsize for a in arrays)))
     return seal({**header, "tensors": entries, "streams": streams}, b"".join(blobs))
+
+
+def table_entry(name: str, stored: Stored) -> Entry:
+    """A tensor's line in the table."""
+    return Entry(name, stored.role, stored.bits, stored.shape, stored.low_rank.left.shape[1] if stored.low_rank else 0)
 
 
 def seal(header: dict[str, Any], body: bytes) -> bytes:
@@ -3049,7 +3472,7 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], list[Entry], list[StreamIn
     fields = parse_json(lzma_unpack(blob[PREAMBLE.size : PREAMBLE.size + packed], raw))
     entries, streams = parse_table(fields.pop("tensors", None)), parse_streams(fields.pop("streams", None))
     start = PREAMBLE.size + packed
-    check_streams(entries, streams, total - CHECKSUM_BYTES - start)
+    check_streams(entries, streams, total - CHECKSUM_BYTES - start, raw_limit(total))
     return fields, entries, streams, start
 
 
@@ -3070,14 +3493,16 @@ def parse_table(rows: Any) -> list[Entry]:
         raise ArtifactError("the header has no tensor table")
     entries = []
     for row in rows:
-        if not (isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and isinstance(row[3], list)):
-            raise ArtifactError(f"tensor table: {str(row)[:80]} is not [name, role, bits, shape]")
-        name, role, bits, shape = row
+        if not (isinstance(row, list) and len(row) == 5 and isinstance(row[0], str) and isinstance(row[3], list)):
+            raise ArtifactError(f"tensor table: {str(row)[:80]} is not [name, role, bits, shape, rank]")
+        name, role, bits, shape, rank = row
         if role not in STORE_ROLES or type(bits) is not int or bits not in WIDTHS:
             raise ArtifactError(f"tensor {name[:80]!r}: unknown role {str(role)[:20]!r} or width {str(bits)[:20]}")
-        if len(shape) > MAX_RANK or not all(type(n) is int and 0 < n < MAX_RAW_BYTES for n in shape):
+        if len(shape) > MAX_AXES or not all(type(n) is int and 0 < n < 1 << 32 for n in shape):
             raise ArtifactError(f"tensor {name[:80]!r}: impossible shape {str(shape)[:80]}")
-        entries.append(Entry(name, role, bits, tuple(shape)))
+        if type(rank) is not int or not 0 <= rank <= (MAX_LOW_RANK if bits <= 8 else 0):
+            raise ArtifactError(f"tensor {name[:80]!r}: impossible rank {str(rank)[:20]}")
+        entries.append(Entry(name, role, bits, tuple(shape), rank))
     if len({entry.name for entry in entries}) != len(entries):
         raise ArtifactError("tensor table: a name occurs twice")
     return entries
@@ -3094,23 +3519,22 @@ def parse_streams(rows: Any) -> list[StreamInfo]:
     return streams
 
 
-def check_streams(entries: list[Entry], streams: list[StreamInfo], body: int) -> None:
+def check_streams(entries: list[Entry], streams: list[StreamInfo], body: int, limit: int) -> None:
     """Streams must be the ones that the table implies, of the sizes that it implies, and fill the file."""
+    shapes = [part_shapes(entry) for entry in entries]
     expected = {
-        key: sum(math.prod(part_shapes(entries[i])[key[1]]) for i in members) * KINDS[key[1]].itemsize
-        for key, members in stream_plan(entries).items()
+        (role, kind): sum(math.prod(shapes[i][j][1]) for i, j in members) * KINDS[kind].itemsize
+        for (role, kind), members in stream_plan(entries).items()
     }
     if [(s.role, s.kind) for s in streams] != list(expected):
         raise ArtifactError("the streams are not those of the tensor table")
     for s in streams:
         if s.raw != expected[s.role, s.kind]:
             raise ArtifactError(f"stream {s.role}.{s.kind} unpacks to {s.raw} bytes, its tensors need another size")
-        if s.coder not in UNPACKERS:
-            raise ArtifactError(
-                f"stream {s.role}.{s.kind}: unknown coder {s.coder[:20]!r} (known: {', '.join(UNPACKERS)})"
-            )
-    if sum(s.raw for s in streams) > MAX_RAW_BYTES:
-        raise ArtifactError(f"the tensors would take more than {MAX_RAW_BYTES} bytes")
+        if s.coder not in BYTE_UNPACKERS and (s.coder, s.kind) != ("codes", "codes"):
+            raise ArtifactError(f"stream {s.role}.{s.kind}: unknown coder {s.coder[:20]!r}")
+    if sum(s.raw for s in streams) > limit:
+        raise ArtifactError(f"the tensors would take more than {limit} bytes, too much for a file of this size")
     if sum(s.packed for s in streams) != body:
         raise ArtifactError("the streams do not fill the file")
 
@@ -3124,13 +3548,13 @@ def unpack(blob: bytes, shapes: dict[str, tuple[int, ...]] | None = None) -> tup
     header, entries, streams, at = read_header(blob)
     if shapes is not None:
         check_shapes(entries, shapes)
-    parts: list[dict[str, Tensor]] = [{} for _ in entries]
+    layout = [part_shapes(entry) for entry in entries]
+    found: dict[tuple[int, int], Tensor] = {}
     for stream, members in zip(streams, stream_plan(entries).values(), strict=True):
-        raw = UNPACKERS[stream.coder](blob[at : at + stream.packed], stream.raw)
+        arrays = decode_stream(stream, blob[at : at + stream.packed], [layout[i][j][1] for i, j in members])
         at += stream.packed
-        arrays = from_bytes(raw, KINDS[stream.kind], [part_shapes(entries[i])[stream.kind] for i in members])
-        for i, array in zip(members, arrays, strict=True):
-            parts[i][stream.kind] = array
+        found.update(zip(members, arrays, strict=True))
+    parts = [[found[i, j] for j in range(len(kinds))] for i, kinds in enumerate(layout)]
     return header, {entry.name: restore(entry, part) for entry, part in zip(entries, parts, strict=True)}
 
 
@@ -3143,17 +3567,18 @@ def check_shapes(entries: list[Entry], shapes: dict[str, tuple[int, ...]]) -> No
             raise ArtifactError(f"tensor {name[:80]!r} is {theirs} in the file and {ours} in the model of its config")
 
 
-def restore(entry: Entry, parts: dict[str, Tensor]) -> Stored:
+def restore(entry: Entry, parts: list[Tensor]) -> Stored:
     """Put a tensor's parts together again; codes beyond its width and numbers that are not finite are refused."""
-    floats = parts.get("scale", parts.get("half", parts.get("single")))
-    if not torch.isfinite(floats).all():
+    if not all(torch.isfinite(part).all() for part in parts if part.is_floating_point()):
         raise ArtifactError(f"tensor {entry.name[:80]!r} holds NaN or Inf")
     if entry.bits > 8:
-        return Stored(entry.role, entry.bits, entry.shape, values=floats)
+        return Stored(entry.role, entry.bits, entry.shape, values=parts[0])
+    codes, scale, *correction = parts
     top = largest_code(entry.bits)
-    if parts["codes"].min() < -top or parts["codes"].max() > top:
+    if codes.min() < -top or codes.max() > top:
         raise ArtifactError(f"tensor {entry.name[:80]!r} holds codes beyond {entry.bits} bits")
-    return Stored(entry.role, entry.bits, entry.shape, codes=parts["codes"], scale=floats)
+    low_rank = LowRank(*correction) if correction else None
+    return Stored(entry.role, entry.bits, entry.shape, codes=codes, scale=scale, low_rank=low_rank)
 
 
 # ---- the size account

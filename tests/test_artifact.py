@@ -1,0 +1,223 @@
+"""Section 8: what is packed comes back bit for bit, and no file can do more harm than a message."""
+
+import hashlib
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as tg
+
+
+def weights(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A small model's worth of tensors of every role, with correlated embedding columns."""
+    g = torch.Generator().manual_seed(seed)
+    named = {
+        "tok_emb.weight": torch.randn(160, 24, generator=g) @ torch.randn(24, 48, generator=g) * 0.01,
+        "blocks.0.attn.q.weight": torch.randn(48, 48, generator=g) * 0.1,
+        "blocks.0.mlp.up.weight": torch.randn(96, 48, generator=g) * torch.rand(48, generator=g),
+        "blocks.0.attn_scale": torch.randn(48, generator=g),
+        "bigram.scale": torch.tensor(0.05),
+    }
+    roles = ["embed", "attn", "mlp", "control", "control"]
+    return named, dict(zip(named, roles, strict=True))
+
+
+def stored_with(low_rank: bool = False, **knobs) -> dict[str, tg.Stored]:
+    named, store = weights()
+    stored = tg.quantize(tg.Config(quant_min_numel=100, **knobs), named, store)
+    if low_rank:
+        item = stored["blocks.0.attn.q.weight"]
+        codes = lambda *shape: torch.randint(-7, 8, shape, dtype=torch.int8)  # noqa: E731
+        factor = tg.LowRank(codes(48, 3), torch.rand(3).half(), codes(3, 48), torch.rand(3).half())
+        stored["blocks.0.attn.q.weight"] = tg.dataclasses.replace(item, low_rank=factor)
+    return stored
+
+
+def reseal(blob: bytes) -> bytes:
+    """Give a mutated body the checksum that a hostile author would give it."""
+    return blob + hashlib.sha256(blob).digest()
+
+
+@pytest.mark.parametrize("compressor", ["entropy", "zstd", "lzma"])
+def test_tensors_and_header_come_back_bit_for_bit(compressor):
+    cfg = tg.Config(compressor=compressor)
+    stored = stored_with(low_rank=True, quant_overrides="blocks.0.mlp.up=16,tok_emb=5")
+    header = {"config": {"MODEL_DIM": 48}, "note": "é"}
+    blob = tg.pack(cfg, header, stored)
+    shapes = {name: tuple(w.shape) for name, w in weights()[0].items()}
+    found_header, found = tg.unpack(blob, shapes)
+    assert found_header == header and list(found) == list(stored)
+    for name, item in stored.items():
+        assert (found[name].role, found[name].bits, found[name].shape) == (item.role, item.bits, item.shape)
+        assert torch.equal(tg.dequantize(found[name]), tg.dequantize(item))
+    assert tg.pack(cfg, header, stored) == blob, "packing is a function of its input"
+
+
+def test_account_by_role_adds_up_to_the_file():
+    blob = tg.pack(tg.Config(), {"config": {}}, stored_with())
+    roles = tg.role_bytes(blob)
+    assert sum(r["bytes"] for r in roles.values()) == len(blob)
+    assert sum(r["params"] for r in roles.values()) == sum(w.numel() for w in weights()[0].values())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_codes_survive_the_entropy_coder(seed):
+    """Shapes from 1 x 1 up, any spread, constant and extreme values, predicted or not."""
+    rng = np.random.default_rng(seed)
+    arrays = []
+    for _ in range(rng.integers(1, 5)):
+        shape = tuple(rng.integers(1, (200, 70)))
+        spread = np.exp(rng.normal(size=(shape[0], 1)) + rng.normal(size=shape[1])) * rng.choice([0, 0.1, 1, 30])
+        codes = np.clip(np.round(rng.standard_t(3, size=shape) * spread), -127, 127)
+        arrays.append((codes + np.round(20 * rng.normal(size=shape[1]))).clip(-127, 127).astype(np.int8))
+    for predictable in (False, True):
+        stream = tg.encode_codes(arrays, predictable)
+        for a, b in zip(arrays, tg.decode_codes(stream, [a.shape for a in arrays]), strict=True):
+            assert b.dtype == np.int8 and np.array_equal(a, b)
+
+
+def test_correlated_columns_are_predicted_and_cost_less():
+    rng = np.random.default_rng(0)
+    codes = np.round(4 * rng.normal(size=(1024, 8)) @ rng.normal(size=(8, 64)) + rng.normal(size=(1024, 64)))
+    codes = codes.clip(-127, 127).astype(np.int8)
+    assert len(tg.encode_codes([codes], predictable=True)) < 0.75 * len(tg.encode_codes([codes]))
+
+
+def test_stream_is_within_a_third_of_a_percent_of_the_model_s_entropy():
+    """Known source, Gaussian with known variances: the stream may not exceed its entropy by more than the levels cost."""
+    rng = np.random.default_rng(1)
+    spread = 2.0 * np.exp(0.4 * rng.normal(size=512))
+    codes = np.round(rng.normal(size=(1024, 512)) * spread).clip(-127, 127).astype(np.int8)
+    edges = torch.special.ndtr(torch.from_numpy((np.arange(-127, 128)[:, None] - 0.5) / spread))
+    p = (torch.special.ndtr(torch.from_numpy((np.arange(-127, 128)[:, None] + 0.5) / spread)) - edges).numpy()
+    entropy = 1024 * -(p * np.log2(np.maximum(p, 1e-300))).sum()
+    assert 8 * len(tg.encode_codes([codes])) < 1.004 * entropy
+
+
+def test_code_tables_are_the_same_numbers_on_every_machine():
+    """Only square roots, products and floors: pin the result so that a change of arithmetic is noticed."""
+    weights = tg.weights(np.arange(255))
+    digest = hashlib.sha256(weights.astype("<f8").tobytes()).hexdigest()[:16]
+    assert digest == "a2825a3060557fd6"
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-9, 10, size=(80, 40)).astype(float)
+    factor = tg.regression(codes @ np.triu(np.ones((40, 40))))
+    assert (
+        np.array_equal(factor, np.round(factor))
+        and hashlib.sha256(factor.tobytes()).hexdigest()[:16] == "ea8ed5d2498be724"
+    )
+
+
+def test_each_kind_of_bad_file_gets_its_own_message():
+    blob = tg.pack(tg.Config(), {"config": {}}, stored_with())
+    flipped = bytearray(blob)
+    flipped[len(blob) // 2] ^= 4
+    future = reseal(blob[:4] + b"\x63\x00" + blob[6:-32])
+    for bad, words in [
+        (b"", "begins with"),
+        (b"PK\x03\x04" + blob[4:], "not an artifact"),
+        (blob[:20], "truncated"),
+        (blob[:-1], "truncated"),
+        (blob + b"x", "appended"),
+        (bytes(flipped), "checksum"),
+        (future, "version 99"),
+    ]:
+        with pytest.raises(tg.ArtifactError, match=words):
+            tg.unpack(bad)
+
+
+def test_a_file_for_another_model_is_refused_before_anything_is_decoded():
+    blob = tg.pack(tg.Config(), {"config": {}}, stored_with())
+    shapes = {name: tuple(w.shape) for name, w in weights()[0].items()}
+    with pytest.raises(tg.ArtifactError, match=r"tok_emb.*\(160, 48\) in the file and \(160, 64\)"):
+        tg.unpack(blob, {**shapes, "tok_emb.weight": (160, 64)})
+    with pytest.raises(tg.ArtifactError, match="absent"):
+        tg.unpack(blob, {**shapes, "head.weight": (160, 48)})
+
+
+def hostile(header_change) -> bytes:
+    """An artifact whose header was changed by someone who can compute checksums."""
+    blob = tg.pack(tg.Config(), {"config": {}}, stored_with())
+    _, _, _, packed, raw = tg.PREAMBLE.unpack_from(blob)
+    start = tg.PREAMBLE.size + packed
+    header = tg.json.loads(tg.lzma_unpack(blob[tg.PREAMBLE.size : start], raw))
+    header_change(header)
+    return tg.seal(header, blob[start:-32])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h: h["tensors"][0].__setitem__(3, [1 << 31, 1 << 31]), "unpacks to|too much"),
+        (lambda h: h["tensors"][0].__setitem__(3, [-1, 48]), "impossible shape"),
+        (lambda h: h["tensors"][0].__setitem__(3, [1.5, 48]), "impossible shape"),
+        (lambda h: h["tensors"][0].__setitem__(2, 9), "width"),
+        (lambda h: h["tensors"][0].__setitem__(4, 10**9), "impossible rank"),
+        (lambda h: h["tensors"][0].__setitem__(1, "gadget"), "unknown role"),
+        (lambda h: h["tensors"].append(h["tensors"][0]), "twice"),
+        (lambda h: h["streams"][0].__setitem__(2, "pickle"), "unknown coder"),
+        (lambda h: h["streams"][0].__setitem__(3, 1), "do not fill"),
+        (lambda h: h["streams"][0].__setitem__(4, 1 << 50), "another size"),
+        (lambda h: h["streams"].pop(), "streams are not"),
+        (lambda h: h.pop("tensors"), "no tensor table"),
+    ],
+)
+def test_hostile_headers_are_refused(change, words):
+    with pytest.raises(tg.ArtifactError, match=words):
+        tg.unpack(hostile(change))
+
+
+def test_a_small_file_cannot_claim_a_large_model():
+    def grow(header):
+        header["tensors"] = [["w", "control", 32, [1 << 28], 0]]
+        header["streams"] = [["control", "single", "zstd", sum(s[3] for s in header["streams"]), 1 << 30]]
+
+    with pytest.raises(tg.ArtifactError, match="too much for a file of this size"):
+        tg.unpack(hostile(grow))
+
+
+def fuzz_one(rng: random.Random, blob: bytes) -> bytes:
+    """A few random edits of a file, most of them with a valid checksum so that they reach the inner checks."""
+    data = bytearray(blob[:-32])
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(data)) if rng.random() < 0.7 else rng.randrange(tg.PREAMBLE.size)
+        data[at] = rng.randrange(256)
+    if rng.random() < 0.1:
+        del data[rng.randrange(len(data)) :]
+    return reseal(bytes(data)) if rng.random() < 0.9 else bytes(data)
+
+
+@pytest.mark.parametrize("compressor", ["entropy", "zstd", "lzma"])
+def test_mutated_files_raise_artifact_errors_only(compressor):
+    rng = random.Random(7)
+    blob = tg.pack(tg.Config(compressor=compressor), {"config": {}}, stored_with(low_rank=True))
+    outcomes = {"refused": 0, "loaded": 0}
+    for _ in range(1500):
+        try:
+            tg.unpack(fuzz_one(rng, blob))
+            outcomes["loaded"] += 1  # an edit inside the codes is another valid model
+        except tg.ArtifactError:
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 500
+
+
+def test_mutated_code_streams_raise_artifact_errors_only():
+    """Thousands of edits of fields and words, below the container."""
+    rng = random.Random(3)
+    codes = [np.random.default_rng(0).integers(-9, 9, size=(70, 40)).astype(np.int8)]
+    stream = tg.encode_codes(codes, predictable=True)
+    (count, packed) = tg.struct.unpack_from("<II", stream)
+    fields = tg.from_bytes(tg.lzma_unpack(stream[8 : 8 + packed], 2 * count), torch.int16, [(count,)])[0].tolist()
+    for _ in range(2000):
+        edited = list(fields)
+        edited[rng.randrange(count)] = rng.choice([rng.randrange(-300, 300), rng.randrange(-32768, 32768)])
+        words = bytearray(stream[8 + packed :])
+        if words and rng.random() < 0.5:
+            words[rng.randrange(len(words))] ^= 1 << rng.randrange(8)
+        try:
+            (found,) = tg.decode_codes(tg.write_fields(edited) + bytes(words), [(70, 40)])
+            assert found.shape == (70, 40)
+        except tg.ArtifactError:
+            pass
