@@ -35,6 +35,7 @@ import ctypes
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import hashlib
 import itertools
 import json
@@ -42,12 +43,15 @@ import lzma
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import struct
 import sys
 import time
+import zlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -88,7 +92,7 @@ class Config:
     # fmt: off
     # ---- 1 CONFIG
     recipe: str = knob("auto", "", "named set of values; auto: the best on a GPU, cpu without one")
-    mode: str = knob("train", "", "what to do", choices=("train", "eval", "plan"))
+    mode: str = knob("train", "", "what to do", choices=("train", "eval", "plan", "compress", "decompress", "sample", "explain"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
     run_id: str = knob("", "", "names the logs; empty: time-recipe-seed")
@@ -244,6 +248,13 @@ class Config:
     ttt_polyak_decay: float = knob(0.0, "", "score with an average of the LoRA that decays so a chunk; 0: the latest", lo=0, hi=0.99999)
     ttt_byte_weighted: bool = knob(True, "", "TTT loss weighs each token by its bytes (at least 1)")
     ttt_temperature: float = knob(1.0, "", "logits are divided by this constant in stage ttt", lo=0.1, hi=10)
+    input: str = knob("", "file", "what MODE=compress, decompress or explain reads")
+    output: str = knob("", "file", "what they write; empty: INPUT.pgz, INPUT without .pgz, INPUT.html")
+    codec_lanes: int = knob(16, "lanes", "most independent stretches of a text that are coded side by side; more is faster, fewer learn longer", lo=1, hi=4096)
+    prompt: str = knob("", "text", "what MODE=sample continues; empty: a new document")
+    sample_tokens: int = knob(256, "tokens", "most tokens that MODE=sample writes", lo=1, hi=1000000)
+    temperature: float = knob(0.8, "", "sampling: p^(1/T); 0: always the likeliest token", lo=0, hi=100)
+    top_p: float = knob(0.95, "", "sampling: only the fewest tokens that hold this probability", lo=0.01, hi=1)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -502,7 +513,7 @@ NO_EFFECT: dict[str, dict[str, str]] = {
 
 # Names that torchrun, Slurm and the shell own; never mistaken for a misspelt knob.
 FOREIGN = frozenset(
-    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT NODE_RANK "
+    "PROMPT_COMMAND RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT NODE_RANK "
     "OMP_NUM_THREADS PATH HOME SHELL TERM USER LANG PWD OLDPWD SHLVL LOGNAME MAIL EDITOR PAGER TMPDIR HOSTNAME".split()
 )
 FOREIGN_PREFIXES = ("TORCH", "NCCL_", "GLOO_", "CUDA_", "SLURM_", "GITHUB_", "LC_", "XDG_", "PYTHON", "PYTEST_", "PIP_",
@@ -1136,7 +1147,9 @@ class UnitRMS(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).square_()
+        squares = torch.linalg.vector_norm(
+            x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+        ).square_()
         inverse = squares.div_(x.shape[-1]).add_(torch.finfo(x.dtype).eps).rsqrt_().to(x.dtype)
         y = x * inverse
         ctx.save_for_backward(y, inverse)
@@ -1306,6 +1319,10 @@ def rotate(x_BTHK: Tensor, rope_2TC: Tensor) -> Tensor:
 
 def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
     """PyTorch's scaled_dot_product_attention. Key/value heads are expanded on the CPU, where enable_gqa is slower."""
+    if q_BTHK.shape[1] == 1:  # decoding: query heads that share keys stand as query positions, nothing is expanded
+        k, v = k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
+        q_BGNK = q_BTHK.reshape(len(q_BTHK), k.shape[1], -1, q_BTHK.shape[3])
+        return F.scaled_dot_product_attention(q_BGNK, k, v).reshape(q_BTHK.shape)
     grouped = q_BTHK.shape[2] != k_BSGK.shape[2]
     if grouped and q_BTHK.device.type != "cuda":
         n = q_BTHK.shape[2] // k_BSGK.shape[2]
@@ -3372,7 +3389,9 @@ def decode_tensor(decoder: Any, model: CodeModel, spread: Spread) -> np.ndarray:
 
     if spread.predicted:
         if levels.shape[1] > MAX_PREDICTED_COLUMNS:
-            raise ArtifactError(f"a stream of codes predicts {levels.shape[1]} columns, {MAX_PREDICTED_COLUMNS} at most")
+            raise ArtifactError(
+                f"a stream of codes predicts {levels.shape[1]} columns, {MAX_PREDICTED_COLUMNS} at most"
+            )
         return predict_codes(*levels.shape, code).astype(np.int8)
     return code(slice(None), slice(None), np.zeros((), np.int32)).astype(np.int8)
 
@@ -3923,6 +3942,572 @@ def log_stages(run: Run, results: list[StageResult], complete: bool) -> None:
         before = r.val_bpb
 
 
+# ---- codec: any bytes become the tokens of their normalised text, coded with the evaluator's own distribution, and the
+# edits that turn that text back into the bytes. One function codes in both directions, so the two cannot drift apart.
+
+
+class SymbolEncoder:
+    """Range coder that writes. A Coder's `code` takes probabilities (V,) float64 and the symbol, and returns the symbol.
+
+    Probabilities become 24-bit frequencies by constriction's rule for perfect=False: symbol i starts at
+    i + floor((2^24 - V) (p_0 + .. + p_{i-1})). So each gets at least 1, and at most V / 2^24 of the mass is lost.
+    """
+
+    def __init__(self) -> None:
+        import constriction
+
+        self.model, self.coder, self.bits = (
+            constriction.stream.model.Categorical,
+            constriction.stream.queue.RangeEncoder(),
+            0.0,
+        )
+
+    def code(self, p_V: np.ndarray, symbol: int) -> int:
+        self.coder.encode(symbol, self.model(p_V, lazy=True, perfect=False))
+        self.bits -= math.log2(p_V[symbol])
+        return symbol
+
+    def finish(self) -> bytes:
+        """The words written so far, 4 bytes each; nothing coded is no bytes."""
+        return self.coder.get_compressed().astype("<u4").tobytes()
+
+
+class SymbolDecoder:
+    """Range coder that reads what SymbolEncoder wrote; `code` ignores the symbol it is given."""
+
+    def __init__(self, packed: bytes) -> None:
+        import constriction
+
+        self.model = constriction.stream.model.Categorical
+        self.coder = constriction.stream.queue.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
+
+    def code(self, p_V: np.ndarray, symbol: int | None = None) -> int:  # noqa: ARG002
+        return int(self.coder.decode(self.model(p_V, lazy=True, perfect=False)))
+
+
+Coder = SymbolEncoder | SymbolDecoder
+
+
+class MixedBits:
+    """Adaptive binary symbols: one counter a context, mixed in the logistic domain by weights learned online (PAQ's family)."""
+
+    def __init__(self, coder: Coder) -> None:
+        self.coder = coder
+        self.counters: dict[tuple, list[float]] = {}
+        self.weights: dict[tuple, list[float]] = {}
+
+    def code(self, contexts: tuple, selector: tuple, bit: int | None) -> int:
+        """Code one bit (None while decoding) given hashable contexts; `selector` names the set of mixing weights."""
+        counters = [self.counters.setdefault((selector[0], i, c), [0.5, 1.5]) for i, c in enumerate(contexts)]
+        weights = self.weights.setdefault(selector, [0.4] * len(contexts))
+        stretched = [math.log(p / (1 - p)) for p, _ in counters]
+        z = sum(w * s for w, s in zip(weights, stretched, strict=True))
+        p = 1 / (1 + math.exp(-max(-11.0, min(11.0, z))))
+        bit = self.coder.code(np.array([1 - p, p]), bit)
+        for i, counter in enumerate(counters):
+            weights[i] += 0.02 * (bit - p) * stretched[i]
+            counter[0] = min(max(counter[0] + (bit - counter[0]) / counter[1], 1e-4), 1 - 1e-4)
+            counter[1] = min(counter[1] + 1, 255.0)
+        return bit
+
+    def number(self, name: str, value: int | None) -> int:
+        """A non-negative integer: its bit length in unary, then its bits, the top three in context."""
+        width = 0
+        while self.code(
+            ((name, width),), ("width",), None if value is None else int((value + 1).bit_length() - 1 > width)
+        ):
+            width += 1
+        result = 1
+        for i in reversed(range(width)):
+            context = (name, width, result) if result < 8 else (name, i)
+            result = 2 * result + self.code((context,), ("digit",), None if value is None else (value + 1) >> i & 1)
+        return result - 1
+
+    def string(self, name: str, text: str | None) -> str:
+        """Text, bytes that are no UTF-8 included (as surrogates), under an adaptive order-1 byte model."""
+        raw = None if text is None else text.encode("utf-8", "surrogateescape")
+        out = bytearray()
+        for k in range(self.number(name, None if raw is None else len(raw))):
+            byte, before = 1, out[-1] if out else -1
+            for i in reversed(range(8)):
+                bit = None if raw is None else raw[k] >> i & 1
+                byte = 2 * byte + self.code(((byte,), (before, byte)), ("byte", i), bit)
+            out.append(byte & 255)
+        return out.decode("utf-8", "surrogateescape")
+
+
+# ---- restoration: what the tokenizer's normalisation took away
+
+START, END = "\x02", "\x03"  # stand before and after the normalised text, so that edits can hold what surrounded it
+KNOWN_EDITS = {" ": ["\n", "\n\n"], END: ["\n" + END]}
+MAX_KINDS = 1000  # different edits of one character; more than that is no text
+
+
+class Edit(NamedTuple):
+    """At position `at` of the framed normalised text, `old` stands for `new`."""
+
+    at: int
+    old: str
+    new: str
+
+
+class Normalizer:
+    """Splits bytes into text that the tokenizer keeps as it is and the edits that restore the bytes."""
+
+    def __init__(self, sp: Any) -> None:
+        self.sp = sp
+        self.plain = functools.lru_cache(maxsize=1 << 16)(self._plain)
+
+    def _plain(self, text: str) -> str:
+        """The normalised form of a word or character without spaces around it; "" where decoding would not give it back."""
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            text = "".join(c for c in text if not "\ud800" <= c <= "\udfff")
+        normal = self.sp.normalize(text).replace("▁", " ").strip(" ")
+        return normal if self.sp.decode(self.sp.encode(normal)) == normal else ""
+
+    def separators(self, text: str) -> str:
+        """Pattern of a run that becomes one space: characters that normalise to a space, and vanishing ones beside them."""
+        between = {c: self._plain(f"a{c}b") for c in set(text)}
+        space = "".join(re.escape(c) for c, n in between.items() if n == "a b")
+        gone = "".join(re.escape(c) for c, n in between.items() if n in ("a b", "ab"))
+        return f"([{gone}]*[{space}][{gone}]*)" if space else "((?!))"
+
+    def word_edits(self, word: str, normal: str, at: int) -> Iterator[Edit]:
+        """Edits of one word whose normalised form stands at `at`: by character if characters normalise alone, else one."""
+        units, held = [], ""
+        for c in word:
+            if n := self.plain(c):
+                units.append((n, held + c))
+                held = ""
+            else:
+                held += c
+        if held and units:
+            units[-1] = (units[-1][0], units[-1][1] + held)
+        if "".join(n for n, _ in units) != normal:
+            units = [(normal, word)]
+        for old, new in units:
+            if old != new:
+                yield Edit(at, old, new)
+            at += len(old)
+
+    def split(self, data: bytes) -> tuple[str, list[Edit]] | None:
+        """(normalised text, edits), or None where the bytes are no text worth this form."""
+        text = data.decode("utf-8", "surrogateescape")
+        pieces = [*re.split(self.separators(text), text), ""]
+        normal, length, edits, held = [], 1, [], ""
+        for word, gap in zip(pieces[::2], pieces[1::2], strict=True):
+            n = self.plain(word)
+            if not n:
+                held += word + gap
+                continue
+            old, before = (" ", held) if normal else (START, START + held)
+            if old != before:
+                edits.append(Edit(length - (not normal), old, before))
+            if normal:
+                normal.append(" ")
+                length += 1
+            edits += self.word_edits(word, n, length) if n != word else ()
+            normal.append(n)
+            length += len(n)
+            held = gap
+        if held:
+            edits.append(Edit(length, END, held + END))
+        whole, kinds = "".join(normal), Counter(e.old[0] for e in {e._replace(at=0) for e in edits})
+        sound = self.sp.decode(self.sp.encode(whole)) == whole
+        return (whole, edits) if sound and max(kinds.values(), default=0) <= MAX_KINDS else None
+
+
+def code_edits(coder: Coder, normal: str, edits: list[Edit] | None) -> list[Edit]:
+    """Write the edits of the normalised text, or read them (None).
+
+    The positions of edits never seen before come first, each spelled where it stands; from then on every character that
+    an edit of its kind begins with is asked about: itself, or one of the known edits, latest first.
+    """
+    bits, framed = MixedBits(coder), START + normal + END
+    writing = edits is not None
+    at = {e.at: e for e in edits or ()}
+    fresh = first_edits(edits or [])
+    positions = []
+    for i in range(bits.number("fresh", len(fresh) if writing else None)):
+        before = positions[-1] + 1 if positions else 0
+        positions.append(before + bits.number("gap", fresh[i] - before if writing else None))
+    known = {c: [(c, c), *((c, new) for new in news)] for c, news in KNOWN_EDITS.items()}
+    result, page, i, pending = [], Page(framed), 0, set(positions)
+    while i < len(framed):
+        edit, c = at.get(i), framed[i]
+        if i in pending:
+            size = bits.number("old", len(edit.old) if writing else None)
+            pair = (framed[i : i + size], bits.string("new", edit.new if writing else None))
+            known.setdefault(c, [(c, c)]).insert(0, pair)
+        elif c in known:
+            pair = code_choice(bits, known[c], page, i, (edit.old, edit.new) if edit else (c, c), writing)
+        else:
+            pair = (c, c)
+        if pair[0] != pair[1]:
+            result.append(Edit(i, *pair))
+        page.take(pair[1])
+        i += len(pair[0])
+    return result
+
+
+def first_edits(edits: list[Edit]) -> list[int]:
+    """Positions of the edits that are not known beforehand and occur for the first time."""
+    seen = {(c, new) for c, news in KNOWN_EDITS.items() for new in news}
+    fresh = []
+    for e in edits:
+        if (e.old, e.new) not in seen:
+            seen.add((e.old, e.new))
+            fresh.append(e.at)
+    return fresh
+
+
+class Page:
+    """What the restored text looks like around the next decision: its column, indentation and last words."""
+
+    def __init__(self, framed: str) -> None:
+        self.framed, self.column, self.indent, self.last = framed, 0, "", ""
+
+    def take(self, text: str) -> None:
+        head, newline, tail = text.rpartition("\n")
+        if newline:
+            self.column, self.indent = len(tail), tail
+        else:
+            self.column += len(head) + len(tail)
+        if not text.isalnum():
+            self.last = text
+
+    def contexts(self, i: int) -> tuple:
+        """Hashable views of the surroundings of position i, coarse to fine."""
+        before, rest = self.framed[i - 1 : i], self.framed[i + 1 : i + 25]
+        word = rest.partition(" ")[0]
+        tail = self.framed[max(i - 12, 0) : i].rpartition(" ")[2]
+        return (
+            0,
+            (before, rest[:1]),
+            (word, before),
+            min(self.column + len(word), 200),
+            (self.indent, before, rest[:1]),
+            (tail, self.last),
+        )
+
+
+def code_choice(
+    bits: MixedBits, known: list[tuple[str, str]], page: Page, i: int, chosen: tuple[str, str], writing: bool
+) -> tuple[str, str]:
+    """Ask the known readings of the text at `i`, latest first, until one is taken; move it to the front."""
+    possible = [pair for pair in known if page.framed.startswith(pair[0], i)]
+    views = page.contexts(i)
+    for rank, pair in enumerate(possible):
+        contexts = tuple((pair, view) for view in views)
+        if rank == len(possible) - 1 or bits.code(
+            contexts, ("edit", min(rank, 3)), int(pair == chosen) if writing else None
+        ):
+            known.remove(pair)
+            known.insert(0, pair)
+            return pair
+    raise AssertionError("a character always stands for itself")
+
+
+def restore_bytes(normal: str, edits: list[Edit]) -> bytes:
+    """Apply the edits to the normalised text."""
+    framed, out, at = START + normal + END, [], 0
+    for e in edits:
+        out += [framed[at : e.at], e.new]
+        at = e.at + len(e.old)
+    text = "".join([*out, framed[at:]])
+    return text[len(START) : -1].encode("utf-8", "surrogateescape")
+
+
+# ---- lanes: the distributions that the coder uses, for several independent stretches of text in lockstep
+
+
+class LaneNetwork:
+    """The network's next-token distributions for L lanes that each begin with BOS, with a key/value cache.
+
+    Windows are the evaluator's (`window_at`): where one is full, the tokens that the next one keeps are computed afresh in
+    one forward, because evicting keys and values would be another function. `length` is the most tokens a lane will take.
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, lanes: int, length: int) -> None:
+        self.run, self.model, self.seq_len = run, model, cfg.eval_len
+        self.stride = min(cfg.eval_stride or cfg.eval_len, cfg.eval_len)
+        self.tokens = torch.full((lanes, length + 1), model.bos_id, device=run.device)
+        self.fresh_cache = lambda: KVCache(cfg, lanes, min(self.seq_len, length), run.device, model.compute_dtype)
+        self.t, self.window = 1, Window(0, 0, 0)  # t: the next target
+
+    @torch.no_grad()
+    def dist(self) -> Tensor:
+        """(L, V) float64 on the CPU: the distribution of the next token of each lane; call once between two `take`s."""
+        start = self.t - 1
+        if self.t >= self.window.hi:
+            self.window = window_at(self.t, self.tokens.shape[1], self.seq_len, self.stride)
+            start = self.window.start
+            self.cache = self.fresh_cache()
+        ctx = Ctx(cache=self.cache)
+        z = self.model.logits(self.model.features(self.tokens[:, start : self.t], ctx)[:, -1], ctx)
+        return z.double().softmax(-1).cpu()
+
+    def take(self, tokens_L: np.ndarray) -> None:
+        """Each lane's coded token."""
+        self.tokens[:, self.t] = torch.from_numpy(tokens_L).to(self.run.device)
+        self.t += 1
+
+
+def code_tokens(
+    coder: Coder, lanes: LaneNetwork, counts: np.ndarray, given: np.ndarray | None, progress: Callable[[int], None]
+) -> np.ndarray:
+    """Code counts[i] tokens of each lane i, position by position, lane by lane: score, code, only then update.
+
+    counts (L,) may fall by one on the way; `given` (L, longest) while writing, None while reading. Returns (L, longest),
+    0 where a lane has ended.
+    """
+    out = np.zeros((len(counts), int(counts.max(initial=0))), np.int64)
+    for t in range(out.shape[1]):
+        p = lanes.dist().numpy()
+        for lane in range(int((counts > t).sum())):
+            out[lane, t] = coder.code(p[lane], None if given is None else int(given[lane, t]))
+        lanes.take(out[:, t])
+        progress(int(np.minimum(counts, t + 1).sum()))
+    return out
+
+
+def lane_counts(n: int, lanes: int) -> np.ndarray:
+    """Sizes of `lanes` stretches of n tokens, differing by at most one, longest first."""
+    return n // lanes + (np.arange(lanes) < n % lanes)
+
+
+def to_lanes(tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Cut tokens into lanes, (L, longest), zeros behind the shorter ones."""
+    out = np.zeros((len(counts), int(counts.max(initial=0))), np.int64)
+    out[np.arange(out.shape[1]) < counts[:, None]] = tokens
+    return out
+
+
+# ---- the compressed file
+
+CODEC_MAGIC, CODEC_VERSION = b"PGTX", 1
+FORMS = ("text", "lzma", "stored")
+LANE_TOKENS = 256  # a lane shorter than this is not worth its cold start
+CODEC_KNOBS = tuple(n for n in FIELDS if n.startswith(("EVAL_SEQ_LEN", "EVAL_STRIDE", "NGRAM_")))
+
+
+class CodecHeader(NamedTuple):
+    """What a compressed file says of itself."""
+
+    form: int  # index into FORMS
+    size: int  # bytes of the original
+    check: int  # CRC-32 of the original
+    tokens: int = 0
+    lanes: int = 0
+    restoration: int = 0  # bytes of the restoration stream, which comes before the tokens' stream
+    threads: int = 0
+    artifact: str = ""  # first 16 digits of the artifact's SHA-256
+    machine: str = ""  # torch build and device: floats agree bitwise only there
+    settings: str = ""  # JSON of CODEC_KNOBS that differ from the artifact's
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self[:7]
+
+
+def write_file(header: CodecHeader, body: bytes) -> bytes:
+    """Magic, version, seven varints, three strings, body, CRC-32 of all before it."""
+    parts = [bytes(varint(n)) for n in header.numbers]
+    for raw in (bytes.fromhex(header.artifact), header.machine.encode(), header.settings.encode()):
+        parts += [bytes(varint(len(raw))), raw]
+    blob = CODEC_MAGIC + bytes([CODEC_VERSION]) + b"".join(parts) + body
+    return blob + struct.pack("<I", zlib.crc32(blob))
+
+
+def varint(n: int) -> Iterator[int]:
+    """Seven bits a byte, lowest first; the top bit says that more follow."""
+    while n > 127:
+        yield n & 127 | 128
+        n >>= 7
+    yield n
+
+
+def read_file(blob: bytes) -> tuple[CodecHeader, bytes]:
+    """Inverse of write_file: (header, body). Raises ArtifactError for a foreign, future, truncated or damaged file."""
+    if blob[:4] != CODEC_MAGIC:
+        raise ArtifactError(
+            f"not a file that MODE=compress wrote: it begins with {bytes(blob[:4])!r}, not {CODEC_MAGIC!r}"
+        )
+    if len(blob) > 4 and blob[4] != CODEC_VERSION:
+        raise ArtifactError(
+            f"format version {blob[4]}, this script reads {CODEC_VERSION}: use the script that wrote it"
+        )
+    if len(blob) < 9 or zlib.crc32(blob[:-4]) != struct.unpack("<I", blob[-4:])[0]:
+        raise ArtifactError("the file is truncated or damaged: its checksum differs; copy it again")
+    at = 5
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            at += 1
+            value |= (blob[at - 1] & 127) << shift
+            shift += 7
+            if blob[at - 1] < 128:
+                return value
+
+    def string() -> bytes:
+        nonlocal at
+        size = number()
+        at += size
+        return blob[at - size : at]
+
+    try:
+        numbers = [number() for _ in range(7)]
+        header = CodecHeader(*numbers, string().hex(), string().decode(), string().decode())
+    except (IndexError, UnicodeDecodeError):
+        raise ArtifactError("the file's header is inconsistent") from None
+    if header.form >= len(FORMS) or header.lanes > max(header.tokens, 1) or at + header.restoration > len(blob) - 4:
+        raise ArtifactError("the file's header is inconsistent")
+    return header, blob[at:-4]
+
+
+def machine_name(run: Run) -> str:
+    """What floats depend on besides the number of threads: torch build and device."""
+    name = (
+        torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    )
+    return f"{torch.__version__} {run.device.type} {name}"
+
+
+class Packed(NamedTuple):
+    """A compressed file and its account, all in bits but `blob`."""
+
+    blob: bytes
+    header: CodecHeader
+    ideal: float  # -log2 of the tokens' probabilities, as the evaluator scores them
+    token_bits: int
+    restoration_bits: int
+
+
+class Codec:
+    """Compresses bytes with one artifact and restores them. Test-time training stays off: the network is as packed."""
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, sp: Any, artifact: str, settings: str = "") -> None:
+        self.cfg, self.run, self.model, self.sp, self.artifact, self.settings = (
+            cfg,
+            run,
+            model.eval(),
+            sp,
+            artifact,
+            settings,
+        )
+        self.machine = machine_name(run)
+
+    def compress(self, data: bytes) -> Packed:
+        """The smaller of two forms: text, or plain LZMA or stored bytes where data is no text worth that form."""
+        packed = lzma_pack(data) if data else b""
+        form, body = (1, packed) if len(packed) < len(data) else (2, data)
+        header = CodecHeader(form, len(data), zlib.crc32(data))
+        plain = Packed(write_file(header, body), header, 0.0, 8 * len(body), 0)
+        text = self.compress_text(data, len(body))
+        return plain if text is None or len(text.blob) > len(plain.blob) else text
+
+    def compress_text(self, data: bytes, limit: int = 2**62) -> Packed | None:
+        """Tokens of the normalised text after the edits that restore the bytes; None where the edits alone reach `limit`."""
+        split = Normalizer(self.sp).split(data)
+        if split is None or not data:
+            return None
+        normal, edits = split
+        restoration = SymbolEncoder()
+        if edits:
+            code_edits(restoration, normal, edits)
+        restored = restoration.finish()
+        if len(restored) >= limit:
+            return None
+        tokens = np.array(self.sp.encode(normal), np.int64)
+        counts = lane_counts(len(tokens), max(1, min(self.cfg.codec_lanes, len(tokens) // LANE_TOKENS)))
+        coder = SymbolEncoder()
+        self.code(coder, counts, to_lanes(tokens, counts), "compressing")
+        header = CodecHeader(0, len(data), zlib.crc32(data), len(tokens), len(counts), len(restored), torch.get_num_threads(),
+                             self.artifact, self.machine, self.settings)  # fmt: skip
+        coded = coder.finish()
+        return Packed(write_file(header, restored + coded), header, coder.bits, 8 * len(coded), 8 * len(restored))
+
+    def decompress(self, blob: bytes) -> bytes:
+        """The original bytes. Raises ArtifactError if the file, the artifact or the machine is not the right one."""
+        header, body = read_file(blob)
+        data = self.decode_text(header, body) if FORMS[header.form] == "text" else self.decode_bytes(header, body)
+        if len(data) != header.size or zlib.crc32(data) != header.check:
+            raise ArtifactError("the restored bytes differ from the original's checksum: this machine's arithmetic differs "
+                                f"from that of the machine that compressed ({header.machine})")  # fmt: skip
+        return data
+
+    def decode_bytes(self, header: CodecHeader, body: bytes) -> bytes:
+        if FORMS[header.form] == "stored":
+            return body
+        return lzma_unpack(body, header.size)
+
+    def decode_text(self, header: CodecHeader, body: bytes) -> bytes:
+        """Tokens, then their text, then the edits, each from what the one before it gave."""
+        if header.artifact != self.artifact:
+            raise ArtifactError(
+                f"compressed with artifact {header.artifact}.., this one is {self.artifact}..; name the right one"
+            )
+        if header.machine != self.machine:
+            raise ArtifactError(f"compressed on {header.machine!r}, this is {self.machine!r}: the arithmetic differs, and so "
+                                "would the text; decompress it where the two agree")  # fmt: skip
+        threads = torch.get_num_threads()
+        torch.set_num_threads(header.threads)
+        try:
+            counts = lane_counts(header.tokens, header.lanes)
+            out = self.code(SymbolDecoder(body[header.restoration :]), counts, None, "decompressing")
+        finally:
+            torch.set_num_threads(threads)
+        normal = self.sp.decode(out[np.arange(out.shape[1]) < counts[:, None]].tolist())
+        edits = code_edits(SymbolDecoder(body[: header.restoration]), normal, None) if header.restoration else []
+        return restore_bytes(normal, edits)
+
+    def code(self, coder: Coder, counts: np.ndarray, given: np.ndarray | None, what: str) -> np.ndarray:
+        """code_tokens with this codec's distributions and a progress bar."""
+        since, total = time.perf_counter(), int(counts.sum())
+        lanes = lane_experts(self.cfg, self.run, self.model, len(counts), int(counts.max(initial=0)))
+        return code_tokens(coder, lanes, counts, given, lambda done: self.run.progress(what, done, total, since))
+
+
+def lane_experts(cfg: Config, run: Run, model: GPT, lanes: int, length: int) -> LaneNetwork:
+    """What the final valid stage without test-time training scores with, in lanes."""
+    return LaneNetwork(cfg, run, model, lanes, length)
+
+
+# ---- sampling
+
+
+def choose_token(p_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Draw from p^(1/temperature) (0: the likeliest) within the fewest tokens that hold `top_p` of it."""
+    if temperature == 0:
+        return int(p_V.argmax())
+    p, order = (p_V.clamp_min(1e-300).log() / temperature).softmax(0).sort(descending=True, stable=True)
+    kept = p * (p.cumsum(0) - p < top_p)
+    return int(order[torch.multinomial(kept, 1, generator=generator)])
+
+
+def sample_text(cfg: Config, run: Run, model: GPT, sp: Any, prompt: str, tokens: int) -> Iterator[str]:
+    """Continue `prompt` by at most `tokens` tokens, in pieces of text as they are complete; ends early where a document does."""
+    ids = sp.encode(prompt)
+    lanes = lane_experts(cfg, run, model, 1, len(ids) + tokens)
+    generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sample"))
+    for token in ids:
+        lanes.dist()
+        lanes.take(np.array([token]))
+    shown = sp.decode(ids)
+    for _ in range(tokens):
+        token = choose_token(lanes.dist()[0], cfg.temperature, cfg.top_p, generator)
+        if sp.is_control(token):
+            return
+        lanes.take(np.array([token]))
+        ids.append(token)
+        text = sp.decode(ids)
+        if not text.endswith("\ufffd"):  # else the bytes of one character are still on their way
+            yield text[len(shown) :]
+            shown = text
+
+
 # ==== 10 MAIN =========================================================================================================
 
 
@@ -3998,7 +4583,8 @@ def build_model(cfg: Config, run: Run) -> GPT:
 
 
 # Knobs that belong to one machine or one call, not to the artifact.
-LOCAL_KNOBS = frozenset("MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS ATTENTION COMPILE ARTIFACT "
+LOCAL_KNOBS = frozenset("INPUT OUTPUT CODEC_LANES PROMPT SAMPLE_TOKENS TEMPERATURE TOP_P "
+                        "MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS ATTENTION COMPILE ARTIFACT "
                         "RESUME CHECKPOINT_EVERY CHECKPOINT_KEEP MICRO_BATCH_TOKENS VAL_BATCH_TOKENS".split())  # fmt: skip
 
 
@@ -4109,16 +4695,24 @@ def run_train(loaded: Loaded) -> int:
         return result.val_loss, result.val_bpb
 
     result = train(cfg, run, model, stream, validate)
+    if run.rank == 0:
+        text = "".join(sample_text(cfg, run, model.eval(), job.tokenizer.sp, "", 48))
+        run.log(f"sample: {text!r}")
     return score_artifact(job, write_artifact(job, model), result.seconds)
+
+
+def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -> None:
+    """Raises ConfigError unless the tokenizer is the one that the artifact names by its hash."""
+    if header["tokenizer_sha256"] != tokenizer.sha256:
+        raise ConfigError(
+            f"TOKENIZER_PATH={tokenizer.path}: not the tokenizer of {cfg.artifact}; name the one it was trained with"
+        )
 
 
 def run_eval(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=eval: score an existing artifact with no training state and no training data."""
     job = open_job(loaded, append_logs=False)
-    if header["tokenizer_sha256"] != job.tokenizer.sha256:
-        raise ConfigError(
-            f"TOKENIZER_PATH={job.tokenizer.path}: not the tokenizer of {loaded.cfg.artifact}; name the one it was trained with"
-        )
+    check_tokenizer(job.tokenizer, header, loaded.cfg)
     with torch.device("meta"):
         log_start(job, GPT(loaded.cfg), 0, 0)
     return score_artifact(job, blob, 0.0)
@@ -4153,6 +4747,115 @@ def run_plan(loaded: Loaded) -> int:
     return 0
 
 
+def open_codec(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> Codec:
+    """The artifact's model and tokenizer, ready to code: one process, no data, no logs."""
+    cfg = loaded.cfg
+    tokenizer = Tokenizer(find_data(cfg).tokenizer, cfg.vocab_size)
+    check_tokenizer(tokenizer, header, cfg)
+    run = Run.start(cfg)
+    if run.world > 1:
+        raise ConfigError(f"MODE={cfg.mode} runs in one process; start it with python instead of torchrun")
+    for text in loaded.notices:
+        run.notice(text)
+    if cfg.ttt_enabled:
+        run.notice("test-time training is left out here: the network stays as it is packed")
+    settings = {n: getattr(cfg, n.lower()) for n in CODEC_KNOBS if loaded.source[n] == "env"}
+    changed = {n: v for n, v in settings.items() if v != header["config"].get(n, FIELDS[n].default)}
+    text = json.dumps(changed, separators=(",", ":")) if changed else ""
+    return Codec(cfg, run, load_model(cfg, run, blob), tokenizer.sp, hashlib.sha256(blob).hexdigest()[:16], text)
+
+
+def read_input(cfg: Config) -> bytes:
+    """The bytes of INPUT."""
+    try:
+        return Path(cfg.input).read_bytes()
+    except OSError as e:
+        raise ConfigError(
+            f"INPUT={cfg.input!r}: cannot read it ({e.strerror}); name the file that MODE={cfg.mode} works on"
+        ) from e
+
+
+def output_path(cfg: Config, default: str) -> Path:
+    """OUTPUT or its default; refuses to overwrite without FORCE=1, before any work is done."""
+    path = Path(cfg.output or default)
+    if path.exists() and not cfg.force:
+        raise ConfigError(f"OUTPUT={path} exists: choose another name, or FORCE=1 to overwrite it")
+    return path
+
+
+def run_compress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=compress: INPUT -> OUTPUT (default INPUT.pgz), and the account."""
+    cfg = loaded.cfg
+    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.pgz")
+    codec = open_codec(loaded, blob, header)
+    started = time.perf_counter()
+    packed = codec.compress(data)
+    seconds = time.perf_counter() - started
+    atomic_write(path, packed.blob)
+    h, per_byte = packed.header, 1 / max(len(data), 1)
+    other = 8 * len(packed.blob) - packed.token_bits - packed.restoration_bits
+    codec.run.log(
+        f"compressed {cfg.input} -> {path} form:{FORMS[h.form]} original_bytes:{h.size} compressed_bytes:{len(packed.blob)} "
+        f"bpb:{8 * len(packed.blob) * per_byte:.4f} seconds:{seconds:.1f} lanes:{h.lanes} tokens_per_s:{h.tokens / seconds:.0f}"
+    )
+    if FORMS[h.form] == "text":
+        codec.run.log(
+            f"bits a byte: tokens {packed.token_bits * per_byte:.4f} (ideal {packed.ideal * per_byte:.4f}), restoration "
+            f"{packed.restoration_bits * per_byte:.4f}, header {other * per_byte:.4f}; the artifact's {len(blob)} bytes are not counted"
+        )
+    return 0
+
+
+def run_decompress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=decompress: INPUT -> OUTPUT (default INPUT without .pgz)."""
+    cfg = loaded.cfg
+    packed = read_input(cfg)
+    if not cfg.output and not cfg.input.endswith(".pgz"):
+        raise ConfigError(f"INPUT={cfg.input} does not end in .pgz: name the file to write with OUTPUT")
+    path = output_path(cfg, cfg.input.removesuffix(".pgz"))
+    try:
+        codec = open_codec(adopt_settings(loaded, read_file(packed)[0].settings), blob, header)
+        started = time.perf_counter()
+        data = codec.decompress(packed)
+    except ArtifactError as e:
+        raise ConfigError(f"INPUT={cfg.input}: {e}") from None
+    seconds = time.perf_counter() - started
+    atomic_write(path, data)
+    tokens = read_file(packed)[0].tokens
+    codec.run.log(
+        f"restored {path} original_bytes:{len(data)} compressed_bytes:{len(packed)} seconds:{seconds:.1f} tokens_per_s:{tokens / seconds:.0f}"
+    )
+    return 0
+
+
+def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
+    """The configuration with the scoring knobs that the compressed file was coded with."""
+    try:
+        coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
+        cfg = dataclasses.replace(loaded.cfg, **{n.lower(): v for n, v in coded.items()})
+    except (ValueError, AttributeError):
+        raise ArtifactError("the file's header is inconsistent") from None
+    for name in CODEC_KNOBS:
+        mine, theirs = getattr(loaded.cfg, name.lower()), getattr(cfg, name.lower())
+        if loaded.source[name] == "env" and mine != theirs:
+            raise ConfigError(f"{name}={as_text(mine)}: the file was coded with {as_text(theirs)}; unset {name}")
+    return loaded._replace(cfg=cfg)
+
+
+def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=sample: continue PROMPT on the terminal."""
+    cfg = loaded.cfg
+    codec = open_codec(loaded, blob, header)
+    print(cfg.prompt, end="", flush=True)
+    for text in sample_text(cfg, codec.run, codec.model, codec.sp, cfg.prompt, cfg.sample_tokens):
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+ARTIFACT_MODES = {"eval": run_eval, "compress": run_compress, "decompress": run_decompress, "sample": run_sample}
+
+
 def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
     """(bytes, header) of the file that ARTIFACT names; raises ConfigError if it is missing or no artifact."""
     path = env.get("ARTIFACT", "")
@@ -4172,9 +4875,9 @@ def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
 
 def dispatch(env: Mapping[str, str]) -> int:
     """MODE -> its job. Exit status."""
-    if env.get("MODE") == "eval":
+    if env.get("MODE") in ARTIFACT_MODES:
         blob, header = open_artifact(env)
-        return run_eval(load_config(env, header["config"]), blob, header)
+        return ARTIFACT_MODES[env["MODE"]](load_config(env, header["config"]), blob, header)
     loaded = load_config(env)
     return run_plan(loaded) if loaded.cfg.mode == "plan" else run_train(loaded)
 
