@@ -56,7 +56,7 @@ def run_compare(args: argparse.Namespace) -> int:
             "these runs cannot be compared, they differ in\n  " + "\n  ".join(differing)
             + "\nName only logs that belong together, or pass --anyway to see the numbers without a verdict in nats."
         )  # fmt: skip
-    groups = dict(logs.group_by_settings(runs))
+    groups = logs.group_by_settings(runs)
     ref = tables.published(args.published) if args.published else None
     name = f"published {ref.mean:g} bpb" if ref else tables.pick_reference(groups, args.ref)
     factor = None if differing else tables.nats_per_bpb(runs, args.stage)

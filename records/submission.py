@@ -44,7 +44,6 @@ def submit(runs: list[Run], args: argparse.Namespace) -> int:
     try:
         folder.mkdir(parents=True)
         verdicts = _fill(folder, seeds, audits, args, system)
-        os.chmod(folder, 0o755)
         if target.exists():
             raise UserError(f"{target} appeared meanwhile: nothing is overwritten")
         folder.rename(target)
@@ -82,6 +81,8 @@ def _sort_out(runs: list[Run]) -> tuple[list[Run], list[Run]]:
     seeds = sorted((r for r in runs if r.mode == "train"), key=lambda r: (r.seed is None, r.seed))
     if not seeds:
         raise UserError("none of the logs is a training run")
+    if foreign := [str(r.path) for r in seeds if r.path.suffix != ".jsonl"]:
+        raise UserError(f"{', '.join(foreign)}: name the .jsonl logs, text logs do not hold what a submission needs")
     beside, _ = logs.load_runs({r.path.parent for r in seeds})
     artifacts = {_artifact(r) for r in seeds}
     audits = {
@@ -127,7 +128,8 @@ def _unfit(run: Run, non_record: bool) -> str | None:
         return None
     if status != "ok":
         return status
-    return None if run.score else "no score line"
+    missing = [name for name in ("config", "train_end", "pack", "score") if not getattr(run, name)]
+    return f"its log holds no {' and no '.join(missing)} event" if missing else None
 
 
 def _audit_missing(check: rules.Check) -> bool:
