@@ -108,6 +108,7 @@ def run_index(_: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """One block a command, each the list of its words."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="report.py", description=__doc__, formatter_class=raw)
     commands = top.add_subparsers(required=True, metavar="COMMAND")

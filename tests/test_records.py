@@ -450,9 +450,7 @@ def test_a_record_folder_is_complete_and_passes_its_own_check(world, capsys, mon
     assert meta["compliance"] == dict.fromkeys(meta["compliance"], True)
     readme = (folder / "README.md").read_text()
     assert all(
-        w in readme
-        for w in ("## Result", "## Method", "## Compliance", "## Reproduce", "1.90200", "Every knob")
-        if w != "Every knob"
+        w in readme for w in ("## Result", "## Method", "## Compliance", "## Reproduce", "1.90200", "curves.png")
     )
     capsys.readouterr()
     assert run_cli("check", folder, "--json") == 0
@@ -503,9 +501,19 @@ def test_missing_seeds_and_audits_are_named(world, capsys):
     assert submit(world, runs=("s1", "s2")) == 1
     message = capsys.readouterr().err
     assert "seeds: 2 (1, 2); a record shows 3" in message and "MODE=audit" in message
-    write_audit(world, "s1", str(world["logs"] / "s1.pgz"), passed=False)
+    for seed in (1, 2, 3):
+        write_audit(world, f"s{seed}", str(world["logs"] / f"s{seed}.pgz"), passed=seed != 2)
     assert submit(world) == 1
     assert "audit (C1-C4): failed" in capsys.readouterr().err
+
+
+def test_runs_that_were_left_out_are_disclosed(world):
+    three_seeds(world, fineweb=True, **RECORD_HARDWARE)
+    write_run(world, "s4", seed=4, bpb=1.95, fineweb=True, **RECORD_HARDWARE)
+    assert submit(world) == 0
+    folder = world["root"] / "records" / "track_10min_16mb" / "2026-04-02_idea"
+    assert json.loads((folder / "submission.json").read_text())["runs_left_out"] == {"s4 (seed 4)": 1.95}
+    assert "s4 (seed 4): 1.95000" in (folder / "README.md").read_text()
 
 
 def test_seeds_of_two_configurations_are_no_submission(world, capsys):
