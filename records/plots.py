@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,24 @@ def _pyplot():
     return plt
 
 
+def configurations(runs: list[Run]) -> tuple[dict[str, list[Run]], int]:
+    """(label -> runs, best score first, at most MAX_CURVES; how many configurations that leaves out)."""
+    groups = logs.group_by_settings(runs)
+    best = sorted(groups, key=lambda name: min(r.bpb() or math.inf for r in groups[name]))
+    named: dict[str, list[Run]] = {}
+    for name in best[:MAX_CURVES]:
+        label = _label(name, groups[name])  # cut short, two may read the same
+        named[label if label not in named else f"{label} [{len(named) + 1}]"] = groups[name]
+    return named, len(best) - len(named)
+
+
+def _label(name: str, members: list[Run]) -> str:
+    """What sets a configuration apart, in at most three short lines, and how many runs it has."""
+    words = name if name != "all runs" else members[0].run_id if len(members) == 1 else "one configuration"
+    words = f"{len(members)} runs: {words}" if len(members) > 1 else words
+    return "\n".join(textwrap.wrap(words, 40, max_lines=3, placeholder=" ..."))
+
+
 # ---- curves
 
 
@@ -55,9 +74,7 @@ def curves(plt, runs: list[Run]):
     drawn = [r for r in runs if r.steps or r.vals]
     if not drawn:
         return None
-    groups = dict(logs.group_by_settings(drawn))
-    best = sorted(groups, key=lambda name: min(r.bpb() or math.inf for r in groups[name]))[:MAX_CURVES]
-    left_out, groups = len(groups) - len(best), {_legend(n, groups[n]): groups[n] for n in best}
+    groups, left_out = configurations(drawn)
     drawn = [r for members in groups.values() for r in members]
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
     for axis, clock, unit in ((axes[0], "step", "step"), (axes[1], "train_s", "training time (s)")):
@@ -70,17 +87,11 @@ def curves(plt, runs: list[Run]):
         axis.set_xlim(left=0)
     axes[0].set_ylabel("loss (nats/token)")
     axes[0].set_ylim(*_loss_window(drawn))
-    axes[0].legend(fontsize=8, loc="upper right", framealpha=0.9)
-    note = f", best {MAX_CURVES} of {len(best) + left_out} configurations" if left_out else ""
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=8, loc="outside lower center", ncols=min(4, len(groups)), frameon=False)
+    note = f", best {MAX_CURVES} of {MAX_CURVES + left_out} configurations" if left_out else ""
     figure.suptitle(f"Training loss (line) and validation loss (dots){note}", fontsize=11)
     return figure
-
-
-def _legend(name: str, members: list[Run]) -> str:
-    """One line for a configuration: what sets it apart, and how many runs it has."""
-    words = name if name != "all runs" else members[0].run_id if len(members) == 1 else "one configuration"
-    words = words if len(words) < 60 else words[:57] + "..."
-    return words + (f" ({len(members)} runs)" if len(members) > 1 else "")
 
 
 def _curve(axis, run: Run, clock: str, colour: str, name: str | None) -> None:
@@ -148,16 +159,15 @@ def _switches(axis, run: Run, clock: str) -> None:
 
 def waterfall(plt, runs: list[Run]):
     """Each stage's bpb as a step from the one before, for the best run of each of the four best configurations."""
-    staged = [(name, min(members, key=lambda r: r.bpb() or 99.0)) for name, members in logs.group_by_settings(runs)]
-    staged = sorted([(n, r) for n, r in staged if r.stages], key=lambda nr: nr[1].bpb() or 99.0)[:4]
+    groups, _ = configurations([r for r in runs if r.stages])
+    staged = [(name, min(members, key=lambda r: r.bpb() or math.inf)) for name, members in groups.items()][:4]
     if not staged:
         return None
     figure, axes = plt.subplots(1, len(staged), figsize=(1.6 + 3.9 * len(staged), 4.4), sharey=True, squeeze=False)
     span = []
     for axis, (name, run) in zip(axes[0], staged, strict=True):
         span += _falls(axis, run)
-        title = name if len(name) < 60 else name[:57] + "..."
-        axis.set_title(run.run_id if name == "all runs" else title, fontsize=9, wrap=True)
+        axis.set_title(name, fontsize=9)
     pad = 0.18 * (max(span) - min(span)) or 0.05
     axes[0][0].set_ylim(min(span) - pad, max(span) + pad)
     axes[0][0].set_ylabel("bits per byte (axis does not start at 0)")
@@ -192,21 +202,21 @@ def _falls(axis, run: Run) -> list[float]:
 
 def bytes_by_role(plt, runs: list[Run]):
     """One bar a configuration: bytes of each role of tensors, of the container and of the code, with bits per weight."""
-    packed = [(n, m[0]) for n, m in logs.group_by_settings([r for r in runs if r.pack and r.pack.get("roles")])]
+    groups, _ = configurations([r for r in runs if r.pack and r.pack.get("roles")])
+    packed = [(name, members[0]) for name, members in groups.items()]
     if not packed:
         return None
-    packed = packed[:MAX_CURVES]
-    names = {id(r): n if n != "all runs" else r.run_id for n, r in packed}
     roles = [r for r in ROLE_ORDER if any(r in run.pack["roles"] for _, run in packed)]
     roles += sorted({role for _, run in packed for role in run.pack["roles"]} - set(roles))
     figure, axis = plt.subplots(figsize=(11, 1.6 + 0.75 * len(packed)))
+    widest = max(sum(_parts(run, roles).values()) for _, run in packed)
     for row, (_, run) in enumerate(packed):
-        _byte_bar(axis, row, run, roles)
-    axis.set_yticks(range(len(packed)), [names[id(r)] for _, r in packed], fontsize=8)
+        _byte_bar(axis, row, run, roles, widest)
+    axis.set_yticks(range(len(packed)), [name for name, _ in packed], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("bytes (1 kB = 1000)")
     axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} MB" if x >= 1e6 else f"{x / 1e3:g} kB")
-    axis.set_xlim(0, 1.28 * max(sum(_parts(run, roles).values()) for _, run in packed))
+    axis.set_xlim(0, 1.28 * widest)
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(roles) + 1)]
     axis.legend(handles, [*roles, "code"], ncols=5, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0))
     axis.grid(axis="y", visible=False)
@@ -218,13 +228,12 @@ def _parts(run: Run, roles: list[str]) -> dict[str, int]:
     return parts | {"code": run.pack["code_bytes"]}
 
 
-def _byte_bar(axis, row: int, run: Run, roles: list[str]) -> None:
+def _byte_bar(axis, row: int, run: Run, roles: list[str], widest: int) -> None:
     left, parts = 0, _parts(run, roles)
-    whole = sum(parts.values())
     for index, (role, size) in enumerate(parts.items()):
         axis.barh(row, size, left=left, color=f"C{index}", height=0.6)
         bits = run.pack["roles"].get(role, {}).get("bits_per_weight")
-        if size > 0.09 * whole:
+        if size > 0.08 * widest:
             text = f"{size / 1e3:,.0f} kB" + (f"\n{bits:.2f} bit/w" if bits else "")
             axis.text(left + size / 2, row, text, ha="center", va="center", fontsize=8, color="white")
         left += size
@@ -244,16 +253,13 @@ def bpb_against_bytes(plt, runs: list[Run]):
     if len(points) < 2:
         return None
     figure, axis = plt.subplots(figsize=(8, 5))
-    for index, (name, members) in enumerate(logs.group_by_settings(points)):
+    for index, (name, members) in enumerate(configurations(points)[0].items()):
         x, y = zip(*[(r.total_bytes, r.bpb()) for r in members], strict=True)
-        marker = "os^Dv"[index // 10 % 5]
-        axis.plot(
-            x, y, marker, color=f"C{index % 10}", ms=7, mec="white", label=name if len(name) < 70 else name[:67] + "..."
-        )
+        axis.plot(x, y, "o", color=f"C{index}", ms=7, mec="white", label=name)
     axis.set_xlabel("total bytes (artifact + code)")
     axis.set_ylabel("score (bits per byte)")
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:.3f} MB")
-    axis.tick_params(axis="x", labelsize=8)
+    axis.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     for limit in {r.pack["limit"] for r in points if r.pack and r.pack.get("limit")}:
         if max(r.total_bytes for r in points) > 0.9 * limit:
             axis.axvline(limit, color="black", ls="--", lw=1, label=f"limit {limit:,}")

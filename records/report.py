@@ -56,7 +56,7 @@ def run_compare(args: argparse.Namespace) -> int:
             "these runs cannot be compared, they differ in\n  " + "\n  ".join(differing)
             + "\nName only logs that belong together, or pass --anyway to see the numbers without a verdict in nats."
         )  # fmt: skip
-    groups = dict(logs.group_by_settings(runs))
+    groups = logs.group_by_settings(runs)
     ref = tables.published(args.published) if args.published else None
     name = f"published {ref.mean:g} bpb" if ref else tables.pick_reference(groups, args.ref)
     factor = None if differing else tables.nats_per_bpb(runs, args.stage)
@@ -108,6 +108,7 @@ def run_index(_: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """One block a command, each the list of its words."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="report.py", description=__doc__, formatter_class=raw)
     commands = top.add_subparsers(required=True, metavar="COMMAND")

@@ -277,7 +277,7 @@ def seeds(entry: Entry) -> Lines:
 
 
 def _one_config(scored: list[Run]) -> tuple[str, str, str]:
-    places = [n for n in logs.changed(scored) if n not in ("@code",) and not _names_the_run(n, scored)]
+    places = [n for n in logs.changed(scored) if n != "code" and not _names_the_run(n, scored)]
     if not places:
         return PASS, "one configuration", "equal over the seeds, as far as the logs tell"
     mixed = "; ".join(f"{n}: {_values(n, scored)}" for n in places[:6])

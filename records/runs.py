@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -381,32 +381,50 @@ def load_runs(places: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
 
 
 def settings(run: Run) -> dict:
-    """Everything that may move a run's score, seed aside: knobs, and as @names the script, hardware and torch."""
+    """Everything that may move a run's score, seed aside: knobs, and in lower case the script, hardware and torch."""
     knobs = {k: v for k, v in run.config.items() if k not in BOOKKEEPING}
-    around = {"@code": (run.info.get("source_sha256") or "")[:8] or None, "@device": run.info.get("device_name")}
+    code = (run.info.get("source_sha256") or "")[:8] or None
+    around = {"recipe": run.info.get("recipe"), "mode": run.info.get("mode"), "code": code}
     around |= {
-        "@mode": run.info.get("mode"),
-        "@ranks": run.info.get("world_size"),
-        "@torch": run.info.get("torch"),
-        "@recipe": run.info.get("recipe"),
+        "device": run.info.get("device_name"),
+        "ranks": run.info.get("world_size"),
+        "torch": run.info.get("torch"),
     }
     return knobs | {k: v for k, v in around.items() if v is not None}
 
 
 def changed(runs: list[Run]) -> list[str]:
-    """Names in `settings` that are not the same in all runs, in the order of the config."""
+    """Names in `settings` that are not the same in all runs, in the order of the config.
+
+    A knob that some logs do not mention (another version's, another script's) counts only where a log sets it.
+    """
     every = [settings(r) for r in runs]
     names = dict.fromkeys(name for s in every for name in s)
-    return [n for n in names if len({json.dumps(s.get(n)) for s in every}) > 1]
+    silent = {n for n in names if any(n not in s for s in every)}
+    silent -= {n for r in runs for n, source in r.sources.items() if source != "default"}
+    return [n for n in names if n not in silent and len({json.dumps(s.get(n)) for s in every}) > 1]
 
 
-def group_by_settings(runs: list[Run]) -> Iterator[tuple[str, list[Run]]]:
-    """(label, runs of one configuration); the label names what sets the group apart from the others."""
-    names, groups = changed(runs), {}
+def telling(runs: list[Run]) -> list[str]:
+    """`changed`, without the knobs that only follow from the recipes where these differ."""
+    names = changed(runs)
+    if "recipe" not in names:
+        return names
+    return [n for n in names if n.islower() or any(r.sources.get(n) == "env" for r in runs)]
+
+
+def group_by_settings(runs: list[Run]) -> dict[str, list[Run]]:
+    """Label -> runs of one configuration; the label names what sets the group apart from the others."""
+    names, telling_names, groups = changed(runs), telling(runs), {}
     for run in runs:
         own = settings(run)
-        groups.setdefault(", ".join(f"{n}={show(own.get(n))}" for n in names) or "all runs", []).append(run)
-    yield from groups.items()
+        groups.setdefault(json.dumps([own.get(n) for n in names]), []).append(run)
+    labelled: dict[str, list[Run]] = {}
+    for members in groups.values():
+        own = settings(members[0])
+        label = ", ".join(f"{n}={show(own.get(n))}" for n in telling_names) or "all runs"
+        labelled[label if label not in labelled else f"{label} (another {len(labelled)})"] = members
+    return labelled
 
 
 def show(value: object) -> str:

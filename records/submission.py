@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import plots
 import rules
@@ -35,16 +36,15 @@ class Refused(Exception):
 def submit(runs: list[Run], args: argparse.Namespace) -> int:
     """Builds the folder aside, checks it by rules.py and moves it into place; 1 with the reasons if it fails."""
     system = _system(args.system)
-    seeds, audits = _sort_out(runs)
-    if system and (ran := seeds[0].info.get("recipe")) != system["key"]:
+    logged = _sort_out(runs)
+    if system and (ran := logged.seeds[0].info.get("recipe")) != system["key"]:
         raise UserError(f"--system {system['key']}: these runs are of RECIPE={ran}")
     target = _target(args)
     staging = Path(tempfile.mkdtemp(prefix=".submission-", dir=target.parent))
     folder = staging / target.parent.name / target.name  # the checker reads the track off the parent's name
     try:
         folder.mkdir(parents=True)
-        verdicts = _fill(folder, seeds, audits, args, system)
-        os.chmod(folder, 0o755)
+        verdicts = _fill(folder, logged, args, system)
         if target.exists():
             raise UserError(f"{target} appeared meanwhile: nothing is overwritten")
         folder.rename(target)
@@ -77,17 +77,26 @@ def _system(key: str | None) -> dict | None:
     return {"key": key, **systems[key]} if key else None
 
 
-def _sort_out(runs: list[Run]) -> tuple[list[Run], list[Run]]:
-    """(training runs by seed, audits that belong to them: named, or beside them and of the same artifact)."""
+class Material(NamedTuple):
+    """Logs sorted by their part in a submission."""
+
+    seeds: list[Run]
+    audits: list[Run]  # named, or lying beside the seeds' logs and of the same artifact
+    left_out: list[Run]  # finished runs of the same configuration that lie beside them, not named
+
+
+def _sort_out(runs: list[Run]) -> Material:
     seeds = sorted((r for r in runs if r.mode == "train"), key=lambda r: (r.seed is None, r.seed))
     if not seeds:
         raise UserError("none of the logs is a training run")
+    if foreign := [str(r.path) for r in seeds if r.path.suffix != ".jsonl"]:
+        raise UserError(f"{', '.join(foreign)}: name the .jsonl logs, text logs do not hold what a submission needs")
     beside, _ = logs.load_runs({r.path.parent for r in seeds})
-    artifacts = {_artifact(r) for r in seeds}
-    audits = {
-        r.path.resolve(): r for r in [*runs, *beside] if r.mode != "train" and r.audit and _artifact(r) in artifacts
-    }
-    return seeds, list(audits.values())
+    artifacts, known = {_artifact(r) for r in seeds}, {r.path.resolve() for r in runs}
+    audits = {r.path.resolve(): r for r in [*runs, *beside] if r.mode != "train" and r.audit}
+    others = [r for r in beside if r.mode == "train" and r.path.resolve() not in known and r.finished]
+    left_out = [r for r in others if logs.settings(r) == logs.settings(seeds[0])]
+    return Material(seeds, [r for r in audits.values() if _artifact(r) in artifacts], left_out)
 
 
 def _artifact(run: Run) -> str | None:
@@ -95,29 +104,42 @@ def _artifact(run: Run) -> str | None:
     return str(Path(place).resolve()) if place else None
 
 
-def _fill(
-    folder: Path, seeds: list[Run], audits: list[Run], args: argparse.Namespace, system: dict | None
-) -> list[rules.Check]:
+def _fill(folder: Path, logged: Material, args: argparse.Namespace, system: dict | None) -> list[rules.Check]:
+    """Writes all files of the submission, README.md last; raises `Refused` with every reason found so far."""
+    seeds = logged.seeds
     problems = [f"{r.run_id}: {status}" for r in seeds if (status := _unfit(r, args.non_record))]
     problems += [f"the runs differ in {line}" for line in logs.differences(seeds)]
     problems += _copy_code(folder, seeds, Path(args.script))
-    problems += _copy_logs(folder, seeds, audits)
+    problems += _copy_logs(folder, seeds, logged.audits)
     problems += _copy_companions(folder, seeds)
-    if problems:
-        raise Refused("\n".join(f"  - {p}" for p in problems))
+    _refuse(problems)
     meta = describe(seeds, args, system)
     _write_json(folder / "submission.json", meta)
     (folder / "README.md").write_text(meta["name"] + "\n", encoding="utf-8")
-    verdicts = rules.checks(rules.read_entry(folder))
+    verdicts = [*rules.checks(rules.read_entry(folder)), _disclosure(logged)]
     problems = [f"{c.rule}: {c.detail}" for c in verdicts if c.status == rules.FAIL]
-    problems += [f"{c.rule}: {c.detail}; run MODE=audit ARTIFACT=... on each" for c in verdicts if _audit_missing(c)]
-    if problems:
-        raise Refused("\n".join(f"  - {p}" for p in problems))
+    audited = {_artifact(a) for a in logged.audits}
+    bare = [r for r in seeds if _artifact(r) not in audited]
+    _refuse(problems + [f"{r.run_id}: no audit; MODE=audit ARTIFACT={_artifact(r)} python train_gpt.py" for r in bare])
     meta["compliance"] = compliance(verdicts)
+    meta["runs_left_out"] = {f"{r.run_id} (seed {r.seed})": r.bpb() for r in logged.left_out}
     _write_json(folder / "submission.json", meta)
     pictures = [p.name for p in plots.draw(seeds, folder)]
     (folder / "README.md").write_text(readme(seeds, meta, verdicts, pictures, args, system), encoding="utf-8")
     return verdicts
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise Refused("\n".join(f"  - {p}" for p in problems))
+
+
+def _disclosure(logged: Material) -> rules.Check:
+    """Seeds that ran and were not submitted: choosing the best of several got entries rejected."""
+    if not logged.left_out:
+        return rules.Check(rules.PASS, "all runs disclosed", "no other finished run of this configuration in the logs")
+    names = ", ".join(f"{r.run_id} (seed {r.seed}): {r.bpb():.5f}" for r in logged.left_out)
+    return rules.Check(rules.WARN, "all runs disclosed", f"left out of this submission: {names}")
 
 
 def _unfit(run: Run, non_record: bool) -> str | None:
@@ -127,11 +149,8 @@ def _unfit(run: Run, non_record: bool) -> str | None:
         return None
     if status != "ok":
         return status
-    return None if run.score else "no score line"
-
-
-def _audit_missing(check: rules.Check) -> bool:
-    return check.rule == AUDIT_RULE and check.status == rules.WARN
+    missing = [name for name in ("config", "train_end", "pack", "score") if not getattr(run, name)]
+    return f"its log holds no {' and no '.join(missing)} event" if missing else None
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -224,9 +243,7 @@ def _copy_companions(folder: Path, seeds: list[Run]) -> list[str]:
 
 def describe(seeds: list[Run], args: argparse.Namespace, system: dict | None) -> dict:
     """The fields that recent records carry. val_bpb is the mean of the runs' scores and nothing else."""
-    bpb, loss = Sample.of([r.bpb() for r in seeds]), Sample.of([r.loss() for r in seeds])
-    totals = [r.total_bytes for r in seeds]
-    info = seeds[0].info
+    info, data = seeds[0].info, seeds[0].info.get("data", {})
     meta = {
         "author": args.author,
         "github_id": args.github_id,
@@ -234,6 +251,30 @@ def describe(seeds: list[Run], args: argparse.Namespace, system: dict | None) ->
         "blurb": args.blurb or _blurb(seeds[0], system),
         "date": args.date or datetime.date.today().isoformat(),
         "track": TRACKS[args.non_record].removeprefix("track_"),
+        **_figures(seeds),
+        "hardware": f"{info.get('world_size', '?')}x {info.get('device_name') or info.get('device', '?')}",
+        "pytorch_version": info.get("torch"),
+        "python_version": info.get("python"),
+        "recipe": info.get("recipe"),
+        "data": "sample" if data.get("sample") else Path(str(data.get("path"))).name,
+        "technique_summary": _changes_in_words(seeds[0]),
+        "logs": {str(r.seed): f"train_seed{r.seed}.log" for r in seeds},
+    }
+    if system:
+        credit = f"PR #{system['pr']} by {system['author']}"
+        meta |= {"system": system["key"], "base_pr": system["pr"], "attribution": credit}
+    if claims := [r.claimed for r in seeds if r.claimed]:
+        mean = sum(c["claimed_bpb"] for c in claims) / len(claims)
+        z = max((c["z_mean"] for c in claims if c.get("z_mean") is not None), default=None)
+        meta["claimed_not_a_code_length"] = {"claimed_bpb": mean, "z_mean": z}
+    return meta
+
+
+def _figures(seeds: list[Run]) -> dict:
+    """Scores, bytes, steps and seconds over the seeds."""
+    bpb, loss = Sample.of([r.bpb() for r in seeds]), Sample.of([r.loss() for r in seeds])
+    artifacts = [r.pack["artifact_bytes"] for r in seeds]
+    return {
         "val_loss": loss.mean,
         "val_bpb": bpb.mean,
         "val_loss_std": None if loss.n < 2 else loss.std,
@@ -241,33 +282,15 @@ def describe(seeds: list[Run], args: argparse.Namespace, system: dict | None) ->
         "score_stage": seeds[0].stage,
         "seeds": [r.seed for r in seeds],
         "seed_results": {str(r.seed): seed_result(r) for r in seeds},
-        "bytes_total": max(totals),
-        "bytes_code": (seeds[0].pack or {}).get("code_bytes"),
-        "artifact_bytes_mean": sum(r.pack["artifact_bytes"] for r in seeds) / len(seeds),
-        "artifact_bytes_max": max(r.pack["artifact_bytes"] for r in seeds),
+        "bytes_total": max(r.total_bytes for r in seeds),
+        "bytes_code": seeds[0].pack["code_bytes"],
+        "artifact_bytes_mean": sum(artifacts) / len(seeds),
+        "artifact_bytes_max": max(artifacts),
         "train_steps_mean": sum(r.last_step for r in seeds) / len(seeds),
-        "step_avg_ms_mean": sum(r.ms_per_step for r in seeds) / len(seeds),
+        "step_avg_ms_mean": sum(r.ms_per_step or 0.0 for r in seeds) / len(seeds),
         "train_wallclock_ms_max": max(round(1000 * r.train_s) for r in seeds),
-        "eval_time_s_max": max(r.eval_s for r in seeds),
-        "hardware": f"{info.get('world_size', '?')}x {info.get('device_name') or info.get('device', '?')}",
-        "pytorch_version": info.get("torch"),
-        "python_version": info.get("python"),
-        "recipe": info.get("recipe"),
-        "data": "sample" if info.get("data", {}).get("sample") else "FineWeb",
-        "technique_summary": _changes_in_words(seeds[0]),
-        "logs": {str(r.seed): f"train_seed{r.seed}.log" for r in seeds},
+        "eval_time_s_max": max(r.eval_s or 0.0 for r in seeds),
     }
-    if system:
-        meta |= {
-            "system": system["key"],
-            "base_pr": system["pr"],
-            "attribution": f"PR #{system['pr']} by {system['author']}",
-        }
-    if claims := [r.claimed for r in seeds if r.claimed]:
-        mean = sum(c["claimed_bpb"] for c in claims) / len(claims)
-        z = max(c["z_mean"] for c in claims if c.get("z_mean") is not None)
-        meta["claimed_not_a_code_length"] = {"claimed_bpb": mean, "z_mean": z}
-    return meta
 
 
 def _blurb(run: Run, system: dict | None) -> str:
@@ -365,10 +388,9 @@ def _result(seeds: list[Run], meta: dict) -> str:
     text = f"## Result\n\n**val_bpb {meta['val_bpb']:.5f}**{spread}, val_loss {meta['val_loss']:.5f} nats/token, "
     text += f"stage `{meta['score_stage']}`, on {meta['hardware']}.\n\n{tables.render(header, rows, 'markdown')}"
     if claim := meta.get("claimed_not_a_code_length"):
-        text += (
-            f"\n\nThe published scorer, kept for comparison, prints claimed_bpb {claim['claimed_bpb']:.4f}. Its "
-            f"probabilities sum to {claim['z_mean']:.1f} on average: **not a code length**, and not the score."
-        )
+        z = "" if claim["z_mean"] is None else f", its probabilities sum to {claim['z_mean']:.1f} on average"
+        text += f"\n\nThe published scorer, kept for comparison, prints claimed_bpb {claim['claimed_bpb']:.4f}{z}: "
+        text += "**not a code length**, and not the score."
     return text
 
 
@@ -514,7 +536,7 @@ def index_table(records: Path) -> str:
         title = f"#{system['pr']} {system['title']}"
         row = [f"[{title}]({place}/)" if place else title, system["claim"], system["valid_bpb"]]
         row += [_mean_stage(stages, ("sliding", "roundtrip")), _mean_stage(stages, ("ngram",))]
-        rows.append([*row, claim and f"{claim['claimed_bpb']:.4f} ({claim['z_mean']:.0f})"])
+        rows.append([*row, claim and f"{claim['claimed_bpb']:.4f} ({tables.cell(tables.fixed(claim['z_mean'], 0))})"])
     return tables.render(header, rows, "markdown")
 
 

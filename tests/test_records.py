@@ -12,6 +12,7 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "records"))
 
 import leaks  # noqa: E402
+import plots  # noqa: E402
 import report  # noqa: E402
 import rules  # noqa: E402
 import runs as logs  # noqa: E402
@@ -60,8 +62,9 @@ def write_shards(path: Path, train_docs: list[list[int]], val_docs: list[list[in
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> dict:
-    """Shards, a tokenizer and a script for runs to name, and an empty logs folder."""
+def world(tmp_path: Path, monkeypatch) -> dict:
+    """Shards, a tokenizer and a script for runs to name, and an empty logs folder. Submissions draw no pictures."""
+    monkeypatch.setattr(submission, "plots", SimpleNamespace(draw=lambda *_: []))  # most of their time
     rng = np.random.default_rng(0)
     docs = [rng.integers(4, 1000, 30).tolist() for _ in range(80)]
     data = write_shards(tmp_path / "data", docs[:50], docs[50:])
@@ -265,7 +268,7 @@ def test_no_damage_to_a_log_gets_past_the_reader(world, capsys):
     """Lines cut, dropped, doubled, fields dropped or of another type: a status or a message, never a traceback."""
     rng = random.Random(0)
     lines = write_run(world, "a", audit=False).read_text().splitlines()
-    for round_ in range(150):
+    for round_ in range(60):
         damaged = list(lines)
         for _ in range(rng.randint(1, 4)):
             at = rng.randrange(len(damaged))
@@ -352,6 +355,19 @@ def test_a_published_mean_is_a_reference(world, capsys):
     assert "fits 0 of these configurations" in capsys.readouterr().err
 
 
+def test_recipes_are_told_apart_by_name_not_by_every_knob_that_follows(world, capsys):
+    for recipe, lr in (("pr164", 0.02), ("pr850", 0.025)):
+        sources = {"MATRIX_LR": f"recipe {recipe}", "EVAL_STRIDE": "env"}
+        write_run(world, recipe, lr=lr, audit=False, run={"recipe": recipe}, config={"sources": sources})
+    write_run(world, "older", audit=False, run={"recipe": "pr164"}, config={"values": {"SEED": 1}, "sources": {}})
+    groups = logs.group_by_settings(logs.load_runs([world["logs"] / f"pr{n}.jsonl" for n in (164, 850)])[0])
+    assert list(groups) == ["recipe=pr164", "recipe=pr850"]
+    run_cli("table", world["logs"])
+    header = capsys.readouterr().out.splitlines()[0].split()
+    assert header[1:3] == ["recipe", "EVAL_STRIDE"]  # the older log does not mention the knob, the others set it
+    assert run_cli("compare", world["logs"], "--ref", "recipe=pr850") == 0
+
+
 def test_a_score_counts_once_even_if_the_artifact_was_evaluated_again(world, capsys):
     sweep_of_two(world, gain=0.02)
     write_run(world, "again", seed=1, run={"mode": "eval"}, audit=False)
@@ -421,7 +437,8 @@ def three_seeds(world, **over) -> None:
 RECORD_HARDWARE = {"run": {"device_name": "NVIDIA H100 80GB HBM3", "world_size": 8}}
 
 
-def test_a_record_folder_is_complete_and_passes_its_own_check(world, capsys):
+def test_a_record_folder_is_complete_and_passes_its_own_check(world, capsys, monkeypatch):
+    monkeypatch.setattr(submission, "plots", plots)
     three_seeds(world, fineweb=True, **RECORD_HARDWARE)
     assert submit(world, "--author", "A Person", "--github-id", "aperson", "--blurb", "One idea.") == 0
     folder = world["root"] / "records" / "track_10min_16mb" / "2026-04-02_idea"
@@ -433,9 +450,7 @@ def test_a_record_folder_is_complete_and_passes_its_own_check(world, capsys):
     assert meta["compliance"] == dict.fromkeys(meta["compliance"], True)
     readme = (folder / "README.md").read_text()
     assert all(
-        w in readme
-        for w in ("## Result", "## Method", "## Compliance", "## Reproduce", "1.90200", "Every knob")
-        if w != "Every knob"
+        w in readme for w in ("## Result", "## Method", "## Compliance", "## Reproduce", "1.90200", "curves.png")
     )
     capsys.readouterr()
     assert run_cli("check", folder, "--json") == 0
@@ -472,14 +487,33 @@ def test_what_is_missing_is_listed_and_nothing_is_written(world, capsys, over, w
     assert list(track.iterdir()) == []
 
 
+def test_half_a_log_and_foreign_logs_are_no_submission(world, capsys):
+    write_run(world, "s1", pack=None, train_end=None)
+    assert submit(world, "--non-record", runs=("s1",)) == 1
+    assert "s1: its log holds no train_end and no pack event" in capsys.readouterr().err
+    (world["logs"] / "other.txt").write_text(BASELINE_LOG)
+    assert run_cli("submit", world["logs"] / "other.txt", "--name", "x", "--records", world["root"] / "records") == 2
+    assert "name the .jsonl logs" in capsys.readouterr().err
+
+
 def test_missing_seeds_and_audits_are_named(world, capsys):
     three_seeds(world, fineweb=True, audit=False, **RECORD_HARDWARE)
     assert submit(world, runs=("s1", "s2")) == 1
     message = capsys.readouterr().err
     assert "seeds: 2 (1, 2); a record shows 3" in message and "MODE=audit" in message
-    write_audit(world, "s1", str(world["logs"] / "s1.pgz"), passed=False)
+    for seed in (1, 2, 3):
+        write_audit(world, f"s{seed}", str(world["logs"] / f"s{seed}.pgz"), passed=seed != 2)
     assert submit(world) == 1
     assert "audit (C1-C4): failed" in capsys.readouterr().err
+
+
+def test_runs_that_were_left_out_are_disclosed(world):
+    three_seeds(world, fineweb=True, **RECORD_HARDWARE)
+    write_run(world, "s4", seed=4, bpb=1.95, fineweb=True, **RECORD_HARDWARE)
+    assert submit(world) == 0
+    folder = world["root"] / "records" / "track_10min_16mb" / "2026-04-02_idea"
+    assert json.loads((folder / "submission.json").read_text())["runs_left_out"] == {"s4 (seed 4)": 1.95}
+    assert "s4 (seed 4): 1.95000" in (folder / "README.md").read_text()
 
 
 def test_seeds_of_two_configurations_are_no_submission(world, capsys):
