@@ -4,6 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py          on 8xH100: the best recipe
     RECIPE=pr164 SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
+    MODE=compress ARTIFACT=logs/run.pgz INPUT=file python train_gpt.py     its score is a code length: file.pgz, and back
+    MODE=sample ARTIFACT=logs/run.pgz PROMPT="..." python train_gpt.py     let it write
     python train_gpt.py --help | --dump-config | --toc
 
 Every knob is an environment variable, declared once in section 1. The file is ordered as data flows; a name is used only
@@ -4093,6 +4095,8 @@ class Normalizer:
     def split(self, data: bytes) -> tuple[str, list[Edit]] | None:
         """(normalised text, edits), or None where the bytes are no text worth this form."""
         text = data.decode("utf-8", "surrogateescape")
+        if 5 * sum(map(text.count, map(chr, range(0xDC80, 0xDD00)))) > len(text):  # bytes that are no UTF-8
+            return None
         pieces = [*re.split(self.separators(text), text), ""]
         normal, length, edits, held = [], 1, [], ""
         for word, gap in zip(pieces[::2], pieces[1::2], strict=True):
