@@ -1133,28 +1133,6 @@ class Ctx(NamedTuple):
     fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
 
 
-class KVCache:
-    """Keys and values of earlier positions for each pass through a block, and the last token and embedding.
-
-    B sequences of the same length in lockstep; `limit` positions at most. `length` counts those already seen.
-    """
-
-    def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (2, batch, limit, cfg.num_kv_heads, cfg.head_dim)
-        self.slots = [torch.zeros(shape, device=device, dtype=dtype) for _ in layer_plan(cfg)]
-        self.limit, self.length = limit, 0
-        self.last_id: Tensor | None = None  # (B,)
-        self.last_embedding: Tensor | None = None  # (B, 1, D) before the smear
-
-    def extend(self, slot: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this call's keys and values; returns all so far."""
-        end = self.length + k_BTGK.shape[1]
-        assert end <= self.limit, f"cache of {self.limit} positions cannot hold {end}"
-        self.slots[slot][0][:, self.length : end] = k_BTGK
-        self.slots[slot][1][:, self.length : end] = v_BTGK
-        return self.slots[slot][0][:, :end], self.slots[slot][1][:, :end]
-
-
 def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Parameter:
     """Mark a parameter with its optimizer role (matrix, scalar, embed), storage role and learning-rate multiplier."""
     p.role, p.store, p.lr_mult = role, store, lr_mult  # type: ignore[attr-defined]
@@ -1748,6 +1726,28 @@ def layer_plan(cfg: Config) -> list[Step]:
     skips = min(half, cfg.num_layers - half)
     plan = [Step(i, p > 0 and i == 0, p == passes - 1, None) for p in range(passes) for i in range(half)]
     return plan + [Step(i, False, False, i - half if i - half < skips else None) for i in range(half, cfg.num_layers)]
+
+
+class KVCache:
+    """Keys and values of earlier positions for each pass through a block, and the last token and embedding.
+
+    B sequences of the same length in lockstep; `limit` positions at most. `length` counts those already seen.
+    """
+
+    def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (2, batch, limit, cfg.num_kv_heads, cfg.head_dim)
+        self.slots = [torch.zeros(shape, device=device, dtype=dtype) for _ in layer_plan(cfg)]
+        self.limit, self.length = limit, 0
+        self.last_id: Tensor | None = None  # (B,)
+        self.last_embedding: Tensor | None = None  # (B, 1, D) before the smear
+
+    def extend(self, slot: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this call's keys and values; returns all so far."""
+        end = self.length + k_BTGK.shape[1]
+        assert end <= self.limit, f"cache of {self.limit} positions cannot hold {end}"
+        self.slots[slot][0][:, self.length : end] = k_BTGK
+        self.slots[slot][1][:, self.length : end] = v_BTGK
+        return self.slots[slot][0][:, :end], self.slots[slot][1][:, :end]
 
 
 class GPT(nn.Module):
@@ -2514,32 +2514,6 @@ def training_budget(cfg: Config) -> float:
     return cfg.max_wallclock_seconds
 
 
-def train(
-    cfg: Config, run: Run, model: GPT, stream: TokenStream, validate: Callable[[GPT], tuple[float, float]]
-) -> TrainResult:
-    """Train `model` in place until the budget ends; the averaged weights are in it afterwards.
-
-    `validate` gives (nats a token, bits a byte) of the whole validation stream; its time is not counted.
-    """
-    trainer, checkpoints = Trainer(cfg, run, model, stream), Checkpoints(cfg, run)
-    trainer.compile()
-    trainer.prime()
-    elapsed = 0.0
-    if (path := checkpoints.find()) is not None:
-        state = checkpoints.load(path)
-        trainer.load_state_dict(state)
-        elapsed = state["elapsed"]
-        run.notice(f"resumed {path} at step {trainer.step} after {elapsed:.1f}s of training")
-    loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
-    result = loop.run_until_done(elapsed)
-    what = trainer.average.apply()
-    run.log(f"train_end steps:{result.steps} train_time:{1000 * result.seconds:.0f}ms reason:{result.reason} "
-            f"weights:{what} peak_memory:{run.peak_memory_mib():.0f}MiB")  # fmt: skip
-    run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
-              peak_memory_mib=run.peak_memory_mib())  # fmt: skip
-    return result
-
-
 class TrainingLoop:
     """The loop around `train_step`: clock, schedule, stopping, validation, checkpoints, step lines."""
 
@@ -2687,6 +2661,32 @@ class TrainingLoop:
         path = self.run.log_path.with_suffix(".trace.json")
         self.profiler.export_chrome_trace(str(path))
         self.run.log(f"profile: {path} (open it in a Chrome trace viewer)")
+
+
+def train(
+    cfg: Config, run: Run, model: GPT, stream: TokenStream, validate: Callable[[GPT], tuple[float, float]]
+) -> TrainResult:
+    """Train `model` in place until the budget ends; the averaged weights are in it afterwards.
+
+    `validate` gives (nats a token, bits a byte) of the whole validation stream; its time is not counted.
+    """
+    trainer, checkpoints = Trainer(cfg, run, model, stream), Checkpoints(cfg, run)
+    trainer.compile()
+    trainer.prime()
+    elapsed = 0.0
+    if (path := checkpoints.find()) is not None:
+        state = checkpoints.load(path)
+        trainer.load_state_dict(state)
+        elapsed = state["elapsed"]
+        run.notice(f"resumed {path} at step {trainer.step} after {elapsed:.1f}s of training")
+    loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
+    result = loop.run_until_done(elapsed)
+    what = trainer.average.apply()
+    run.log(f"train_end steps:{result.steps} train_time:{1000 * result.seconds:.0f}ms reason:{result.reason} "
+            f"weights:{what} peak_memory:{run.peak_memory_mib():.0f}MiB")  # fmt: skip
+    run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
+              peak_memory_mib=run.peak_memory_mib())  # fmt: skip
+    return result
 
 
 # ==== 7 QUANTIZER =====================================================================================================
@@ -3986,6 +3986,10 @@ def open_job(loaded: Loaded, append_logs: bool) -> Job:
     return Job(loaded, run, paths, tokenizer, text)
 
 
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> None:
     """The head of every log: source, configuration with sources, versions, data, parameters."""
     cfg, run, source = job.cfg, job.run, source_text()
@@ -4019,10 +4023,6 @@ def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> Non
                     "val_sha256": hashlib.sha256(job.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
               tokenizer={"path": str(job.paths.tokenizer), "sha256": job.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
     run.event("config", values=values, sources=job.loaded.source)
-
-
-def sha256_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def build_model(cfg: Config, run: Run) -> GPT:
@@ -4223,6 +4223,17 @@ def show_toc() -> str:
     )
 
 
+def finish(outcome: str, message: str) -> None:
+    """Say what went wrong once, from rank 0, and close the logs."""
+    run = Run.current
+    if message and is_first_rank():
+        print(("\n".join(f"error: {line}" for line in message.splitlines())), file=sys.stderr, flush=True)
+    if run is not None:
+        if message:
+            run.event("error", message=message)
+        run.close(outcome)
+
+
 def main(argv: list[str], env: Mapping[str, str]) -> int:
     """Exit status: 0 all that was asked for was done and every limit held; 2 a user's mistake; 1 a failure."""
     views = {"--help": describe_knobs, "-h": lambda: describe_knobs(), "--toc": show_toc,
@@ -4243,17 +4254,6 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     finally:
         finish(outcome, message)
     return status
-
-
-def finish(outcome: str, message: str) -> None:
-    """Say what went wrong once, from rank 0, and close the logs."""
-    run = Run.current
-    if message and is_first_rank():
-        print(("\n".join(f"error: {line}" for line in message.splitlines())), file=sys.stderr, flush=True)
-    if run is not None:
-        if message:
-            run.event("error", message=message)
-        run.close(outcome)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ import train_gpt as tg
 
 SCRIPT = Path(tg.__file__).resolve()
 VOCAB, BOS, SEQ = 300, 1, 32
-WORDS = "apple river stone cloud engine garden letter mirror needle orange pencil quiet rocket silver table under".split()
+WORDS = (
+    "apple river stone cloud engine garden letter mirror needle orange pencil quiet rocket silver table under".split()
+)
 
 
 def sentence(rng: np.random.Generator) -> str:

@@ -45,7 +45,7 @@ def test_environment_beats_recipe_beats_default():
 def test_the_recipe_is_chosen_by_the_machine_and_the_log_can_say_why(env, gpu, recipe):
     loaded = tg.load_config(env, has_gpu=lambda: gpu)
     assert loaded.cfg.recipe == recipe
-    assert ("RECIPE is set" == loaded.recipe_reason) == ("RECIPE" in env)
+    assert (loaded.recipe_reason == "RECIPE is set") == ("RECIPE" in env)
     assert loaded.source["RECIPE"] == ("env" if "RECIPE" in env else "default")
 
 
@@ -209,7 +209,11 @@ def knob_reads() -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr) and isinstance(node.values[-1], ast.Constant):
             suffix = str(node.values[-1].value)
-            found |= {name.lower() for name in tg.FIELDS if re.fullmatch(r"_[a-z_]+", suffix) and name.lower().endswith(suffix)}
+            found |= {
+                name.lower()
+                for name in tg.FIELDS
+                if re.fullmatch(r"_[a-z_]+", suffix) and name.lower().endswith(suffix)
+            }
     return found
 
 
@@ -243,7 +247,7 @@ def test_help_lists_every_knob_once_in_its_section(script):
     banners = re.findall(r"^# ==== (\d+ [A-Z]+)", SCRIPT.read_text(), re.M)
     assert sections == [b for b in banners if b in sections] and len(sections) >= 8
     assert "MUON_BACKEND_STEPS=5 (1 to 10 iterations)" in text and "GRAD_CLIP_NORM=0.0 (at least 0)" in text
-    assert "ATTENTION=auto (auto|fa3|fa2|sdpa)" in text
+    assert "ATTN_GATE=none (none|input|scalar)" in text
 
 
 def test_dump_shows_value_and_source_and_feeds_itself(script):

@@ -100,7 +100,13 @@ def test_boundary_pieces_are_no_text_and_eat_the_space_after_them(data):
     spaced = next(i for i in range(VOCAB) if sp.id_to_piece(i).startswith("▁") and len(sp.id_to_piece(i)) > 2)
     length = len(sp.id_to_piece(spaced)) - 1
     plain = next(i for i in range(VOCAB) if sp.id_to_piece(i) == "a")
-    assert tokenizer.count_bytes(np.array([BOS, spaced, spaced, plain, 2, spaced])).tolist() == [length, length + 1, 1, 0, length]
+    assert tokenizer.count_bytes(np.array([BOS, spaced, spaced, plain, 2, spaced])).tolist() == [
+        length,
+        length + 1,
+        1,
+        0,
+        length,
+    ]
 
 
 # ---- validation

@@ -16,6 +16,9 @@ BANNERS = [(int(n), name, SOURCE[: m.start()].count("\n") + 1)
            for m in re.finditer(r"^# ==== (\d+) ([A-Z]+) =+$", SOURCE, re.M) for n, name in [m.groups()]]  # fmt: skip
 
 
+DOORWAY_FIRST = {8}  # the container reads better from `pack` and `unpack` down
+
+
 def section_of(line: int) -> int:
     return max((n for n, _, start in BANNERS if start <= line), default=0)
 
@@ -62,7 +65,7 @@ def test_names_are_used_only_below_their_definition():
     at = {name: node.lineno for node, names in definitions() for name in names}
     ahead = [f"line {node.lineno}: {', '.join(sorted(names))} uses {used}, defined in line {at[used]}"
              for node, names in definitions() for used in sorted(set(uses(node)) - local_names(node))
-             if at.get(used, 0) > node.lineno]  # fmt: skip
+             if at.get(used, 0) > node.lineno and section_of(node.lineno) not in DOORWAY_FIRST]  # fmt: skip
     assert not ahead, "\n".join(ahead)
 
 
@@ -82,7 +85,9 @@ def test_everything_public_says_what_it_is():
 
 
 def test_only_the_modules_of_the_field_are_imported():
-    roots = {alias.name.split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
+    roots = {
+        alias.name.split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names
+    }
     roots |= {node.module.split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
     known = set(tg.sys.stdlib_module_names) | {"torch", "numpy", "sentencepiece", "zstandard", "constriction"}
     assert roots <= known, roots - known
@@ -90,8 +95,12 @@ def test_only_the_modules_of_the_field_are_imported():
 
 def test_no_pickle_is_loaded():
     loads = [node for node in ast.walk(TREE) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
-    assert loads and all(any(k.arg == "weights_only" and k.value.value is True for k in call.keywords) for call in loads)
-    assert "pickle" not in {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
+    assert loads and all(
+        any(k.arg == "weights_only" and k.value.value is True for k in call.keywords) for call in loads
+    )
+    assert "pickle" not in {
+        alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names
+    }
 
 
 def functions():
