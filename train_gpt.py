@@ -72,8 +72,8 @@ SCRIPT = Path(__file__).resolve()
 
 # ==== 1 CONFIG ========================================================================================================
 
-
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)  # bits a weight may be stored in: codes up to 8, floats above
+STAGES = ("roundtrip", "sliding", "ttt")  # of the evaluation, in the order they are scored
 
 
 class ConfigError(ValueError):
@@ -321,14 +321,12 @@ class Config:
 
     def _branch_errors(self) -> Iterator[str]:
         try:
-            layers = self.value_layers
+            if any(not 0 <= i < self.num_layers for i in self.value_layers):
+                yield f"VE_LAYERS={self.ve_layers}: blocks are 0 to {self.num_layers - 1} with NUM_LAYERS={self.num_layers}"
+            if self.ve_dim and not self.value_layers:
+                yield f"VE_DIM={self.ve_dim} without VE_LAYERS: name the blocks that add the value embedding, or VE_DIM=0"
         except ValueError:
-            layers = ()
             yield f"VE_LAYERS={self.ve_layers!r}: expected block numbers such as 9,10"
-        if any(not 0 <= i < self.num_layers for i in layers):
-            yield f"VE_LAYERS={self.ve_layers}: blocks are 0 to {self.num_layers - 1} with NUM_LAYERS={self.num_layers}"
-        if self.ve_dim and not layers:
-            yield f"VE_DIM={self.ve_dim} without VE_LAYERS: name the blocks that add the value embedding, or VE_DIM=0"
         if self.bigram_vocab_size == 1:
             yield "BIGRAM_VOCAB_SIZE=1: expected 0 (off) or at least 2 rows"
         if self.adapter_b_init != "zero" and not self.adapter_rank:
@@ -378,9 +376,9 @@ class Config:
             yield f"SCORE_STAGE={self.score_stage} is not among the stages switched on: {', '.join(self.stages)}"
 
 
-STAGES = ("roundtrip", "sliding", "ttt")
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
 TYPES = {"bool": bool, "int": int, "float": float, "str": str}
+TYPE_WORDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
 
 _MUON_99 = {"MUON_MOMENTUM": 0.99, "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500}
 _BIGRAM = {"SMEAR": True, "BIGRAM_VOCAB_SIZE": 4096, "BIGRAM_DIM": 128}
@@ -522,23 +520,39 @@ FOREIGN_PREFIXES = ("TORCH", "NCCL_", "GLOO_", "CUDA_", "SLURM_", "GITHUB_", "LC
                     "VIRTUAL_ENV", "GROUP_", "ROLE_", "SSH_", "HF_", "MKL_", "OMP_", "KMP_", "TRITON_", "CONDA_")  # fmt: skip
 
 
+def bounds(name: str) -> str:
+    """What a number may be, in words with its unit: "1 to 10 iterations", "at least 0 s"; empty where anything goes."""
+    meta = FIELDS[name].metadata
+    lo, hi = (None if math.isinf(limit) else f"{limit:.10g}" for limit in (meta["lo"], meta["hi"]))
+    words = f"{lo} to {hi}" if lo and hi else f"at least {lo}" if lo else f"at most {hi}" if hi else ""
+    return f"{words} {meta['unit']}".strip()
+
+
+def check_value(name: str, value: Any) -> Any:
+    """The same value if it is of the knob's type and within its bounds; else ConfigError says what would do."""
+    meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ConfigError(f"{name}={value!r}: expected {TYPE_WORDS[kind]}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise ConfigError(f"{name}={str(value)!r}: expected one of {', '.join(map(str, meta['choices']))}")
+    if kind in (int, float) and not (math.isfinite(value) and meta["lo"] <= value <= meta["hi"]):
+        raise ConfigError(f"{name}={value}: expected {bounds(name) or 'a finite number'}")
+    return value
+
+
 def parse_value(name: str, text: str) -> Any:
     """Text of one knob -> its typed value; raises ConfigError naming knob, value and what would do."""
-    f = FIELDS[name]
-    kind, meta = TYPES[f.type], f.metadata
-    if kind is bool:
-        if text not in ("0", "1", "False", "True"):
-            raise ConfigError(f"{name}={text!r}: expected 0 or 1")
-        return text in ("1", "True")
+    kind = TYPES[FIELDS[name].type]
     try:
-        value = kind(text)
-    except ValueError:
-        raise ConfigError(f"{name}={text!r}: expected {'an integer' if kind is int else 'a number'}") from None
-    if meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(f"{name}={text!r}: expected one of {', '.join(map(str, meta['choices']))}")
-    if kind is not str and not meta["lo"] <= value <= meta["hi"]:
-        raise ConfigError(f"{name}={text}: expected {meta['lo']:g} to {meta['hi']:g} {meta['unit']}".rstrip())
-    return value
+        value = {"0": False, "1": True, "False": False, "True": True}[text] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{name}={text!r}: expected {TYPE_WORDS[kind]}") from None
+    return check_value(name, value)
+
+
+def as_text(value: Any) -> str:
+    """A value as the environment writes it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def misspelt(name: str) -> str | None:
@@ -562,6 +576,7 @@ class Loaded(NamedTuple):
     """A configuration with the source of every value ("default", "recipe NAME", "artifact", "env") and its notices."""
 
     cfg: Config
+    recipe_reason: str
     source: dict[str, str]
     notices: list[str]
 
@@ -600,6 +615,21 @@ def choose_recipe(env: Mapping[str, str], has_gpu: Callable[[], bool]) -> tuple[
     return "cpu", "RECIPE is not set and there is no GPU"
 
 
+def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]) -> dict[str, Any]:
+    """What stands between defaults and environment: the recipe's values, or those that an artifact's header names."""
+    if header is None:
+        return RECIPES[recipe]
+    values = {}
+    for name, value in header.items():
+        try:
+            if name not in FIELDS:
+                raise ConfigError(f"{name[:40]} is no knob of this script; use the script that wrote the artifact")
+            values[name] = check_value(name, value)
+        except ConfigError as e:
+            errors.append(f"the artifact's configuration: {e}")
+    return values
+
+
 def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
                 has_gpu: Callable[[], bool] = torch.cuda.is_available) -> Loaded:  # fmt: skip
     """Resolve every knob: defaults < recipe < environment, or with an artifact's `header`: defaults < header < environment.
@@ -608,46 +638,39 @@ def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
     """
     errors: list[str] = []
     notices: list[str] = []
-    recipe, why = choose_recipe(env, has_gpu)
+    try:
+        recipe, why = choose_recipe(env, has_gpu)
+    except ConfigError as e:
+        errors.append(str(e))
+        recipe, why = "baseline", ""
+    values = dict(base_values(recipe, header, errors))
     if header is not None:
-        recipe, why = header.get("RECIPE", recipe), "the artifact names it"
-    source = dict.fromkeys(FIELDS, "default")
-    values: dict[str, Any] = {}
-    base = {k: v for k, v in (RECIPES[recipe] if header is None else header).items() if k in FIELDS}
-    values.update(base)
-    source.update(dict.fromkeys(base, f"recipe {recipe}" if header is None else "artifact"))
+        recipe, why = values.get("RECIPE", recipe), "the artifact names it"
+    base_source = f"recipe {recipe}" if header is None else "artifact"
+    source = {name: base_source if name in values else "default" for name in FIELDS}
     for name, text in translate(env, recipe, errors, notices).items():
         try:
             value = parse_value(name, text)
         except ConfigError as e:
             errors.append(str(e))
             continue
-        if header is not None and FIELDS[name].metadata["shape"] and value != values.get(name, FIELDS[name].default):
-            errors.append(f"{name}={text}: the artifact was made with {values.get(name)}; unset {name}")
+        made_with = values.get(name, FIELDS[name].default)
+        if header is not None and FIELDS[name].metadata["shape"] and value != made_with:
+            errors.append(f"{name}={text}: the artifact was made with {as_text(made_with)}; unset {name}")
         values[name], source[name] = value, "env"
-    values["RECIPE"], source["RECIPE"] = recipe, why
+    values["RECIPE"] = recipe
     try:
         cfg = Config(**{k.lower(): v for k, v in values.items()})
     except ConfigError as e:
         errors.append(str(e))
     if errors:
         raise ConfigError("\n".join(errors))
-    return Loaded(cfg, source, notices)
+    return Loaded(cfg, why, source, notices)
 
 
-def describe_knobs() -> str:
-    """The text of --help: knobs by section, with default, unit and bounds."""
-    lines, groups = [__doc__.split("\n\n")[0], ""], knob_groups()
-    for group, names in groups.items():
-        lines += [f"[{group}]"]
-        for name in names:
-            meta, default = FIELDS[name].metadata, FIELDS[name].default
-            limits = "|".join(map(str, meta["choices"])) if meta["choices"] else meta["unit"]
-            shown = int(default) if isinstance(default, bool) else default
-            lines.append(f"  {name}={shown}{f' ({limits})' if limits else ''}  {meta['doc']}")
-        lines.append("")
-    lines.append("recipes: " + ", ".join(RECIPES))
-    return "\n".join(lines)
+def source_text() -> str:
+    """This script's text as it runs (a packed script registers its unpacked source)."""
+    return SCRIPT.read_text(encoding="utf-8")
 
 
 def knob_groups() -> dict[str, list[str]]:
@@ -663,18 +686,23 @@ def knob_groups() -> dict[str, list[str]]:
     return groups or {"knobs": list(FIELDS)}
 
 
-def source_text() -> str:
-    """This script's text as it runs (a packed script registers its unpacked source)."""
-    return SCRIPT.read_text(encoding="utf-8")
+def describe_knobs() -> str:
+    """The text of --help: knobs by section, with default, unit and bounds."""
+    lines, groups = [__doc__.split("\n\n")[0], ""], knob_groups()
+    for group, names in groups.items():
+        lines += [f"[{group}]"]
+        for name in names:
+            meta, default = FIELDS[name].metadata, FIELDS[name].default
+            limits = "|".join(map(str, meta["choices"])) or bounds(name)
+            lines.append(f"  {name}={as_text(default)}{f' ({limits})' if limits else ''}  {meta['doc']}")
+        lines.append("")
+    lines.append("recipes: " + ", ".join(RECIPES))
+    return "\n".join(lines)
 
 
 def dump_config(loaded: Loaded) -> str:
     """One `NAME=value  # source` line a knob."""
     return "\n".join(f"{n}={as_text(getattr(loaded.cfg, n.lower()))}  # {loaded.source[n]}" for n in FIELDS)
-
-
-def as_text(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 # ==== 2 RUNTIME =======================================================================================================
@@ -922,6 +950,7 @@ class Clock:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # header: 256 little-endian int32, then uint16 tokens
 SAMPLE_DIR = SCRIPT.parent / "data" / "sample"
 FINEWEB_DIR = Path("data/datasets/fineweb10B_sp1024")
+HOW_TO_GET_SHARDS = "download them with data/cached_challenge_fineweb.py or make them with data/make_shards.py"
 
 
 class DataPaths(NamedTuple):
@@ -938,6 +967,8 @@ def find_data(cfg: Config) -> DataPaths:
         folder, sample = Path(cfg.data_path), Path(cfg.data_path).resolve() == SAMPLE_DIR
         if not folder.is_dir():
             raise ConfigError(f"DATA_PATH={cfg.data_path}: no such folder; unset it to use the shipped sample")
+        if not any(folder.glob("fineweb_val_*.bin")):
+            raise ConfigError(f"DATA_PATH={cfg.data_path}: no fineweb_val_*.bin there; {HOW_TO_GET_SHARDS}")
     else:
         fineweb = next(
             (p for p in (FINEWEB_DIR, SCRIPT.parent / FINEWEB_DIR) if any(p.glob("fineweb_val_*.bin"))), None
@@ -969,6 +1000,8 @@ def load_shard(path: Path) -> np.ndarray:
         raise ConfigError(
             f"{path}: {size} bytes, its header promises {4 * SHARD_HEADER + 2 * int(head[2])}; download it again"
         )
+    if not head[2]:
+        raise ConfigError(f"{path}: holds no tokens; remove it or make it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
 
 
@@ -976,19 +1009,19 @@ def load_split(folder: Path, split: str) -> list[np.ndarray]:
     """Shards of `split` ("train" or "val") in name order."""
     paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
     if not paths:
-        raise ConfigError(
-            f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; download with data/cached_challenge_fineweb.py"
-        )
+        raise ConfigError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; {HOW_TO_GET_SHARDS}")
     return [load_shard(p) for p in paths]
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, what: str) -> np.ndarray:
     """The same tokens; raises ConfigError if an id is outside the vocabulary."""
-    if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise ConfigError(
-            f"{what}: token id {int(tokens.max())} with VOCAB_SIZE={vocab_size}; set VOCAB_SIZE to the tokenizer's size"
-        )
+    if int(tokens.max()) >= vocab_size:
+        raise ConfigError(f"{what}: token id {int(tokens.max())} with VOCAB_SIZE={vocab_size}; set VOCAB_SIZE to the tokenizer's size, "
+                          "or take the shards that were made with this tokenizer")  # fmt: skip
     return tokens
+
+
+CHECKED_TOKENS = 2**20  # of each training shard before the start: all 8 B tokens would take longer than a run may wait
 
 
 class TokenStream:
@@ -998,6 +1031,8 @@ class TokenStream:
         self.shards, self.vocab_size, self.position = shards, vocab_size, 0
         self.starts = np.cumsum([0, *(len(s) for s in shards)])
         self.total = int(self.starts[-1])
+        for shard in shards:  # a wrong tokenizer shows at once; a lone bad token deeper in is found when it is read
+            check_ids(shard[:CHECKED_TOKENS], vocab_size, str(getattr(shard, "filename", "training shard")))
 
     def read(self, offset: int, n: int) -> np.ndarray:
         """Tokens [position + offset, position + offset + n) of the stream, (n,) int64; does not move."""
@@ -1005,7 +1040,7 @@ class TokenStream:
         while n > 0:
             i = int(np.searchsorted(self.starts, at, side="right")) - 1
             part = self.shards[i][at - self.starts[i] : at - self.starts[i] + n]
-            parts.append(check_ids(part, self.vocab_size, "training shard").astype(np.int64))
+            parts.append(check_ids(part, self.vocab_size, f"training shard {i}").astype(np.int64))
             n -= len(part)
             at = (at + len(part)) % self.total
         return np.concatenate(parts)
@@ -1082,8 +1117,8 @@ class ValidationText(NamedTuple):
 
 def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> ValidationText:
     """All validation shards as one stream, cut only by VAL_TOKENS and VAL_DROP_TAIL."""
-    tokens = np.concatenate([np.asarray(s) for s in load_split(folder, "val")]).astype(np.int64)
-    check_ids(tokens, cfg.vocab_size, f"validation shard in {folder}")
+    shards = [check_ids(s, cfg.vocab_size, str(s.filename)) for s in load_split(folder, "val")]
+    tokens = np.concatenate([np.asarray(s) for s in shards]).astype(np.int64)
     if len(tokens) - 1 < cfg.eval_len:
         raise ConfigError(
             f"DATA_PATH={folder}: {len(tokens)} validation tokens are fewer than one window of {cfg.eval_len} + 1; lower EVAL_SEQ_LEN"
@@ -1109,28 +1144,6 @@ class Ctx(NamedTuple):
     lora: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({})  # site -> low-rank delta of its output (TTT)
     cache: KVCache | None = None  # keys and values of earlier positions (incremental decoding)
     fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
-
-
-class KVCache:
-    """Keys and values of earlier positions for each pass through a block, and the last token and embedding.
-
-    B sequences of the same length in lockstep; `limit` positions at most. `length` counts those already seen.
-    """
-
-    def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (2, batch, limit, cfg.num_kv_heads, cfg.head_dim)
-        self.slots = [torch.zeros(shape, device=device, dtype=dtype) for _ in layer_plan(cfg)]
-        self.limit, self.length = limit, 0
-        self.last_id: Tensor | None = None  # (B,)
-        self.last_embedding: Tensor | None = None  # (B, 1, D) before the smear
-
-    def extend(self, slot: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this call's keys and values; returns all so far."""
-        end = self.length + k_BTGK.shape[1]
-        assert end <= self.limit, f"cache of {self.limit} positions cannot hold {end}"
-        self.slots[slot][0][:, self.length : end] = k_BTGK
-        self.slots[slot][1][:, self.length : end] = v_BTGK
-        return self.slots[slot][0][:, :end], self.slots[slot][1][:, :end]
 
 
 def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Parameter:
@@ -1732,6 +1745,28 @@ def layer_plan(cfg: Config) -> list[Step]:
     skips = min(half, cfg.num_layers - half)
     plan = [Step(i, p > 0 and i == 0, p == passes - 1, None) for p in range(passes) for i in range(half)]
     return plan + [Step(i, False, False, i - half if i - half < skips else None) for i in range(half, cfg.num_layers)]
+
+
+class KVCache:
+    """Keys and values of earlier positions for each pass through a block, and the last token and embedding.
+
+    B sequences of the same length in lockstep; `limit` positions at most. `length` counts those already seen.
+    """
+
+    def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (2, batch, limit, cfg.num_kv_heads, cfg.head_dim)
+        self.slots = [torch.zeros(shape, device=device, dtype=dtype) for _ in layer_plan(cfg)]
+        self.limit, self.length = limit, 0
+        self.last_id: Tensor | None = None  # (B,)
+        self.last_embedding: Tensor | None = None  # (B, 1, D) before the smear
+
+    def extend(self, slot: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this call's keys and values; returns all so far."""
+        end = self.length + k_BTGK.shape[1]
+        assert end <= self.limit, f"cache of {self.limit} positions cannot hold {end}"
+        self.slots[slot][0][:, self.length : end] = k_BTGK
+        self.slots[slot][1][:, self.length : end] = v_BTGK
+        return self.slots[slot][0][:, :end], self.slots[slot][1][:, :end]
 
 
 class GPT(nn.Module):
@@ -2498,32 +2533,6 @@ def training_budget(cfg: Config) -> float:
     return cfg.max_wallclock_seconds
 
 
-def train(
-    cfg: Config, run: Run, model: GPT, stream: TokenStream, validate: Callable[[GPT], tuple[float, float]]
-) -> TrainResult:
-    """Train `model` in place until the budget ends; the averaged weights are in it afterwards.
-
-    `validate` gives (nats a token, bits a byte) of the whole validation stream; its time is not counted.
-    """
-    trainer, checkpoints = Trainer(cfg, run, model, stream), Checkpoints(cfg, run)
-    trainer.compile()
-    trainer.prime()
-    elapsed = 0.0
-    if (path := checkpoints.find()) is not None:
-        state = checkpoints.load(path)
-        trainer.load_state_dict(state)
-        elapsed = state["elapsed"]
-        run.notice(f"resumed {path} at step {trainer.step} after {elapsed:.1f}s of training")
-    loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
-    result = loop.run_until_done(elapsed)
-    what = trainer.average.apply()
-    run.log(f"train_end steps:{result.steps} train_time:{1000 * result.seconds:.0f}ms reason:{result.reason} "
-            f"weights:{what} peak_memory:{run.peak_memory_mib():.0f}MiB")  # fmt: skip
-    run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
-              peak_memory_mib=run.peak_memory_mib())  # fmt: skip
-    return result
-
-
 class TrainingLoop:
     """The loop around `train_step`: clock, schedule, stopping, validation, checkpoints, step lines."""
 
@@ -2671,6 +2680,32 @@ class TrainingLoop:
         path = self.run.log_path.with_suffix(".trace.json")
         self.profiler.export_chrome_trace(str(path))
         self.run.log(f"profile: {path} (open it in a Chrome trace viewer)")
+
+
+def train(
+    cfg: Config, run: Run, model: GPT, stream: TokenStream, validate: Callable[[GPT], tuple[float, float]]
+) -> TrainResult:
+    """Train `model` in place until the budget ends; the averaged weights are in it afterwards.
+
+    `validate` gives (nats a token, bits a byte) of the whole validation stream; its time is not counted.
+    """
+    trainer, checkpoints = Trainer(cfg, run, model, stream), Checkpoints(cfg, run)
+    trainer.compile()
+    trainer.prime()
+    elapsed = 0.0
+    if (path := checkpoints.find()) is not None:
+        state = checkpoints.load(path)
+        trainer.load_state_dict(state)
+        elapsed = state["elapsed"]
+        run.notice(f"resumed {path} at step {trainer.step} after {elapsed:.1f}s of training")
+    loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
+    result = loop.run_until_done(elapsed)
+    what = trainer.average.apply()
+    run.log(f"train_end steps:{result.steps} train_time:{1000 * result.seconds:.0f}ms reason:{result.reason} "
+            f"weights:{what} peak_memory:{run.peak_memory_mib():.0f}MiB")  # fmt: skip
+    run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
+              peak_memory_mib=run.peak_memory_mib())  # fmt: skip
+    return result
 
 
 # ==== 7 QUANTIZER =====================================================================================================
@@ -4540,6 +4575,10 @@ def open_job(loaded: Loaded, append_logs: bool) -> Job:
     return Job(loaded, run, paths, tokenizer, text)
 
 
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> None:
     """The head of every log: source, configuration with sources, versions, data, parameters."""
     cfg, run, source = job.cfg, job.run, source_text()
@@ -4551,7 +4590,7 @@ def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> Non
         if run.device.type == "cuda"
         else platform.processor() or platform.machine()
     )
-    run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({job.loaded.source['RECIPE']}) mode:{cfg.mode} seed:{cfg.seed}")
+    run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({job.loaded.recipe_reason}) mode:{cfg.mode} seed:{cfg.seed}")
     run.log(
         f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} threads:{torch.get_num_threads()}"
     )
@@ -4564,7 +4603,7 @@ def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> Non
     for text in job.loaded.notices:
         run.notice(text)
     values = {n: getattr(cfg, n.lower()) for n in FIELDS}
-    run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=job.loaded.source["RECIPE"], mode=cfg.mode,
+    run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=job.loaded.recipe_reason, mode=cfg.mode,
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
               python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
               source_sha256=sha256_text(source), source_bytes=len(source.encode()), params=count_parameters(model),
@@ -4573,10 +4612,6 @@ def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> Non
                     "val_sha256": hashlib.sha256(job.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
               tokenizer={"path": str(job.paths.tokenizer), "sha256": job.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
     run.event("config", values=values, sources=job.loaded.source)
-
-
-def sha256_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def build_model(cfg: Config, run: Run) -> GPT:
@@ -4895,6 +4930,17 @@ def show_toc() -> str:
     )
 
 
+def finish(outcome: str, message: str) -> None:
+    """Say what went wrong once, from rank 0, and close the logs."""
+    run = Run.current
+    if message and is_first_rank():
+        print(("\n".join(f"error: {line}" for line in message.splitlines())), file=sys.stderr, flush=True)
+    if run is not None:
+        if message:
+            run.event("error", message=message)
+        run.close(outcome)
+
+
 def main(argv: list[str], env: Mapping[str, str]) -> int:
     """Exit status: 0 all that was asked for was done and every limit held; 2 a user's mistake; 1 a failure."""
     views = {"--help": describe_knobs, "-h": lambda: describe_knobs(), "--toc": show_toc,
@@ -4915,17 +4961,6 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     finally:
         finish(outcome, message)
     return status
-
-
-def finish(outcome: str, message: str) -> None:
-    """Say what went wrong once, from rank 0, and close the logs."""
-    run = Run.current
-    if message and is_first_rank():
-        print(("\n".join(f"error: {line}" for line in message.splitlines())), file=sys.stderr, flush=True)
-    if run is not None:
-        if message:
-            run.event("error", message=message)
-        run.close(outcome)
 
 
 if __name__ == "__main__":

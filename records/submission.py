@@ -120,7 +120,8 @@ def _fill(folder: Path, logged: Material, args: argparse.Namespace, system: dict
     problems = [f"{c.rule}: {c.detail}" for c in verdicts if c.status == rules.FAIL]
     audited = {_artifact(a) for a in logged.audits}
     bare = [r for r in seeds if _artifact(r) not in audited]
-    _refuse(problems + [f"{r.run_id}: no audit; MODE=audit ARTIFACT={_artifact(r)} python train_gpt.py" for r in bare])
+    how = "MODE=audit ARTIFACT={} python train_gpt.py"
+    _refuse(problems + [f"{r.run_id}: no audit; {how.format(r.pack['artifact'])}" for r in bare])
     meta["compliance"] = compliance(verdicts)
     meta["runs_left_out"] = {f"{r.run_id} (seed {r.seed})": r.bpb() for r in logged.left_out}
     _write_json(folder / "submission.json", meta)

@@ -1,0 +1,178 @@
+"""Shared by all tests: a tiny tokenizer, tiny shards, a tiny configuration, and three ways to run the script."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+import train_gpt as tg
+
+SCRIPT = Path(tg.__file__).resolve()
+VOCAB, BOS, SEQ = 300, 1, 32
+WORDS = (
+    "apple river stone cloud engine garden letter mirror needle orange pencil quiet rocket silver table under".split()
+)
+
+
+def sentence(rng: np.random.Generator) -> str:
+    return " ".join(rng.choice(WORDS, size=int(rng.integers(4, 12)))) + f", number {int(rng.integers(1000))}."
+
+
+def documents(seed: int, n: int) -> list[str]:
+    """n short English-like documents, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(sentence(rng) for _ in range(int(rng.integers(1, 5)))) for _ in range(n)]
+
+
+def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
+    """A shard; `magic`, `version` and `count` can be made wrong."""
+    head = np.zeros(256, dtype="<i4")
+    head[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(head.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return path
+
+
+class Data(NamedTuple):
+    """Tiny data: two training shards and two validation shards beside their tokenizer."""
+
+    folder: Path
+    tokenizer: Path
+    train: np.ndarray
+    val: np.ndarray
+    val_texts: list[str]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Data:
+    folder = tmp_path_factory.mktemp("data")
+    model = folder / "tokenizer_300.model"
+    texts, val_texts = documents(1, 220), documents(2, 40)
+    blob = folder / "tokenizer_300"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(blob), vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
+        split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, pad_id=0, bos_id=BOS, eos_id=2,
+        unk_id=3, minloglevel=2, num_threads=1, hard_vocab_limit=True,
+    )  # fmt: skip
+    (folder / "tokenizer_300.vocab").unlink()
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    train, val = (np.array([i for t in ts for i in [BOS, *sp.encode(t)]]) for ts in (texts, val_texts))
+    for split, tokens in (("train", train), ("val", val)):
+        cut = len(tokens) * 2 // 3
+        write_shard(folder / f"fineweb_{split}_000000.bin", tokens[:cut])
+        write_shard(folder / f"fineweb_{split}_000001.bin", tokens[cut:])
+    return Data(folder, model, train, val, val_texts)
+
+
+@pytest.fixture
+def tiny(data: Data, tmp_path: Path) -> dict[str, str]:
+    """Environment of a run of seconds: 2 blocks of width 32, 4 sequences of 32 tokens a step, 6 steps."""
+    values = {
+        "RECIPE": "baseline", "DEVICE": "cpu", "COMPILE": 0, "ATTENTION": "sdpa", "DATA_PATH": data.folder, "LOG_DIR": tmp_path / "logs",
+        "RUN_ID": "tiny", "VOCAB_SIZE": VOCAB, "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 2, "NUM_KV_HEADS": 1,
+        "TRAIN_SEQ_LEN": SEQ, "TRAIN_BATCH_TOKENS": 4 * SEQ, "ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 0,
+        "WARMUP_STEPS": 1, "WARMDOWN_ITERS": 3, "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 1, "EVAL_STRIDE": 8,
+    }  # fmt: skip
+    return {name: str(value) for name, value in values.items()}
+
+
+def config(env: dict[str, str], **more) -> tg.Config:
+    """The Config of an environment with changes, as the script itself would load it."""
+    changes = {name: str(value) for name, value in more.items()}
+    return tg.load_config({**env, **changes}, has_gpu=lambda: False).cfg
+
+
+@pytest.fixture
+def run(tiny):
+    """One rank's Run, without logs and without handlers."""
+    return tg.Run(config(tiny), rank=0, local_rank=0, world=1, local_world=1)
+
+
+@pytest.fixture(autouse=True)
+def undisturbed():
+    """Whatever a run in this process sets for the whole process is set back."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    tg.Run.current = None
+
+
+# ---- running the script
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def script(capsys):
+    """script(env, *args, **changes) -> Result: the script's main in this process."""
+
+    def call(env: dict[str, str], *args: str, **changes) -> Result:
+        capsys.readouterr()
+        status = tg.main(list(args), {**env, **{name: str(value) for name, value in changes.items()}})
+        return Result(status, *capsys.readouterr())
+
+    return call
+
+
+def process_env(env: dict[str, str]) -> dict[str, str]:
+    """The environment for a child: this one without knobs, one thread, and `env`."""
+    mine = {name: value for name, value in os.environ.items() if name not in tg.FIELDS}
+    return {**mine, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
+
+
+def spawn(env: dict[str, str], *launcher: str) -> subprocess.Popen:
+    """The script in a process of its own; `launcher` are options of torchrun, none for plain python."""
+    start = ["-m", "torch.distributed.run", *launcher] if launcher else []
+    return subprocess.Popen([sys.executable, *start, str(SCRIPT)], env=process_env(env), text=True, cwd=SCRIPT.parent,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def finished(process: subprocess.Popen, seconds: float = 240) -> Result:
+    """Wait for a process of `spawn`; a run that hangs is killed and fails the test."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"no end after {seconds} s:\n{out[-2000:]}\n{err[-4000:]}") from None
+    return Result(process.returncode, out, err)
+
+
+def torchrun(env: dict[str, str], ranks: int) -> Result:
+    """The script under torchrun on this machine."""
+    return finished(spawn(env, "--standalone", f"--nproc_per_node={ranks}"))
+
+
+# ---- reading logs
+
+
+def events(env: dict[str, str], kind: str | None = None) -> list[dict]:
+    """Lines of a run's JSONL, all or of one kind."""
+    path = Path(env["LOG_DIR"]) / f"{env['RUN_ID']}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["event"])]
+
+
+def losses(env: dict[str, str]) -> dict[int, float]:
+    """Step -> training loss; of a resumed run the later line of a step counts."""
+    return {e["step"]: e["train_loss"] for e in events(env, "step")}
+
+
+def score_of(env: dict[str, str]) -> float:
+    return events(env, "score")[-1]["val_bpb"]

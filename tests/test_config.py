@@ -1,0 +1,274 @@
+"""Section 1: every knob declared once, bounded, read, documented; mistakes caught all at once, by name."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+
+import pytest
+from conftest import SCRIPT
+
+import train_gpt as tg
+
+NO_GPU = {"has_gpu": lambda: False}
+BASE = {"RECIPE": "baseline"}
+
+
+def load(**env: str) -> tg.Loaded:
+    return tg.load_config(env, **NO_GPU)
+
+
+def message(**env: str) -> str:
+    with pytest.raises(tg.ConfigError) as error:
+        load(**{**BASE, **env})
+    return str(error.value)
+
+
+# ---- precedence and sources
+
+
+def test_environment_beats_recipe_beats_default():
+    loaded = load(RECIPE="cpu", NUM_LAYERS="3")
+    assert (loaded.cfg.num_layers, loaded.source["NUM_LAYERS"]) == (3, "env")
+    assert (loaded.cfg.model_dim, loaded.source["MODEL_DIM"]) == (tg.RECIPES["cpu"]["MODEL_DIM"], "recipe cpu")
+    assert (loaded.cfg.rope_base, loaded.source["ROPE_BASE"]) == (10000.0, "default")
+    assert set(loaded.source) == set(tg.FIELDS)
+
+
+@pytest.mark.parametrize("env, gpu, recipe", [
+    ({}, False, "cpu"),
+    ({}, True, tg.BEST_GPU_RECIPE),
+    ({"DEVICE": "cpu"}, True, "cpu"),
+    ({"RECIPE": "pr164"}, False, "pr164"),
+])  # fmt: skip
+def test_the_recipe_is_chosen_by_the_machine_and_the_log_can_say_why(env, gpu, recipe):
+    loaded = tg.load_config(env, has_gpu=lambda: gpu)
+    assert loaded.cfg.recipe == recipe
+    assert (loaded.recipe_reason == "RECIPE is set") == ("RECIPE" in env)
+    assert loaded.source["RECIPE"] == ("env" if "RECIPE" in env else "default")
+
+
+def test_an_artifact_header_stands_between_defaults_and_environment():
+    header = {"RECIPE": "cpu", "NUM_LAYERS": 4, "EVAL_STRIDE": 64}
+    loaded = tg.load_config({"EVAL_STRIDE": "32"}, header, **NO_GPU)
+    assert (loaded.cfg.num_layers, loaded.source["NUM_LAYERS"]) == (4, "artifact")
+    assert (loaded.cfg.eval_stride, loaded.source["EVAL_STRIDE"]) == (32, "env")
+    # the recipe's other values are the artifact's business alone: what it does not name had its default
+    assert loaded.cfg.model_dim == tg.FIELDS["MODEL_DIM"].default and loaded.cfg.recipe == "cpu"
+
+
+@pytest.mark.parametrize("header, text", [({"NUM_LAYERS": 4}, "4"), ({}, "9")])
+def test_what_shapes_the_model_cannot_be_changed_under_an_artifact(header, text):
+    with pytest.raises(tg.ConfigError, match=f"NUM_LAYERS=5: the artifact was made with {text}; unset NUM_LAYERS"):
+        tg.load_config({"NUM_LAYERS": "5"}, {"RECIPE": "baseline", **header}, **NO_GPU)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("NUM_LAYERS", "9"), ("NUM_LAYERS", 9.5), ("NUM_LAYERS", 10**9), ("NUM_LAYERS", True), ("NUM_LAYERS", None),
+    ("MLP_MULT", float("nan")), ("MLP_MULT", [2]), ("SMEAR", 1), ("LN_SCALE", "sideways"), ("VE_LAYERS", 3),
+    ("RECIPE", ["cpu"]),
+])  # fmt: skip
+def test_a_hostile_header_is_refused_by_name(name, value):
+    with pytest.raises(tg.ConfigError, match=name):
+        tg.load_config({}, {"RECIPE": "baseline", name: value}, **NO_GPU)
+
+
+def test_every_recipe_sets_only_known_knobs_to_values_in_bounds():
+    for recipe, values in tg.RECIPES.items():
+        for name, value in values.items():
+            assert tg.check_value(name, value) == value
+        assert load(RECIPE=recipe).cfg.recipe == recipe
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("env, words", [
+    ({"NUM_LAYERS": "four"}, ["NUM_LAYERS='four'", "an integer"]),
+    ({"NUM_LAYERS": "4.0"}, ["NUM_LAYERS='4.0'", "an integer"]),
+    ({"MATRIX_LR": "fast"}, ["MATRIX_LR='fast'", "a number"]),
+    ({"MATRIX_LR": "nan"}, ["MATRIX_LR=nan"]),
+    ({"MATRIX_LR": "inf"}, ["MATRIX_LR=inf"]),
+    ({"SMEAR": "yes"}, ["SMEAR='yes'", "0 or 1"]),
+    ({"MUON_BACKEND_STEPS": "11"}, ["MUON_BACKEND_STEPS=11", "1 to 10 iterations"]),
+    ({"SEED": "-1"}, ["SEED=-1", "0 to "]),
+    ({"TRAIN_LOG_EVERY": "0"}, ["TRAIN_LOG_EVERY=0", "at least 1 steps"]),
+    ({"MODE": "trian"}, ["MODE='trian'", "train, eval, plan"]),
+    ({"ATTENTION": "fast"}, ["ATTENTION='fast'", "auto, fa3, fa2, sdpa"]),
+    ({"RECIPE": "pr999"}, ["RECIPE='pr999'", *tg.RECIPES]),
+    ({"ATTN_BITS": "9"}, ["ATTN_BITS='9'", "2, 3, 4, 5, 6, 7, 8, 16, 32"]),
+    ({"MODEL_DIM": "100"}, ["MODEL_DIM=100 is not a multiple of NUM_HEADS=8"]),
+    ({"NUM_KV_HEADS": "3"}, ["NUM_HEADS=8 is not a multiple of NUM_KV_HEADS=3"]),
+    ({"MODEL_DIM": "24"}, ["MODEL_DIM=24 / NUM_HEADS=8", "odd head width"]),
+    ({"ROPE_DIMS": "7"}, ["ROPE_DIMS=7", "even number", "64"]),
+    ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66", "at most the head width 64"]),
+    ({"ROPE_TRAIN_LEN": "64", "ROPE_DIMS": "2"}, ["ROPE_TRAIN_LEN=64", "more than 2"]),
+    ({"XSA_LAST_N": "10"}, ["XSA_LAST_N=10 exceeds NUM_LAYERS=9"]),
+    ({"VE_DIM": "8", "VE_LAYERS": "one"}, ["VE_LAYERS='one'", "9,10"]),
+    ({"VE_DIM": "8", "VE_LAYERS": "9"}, ["VE_LAYERS=9", "0 to 8"]),
+    ({"VE_DIM": "8"}, ["VE_DIM=8 without VE_LAYERS"]),
+    ({"BIGRAM_VOCAB_SIZE": "1"}, ["BIGRAM_VOCAB_SIZE=1", "at least 2"]),
+    ({"ADAPTER_B_INIT": "published"}, ["ADAPTER_B_INIT=published", "ADAPTER_RANK"]),
+    ({"ENCODER_RECURRENCE": "1", "NUM_LAYERS": "1"}, ["ENCODER_RECURRENCE=1", "NUM_LAYERS=1"]),
+    ({"VALUE_RESIDUAL": "softmax", "NUM_LAYERS": "1"}, ["VALUE_RESIDUAL=softmax", "at least 2"]),
+    ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_FRACS": "0.5"}, ["PROG_SEQ_LENS='512,1024'", "PROG_SEQ_FRACS='0.5'"]),
+    ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_FRACS": "0.6,0.5"}, ["PROG_SEQ_FRACS='0.6,0.5'", "rising"]),
+    ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_LENS": "512,2048"}, ["PROG_SEQ_LENS=512,2048", "exceeds TRAIN_SEQ_LEN=1024"]),
+    ({"TRAIN_BATCH_TOKENS": "2000"}, ["TRAIN_BATCH_TOKENS=2000", "sequence length 1024", "nearest: 2048"]),
+    ({"TRAIN_BATCH_TOKENS": "512"}, ["TRAIN_BATCH_TOKENS=512", "nearest: 1024"]),
+    ({"SWA_EVERY": "10", "SWA_SOURCE": "ema"}, ["SWA_SOURCE=ema needs EMA_DECAY"]),
+    ({"ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "0"}, ["MAX_WALLCLOCK_SECONDS=0 and ITERATIONS=0"]),
+    ({"RESUME": "auto"}, ["RESUME=auto needs RUN_ID"]),
+    ({"EVAL_STRIDE": "2048"}, ["EVAL_STRIDE=2048 exceeds", "1024"]),
+    ({"EVAL_STAGES": "roundtrip,slding"}, ["EVAL_STAGES='roundtrip,slding'", "unknown stage slding"]),
+    ({"SCORE_STAGE": "sliding"}, ["SCORE_STAGE=sliding", "switched on: roundtrip"]),
+    ({"GATED_ATTN_BIAS_INIT": "x"}, ["ATTN_GATE_INIT='x'", "a number"]),
+    ({"VE_ENABLED": "yes"}, ["VE_ENABLED='yes'", "expected 0 or 1"]),
+])  # fmt: skip
+def test_a_bad_value_is_named_with_what_would_do(env, words):
+    text = message(**env)
+    assert all(word in text for word in words), text
+    assert len(text.splitlines()) == 1, text
+
+
+def test_all_bad_knobs_are_reported_at_once():
+    lines = message(RECIPE="best", NUM_LAYERS="0", MATRIX_LR="big", SMEAR="maybe", NUM_LAYRES="3").splitlines()
+    named = [re.match(r"[A-Z_]+", line).group() for line in lines]
+    assert sorted(named) == ["MATRIX_LR", "NUM_LAYERS", "NUM_LAYRES", "RECIPE", "SMEAR"]
+    assert len(message(MODEL_DIM="100", EVAL_STRIDE="4096", RESUME="auto").splitlines()) == 3
+
+
+# ---- names that are no knobs
+
+
+@pytest.mark.parametrize("typo, knob", [
+    ("NUM_LAYER", "NUM_LAYERS"), ("NUMLAYERS", "NUM_LAYERS"), ("NUM_LAYRES", "NUM_LAYERS"), ("MODEL_DIMS", "MODEL_DIM"),
+    ("MATIX_LR", "MATRIX_LR"), ("MUON_MOMENTM", "MUON_MOMENTUM"), ("EVAL_STIDE", "EVAL_STRIDE"), ("ITERATION", "ITERATIONS"),
+    ("TRAIN_BATCH_TOKEN", "TRAIN_BATCH_TOKENS"), ("VAL_LOSS_EVRY", "VAL_LOSS_EVERY"), ("DATAPATH", "DATA_PATH"),
+    ("WARMDOWN_ITER", "WARMDOWN_ITERS"), ("MAX_WALLCLOCK_SECS", "MAX_WALLCLOCK_SECONDS"), ("RECIPES", "RECIPE"),
+])  # fmt: skip
+def test_a_misspelt_knob_is_an_error_that_names_the_right_one(typo, knob):
+    assert message(**{typo: "1"}) == f"{typo} is no knob; did you mean {knob}?"
+
+
+def test_most_single_typos_of_all_knobs_are_caught():
+    def typos(name: str) -> set[str]:
+        middle = len(name) // 2
+        swapped = name[: middle - 1] + name[middle] + name[middle - 1] + name[middle + 1 :]
+        return {name[:-1], name + "S", name[:middle] + name[middle + 1 :], swapped} - set(tg.FIELDS)
+
+    made = [typo for name in tg.FIELDS if len(name) > 4 for typo in typos(name)][::3]
+    caught = [typo for typo in made if tg.misspelt(typo)]
+    assert len(made) > 150 and len(caught) >= 0.97 * len(made)
+
+
+def test_an_ordinary_shell_is_left_alone():
+    shell = ["PATH", "HOME", "LANG", "TERM", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES",
+             "GITHUB_RUN_ID", "NCCL_DEBUG", "OMP_NUM_THREADS", "HF_HOME", "EDITOR", "LS_COLORS", "VIRTUAL_ENV", "DISPLAY", "JAVA_HOME"]  # fmt: skip
+    loaded = load(**BASE, **dict.fromkeys(shell, "1"))
+    assert loaded.cfg == load(**BASE).cfg and not loaded.notices
+
+
+def test_a_name_that_shares_words_with_a_knob_only_warns():
+    assert any("DATA_DIR is no knob and is ignored" in notice for notice in load(**BASE, DATA_DIR="x").notices)
+
+
+def test_published_names_become_ours_and_an_explicit_knob_wins():
+    assert load(RECIPE="pr740", WEIGHT_DECAY="0.1").cfg.muon_wd == 0.1
+    assert load(RECIPE="pr740", WEIGHT_DECAY="0.1", MUON_WD="0.2").cfg.muon_wd == 0.2
+    assert load(RECIPE="pr740", MUON_WD="0.2", WEIGHT_DECAY="0.1").cfg.muon_wd == 0.2
+    # one name, two meanings: LN_SCALE acts on the inputs in #850 and on the outputs in #187
+    assert [load(RECIPE=r, LN_SCALE="1").cfg.ln_scale for r in ("pr850", "pr187")] == ["in", "out"]
+
+
+def test_published_knobs_without_effect_are_accepted_and_reported():
+    loaded = load(RECIPE="pr850", TTT_FREEZE_BLOCKS="2")
+    assert any("TTT_FREEZE_BLOCKS=2 has no effect" in notice for notice in loaded.notices)
+
+
+def test_every_published_name_leads_to_knobs_that_exist():
+    for recipe, table in tg.ALIASES.items():
+        for name, convert in table.items():
+            for value in ("0", "1", "C"):
+                try:
+                    ours = convert(value)
+                except tg.ConfigError:
+                    continue
+                assert ours.keys() <= tg.FIELDS.keys(), (recipe, name)
+
+
+# ---- nothing declared in vain
+
+
+def knob_reads() -> set[str]:
+    """Attributes read anywhere in the script but for Config's own declarations."""
+    tree = ast.parse(SCRIPT.read_text())
+    found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    # policies by role: getattr(cfg, f"{role}_bits") and the like
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr) and isinstance(node.values[-1], ast.Constant):
+            suffix = str(node.values[-1].value)
+            found |= {
+                name.lower()
+                for name in tg.FIELDS
+                if re.fullmatch(r"_[a-z_]+", suffix) and name.lower().endswith(suffix)
+            }
+    return found
+
+
+def test_every_knob_is_read():
+    read = knob_reads()
+    unread = {name for name in tg.FIELDS if name.lower() not in read}
+    assert not unread, f"declared and never read: {sorted(unread)}"
+
+
+def test_every_knob_has_a_text_and_a_default_within_its_bounds():
+    for name, f in tg.FIELDS.items():
+        assert len(f.metadata["doc"]) >= 5, name
+        assert tg.check_value(name, f.default) == f.default
+        assert f.type in tg.TYPES, name
+
+
+def test_choices_are_the_keys_of_the_strategy_tables():
+    choices = {name: f.metadata["choices"] for name, f in tg.FIELDS.items()}
+    assert choices["ATTN_GATE"] == tuple(tg.ATTN_GATES)
+    assert choices["VALUE_RESIDUAL"] == tuple(tg.VALUE_RESIDUALS)
+    assert choices["QUANT_CLIP"] == tuple(tg.CLIP_RULES)
+
+
+# ---- views
+
+
+def test_help_lists_every_knob_once_in_its_section(script):
+    text = script({}, "--help").out
+    shown = re.findall(r"^  ([A-Z][A-Z0-9_]+)=", text, re.M)
+    assert sorted(shown) == sorted(tg.FIELDS)
+    sections = re.findall(r"^\[(.+)\]$", text, re.M)
+    banners = re.findall(r"^# ==== (\d+ [A-Z]+)", SCRIPT.read_text(), re.M)
+    assert sections == [b for b in banners if b in sections] and len(sections) >= 8
+    assert "MUON_BACKEND_STEPS=5 (1 to 10 iterations)" in text and "GRAD_CLIP_NORM=0.0 (at least 0)" in text
+    assert "ATTN_GATE=none (none|input|scalar)" in text
+
+
+def test_dump_shows_value_and_source_and_feeds_itself(script):
+    text = script({"RECIPE": "cpu", "NUM_LAYERS": "3", "DEVICE": "cpu"}, "--dump-config").out
+    lines = dict(re.findall(r"^([A-Z0-9_]+)=(.*?)  # (?:.*)$", text, re.M))
+    assert "NUM_LAYERS=3  # env" in text and f"MODEL_DIM={tg.RECIPES['cpu']['MODEL_DIM']}  # recipe cpu" in text
+    assert lines.keys() == tg.FIELDS.keys()
+    again = tg.load_config(lines, **NO_GPU).cfg
+    assert again == load(RECIPE="cpu", NUM_LAYERS="3", DEVICE="cpu").cfg
+
+
+def test_a_wrong_argument_is_a_mistake(script):
+    result = script({}, "--halp")
+    assert result.status == 2 and "--halp" in result.err and "--help" in result.err
+
+
+def test_baseline_is_the_challenges_baseline():
+    cfg = load(RECIPE="baseline").cfg
+    assert (cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.mlp_mult) == (9, 512, 8, 4, 2.0)
+    d, kv, hidden = 512, 4 * 64, 1024
+    block = 2 * d * d + 2 * d * kv + 2 * d * hidden + 2 * d + 2 * d + 8  # matrices, scales, mix, q_gain
+    assert 1024 * d + 9 * block + 4 * d == 17_059_912
+    assert math.isclose(cfg.tied_embed_lr, 0.05) and cfg.grad_clip_norm == 0 and cfg.iterations == 20000

@@ -1,0 +1,192 @@
+"""Section 3: shards are what they claim, bytes are those of the text, ranks partition one stream."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import sentencepiece
+from conftest import BOS, SEQ, VOCAB, config, documents, write_shard
+
+import train_gpt as tg
+
+
+def message(call, *args) -> str:
+    with pytest.raises(tg.ConfigError) as error:
+        call(*args)
+    return str(error.value)
+
+
+# ---- shards
+
+
+def test_a_shard_reads_back(tmp_path):
+    tokens = np.arange(1000) % 300
+    assert np.array_equal(tg.load_shard(write_shard(tmp_path / "s.bin", tokens)), tokens)
+
+
+def test_a_bad_shard_is_refused_by_name(tmp_path):
+    good = np.arange(10)
+    cases = [
+        (write_shard(tmp_path / "magic.bin", good, magic=1), "expected magic 20240520"),
+        (write_shard(tmp_path / "version.bin", good, version=2), "shard version 2"),
+        (write_shard(tmp_path / "long.bin", good, count=9), "1044 bytes, its header promises 1042"),
+        (write_shard(tmp_path / "short.bin", good, count=11), "1044 bytes, its header promises 1046"),
+        (write_shard(tmp_path / "negative.bin", good, count=-1), "1044 bytes"),
+        (write_shard(tmp_path / "empty.bin", []), "holds no tokens"),
+    ]
+    (tmp_path / "tiny.bin").write_bytes(b"abc")
+    (tmp_path / "nothing.bin").write_bytes(b"")
+    cases += [(tmp_path / "tiny.bin", "not a token shard"), (tmp_path / "nothing.bin", "not a token shard")]
+    cases += [(tmp_path / "absent.bin", "no such shard")]
+    for path, words in cases:
+        text = message(tg.load_shard, path)
+        assert words in text and str(path) in text, text
+
+
+def test_a_token_beyond_the_vocabulary_is_found_before_training(tmp_path, data):
+    shard = data.train.copy()
+    shard[len(shard) // 2] = VOCAB
+    write_shard(tmp_path / "fineweb_train_000000.bin", shard)
+    text = message(tg.TokenStream, tg.load_split(tmp_path, "train"), VOCAB)
+    assert f"token id {VOCAB} with VOCAB_SIZE={VOCAB}" in text and "fineweb_train_000000.bin" in text
+
+
+# ---- where the data are
+
+
+def test_missing_and_empty_data_paths_are_told_apart(tmp_path, tiny):
+    assert "no such folder" in message(tg.find_data, config(tiny, DATA_PATH=tmp_path / "absent"))
+    assert "no fineweb_val_*.bin" in message(tg.find_data, config(tiny, DATA_PATH=tmp_path))
+
+
+def test_the_sample_is_the_default_and_is_marked(monkeypatch, tmp_path, tiny):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tg, "FINEWEB_DIR", tmp_path / "absent")
+    paths = tg.find_data(config({**tiny, "DATA_PATH": ""}))
+    assert paths.sample and paths.folder == tg.SAMPLE_DIR and paths.tokenizer.parent == tg.SAMPLE_DIR
+
+
+def test_a_tokenizer_of_another_size_is_refused(data, tmp_path):
+    assert f"{VOCAB} pieces but VOCAB_SIZE=301" in message(tg.Tokenizer, data.tokenizer, 301)
+    (tmp_path / "t.model").write_bytes(b"no model at all")
+    assert "not a SentencePiece model" in message(tg.Tokenizer, tmp_path / "t.model", VOCAB)
+
+
+# ---- bytes
+
+
+NASTY = ["emoji 😀 and accents é", "日本語 text", "two  spaces", "tabs\tand\nlines", "1234567890", "ﬁ ligature"]
+
+
+def test_bytes_counted_from_tokens_are_the_bytes_of_the_text(data):
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(data.tokenizer))
+    tokenizer = tg.Tokenizer(data.tokenizer, VOCAB)
+    for text in [*data.val_texts[:10], *NASTY]:
+        ids = sp.encode(text)
+        assert tokenizer.count_bytes(np.array([BOS, *ids])).sum() == len(sp.decode(ids).encode()), text
+
+
+def test_a_stream_of_documents_counts_the_bytes_of_each(data, tiny):
+    cfg = config(tiny)
+    text = tg.load_validation(cfg, data.folder, tg.Tokenizer(data.tokenizer, VOCAB))
+    assert np.array_equal(text.tokens.numpy(), data.val) and text.complete
+    assert int(text.bytes.sum()) == sum(len(t.encode()) for t in data.val_texts)
+    assert int(text.bytes[0]) == 0
+
+
+def test_boundary_pieces_are_no_text_and_eat_the_space_after_them(data):
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(data.tokenizer))
+    tokenizer = tg.Tokenizer(data.tokenizer, VOCAB)
+    spaced = next(i for i in range(VOCAB) if sp.id_to_piece(i).startswith("▁") and len(sp.id_to_piece(i)) > 2)
+    length = len(sp.id_to_piece(spaced)) - 1
+    plain = next(i for i in range(VOCAB) if sp.id_to_piece(i) == "a")
+    assert tokenizer.count_bytes(np.array([BOS, spaced, spaced, plain, 2, spaced])).tolist() == [
+        length,
+        length + 1,
+        1,
+        0,
+        length,
+    ]
+
+
+# ---- validation
+
+
+def test_a_prefix_of_the_validation_stream_is_no_score(data, tiny):
+    tokenizer = tg.Tokenizer(data.tokenizer, VOCAB)
+    cut = tg.load_validation(config(tiny, VAL_TOKENS=100), data.folder, tokenizer)
+    assert len(cut.tokens) == 100 and not cut.complete
+    whole = tg.load_validation(config(tiny, VAL_TOKENS=len(data.val)), data.folder, tokenizer)
+    assert whole.complete and len(whole.tokens) == len(data.val)
+
+
+def test_the_tail_is_scored_unless_it_is_dropped_on_purpose(data, tiny):
+    tokenizer = tg.Tokenizer(data.tokenizer, VOCAB)
+    dropped = tg.load_validation(config(tiny, VAL_DROP_TAIL=1), data.folder, tokenizer)
+    assert (len(dropped.tokens) - 1) % SEQ == 0 and 0 < len(data.val) - len(dropped.tokens) < SEQ
+
+
+def test_validation_shorter_than_a_window_is_refused(data, tiny):
+    tokenizer = tg.Tokenizer(data.tokenizer, VOCAB)
+    text = message(tg.load_validation, config(tiny, EVAL_SEQ_LEN=2**16), data.folder, tokenizer)
+    assert f"{len(data.val)} validation tokens are fewer than one window of 65536" in text
+
+
+# ---- batches
+
+
+class Rank:
+    """The part of Run that a Batcher uses."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world, self.device = rank, world, tg.torch.device("cpu")
+
+    share = tg.Run.share
+
+
+def stream(data) -> tg.TokenStream:
+    return tg.TokenStream(tg.load_split(data.folder, "train"), VOCAB)
+
+
+def batchers(cfg, data, world: int) -> list[tg.Batcher]:
+    return [tg.Batcher(cfg, stream(data), Rank(r, world)) for r in range(world)]
+
+
+def gathered(ranks: list[tg.Batcher], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of one step, of all ranks in order."""
+    parts = [b.next(seq_len) for b in ranks]
+    return tuple(np.concatenate([p[i].numpy() for p in parts]) for i in (0, 1))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_ranks_partition_every_step_of_one_stream(data, tiny, world):
+    cfg, batch = config(tiny), 4 * SEQ
+    ranks = batchers(cfg, data, world)
+    endless = np.concatenate([data.train, data.train])
+    for step in range(len(data.train) // batch + 2):  # into the second pass
+        inputs, targets = gathered(ranks, SEQ)
+        at = step * batch
+        assert np.array_equal(inputs.ravel(), endless[at : at + batch])
+        assert np.array_equal(targets.ravel(), endless[at + 1 : at + batch + 1])
+
+
+def test_the_curriculum_changes_rows_not_tokens(data, tiny):
+    cfg = config(tiny, PROG_SEQ_ENABLED=1, PROG_SEQ_LENS="8,16", PROG_SEQ_FRACS="0.3,0.6")
+    assert [tg.seq_len_at(cfg, f) for f in (0.0, 0.29, 0.3, 0.59, 0.6, 1.0)] == [8, 8, 16, 16, 32, 32]
+    ranks = batchers(cfg, data, 3)
+    flat = []
+    for seq_len in (8, 16, 32):
+        inputs, _ = gathered(ranks, seq_len)
+        assert inputs.shape == (4 * SEQ // seq_len, seq_len)
+        flat.append(inputs.ravel())
+    assert np.array_equal(np.concatenate(flat), data.train[: 3 * 4 * SEQ])
+
+
+def test_fewer_sequences_than_ranks_names_the_nearest_batch_that_works(data, tiny):
+    text = message(tg.Batcher, config(tiny), stream(data), Rank(0, 5))
+    assert "TRAIN_BATCH_TOKENS=128 holds 4 sequences of 32, fewer than the 5 ranks" in text
+    assert "TRAIN_BATCH_TOKENS=160" in text
+
+
+def test_documents_differ_between_the_splits():
+    assert not set(documents(1, 220)) & set(documents(2, 40))
