@@ -94,7 +94,7 @@ class Config:
     # fmt: off
     # ---- 1 CONFIG
     recipe: str = knob("auto", "", "named set of values; auto: the best on a GPU, cpu without one")
-    mode: str = knob("train", "", "what to do", choices=("train", "eval", "plan", "compress", "decompress", "sample", "explain"))
+    mode: str = knob("train", "", "what to do", choices=("train", "eval", "plan", "compress", "decompress", "sample"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
     run_id: str = knob("", "", "names the logs; empty: time-recipe-seed")
@@ -250,8 +250,8 @@ class Config:
     ttt_polyak_decay: float = knob(0.0, "", "score with an average of the LoRA that decays so a chunk; 0: the latest", lo=0, hi=0.99999)
     ttt_byte_weighted: bool = knob(True, "", "TTT loss weighs each token by its bytes (at least 1)")
     ttt_temperature: float = knob(1.0, "", "logits are divided by this constant in stage ttt", lo=0.1, hi=10)
-    input: str = knob("", "file", "what MODE=compress, decompress or explain reads")
-    output: str = knob("", "file", "what they write; empty: INPUT.pgz, INPUT without .pgz, INPUT.html")
+    input: str = knob("", "file", "what MODE=compress and decompress read")
+    output: str = knob("", "file", "what they write; empty: INPUT.pgz, INPUT without .pgz")
     codec_lanes: int = knob(16, "lanes", "most independent stretches of a text that are coded side by side; more is faster, fewer learn longer", lo=1, hi=4096)
     prompt: str = knob("", "text", "what MODE=sample continues; empty: a new document")
     sample_tokens: int = knob(256, "tokens", "most tokens that MODE=sample writes", lo=1, hi=1000000)
