@@ -4575,6 +4575,12 @@ def open_job(loaded: Loaded, append_logs: bool) -> Job:
     return Job(loaded, run, paths, tokenizer, text)
 
 
+def shown_path(path: Path) -> str:
+    """A path as logs show it: relative to the working folder where it lies below it, so that logs can be published."""
+    resolved, here = path.resolve(), Path.cwd()
+    return str(resolved.relative_to(here)) if resolved.is_relative_to(here) else str(path)
+
+
 def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -4607,10 +4613,10 @@ def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> Non
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
               python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
               source_sha256=sha256_text(source), source_bytes=len(source.encode()), params=count_parameters(model),
-              data={"path": str(job.paths.folder), "sample": job.paths.sample, "train_shards": train_shards,
+              data={"path": shown_path(job.paths.folder), "sample": job.paths.sample, "train_shards": train_shards,
                     "train_tokens": train_tokens, "val_tokens": len(job.text.tokens) - 1,
                     "val_sha256": hashlib.sha256(job.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
-              tokenizer={"path": str(job.paths.tokenizer), "sha256": job.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
+              tokenizer={"path": shown_path(job.paths.tokenizer), "sha256": job.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
     run.event("config", values=values, sources=job.loaded.source)
 
 
