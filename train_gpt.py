@@ -125,7 +125,7 @@ class Config:
     rope_train_len: int = knob(0, "tokens", "NTK-aware base: scaled by (len/this)^(d/(d-2)) where longer; 0: off", lo=0, shape=True)
     qk_gain_init: float = knob(1.5, "", "initial per-head gain on normalised queries", lo=0, hi=100, shape=True)
     ln_scale: str = knob("none", "", "1/sqrt(layer+1) on normalised block inputs (in) or on block outputs (out)", choices=("none", "in", "out"), shape=True)
-    xsa_last_n: int = knob(0, "blocks", "exclusive self attention in the last N blocks", lo=0, hi=256, shape=True)
+    xsa_last_n: int = knob(0, "blocks", "exclusive self attention in the last N blocks; -1: all", lo=-1, hi=256, shape=True)
     attn_gate: str = knob("none", "", "gate on each head's output: from the input, or one scalar a head", choices=("none", "input", "scalar"), shape=True)
     attn_gate_init: float = knob(4.0, "", "initial gate logit (bias of `input`, value of `scalar`)", lo=-20, hi=20, shape=True)
     value_residual: str = knob("none", "", "mix the first block's values into every later block's", choices=("none", "softmax", "sigmoid"), shape=True)
@@ -274,6 +274,11 @@ class Config:
         return self.num_layers // 2 if self.skip_split == "floor" else (self.num_layers + 1) // 2
 
     @property
+    def xsa_layers(self) -> range:
+        """Blocks with exclusive self attention."""
+        return range(0 if self.xsa_last_n < 0 else self.num_layers - self.xsa_last_n, self.num_layers)
+
+    @property
     def eval_len(self) -> int:
         return self.eval_seq_len or self.train_seq_len
 
@@ -316,13 +321,18 @@ class Config:
         if self.rope_train_len and (self.rope_dims or self.head_dim) <= 2:
             yield f"ROPE_TRAIN_LEN={self.rope_train_len}: the NTK rule needs more than 2 rotated dims"
         if self.xsa_last_n > self.num_layers:
-            yield f"XSA_LAST_N={self.xsa_last_n} exceeds NUM_LAYERS={self.num_layers}"
+            yield f"XSA_LAST_N={self.xsa_last_n} exceeds NUM_LAYERS={self.num_layers}; XSA_LAST_N=-1 means all blocks"
+        for name in ("mlp_mult", "mlp_mult_encoder", "mlp_mult_decoder"):
+            if 0 < getattr(self, name) * self.model_dim < 1:
+                yield f"{name.upper()}={getattr(self, name)} leaves no hidden unit at MODEL_DIM={self.model_dim}"
         yield from self._branch_errors()
 
     def _branch_errors(self) -> Iterator[str]:
         try:
             if any(not 0 <= i < self.num_layers for i in self.value_layers):
                 yield f"VE_LAYERS={self.ve_layers}: blocks are 0 to {self.num_layers - 1} with NUM_LAYERS={self.num_layers}"
+            if len(set(self.value_layers)) < len(self.value_layers):
+                yield f"VE_LAYERS={self.ve_layers}: a block is named twice"
             if self.ve_dim and not self.value_layers:
                 yield f"VE_DIM={self.ve_dim} without VE_LAYERS: name the blocks that add the value embedding, or VE_DIM=0"
         except ValueError:
@@ -398,7 +408,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "BRANCH_PROJ_SCALED": True, "ROPE_TRAIN_LEN": 1024, "EVAL_STRIDE": 64,
     },
     "pr740": {
-        **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 2.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": 9, "ROPE_DIMS": 32,
+        **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 2.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1, "ROPE_DIMS": 32,
         "LN_SCALE": "in", "SMEAR_BEFORE_NORM": True, "BIGRAM_HASH": "pr740", "BIGRAM_SCALE": 0.0,
         "BIGRAM_TABLE_STD": 1.0, "BIGRAM_TABLE_ROLE": "scalar", "BIGRAM_PROJ_ROLE": "scalar",
         "LINEAR_INIT": "orthogonal", "MATRIX_LR": 0.02, "SCALAR_LR": 0.02, "TIED_EMBED_LR": 0.03,
@@ -1207,17 +1217,14 @@ class Linear(nn.Module):
         if self.weight.device.type != "meta":
             init_matrix(self.weight, init, gain)
 
-    def matrix(self) -> Tensor:
+    def matrix(self, ctx: Ctx) -> Tensor:
         """The effective weight (out, in), fp32."""
-        return self.weight
+        return self.weight if ctx.fake_quant is None else ctx.fake_quant(self.weight)
 
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         if ctx.tap is not None:
             ctx.tap(self.site, x)
-        w = self.matrix()
-        if ctx.fake_quant is not None:
-            w = ctx.fake_quant(w)
-        y = F.linear(x, w.to(x.dtype))
+        y = F.linear(x, self.matrix(ctx).to(x.dtype))
         return y + ctx.lora[self.site](x) if self.site in ctx.lora else y
 
 
@@ -1229,42 +1236,48 @@ def random_words(seed: int, n: int) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+def mix_rows(x_NM: np.ndarray) -> np.ndarray:
+    """x K, K = Hadamard(2^a) (x) (odd part I - 2 J): symmetric, K K = m^2 / 2^a I, and integers stay integers."""
+    n, m = x_NM.shape
+    two = m & -m
+    odd = m // two
+    x = x_NM.reshape(n, two, odd)
+    x = odd * x - 2.0 * x.sum(-1, keepdims=True)
+    half = 1
+    while half < two:
+        x = x.reshape(n, two // (2 * half), 2, half * odd)
+        x = np.stack([x[:, :, 0] + x[:, :, 1], x[:, :, 0] - x[:, :, 1]], axis=2)
+        half *= 2
+    return x.reshape(n, m)
+
+
 def random_orthogonal(seed: int, m: int) -> np.ndarray:
-    """A pseudo-random orthogonal matrix (m, m) fp64, bit-identical on every machine: Q = P K S K P' S' with
-    K = Hadamard(2^a) (x) Householder(odd part), random signs S and permutations P.
+    """A pseudo-random orthogonal matrix (m, m) fp64, bit-identical on every machine: Q = S P K S' P' K S'' P'' / norm with
+    random signs S, permutations P and the integer mixing K of `mix_rows`.
 
     No QR: its last bits depend on the LAPACK build. All sums here are of integers below 2^53, exact in any order; one
-    division rounds at the end, correctly by IEEE 754.
+    division rounds at the end, correctly by IEEE 754. Without the middle permutation K S' K would be a dyadic convolution
+    (34 values fill 512 x 512); with it, entries and rows are distributed as those of a Gaussian QR.
     """
-    odd, two = m, 1
-    while odd % 2 == 0:
-        odd, two = odd // 2, two * 2
-    hadamard = np.ones((1, 1))
-    while len(hadamard) < two:
-        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-    core = np.kron(hadamard, odd * np.eye(odd) - 2.0 * np.ones((odd, odd)))  # norm of a row: odd * sqrt(two)
-    words = random_words(seed, 4 * m).reshape(4, m)
-    rows, cols = (np.argsort(w, kind="stable") for w in words[:2])
-    inner, outer = (np.where(w >> np.uint64(63), 1.0, -1.0) for w in words[2:])
-    return (core[rows] * inner) @ core[:, cols] * outer / (odd * odd * two)
+    signs, orders = random_words(seed, 6 * m).reshape(2, 3, m)
+    flips = np.where(signs >> np.uint64(63), 1.0, -1.0)
+    q = np.eye(m)
+    for i, order in enumerate(np.argsort(orders, axis=1, kind="stable")):
+        q = mix_rows(q) if i else q
+        q = (q * flips[i])[:, order]
+    return q / (m * m // (m & -m))
 
 
-ADAPTER_TYPES = {
-    "q": 0,
-    "kv": 1,
-    "k": 1,
-    "v": 5,
-    "out": 2,
-    "up": 3,
-    "down": 4,
-}  # #1095's numbering; v only if kv is split
+# #1095's numbering of the frozen bases; v only where keys and values are not fused.
+ADAPTER_TYPES = {"q": 0, "kv": 1, "k": 1, "out": 2, "up": 3, "down": 4, "v": 5}
 
 
 class AdapterLinear(Linear):
     """W = base + B A: a frozen random orthogonal base that is never stored, and a trained rank-r adapter (#1095).
 
     base = Q[:out, :in] / sqrt(in), so all its singular values are 1/sqrt(in). A ~ N(0, 1/in); B = 0 starts at the base
-    (published: N(0, 1/r) on q, kv and up, which swamps it). Masters are fp32.
+    (published: N(0, 1/r) on q, kv and up, which swamps it). Masters are fp32. What is stored is A and B, never W, so QAT
+    leaves W alone.
     """
 
     def __init__(self, cfg: Config, layer: int, kind: str, site: str, d_in: int, d_out: int, lr_mult: float) -> None:
@@ -1282,7 +1295,7 @@ class AdapterLinear(Linear):
             base = torch.from_numpy((q[:d_out, :d_in] / math.sqrt(d_in)).astype(np.float32))
         self.register_buffer("base", base, persistent=False)
 
-    def matrix(self) -> Tensor:
+    def matrix(self, ctx: Ctx) -> Tensor:  # noqa: ARG002
         return self.base + self.b @ self.a
 
 
@@ -1652,7 +1665,7 @@ class Attention(nn.Module):
         self.q_gain_H = vector(cfg.num_heads, value=cfg.qk_gain_init)
         self.gate = ATTN_GATES[cfg.attn_gate](cfg)
         self.value_residual = VALUE_RESIDUALS[cfg.value_residual if layer else "none"]()
-        self.exclude_self = exclude_self if layer >= cfg.num_layers - cfg.xsa_last_n else lambda y, v: y  # noqa: ARG005
+        self.exclude_self = exclude_self if layer in cfg.xsa_layers else lambda y, v: y  # noqa: ARG005
         self.attend = attend_sdpa
 
     def heads(self, x_BTD: Tensor) -> Tensor:
@@ -2269,8 +2282,9 @@ class BigramCounts:
 
     def __init__(self, cfg: Config, run: Run) -> None:
         self.cfg, self.run, self.vocab = cfg, run, cfg.vocab_size
-        self.pairs = torch.zeros(self.vocab * self.vocab, device=run.device)
-        self.totals = torch.zeros(self.vocab, device=run.device)
+        # Integers: an fp32 count stops growing at 2^24, which a frequent token passes within one run.
+        self.pairs = torch.zeros(self.vocab * self.vocab, dtype=torch.int64, device=run.device)
+        self.totals = torch.zeros(self.vocab, dtype=torch.int64, device=run.device)
 
     def weights(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """(B, T) in [1 - alpha, 1]."""
@@ -2279,7 +2293,8 @@ class BigramCounts:
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """Count this step's pairs."""
-        keys, ones = (inputs * self.vocab + targets).flatten(), torch.ones(inputs.numel(), device=self.run.device)
+        keys = (inputs * self.vocab + targets).flatten()
+        ones = torch.ones_like(keys)
         if self.cfg.complement_sync and self.run.world > 1:
             fresh = torch.zeros_like(self.pairs).index_add_(0, keys, ones)
             self.pairs += self.run.all_reduce(fresh)
