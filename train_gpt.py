@@ -201,7 +201,7 @@ class Config:
     qat_start_frac: float = knob(0.0, "", "share of the budget at which QAT starts", lo=0, hi=1)
     complement_alpha: float = knob(0.0, "", "complementary training: weight 1 - alpha p_bigram on each token (#803); 0: off", lo=0, hi=1)
     complement_normalized: bool = knob(False, "", "divide the weighted loss by the weights' sum instead of the token count")
-    complement_sync: bool = knob(False, "", "sum the bigram counts over ranks")
+    complement_sync: bool = knob(True, "", "sum the bigram counts over ranks; 0: each rank counts its own tokens, as published")
     checkpoint_every: int = knob(0, "steps", "save a checkpoint; 0: only when stopped by a signal and never before", lo=0)
     checkpoint_keep: int = knob(2, "files", "how many checkpoints stay", lo=1)
     resume: str = knob("", "", "auto: the newest checkpoint of RUN_ID if there is one; or a checkpoint file")
@@ -405,7 +405,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pr164": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 3.0, "ITERATIONS": 9000, "MATRIX_LR": 0.02, "SCALAR_LR": 0.02,
         "TIED_EMBED_LR": 0.03, "WARMDOWN_ITERS": 3000, "GRAD_CLIP_NORM": 0.3, "LINEAR_INIT": "orthogonal",
-        "BRANCH_PROJ_SCALED": True, "ROPE_TRAIN_LEN": 1024, "EVAL_STRIDE": 64,
+        "BRANCH_PROJ_SCALED": True, "ROPE_TRAIN_LEN": 1024, "EVAL_STRIDE": 256,
     },
     "pr740": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 2.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1, "ROPE_DIMS": 32,
@@ -439,7 +439,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ADAPTER_RANK": 64, "LINEAR_INIT": "orthogonal", "BRANCH_PROJ_SCALED": True, "TRAIN_SEQ_LEN": 2048,
         "TRAIN_BATCH_TOKENS": 524288, "WARMDOWN_ITERS": 5000, "TIED_EMBED_LR": 0.035, "MATRIX_LR": 0.04,
         "SCALAR_LR": 0.025, "MUON_WD": 0.04, "ADAM_WD": 0.04, "GRAD_CLIP_NORM": 0.1, "EMA_DECAY": 0.997,
-        "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
+        "QAT": "ste", "QAT_START_FRAC": 0.75, "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
     },
 }  # fmt: skip
 BEST_GPU_RECIPE = "pr187"
@@ -457,6 +457,18 @@ def mapped(name: str, table: dict[str, str]) -> Converter:
     return lambda value: {name: table.get(value, value)}
 
 
+def computed(convert: Callable[[float], dict[str, Any]]) -> Converter:
+    """Published number -> our knobs, computed from it."""
+
+    def read(value: str) -> dict[str, str]:
+        try:
+            return {k: str(v) for k, v in convert(float(value)).items()}
+        except ValueError:
+            raise ConfigError("expected a number") from None
+
+    return read
+
+
 def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
     """Published 0/1 switch -> our knobs when on and when off."""
 
@@ -464,6 +476,17 @@ def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
         if value not in ("0", "1"):
             raise ConfigError(f"expected 0 or 1, got {value!r}")
         return {k: str(v) for k, v in (on if value == "1" else off).items()}
+
+    return convert
+
+
+def chosen(table: dict[str, dict[str, Any]]) -> Converter:
+    """Published word -> our knobs."""
+
+    def convert(value: str) -> dict[str, str]:
+        if value not in table:
+            raise ConfigError(f"expected one of {', '.join(table)}")
+        return {k: str(v) for k, v in table[value].items()}
 
     return convert
 
@@ -476,37 +499,46 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "VRL_ENABLED": mapped("VALUE_RESIDUAL", {"0": "none", "1": "softmax"}),
         "VALUE_RESIDUAL": mapped("VALUE_RESIDUAL", {"0": "none", "1": "sigmoid"}),
         "GATED_ATTN_ENABLED": mapped("ATTN_GATE", {"0": "none", "1": "input"}),
-        "GATED_ATTN": mapped("ATTN_GATE", {"0": "none", "1": "scalar"}),
+        "GATED_ATTN": switch({"ATTN_GATE": "scalar", "ATTN_GATE_INIT": 1.0}, {"ATTN_GATE": "none"}),
         "GATED_ATTN_BIAS_INIT": renamed("ATTN_GATE_INIT"),
         "LEAKY_RELU": mapped("LEAKY_SLOPE", {"0": "0.0", "1": "0.5"}),
         "TIED_EMBED_INIT_STD": renamed("EMBED_INIT_STD"),
-        "VE_ENABLED": switch({}, {"VE_DIM": 0, "VE_LAYERS": ""}),
+        "VE_ENABLED": switch({"VE_DIM": 128}, {"VE_DIM": 0, "VE_LAYERS": ""}),
         "EVAL_ONLY": switch({"MODE": "eval"}, {}),
         "EMA_ENABLED": switch({"EMA_DECAY": 0.997}, {"EMA_DECAY": 0.0}),
-        "MUON_BACKEND": lambda _: {},
-    },
-    "pr164": {
         "QAT_ENABLED": switch({"QAT": "ste"}, {"QAT": "none"}),
-        "SWA_ENABLED": switch({"SWA_EVERY": 200, "SWA_START_SCALE": 1.0}, {"SWA_EVERY": 0}),
-    },
-    "pr740": {
+        "SWA_ENABLED": switch({"SWA_EVERY": 50}, {"SWA_EVERY": 0}),
         "WEIGHT_DECAY": renamed("MUON_WD"),
-        "SWA_ENABLED": switch({"SWA_EVERY": 50, "SWA_BLEND": 0.5}, {"SWA_EVERY": 0}),
+    },
+    "pr164": {  # its average, collected through the whole warmdown, replaces the weights
+        "SWA_ENABLED": switch({"SWA_EVERY": 200, "SWA_START_SCALE": 1.0, "SWA_BLEND": 1.0}, {"SWA_EVERY": 0}),
+    },
+    "pr740": {  # both start by the clock, at 10 % and 40 %; SWA here as the warmdown starts, at 49 % in the record run
+        "EMA_ENABLED": switch({"EMA_DECAY": 0.997, "EMA_START_FRAC": 0.1}, {"EMA_DECAY": 0.0}),
+        "SWA_ENABLED": switch({"SWA_EVERY": 50, "SWA_START_SCALE": 1.0}, {"SWA_EVERY": 0}),
     },
     "pr187": {
         "LN_SCALE": mapped("LN_SCALE", {"0": "none", "1": "out"}),
-        "RUN_CONFIG": lambda v: {"NUM_LAYERS": "12", "MLP_MULT": "2", "TRAIN_SEQ_LEN": "1024", "WARMDOWN_ITERS": "2600"}
-        if v == "C" else {},
+        "RUN_CONFIG": chosen({
+            "A": {},
+            "C": {"NUM_LAYERS": 12, "MLP_MULT": 2.0, "TRAIN_SEQ_LEN": 1024, "WARMDOWN_ITERS": 2600},
+        }),
     },
-    "pr850": {"QAT_TRIGGER_FRAC": renamed("QAT_START_FRAC")},
-    "pr1095": {},
+    "pr850": {
+        "QAT_TRIGGER_FRAC": renamed("QAT_START_FRAC"),
+        "QAT_ENABLED": switch({"QAT_START_FRAC": 0.0}, {}),  # from the first step; late QAT has its own switch
+        "LATE_QAT_THRESHOLD": computed(lambda v: {} if v > 0 else {"QAT": "none"}),  # was read as on or off
+    },
+    # Published QAT starts where the learning-rate scale falls below the threshold, 5000 steps of warmdown in 9912.
+    "pr1095": {
+        "LATE_QAT_THRESHOLD": computed(lambda v: {"QAT_START_FRAC": 1 - v * 5000 / 9912} if v > 0 else {"QAT": "none"}),
+    },
 }  # fmt: skip
 
 # Published knobs that never did anything: accepted, reported, and without effect here too.
 NO_EFFECT: dict[str, dict[str, str]] = {
     "*": {
         "MUON_BETA2": "read by no published update rule",
-        "QAT_ENABLED": "the published switch was never reached; use QAT",
         "MTP_NUM_HEADS": "multi-token heads were off in every published run and are not part of this script",
         "MTP_LOSS_WEIGHT": "belongs to MTP_NUM_HEADS",
         "DTG_ENABLED": "the per-token gate was off in every published run and is not part of this script",
@@ -515,10 +547,13 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "WARMDOWN_ITERS": "the published schedule is WSD, which never reads it",
         "NGRAM_EVAL_CHUNK_TOKENS": "the published pass is cut by TTT_CHUNK_TOKENS",
         "TTT_FREEZE_BLOCKS": "the published adaptation freezes all base weights",
-        "LATE_QAT_THRESHOLD": "only an on/off switch in the published script; use QAT and QAT_START_FRAC",
+        "TTT_MOMENTUM": "the published adaptation uses AdamW",
         "SWA_ENABLED": "the published script always averaged; use SWA_EVERY",
     },
-    "pr1095": {"SWA_ENABLED": "the published sums were collected and never applied; use SWA_EVERY"},
+    "pr1095": {
+        "SWA_ENABLED": "the published sums were collected and never applied; use SWA_EVERY",
+        "TTT_FREEZE_BLOCKS": "test-time training here leaves all base weights alone; use TTT_LORA_BLOCKS",
+    },
 }
 
 # Names that torchrun, Slurm and the shell own; never mistaken for a misspelt knob.
@@ -1467,7 +1502,7 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     g = v_BTGK.shape[2]
     y = y_BTHK.view(b, t, g, h // g, k)
     unit = F.normalize(v_BTGK, dim=-1, eps=1e-12)[:, :, :, None]
-    return (y - (y * unit).sum(-1, keepdim=True) * unit).view(b, t, h, k)
+    return (y - (y * unit).sum(-1, keepdim=True) * unit).flatten(2, 3)
 
 
 class NoGate(nn.Module):
@@ -2277,7 +2312,8 @@ class BigramCounts:
     """Running counts C(a, b) of the training stream, which down-weight tokens that a bigram predicts (#803, #850).
 
     Weight of target b after a: max(0.1, 1 - alpha C(a, b) / (T(a) + 1)); 1 before anything is counted. Counted after the
-    step (no look-ahead), never in evaluation; COMPLEMENT_SYNC sums the step's counts over ranks.
+    step (no look-ahead), never in evaluation. COMPLEMENT_SYNC sums the step's counts over ranks, so that the weights do
+    not depend on their number; without it each rank counts the tokens it reads, as published.
     """
 
     def __init__(self, cfg: Config, run: Run) -> None:
@@ -2285,11 +2321,14 @@ class BigramCounts:
         # Integers: an fp32 count stops growing at 2^24, which a frequent token passes within one run.
         self.pairs = torch.zeros(self.vocab * self.vocab, dtype=torch.int64, device=run.device)
         self.totals = torch.zeros(self.vocab, dtype=torch.int64, device=run.device)
+        self.mean_weight = torch.ones((), device=run.device)  # of the last weights, for the log
 
     def weights(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """(B, T) in [1 - alpha, 1]."""
         share = self.pairs[inputs * self.vocab + targets] / (self.totals[inputs] + 1)
-        return (1 - self.cfg.complement_alpha * share).clamp_min(0.1)
+        weights = (1 - self.cfg.complement_alpha * share).clamp_min(0.1)
+        self.mean_weight = weights.mean()
+        return weights
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """Count this step's pairs."""
@@ -2304,11 +2343,16 @@ class BigramCounts:
             self.totals.index_add_(0, inputs.flatten(), ones)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"pairs": self.pairs, "totals": self.totals}
+        """The counts of every rank, (ranks, V V); all ranks must call it."""
+        counts = self.pairs.new_zeros(self.run.world, len(self.pairs))
+        counts[self.run.rank] = self.pairs
+        return {"pairs": self.run.all_reduce(counts)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.pairs.copy_(state["pairs"])
-        self.totals.copy_(state["totals"])
+        """This rank's counts, or at another world size an equal share of all."""
+        counts = state["pairs"]
+        self.pairs.copy_(counts[self.run.rank] if len(counts) == self.run.world else counts.sum(0) // len(counts))
+        self.totals = self.pairs.view(self.vocab, self.vocab).sum(1)
 
 
 # ---- checkpoints
@@ -2468,7 +2512,6 @@ class Trainer:
         Compiles, allocates, and finds the micro-batch: halved on out-of-memory (the step stays the same).
         """
         weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        counts = None if self.counts is None else {k: v.clone() for k, v in self.counts.state_dict().items()}
         fracs = sorted(
             {
                 0.0,
@@ -2493,7 +2536,7 @@ class Trainer:
         self.optimizers.reset()
         self.average = WeightAverage(self.cfg, self.model)
         if self.counts is not None:
-            self.counts.load_state_dict(counts)
+            self.counts = BigramCounts(self.cfg, self.run)
         self.step, self.batcher.stream.position = 0, 0
         if self.cfg.warmup_steps:
             self.run.log(
@@ -2629,10 +2672,14 @@ class TrainingLoop:
         eta = (now - self.first_elapsed) * (1 - frac) / max(frac - self.first_elapsed / (self.budget or math.inf), 1e-6)
         line = (f"step:{step}/{cfg.iterations} train_loss:{mean:.4f} lr_scale:{scale:.3f} train_time:{1000 * now:.0f}ms "
                 f"step_avg:{1000 * pace:.2f}ms tokens_per_s:{rate:.0f} mfu:{'n/a' if mfu is None else f'{mfu:.3f}'} eta:{eta:.0f}s")  # fmt: skip
+        counts, extra = self.trainer.counts, {}
+        if counts is not None:
+            extra["complement_weight"] = float(self.run.all_reduce(counts.mean_weight.clone())) / self.run.world
+            line += f" complement_weight:{extra['complement_weight']:.4f}"
         self.lines.append(line)
         self.run.log(line)
         self.run.event("step", step=step, total=cfg.iterations, train_loss=mean, lr_scale=scale, train_s=now,
-                       step_ms=1000 * pace, tokens_per_s=rate, mfu=mfu, eta_s=eta)  # fmt: skip
+                       step_ms=1000 * pace, tokens_per_s=rate, mfu=mfu, eta_s=eta, **extra)  # fmt: skip
 
     def announce_switches(self, frac: float) -> None:
         """Log what turns on at this share of the budget: sequence length, QAT; and each new pass over the data."""
