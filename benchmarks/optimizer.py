@@ -1,0 +1,110 @@
+"""Cost of one optimizer step: batched banks against torch.optim.Muon and against one matrix at a time.
+
+    python benchmarks/optimizer.py [--recipe cpu pr850] [--rounds 7] [--device cpu|cuda]
+
+Every contender takes one step per round on its own copy of the recipe's model, in turn, so that a busy machine slows all
+alike; printed are medians and their ratios to the banks. AdamW's part is in every row. torch.optim.Muon always multiplies
+in bf16, so the banks appear once in their own dtype for this device and once in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt as tg
+
+
+def model_with_gradients(recipe: str, device: torch.device) -> tuple[tg.Config, tg.GPT]:
+    """A fresh model of the recipe, its gradients filled with noise."""
+    cfg = tg.load_config({"RECIPE": recipe}).cfg
+    model = tg.GPT(cfg).to(device)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.randn_like(p)
+    return cfg, model
+
+
+def banks(recipe: str, device: torch.device, dtype: str = "auto", single: bool = False) -> Callable[[], None]:
+    """Our optimizer; `single` gives each matrix a bank of its own, which is the per-matrix loop."""
+    cfg, model = model_with_gradients(recipe, device)
+    cfg = dataclasses.replace(cfg, muon_dtype=dtype)
+    run = SimpleNamespace(world=1, rank=0, device=device)
+    optimizers = tg.Optimizers(cfg, model, run)
+    if single:
+        pairs = [pair for bank in optimizers.banks for pair in zip(bank.names, bank.params, strict=True)]
+        optimizers.banks = [tg.MatrixBank({name: p}, run, optimizers.banks[0].dtype) for name, p in pairs]
+    return lambda: optimizers.step(0, 1.0)
+
+
+def torch_muon(recipe: str, device: torch.device) -> Callable[[], None]:
+    """torch.optim.Muon for the matrices and fused AdamW for the rest, as a user would write it."""
+    cfg, model = model_with_gradients(recipe, device)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.role == "matrix"]
+    muon = torch.optim.Muon(matrices, lr=cfg.matrix_lr, momentum=cfg.muon_momentum, weight_decay=cfg.muon_wd)
+    adam = torch.optim.AdamW([p for p in trainable if p.role != "matrix"], lr=cfg.scalar_lr, fused=True)
+
+    def step() -> None:
+        muon.step()
+        adam.step()
+
+    return step
+
+
+def milliseconds(step: Callable[[], None], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def report(recipe: str, rounds: int, device: torch.device) -> None:
+    """Measure one recipe and print its table."""
+    contenders = {
+        "banks": banks(recipe, device),
+        "one matrix at a time": banks(recipe, device, single=True),
+        "banks, bf16": banks(recipe, device, "bf16"),
+        "torch.optim.Muon (bf16)": torch_muon(recipe, device),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds + 1):
+        for name, step in contenders.items():
+            elapsed = milliseconds(step, device)
+            if i > 0:  # the first round allocates and warms up
+                times[name].append(elapsed)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, median in medians.items():
+        print(
+            f"{recipe:8} {name:24} {median:9.1f} ms   x{median / medians['banks']:.2f}   (least {min(times[name]):.1f})"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", nargs="+", default=["cpu", "pr850"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"one optimizer step, {name}, median of {args.rounds}")
+    for recipe in args.recipe:
+        report(recipe, args.rounds, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""Section 5: orthogonalisation, Muon, AdamW groups, and their equality over any number of processes."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import train_gpt as tg
+
+ALONE = SimpleNamespace(world=1, rank=0, device=torch.device("cpu"))
+SHAPES = {
+    "a": (24, 16),
+    "b": (24, 16),
+    "c": (24, 16),
+    "d": (16, 24),
+    "e": (32, 32),
+}  # no world of 2 or 3 divides all banks
+STEPS = 4
+ADAM_RATES = {"table": 0.03, "head": 0.03, "gain": 0.02, "mix": 0.01}  # of TIED_EMBED_LR .03 and SCALAR_LR .02
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Toy matrices gain nothing from threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Toy(nn.Module):
+    """Five matrices of three shapes, a table, a head and two control parameters; `b` learns at twice the rate."""
+
+    def __init__(self, head_role: str = "embed"):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(role: str, *shape: int, lr_mult: float = 1.0) -> nn.Parameter:
+            return tg.tag(nn.Parameter(torch.randn(shape, generator=generator)), role, "control", lr_mult)
+
+        for name, shape in SHAPES.items():
+            self.register_parameter(name, parameter("matrix", *shape, lr_mult=2.0 if name == "b" else 1.0))
+        self.table = parameter("embed", 11, 8)
+        self.head = parameter(head_role, 11, 8)
+        self.gain = parameter("scalar", 7)
+        self.mix = parameter("scalar", 2, 5, lr_mult=0.5)
+
+
+def config(**knobs) -> tg.Config:
+    """The defaults with a short momentum warm-up, so that few steps see it move."""
+    return tg.Config(**{"muon_momentum_warmup_steps": 3, **knobs})
+
+
+def set_grads(model: nn.Module, step: int, parts: list[int]) -> None:
+    """The gradient of `step` is the sum of numbered parts; part 0 does not touch the parameters `c` and `gain`."""
+    for index, (name, p) in enumerate(model.named_parameters()):
+        p.grad = None
+        for part in parts:
+            if part > 0 or name not in ("c", "gain"):
+                generator = torch.Generator().manual_seed(10_000 * step + 100 * part + index)
+                grad = torch.randn(p.shape, generator=generator) * (1 + step)  # growing, so that clipping matters
+                p.grad = grad if p.grad is None else p.grad + grad
+
+
+def train(model: nn.Module, optimizers: tg.Optimizers, steps: range, parts: list[int]) -> None:
+    for step in steps:
+        set_grads(model, step, parts)
+        optimizers.step(step, lr_scale=1.0 - 0.1 * step)
+        optimizers.zero_grad()
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(left: dict, right: dict, **tolerance: float) -> None:
+    """Bitwise, or within a tolerance; nested dicts of tensors."""
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if isinstance(value, dict):
+            assert_same(value, right[key], **tolerance)
+        elif tolerance:
+            torch.testing.assert_close(value, right[key], **tolerance)
+        else:
+            assert torch.equal(value, right[key]), key
+
+
+# ---- orthogonalisation
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_brings_singular_values_near_one(dtype):
+    G = 1e-3 * torch.randn(2, 256, 512, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(tg.orthogonalize(G, 5, dtype).float())
+    assert values.min() > 0.65 and values.max() < 1.25
+
+
+def test_orthogonalize_keeps_singular_vectors():
+    G = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(0))
+    U, _, Vh = torch.linalg.svd(G[0], full_matrices=False)
+    core = U.T @ tg.orthogonalize(G, 5, torch.float32)[0] @ Vh.T
+    assert (core - core.diag().diag()).abs().max() < 1e-3
+
+
+def test_orthogonalize_of_the_transpose_is_the_transpose():
+    G = torch.randn(3, 96, 40, generator=torch.Generator().manual_seed(1))
+    wide, tall = tg.orthogonalize(G.mT.contiguous(), 5, torch.float32), tg.orthogonalize(G, 5, torch.float32)
+    torch.testing.assert_close(tall, wide.mT, rtol=0, atol=1e-5)
+
+
+def test_a_batch_equals_its_matrices_one_by_one_and_zeros_stay_zeros():
+    G = torch.randn(3, 20, 30, generator=torch.Generator().manual_seed(2))
+    G[1] = 0
+    together = tg.orthogonalize(G, 5, torch.float32)
+    alone = torch.cat([tg.orthogonalize(g[None], 5, torch.float32) for g in G])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    assert torch.equal(together[1], torch.zeros(20, 30))
+
+
+# ---- Muon
+
+
+def test_products_are_bf16_where_that_is_fast_unless_told_otherwise():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (tg.muon_dtype("auto", cpu), tg.muon_dtype("auto", gpu)) == (torch.float32, torch.bfloat16)
+    assert (tg.muon_dtype("bf16", cpu), tg.muon_dtype("fp32", gpu)) == (torch.bfloat16, torch.float32)
+
+
+def test_momentum_rises_linearly_then_stays():
+    momenta = [tg.muon_momentum(step, 0.85, 0.95, 4) for step in (0, 2, 4, 100)]
+    assert momenta == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert tg.muon_momentum(0, 0.85, 0.95, 0) == 0.95
+
+
+def test_equals_torch_muon_at_constant_momentum_without_weight_decay(monkeypatch):
+    """torch's momentum is an average and ours a sum: a constant factor, which the orthogonalisation removes."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's Muon in fp32, to compare all digits
+    ours, theirs = Toy(), Toy()
+    knobs = {"muon_momentum_warmup_start": 0.9, "muon_momentum": 0.9, "matrix_lr": 0.05}
+    optimizers = tg.Optimizers(config(**knobs), ours, ALONE)
+    groups = [{"params": [getattr(theirs, name)], "lr": 0.1 if name == "b" else 0.05} for name in SHAPES]
+    muon = torch.optim.Muon(groups, momentum=0.9, nesterov=True, weight_decay=0.0)
+    for step in range(6):
+        for model in (ours, theirs):
+            set_grads(model, step, [1])
+        optimizers.step(step, 1.0)
+        muon.step()
+    for name in SHAPES:
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+
+
+def test_size_of_an_update():
+    """An orthogonal (R, C) matrix has entries of rms 1/sqrt(max(R, C)); tall ones are scaled by sqrt(R/C)."""
+    model = nn.Module()
+    model.square = tg.tag(nn.Parameter(torch.zeros(256, 256)), "matrix", "mlp")
+    model.tall = tg.tag(nn.Parameter(torch.zeros(512, 128)), "matrix", "mlp")
+    model.gain = tg.tag(nn.Parameter(torch.zeros(3)), "scalar", "control")
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    tg.Optimizers(config(matrix_lr=0.02), model, ALONE).step(0, lr_scale=0.5)
+    rms_square, rms_tall = (p.detach().square().mean().sqrt().item() for p in (model.square, model.tall))
+    assert rms_square == pytest.approx(0.01 / math.sqrt(256), rel=0.2)
+    assert rms_tall == pytest.approx(0.01 * math.sqrt(512 / 128) / math.sqrt(512), rel=0.2)
+
+
+def test_weight_decay_before_or_after_the_update():
+    results = {}
+    for name, knobs in {
+        "none": {},
+        "before": {"muon_wd": 0.5, "muon_wd_order": "before"},
+        "after": {"muon_wd": 0.5, "muon_wd_order": "after"},
+    }.items():
+        model = Toy()
+        start = weights(model)
+        train(model, tg.Optimizers(config(matrix_lr=0.1, **knobs), model, ALONE), range(1), [1])
+        results[name] = weights(model)
+    for name in SHAPES:
+        keep = 1 - 0.5 * 0.1 * (2.0 if name == "b" else 1.0)
+        update = results["none"][name] - start[name]
+        torch.testing.assert_close(results["before"][name], start[name] * keep + update)
+        torch.testing.assert_close(results["after"][name], (start[name] + update) * keep)
+    assert torch.equal(results["none"]["gain"], results["before"]["gain"])
+
+
+# ---- groups
+
+
+@pytest.mark.parametrize(("tied", "table_lr"), [(True, 0.3), (False, 0.2)])
+def test_each_role_learns_at_its_own_rate(tied, table_lr):
+    """Adam's first step moves every entry by its learning rate."""
+    model = Toy(head_role="head")
+    start = weights(model)
+    cfg = config(tie_embeddings=tied, tied_embed_lr=0.3, embed_lr=0.2, head_lr=0.1, scalar_lr=0.05)
+    optimizers = tg.Optimizers(cfg, model, ALONE)
+    set_grads(model, 0, [1])
+    optimizers.step(0, lr_scale=0.5)
+    for name, rate in {"table": table_lr, "head": 0.1, "gain": 0.05, "mix": 0.5 * 0.05}.items():
+        moved = (getattr(model, name).detach() - start[name]).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.5 * rate), rtol=1e-3, atol=0)
+
+
+def test_small_parameters_follow_torch_adamw():
+    ours, theirs = Toy(), Toy()
+    cfg = config(tied_embed_lr=0.03, scalar_lr=0.02, beta1=0.8, beta2=0.99, adam_eps=1e-2, adam_wd=0.1)
+    optimizers = tg.Optimizers(cfg, ours, ALONE)
+    groups = [{"params": [getattr(theirs, name)], "lr": lr} for name, lr in ADAM_RATES.items()]
+    adam = torch.optim.AdamW(groups, betas=(0.8, 0.99), eps=1e-2, weight_decay=0.1, foreach=False)
+    for step in range(5):
+        for model in (ours, theirs):
+            set_grads(model, step, [1])
+        optimizers.step(step, 1.0)
+        adam.step()
+    for name in ADAM_RATES:
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
+
+
+def test_adam_weight_decay_is_decoupled_and_spares_matrices():
+    plain, decayed = Toy(), Toy()
+    start = weights(plain)
+    for model, wd in ((plain, 0.0), (decayed, 0.4)):
+        train(model, tg.Optimizers(config(scalar_lr=0.1, adam_wd=wd), model, ALONE), range(1), [1])
+    torch.testing.assert_close(decayed.gain.detach(), plain.gain.detach() - 0.1 * 0.4 * start["gain"])
+    assert torch.equal(decayed.a, plain.a)
+
+
+def test_a_parameter_without_a_role_is_named():
+    model = Toy()
+    model.orphan = nn.Parameter(torch.zeros(3))
+    model.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+    with pytest.raises(AssertionError, match=r"no optimizer owns \['orphan'\]"):
+        tg.Optimizers(config(), model, ALONE)
+
+
+@pytest.mark.parametrize("recipe", sorted(tg.RECIPES))
+def test_every_parameter_of_every_recipe_has_one_owner(recipe):
+    cfg = tg.load_config({"RECIPE": recipe}).cfg
+    with torch.device("meta"):
+        model = tg.GPT(cfg)
+    run = SimpleNamespace(world=3, rank=1, device=torch.device("meta"))
+    optimizers = tg.Optimizers(cfg, model, run)
+    owned = [id(p) for part in (optimizers.small, *optimizers.banks) for p in part.params]
+    assert len(owned) == len(set(owned))
+    assert set(owned) == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_a_missing_gradient_counts_as_zeros():
+    silent, zeros = Toy(), Toy()
+    for model in (silent, zeros):
+        optimizers = tg.Optimizers(config(), model, ALONE)
+        train(model, optimizers, range(2), [1])
+        set_grads(model, 2, [0])  # leaves `c` and `gain` without gradient
+        if model is zeros:
+            model.c.grad, model.gain.grad = torch.zeros_like(model.c), torch.zeros_like(model.gain)
+        before = weights(model)
+        optimizers.step(2, 1.0)
+        assert not torch.equal(before["c"], model.c) and not torch.equal(before["gain"], model.gain)  # momentum goes on
+    assert_same(weights(silent), weights(zeros))
+
+
+# ---- clipping
+
+
+def test_clip_scales_the_global_norm_to_the_limit():
+    model, twin = Toy(), Toy()
+    for m in (model, twin):
+        set_grads(m, 0, [1, 2])
+    optimizers = tg.Optimizers(config(), model, ALONE)
+    for part in (optimizers.small, *optimizers.banks):
+        part.reduce()
+    norm = optimizers.clip(0.7)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.7))
+    for part in (optimizers.small, *optimizers.banks):
+        for p, grad in zip(part.params, part.grads, strict=False):
+            name = next(n for n, q in model.named_parameters() if q is p)
+            torch.testing.assert_close(grad, twin.get_parameter(name).grad)
+
+
+def test_a_limit_above_the_norm_changes_nothing():
+    free, limited, tight = Toy(), Toy(), Toy()
+    for model, limit in ((free, 0.0), (limited, 1e6), (tight, 1.0)):
+        train(model, tg.Optimizers(config(grad_clip_norm=limit), model, ALONE), range(3), [1])
+    assert_same(weights(free), weights(limited))
+    assert not torch.equal(free.a, tight.a) and not torch.equal(free.gain, tight.gain)
+
+
+# ---- state
+
+
+def test_state_round_trip_through_a_file_is_bitwise(tmp_path):
+    model = Toy()
+    optimizers = tg.Optimizers(config(), model, ALONE)
+    train(model, optimizers, range(2), [1])
+    torch.save({"model": model.state_dict(), "optimizers": optimizers.state_dict()}, tmp_path / "state.pt")
+    train(model, optimizers, range(2, STEPS), [1])
+
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = Toy()
+    resumed.load_state_dict(saved["model"])
+    again = tg.Optimizers(config(), resumed, ALONE)
+    again.load_state_dict(saved["optimizers"])
+    train(resumed, again, range(2, STEPS), [1])
+    assert_same(weights(resumed), weights(model))
+    assert_same(again.state_dict(), optimizers.state_dict())
+
+
+def test_a_saved_state_does_not_move_with_later_steps():
+    model = Toy()
+    optimizers = tg.Optimizers(config(), model, ALONE)
+    train(model, optimizers, range(1), [1])
+    state = optimizers.state_dict()
+    before = copy.deepcopy(state)
+    train(model, optimizers, range(1, 3), [1])
+    assert_same(state, before)
+
+
+def test_reset_undoes_priming_steps_bitwise():
+    fresh, primed = Toy(), Toy()
+    start = weights(primed)
+    optimizers = tg.Optimizers(config(grad_clip_norm=1.0), primed, ALONE)
+    train(primed, optimizers, range(3), [1])
+    primed.load_state_dict(start)
+    optimizers.reset()
+    train(primed, optimizers, range(3), [2])
+    reference = tg.Optimizers(config(grad_clip_norm=1.0), fresh, ALONE)
+    train(fresh, reference, range(3), [2])
+    assert_same(weights(primed), weights(fresh))
+    assert_same(optimizers.state_dict(), reference.state_dict())
+
+
+# ---- several processes
+
+SHARED = {"grad_clip_norm": 5.0, "muon_wd": 0.1, "adam_wd": 0.1}
+DTYPES = ("fp32", "bf16")
+
+
+def worker(rank: int, world: int, folder: str) -> None:
+    """Trains on part `rank` of each gradient; then once more from step 2 of the state that one process has saved."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    run = SimpleNamespace(world=world, rank=rank, device=torch.device("cpu"))
+    for dtype in DTYPES:
+        model, out = Toy(), {}
+        optimizers = tg.Optimizers(config(muon_dtype=dtype, **SHARED), model, run)
+        train(model, optimizers, range(2), [rank])
+        out["state"] = optimizers.state_dict()
+        train(model, optimizers, range(2, STEPS), [rank])
+        out["weights"] = weights(model)
+
+        alone = torch.load(f"{folder}/alone-{dtype}.pt", weights_only=True)
+        model.load_state_dict(alone["half"])
+        optimizers.load_state_dict(alone["state"])
+        train(model, optimizers, range(2, STEPS), [rank])
+        out["resumed"] = weights(model)
+        torch.save(out, f"{folder}/{dtype}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train_alone(dtype: str, parts: list[int]) -> dict[str, dict]:
+    """The same training in one process: weights and state after two steps, weights at the end."""
+    model, out = Toy(), {}
+    optimizers = tg.Optimizers(config(muon_dtype=dtype, **SHARED), model, ALONE)
+    train(model, optimizers, range(2), parts)
+    out["half"], out["state"] = weights(model), optimizers.state_dict()
+    train(model, optimizers, range(2, STEPS), parts)
+    return out | {"weights": weights(model)}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_equal_one(world, tmp_path):
+    """Whatever the world size: same weights, same state, and each continues from the other's state."""
+    parts = list(range(world))
+    alone = {dtype: train_alone(dtype, parts) for dtype in DTYPES}
+    for dtype in DTYPES:
+        torch.save(alone[dtype], tmp_path / f"alone-{dtype}.pt")
+    mp.spawn(worker, (world, str(tmp_path)), nprocs=world)
+    for dtype, tolerance in {"fp32": {"rtol": 1e-4, "atol": 1e-5}, "bf16": {"rtol": 0.02, "atol": 2e-3}}.items():
+        expected = alone[dtype]
+        ranks = [torch.load(tmp_path / f"{dtype}-{rank}.pt", weights_only=True) for rank in parts]
+        for other in ranks[1:]:
+            assert_same(ranks[0], other)
+        assert_same(ranks[0]["state"], expected["state"], **tolerance)
+        assert_same(ranks[0]["weights"], expected["weights"], **tolerance)
+        assert_same(ranks[0]["resumed"], expected["weights"], **tolerance)
+
+        model = Toy()  # one process continues from the state of several
+        model.load_state_dict(expected["half"])
+        optimizers = tg.Optimizers(config(muon_dtype=dtype, **SHARED), model, ALONE)
+        optimizers.load_state_dict(ranks[0]["state"])
+        train(model, optimizers, range(2, STEPS), parts)
+        assert_same(ranks[0]["weights"], weights(model), **tolerance)
