@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cpu":
+        tg.tune_cpu(1)  # as a training run does
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"one optimizer step, {name}, median of {args.rounds}")
     for recipe in args.recipe:
