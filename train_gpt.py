@@ -1990,10 +1990,10 @@ def orthogonalize(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 def muon_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """MUON_DTYPE as a dtype. auto: bf16 on CUDA, as published; fp32 elsewhere, which keeps different world sizes together.
+    """MUON_DTYPE as a dtype. auto: bf16 on CUDA, as published; fp32 elsewhere, which keeps world sizes together.
 
-    Relative noise of 1e-7 in the gradients of a small regression grew in 20 steps to 1e-6 in the loss with fp32, to 1.5e-4
-    with bf16. On a CPU with AVX512-BF16 a step of the `cpu` recipe's optimizer takes 35 ms with fp32, 22 ms with bf16.
+    Relative noise of 1e-7 in the gradients of a small regression grew in 20 steps to 1e-6 in the loss with fp32, to
+    1.5e-4 with bf16. On a CPU with AVX512-BF16 the `cpu` recipe's optimizer takes 35 ms with fp32, 22 ms with bf16.
     """
     if choice == "auto":
         choice = "bf16" if device.type == "cuda" else "fp32"
