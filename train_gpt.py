@@ -156,6 +156,7 @@ class Config:
     adapter_b_init: str = knob("zero", "", "B of the adapters: zeros, or N(0, 1/r) on q, kv and up", choices=("zero", "published"), shape=True)
     adapter_seed: int = knob(42, "", "seed of the frozen bases", lo=0, hi=2**31 - 1, shape=True)
     attention: str = knob("auto", "", "attention kernel", choices=("auto", "fa3", "fa2", "sdpa", "blocks"))
+    train_dtype: str = knob("auto", "", "arithmetic of training; auto: bf16 on a GPU, else fp32; fast: bf16 also on CPUs that have it in hardware", choices=("auto", "fast", "fp32", "bf16"))
     compile: str = knob("auto", "", "torch.compile: where it pays, never, or always", choices=("auto", "0", "1"))
     # ---- 5 OPTIMIZER
     tied_embed_lr: float = knob(0.05, "", "Adam rate of embedding tables when the head shares the token table", lo=0)
@@ -401,7 +402,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cpu": {
         "NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 512,
         "TRAIN_BATCH_TOKENS": 8192, "MAX_WALLCLOCK_SECONDS": 240, "WARMUP_STEPS": 1, "WARMDOWN_ITERS": 150,
-        "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 20, "EVAL_STRIDE": 128,
+        "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 20, "EVAL_STRIDE": 128, "TRAIN_DTYPE": "fast",
     },
     "pr164": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 3.0, "ITERATIONS": 9000, "MATRIX_LR": 0.02, "SCALAR_LR": 0.02,
@@ -1818,6 +1819,15 @@ class KVCache:
         return self.slots[slot][0][:, :end], self.slots[slot][1][:, :end]
 
 
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What TRAIN_DTYPE `name` means on this device. A CPU without bf16 units multiplies bf16 several times slower."""
+    if name == "fast" and device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+    bf16 = name == "bf16" or (name != "fp32" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 class GPT(nn.Module):
     """The language model. One forward path: `features` -> `logits`, `nll`; callers differ only by their `Ctx`."""
 
@@ -1845,9 +1855,11 @@ class GPT(nn.Module):
         """Every projection's site and the shape (out, in) of its effective matrix."""
         return {m.site: m.shape for m in self.modules() if isinstance(m, Linear)}
 
-    def place(self, device: torch.device, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> GPT:
-        """Move to the device and choose dtype (bf16 on a GPU, fp32 elsewhere: it is faster there) and attention kernel."""
-        self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    def place(
+        self, device: torch.device, attend: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: str = "auto"
+    ) -> GPT:
+        """Move to the device and choose attention kernel and dtype (TRAIN_DTYPE's words); parameters stay fp32."""
+        self.compute_dtype = compute_dtype(dtype, device)
         for block in self.blocks:
             block.attn.attend = attend
         return self.to(device)
@@ -4695,8 +4707,9 @@ def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> Non
 def build_model(cfg: Config, run: Run) -> GPT:
     """The model on its device, with the attention kernel that ATTENTION names; the same weights on every rank."""
     name, attend = choose_attention(cfg.attention, run.device)
-    run.log(f"attention:{name}")
-    return GPT(cfg).place(run.device, attend)
+    model = GPT(cfg).place(run.device, attend, cfg.train_dtype)
+    run.log(f"attention:{name} dtype:{str(model.compute_dtype).removeprefix('torch.')}")
+    return model
 
 
 # Knobs that belong to one machine or one call, not to the artifact.
