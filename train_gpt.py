@@ -39,6 +39,7 @@ import difflib
 import fnmatch
 import functools
 import hashlib
+import html
 import itertools
 import json
 import lzma
@@ -94,7 +95,7 @@ class Config:
     # fmt: off
     # ---- 1 CONFIG
     recipe: str = knob("auto", "", "named set of values; auto: the best on a GPU, cpu without one")
-    mode: str = knob("train", "", "what to do", choices=("train", "eval", "plan", "compress", "decompress", "sample"))
+    mode: str = knob("train", "", "what to do", choices=("train", "eval", "plan", "compress", "decompress", "sample", "explain"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
     run_id: str = knob("", "", "names the logs; empty: time-recipe-seed")
@@ -252,8 +253,9 @@ class Config:
     ttt_polyak_decay: float = knob(0.0, "", "score with an average of the LoRA that decays so a chunk; 0: the latest", lo=0, hi=0.99999)
     ttt_byte_weighted: bool = knob(True, "", "TTT loss weighs each token by its bytes (at least 1)")
     ttt_temperature: float = knob(1.0, "", "logits are divided by this constant in stage ttt", lo=0.1, hi=10)
-    input: str = knob("", "file", "what MODE=compress and decompress read")
-    output: str = knob("", "file", "what they write; empty: INPUT.pgz, INPUT without .pgz")
+    input: str = knob("", "file", "what MODE=compress, decompress and explain read")
+    output: str = knob("", "file", "what they write; empty: INPUT.pgz, INPUT without .pgz, INPUT.html")
+    explain_tokens: int = knob(20000, "tokens", "most tokens that MODE=explain explains", lo=1)
     codec_lanes: int = knob(16, "lanes", "most independent stretches of a text that are coded side by side; more is faster, fewer learn longer", lo=1, hi=4096)
     prompt: str = knob("", "text", "what MODE=sample continues; empty: a new document")
     sample_tokens: int = knob(256, "tokens", "most tokens that MODE=sample writes", lo=1, hi=1000000)
@@ -4368,7 +4370,12 @@ class LaneNetwork:
             self.cache = self.fresh_cache()
         ctx = Ctx(cache=self.cache)
         z = self.model.logits(self.model.features(self.tokens[:, start : self.t], ctx)[:, -1], ctx)
-        return z.double().softmax(-1).cpu()
+        self.network_p = z.double().softmax(-1).cpu()
+        return self.network_p
+
+    def mixture(self, lane: int) -> tuple[float, int, int]:  # noqa: ARG002
+        """(weight of the network, tokens of the longest context seen before, how often): the network stands alone."""
+        return 1.0, -1, 0
 
     def take(self, tokens_L: np.ndarray) -> None:
         """Each lane's coded token."""
@@ -4631,6 +4638,191 @@ def sample_text(cfg: Config, run: Run, model: GPT, sp: Any, prompt: str, tokens:
             shown = text
 
 
+# ---- explainer: what each token cost, and who foresaw it
+
+
+class TokenNote(NamedTuple):
+    """One token of a document, what it cost and what else was expected."""
+
+    text: str
+    bits: float  # as the codec would code it
+    network_bits: float  # by the network alone
+    ngram_bits: float  # by the n-gram side alone; inf where it gave the token nothing
+    network_share: float  # weight of the network in the mixture, 1 where no context matched
+    match: int  # tokens of the longest context seen before
+    seen: int  # how often that context was seen
+    likely: list[tuple[str, float]]  # the likeliest tokens and their probabilities
+    piece: str  # the token itself, as `likely` spells it
+
+
+def read_documents(path: str, data: bytes, sp: Any) -> list[str]:
+    """Documents of a token shard (.bin, split at BOS), of a .jsonl with "text" fields, or the file as one document."""
+    if path.endswith(".bin"):
+        tokens = check_ids(np.asarray(load_shard(Path(path))), sp.vocab_size(), path)
+        parts = np.split(tokens, np.flatnonzero(tokens == sp.bos_id()))
+        return [sp.decode(part[part != sp.bos_id()].tolist()) for part in parts if len(part) > 1]
+    try:
+        text = data.decode()
+        return (
+            [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
+            if path.endswith(".jsonl")
+            else [text]
+        )
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f'INPUT={path}: expected UTF-8 text, a .jsonl of objects with "text", or a token shard'
+        ) from None
+
+
+def token_texts(sp: Any, text: str) -> tuple[list[int], list[str]]:
+    """(token ids of a document, the stretch of the original text that each stands for); what precedes text joins its first token."""
+    normal, edits = Normalizer(sp).split(text.encode()) or (sp.decode(sp.encode(text)), [])
+    shown = ["", *normal, ""]
+    for e in edits:
+        shown[e.at : e.at + len(e.old)] = [e.new.strip(START + END), *[""] * (len(e.old) - 1)]
+    ids, texts, at, raw = sp.encode(normal), [], 1, b""
+    for i in ids:
+        if sp.is_byte(i):  # the last byte of a character shows it
+            raw += bytes([int(sp.id_to_piece(i)[3:5], 16)])
+            size = len(raw.decode(errors="ignore"))
+            raw = b"" if size else raw
+        else:
+            size = len(sp.id_to_piece(i)) - (not texts and sp.id_to_piece(i).startswith("▁"))
+        texts.append("".join(shown[at : at + size]))
+        at += size
+    if texts:
+        texts[0], texts[-1] = shown[0] + texts[0], texts[-1] + shown[-1]
+    return ids, texts
+
+
+def costs(lanes: LaneNetwork, lane: int, p_V: Tensor, token: int) -> tuple[float, float, float, float, int, int]:
+    """TokenNote's numbers: what the mixture gave the token, split into the network's part and the n-gram's."""
+    bits = lambda p: math.inf if p <= 0 else -math.log2(p)  # noqa: E731
+    share, match, seen = lanes.mixture(lane)
+    p, network = float(p_V[token]), float(lanes.network_p[lane, token])
+    ngram = (p - share * network) / (1 - share) if share < 1 else 0.0
+    return bits(p), bits(network), bits(ngram if ngram > 1e-12 else 0.0), share, match, seen
+
+
+def explain_lanes(codec: Codec, split: list[tuple[list[int], list[str]]]) -> list[list[TokenNote]]:
+    """Notes on documents side by side, one a lane."""
+    counts = np.array([len(ids) for ids, _ in split])
+    lanes = lane_experts(codec.cfg, codec.run, codec.model, len(split), int(counts.max()))
+    notes: list[list[TokenNote]] = [[] for _ in split]
+    for t in range(counts.max()):
+        p_LV = lanes.dist()
+        best = p_LV.topk(min(6, p_LV.shape[1]))
+        for lane in np.flatnonzero(counts > t):
+            ids, texts = split[lane]
+            pairs = zip(best.indices[lane].tolist(), best.values[lane].tolist(), strict=True)
+            spell = lambda i: codec.sp.id_to_piece(i).replace("▁", " ")  # noqa: E731
+            likely = [(spell(i), p) for i, p in pairs]
+            notes[lane].append(TokenNote(texts[t], *costs(lanes, lane, p_LV[lane], ids[t]), likely, spell(ids[t])))
+        lanes.take(np.array([ids[t] if t < len(ids) else 0 for ids, _ in split]))
+    return notes
+
+
+def explain(codec: Codec, documents: list[str], limit: int) -> list[list[TokenNote]]:
+    """Notes on every token of the documents, each coded on its own; at most `limit` tokens together."""
+    split, left = [], limit
+    for document in documents:
+        ids, texts = token_texts(codec.sp, document)
+        if ids and left:
+            split.append((ids[:left], texts[:left]))
+            left -= len(split[-1][0])
+    result, since, size = [], time.perf_counter(), codec.cfg.codec_lanes
+    for lo in range(0, len(split), size):
+        result += explain_lanes(codec, split[lo : lo + size])
+        codec.run.progress("explaining", sum(map(len, result)), limit - left, since)
+    return result
+
+
+def document_totals(notes: list[TokenNote]) -> dict[str, float]:
+    """Tokens, bytes and bits of one document, and bits a byte of mixture and network."""
+    size = max(len("".join(n.text for n in notes).encode(errors="replace")), 1)
+    bits, network = sum(n.bits for n in notes), sum(n.network_bits for n in notes)
+    return {"tokens": len(notes), "bytes": size, "bits": bits, "bpb": bits / size, "network_bpb": network / size}
+
+
+def terminal_text(notes: list[TokenNote]) -> str:
+    """The document with each token on a background from grey-blue (cheap) to red (12 bits and more), for 256 colours."""
+    ramp = (None, 236, 237, 24, 30, 65, 101, 136, 172, 166, 160, 124, 88)
+    out = []
+    for n in notes:
+        colour = ramp[min(int(n.bits), len(ramp) - 1)]
+        start, end = ("", "") if colour is None else (f"\033[48;5;{colour}m", "\033[0m")
+        out.append(
+            f"{end}\n{start}".join(f"{start}{n.text}{end}".split("\n")) if "\n" in n.text else f"{start}{n.text}{end}"
+        )
+    return "".join(out)
+
+
+PAGE_HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>TITLE</title><style>
+:root{color-scheme:light dark;--bg:#fff;--fg:#1d2026;--dim:#6b7280;--line:#e3e5ea;--card:#fafbfc}
+@media(prefers-color-scheme:dark){:root{--bg:#15171c;--fg:#e4e6eb;--dim:#9aa1ad;--line:#2c3038;--card:#1c1f26}}
+body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.45 system-ui,sans-serif}
+main{max-width:62rem;margin:0 auto;padding:1.5rem 1.25rem 12rem}h1{font-size:1.35rem;margin:0 0 .2rem}
+h2{font-size:1rem;margin:2.2rem 0 .6rem}.dim,h2 small{color:var(--dim);font-weight:400}table{border-collapse:collapse;margin:1rem 0}
+td,th{padding:.2rem 1.1rem .2rem 0;text-align:right;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
+th{font-weight:500;color:var(--dim)}td:first-child,th:first-child{text-align:left}a{color:inherit}
+nav{position:sticky;top:0;background:var(--bg);padding:.6rem 0;border-bottom:1px solid var(--line);display:flex;gap:1.2rem;align-items:center;flex-wrap:wrap}
+.scale{display:flex;font-size:.8rem}.scale span{padding:.1rem .55rem}
+.doc{white-space:pre-wrap;overflow-wrap:anywhere;font:15px/1.75 ui-monospace,Menlo,Consolas,monospace}.doc span{border-radius:2px;padding:.12em 0}
+.doc span:hover{outline:2px solid var(--fg)}
+#tip{position:fixed;display:none;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:8px;
+box-shadow:0 6px 24px #0003;padding:.7rem .9rem;width:19rem;font-size:.85rem}#tip b{font:600 .95rem ui-monospace,monospace;white-space:pre-wrap}
+#tip .row{display:flex;justify-content:space-between}#tip hr{border:0;border-top:1px solid var(--line);margin:.45rem 0}
+.bar{position:relative;display:flex;justify-content:space-between;padding:0 .3rem;font-family:ui-monospace,monospace;white-space:pre}
+.bar i{position:absolute;inset:1px auto 1px 0;background:#4c8dff44;border-radius:3px}.hit{font-weight:700}
+</style><main><h1>TITLE</h1><div class="dim">SUBTITLE</div><table id="totals"></table>
+<nav><label>Shade by <select id="by"><option value="0">bits of each token</option><option value="1">network alone</option>
+<option value="2">bits the n-gram saved</option></select></label><div class="scale" id="scale"></div><span class="dim">hover a token</span></nav>
+<div id="docs"></div></main><div id="tip"></div><script>
+const DOCS=DATA,$=i=>document.getElementById(i),el=(t,s,c)=>{const e=document.createElement(t);if(s!==undefined)e.textContent=s;if(c)e.className=c;return e};
+const heat=b=>{const x=Math.min(b/12,1);return x<.04?"":`hsl(${52-52*x} 95% 52% / ${.12+.63*x})`};
+const gain=g=>Math.abs(g)<.15?"":`hsl(${g>0?145:285} 75% 45% / ${Math.min(.12+Math.abs(g)/8,.75)})`;
+const shade=(n,by)=>by==0?heat(n[1]):by==1?heat(n[2]):gain(n[2]-n[1]);
+const bits=b=>b===null?"\\u221e":b.toFixed(2)+" bits",percent=p=>p<.0001?"<0.01%":(100*p).toFixed(p<.01?2:1)+"%";
+const visible=s=>s.replace(/\\n/g,"\\u23ce").replace(/\\t/g,"\\u21e5").replace(/ /g,"\\u00b7")||"(part of a character)";
+function row(t,cells,head){const r=t.appendChild(el("tr"));cells.forEach(c=>r.appendChild(c instanceof Node?c:el(head?"th":"td",c)))}
+row($("totals"),["document","tokens","bytes","bits","bits a byte","network alone"],1);
+const spans=[];DOCS.forEach((d,i)=>{const t=d.totals,name=el("td"),a=name.appendChild(el("a",d.name));a.href="#d"+i;
+row($("totals"),[name,t.tokens,t.bytes,t.bits.toFixed(0),t.bpb.toFixed(3),t.network_bpb.toFixed(3)]);if(!d.notes)return;
+const h=$("docs").appendChild(el("h2",d.name+" "));h.id="d"+i;h.appendChild(el("small",`${t.bpb.toFixed(3)} bits a byte`));
+const p=$("docs").appendChild(el("div",undefined,"doc"));d.notes.forEach(n=>{const s=p.appendChild(el("span",n[0]));s.note=n;spans.push(s)})});
+function paint(){const by=$("by").value;spans.forEach(s=>s.style.background=shade(s.note,by));$("scale").replaceChildren(...
+(by==2?[-4,-2,-1,0,1,2,4,8]:[0,1,2,4,6,8,10,12]).map(b=>{const s=el("span",b+(b==12?"+":""));s.style.background=by==2?gain(b):heat(b);return s}))}
+$("by").onchange=paint;paint();
+function tip(n){const [text,b,network,ngram,share,match,seen,likely]=n,t=$("tip");t.replaceChildren(el("b",visible(text)));
+const line=(k,v)=>{const r=t.appendChild(el("div",undefined,"row"));r.append(el("span",k,"dim"),el("span",v))};
+line("cost",bits(b));line("network alone",bits(network));line("n-gram alone",share<1?bits(ngram):"no match");
+line("weights",`network ${percent(share)}, n-gram ${percent(1-share)}`);line("longest match",match<0?"none":`${match} tokens, seen ${seen} time${seen>1?"s":""}`);
+t.appendChild(el("hr"));likely.forEach(([s,p])=>{const r=t.appendChild(el("div",undefined,"bar"+(s===n[8]?" hit":""))),f=r.appendChild(el("i"));f.style.width=100*p+"%";
+r.append(el("span",visible(s)),el("span",percent(p)))})}
+document.onmousemove=e=>{const s=e.target,t=$("tip");if(!s.note){t.style.display="none";return}tip(s.note);t.style.display="block";
+t.style.left=Math.max(4,Math.min(e.clientX+16,innerWidth-t.offsetWidth-8))+"px";const y=e.clientY+20;
+t.style.top=(y+t.offsetHeight>innerHeight?Math.max(4,e.clientY-t.offsetHeight-12):y)+"px"};
+</script></html>"""
+
+
+def page_html(title: str, subtitle: str, documents: list[list[TokenNote]]) -> str:
+    """A page that needs nothing else: text shaded by bits, details under the pointer, totals by document."""
+    rows = [
+        {"name": f"document {i + 1}", "totals": document_totals(notes), "notes": notes}
+        for i, notes in enumerate(documents)
+    ]
+    if len(rows) != 1:
+        rows.append({"name": "all", "totals": document_totals([n for notes in documents for n in notes])})
+    finite = lambda x: round(x, 4) if math.isfinite(x) else None  # noqa: E731
+    for row in rows:
+        row["notes"] = [[n.text, *map(finite, n[1:5]), n.match, n.seen, [(s, finite(p)) for s, p in n.likely], n.piece]
+                        for n in row.get("notes", [])] or None  # fmt: skip
+    data = json.dumps(rows, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {"TITLE": html.escape(title), "SUBTITLE": html.escape(subtitle), "DATA": data}
+    return re.sub("SUBTITLE|TITLE|DATA", lambda m: parts[m[0]], PAGE_HTML)
+
+
 # ==== 10 MAIN =========================================================================================================
 
 
@@ -4713,7 +4905,7 @@ def build_model(cfg: Config, run: Run) -> GPT:
 
 
 # Knobs that belong to one machine or one call, not to the artifact.
-LOCAL_KNOBS = frozenset("INPUT OUTPUT CODEC_LANES PROMPT SAMPLE_TOKENS TEMPERATURE TOP_P "
+LOCAL_KNOBS = frozenset("INPUT OUTPUT EXPLAIN_TOKENS CODEC_LANES PROMPT SAMPLE_TOKENS TEMPERATURE TOP_P "
                         "MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS ATTENTION COMPILE ARTIFACT "
                         "RESUME CHECKPOINT_EVERY CHECKPOINT_KEEP MICRO_BATCH_TOKENS VAL_BATCH_TOKENS".split())  # fmt: skip
 
@@ -4983,7 +5175,32 @@ def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
-ARTIFACT_MODES = {"eval": run_eval, "compress": run_compress, "decompress": run_decompress, "sample": run_sample}
+def run_explain(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=explain: INPUT, shaded by what each token cost, on the terminal and as the page OUTPUT (default INPUT.html)."""
+    cfg = loaded.cfg
+    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.html")
+    codec = open_codec(loaded, blob, header)
+    documents = explain(codec, read_documents(cfg.input, data, codec.sp), cfg.explain_tokens)
+    for i, notes in enumerate(documents):
+        if sys.stdout.isatty():
+            print(terminal_text(notes), end="\n\n")
+        total = document_totals(notes)
+        codec.run.log(
+            f"document {i + 1} tokens:{len(notes)} bytes:{total['bytes']} bits:{total['bits']:.0f} bpb:{total['bpb']:.4f} network_bpb:{total['network_bpb']:.4f}"
+        )
+    subtitle = f"artifact {codec.artifact}, recipe {cfg.recipe}, each document on its own; normalised text, newlines as in the original"
+    atomic_write(path, page_html(Path(cfg.input).name, subtitle, documents).encode())
+    codec.run.log(f"wrote {path}")
+    return 0
+
+
+ARTIFACT_MODES = {
+    "eval": run_eval,
+    "compress": run_compress,
+    "decompress": run_decompress,
+    "sample": run_sample,
+    "explain": run_explain,
+}
 
 
 def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
