@@ -56,11 +56,12 @@ import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -74,7 +75,8 @@ SCRIPT = Path(__file__).resolve()
 # ==== 1 CONFIG ========================================================================================================
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)  # bits a weight may be stored in: codes up to 8, floats above
-STAGES = ("roundtrip", "sliding", "ttt")  # of the evaluation, in the order they are scored
+STAGES = ("roundtrip", "sliding", "ttt", "normalized", "ngram")  # of the evaluation, in the order they are scored
+NGRAM_SCORES = ("exact", "normalized", "claimed")
 
 
 class ConfigError(ValueError):
@@ -235,8 +237,23 @@ class Config:
     eval_stride: int = knob(0, "tokens", "targets that each sliding window scores; 0: no sliding pass", lo=0)
     val_batch_tokens: int = knob(0, "tokens", "tokens of one evaluation forward on one rank; 0: by device, halved until it fits", lo=0)
     eval_wallclock_seconds: float = knob(600.0, "s", "evaluation time limit; 0: none", lo=0)
-    eval_stages: str = knob("auto", "", "stages to score, of roundtrip,sliding,ttt; auto: all that are switched on")
+    eval_stages: str = knob("auto", "", "stages to score, of roundtrip,sliding,ttt,normalized,ngram; auto: all that are switched on")
     score_stage: str = knob("auto", "", "the stage that is the score, fixed before scoring; auto: the last valid one switched on")
+    ngram_score: str = knob("exact", "", "n-gram passes, comma-separated: exact, normalized, claimed; or off")
+    ngram_claim: str = knob("pr850", "", "published scorer that normalized and claimed run", choices=("pr740", "pr740b", "pr187", "pr850"))
+    ngram_claim_ranks: int = knob(8, "ranks", "caches that #740 and #187 kept apart; the claimed pass emulates them", lo=1, hi=1024)
+    ngram_buckets: int = knob(2**22, "cells", "size of a published hash table, a power of two", lo=2, hi=2**28)
+    ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade", "mixture", "chain", "fixed", "pr740", "pr187", "pr850", "tilt"))
+    ngram_order: int = knob(12, "tokens", "longest n-gram, the target included; the tilt's only one", lo=2, hi=64)
+    ngram_first: int = knob(1, "tokens", "shortest context that corrects the network", lo=0, hi=63)
+    ngram_update_tokens: int = knob(0, "tokens", "targets between updates of the mixing weights; 0: 1024, or 1/4096 of the stream if more", lo=0)
+    ngram_cross_doc: bool = knob(True, "", "contexts may run over the start of a document")
+    ngram_rate: float = knob(0.5, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
+    ngram_discount: str = knob("learned", "", "NGRAM_MIX=chain: discount between 0 and 1, learned, or witten-bell")
+    ngram_alpha: float = knob(0.2, "", "NGRAM_MIX=fixed: share of the n-gram distribution", lo=0, hi=1)
+    ngram_min_count: int = knob(2, "", "occurrences a context needs in the alpha and published combiners", lo=1)
+    ngram_tilt_beta: float = knob(2.625, "nats", "NGRAM_MIX=tilt: push on the hinted token", lo=0, hi=20)
+    ngram_tilt_threshold: float = knob(0.8, "", "NGRAM_MIX=tilt: share of its context's successors a hint needs", lo=0, hi=1)
     ttt_enabled: bool = knob(False, "", "test-time training: stage ttt, LoRA on the network, learning from scored text")
     ttt_lora_rank: int = knob(8, "", "rank of the LoRA", lo=1, hi=1024)
     ttt_lora_sites: str = knob("q,v", "", "projections with LoRA: of q,k,v,kv,out,up,down in the blocks, and head")
@@ -264,7 +281,8 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
-        errors = [e for check in (self._shape_errors, self._training_errors, self._evaluation_errors) for e in check()]
+        errors = [e for check in (self._shape_errors, self._training_errors, self._evaluation_errors, self._ngram_errors)
+                  for e in check()]  # fmt: skip
         if errors:
             raise ConfigError("\n".join(errors))
 
@@ -305,8 +323,14 @@ class Config:
         if self.eval_stages != "auto":
             asked = {s.strip() for s in self.eval_stages.split(",")}
             return tuple(s for s in STAGES if s in asked)
-        on = {"roundtrip": True, "sliding": self.eval_stride > 0, "ttt": self.ttt_enabled}
+        on = {"roundtrip": True, "sliding": self.eval_stride > 0, "ttt": self.ttt_enabled,
+              "normalized": "normalized" in self.ngram_scores, "ngram": "exact" in self.ngram_scores}  # fmt: skip
         return tuple(s for s in STAGES if on[s])
+
+    @property
+    def ngram_scores(self) -> tuple[str, ...]:
+        """The n-gram passes asked for."""
+        return () if self.ngram_score == "off" else tuple(s.strip() for s in self.ngram_score.split(","))
 
     @property
     def final_stage(self) -> str:
@@ -389,6 +413,21 @@ class Config:
         elif self.score_stage != "auto" and self.score_stage not in self.stages:
             yield f"SCORE_STAGE={self.score_stage} is not among the stages switched on: {', '.join(self.stages)}"
 
+    def _ngram_errors(self) -> Iterator[str]:
+        if set(self.ngram_scores) - set(NGRAM_SCORES):
+            yield f"NGRAM_SCORE={self.ngram_score!r}: expected off or a list of {', '.join(NGRAM_SCORES)}"
+        if self.ngram_first >= self.ngram_order:
+            yield f"NGRAM_FIRST={self.ngram_first} leaves no context: NGRAM_ORDER={self.ngram_order} has at most {self.ngram_order - 1} tokens"
+        if self.ngram_buckets & (self.ngram_buckets - 1):
+            below = 1 << (self.ngram_buckets.bit_length() - 1)
+            yield f"NGRAM_BUCKETS={self.ngram_buckets}: the published hashes need a power of two; nearest below: {below}"
+        if self.ngram_discount not in ("learned", "witten-bell"):
+            try:
+                if not 0 < float(self.ngram_discount) < 1:
+                    raise ValueError
+            except ValueError:
+                yield f"NGRAM_DISCOUNT={self.ngram_discount!r}: expected a number between 0 and 1, learned, or witten-bell"
+
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
 TYPES = {"bool": bool, "int": int, "float": float, "str": str}
@@ -400,7 +439,7 @@ _SEQ_2048 = {"TRAIN_SEQ_LEN": 2048, "TRAIN_BATCH_TOKENS": 786432}
 
 # What each published system sets, as its record run did (specs of #164, #740, #187, #850, #1095). The defaults are `baseline`.
 RECIPES: dict[str, dict[str, Any]] = {
-    "baseline": {},
+    "baseline": {"NGRAM_SCORE": "off"},
     "cpu": {
         "NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 512,
         "TRAIN_BATCH_TOKENS": 8192, "MAX_WALLCLOCK_SECONDS": 240, "WARMUP_STEPS": 1, "WARMDOWN_ITERS": 250,
@@ -411,6 +450,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 3.0, "ITERATIONS": 9000, "MATRIX_LR": 0.02, "SCALAR_LR": 0.02,
         "TIED_EMBED_LR": 0.03, "WARMDOWN_ITERS": 3000, "GRAD_CLIP_NORM": 0.3, "LINEAR_INIT": "orthogonal",
         "BRANCH_PROJ_SCALED": True, "ROPE_TRAIN_LEN": 1024, "EVAL_STRIDE": 256,
+        "NGRAM_SCORE": "off",
     },
     "pr740": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 2.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1, "ROPE_DIMS": 32,
@@ -418,6 +458,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "BIGRAM_TABLE_STD": 1.0, "BIGRAM_TABLE_ROLE": "scalar", "BIGRAM_PROJ_ROLE": "scalar",
         "LINEAR_INIT": "orthogonal", "MATRIX_LR": 0.02, "SCALAR_LR": 0.02, "TIED_EMBED_LR": 0.03,
         "WARMDOWN_ITERS": 3500, "MUON_WD": 0.04, "GRAD_CLIP_NORM": 0.3, "EVAL_STRIDE": 64,
+        "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr740",
     },
     "pr187": {
         **_MUON_99, "TRAIN_SEQ_LEN": 2048, "TRAIN_BATCH_TOKENS": 524288, "NUM_LAYERS": 10, "MLP_MULT": 3.0,
@@ -427,6 +468,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "MATRIX_LR": 0.025, "SCALAR_LR": 0.025, "MUON_WD": 0.04, "MUON_WD_ORDER": "after", "ADAM_WD": 0.04,
         "WARMDOWN_ITERS": 3500, "EMA_DECAY": 0.997, "SWA_EVERY": 50, "SWA_BLEND": 0.5, "QAT": "ste", "QAT_BITS": 6,
         "EVAL_STRIDE": 64,
+        "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr187",
     },
     "pr850": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "NUM_LAYERS": 11, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.9, "XSA_LAST_N": 4,
@@ -437,6 +479,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "SWA_SOURCE": "ema", "SWA_BLEND": 0.3, "COMPLEMENT_ALPHA": 0.5, "QAT": "soft_round", "QAT_BITS": 5,
         "QAT_START_FRAC": 0.85, "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
         "TTT_ENABLED": True, "TTT_POLYAK_DECAY": 0.998, "TTT_TEMPERATURE": 0.98,
+        "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr850",
     },
     "pr1095": {
         **_MUON_99, **_BIGRAM, "NUM_LAYERS": 5, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": 5, "ROPE_DIMS": 16,
@@ -3793,21 +3836,41 @@ def window_at(lo: int, end: int, seq_len: int, stride: int) -> Window:
 
 
 def score_windows(
-    model: GPT, inputs: Tensor, targets: Tensor, n: int, ctx: Ctx, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p, entropy, largest probability), each (B, n) fp32 in nats, of the last n targets; logits only for these."""
+    model: GPT, inputs: Tensor, targets: Tensor, hints: Tensor, n: int, ctx: Ctx, temperature: float
+) -> Tensor:
+    """(4, B, n) fp32 of the last n targets: log p, entropy in nats, largest probability, probability of the hint."""
     z = model.logits(model.features(inputs, ctx)[:, -n:], ctx) / temperature
     lse = z.logsumexp(-1)
     p = torch.exp(z - lse[..., None])
     logp = z.gather(-1, targets[:, -n:, None]).squeeze(-1) - lse
-    return logp, lse - (p * z).sum(-1), torch.exp(z.amax(-1) - lse)
+    hint_prob = p.gather(-1, hints[:, -n:, None]).squeeze(-1)
+    return torch.stack([logp, lse - (p * z).sum(-1), torch.exp(z.amax(-1) - lse), hint_prob])
+
+
+def stream_device(run: Run) -> torch.device:
+    """Where the stream and what is known by position live: integer sorts and float64 want a CUDA device or the CPU."""
+    return run.device if run.device.type == "cuda" else torch.device("cpu")
+
+
+class Expert(Protocol):
+    """Gives a distribution of the next token; score() may use what update() learned from tokens before lo, nothing else."""
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        """Natural log of the probabilities of tokens[lo:hi], (hi-lo,) float64."""
+
+    def dist(self, tokens: Tensor, t: int) -> Tensor:
+        """The whole distribution at target t, (V,) float64, from tokens[:t] and what score(t) would use."""
+
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """Learn from tokens[lo:hi], all of them scored."""
 
 
 class NetworkExpert:
     """The network over sliding windows. `score` runs ahead in large batches shared by the ranks, up to the next point at
     which the network learns (the end, without test-time training): so far a score is a function of the prefix alone.
 
-    After `score(lo, hi)`, `entropy[lo:hi]` and `max_prob[lo:hi]` hold prefix-only features of its distributions.
+    After `score(lo, hi)`, `entropy[lo:hi]` and `max_prob[lo:hi]` hold prefix-only features of its distributions, and
+    `hint_prob[lo:hi]` what it gave to the tokens in `hints`, which a caller may fill with guesses from the prefix.
     """
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
@@ -3816,7 +3879,9 @@ class NetworkExpert:
         self.ctx, self.temperature = Ctx(), 1.0
         default = 2**17 if run.device.type == "cuda" else 2**13
         self.rows = max(1, (cfg.val_batch_tokens or default) // self.seq_len)
-        self.logp, self.entropy, self.max_prob = torch.zeros(3, self.n_tokens)
+        device = stream_device(run)
+        self.logp, self.entropy, self.max_prob, self.hint_prob = torch.zeros(4, self.n_tokens, device=device)
+        self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
         self.done = 1  # targets below are scored
         compiled = run.device.type == "cuda" and cfg.compile != "0"
         self.forward = torch.compile(score_windows, dynamic=False) if compiled else score_windows
@@ -3857,15 +3922,15 @@ class NetworkExpert:
         """Fill the buffers up to target `until` (or the next learning), each rank a contiguous share of the windows."""
         plan = self.plan(until)
         end = plan[-1].hi
-        fresh = torch.zeros(3, end - self.done, device=self.run.device)
+        fresh = torch.zeros(4, end - self.done, device=self.run.device)
         mine = [plan[i] for i in self.run.share(len(plan))]
         while mine:
             shape = (mine[0].hi - mine[0].start, mine[0].hi - mine[0].lo)
             batch = list(takewhile(lambda w: (w.hi - w.start, w.hi - w.lo) == shape, mine[: self.rows]))  # noqa: B023
             self.score_batch(tokens, batch, fresh)
             mine = mine[len(batch) :]
-        fresh = self.run.all_reduce(fresh).cpu()
-        for buffer, values in zip((self.logp, self.entropy, self.max_prob), fresh, strict=True):
+        fresh = self.run.all_reduce(fresh).to(self.logp.device)
+        for buffer, values in zip((self.logp, self.entropy, self.max_prob, self.hint_prob), fresh, strict=True):
             buffer[self.done : end] = values
         self.done = end
 
@@ -3875,11 +3940,12 @@ class NetworkExpert:
             for i in range(0, len(batch), self.rows):
                 self.score_batch(tokens, batch[i : i + self.rows], fresh)
             return
-        rows = torch.stack([tokens[w.start : w.hi] for w in batch]).to(self.run.device)
+        rows, hints = (
+            torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints)
+        )
+        n = batch[0].hi - batch[0].lo
         try:
-            values = self.forward(
-                self.model, rows[:, :-1], rows[:, 1:], batch[0].hi - batch[0].lo, self.ctx, self.temperature
-            )
+            values = self.forward(self.model, rows[:, :-1], rows[:, 1:], hints[:, 1:], n, self.ctx, self.temperature)
         except torch.OutOfMemoryError:
             if self.rows == 1:
                 raise ConfigError(
@@ -3889,7 +3955,7 @@ class NetworkExpert:
             torch.cuda.empty_cache()
             return self.score_batch(tokens, batch, fresh)
         # The windows follow each other, so their targets are one run of positions.
-        fresh[:, batch[0].lo - self.done : batch[-1].hi - self.done] = torch.stack(values).flatten(1)
+        fresh[:, batch[0].lo - self.done : batch[-1].hi - self.done] = values.flatten(1)
 
 
 class Lora(nn.Module):
@@ -3998,6 +4064,745 @@ class TestTimeNetwork(NetworkExpert):
         self.optimizer.step()
 
 
+# ---- exact n-gram statistics: one sort an order tells what an online counter would have known at every position
+
+
+class NgramStats(NamedTuple):
+    """What a counter fed x_0 .. x_{t-1} knows about target t and its context x_{t-k} .. x_{t-1}; int32, one entry a target."""
+
+    total: Tensor  # C: earlier occurrences of the context
+    count: Tensor  # c: how many of them were followed by x_t
+    kinds: Tensor  # U: distinct tokens that followed it
+    last: Tensor  # position of the token that followed its latest occurrence, -1 without one
+
+
+class Grams(NamedTuple):
+    """The grams of one length that occur at least twice in the stream, equal ones side by side and in time order."""
+
+    end: np.ndarray | Tensor  # position of the last token
+    rank: np.ndarray | Tensor  # earlier occurrences; 0 heads a group
+
+
+class Columns(NamedTuple):
+    """What one length writes, by time. Slot N takes what would belong to the token after the stream."""
+
+    count: np.ndarray | Tensor
+    kinds: np.ndarray | Tensor
+    last: np.ndarray | Tensor
+    symbol: (
+        np.ndarray | Tensor
+    )  # x_t if the gram that ends at t occurs twice or more, else -1: longer ones are unique too
+
+
+def _vocabulary_spans(tokens: np.ndarray, vocab_size: int, pieces: int = 16) -> list[tuple[int, int]]:
+    """Cut the vocabulary into spans that hold about equally many of the stream's tokens."""
+    cumulative = np.cumsum(np.bincount(tokens, minlength=vocab_size))
+    inner = np.searchsorted(cumulative, np.arange(1, pieces) * len(tokens) / pieces)
+    edges = np.unique(np.concatenate([[0], inner, [len(cumulative)]])).tolist()
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _group_runs(grams: Grams, size: int = 1 << 17) -> list[Grams]:
+    """Cut the grams between groups into runs of about `size`: they sort in the processor's cache, and each in its own thread."""
+    heads = np.flatnonzero(grams.rank == 0)
+    at = np.searchsorted(heads, np.arange(size, len(grams.rank), size))
+    edges = [*np.unique(np.append(heads[at[at < len(heads)]], 0)).tolist(), len(grams.rank)]
+    return [Grams(grams.end[lo:hi], grams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _ranked(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of sorted packed keys (gram above, index in the low `bits`): the indices, ranks among equal grams, slots of repeated grams.
+
+    The index makes any sort stable, and NumPy's vectorised sort of plain integers is about ten times its argsort.
+    """
+    head = np.ones(len(key) + 1, bool)
+    gram = key >> bits
+    np.not_equal(gram[1:], gram[:-1], out=head[1 : len(key)])
+    starts = np.flatnonzero(head).astype(np.int32)
+    rank = np.arange(len(key), dtype=np.int32)
+    rank -= np.repeat(starts[:-1], np.diff(starts))
+    return key & ((1 << bits) - 1), rank, np.flatnonzero(~(head[:-1] & head[1:]))
+
+
+def _sort_tokens(tokens: np.ndarray, lo: int, hi: int, columns: Columns) -> Grams:
+    """Groups of the single tokens lo .. hi-1."""
+    end = np.flatnonzero((tokens >= lo) & (tokens < hi)).astype(np.int32)
+    bits = max(len(end) - 1, 1).bit_length()
+    key = tokens[end].astype(np.int64) << bits
+    key |= np.arange(len(end))
+    key.sort()
+    index, rank, again = _ranked(key, bits)
+    end = end[index]
+    columns.count[end] = rank
+    end, rank = end[again], rank[again]
+    columns.symbol[end] = tokens[end]
+    return Grams(end, rank)
+
+
+def _sort_longer(context: Grams, symbol: np.ndarray, symbol_bits: int, columns: Columns) -> Grams:
+    """Extend a run of context groups by the token that follows; a follower whose own gram is unique needs no sorting."""
+    target = context.end + np.int32(1)
+    x, bits = symbol[target], max(len(target) - 1, 1).bit_length()
+    live = np.flatnonzero(x >= 0)
+    key = np.cumsum(context.rank == 0)[live]
+    for width, part in ((symbol_bits, x[live]), (bits, live)):
+        key <<= width
+        key |= part
+    key.sort()
+    index, rank, again = _ranked(key, bits)
+    count = np.zeros(len(target), np.int32)
+    count[index] = rank
+    new = count == 0
+    kinds = np.cumsum(new, dtype=np.int32) - new
+    kinds -= kinds[np.arange(len(target), dtype=np.int32) - context.rank]
+    met = np.flatnonzero(context.rank)
+    columns.count[target], columns.kinds[target] = count, kinds
+    columns.last[target[met]] = target[met - 1]
+    index = index[again]
+    columns.symbol[target[index]] = x[index]
+    return Grams(target[index], rank[again])
+
+
+def _lengthen_torch(
+    tokens_N: Tensor, vocab_size: int, grams: Grams | None, symbol: Tensor | None
+) -> tuple[Grams, Columns]:
+    """The same step as one stable sort on the tokens' device; the empty context is one group that ends at -1 .. N-2."""
+    n, device = len(tokens_N), tokens_N.device
+    if grams is None:
+        grams = Grams(torch.arange(-1, n - 1, device=device), torch.arange(n, device=device))
+        symbol = torch.cat([tokens_N.int(), tokens_N.new_full((1,), -1, dtype=torch.int32)])
+    columns = Columns(*(torch.full((n + 1,), fill, dtype=torch.int32, device=device) for fill in (0, 0, -1, -1)))
+    target = grams.end + 1
+    live = (symbol[target] >= 0).nonzero().squeeze(1)
+    group = (grams.rank == 0).cumsum(0)
+    key, order = (group[live] * vocab_size + symbol[target[live]]).sort(stable=True)
+    index = live[order]
+    head = torch.ones(len(key) + 1, dtype=torch.bool, device=device)
+    head[1:-1] = key[1:] != key[:-1]
+    starts = head[:-1].nonzero().squeeze(1)
+    rank = torch.arange(len(key), device=device) - starts[head[:-1].cumsum(0) - 1]
+    count = torch.zeros_like(target).index_copy_(0, index, rank)
+    kinds = (count == 0).cumsum(0) - (count == 0).long()
+    kinds -= kinds[torch.arange(len(target), device=device) - grams.rank]
+    met = grams.rank.nonzero().squeeze(1)
+    columns.count[target], columns.kinds[target] = count.int(), kinds.int()
+    columns.last[target[met]] = target[met - 1].int()
+    again = (~(head[:-1] & head[1:])).nonzero().squeeze(1)
+    index = index[again]
+    columns.symbol[target[index]] = symbol[target[index]]
+    return Grams(target[index], rank[again]), columns
+
+
+def _lengthen(tokens_N: Tensor, vocab_size: int, grams: Grams | None, symbol) -> tuple[Grams, Columns]:
+    """Grams one token longer than `grams` (None: single tokens) and the statistics of `grams` as contexts."""
+    if tokens_N.is_cuda:
+        return _lengthen_torch(tokens_N, vocab_size, grams, symbol)
+    tokens, threads = tokens_N.numpy(), torch.get_num_threads()
+    columns = Columns(*(np.full(len(tokens) + 1, fill, np.int32) for fill in (0, 0, -1, -1)))
+    with ThreadPoolExecutor(threads) as pool:
+        if grams is None:
+            parts = list(
+                pool.map(lambda span: _sort_tokens(tokens, *span, columns), _vocabulary_spans(tokens, vocab_size))
+            )
+            np.cumsum(columns.count[:-1] == 0, dtype=np.int32, out=columns.kinds[1:])
+            columns.last[:-1] = np.arange(-1, len(tokens) - 1)
+        else:
+            bits = max(vocab_size - 1, 1).bit_length()
+            parts = list(pool.map(lambda run: _sort_longer(run, symbol, bits, columns), _group_runs(grams)))
+    return Grams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
+
+
+def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> Iterator[NgramStats]:
+    """Yield the exact statistics of contexts of 0, 1 .. order-1 tokens, (N,) each: equal to a counter updated after every token.
+
+    Equal grams sorted by time: the rank inside the group is the number of earlier occurrences. No hash, no collision.
+    Working memory is one length's columns and sort, whatever the order. Same results on CPU and CUDA.
+    """
+    n, device = len(tokens_N), tokens_N.device
+    grams, symbol, total = None, None, torch.arange(n, dtype=torch.int32, device=device)
+    for _ in range(order):
+        grams, columns = _lengthen(tokens_N, vocab_size, grams, symbol)
+        count, kinds, last = (torch.as_tensor(column)[:n] for column in columns[:3])
+        yield NgramStats(total, count, kinds, last)
+        symbol = columns.symbol
+        total = torch.cat([total.new_zeros(min(n, 1)), count[:-1]])  # the next context of t is the gram ending at t-1
+
+
+class Replay:
+    """The law spelled out: a dictionary of counters a context, fed one token at a time. Slow; the oracle of everything fast."""
+
+    def __init__(self, order: int, bos: int | None = None):
+        self.order, self.bos = order, bos
+        self.history: list[int] = []
+        self.counters: dict[tuple[int, ...], dict[int, int]] = {}
+        self.latest: dict[tuple[int, ...], int] = {}
+
+    def context(self, k: int) -> tuple[int, ...] | None:
+        """The k tokens before the next one, None if there are fewer or (with `bos`) a document starts after the first of them."""
+        start = len(self.history) - k
+        tokens = tuple(self.history[max(start, 0) :])
+        return None if start < 0 or (self.bos is not None and self.bos in tokens[1:]) else tokens
+
+    def counter(self, k: int) -> dict[int, int]:
+        """token -> occurrences after the current context of k tokens."""
+        return self.counters.get(self.context(k), {})
+
+    def last(self, k: int) -> int:
+        """Position of the token that followed the latest occurrence of the current context of k tokens, or -1."""
+        return self.latest.get(self.context(k), -1)
+
+    def add(self, token: int) -> None:
+        """Learn the next token under every context length."""
+        position = len(self.history)
+        for k in range(min(self.order, position + 1)):
+            context = tuple(self.history[position - k :])
+            counter = self.counters.setdefault(context, {})
+            counter[token] = counter.get(token, 0) + 1
+            self.latest[context] = position
+        self.history.append(token)
+
+
+# ---- n-gram experts: counts become distributions, and distributions become one
+
+
+class NgramTable:
+    """Statistics of contexts of 0 .. order-1 tokens over one stream, computed ahead because entry t depends on x_0 .. x_t alone.
+
+    With `bos` a context that runs over a document's start counts as never seen (a BOS may begin it). 12 bytes a token and order.
+    """
+
+    def __init__(self, vocab_size: int, order: int, bos: int | None = None, device: torch.device | str = "cpu") -> None:
+        self.vocab_size, self.order, self.bos, self.device = vocab_size, order, bos, device
+        self.tokens: Tensor | None = None
+
+    def load(self, tokens: Tensor) -> None:
+        """Compute the statistics of another stream; nothing to do for the one at hand."""
+        if self.tokens is tokens:
+            return
+        self.tokens, self.held = tokens, (0, 0, None)
+        shape = (self.order, len(tokens))
+        self.columns = [torch.empty(shape, dtype=torch.int32, device=tokens.device) for _ in range(3)]
+        for k, stats in enumerate(ngram_stats(tokens, self.vocab_size, self.order)):
+            for column, values in zip(self.columns, stats[1:], strict=True):
+                column[k] = values
+
+    def span(self, tokens: Tensor, lo: int, hi: int) -> NgramStats:
+        """Statistics of targets lo .. hi-1, (order, hi-lo) each."""
+        self.load(tokens)
+        if self.held[:2] != (lo, hi):
+            count, kinds, last = (column[:, lo:hi] for column in self.columns)
+            total = torch.empty_like(count)
+            total[0] = torch.arange(lo, hi, device=tokens.device)
+            total[1:, 1 if lo == 0 else 0 :] = self.columns[0][:-1, max(lo - 1, 0) : hi - 1]
+            if lo == 0:
+                total[:, 0] = 0
+            self.held = (lo, hi, self._cut(NgramStats(total, count, kinds, last), tokens, lo))
+        return self.held[2]
+
+    def counts(self, k: int) -> Tensor:
+        """(N,) c of contexts of k tokens, over the stream that was loaded."""
+        return self.columns[0][k]
+
+    def _cut(self, stats: NgramStats, tokens: Tensor, lo: int) -> NgramStats:
+        """Forget contexts with a BOS behind their first token."""
+        if self.bos is None:
+            return stats
+        n, reach = stats.total.shape[1], self.order
+        start = max(lo - reach, 0)
+        at = torch.arange(start, lo + n, device=tokens.device)
+        latest = (
+            torch.where(tokens[start : lo + n] == self.bos, at, -reach).cummax(0).values
+        )  # last BOS up to each position
+        latest = torch.cat([latest.new_full((1,), -reach), latest])[
+            lo - start : lo - start + n
+        ]  # .. before each target
+        room = torch.arange(lo, lo + n, device=tokens.device) - latest
+        inside = torch.arange(self.order, device=tokens.device)[:, None] <= room
+        return NgramStats(*(torch.where(inside, x, fill) for x, fill in zip(stats, (0, 0, 0, -1), strict=True)))
+
+    def candidates(self, tokens: Tensor, t: int) -> NgramStats:
+        """The same for every candidate v at target t, (order, V) each, counted afresh from x_0 .. x_{t-1}."""
+        shape = (self.order, self.vocab_size)
+        stats = NgramStats(
+            *(torch.full(shape, fill, dtype=torch.int32, device=tokens.device) for fill in (0, 0, 0, -1))
+        )
+        follower = torch.arange(t, device=tokens.device)
+        for k in range(min(self.order, t + 1)):
+            if k > 0:
+                follower = follower[follower >= k]
+                follower = follower[tokens[follower - k] == tokens[t - k]]
+            if len(follower) == 0 or (self.bos is not None and k > 1 and tokens[t - k + 1] == self.bos):
+                break
+            count = torch.bincount(tokens[follower].long(), minlength=self.vocab_size)
+            for column, values in zip(stats, (len(follower), count, (count > 0).sum(), follower[-1]), strict=True):
+                column[k] = values
+        return stats
+
+
+class Uniform:
+    """log V nats a token: the base of a pure n-gram model. Like every base it offers prefix-only features, by position."""
+
+    def __init__(self, vocab_size: int, n_tokens: int, device: torch.device | str = "cpu"):
+        self.vocab_size = vocab_size
+        self.entropy = torch.full((1,), math.log(vocab_size), dtype=torch.float64, device=device).expand(n_tokens)
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        return -self.entropy[lo:hi].to(tokens.device)
+
+    def dist(self, tokens: Tensor, t: int) -> Tensor:
+        return torch.exp(-self.entropy[t].to(tokens.device)).expand(self.vocab_size)
+
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """Nothing to learn."""
+
+
+def bucket_sums(bucket_M: Tensor, values_JM: Tensor, size: int) -> Tensor:
+    """Sum each row's values by bucket, (J, size)."""
+    return torch.stack([torch.bincount(bucket_M, row, size) for row in values_JM])
+
+
+def entropy_of(p_V: Tensor) -> Tensor:
+    """Entropy of one distribution in nats."""
+    return -torch.xlogy(p_V, p_V).sum()
+
+
+def log2_floor(x: Tensor) -> Tensor:
+    """Exact floor of log2 for positive integers, int64."""
+    return x.double().frexp().exponent.long() - 1
+
+
+class Query(NamedTuple):
+    """What an n-gram expert is asked: n targets with the token that came, or one target with every token (`whole`)."""
+
+    p: Tensor  # (n,) float64: the base's probabilities of `token`
+    stats: NgramStats  # (order, n)
+    target: Tensor  # (n,) positions
+    token: Tensor  # (n,)
+    entropy: Tensor  # (n,) of the base, nats
+    tokens: Tensor  # (N,) the stream
+    whole: bool
+
+
+class NgramExpert:
+    """Turns its base's distribution into another. One `transform` serves score() and dist(), so what is charged is what sums to 1.
+
+    Of the query a subclass may use p, count and token for the token's own probability; all the rest is known before the target
+    and may decide weights. The base is a part of its own: the driver updates it.
+    """
+
+    def __init__(self, table: NgramTable, base: Any) -> None:
+        self.table, self.base = table, base
+        self.pending: Any = None
+
+    def transform(self, query: Query) -> tuple[Tensor, Any]:
+        """(probabilities (n,) float64, what learn() needs of them)."""
+        raise NotImplementedError
+
+    def learn(self, pending: Any) -> None:
+        """Learn from a span that is scored; most experts have nothing to learn beyond the counts."""
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        p, entropy = self.base.score(tokens, lo, hi).exp(), self.base.entropy[lo:hi].double()
+        target = torch.arange(lo, hi, device=tokens.device)
+        query = Query(p, self.table.span(tokens, lo, hi), target, tokens[lo:hi], entropy, tokens, whole=False)
+        p, self.pending = self.transform(query)
+        return p.log()
+
+    def dist(self, tokens: Tensor, t: int) -> Tensor:
+        p = self.base.dist(tokens, t).to(tokens.device)
+        every = torch.arange(len(p), device=tokens.device)
+        stats, entropy = self.table.candidates(tokens, t), entropy_of(p).expand(len(p))
+        query = Query(p, stats, torch.full_like(every, t), every, entropy, tokens, whole=True)
+        return self.transform(query)[0]
+
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
+        self.learn(self.pending)
+
+
+class Gate:
+    """Softmax weights over J parts: a prior plus one learned column a bucket of each feature, moved score-first.
+
+    A step is the summed gradient over the summed squared gradient, a diagonal Newton step for log loss with no rate to
+    anneal; `caution` pseudo-observations hold young buckets back.
+    """
+
+    def __init__(
+        self, prior: list[float], sizes: list[int], rate: float, caution: float, device: torch.device | str
+    ) -> None:
+        self.prior_J1 = torch.tensor(prior, dtype=torch.float64, device=device).log()[:, None]
+        make = lambda: [torch.zeros(len(prior), size, dtype=torch.float64, device=device) for size in sizes]  # noqa: E731
+        self.tables, self.squares = make(), make()
+        self.rate, self.caution = rate, caution
+
+    def weights(self, buckets: list[Tensor]) -> Tensor:
+        """(J, M) weights of M items, each in one bucket of every feature."""
+        columns = (table.index_select(1, b) for table, b in zip(self.tables, buckets, strict=True))
+        return sum(columns, self.prior_J1).softmax(0)
+
+    def learn(self, buckets: list[Tensor], weights_JM: Tensor, posterior_JM: Tensor) -> None:
+        """Move towards the posteriors w_j p_j(x) / p(x) of items that are scored."""
+        gradient = posterior_JM - weights_JM
+        squared = gradient.square()
+        for table, square, bucket in zip(self.tables, self.squares, buckets, strict=True):
+            square += bucket_sums(bucket, squared, table.shape[1])
+            table += self.rate * bucket_sums(bucket, gradient, table.shape[1]) / (square + self.caution)
+
+
+class Cascade(NgramExpert):
+    """Corrects its base by contexts of `first` .. order-1 tokens in turn, each length a learned mixture of four distributions.
+
+    Length k with counts C, c, U of a context seen before, on top of p_{k-1}: (1) c / C; (2) one count of each kind given back,
+    (max(c - 1, 0) + U p_{k-1}) / C; (3) p_{k-1}; (4) the token that followed last time. (1) and (2) mixed are absolute discounting
+    with a learned discount. Weights depend on k, C, U, the age of the last occurrence and the base's entropy.
+    """
+
+    PRIOR = [0.2, 0.7, 0.1, 0.02]
+
+    def __init__(self, table: NgramTable, base: Any, first: int, rate: float = 0.5, caution: float = 3.0) -> None:
+        super().__init__(table, base)
+        self.first, self.levels = first, table.order - first
+        self.gate = Gate(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
+
+    def buckets(self, level: Tensor, total: Tensor, kinds: Tensor, age: Tensor, entropy: Tensor) -> list[Tensor]:
+        """Each item's column in each feature's table; extremes share one."""
+        seen = level * 128 + log2_floor(total).clamp_max(15) * 8 + log2_floor(kinds).clamp_max(7)
+        fresh = level * 10 + (log2_floor(age) // 2).clamp_max(9)
+        sure = level * 24 + (entropy * 3).long().clamp(0, 23)
+        return [seen, fresh, sure]
+
+    def transform(self, query: Query) -> tuple[Tensor, Any]:
+        level, at = (query.stats.total[self.first :] > 0).nonzero(as_tuple=True)  # one item a target and matched length
+        C, c, U, last = (x[level + self.first, at] for x in query.stats)
+        buckets = self.buckets(level, C, U, query.target[at] - last, query.entropy[at])
+        w = self.gate.weights(buckets)
+        C, c = C.double(), c.double()
+        slope, repeats = U / C, (query.tokens[last] == query.token[at]).double()
+        parts = torch.stack([c / C, (c - 1).clamp_min(0) / C, torch.zeros_like(C), repeats])
+        fixed, carry = (w * parts).sum(0), w[1] * slope + w[2]
+        p, before = query.p.clone(), torch.empty_like(fixed)
+        edges = torch.searchsorted(level, torch.arange(self.levels + 1, device=level.device)).tolist()
+        for lo, hi in zip(edges[:-1], edges[1:], strict=True):
+            before[lo:hi] = p[at[lo:hi]]
+            p[at[lo:hi]] = torch.addcmul(fixed[lo:hi], carry[lo:hi], before[lo:hi])
+        parts[1] += slope * before
+        parts[2] = before
+        return p, (buckets, w, parts)
+
+    def learn(self, pending: Any) -> None:
+        buckets, w, parts = pending
+        joint = w * parts
+        self.gate.learn(buckets, w, joint / joint.sum(0))
+
+
+class Chain(NgramExpert):
+    """Interpolated smoothing of contexts of `first` .. order-1 tokens down to the base; a distribution at every level.
+
+    discount in (0, 1): p_k = (max(c - D, 0) + D U p_{k-1}) / C. "learned": D_k is the share of the formula's D = 1 form in a
+    mixture with its D = 0 form, estimated from scored tokens (p_k is linear in D). "witten-bell": p_k = (c + U p_{k-1}) / (C + U).
+    """
+
+    def __init__(self, table: NgramTable, base: Any, first: int, discount: float | str) -> None:
+        super().__init__(table, base)
+        self.first, self.discount = first, discount
+        self.trials, self.given_back = [20.0] * table.order, [18.0] * table.order  # 20 pseudo-observations at D = 0.9
+
+    def transform(self, query: Query) -> tuple[Tensor, Any]:
+        p, shares = query.p, []
+        for k in range(self.first, self.table.order):
+            (C, c, U), seen = (x[k].double() for x in query.stats[:3]), query.stats.total[k] > 0
+            if self.discount == "witten-bell":
+                p_k = (c + U * p) / (C + U)
+            else:
+                D = self.given_back[k] / self.trials[k] if self.discount == "learned" else self.discount
+                p_k = ((c - D).clamp_min(0) + D * U * p) / C
+                shares.append((k, seen, D * ((c - 1).clamp_min(0) + U * p) / C / p_k))
+            p = torch.where(seen, p_k, p)
+        return p, shares
+
+    def learn(self, pending: Any) -> None:
+        for k, seen, share in pending if self.discount == "learned" else ():
+            self.trials[k] += seen.sum().item()
+            self.given_back[k] += share[seen].sum().item()
+
+
+def longest_match(stats: NgramStats, least: int = 1) -> tuple[Tensor, NgramStats]:
+    """Length of the longest context seen `least` times or more (-1: none), and the statistics of that length, (n,) each."""
+    longest = (stats.total >= least).sum(0) - 1
+    return longest, NgramStats(*(x.gather(0, longest.clamp_min(0)[None])[0] for x in stats))
+
+
+class Match(NgramExpert):
+    """All mass on the token that followed the latest occurrence of the longest matched context; the base where none matched."""
+
+    def transform(self, query: Query) -> tuple[Tensor, Any]:
+        longest, at = longest_match(query.stats)
+        return torch.where(longest > 0, (query.tokens[at.last] == query.token).double(), query.p), None
+
+
+class Mixture(NgramExpert):
+    """Weighted mean of the base and experts over it; a weight vector a bucket, learned by adding up posteriors (online EM).
+
+    The bucket: longest matched context, floor log2 of its count, whether one token alone followed it, age of its latest occurrence,
+    the base's entropy. Every weight starts above 0, so an expert may rule a token out.
+    """
+
+    def __init__(self, table: NgramTable, base: Any, experts: list[NgramExpert], prior: float = 1.0) -> None:
+        super().__init__(table, base)
+        self.experts, n = experts, (table.order + 1) * 4 * 2 * 5 * 4
+        self.mass = torch.full(
+            (1 + len(experts), n), prior / (1 + len(experts)), dtype=torch.float64, device=table.device
+        )
+
+    def bucket(self, query: Query) -> Tensor:
+        """Each target's column of `mass`, from the prefix alone."""
+        longest, at = longest_match(query.stats)
+        age = log2_floor((query.target - at.last).clamp_min(1)) // 4
+        count = log2_floor(at.total.clamp_min(1)).clamp_max(3)
+        bucket = ((longest + 1) * 4 + count) * 2 + (at.kinds == 1)
+        return (bucket * 5 + age.clamp_max(4)) * 4 + query.entropy.long().clamp_max(3)
+
+    def transform(self, query: Query) -> tuple[Tensor, Any]:
+        answers = [expert.transform(query) for expert in self.experts]
+        bucket = self.bucket(query)
+        mass = self.mass.index_select(1, bucket)
+        joint = mass / mass.sum(0) * torch.stack([query.p, *(p for p, _ in answers)])
+        p = joint.sum(0)
+        return p, (bucket, joint / p, [pending for _, pending in answers])
+
+    def learn(self, pending: Any) -> None:
+        bucket, posterior, answers = pending
+        self.mass += bucket_sums(bucket, posterior, self.mass.shape[1])
+        for expert, own in zip(self.experts, answers, strict=True):
+            expert.learn(own)
+
+
+def alpha_fixed(alpha: float) -> Callable[..., Tensor]:
+    """The same share whenever a context matched. PR #740's first form: 0.20."""
+    return lambda entropy, _order, _confidence: torch.full_like(entropy, alpha)
+
+
+def alpha_pr740(entropy: Tensor, _order: Tensor, _confidence: Tensor) -> Tensor:
+    """PR #740, second form: 0.05 + 0.55 sigmoid(2 (H - 4)), H in nats."""
+    return 0.05 + 0.55 * torch.sigmoid(2.0 * (entropy - 4.0))
+
+
+def alpha_pr187(entropy: Tensor, _order: Tensor, confidence: Tensor) -> Tensor:
+    """PR #187: (0.05 + 0.55 sigmoid(3 (H - 3.5))) (0.5 + confidence), confidence in 0..1 from the pre-enrichment's step."""
+    return (0.05 + 0.55 * torch.sigmoid(3.0 * (entropy - 3.5))) * (0.5 + confidence)
+
+
+PR850_CENTRE = (3.0, 3.0, 4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 2.75, 2.5)  # by order; orders above 9 take the last
+PR850_FACTOR = (0.3, 0.3, 0.3, 0.3, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0)
+
+
+def alpha_pr850(entropy: Tensor, order: Tensor, _confidence: Tensor) -> Tensor:
+    """PR #850: (0.12 + 0.48 sigmoid(2 (H - centre))) factor, at most 0.95; centre and factor belong to the matched order."""
+    row = order.clamp(0, len(PR850_CENTRE) - 1)
+    centre, factor = entropy.new_tensor(PR850_CENTRE)[row], entropy.new_tensor(PR850_FACTOR)[row]
+    return ((0.12 + 0.48 * torch.sigmoid(2.0 * (entropy - centre))) * factor).clamp(0, 0.95)
+
+
+class EnrichmentScale:
+    """Confidence of PR #187: the size of the pre-enrichment's step (the base's `enrichment`) over the largest one learned so far.
+
+    The published form divides by the maximum over the batch being scored, which looks ahead. 0.5 while nothing is known.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self.base, self.largest = base, 0.0
+
+    def confidence(self, target: Tensor) -> Tensor:
+        """(n,) in 0..1."""
+        steps = getattr(self.base, "enrichment", None)
+        if steps is None or self.largest == 0:
+            return torch.full_like(target, 0.5, dtype=torch.float64)
+        return (steps[target] / self.largest).clamp_max(1.0).double()
+
+    def learn(self, target: Tensor) -> None:
+        """Take in scored positions."""
+        steps = getattr(self.base, "enrichment", None)
+        if steps is not None:
+            self.largest = max(self.largest, steps[target].max().item())
+
+
+class AlphaMix(NgramExpert):
+    """(1 - alpha) base + alpha c / C of the longest context seen `least` times or more; alpha looks at the prefix alone.
+
+    The published combiners on exact counts, so that both sides are distributions.
+    """
+
+    def __init__(
+        self, table: NgramTable, base: Any, alpha: Callable[..., Tensor], least: int = 2, first: int = 1
+    ) -> None:
+        super().__init__(table, base)
+        self.alpha, self.least, self.first, self.scale = alpha, least, first, EnrichmentScale(base)
+
+    def transform(self, query: Query) -> tuple[Tensor, Any]:
+        longest, at = longest_match(query.stats, self.least)
+        alpha = self.alpha(query.entropy, longest + 1, self.scale.confidence(query.target))
+        alpha = torch.where(longest >= self.first, alpha, 0.0)
+        return (1 - alpha) * query.p + alpha * at.count / at.total.clamp_min(1), query.target
+
+    def learn(self, pending: Any) -> None:
+        self.scale.learn(pending)
+
+
+class Tilt(NgramExpert):
+    """p(v) e^{beta [v = hint]} / Z with Z = 1 + p(hint) (e^beta - 1), where the hint filled `threshold` of its context's successors.
+
+    The hint is the token that followed the context of `k` tokens last time. Token-only form of PRs #1514 and #2018; neutral at beta 0.
+    """
+
+    def __init__(self, table: NgramTable, base: Any, k: int, beta: float = 2.625, threshold: float = 0.8) -> None:
+        super().__init__(table, base)
+        self.k, self.beta, self.threshold = k, beta, threshold
+
+    def transform(self, query: Query) -> tuple[Tensor, Any]:
+        total, last = query.stats.total[self.k], query.stats.last[self.k]
+        hint, told = (
+            query.tokens[last],
+            self.table.counts(self.k)[last] + 1,
+        )  # how often the hint had followed, last time included
+        fires = (total > 0) & (told >= self.threshold * total)
+        p_hint = query.p[hint] if query.whole else self.base.hint_prob[query.target].double()
+        boost = torch.exp(self.beta * (fires & (hint == query.token)).double())
+        return query.p * boost / (1 + torch.where(fires, p_hint, 0.0) * math.expm1(self.beta)), None
+
+
+# ---- the published scorers: hashed tables, asked for the target alone ("claimed") or for every token ("normalized")
+
+
+def xor_hash(*multipliers: int) -> tuple[Callable, Callable]:
+    """Hash of PRs #740 and #850: XOR of token times multiplier, oldest first; the target joins with its order's multiplier."""
+
+    def context(context_nk: Tensor) -> Tensor:
+        h = torch.zeros_like(context_nk[:, 0])
+        for j, column in enumerate(context_nk.unbind(1)):
+            h = h ^ (column * multipliers[j])
+        return h
+
+    def target(h: Tensor, order: int, token: Tensor) -> Tensor:
+        return h ^ (token * multipliers[(order - 1) % len(multipliers)])
+
+    return context, target
+
+
+def polynomial_hash(multiplier: int, target_multiplier: int) -> tuple[Callable, Callable]:
+    """Hash of PR #187. Its multiplier is a multiple of 8: tokens nine or more back vanish modulo 2^22, so orders 9 to 11 are one."""
+
+    def context(context_nk: Tensor) -> Tensor:
+        h = torch.zeros_like(context_nk[:, 0])
+        for column in context_nk.unbind(1):
+            h = (h * multiplier + column) & 0xFFFFFFFF  # the low bits, all that a table index keeps, survive this
+        return h
+
+    return context, lambda h, _order, token: h * target_multiplier + token
+
+
+class Published(NamedTuple):
+    """Constants of one published cache."""
+
+    orders: tuple[int, ...]  # tried in this order; the first whose context cell holds 2 or more wins
+    hash: tuple[Callable, Callable]
+    alpha: Callable[[Tensor, Tensor, Tensor], Tensor]
+    window: int  # targets a window scores
+    batch: int  # windows scored between two updates of a rank's tables
+    layout: str  # "blocks": a rank owns a stretch of the text; "windows": every n-th window; "shared": one table
+
+
+MULTIPLIERS_740 = (36313, 27191, 51647, 81929, 131071, 65537, 104729)
+MULTIPLIERS_850 = (36313, 27191, 51647, 81929, 131071, 174763, 233021, 283721, 347239)
+PUBLISHED = {
+    "pr740": Published((5,), xor_hash(*MULTIPLIERS_740), alpha_fixed(0.2), 128, 1, "blocks"),
+    "pr740b": Published((7, 6, 5, 4, 3, 2), xor_hash(*MULTIPLIERS_740), alpha_pr740, 128, 1, "blocks"),
+    "pr187": Published(tuple(range(11, 1, -1)), polynomial_hash(265443576, 1000003), alpha_pr187, 64, 256, "windows"),
+    "pr850": Published(tuple(range(9, 1, -1)), xor_hash(*MULTIPLIERS_850), alpha_pr850, 64, 1024, "shared"),
+}
+
+
+class HashedCache:
+    """A published cache: per order a table of context cells and one of context-with-target cells, mixed into the base by alpha.
+
+    As published (`normalize` False) the target's cell over the context's cell is called its probability; collisions make the sum over
+    the vocabulary exceed 1, so the score is no code length. `normalize` gathers every token's cell and divides by their sum.
+    The driver updates every `span` targets. `ranks` caches, each fed its own part of the text, as on the published machines.
+    """
+
+    def __init__(self, name: str, base: Any, vocab_size: int, *, normalize: bool, buckets: int = 2**22, ranks: int = 8,
+                 least: int = 2, device: torch.device | str = "cpu") -> None:  # fmt: skip
+        self.spec, self.base, self.vocab_size, self.normalize = PUBLISHED[name], base, vocab_size, normalize
+        self.buckets, self.least = buckets, least
+        self.ranks = 1 if normalize or self.spec.layout == "shared" else ranks
+        self.span = self.spec.window * self.spec.batch * (self.ranks if self.spec.layout == "windows" else 1)
+        shape = (len(self.spec.orders), 2, self.ranks * buckets)
+        self.tables = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.scale = EnrichmentScale(base)
+
+    def _rank(self, target: Tensor, tokens: Tensor) -> Tensor:
+        window = (target - 1) // self.spec.window
+        if self.spec.layout == "windows":
+            return window % self.ranks
+        return window * self.ranks // ((len(tokens) - 2) // self.spec.window + 1)
+
+    def _cells(self, tokens: Tensor, target: Tensor, order: int) -> tuple[Tensor, Tensor]:
+        """The context's hash and the flat index of its cell (of `tables[i, 0]`)."""
+        back = torch.arange(order - 1, 0, -1, device=tokens.device)
+        h = self.spec.hash[0](tokens[(target[:, None] - back).clamp_min(0)])
+        return h, self._rank(target, tokens) * self.buckets + (h & (self.buckets - 1))
+
+    def _ratio(self, row: int, order: int, h: Tensor, rank: Tensor, token: Tensor, C: Tensor) -> Tensor:
+        """Cell of context and token over C: called a probability by its authors."""
+        cell = rank * self.buckets + (self.spec.hash[1](h, order, token) & (self.buckets - 1))
+        return torch.minimum(self.tables[row, 1][cell], C) / C
+
+    def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor, entropy: Tensor) -> Tensor:
+        """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
+        confidence = self.scale.confidence(target)
+        result, todo = p.clone(), torch.arange(len(target), device=tokens.device)
+        for row, order in enumerate(self.spec.orders):
+            h, cell = self._cells(tokens, target[todo], order)
+            total = self.tables[row, 0][cell]
+            hit = (total >= self.least) & (target[todo] >= order - 1)
+            at, h, C = todo[hit], h[hit, None], total[hit, None]
+            todo = todo[~hit]
+            rank = self._rank(target[at], tokens)[:, None]
+            ratio = self._ratio(row, order, h, rank, token[at], C).double()
+            alpha = self.spec.alpha(entropy[at], torch.full_like(at, order), confidence[at])[:, None]
+            if self.normalize:
+                every = torch.arange(self.vocab_size, device=tokens.device)[None]
+                mass = self._ratio(row, order, h, rank, every, C).double().sum(1, keepdim=True)
+                alpha = torch.where(mass > 0, alpha, 0.0)
+                ratio = ratio / mass.clamp_min(1e-300)
+            result[at] = (1 - alpha) * p[at] + alpha * ratio
+        return result
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        p, entropy = self.base.score(tokens, lo, hi).exp(), self.base.entropy[lo:hi].double()
+        target = torch.arange(lo, hi, device=tokens.device)
+        if not self.normalize:  # as published: the maximum over the batch being scored
+            self.scale.largest = 0.0
+            self.scale.learn(target)
+        return self._mixed(tokens, target, p[:, None], tokens[lo:hi, None], entropy)[:, 0].log()
+
+    def dist(self, tokens: Tensor, t: int) -> Tensor:
+        """What score() would say of every token at t: a distribution only with `normalize`."""
+        p = self.base.dist(tokens, t).to(tokens.device)
+        target, every = torch.tensor([t], device=tokens.device), torch.arange(len(p), device=tokens.device)
+        return self._mixed(tokens, target, p[None], every[None], entropy_of(p)[None])[0]
+
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
+        self.scale.learn(torch.arange(lo, hi, device=tokens.device))
+        for row, order in enumerate(self.spec.orders):
+            target = torch.arange(max(lo, order - 1), hi, device=tokens.device)
+            h, cell = self._cells(tokens, target, order)
+            full = self.spec.hash[1](h, order, tokens[target]) & (self.buckets - 1)
+            for table, index in ((0, cell), (1, self._rank(target, tokens) * self.buckets + full)):
+                self.tables[row, table].scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+
+
+# ---- the driver
+
+
 def score_first(
     network: NetworkExpert, text: ValidationText, scorers: dict[str, Any], parts: list[Any], chunk: int, deadline: float
 ) -> dict[str, BpbMeter]:
@@ -4035,21 +4840,118 @@ class StageResult(NamedTuple):
     seconds: float
 
 
+def chain_discount(text: str) -> float | str:
+    """NGRAM_DISCOUNT as Chain takes it."""
+    return text if text in ("learned", "witten-bell") else float(text)
+
+
+def mixture_experts(table: NgramTable, base: Any) -> list[NgramExpert]:
+    """The experts of NGRAM_MIX=mixture: chains from three lengths at two discounts, and the match."""
+    chains = [Chain(table, base, k, D) for k in (1, 2, 4) if k < table.order for D in (0.6, 0.95)]
+    return [*chains, Match(table, base)]
+
+
+def alpha_mix(cfg: Config, table: NgramTable, base: Any, alpha: Callable[..., Tensor]) -> AlphaMix:
+    return AlphaMix(table, base, alpha, cfg.ngram_min_count, cfg.ngram_first)
+
+
+NGRAM_MIXES: dict[str, Callable[[Config, NgramTable, Any], NgramExpert]] = {
+    "cascade": lambda cfg, table, base: Cascade(table, base, cfg.ngram_first, cfg.ngram_rate),
+    "mixture": lambda cfg, table, base: Mixture(table, base, mixture_experts(table, base)),  # noqa: ARG005
+    "chain": lambda cfg, table, base: Chain(table, base, cfg.ngram_first, chain_discount(cfg.ngram_discount)),
+    "fixed": lambda cfg, table, base: alpha_mix(cfg, table, base, alpha_fixed(cfg.ngram_alpha)),
+    "pr740": lambda cfg, table, base: alpha_mix(cfg, table, base, alpha_pr740),
+    "pr187": lambda cfg, table, base: alpha_mix(cfg, table, base, alpha_pr187),
+    "pr850": lambda cfg, table, base: alpha_mix(cfg, table, base, alpha_pr850),
+    "tilt": lambda cfg, table, base: Tilt(
+        table, base, cfg.ngram_order - 1, cfg.ngram_tilt_beta, cfg.ngram_tilt_threshold
+    ),
+}
+
+
+class Evaluation:
+    """The experts of one evaluation. A network pass is made once and shared by the n-gram stages that build on it."""
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText) -> None:
+        self.cfg, self.run, self.model, self.device = cfg, run, model, stream_device(run)
+        self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
+        self.networks: dict[str, NetworkExpert] = {}
+        bos = None if cfg.ngram_cross_doc else model.bos_id
+        self.table = NgramTable(cfg.vocab_size, cfg.ngram_order, bos, self.device)
+
+    def network(self, stage: str) -> NetworkExpert:
+        """The network of a stage; n-gram stages build on the best one that is switched on."""
+        cfg, n = self.cfg, len(self.text.tokens)
+        if stage not in ("roundtrip", "sliding", "ttt"):
+            stage = "ttt" if cfg.ttt_enabled else "sliding" if cfg.eval_stride else "roundtrip"
+        if stage not in self.networks:
+            stride = cfg.eval_len if stage == "roundtrip" else cfg.eval_stride or cfg.eval_len
+            network = (TestTimeNetwork if stage == "ttt" else NetworkExpert)(
+                cfg, self.run, self.model, self.text, stride
+            )
+            if cfg.ngram_mix == "tilt" and "ngram" in cfg.stages:  # a hint depends on its prefix alone
+                network.hints = self.text.tokens[self.table.span(self.text.tokens, 0, n).last[-1]]
+            self.networks[stage] = network
+        return self.networks[stage]
+
+    def scorer(self, stage: str) -> tuple[Any, int]:
+        """(the expert whose scores the stage reports, targets between two updates)."""
+        cfg, n, network = self.cfg, len(self.text.tokens), self.network(stage)
+        if stage in ("normalized", "claimed"):
+            cache = HashedCache(cfg.ngram_claim, network, cfg.vocab_size, normalize=stage == "normalized", device=self.device,
+                                buckets=cfg.ngram_buckets, ranks=cfg.ngram_claim_ranks, least=cfg.ngram_min_count)  # fmt: skip
+            return cache, cache.span
+        if stage == "ngram":
+            return NGRAM_MIXES[cfg.ngram_mix](cfg, self.table, network), cfg.ngram_update_tokens or max(1024, n // 4096)
+        return network, n
+
+    def score(self, stage: str, scorer: Any, span: int, deadline: float) -> StageResult:
+        """Score the whole text with one expert."""
+        started, network = time.perf_counter(), self.network(stage)
+        parts = [network] if scorer is network else [network, scorer]
+        meter = score_first(network, self.text, {stage: scorer}, parts, span, deadline)[stage]
+        self.run.sync()
+        seconds = time.perf_counter() - started
+        return StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds)
+
+
+class Measured:
+    """A scorer watched at evenly spaced targets: `sums` collects Z, the sum over the vocabulary of what it calls probabilities."""
+
+    def __init__(self, scorer: Any, n_tokens: int, samples: int = 64) -> None:
+        self.scorer, self.sums, self.step = scorer, [], max(1, n_tokens // samples)
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        first = -(-lo // self.step) * self.step
+        self.sums += [self.scorer.dist(tokens, t).sum().item() for t in range(first, hi, self.step)]
+        return self.scorer.score(tokens, lo, hi)
+
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
+        self.scorer.update(tokens, lo, hi)
+
+
+def claim(evaluation: Evaluation, deadline: float) -> None:
+    """Run NGRAM_CLAIM as published and log what it claims beside the measured Z. It is no stage and never the score."""
+    cfg, run = evaluation.cfg, evaluation.run
+    scorer, span = evaluation.scorer("claimed")
+    measured = Measured(scorer, len(evaluation.text.tokens))
+    r = evaluation.score("claimed", measured, span, deadline)
+    z_mean, z_max = sum(measured.sums) / max(len(measured.sums), 1), max(measured.sums, default=math.nan)
+    run.log(f"{cfg.ngram_claim} claimed_bpb:{r.val_bpb:.8f} z_mean:{z_mean:.3f} z_max:{z_max:.3f} (not a code length)")
+    run.event("claim", name=cfg.ngram_claim, claimed_bpb=r.val_bpb, z_mean=z_mean, z_max=z_max, seconds=r.seconds,
+              note="not a code length")  # fmt: skip
+
+
 def evaluate(
     cfg: Config, run: Run, model: GPT, text: ValidationText, stages: tuple[str, ...] | None = None
 ) -> list[StageResult]:
     """Score the validation text in every stage that is switched on (or in `stages`), in order; all ranks get the results."""
     model.eval()
     deadline = time.perf_counter() + (cfg.eval_wallclock_seconds or math.inf)
-    results = []
-    for stage in stages or cfg.stages:
-        started = time.perf_counter()
-        stride = cfg.eval_len if stage == "roundtrip" else cfg.eval_stride or cfg.eval_len
-        network = (TestTimeNetwork if stage == "ttt" else NetworkExpert)(cfg, run, model, text, stride)
-        meter = score_first(network, text, {stage: network}, [network], len(text.tokens), deadline)[stage]
-        run.sync()
-        seconds = time.perf_counter() - started
-        results.append(StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds))
+    evaluation = Evaluation(cfg, run, model, text)
+    results = [evaluation.score(stage, *evaluation.scorer(stage), deadline) for stage in stages or cfg.stages]
+    if stages is None and "claimed" in cfg.ngram_scores:
+        claim(evaluation, deadline)
     model.train()
     return results
 

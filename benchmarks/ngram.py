@@ -1,0 +1,163 @@
+"""N-gram statistics and mixing against the published caches, on one text, in one process; prints ratios.
+
+    python benchmarks/ngram.py TEXT.jsonl.zst [--tokens 5000000] [--parts speed,growth,mix]
+
+TEXT holds one {"text": ...} object a line. The caches are our own plain NumPy, in the style of pull requests #850
+(orders 9 to 2, one table for everyone, refreshed every 65,536 tokens) and #740 (orders 7 to 2, refreshed every window of
+128). Like the published ones they look up the target alone and stop at the first matched order, and do not give a
+distribution; the engine gives C, c and U of orders 1 to 9 at every position, updated after every token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import zstandard
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_gpt as tg  # noqa: E402
+
+TOKENIZER = ROOT / "data" / "sample" / "tokenizer_1024.model"
+VOCAB, BOS = 1024, 1
+
+
+def read_tokens(path: Path, limit: int) -> tuple[np.ndarray, float]:
+    """(token stream with a BOS before each document, bytes of text a token)."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
+    parts, n, size = [], 0, 0
+    with open(path, "rb") as f:
+        for line in io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(f), encoding="utf-8"):
+            text = json.loads(line)["text"]
+            parts.append(np.array([BOS, *pieces.encode(text)], dtype=np.int64))
+            n, size = n + len(parts[-1]), size + len(text.encode())
+            if n >= limit:
+                break
+    return np.concatenate(parts)[:limit], size / n
+
+
+class NumpyCache:
+    """A published hashed cache: two count tables an order, XOR hash, first order from the longest whose context was seen twice."""
+
+    def __init__(self, tokens: np.ndarray, orders: range, multipliers: tuple[int, ...], refresh: int) -> None:
+        self.tokens, self.orders, self.refresh = tokens.astype(np.uint64), orders, refresh
+        self.multipliers, self.mask = np.array(multipliers, dtype=np.uint64), np.uint64(2**22 - 1)
+        self.tables = {n: np.zeros((2, 2**22), np.uint32) for n in orders}
+
+    def keys(self, order: int, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cells of context and of context with target."""
+        h = np.zeros(len(target), np.uint64)
+        for j in range(order - 1):
+            h ^= self.tokens[target - (order - 1) + j] * self.multipliers[j]
+        full = h ^ (self.tokens[target] * self.multipliers[(order - 1) % len(self.multipliers)])
+        return (h & self.mask).astype(np.int64), (full & self.mask).astype(np.int64)
+
+    def run(self) -> np.ndarray:
+        """The ratio of every target."""
+        ratio = np.zeros(len(self.tokens))
+        for lo in range(max(self.orders), len(self.tokens), self.refresh):
+            target = np.arange(lo, min(lo + self.refresh, len(self.tokens)))
+            todo, keys = target, {n: self.keys(n, target) for n in self.orders}
+            for n in self.orders:
+                context, full = (key[todo - lo] for key in keys[n])
+                C = self.tables[n][0][context]
+                hit = C >= 2
+                ratio[todo[hit]] = np.minimum(self.tables[n][1][full[hit]], C[hit]) / C[hit]
+                todo = todo[~hit]
+            for n in self.orders:
+                for table, key in zip(self.tables[n], keys[n], strict=True):
+                    np.add.at(table, key, 1)
+        return ratio
+
+
+def seconds(work, repeats: int = 1) -> float:
+    """Best wall-clock time of `repeats` calls."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def count_all(tokens: torch.Tensor, order: int) -> None:
+    """Run the engine and drop its results."""
+    for _ in tg.ngram_stats(tokens, VOCAB, order):
+        pass
+
+
+def speed(tokens: np.ndarray) -> None:
+    """Engine against both caches."""
+    n = len(tokens)
+    engine = seconds(lambda: count_all(torch.from_numpy(tokens), 9), 2)
+    late = seconds(NumpyCache(tokens, range(9, 1, -1), tg.MULTIPLIERS_850, 65536).run)
+    early = seconds(NumpyCache(tokens, range(7, 1, -1), tg.MULTIPLIERS_740, 128).run)
+    print(f"{n:,} tokens, {torch.get_num_threads()} threads")
+    for name, s in (
+        ("engine, orders 1-9", engine),
+        ("#850 style, orders 9-2", late),
+        ("#740 style, orders 7-2", early),
+    ):
+        print(f"  {name:<24} {s:8.2f} s  {n / s / 1e6:6.2f} M tokens/s  engine is {s / engine:.1f}x")
+
+
+def growth(tokens: np.ndarray) -> None:
+    """Time a token from 1 M tokens to all of them."""
+    for n in sorted({1_000_000, 5_000_000, len(tokens)}):
+        if n <= len(tokens):
+            s = seconds(lambda n=n: count_all(torch.from_numpy(tokens[:n]), 9), 2)
+            print(f"  {n:>12,} tokens {s:8.2f} s  {s / n * 1e9:7.1f} ns a token")
+
+
+def mix(tokens: np.ndarray, bytes_per_token: float, order: int = 12) -> None:
+    """The pure n-gram model of each combiner: bits a byte and time against the update interval."""
+    stream = torch.from_numpy(tokens)
+    table = tg.NgramTable(VOCAB, order)
+    print(f"  statistics of orders 1-{order}: {seconds(lambda: table.load(stream)):.2f} s for {len(tokens):,} tokens")
+    base = tg.Uniform(VOCAB, len(tokens))
+    experts = {
+        "discount 0.9": lambda: tg.Chain(table, base, 0, 0.9),
+        "learned discounts": lambda: tg.Chain(table, base, 0, "learned"),
+        "mixture": lambda: tg.Mixture(
+            table, base, [tg.Chain(table, base, k, 0.9) for k in (0, 2, 4)] + [tg.Match(table, base)]
+        ),
+        "cascade": lambda: tg.Cascade(table, base, 0),
+    }
+    for name, build in experts.items():
+        for interval in (512, 1024, 4096, 16384):
+            expert, nats, started = build(), 0.0, time.perf_counter()
+            for lo in range(1, len(tokens), interval):
+                hi = min(lo + interval, len(tokens))
+                nats -= expert.score(stream, lo, hi).sum().item()
+                expert.update(stream, lo, hi)
+            bpb = nats / math.log(2) / (len(tokens) - 1) / bytes_per_token
+            print(f"  {name:<18} update every {interval:>6}: {bpb:.4f} bpb  {time.perf_counter() - started:6.2f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--tokens", type=int, default=5_000_000)
+    parser.add_argument("--mix-tokens", type=int, default=1_000_000)
+    parser.add_argument("--parts", default="speed,growth,mix")
+    args = parser.parse_args()
+    tokens, bytes_per_token = read_tokens(args.text, args.tokens)
+    for part in args.parts.split(","):
+        print(f"{part}:")
+        if part == "mix":
+            mix(tokens[: args.mix_tokens], bytes_per_token)
+        else:
+            {"speed": speed, "growth": growth}[part](tokens)
+
+
+if __name__ == "__main__":
+    main()

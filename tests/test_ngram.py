@@ -1,0 +1,332 @@
+"""Exact n-gram statistics, mixing and the published scorers: each fast path against the law written plainly."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import train_gpt as tg
+
+VOCAB, BOS = 16, 1
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors gain nothing from threads that wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_text(n: int, seed: int = 0) -> Tensor:
+    """A stream with structure: a random second-order source, copied passages, documents."""
+    rng = np.random.default_rng(seed)
+    follow = rng.integers(2, VOCAB, size=(VOCAB, VOCAB))
+    x = [BOS, 2]
+    while len(x) < n:
+        if rng.random() < 0.02:
+            x.append(BOS)
+        elif rng.random() < 0.03 and len(x) > 40:
+            start = rng.integers(0, len(x) - 30)
+            x += x[start : start + 30]
+        else:
+            x.append(int(follow[x[-2], x[-1]] if rng.random() < 0.7 else rng.integers(2, VOCAB)))
+    return torch.tensor(x[:n])
+
+
+class ToyNetwork:
+    """A base whose distribution depends on the previous token alone, with the features that a network offers."""
+
+    def __init__(self, tokens: Tensor, vocab: int = VOCAB, seed: int = 3) -> None:
+        z = torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.logp = z.log_softmax(-1)
+        self.watch(tokens)
+
+    def watch(self, tokens: Tensor, hints: Tensor | None = None) -> None:
+        rows = self.logp[tokens.roll(1)]
+        self.entropy = -(rows.exp() * rows).sum(1)
+        self.enrichment = 1.0 + tokens.roll(1).double()
+        self.hint_prob = None if hints is None else rows.exp().gather(1, hints[:, None])[:, 0]
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        return self.logp[tokens[lo - 1 : hi - 1], tokens[lo:hi]]
+
+    def dist(self, tokens: Tensor, t: int) -> Tensor:
+        return self.logp[tokens[t - 1]].exp()
+
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """Nothing to learn."""
+
+
+# ruff: noqa: ARG005
+VALID = {
+    "cascade": lambda table, base: tg.Cascade(table, base, 1),
+    "cascade from the empty context": lambda table, base: tg.Cascade(table, base, 0),
+    "discount 0.9": lambda table, base: tg.Chain(table, base, 0, 0.9),
+    "learned discounts": lambda table, base: tg.Chain(table, base, 1, "learned"),
+    "witten-bell": lambda table, base: tg.Chain(table, base, 0, "witten-bell"),
+    "mixture": lambda table, base: tg.Mixture(table, base, tg.mixture_experts(table, base)),
+    "fixed alpha": lambda table, base: tg.AlphaMix(table, base, tg.alpha_fixed(0.2)),
+    "alpha of #740": lambda table, base: tg.AlphaMix(table, base, tg.alpha_pr740),
+    "alpha of #187": lambda table, base: tg.AlphaMix(table, base, tg.alpha_pr187),
+    "alpha of #850": lambda table, base: tg.AlphaMix(table, base, tg.alpha_pr850),
+    "tilt": lambda table, base: tg.Tilt(table, base, 3),
+    "normalized #740": lambda table, base: cache("pr740", base, normalize=True),
+    "normalized #740, second form": lambda table, base: cache("pr740b", base, normalize=True),
+    "normalized #187": lambda table, base: cache("pr187", base, normalize=True),
+    "normalized #850": lambda table, base: cache("pr850", base, normalize=True),
+}
+
+
+def cache(name: str, base, normalize: bool, buckets: int = 64):
+    return tg.HashedCache(name, base, len(base.logp), normalize=normalize, buckets=buckets, ranks=2)
+
+
+def build(name: str, tokens: Tensor, bos: int | None = None):
+    table, base = tg.NgramTable(VOCAB, 6, bos), ToyNetwork(tokens)
+    if name == "tilt":
+        table.load(tokens)
+        base.watch(tokens, tokens[table.span(tokens, 0, len(tokens)).last[3]])
+    return VALID[name](table, base)
+
+
+def walk(expert, tokens: Tensor, chunk: int = 128, at: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+    """Log-probabilities of targets 1 .. N-1 under the driver's law, and whole distributions at some of them."""
+    scores, dists = [torch.zeros(1, dtype=torch.float64)], {}
+    for lo in range(1, len(tokens), chunk):
+        hi = min(lo + chunk, len(tokens))
+        scores.append(expert.score(tokens, lo, hi))
+        dists.update({t: expert.dist(tokens, t) for t in at if lo <= t < hi})
+        expert.update(tokens, lo, hi)
+    return torch.cat(scores), dists
+
+
+def replayed(tokens: Tensor, order: int, bos: int | None = None) -> np.ndarray:
+    """(4, order, N): total, count, kinds, last of every target, from dictionaries fed one token at a time."""
+    replay = tg.Replay(order, bos)
+    out = np.zeros((4, order, len(tokens)), dtype=np.int64)
+    for t, x in enumerate(tokens.tolist()):
+        for k in range(order):
+            counter = replay.counter(k)
+            out[:, k, t] = sum(counter.values()), counter.get(x, 0), len(counter), replay.last(k)
+        replay.add(x)
+    return out
+
+
+@pytest.mark.parametrize("lengthen", [tg._lengthen, tg._lengthen_torch])
+@pytest.mark.parametrize(("n", "vocab"), [(1, 2), (2, 2), (3, 2), (300, 1), (300, 2), (600, 7), (300, 400)])
+def test_the_engine_equals_a_counter_fed_token_by_token(monkeypatch, lengthen, n, vocab):
+    monkeypatch.setattr(tg, "_lengthen", lengthen)
+    tokens = torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(n))
+    if n == 600:
+        tokens[400:500] = tokens[100:200]
+    expected = replayed(tokens, 9)
+    for k, stats in enumerate(tg.ngram_stats(tokens, vocab, 9)):
+        for name, column, truth in zip(stats._fields, stats, expected[:, k], strict=True):
+            assert np.array_equal(column.numpy(), truth), (name, k)
+
+
+def test_runs_of_groups_and_threads_do_not_change_the_statistics(monkeypatch):
+    tokens = make_text(3000)
+    whole = list(tg.ngram_stats(tokens, VOCAB, 6))
+    cut = tg._group_runs
+    torch.set_num_threads(3)
+    monkeypatch.setattr(tg, "_group_runs", lambda grams: cut(grams, 32))
+    for a, b in zip(whole, tg.ngram_stats(tokens, VOCAB, 6), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+@pytest.mark.parametrize("chunk", [1, 7, 500])
+def test_spans_join_to_the_replay_with_and_without_document_bounds(bos, chunk):
+    tokens = make_text(500)
+    table, expected = tg.NgramTable(VOCAB, 6, bos), replayed(tokens, 6, bos)
+    for lo in range(0, len(tokens), chunk):
+        hi = min(lo + chunk, len(tokens))
+        for column, truth in zip(table.span(tokens, lo, hi), expected, strict=True):
+            assert np.array_equal(column.numpy(), truth[:, lo:hi])
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+def test_counts_of_every_candidate_equal_the_replay(bos):
+    tokens = make_text(300)
+    table, replay = tg.NgramTable(VOCAB, 5, bos), tg.Replay(5, bos)
+    for t, x in enumerate(tokens.tolist()):
+        if t % 17 == 1:
+            stats = table.candidates(tokens, t)
+            for k in range(5):
+                counter = replay.counter(k)
+                assert stats.count[k].tolist() == [counter.get(v, 0) for v in range(VOCAB)]
+                assert stats.total[k, 0] == sum(counter.values()) and stats.kinds[k, 0] == len(counter)
+                assert stats.last[k, 0] == replay.last(k)
+        replay.add(x)
+
+
+@pytest.mark.parametrize("discount", [0.7, "witten-bell"])
+def test_a_chain_equals_its_formula_on_dictionaries(discount):
+    tokens, order = make_text(400), 5
+    scores, _ = walk(tg.Chain(tg.NgramTable(VOCAB, order), tg.Uniform(VOCAB, 400), 0, discount), tokens)
+    replay = tg.Replay(order)
+    for t, x in enumerate(tokens.tolist()):
+        p = 1 / VOCAB
+        for k in range(order):
+            counter = replay.counter(k)
+            C, c, U = sum(counter.values()), counter.get(x, 0), len(counter)
+            if C:
+                p = (
+                    (c + U * p) / (C + U)
+                    if discount == "witten-bell"
+                    else (max(c - discount, 0) + discount * U * p) / C
+                )
+        if t:
+            assert scores[t].item() == pytest.approx(math.log(p), rel=1e-12)
+        replay.add(x)
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+@pytest.mark.parametrize("name", VALID)
+def test_probabilities_sum_to_one_and_the_scored_one_is_among_them(name, bos):
+    tokens = make_text(700)
+    at = (1, 2, 5, 128, 129, 300, 640, 699, *(int(t) + 1 for t in (tokens[:-1] == BOS).nonzero()[:3]))
+    scores, dists = walk(build(name, tokens, bos), tokens, at=at)
+    for t, p in dists.items():
+        assert p.min() >= 0 and p.sum().item() == pytest.approx(1, abs=1e-9), t
+        assert p[tokens[t]].log().item() == pytest.approx(scores[t].item(), abs=1e-9), t
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_the_future_cannot_change_the_past(name):
+    tokens, t = make_text(600), 333
+    other = tokens.clone()
+    other[t + 1 :] = torch.randint(0, VOCAB, (600 - t - 1,), generator=torch.Generator().manual_seed(9))
+    a, b = (walk(build(name, x), x)[0] for x in (tokens, other))
+    assert torch.equal(a[: t + 1], b[: t + 1])
+    assert not torch.equal(a[t + 1 :], b[t + 1 :])
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_a_target_cannot_change_its_own_distribution(name):
+    tokens, t = make_text(600), 450
+    other = tokens.clone()
+    other[t] = (tokens[t] + 3) % VOCAB
+    a, b = (walk(build(name, x), x, at=(t,))[1][t] for x in (tokens, other))
+    assert torch.equal(a, b)
+
+
+def test_update_before_score_would_be_caught():
+    """The test above can fail: an expert that learns its span first gives another past when the future changes."""
+    tokens = make_text(600)
+    other = tokens.clone()
+    other[401:] = 2
+
+    def peeking(x: Tensor) -> Tensor:
+        expert = cache("pr740b", ToyNetwork(x), normalize=True)
+        scores = []
+        for lo in range(1, 600, 128):
+            expert.update(x, lo, min(lo + 128, 600))
+            scores.append(expert.score(x, lo, min(lo + 128, 600)))
+        return torch.cat(scores)
+
+    assert not torch.equal(peeking(tokens)[:400], peeking(other)[:400])
+
+
+@pytest.mark.parametrize("name", ["cascade from the empty context", "mixture", "learned discounts", "normalized #850"])
+def test_uniform_noise_cannot_be_compressed(name):
+    tokens = torch.randint(0, VOCAB, (6000,), generator=torch.Generator().manual_seed(1))
+    table, base = tg.NgramTable(VOCAB, 6), tg.Uniform(VOCAB, 6000)
+    base.logp = torch.zeros(VOCAB)
+    scores, _ = walk(VALID[name](table, base), tokens)
+    assert -scores[1:].mean().item() / math.log(2) >= math.log2(VOCAB) - 0.01
+
+
+@pytest.mark.parametrize("name", ["cascade", "mixture", "learned discounts"])
+def test_mixing_gains_on_text_that_repeats(name):
+    tokens = make_text(4000)
+    base = ToyNetwork(tokens).score(tokens, 1, 4000).mean()
+    assert walk(build(name, tokens), tokens)[0][1:].mean() > base + 1.0
+
+
+@pytest.mark.parametrize("name", ["cascade", "mixture", "learned discounts"])
+def test_smaller_update_intervals_are_honest_recursions_too(name):
+    tokens = make_text(1500)
+    dists = walk(build(name, tokens), tokens, chunk=32, at=(700, 1400))[1]
+    assert all(p.sum().item() == pytest.approx(1, abs=1e-9) for p in dists.values())
+
+
+# ---- the published scorers
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "buckets", "window", "batch", "bits", "last_quarter"),
+    [
+        ("pr740", 7_750_000 // 64, 2**16, 1024, 1, 8.83, 7.32),
+        ("pr740b", 7_750_000 // 256, 2**14, 256, 1, 6.61, 3.58),
+        ("pr850", 62_000_000 // 1024, 2**12, 64, 1, 1.40, 0.31),
+    ],
+)
+def test_published_scorers_code_noise_below_its_entropy(
+    monkeypatch, name, tokens, buckets, window, batch, bits, last_quarter
+):
+    """Ten bits a token cannot be coded in fewer: what the published caches report at their own load is collisions."""
+    monkeypatch.setitem(tg.PUBLISHED, name, tg.PUBLISHED[name]._replace(window=window, batch=batch))
+    x = torch.randint(0, 1024, (tokens,), generator=torch.Generator().manual_seed(0))
+    scorer = tg.HashedCache(name, tg.Uniform(1024, tokens), 1024, normalize=False, buckets=buckets, ranks=1)
+    scores, dists = walk(scorer, x, chunk=scorer.span, at=(tokens - 1,))
+    cost = -scores[1:] / math.log(2)
+    assert cost.mean().item() == pytest.approx(bits, rel=0.06)
+    assert cost[3 * tokens // 4 :].mean().item() == pytest.approx(last_quarter, rel=0.12)
+    assert dists[tokens - 1].sum() > 20
+
+
+def test_orders_nine_to_eleven_of_187_are_one():
+    context = torch.randint(0, 1024, (50, 10), generator=torch.Generator().manual_seed(2))
+    h = [tg.PUBLISHED["pr187"].hash[0](context[:, -k:]) % 2**22 for k in (8, 9, 10)]
+    assert torch.equal(h[0], h[1]) and torch.equal(h[0], h[2])
+
+
+def test_a_claim_keeps_its_ranks_apart():
+    """With two caches the second half of the text starts from an empty table, as on the published machines."""
+    tokens = make_text(2000)
+    alone, apart = (
+        tg.HashedCache("pr740b", ToyNetwork(tokens), VOCAB, normalize=False, buckets=2**12, ranks=ranks)
+        for ranks in (1, 2)
+    )
+    a, b = walk(alone, tokens, chunk=128)[0], walk(apart, tokens, chunk=128)[0]
+    assert torch.equal(a[:900], b[:900]) and b[1100:1200].mean() < a[1100:1200].mean()
+
+
+def test_alphas_take_their_published_values():
+    H, order, half = torch.tensor([4.0, 3.5, 2.5], dtype=torch.float64), torch.tensor([5, 5, 9]), torch.full((3,), 0.5)
+    assert tg.alpha_pr740(H, order, half)[0].item() == pytest.approx(0.05 + 0.275)
+    assert tg.alpha_pr187(H, order, half)[1].item() == pytest.approx(0.05 + 0.275)
+    assert tg.alpha_pr850(H, order, half)[2].item() == pytest.approx(0.72)  # (.12 + .48 / 2) * 2
+    assert tg.alpha_pr850(torch.tensor([6.93]), torch.tensor([9]), half)[0].item() == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"NGRAM_SCORE": "exactly"}, "NGRAM_SCORE='exactly'"),
+        ({"NGRAM_ORDER": "1"}, "NGRAM_ORDER=1"),
+        ({"NGRAM_ORDER": "3", "NGRAM_FIRST": "3"}, "NGRAM_FIRST=3"),
+        ({"NGRAM_BUCKETS": "1000"}, "nearest below: 512"),
+        ({"NGRAM_DISCOUNT": "1.5"}, "NGRAM_DISCOUNT='1.5'"),
+        ({"NGRAM_CLAIM": "pr1"}, "NGRAM_CLAIM"),
+    ],
+)
+def test_bad_settings_get_one_clear_message(env, words):
+    with pytest.raises(tg.ConfigError, match=words):
+        tg.load_config({"RECIPE": "cpu", **env})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_statistics():
+    tokens = make_text(20000)
+    for a, b in zip(tg.ngram_stats(tokens, VOCAB, 9), tg.ngram_stats(tokens.cuda(), VOCAB, 9), strict=True):
+        assert all(torch.equal(x, y.cpu()) for x, y in zip(a, b, strict=True))
