@@ -276,6 +276,7 @@ class Config:
     codec_lanes: int = knob(16, "lanes", "most independent stretches of a text that are coded side by side; more is faster, fewer learn longer", lo=1, hi=4096)
     prompt: str = knob("", "text", "what MODE=sample continues; empty: a new document")
     sample_tokens: int = knob(256, "tokens", "most tokens that MODE=sample writes", lo=1, hi=1000000)
+    sample_ngram: bool = knob(False, "", "sampling: the network corrected by its own text's n-grams writes, instead of the network alone")
     temperature: float = knob(0.8, "", "sampling: p^(1/T); 0: always the likeliest token", lo=0, hi=100)
     top_p: float = knob(0.95, "", "sampling: only the fewest tokens that hold this probability", lo=0.01, hi=1)
     # fmt: on
@@ -5286,8 +5287,186 @@ class LaneNetwork:
         self.t += 1
 
 
+class Context:
+    """A context that occurred twice or more: what followed it, how often, and the contexts one token longer."""
+
+    __slots__ = ("counts", "longer", "total", "last")
+
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
+        self.longer: dict[
+            int, Context | int
+        ] = {}  # an int stands for a context seen once: the position that followed it
+        self.total, self.last = 0, -1
+
+    def add(self, token: int, position: int) -> None:
+        self.counts[token] = self.counts.get(token, 0) + 1
+        self.total, self.last = self.total + 1, position
+
+
+class GrowingTable:
+    """NgramTable's statistics for a stream that grows by one token at a time, at most `length`: a map of maps keyed by whole tokens.
+
+    `path[k]` is the context of the last k tokens: a Context, the position after its only occurrence, or None if it is new.
+    Contexts below one seen once are implied by that position and made when it is seen again, so memory grows with repeats.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, vocab_size: int, order: int, length: int) -> None:
+        self.vocab_size, self.order, self.n = vocab_size, order, 0
+        self.tokens = torch.zeros(length, dtype=torch.int64)
+        self.columns = NgramStats(*(torch.full((order, length), fill, dtype=torch.int32) for fill in (0, 0, 0, -1)))
+        self.root = Context()
+        self.path: list[Context | int | None] = [self.root]
+        self.holders: list[Context | None] = [None]  # whose `longer` keeps each of them
+        self._stream, self._columns = self.tokens.numpy(), [column.numpy() for column in self.columns]
+        self._slot = np.zeros(vocab_size, np.int64)
+
+    def counts(self, k: int) -> Tensor:
+        """(length,) earlier occurrences of each token after its context of k tokens."""
+        return self.columns.count[k]
+
+    def add(self, token: int) -> None:
+        """Note the statistics of the next token, then learn it under every context length."""
+        n, stream, before = self.n, self._stream, int(self._stream[self.n - 1])
+        stream[n] = token
+        parents: list[Context | None] = []
+        for k, (entry, holder) in enumerate(zip(self.path, self.holders, strict=True)):
+            if isinstance(entry, int):  # its second occurrence
+                context, follower = Context(), int(stream[entry])
+                context.add(follower, entry)
+                context.longer[follower] = entry + 1
+                holder.longer[before] = entry = context
+            elif entry is None and holder is not None:
+                holder.longer[before] = n
+            parents.append(entry)
+            if entry is not None:
+                values = (entry.total, entry.counts.get(token, 0), len(entry.counts), entry.last)
+                for column, value in zip(self._columns, values, strict=True):
+                    column[k, n] = value
+                entry.add(token, n)
+        self.holders = [None, *parents][: self.order]
+        self.path = [self.root, *(p and p.longer.get(token) for p in parents)][: self.order]
+        self.n = n + 1
+
+    def followers(self, k: int) -> np.ndarray:
+        """Tokens that followed the last k tokens before: whatever followed a longer context is among them."""
+        entry = self.path[k] if k < len(self.path) else None
+        if isinstance(entry, int):
+            return self._stream[entry : entry + 1]
+        return np.fromiter(entry.counts, np.int64, len(entry.counts)) if entry is not None else np.zeros(0, np.int64)
+
+    def candidates(self, tokens: np.ndarray) -> NgramStats:
+        """Statistics of the next position, (order, n), for these tokens; -1 stands for one that never followed."""
+        total, count, kinds, last = (np.full((self.order, len(tokens)), fill, np.int32) for fill in (0, 0, 0, -1))
+        known = tokens >= 0
+        self._slot[:] = len(tokens)
+        self._slot[tokens[known]] = np.flatnonzero(known)
+        for k, entry in enumerate(self.path):
+            if entry is None:
+                continue
+            if isinstance(entry, int):
+                total[k], kinds[k], last[k] = 1, 1, entry
+                count[k] = tokens == self._stream[entry]
+                continue
+            total[k], kinds[k], last[k] = entry.total, len(entry.counts), entry.last
+            row = np.zeros(len(tokens) + 1, np.int32)
+            size = len(entry.counts)
+            row[self._slot[np.fromiter(entry.counts, np.int64, size)]] = np.fromiter(
+                entry.counts.values(), np.int32, size
+            )
+            count[k] = row[:-1]
+        return NgramStats(*map(torch.from_numpy, (total, count, kinds, last)))
+
+
+class LaneMixture:
+    """LaneNetwork corrected by exact n-gram statistics, each lane with its own counts and its own online weights.
+
+    The experts are the evaluator's (NGRAM_MIXES) and so are the points where they learn; only the counting is incremental.
+    """
+
+    def __init__(self, cfg: Config, network: LaneNetwork, length: int) -> None:
+        self.network, lanes = network, len(network.tokens)
+        self.tables = [GrowingTable(cfg.vocab_size, cfg.ngram_order, length + 1) for _ in range(lanes)]
+        self.experts = [NGRAM_MIXES[cfg.ngram_mix](cfg, table, None) for table in self.tables]
+        self.whole = cfg.ngram_mix == "tilt"  # asks for the probability of a token that need not be a candidate
+        self.first = min(cfg.ngram_first, 1)
+        self.span = cfg.ngram_update_tokens or max(1024, (length + 1) // 4096)
+        self.base, self.entropy = torch.zeros(2, lanes, length + 1, dtype=torch.float64)
+        self.shares = [1.0] * lanes
+        for table in self.tables:
+            table.add(network.model.bos_id)
+        self.t = self.learned = 1
+
+    def dist(self) -> Tensor:
+        """(L, V) float64: the mixed distribution of the next token of each lane."""
+        self.network_p = self.network.dist()
+        self.entropy[:, self.t] = -torch.xlogy(self.network_p, self.network_p).sum(1)
+        return torch.stack([self.mixed(lane, p) for lane, p in enumerate(self.network_p)])
+
+    def mixed(self, lane: int, p_V: Tensor) -> Tensor:
+        """Ask for the tokens that followed the context before; all others keep the share of the network's p that token -1 gets."""
+        table, expert = self.tables[lane], self.experts[lane]
+        tokens = np.append(np.arange(len(p_V)) if self.whole else table.followers(self.first), -1)
+        self.shares[lane] = 1.0
+        if len(tokens) == 1:
+            return p_V
+        token = torch.from_numpy(tokens)
+        p = torch.cat([p_V[token[:-1]], p_V.new_ones(1)])
+        entropy, target = self.entropy[lane, self.t].expand(len(token)), torch.full_like(token, self.t)
+        p, _ = expert.transform(Query(p, table.candidates(tokens), target, token, entropy, table.tokens, whole=True))
+        self.shares[lane] = float(p[-1])
+        return (p_V * p[-1]).index_copy_(0, token[:-1], p[:-1])
+
+    def mixture(self, lane: int) -> tuple[float, int, int]:
+        """(weight of the network, tokens of the longest context seen before, how often) of the last distribution."""
+        path = self.tables[lane].path
+        k = max((k for k, entry in enumerate(path) if entry is not None), default=-1)
+        entry = path[k]
+        return self.shares[lane], k, 1 if isinstance(entry, int) else entry.total
+
+    def take(self, tokens_L: np.ndarray) -> None:
+        """Each lane's coded token; once `span` of them are coded, the weights learn from them."""
+        self.base[:, self.t] = self.network_p.gather(1, torch.from_numpy(tokens_L)[:, None])[:, 0]
+        for table, token in zip(self.tables, tokens_L.tolist(), strict=True):
+            table.add(token)
+        self.network.take(tokens_L)
+        self.t += 1
+        if self.t - self.learned == self.span:
+            for lane in range(len(self.tables)):
+                self.learn(lane, self.learned, self.t)
+            self.learned = self.t
+
+    def learn(self, lane: int, lo: int, hi: int) -> None:
+        """What the evaluator's expert does after it has scored targets lo .. hi-1."""
+        table, expert = self.tables[lane], self.experts[lane]
+        if type(expert).learn is NgramExpert.learn:
+            return
+        stats = NgramStats(*(column[:, lo:hi] for column in table.columns))
+        query = Query(
+            self.base[lane, lo:hi],
+            stats,
+            torch.arange(lo, hi),
+            table.tokens[lo:hi],
+            self.entropy[lane, lo:hi],
+            table.tokens,
+            whole=False,
+        )
+        expert.learn(expert.transform(query)[1])
+
+
+Lanes = LaneNetwork | LaneMixture
+
+
+def lane_experts(cfg: Config, run: Run, model: GPT, lanes: int, length: int, ngram: bool) -> Lanes:
+    """The network in lanes, with `ngram` corrected by each lane's own statistics."""
+    network = LaneNetwork(cfg, run, model, lanes, length)
+    return LaneMixture(cfg, network, length) if ngram else network
+
+
 def code_tokens(
-    coder: Coder, lanes: LaneNetwork, counts: np.ndarray, given: np.ndarray | None, progress: Callable[[int], None]
+    coder: Coder, lanes: Lanes, counts: np.ndarray, given: np.ndarray | None, progress: Callable[[int], None]
 ) -> np.ndarray:
     """Code counts[i] tokens of each lane i, position by position, lane by lane: score, code, only then update.
 
@@ -5499,13 +5678,10 @@ class Codec:
     def code(self, coder: Coder, counts: np.ndarray, given: np.ndarray | None, what: str) -> np.ndarray:
         """code_tokens with this codec's distributions and a progress bar."""
         since, total = time.perf_counter(), int(counts.sum())
-        lanes = lane_experts(self.cfg, self.run, self.model, len(counts), int(counts.max(initial=0)))
+        lanes = lane_experts(
+            self.cfg, self.run, self.model, len(counts), int(counts.max(initial=0)), "ngram" in self.cfg.stages
+        )
         return code_tokens(coder, lanes, counts, given, lambda done: self.run.progress(what, done, total, since))
-
-
-def lane_experts(cfg: Config, run: Run, model: GPT, lanes: int, length: int) -> LaneNetwork:
-    """What the final valid stage without test-time training scores with, in lanes."""
-    return LaneNetwork(cfg, run, model, lanes, length)
 
 
 # ---- sampling
@@ -5523,7 +5699,7 @@ def choose_token(p_V: Tensor, temperature: float, top_p: float, generator: torch
 def sample_text(cfg: Config, run: Run, model: GPT, sp: Any, prompt: str, tokens: int) -> Iterator[str]:
     """Continue `prompt` by at most `tokens` tokens, in pieces of text as they are complete; ends early where a document does."""
     ids = sp.encode(prompt)
-    lanes = lane_experts(cfg, run, model, 1, len(ids) + tokens)
+    lanes = lane_experts(cfg, run, model, 1, len(ids) + tokens, cfg.sample_ngram)
     generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sample"))
     for token in ids:
         lanes.dist()
@@ -5598,7 +5774,7 @@ def token_texts(sp: Any, text: str) -> tuple[list[int], list[str]]:
     return ids, texts
 
 
-def costs(lanes: LaneNetwork, lane: int, p_V: Tensor, token: int) -> tuple[float, float, float, float, int, int]:
+def costs(lanes: Lanes, lane: int, p_V: Tensor, token: int) -> tuple[float, float, float, float, int, int]:
     """TokenNote's numbers: what the mixture gave the token, split into the network's part and the n-gram's."""
     bits = lambda p: math.inf if p <= 0 else -math.log2(p)  # noqa: E731
     share, match, seen = lanes.mixture(lane)
@@ -5610,7 +5786,7 @@ def costs(lanes: LaneNetwork, lane: int, p_V: Tensor, token: int) -> tuple[float
 def explain_lanes(codec: Codec, split: list[tuple[list[int], list[str]]]) -> list[list[TokenNote]]:
     """Notes on documents side by side, one a lane."""
     counts = np.array([len(ids) for ids, _ in split])
-    lanes = lane_experts(codec.cfg, codec.run, codec.model, len(split), int(counts.max()))
+    lanes = lane_experts(codec.cfg, codec.run, codec.model, len(split), int(counts.max()), "ngram" in codec.cfg.stages)
     notes: list[list[TokenNote]] = [[] for _ in split]
     for t in range(counts.max()):
         p_LV = lanes.dist()
@@ -5690,7 +5866,7 @@ const bits=b=>b===null?"\\u221e":b.toFixed(2)+" bits",percent=p=>p<.0001?"<0.01%
 const visible=s=>s.replace(/\\n/g,"\\u23ce").replace(/\\t/g,"\\u21e5").replace(/ /g,"\\u00b7")||"(part of a character)";
 function row(t,cells,head){const r=t.appendChild(el("tr"));cells.forEach(c=>r.appendChild(c instanceof Node?c:el(head?"th":"td",c)))}
 row($("totals"),["document","tokens","bytes","bits","bits a byte","network alone"],1);
-const spans=[];DOCS.forEach((d,i)=>{const t=d.totals,name=el("td"),a=name.appendChild(el("a",d.name));a.href="#d"+i;
+const spans=[];DOCS.forEach((d,i)=>{const t=d.totals,name=el("td"),a=name.appendChild(el(d.notes?"a":"span",d.name));a.href="#d"+i;
 row($("totals"),[name,t.tokens,t.bytes,t.bits.toFixed(0),t.bpb.toFixed(3),t.network_bpb.toFixed(3)]);if(!d.notes)return;
 const h=$("docs").appendChild(el("h2",d.name+" "));h.id="d"+i;h.appendChild(el("small",`${t.bpb.toFixed(3)} bits a byte`));
 const p=$("docs").appendChild(el("div",undefined,"doc"));d.notes.forEach(n=>{const s=p.appendChild(el("span",n[0]));s.note=n;spans.push(s)})});
@@ -5699,12 +5875,12 @@ function paint(){const by=$("by").value;spans.forEach(s=>s.style.background=shad
 $("by").onchange=paint;paint();
 function tip(n){const [text,b,network,ngram,share,match,seen,likely]=n,t=$("tip");t.replaceChildren(el("b",visible(text)));
 const line=(k,v)=>{const r=t.appendChild(el("div",undefined,"row"));r.append(el("span",k,"dim"),el("span",v))};
-line("cost",bits(b));line("network alone",bits(network));line("n-gram alone",share<1?bits(ngram):"no match");
-line("weights",`network ${percent(share)}, n-gram ${percent(1-share)}`);line("longest match",match<0?"none":`${match} tokens, seen ${seen} time${seen>1?"s":""}`);
+line("cost",bits(b));line("network alone",bits(network));line("n-gram alone",share==1?"no match":ngram===null?"gave it nothing":bits(ngram));
+line("weights",`network ${percent(share)}, n-gram ${percent(1-share)}`);line("longest match",match<0?"none":`${match} token${match==1?"":"s"}, seen ${seen} time${seen>1?"s":""}`);
 t.appendChild(el("hr"));likely.forEach(([s,p])=>{const r=t.appendChild(el("div",undefined,"bar"+(s===n[8]?" hit":""))),f=r.appendChild(el("i"));f.style.width=100*p+"%";
 r.append(el("span",visible(s)),el("span",percent(p)))})}
 document.onmousemove=e=>{const s=e.target,t=$("tip");if(!s.note){t.style.display="none";return}tip(s.note);t.style.display="block";
-t.style.left=Math.max(4,Math.min(e.clientX+16,innerWidth-t.offsetWidth-8))+"px";const y=e.clientY+20;
+t.style.left=Math.max(4,Math.min(e.clientX+16,document.documentElement.clientWidth-t.offsetWidth-8))+"px";const y=e.clientY+20;
 t.style.top=(y+t.offsetHeight>innerHeight?Math.max(4,e.clientY-t.offsetHeight-12):y)+"px"};
 </script></html>"""
 
@@ -5808,7 +5984,7 @@ def build_model(cfg: Config, run: Run) -> GPT:
 
 
 # Knobs that belong to one machine or one call, not to the artifact.
-LOCAL_KNOBS = frozenset("INPUT OUTPUT EXPLAIN_TOKENS CODEC_LANES PROMPT SAMPLE_TOKENS TEMPERATURE TOP_P "
+LOCAL_KNOBS = frozenset("INPUT OUTPUT EXPLAIN_TOKENS CODEC_LANES PROMPT SAMPLE_TOKENS SAMPLE_NGRAM TEMPERATURE TOP_P "
                         "MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS ATTENTION COMPILE ARTIFACT "
                         "RESUME CHECKPOINT_EVERY CHECKPOINT_KEEP MICRO_BATCH_TOKENS VAL_BATCH_TOKENS".split())  # fmt: skip
 
