@@ -1,5 +1,6 @@
 """The codec: bytes come back exactly, and the size of the file is the score."""
 
+import json
 import math
 import random
 import re
@@ -71,8 +72,8 @@ def texts(sample: str) -> dict[str, bytes]:
         "empty": b"",
         "one byte": b"a",
         "one newline": b"\n",
-        "prose": sample[:3000].encode(),
-        "code": (HERE / "test_codec.py").read_bytes()[:4000],
+        "prose": sample[:900].encode(),
+        "code": (HERE / "test_codec.py").read_bytes()[:1200],
         "crlf and tabs": b"  one\r\n\ttwo \r\n\r\n three\t\t\n" * 9,
         "other scripts": "Привет, мир. 你好，世界。 ＡＢＣ ｶﾞ 한국어 مرحبا Ελληνικά ½ ﬁne… ´ ¨ e\u0301 \u3000\ufeff\u200b▁ <s>".encode(),
         "emoji": "👩\u200d👩\u200d👧 🙂🙃 ❤️ 🇫🇷 e".encode() * 3,
@@ -85,9 +86,11 @@ def texts(sample: str) -> dict[str, bytes]:
 
 def test_every_kind_of_bytes_comes_back(codec, sample_text):
     for name, data in texts(sample_text).items():
-        for packed in (codec.compress(data), codec.compress_text(data)):
-            if packed is not None:
-                assert codec.decompress(packed.blob) == data, name
+        text = codec.compress_text(data)
+        assert text is None or codec.decompress(text.blob) == data, name
+        plain = codec.compress_bytes(data)
+        assert codec.decompress(plain.blob) == data, name
+        assert text is None or len(data) > 200 or codec.compress(data) == min(text, plain, key=lambda p: len(p.blob))
 
 
 def test_which_form_is_chosen(codec, sample_text):
@@ -97,18 +100,24 @@ def test_which_form_is_chosen(codec, sample_text):
     assert tg.FORMS[codec.compress(b"ab" * 500).header.form] == "lzma"
 
 
+def evaluator_bits(codec: tg.Codec, tokens: np.ndarray, lanes: int) -> float:
+    """What the evaluator's final stage charges for `lanes` stretches of the tokens, each a stream of its own after a BOS."""
+    nats = 0.0
+    for lane in np.array_split(tokens, lanes):
+        stream = torch.from_numpy(np.concatenate([[1], lane]))
+        evaluation = tg.Evaluation(codec.cfg, codec.run, codec.model, tg.ValidationText(stream, stream, True))
+        nats += evaluation.score(
+            codec.cfg.final_stage, *evaluation.scorer(codec.cfg.final_stage), math.inf
+        ).val_loss * len(lane)
+    return nats / math.log(2)
+
+
 def test_actual_size_is_the_evaluators_score_of_the_same_segmentation(codec, tokenizer, sample_text):
+    codec = tg.Codec(load(CODEC_LANES=64, EVAL_STAGES="sliding"), codec.run, codec.model, codec.sp, codec.artifact)
     packed = codec.compress_text(sample_text.encode())
     assert packed.restoration_bits == 0, "normalisation leaves this text alone"
     tokens = np.array(tokenizer.sp.encode(sample_text), np.int64)
-    counts = tg.lane_counts(len(tokens), 8)
-    nats = 0.0
-    for lane in tg.to_lanes(tokens, counts):
-        stream = torch.from_numpy(np.concatenate([[1], lane[: counts[-1]]]))
-        text = tg.ValidationText(stream, torch.zeros_like(stream), True)
-        network = tg.NetworkExpert(codec.cfg, codec.run, codec.model, text, codec.cfg.eval_stride)
-        nats -= float(network.score(stream, 1, len(stream)).sum())
-    score = nats / math.log(2)
+    score = evaluator_bits(codec, tokens, 64)
     assert packed.ideal == pytest.approx(score, rel=1e-3)
     assert packed.token_bits == pytest.approx(score, rel=1e-3)
     assert 8 * len(packed.blob) == pytest.approx(score, rel=2e-3), "the header is small"
@@ -144,6 +153,52 @@ def test_lanes_give_the_evaluators_distributions(recipe):
             assert torch.allclose(found[t - 1][lane], network.dist(tokens[lane], t), atol=1e-6), (lane, t)
         mine = torch.stack(found)[:, lane].gather(1, tokens[lane, 1:, None])[:, 0].log()
         assert torch.allclose(mine, network.score(tokens[lane], 1, n), atol=1e-4)
+
+
+@pytest.mark.parametrize("mix", tg.NGRAM_MIXES)
+def test_every_mixture_codes_as_it_scores(mix, tokenizer, sample_text):
+    cfg = load(NGRAM_MIX=mix, NGRAM_ORDER=3 if mix == "tilt" else 6, NGRAM_UPDATE_TOKENS=64, CODEC_LANES=2)
+    codec = tg.Codec(cfg, make_run(cfg), tiny_model(cfg), tokenizer.sp, "")
+    data = sample_text[:900].encode() + b" and once more: " + sample_text[:600].encode()
+    packed, tokens = codec.compress_text(data), np.array(tokenizer.sp.encode(data.decode()))
+    score = evaluator_bits(codec, tokens, 2)
+    assert packed.header.lanes == 2 and packed.ideal == pytest.approx(score, rel=1e-3)
+    assert codec.decompress(packed.blob) == data
+    alone = tg.Codec(load(NGRAM_SCORE="off", CODEC_LANES=2), codec.run, codec.model, codec.sp, "")
+    assert packed.ideal < alone.compress_text(data).ideal
+
+
+@pytest.mark.parametrize(("vocab_size", "order"), [(2, 12), (5, 6), (60, 4)])
+def test_incremental_counts_equal_the_sorted_engine(vocab_size, order):
+    rng = np.random.default_rng(vocab_size)
+    x = torch.from_numpy(rng.integers(0, vocab_size, 400))
+    x[200:260], x[300:320] = x[100:160], 1
+    growing, table = tg.GrowingTable(vocab_size, order, len(x)), tg.NgramTable(vocab_size, order)
+    every = np.append(np.arange(vocab_size), -1)
+    for t, token in enumerate(x.tolist()):
+        if t % 5 == 1:
+            found, expected = growing.candidates(every), table.candidates(x, t)
+            for mine, theirs in zip(found, expected, strict=True):
+                assert torch.equal(mine[:, :-1], theirs), t
+            assert not found.count[:, -1].any()
+            assert set(growing.followers(1).tolist()) == set(expected.count[1].nonzero()[:, 0].tolist())
+        growing.add(token)
+    for k, stats in enumerate(tg.ngram_stats(x, vocab_size, order)):
+        for mine, theirs in zip(growing.columns, stats, strict=True):
+            assert torch.equal(mine[k], theirs.int()), k
+
+
+def test_mixed_distributions_sum_to_one_and_report_the_networks_share():
+    cfg = load(NGRAM_UPDATE_TOKENS=20)
+    lanes = tg.lane_experts(cfg, make_run(cfg), tiny_model(cfg), 2, 80, ngram=True)
+    rng = np.random.default_rng(0)
+    for _ in range(80):
+        p = lanes.dist()
+        assert torch.allclose(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-9) and (p >= 0).all()
+        share, match, seen = lanes.mixture(0)
+        assert 0 <= share <= 1 and (share == 1) == (match < 1) and (match < 0 or seen > 0)
+        assert (p[0] - share * lanes.network_p[0] > -1e-12).all(), "the rest is the n-gram's"
+        lanes.take(rng.integers(2, 8, 2))
 
 
 def test_edits_restore_what_normalisation_changes_and_cost_little(tokenizer):
@@ -272,6 +327,12 @@ def test_samples_follow_the_seed(artifact, capfd):
     assert greedy[0] == greedy[1]
 
 
+def test_samples_may_use_their_own_ngrams(artifact, capfd):
+    env = {"MODE": "sample", "PROMPT": "one two one two one two one", "SAMPLE_TOKENS": 30, "TEMPERATURE": 0}
+    alone, mixed = (call(artifact, capfd, **env, SAMPLE_NGRAM=n)[1] for n in (0, 1))
+    assert "one two one two" in mixed[len(env["PROMPT"]) :] and alone != mixed
+
+
 def test_top_p_keeps_the_fewest_tokens_that_hold_it():
     p = torch.tensor([0.1, 0.5, 0.3, 0.1], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -280,3 +341,40 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_it():
     assert {tg.choose_token(p, 1.0, 0.01, generator) for _ in range(20)} == {1}
     counts = np.bincount([tg.choose_token(p, 1.0, 1.0, generator) for _ in range(4000)], minlength=4) / 4000
     assert np.abs(counts - p.numpy()).max() < 0.03
+
+
+def test_explained_tokens_add_up_to_the_codes_bits(codec, sample_text):
+    data = sample_text[:700]
+    (notes,) = tg.explain(codec, [data], 10_000)
+    assert "".join(n.text for n in notes) == data
+    single = tg.Codec(load(CODEC_LANES=1), codec.run, codec.model, codec.sp, "")
+    assert sum(n.bits for n in notes) == pytest.approx(single.compress_text(data.encode()).ideal, rel=1e-6)
+    for n in notes:
+        mixed = n.network_share * 2**-n.network_bits + (1 - n.network_share) * 2**-n.ngram_bits
+        assert mixed == pytest.approx(2**-n.bits, rel=1e-6)
+        assert [p for _, p in n.likely] == sorted((p for _, p in n.likely), reverse=True)
+        assert all(s != n.piece or p == pytest.approx(2**-n.bits) for s, p in n.likely)
+
+
+def test_explained_text_is_the_original_with_its_newlines(codec):
+    data = '\n  def f(x):\n\treturn x… "½"  # 🙂 中\n'
+    (notes,) = tg.explain(codec, [data], 10_000)
+    assert "".join(n.text for n in notes) == data
+    assert len(tg.explain(codec, [data, data], 5)[0]) == 5 and len(tg.explain(codec, [data, data], 5)) == 1
+    assert re.sub(r"\033\[[\d;]*m", "", tg.terminal_text(notes)) == data
+
+
+def test_the_page_stands_alone(artifact, tmp_path, capfd, sample_text):
+    source = tmp_path / "two.jsonl"
+    source.write_text("\n".join(json.dumps({"text": t}) for t in ("A <b>bold</b> </script> try.", sample_text[:300])))
+    status, text = call(artifact, capfd, MODE="explain", INPUT=source)
+    page = (tmp_path / "two.jsonl.html").read_text()
+    assert status == 0 and text.count("document ") == 2
+    assert page.count("</script>") == 1 and "http" not in page and "<b>bold" not in page
+    rows = json.loads(re.search(r"const DOCS=(.*?),\$=", page)[1])
+    assert [r["name"] for r in rows] == ["document 1", "document 2", "all"]
+    assert "".join(n[0] for n in rows[0]["notes"]) == "A <b>bold</b> </script> try."
+    assert rows[2]["totals"]["bits"] == pytest.approx(sum(r["totals"]["bits"] for r in rows[:2]))
+    assert call(artifact, capfd, MODE="explain", INPUT=source)[0] == 2, "the page exists"
+    source.write_text("{}")
+    assert "jsonl" in call(artifact, capfd, MODE="explain", INPUT=source, FORCE=1)[1]
