@@ -267,7 +267,7 @@ class Config:
     ngram_first: int = knob(1, "tokens", "shortest context that corrects the network", lo=0, hi=63)
     ngram_update_tokens: int = knob(0, "tokens", "targets between updates of the mixing weights; 0: 1024, or 1/4096 of the stream if more", lo=0)
     ngram_cross_doc: bool = knob(True, "", "contexts may run over the start of a document")
-    ngram_rate: float = knob(0.5, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
+    ngram_rate: float = knob(0.8, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
     ngram_discount: str = knob("learned", "", "NGRAM_MIX=chain: discount between 0 and 1, learned, or witten-bell")
     ngram_alpha: float = knob(0.2, "", "NGRAM_MIX=fixed: share of the n-gram distribution", lo=0, hi=1)
     ngram_min_count: int = knob(2, "", "occurrences a context needs in the alpha and published combiners", lo=1)
@@ -4979,9 +4979,14 @@ class Cascade(NgramExpert):
     with a learned discount. Weights depend on k, C, U, the age of the last occurrence and the base's entropy.
     """
 
-    PRIOR = [0.2, 0.7, 0.1, 0.02]
+    PRIOR = [
+        0.05,
+        0.15,
+        0.8,
+        0.02,
+    ]  # leans to the shorter context: a strong network is not spoilt while the gate is young
 
-    def __init__(self, table: NgramTable, base: Any, first: int, rate: float = 0.5, caution: float = 3.0) -> None:
+    def __init__(self, table: NgramTable, base: Any, first: int, rate: float = 0.8, caution: float = 3.0) -> None:
         super().__init__(table, base)
         self.first, self.levels = first, table.order - first
         self.gate = Gate(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
