@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py          on 8xH100: the best recipe
     RECIPE=pr164 SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
+    MODE=audit ARTIFACT=logs/run.pgz python train_gpt.py           is that score a code length?
     MODE=compress ARTIFACT=logs/run.pgz INPUT=file python train_gpt.py     its score is a code length: file.pgz, and back
     MODE=sample ARTIFACT=logs/run.pgz PROMPT="..." python train_gpt.py     let it write
     MODE=explain ARTIFACT=logs/run.pgz INPUT=file python train_gpt.py      what each token cost: file.html
@@ -58,7 +59,7 @@ import sys
 import time
 import tokenize
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -102,7 +103,7 @@ class Config:
     # fmt: off
     # ---- 1 CONFIG
     recipe: str = knob("auto", "", "named set of values; auto: the best on a GPU, cpu without one")
-    mode: str = knob("train", "", "what to do", choices=("train", "eval", "plan", "compress", "decompress", "sample", "explain", "pack_code"))
+    mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit", "plan", "compress", "decompress", "sample", "explain", "pack_code"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
     run_id: str = knob("", "", "names the logs; empty: time-recipe-seed")
@@ -268,7 +269,7 @@ class Config:
     ngram_first: int = knob(1, "tokens", "shortest context that corrects the network", lo=0, hi=63)
     ngram_update_tokens: int = knob(0, "tokens", "targets between updates of the mixing weights; 0: 1024, or 1/4096 of the stream if more", lo=0)
     ngram_cross_doc: bool = knob(True, "", "contexts may run over the start of a document")
-    ngram_rate: float = knob(0.5, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
+    ngram_rate: float = knob(0.8, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
     ngram_discount: str = knob("learned", "", "NGRAM_MIX=chain: discount between 0 and 1, learned, or witten-bell")
     ngram_alpha: float = knob(0.2, "", "NGRAM_MIX=fixed: share of the n-gram distribution", lo=0, hi=1)
     ngram_min_count: int = knob(2, "", "occurrences a context needs in the alpha and published combiners", lo=1)
@@ -461,6 +462,10 @@ TYPE_WORDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
 
 _MUON_99 = {"MUON_MOMENTUM": 0.99, "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500}
 _BIGRAM = {"SMEAR": True, "BIGRAM_VOCAB_SIZE": 4096, "BIGRAM_DIM": 128}
+# All published exports pass tensors of 65,536 elements or fewer through; two of them keep control tensors in fp32.
+_INT8 = {"ATTN_BITS": 8, "MLP_BITS": 8, "QUANT_MIN_NUMEL": 65536, "QUANT_CLIP": "quantile",
+         "QUANT_QUANTILES": "0.9999984"}  # fmt: skip
+_INT6_ZSTD = {"QUANT_MIN_NUMEL": 65536, "CONTROL_BITS": 16, "COMPRESSOR": "zstd"}
 _SEQ_2048 = {"TRAIN_SEQ_LEN": 2048, "TRAIN_BATCH_TOKENS": 786432}
 
 # What each published system sets, as its record run did (specs of #164, #740, #187, #850, #1095). The defaults are `baseline`.
@@ -477,6 +482,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TIED_EMBED_LR": 0.03, "WARMDOWN_ITERS": 3000, "GRAD_CLIP_NORM": 0.3, "LINEAR_INIT": "orthogonal",
         "BRANCH_PROJ_SCALED": True, "ROPE_TRAIN_LEN": 1024, "EVAL_STRIDE": 256,
         "NGRAM_SCORE": "off",
+        **_INT6_ZSTD,
     },
     "pr740": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 2.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1, "ROPE_DIMS": 32,
@@ -485,6 +491,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "LINEAR_INIT": "orthogonal", "MATRIX_LR": 0.02, "SCALAR_LR": 0.02, "TIED_EMBED_LR": 0.03,
         "WARMDOWN_ITERS": 3500, "MUON_WD": 0.04, "GRAD_CLIP_NORM": 0.3, "EVAL_STRIDE": 64,
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr740",
+        **_INT8, "GPTQ_ORDER": "ascending", "PRUNE_SCOPE": "global", "COMPRESSOR": "zstd",
     },
     "pr187": {
         **_MUON_99, "TRAIN_SEQ_LEN": 2048, "TRAIN_BATCH_TOKENS": 524288, "NUM_LAYERS": 10, "MLP_MULT": 3.0,
@@ -495,6 +502,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "WARMDOWN_ITERS": 3500, "EMA_DECAY": 0.997, "SWA_EVERY": 50, "SWA_BLEND": 0.5, "QAT": "ste", "QAT_BITS": 6,
         "EVAL_STRIDE": 64,
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr187",
+        "EMBED_BITS": 16, "TABLE_BITS": 6, "PROJ_BITS": 6, "QUANT_MIN_NUMEL": 65536, "QUANT_CLIP": "tensor",
+        "QUANT_QUANTILES": "0.999,0.9999,0.99999,0.999999,0.9999999", "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
     "pr850": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "NUM_LAYERS": 11, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.9, "XSA_LAST_N": 4,
@@ -506,6 +515,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "QAT_START_FRAC": 0.85, "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
         "TTT_ENABLED": True, "TTT_POLYAK_DECAY": 0.998, "TTT_TEMPERATURE": 0.98,
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr850",
+        "ATTN_BITS": 5, "MLP_BITS": 5, "QUANT_MIN_NUMEL": 65536, "CONTROL_BITS": 16, "QUANT_CLIP": "row", "PRUNE_FRAC": 0.03,
+        "GPTQ_ENABLED": True, "GPTQ_VARIANT": "pr850", "GPTQ_ORDER": "ascending", "COMPRESSOR": "lzma",
     },
     "pr1095": {
         **_MUON_99, **_BIGRAM, "NUM_LAYERS": 5, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": 5, "ROPE_DIMS": 16,
@@ -514,6 +525,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TRAIN_BATCH_TOKENS": 524288, "WARMDOWN_ITERS": 5000, "TIED_EMBED_LR": 0.035, "MATRIX_LR": 0.04,
         "SCALAR_LR": 0.025, "MUON_WD": 0.04, "ADAM_WD": 0.04, "GRAD_CLIP_NORM": 0.1, "EMA_DECAY": 0.997,
         "QAT": "ste", "QAT_START_FRAC": 0.75, "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
+        **_INT8, "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
 }  # fmt: skip
 BEST_GPU_RECIPE = "pr187"
@@ -583,6 +595,10 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "QAT_ENABLED": switch({"QAT": "ste"}, {"QAT": "none"}),
         "SWA_ENABLED": switch({"SWA_EVERY": 50}, {"SWA_EVERY": 0}),
         "WEIGHT_DECAY": renamed("MUON_WD"),
+        "QUANT_BITS": renamed("ATTN_BITS", "MLP_BITS"),
+        "MATRIX_BITS": renamed("ATTN_BITS", "MLP_BITS"),
+        "FULL_GPTQ": renamed("GPTQ_ENABLED"),
+        "PRUNE_PCT": renamed("PRUNE_FRAC"),
     },
     "pr164": {  # its average, collected through the whole warmdown, replaces the weights
         "SWA_ENABLED": switch({"SWA_EVERY": 200, "SWA_START_SCALE": 1.0, "SWA_BLEND": 1.0}, {"SWA_EVERY": 0}),
@@ -590,6 +606,7 @@ ALIASES: dict[str, dict[str, Converter]] = {
     "pr740": {  # both start by the clock, at 10 % and 40 %; SWA here as the warmdown starts, at 49 % in the record run
         "EMA_ENABLED": switch({"EMA_DECAY": 0.997, "EMA_START_FRAC": 0.1}, {"EMA_DECAY": 0.0}),
         "SWA_ENABLED": switch({"SWA_EVERY": 50, "SWA_START_SCALE": 1.0}, {"SWA_EVERY": 0}),
+        "PRUNE_PCT": computed(lambda v: {"PRUNE_FRAC": v / 100}),  # a percentage here, a fraction in #850
     },
     "pr187": {
         "LN_SCALE": mapped("LN_SCALE", {"0": "none", "1": "out"}),
@@ -4982,9 +4999,14 @@ class Cascade(NgramExpert):
     with a learned discount. Weights depend on k, C, U, the age of the last occurrence and the base's entropy.
     """
 
-    PRIOR = [0.2, 0.7, 0.1, 0.02]
+    PRIOR = [
+        0.05,
+        0.15,
+        0.8,
+        0.02,
+    ]  # leans to the shorter context: a strong network is not spoilt while the gate is young
 
-    def __init__(self, table: NgramTable, base: Any, first: int, rate: float = 0.5, caution: float = 3.0) -> None:
+    def __init__(self, table: NgramTable, base: Any, first: int, rate: float = 0.8, caution: float = 3.0) -> None:
         super().__init__(table, base)
         self.first, self.levels = first, table.order - first
         self.gate = Gate(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
@@ -5441,28 +5463,36 @@ class Evaluation:
         return StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds)
 
 
-class Measured:
-    """A scorer watched at evenly spaced targets: `sums` collects Z, the sum over the vocabulary of what it calls probabilities."""
+class Watched:
+    """A scorer whose scores are kept, and at targets `at` the whole distribution as it stands before the target is learned."""
 
-    def __init__(self, scorer: Any, n_tokens: int, samples: int = 64) -> None:
-        self.scorer, self.sums, self.step = scorer, [], max(1, n_tokens // samples)
+    def __init__(self, scorer: Any, at: Iterable[int]) -> None:
+        self.scorer, self.at = scorer, sorted(at)
+        self.scores: list[Tensor] = []
+        self.dists: dict[int, Tensor] = {}
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
-        first = -(-lo // self.step) * self.step
-        self.sums += [self.scorer.dist(tokens, t).sum().item() for t in range(first, hi, self.step)]
-        return self.scorer.score(tokens, lo, hi)
+        self.scores.append(self.scorer.score(tokens, lo, hi))
+        for t in self.at[bisect_left(self.at, lo) : bisect_left(self.at, hi)]:
+            self.dists[t] = self.scorer.dist(tokens, t)
+        return self.scores[-1]
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:
         self.scorer.update(tokens, lo, hi)
+
+
+CLAIM_SAMPLES = 64  # targets at which Z is measured
 
 
 def claim(evaluation: Evaluation, deadline: float) -> None:
     """Run NGRAM_CLAIM as published and log what it claims beside the measured Z. It is no stage and never the score."""
     cfg, run = evaluation.cfg, evaluation.run
     scorer, span = evaluation.scorer("claimed")
-    measured = Measured(scorer, len(evaluation.text.tokens))
-    r = evaluation.score("claimed", measured, span, deadline)
-    z_mean, z_max = sum(measured.sums) / max(len(measured.sums), 1), max(measured.sums, default=math.nan)
+    n = len(evaluation.text.tokens)
+    watched = Watched(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
+    r = evaluation.score("claimed", watched, span, deadline)
+    sums = [p.sum().item() for p in watched.dists.values()]
+    z_mean, z_max = sum(sums) / len(sums), max(sums)
     run.log(f"{cfg.ngram_claim} claimed_bpb:{r.val_bpb:.8f} z_mean:{z_mean:.3f} z_max:{z_max:.3f} (not a code length)")
     run.event("claim", name=cfg.ngram_claim, claimed_bpb=r.val_bpb, z_mean=z_mean, z_max=z_max, seconds=r.seconds,
               note="not a code length")  # fmt: skip
@@ -5480,6 +5510,111 @@ def evaluate(
         claim(evaluation, deadline)
     model.train()
     return results
+
+
+# ---- the audit: is the score a code length?
+
+
+class Check(NamedTuple):
+    """One answer of the audit."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+AUDIT_TOKENS, AUDIT_SAMPLES = 8192, 24  # length of the audited prefix, targets whose whole distribution is looked at
+
+
+class Audit:
+    """Puts one stage to the tests of a code length, on a prefix of the text, each time with fresh experts under the driver."""
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stage: str) -> None:
+        self.cfg, self.run, self.model, self.stage = cfg, run, model, stage
+        n = min(len(text.tokens), max(AUDIT_TOKENS, cfg.eval_len + 2))
+        self.text = text._replace(tokens=text.tokens[:n], bytes=text.bytes[:n])
+        self.noise = torch.randint(
+            cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "audit"))
+        )
+        after_bos = (self.text.tokens[: n - 1] == model.bos_id).nonzero().flatten()[: AUDIT_SAMPLES // 4] + 1
+        self.at = sorted({1, 2, n // 2, n - 1, *range(1, n, n // AUDIT_SAMPLES), *after_bos.tolist()})
+
+    def walk(self, tokens: Tensor, at: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor], BpbMeter]:
+        """Scores of targets 1 .. n-1, distributions, and the driver's account, of a stream in the text's place."""
+        evaluation = Evaluation(self.cfg, self.run, self.model, self.text._replace(tokens=tokens))
+        scorer, span = evaluation.scorer(self.stage)
+        network, watched = evaluation.network(self.stage), Watched(scorer, at)
+        parts = [watched] if scorer is network else [network, watched]
+        meter = score_first(network, evaluation.text, {self.stage: watched}, parts, span, math.inf)[self.stage]
+        return torch.cat(watched.scores).cpu(), {t: p.cpu() for t, p in watched.dists.items()}, meter
+
+    def checks(self) -> Iterator[Check]:
+        """All checks of this stage; the first walk serves three of them."""
+        tokens = self.text.tokens
+        scores, dists, meter = self.walk(tokens, self.at)
+        yield self.sums_to_one(dists)
+        yield self.scores_are_of_the_distribution(scores, dists)
+        counted = (meter.tokens, meter.bytes) == (len(tokens) - 1, int(self.text.bytes[1:].sum()))
+        yield Check("every target once", counted, f"{meter.tokens} targets, {meter.bytes} bytes")
+        yield self.future_is_unseen(scores)
+        yield self.target_is_unseen(dists)
+        cost = -self.walk(self.noise)[0].mean().item() / math.log(2)
+        floor = math.log2(self.cfg.vocab_size)
+        yield Check("noise costs its entropy", cost >= floor - 0.01, f"{cost:.3f} bits a token of {floor:.3f}")
+
+    def sums_to_one(self, dists: dict[int, Tensor]) -> Check:
+        t, z = max(((t, p.sum().item()) for t, p in dists.items()), key=lambda item: abs(item[1] - 1))
+        positive = all(bool((p >= 0).all()) for p in dists.values())
+        return Check("a distribution", positive and abs(z - 1) <= 1e-6, f"sum at target {t}: {z:.9f}")
+
+    def scores_are_of_the_distribution(self, scores: Tensor, dists: dict[int, Tensor]) -> Check:
+        gaps = {t: abs(p[self.text.tokens[t]].log().item() - scores[t - 1].item()) for t, p in dists.items()}
+        t = max(gaps, key=gaps.get)
+        limit = 1e-4 if self.model.compute_dtype == torch.float32 else 0.1  # another batch shape rounds differently
+        return Check("the score is the distribution's", gaps[t] <= limit, f"gap at target {t}: {gaps[t]:.2e} nats")
+
+    def future_is_unseen(self, scores: Tensor) -> Check:
+        t = len(scores) // 2
+        gap = (self.walk(torch.cat([self.text.tokens[: t + 1], self.noise[t + 1 :]]))[0][:t] - scores[:t]).abs()
+        return Check(
+            "prefix only: future", gap.max().item() <= 1e-6, f"largest change up to target {t}: {gap.max():.2e}"
+        )
+
+    def target_is_unseen(self, dists: dict[int, Tensor]) -> Check:
+        t, other = self.at[-2], self.text.tokens.clone()
+        other[t] = (other[t] + 1) % self.cfg.vocab_size
+        gap = (self.walk(other, [t])[1][t] - dists[t]).abs().max().item()
+        return Check("prefix only: target", gap <= 1e-6, f"largest change at target {t}: {gap:.2e}")
+
+
+def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Check:
+    """The engine's statistics against dictionaries fed one token at a time."""
+    tokens = text.tokens[:n]
+    stats = [x.tolist() for x in table.span(text.tokens, 0, len(tokens))]  # of the whole stream, cut after counting
+    replay = Replay(table.order, table.bos)
+    for t, x in enumerate(tokens.tolist()):
+        for k in range(table.order):
+            counter = replay.counter(k)
+            expected = (sum(counter.values()), counter.get(x, 0), len(counter), replay.last(k))
+            if tuple(column[k][t] for column in stats) != expected:
+                return Check("replay", False, f"target {t}, context of {k} tokens: expected {expected}")
+        replay.add(x)
+    return Check("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
+
+
+def audit(cfg: Config, run: Run, model: GPT, text: ValidationText) -> bool:
+    """Audit every stage that is switched on and log each check; False if one failed."""
+    model.eval()
+    evaluation = Evaluation(cfg, run, model, text)
+    named = [("counts", replay_check(evaluation.text, evaluation.table))]
+    for stage in cfg.stages:
+        named += [(stage, check) for check in Audit(cfg, run, model, text, stage).checks()]
+    for part, check in named:
+        run.log(f"audit {part}: {check.name}: {'passed' if check.passed else 'FAILED'} ({check.detail})")
+    passed = all(check.passed for _, check in named)
+    rows = [{"name": f"{part}: {c.name}", "passed": c.passed, "detail": c.detail} for part, c in named]
+    run.event("audit", passed=passed, checks=rows)
+    return passed
 
 
 def log_stages(run: Run, results: list[StageResult], complete: bool) -> None:
@@ -5671,39 +5806,6 @@ class Normalizer:
         return (whole, edits) if sound and max(kinds.values(), default=0) <= MAX_KINDS else None
 
 
-def code_edits(coder: Coder, normal: str, edits: list[Edit] | None) -> list[Edit]:
-    """Write the edits of the normalised text, or read them (None).
-
-    The positions of edits never seen before come first, each spelled where it stands; from then on every character that
-    an edit of its kind begins with is asked about: itself, or one of the known edits, latest first.
-    """
-    bits, framed = MixedBits(coder), START + normal + END
-    writing = edits is not None
-    at = {e.at: e for e in edits or ()}
-    fresh = first_edits(edits or [])
-    positions = []
-    for i in range(bits.number("fresh", len(fresh) if writing else None)):
-        before = positions[-1] + 1 if positions else 0
-        positions.append(before + bits.number("gap", fresh[i] - before if writing else None))
-    known = {c: [(c, c), *((c, new) for new in news)] for c, news in KNOWN_EDITS.items()}
-    result, page, i, pending = [], Page(framed), 0, set(positions)
-    while i < len(framed):
-        edit, c = at.get(i), framed[i]
-        if i in pending:
-            size = bits.number("old", len(edit.old) if writing else None)
-            pair = (framed[i : i + size], bits.string("new", edit.new if writing else None))
-            known.setdefault(c, [(c, c)]).insert(0, pair)
-        elif c in known:
-            pair = code_choice(bits, known[c], page, i, (edit.old, edit.new) if edit else (c, c), writing)
-        else:
-            pair = (c, c)
-        if pair[0] != pair[1]:
-            result.append(Edit(i, *pair))
-        page.take(pair[1])
-        i += len(pair[0])
-    return result
-
-
 def first_edits(edits: list[Edit]) -> list[int]:
     """Positions of the edits that are not known beforehand and occur for the first time."""
     seen = {(c, new) for c, news in KNOWN_EDITS.items() for new in news}
@@ -5760,6 +5862,39 @@ def code_choice(
             known.insert(0, pair)
             return pair
     raise AssertionError("a character always stands for itself")
+
+
+def code_edits(coder: Coder, normal: str, edits: list[Edit] | None) -> list[Edit]:
+    """Write the edits of the normalised text, or read them (None).
+
+    The positions of edits never seen before come first, each spelled where it stands; from then on every character that
+    an edit of its kind begins with is asked about: itself, or one of the known edits, latest first.
+    """
+    bits, framed = MixedBits(coder), START + normal + END
+    writing = edits is not None
+    at = {e.at: e for e in edits or ()}
+    fresh = first_edits(edits or [])
+    positions = []
+    for i in range(bits.number("fresh", len(fresh) if writing else None)):
+        before = positions[-1] + 1 if positions else 0
+        positions.append(before + bits.number("gap", fresh[i] - before if writing else None))
+    known = {c: [(c, c), *((c, new) for new in news)] for c, news in KNOWN_EDITS.items()}
+    result, page, i, pending = [], Page(framed), 0, set(positions)
+    while i < len(framed):
+        edit, c = at.get(i), framed[i]
+        if i in pending:
+            size = bits.number("old", len(edit.old) if writing else None)
+            pair = (framed[i : i + size], bits.string("new", edit.new if writing else None))
+            known.setdefault(c, [(c, c)]).insert(0, pair)
+        elif c in known:
+            pair = code_choice(bits, known[c], page, i, (edit.old, edit.new) if edit else (c, c), writing)
+        else:
+            pair = (c, c)
+        if pair[0] != pair[1]:
+            result.append(Edit(i, *pair))
+        page.take(pair[1])
+        i += len(pair[0])
+    return result
 
 
 def restore_bytes(normal: str, edits: list[Edit]) -> bytes:
@@ -6047,6 +6182,14 @@ class CodecHeader(NamedTuple):
         return self[:7]
 
 
+def varint(n: int) -> Iterator[int]:
+    """Seven bits a byte, lowest first; the top bit says that more follow."""
+    while n > 127:
+        yield n & 127 | 128
+        n >>= 7
+    yield n
+
+
 def write_file(header: CodecHeader, body: bytes) -> bytes:
     """Magic, version, seven varints, three strings, body, CRC-32 of all before it."""
     parts = [bytes(varint(n)) for n in header.numbers]
@@ -6054,14 +6197,6 @@ def write_file(header: CodecHeader, body: bytes) -> bytes:
         parts += [bytes(varint(len(raw))), raw]
     blob = CODEC_MAGIC + bytes([CODEC_VERSION]) + b"".join(parts) + body
     return blob + struct.pack("<I", zlib.crc32(blob))
-
-
-def varint(n: int) -> Iterator[int]:
-    """Seven bits a byte, lowest first; the top bit says that more follow."""
-    while n > 127:
-        yield n & 127 | 128
-        n >>= 7
-    yield n
 
 
 def read_file(blob: bytes) -> tuple[CodecHeader, bytes]:
@@ -6674,6 +6809,13 @@ def run_eval(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return score_artifact(job, blob, 0.0)
 
 
+def run_audit(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=audit: is the score of this artifact a code length?"""
+    job = open_job(loaded, append_logs=False)
+    check_tokenizer(job.tokenizer, header, loaded.cfg)
+    return 0 if audit(job.cfg, job.run, load_model(job.cfg, job.run, blob), job.text) else 1
+
+
 def run_plan(loaded: Loaded) -> int:
     """MODE=plan: parameters, predicted bytes, memory and FLOPs of a step, without training."""
     cfg = loaded.cfg
@@ -6762,6 +6904,20 @@ def run_compress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
+def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
+    """The configuration with the scoring knobs that the compressed file was coded with."""
+    try:
+        coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
+        cfg = dataclasses.replace(loaded.cfg, **{n.lower(): v for n, v in coded.items()})
+    except (ValueError, AttributeError):
+        raise ArtifactError("the file's header is inconsistent") from None
+    for name in CODEC_KNOBS:
+        mine, theirs = getattr(loaded.cfg, name.lower()), getattr(cfg, name.lower())
+        if loaded.source[name] == "env" and mine != theirs:
+            raise ConfigError(f"{name}={as_text(mine)}: the file was coded with {as_text(theirs)}; unset {name}")
+    return loaded._replace(cfg=cfg)
+
+
 def run_decompress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=decompress: INPUT -> OUTPUT (default INPUT without .pgz)."""
     cfg = loaded.cfg
@@ -6782,20 +6938,6 @@ def run_decompress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
         f"restored {path} original_bytes:{len(data)} compressed_bytes:{len(packed)} seconds:{seconds:.1f} tokens_per_s:{tokens / seconds:.0f}"
     )
     return 0
-
-
-def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
-    """The configuration with the scoring knobs that the compressed file was coded with."""
-    try:
-        coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
-        cfg = dataclasses.replace(loaded.cfg, **{n.lower(): v for n, v in coded.items()})
-    except (ValueError, AttributeError):
-        raise ArtifactError("the file's header is inconsistent") from None
-    for name in CODEC_KNOBS:
-        mine, theirs = getattr(loaded.cfg, name.lower()), getattr(cfg, name.lower())
-        if loaded.source[name] == "env" and mine != theirs:
-            raise ConfigError(f"{name}={as_text(mine)}: the file was coded with {as_text(theirs)}; unset {name}")
-    return loaded._replace(cfg=cfg)
 
 
 def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
@@ -6828,15 +6970,6 @@ def run_explain(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
-ARTIFACT_MODES = {
-    "eval": run_eval,
-    "compress": run_compress,
-    "decompress": run_decompress,
-    "sample": run_sample,
-    "explain": run_explain,
-}
-
-
 def run_pack_code(loaded: Loaded) -> int:
     """MODE=pack_code: write the self-extracting form of this script."""
     packed, path = pack_code(source_text()), output_path(loaded.cfg, f"{loaded.cfg.log_dir}/train_gpt_packed.py")
@@ -6845,6 +6978,16 @@ def run_pack_code(loaded: Loaded) -> int:
         f"{path}: {len(packed)} bytes, sha256 {hashlib.sha256(packed).hexdigest()}; source {len(source_text().encode())} bytes"
     )
     return 0
+
+
+ARTIFACT_MODES = {
+    "eval": run_eval,
+    "audit": run_audit,
+    "compress": run_compress,
+    "decompress": run_decompress,
+    "sample": run_sample,
+    "explain": run_explain,
+}
 
 
 def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:

@@ -93,6 +93,15 @@ def test_every_kind_of_bytes_comes_back(codec, sample_text):
         assert text is None or len(data) > 200 or codec.compress(data) == min(text, plain, key=lambda p: len(p.blob))
 
 
+def test_any_tokenizer_will_do(data):
+    """Here one of 300 pieces, trained without a dummy prefix, that spells most characters in bytes."""
+    sp = tg.Tokenizer(data.tokenizer, 300).sp
+    for text in (data.val_texts[0], " apple  river\n\nÉcole… ▁ 🙂\t", "\n", "x"):
+        normal, edits = tg.Normalizer(sp).split(text.encode())
+        assert sp.decode(sp.encode(normal)) == normal and tg.restore_bytes(normal, edits) == text.encode()
+        assert "".join(tg.token_texts(sp, text)[1]) == (text if normal else "")
+
+
 def test_which_form_is_chosen(codec, sample_text):
     kinds = texts(sample_text)
     assert codec.compress_text(kinds["random bytes"]) is None and codec.compress_text(b"") is None
