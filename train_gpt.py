@@ -3932,6 +3932,8 @@ class NetworkExpert:
         self.ctx, self.temperature = Ctx(), 1.0
         default = 2**17 if run.device.type == "cuda" else 2**13
         self.rows = max(1, (cfg.val_batch_tokens or default) // self.seq_len)
+        # How many targets to score ahead: all ranks agree on it, whatever memory each of them has left.
+        self.ahead = 16 * self.rows * run.world * self.stride
         device = stream_device(run)
         self.logp, self.entropy, self.max_prob, self.hint_prob = torch.zeros(4, self.n_tokens, device=device)
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
@@ -3946,7 +3948,7 @@ class NetworkExpert:
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         """(hi - lo,) float64 natural log-probabilities of tokens[lo:hi]."""
         while self.done < hi:
-            self.score_ahead(tokens, max(hi, self.done + 16 * self.rows * self.run.world * self.stride))
+            self.score_ahead(tokens, max(hi, self.done + self.ahead))
         return self.logp[lo:hi].double()
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:
@@ -3989,22 +3991,20 @@ class NetworkExpert:
 
     def score_batch(self, tokens: Tensor, batch: list[Window], fresh: Tensor) -> None:
         """Score windows of equal shape; halves the batch for good when memory runs out."""
-        if len(batch) > self.rows:
-            for i in range(0, len(batch), self.rows):
-                self.score_batch(tokens, batch[i : i + self.rows], fresh)
+        if len(batch) > (rows := self.rows):  # a name for it: self.rows may shrink on the way
+            for i in range(0, len(batch), rows):
+                self.score_batch(tokens, batch[i : i + rows], fresh)
             return
-        rows, hints = (
+        ids, hints = (
             torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints)
         )
-        n = batch[0].hi - batch[0].lo
-        try:
-            values = self.forward(self.model, rows[:, :-1], rows[:, 1:], hints[:, 1:], n, self.ctx, self.temperature)
-        except torch.OutOfMemoryError:
-            if self.rows == 1:
-                raise ConfigError(
-                    f"EVAL_SEQ_LEN={self.seq_len}: one window does not fit in memory; use a shorter one"
-                ) from None
-            self.rows = max(1, min(self.rows, len(batch)) // 2)
+        values, n = None, batch[0].hi - batch[0].lo
+        with contextlib.suppress(torch.OutOfMemoryError):
+            values = self.forward(self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, self.ctx, self.temperature)
+        if values is None:
+            if len(batch) == 1:
+                raise ConfigError(f"EVAL_SEQ_LEN={self.seq_len}: one window does not fit in memory; use a shorter one")
+            self.rows = len(batch) // 2
             torch.cuda.empty_cache()
             return self.score_batch(tokens, batch, fresh)
         # The windows follow each other, so their targets are one run of positions.
@@ -5912,6 +5912,20 @@ def run_compress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
+def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
+    """The configuration with the scoring knobs that the compressed file was coded with."""
+    try:
+        coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
+        cfg = dataclasses.replace(loaded.cfg, **{n.lower(): v for n, v in coded.items()})
+    except (ValueError, AttributeError):
+        raise ArtifactError("the file's header is inconsistent") from None
+    for name in CODEC_KNOBS:
+        mine, theirs = getattr(loaded.cfg, name.lower()), getattr(cfg, name.lower())
+        if loaded.source[name] == "env" and mine != theirs:
+            raise ConfigError(f"{name}={as_text(mine)}: the file was coded with {as_text(theirs)}; unset {name}")
+    return loaded._replace(cfg=cfg)
+
+
 def run_decompress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=decompress: INPUT -> OUTPUT (default INPUT without .pgz)."""
     cfg = loaded.cfg
@@ -5932,20 +5946,6 @@ def run_decompress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
         f"restored {path} original_bytes:{len(data)} compressed_bytes:{len(packed)} seconds:{seconds:.1f} tokens_per_s:{tokens / seconds:.0f}"
     )
     return 0
-
-
-def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
-    """The configuration with the scoring knobs that the compressed file was coded with."""
-    try:
-        coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
-        cfg = dataclasses.replace(loaded.cfg, **{n.lower(): v for n, v in coded.items()})
-    except (ValueError, AttributeError):
-        raise ArtifactError("the file's header is inconsistent") from None
-    for name in CODEC_KNOBS:
-        mine, theirs = getattr(loaded.cfg, name.lower()), getattr(cfg, name.lower())
-        if loaded.source[name] == "env" and mine != theirs:
-            raise ConfigError(f"{name}={as_text(mine)}: the file was coded with {as_text(theirs)}; unset {name}")
-    return loaded._replace(cfg=cfg)
 
 
 def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
