@@ -5625,11 +5625,13 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> None:
+def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     """The head of every log: source, configuration with sources, versions, data, parameters."""
     cfg, run, source = job.cfg, job.run, source_text()
     if run.rank:
         return
+    with torch.device("meta"):
+        params = count_parameters(GPT(cfg))
     run.log(source, to_terminal=False)
     run.log("=" * 100, to_terminal=False)
     run.log(dump_config(job.loaded), to_terminal=False)
@@ -5645,7 +5647,7 @@ def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> Non
     run.log(
         f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(job.text.tokens) - 1} val_bytes:{int(job.text.bytes.sum())}"
     )
-    run.log(f"model_params:{count_parameters(model)} source_sha256:{sha256_text(source)}")
+    run.log(f"model_params:{params} source_sha256:{sha256_text(source)}")
     if job.paths.sample:
         run.notice("training and scoring the sample that ships with the script; its numbers are no challenge results")
     for text in job.loaded.notices:
@@ -5654,7 +5656,7 @@ def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> Non
     run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=job.loaded.recipe_reason, mode=cfg.mode,
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
               python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-              source_sha256=sha256_text(source), source_bytes=len(source.encode()), params=count_parameters(model),
+              source_sha256=sha256_text(source), source_bytes=len(source.encode()), params=params,
               data={"path": shown_path(job.paths.folder), "sample": job.paths.sample, "train_shards": train_shards,
                     "train_tokens": train_tokens, "val_tokens": len(job.text.tokens) - 1,
                     "val_sha256": hashlib.sha256(job.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
@@ -5791,8 +5793,8 @@ def run_train(loaded: Loaded) -> int:
     resumed = Checkpoints(cfg, run).load()
     run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
     run.open_logs(append=cfg.resume != "")
+    log_start(job, stream.total, len(shards))
     model = build_model(cfg, run)
-    log_start(job, model, stream.total, len(shards))
 
     def validate(model: GPT) -> tuple[float, float]:
         result = evaluate(cfg, run, model, job.text, ("roundtrip",))[0]
@@ -5819,8 +5821,7 @@ def run_eval(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     check_tokenizer(job.tokenizer, header, loaded.cfg)
     choose_attention(loaded.cfg.attention, job.run.device)
     job.run.open_logs(append=False)
-    with torch.device("meta"):
-        log_start(job, GPT(loaded.cfg), 0, 0)
+    log_start(job, 0, 0)
     return score_artifact(job, blob, 0.0)
 
 
