@@ -3995,9 +3995,7 @@ class NetworkExpert:
             for i in range(0, len(batch), rows):
                 self.score_batch(tokens, batch[i : i + rows], fresh)
             return
-        ids, hints = (
-            torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints)
-        )
+        ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints))
         values, n = None, batch[0].hi - batch[0].lo
         with contextlib.suppress(torch.OutOfMemoryError):
             values = self.forward(self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, self.ctx, self.temperature)
