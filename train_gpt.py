@@ -31,6 +31,8 @@ scored by the one score-first driver §9.
 # ==== 0 HEAD ==========================================================================================================
 from __future__ import annotations
 
+import ast
+import base64
 import contextlib
 import copy
 import ctypes
@@ -39,6 +41,7 @@ import difflib
 import fnmatch
 import functools
 import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -51,10 +54,11 @@ import signal
 import struct
 import sys
 import time
+import tokenize
 import zlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -97,7 +101,7 @@ class Config:
     # fmt: off
     # ---- 1 CONFIG
     recipe: str = knob("auto", "", "named set of values; auto: the best on a GPU, cpu without one")
-    mode: str = knob("train", "", "what to do", choices=("train", "eval", "plan", "compress", "decompress", "sample"))
+    mode: str = knob("train", "", "what to do", choices=("train", "eval", "plan", "compress", "decompress", "sample", "pack_code"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
     run_id: str = knob("", "", "names the logs; empty: time-recipe-seed")
@@ -226,10 +230,25 @@ class Config:
     mlp_clip_sigmas: float = knob(11.5, "std", "QUANT_CLIP=sigma: clip of MLP rows", lo=0.1)
     embed_clip_sigmas: float = knob(14.0, "std", "QUANT_CLIP=sigma: clip of token embedding rows", lo=0.1)
     matrix_clip_sigmas: float = knob(12.85, "std", "QUANT_CLIP=sigma: clip of all other rows", lo=0.1)
+    prune_frac: float = knob(0.0, "", "share of coded weights set to zero, smallest first; 0: none", lo=0, hi=0.99)
+    prune_scope: str = knob("tensor", "", "smallest weights of each tensor before rounding, or smallest codes over all tensors after it", choices=("tensor", "global"))
+    gptq_enabled: bool = knob(False, "", "round with error compensation from the inputs' second moments (GPTQ)")
+    gptq_variant: str = knob("cholesky", "", "cholesky: the algorithm; pr850: the published full-inverse sweep", choices=("cholesky", "pr850"))
+    gptq_order: str = knob("descending", "", "columns by input energy", choices=("descending", "ascending", "natural"))
+    gptq_percdamp: float = knob(0.01, "", "damping of the Hessian, times its mean diagonal", lo=1e-6, hi=10)
+    gptq_block_size: int = knob(128, "columns", "lazy block of GPTQ; changes speed, not results", lo=1)
+    gptq_n_samples: int = knob(256, "sequences", "calibration sequences of TRAIN_SEQ_LEN", lo=1)
+    gptq_calibration: str = knob("train", "", "calibrate on windows of the training stream or on text sampled from the model", choices=("train", "self"))
+    gptq_reserve_seconds: float = knob(0.0, "s", "part of MAX_WALLCLOCK_SECONDS kept for calibration", lo=0)
+    lqer_top_k: int = knob(0, "tensors", "low-rank correction of the tensors with the largest residual; 0: none", lo=0)
+    lqer_rank: int = knob(4, "", "rank of the correction", lo=1, hi=256)
+    lqer_factor_bits: int = knob(4, "bits", "width of its factors", lo=2, hi=8)
     # ---- 8 ARTIFACT
     artifact: str = knob("", "file", "the artifact to write or score; empty: LOG_DIR/RUN_ID.pgz")
     artifact_limit: int = knob(16_000_000, "bytes", "limit on artifact + code", lo=0)
     compressor: str = knob("entropy", "", "coder of the weight streams: our model and a range coder, or a byte compressor", choices=("entropy", "zstd", "lzma"))
+    target_bytes: int = knob(0, "bytes", "total of artifact and code to fill, by one step a tensor; the widths of codes are then ignored; 0: off", lo=0)
+    code_form: str = knob("packed", "", "the form of this script that is counted and submitted", choices=("packed", "source"))
     zstd_level: int = knob(22, "", "zstd level", lo=1, hi=22)
     lzma_preset: int = knob(9, "", "LZMA preset; 9 is run as 9|EXTREME", lo=0, hi=9)
     # ---- 9 EVALUATOR
@@ -271,7 +290,7 @@ class Config:
     ttt_byte_weighted: bool = knob(True, "", "TTT loss weighs each token by its bytes (at least 1)")
     ttt_temperature: float = knob(1.0, "", "logits are divided by this constant in stage ttt", lo=0.1, hi=10)
     input: str = knob("", "file", "what MODE=compress and decompress read")
-    output: str = knob("", "file", "what they write; empty: INPUT.pgz, INPUT without .pgz")
+    output: str = knob("", "file", "what they and MODE=pack_code write; empty: INPUT.pgz, INPUT without .pgz, LOG_DIR/train_gpt_packed.py")
     codec_lanes: int = knob(16, "lanes", "most independent stretches of a text that are coded side by side; more is faster, fewer learn longer", lo=1, hi=4096)
     prompt: str = knob("", "text", "what MODE=sample continues; empty: a new document")
     sample_tokens: int = knob(256, "tokens", "most tokens that MODE=sample writes", lo=1, hi=1000000)
@@ -315,6 +334,11 @@ class Config:
             return [(1.0, self.train_seq_len)]
         fracs = [float(f) for f in self.prog_seq_fracs.split(",")]
         return list(zip([*fracs, 1.0], [*map(int, self.prog_seq_lens.split(",")), self.train_seq_len], strict=True))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether training data are looked at once more after training, to quantise by them."""
+        return self.gptq_enabled or self.target_bytes > 0
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -761,8 +785,8 @@ def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
 
 
 def source_text() -> str:
-    """This script's text as it runs (a packed script registers its unpacked source)."""
-    return SCRIPT.read_text(encoding="utf-8")
+    """This script's text as it runs; the packed form leaves its unpacked text in `__source__`."""
+    return globals().get("__source__") or SCRIPT.read_text(encoding="utf-8")
 
 
 def knob_groups() -> dict[str, list[str]]:
@@ -2715,8 +2739,10 @@ class TrainResult(NamedTuple):
 
 
 def training_budget(cfg: Config) -> float:
-    """Seconds the loop may use (0: no limit)."""
-    return cfg.max_wallclock_seconds
+    """Seconds the loop may use (0: no limit): calibration is training too, so its reserve comes off."""
+    if not cfg.max_wallclock_seconds:
+        return 0.0
+    return max(1.0, cfg.max_wallclock_seconds - (cfg.gptq_reserve_seconds if cfg.calibrates else 0.0))
 
 
 class TrainingLoop:
@@ -3063,24 +3089,247 @@ def pass_through(name: str, w: Tensor, role: str, bits: int) -> Stored:
     return Stored(role, bits, tuple(w.shape), values=values.contiguous())
 
 
-@torch.no_grad()
-def quantize(cfg: Config, named: dict[str, Tensor], store: dict[str, str]) -> dict[str, Stored]:
-    """Store every tensor of `named` at the width its role in `store` and QUANT_OVERRIDES ask for.
+# ---- GPTQ
 
-    Raises ConfigError where a weight is not finite, does not fit fp16, or an override names nothing.
+
+class Hessians:
+    """Tap of the forward pass that sums x^T x of every site: (C, C) fp32, proportional to the layer's output Hessian.
+
+    All uses of a weight add up, as with looped blocks; sites that are handed the very same tensor (q, k, v) share a sum.
     """
-    policy = Policy(cfg, {name: tuple(w.shape) for name, w in named.items()}, store)
-    stored = {}
-    for name, w in named.items():
-        bits, role = policy.bits(name), store[name]
-        if not torch.isfinite(w).all():
-            raise ConfigError(f"{name} holds NaN or Inf: the training diverged; lower the learning rates")
-        if bits > 8:
-            stored[name] = pass_through(name, w, role, bits)
-            continue
-        codes_RC, scale_R = quantize_rows(w.float().reshape(rows_and_columns(w.shape)), bits, policy.clip(name))
-        stored[name] = Stored(role, bits, tuple(w.shape), codes=codes_RC.cpu(), scale=scale_R.cpu())
-    return stored
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.owner: dict[str, str] = {}  # site -> the site that holds its sum
+        self.last: tuple[str, Tensor | None] = ("", None)
+
+    def __call__(self, site: str, x: Tensor) -> None:
+        if x is self.last[1]:
+            assert self.owner.setdefault(site, self.last[0]) == self.last[0], f"{site} changed its input's company"
+            return
+        flat_NC = x.detach().reshape(-1, x.shape[-1]).float()
+        owner = self.owner.setdefault(site, site)
+        total = self.sums.setdefault(owner, flat_NC.new_zeros(flat_NC.shape[1], flat_NC.shape[1]))
+        total.addmm_(flat_NC.T, flat_NC)
+        self.last = (owner, x)
+
+    def reduced(self, all_reduce: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        """Sums over all ranks by site; `all_reduce` adds a tensor up in place."""
+        self.last = ("", None)
+        for name in sorted(self.sums):
+            all_reduce(self.sums[name])
+        return {site: self.sums[owner] for site, owner in self.owner.items()}
+
+
+def damped(h_NCC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """H + damp * mean(diag) I in float64 with dead inputs' diagonal at 1, and the dead mask (N, C)."""
+    h_NCC = h_NCC.to(torch.float32 if h_NCC.device.type == "mps" else torch.float64).clone()
+    diagonal_NC = h_NCC.diagonal(dim1=1, dim2=2)
+    dead_NC = diagonal_NC <= 0
+    shift_N1 = (damp * diagonal_NC.mean(dim=1, keepdim=True)).clamp_min(1e-30)
+    diagonal_NC += torch.where(dead_NC, 1.0 - diagonal_NC, shift_N1.expand_as(diagonal_NC))
+    return h_NCC, dead_NC
+
+
+def inverse_factor(h_NCC: Tensor) -> Tensor:
+    """Upper U with U^T U = H^-1, from one Cholesky factor of H read backwards and one triangular inverse."""
+    flipped = torch.linalg.cholesky(h_NCC.flip(1, 2)).flip(1, 2)  # upper R with R R^T = H, so H^-1 = R^-T R^-1
+    eye = torch.eye(h_NCC.shape[1], dtype=h_NCC.dtype, device=h_NCC.device).expand_as(h_NCC)
+    return torch.linalg.solve_triangular(flipped, eye, upper=True)
+
+
+def compensation(h_NCC: Tensor, variant: str) -> Tensor:
+    """Rows that spread a column's error over the columns after it.
+
+    `cholesky` is the algorithm of arXiv 2210.17323; `pr850` repeats the published script, which takes rows of the full
+    inverse: errors then land with coefficients of a problem in which no column is fixed yet.
+    """
+    factor_NCC = inverse_factor(h_NCC)
+    return factor_NCC if variant == "cholesky" else factor_NCC.transpose(1, 2) @ factor_NCC
+
+
+def column_order(diagonal_NC: Tensor, order: str) -> Tensor:
+    """(N, C) permutation: inputs of most energy first (`descending`), last (`ascending`), or as they stand (`natural`)."""
+    if order == "natural":
+        return torch.arange(diagonal_NC.shape[1], device=diagonal_NC.device).expand_as(diagonal_NC)
+    return diagonal_NC.argsort(dim=1, descending=order == "descending", stable=True)
+
+
+def gptq(
+    w_NRC: Tensor,
+    h_NCC: Tensor,
+    scale_NR: Tensor,
+    top: int,
+    *,
+    damp: float = 0.01,
+    block: int = 128,
+    order: str = "descending",
+    variant: str = "cholesky",
+) -> Tensor:
+    """Codes (N, R, C) int8 of N equal shapes that minimise tr(E H E^T) greedily: each column's rounding error is spread
+    over the columns not yet rounded (arXiv 2210.17323). `scale_NR` are the steps; H need not be normalised."""
+    h_NCC, dead_NC = damped(h_NCC, damp)
+    permutation_NC = column_order(h_NCC.diagonal(dim1=1, dim2=2), order)
+    as_rows = permutation_NC[:, None, :].expand_as(w_NRC)
+    h_NCC = h_NCC.gather(1, permutation_NC[:, :, None].expand_as(h_NCC))
+    h_NCC = h_NCC.gather(2, permutation_NC[:, None, :].expand_as(h_NCC))
+    u_NCC = compensation(h_NCC, variant).float()
+    w_NRC = w_NRC.masked_fill(dead_NC[:, None, :], 0.0).gather(2, as_rows)
+    codes_NRC = torch.empty_like(w_NRC)
+    scale_NR = scale_NR.float()
+    for lo in range(0, w_NRC.shape[2], block):
+        hi = min(lo + block, w_NRC.shape[2])
+        error_NRB = torch.empty_like(w_NRC[:, :, lo:hi])
+        for j in range(lo, hi):
+            codes_NRC[:, :, j] = (w_NRC[:, :, j] / scale_NR).round().clamp(-top, top)
+            error_NR = (w_NRC[:, :, j] - codes_NRC[:, :, j] * scale_NR) / u_NCC[:, j, j, None]
+            w_NRC[:, :, j + 1 : hi].baddbmm_(error_NR[:, :, None], u_NCC[:, j, None, j + 1 : hi], alpha=-1)
+            error_NRB[:, :, j - lo] = error_NR
+        w_NRC[:, :, hi:].baddbmm_(error_NRB, u_NCC[:, lo:hi, hi:], alpha=-1)
+    return torch.empty_like(codes_NRC).scatter_(2, as_rows, codes_NRC).to(torch.int8)
+
+
+# ---- calibration
+
+
+@torch.no_grad()
+def own_text(model: GPT, batch: int, length: int, seed: int, temperature: float = 0.8) -> Tensor:
+    """(batch, length) ids that the model writes after BOS; its own text calibrates about as well as real text (PR #1019)."""
+    device = model.tok_emb.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    cache = KVCache(model.cfg, batch, length, device, model.compute_dtype)
+    ids = [torch.full((batch, 1), model.bos_id, device=device)]
+    for _ in range(length - 1):
+        p = (model.logits(model.features(ids[-1], Ctx(cache=cache))[:, -1]) / temperature).softmax(-1)
+        ids.append(torch.multinomial(p, 1, generator=generator))
+    return torch.cat(ids, dim=1)
+
+
+def calibration_inputs(cfg: Config, run: Run, model: GPT, stream: TokenStream) -> Iterator[Tensor]:
+    """This rank's share of GPTQ_N_SAMPLES sequences (B, TRAIN_SEQ_LEN): even windows of the training data, or own text."""
+    length, mine = cfg.train_seq_len, run.share(cfg.gptq_n_samples)
+    if stream.total < length:
+        raise ConfigError(f"calibration needs {length} training tokens, DATA_PATH holds {stream.total}: GPTQ_ENABLED=0, "
+                          "TARGET_BYTES=0 or more data")  # fmt: skip
+    rows = max(1, (2**16 if run.device.type == "cuda" else 2**12) // length)
+    for lo in range(mine.start, mine.stop, rows):
+        batch = range(lo, min(lo + rows, mine.stop))
+        if cfg.gptq_calibration == "self":
+            yield own_text(model, len(batch), length, derive_seed(cfg.seed, "calibration", lo))
+        else:
+            starts = [i * (stream.total - length) // cfg.gptq_n_samples - stream.position for i in batch]
+            yield torch.from_numpy(np.stack([stream.read(start, length) for start in starts])).to(run.device)
+
+
+class Calibration(NamedTuple):
+    """What quantisation learns from calibration text, summed over all ranks."""
+
+    hessians: dict[str, Tensor]  # site -> (C, C) second moments of its input
+    fisher: dict[str, Tensor]  # parameter -> (R,) trace of its Fisher information by row, a token
+
+
+def add_squares_(fisher: dict[str, Tensor], model: GPT) -> None:
+    """Add each parameter's squared gradient by row, and clear the gradients."""
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            fisher[name] += p.grad.float().reshape(rows_and_columns(p.shape)).square().sum(dim=1)
+            p.grad = None
+
+
+def calibrate(cfg: Config, run: Run, model: GPT, batches: Iterable[Tensor]) -> Calibration:
+    """Walk calibration text once through the one forward path.
+
+    Fisher information (only for TARGET_BYTES) is the squared gradient of log p(y) with y drawn from the model itself:
+    such scores of different tokens are uncorrelated, so the square of a whole batch's gradient estimates their sum.
+    """
+    tap, tokens = Hessians(), torch.zeros((), device=run.device)
+    fisher = {n: torch.zeros(rows_and_columns(p.shape)[0], device=run.device) for n, p in model.named_parameters()}
+    generator = torch.Generator(run.device).manual_seed(derive_seed(cfg.seed, "fisher", run.rank))
+    ctx = Ctx(tap=tap if cfg.gptq_enabled else None)
+    for inputs in batches:
+        with torch.set_grad_enabled(cfg.target_bytes > 0):
+            z = model.logits(model.features(inputs, ctx), ctx).flatten(0, 1)
+            if cfg.target_bytes:
+                y = torch.multinomial(z.detach().softmax(-1), 1, generator=generator)
+                F.cross_entropy(z, y[:, 0], reduction="sum").backward()
+                add_squares_(fisher, model)
+        tokens += inputs.numel()
+    for total in (tokens, *fisher.values()):
+        run.all_reduce(total)
+    hessians = tap.reduced(run.all_reduce)
+    return Calibration(hessians, {n: total / tokens for n, total in fisher.items()} if cfg.target_bytes else {})
+
+
+def compensation_gain(h_CC: Tensor, damp: float, order: str) -> float:
+    """Output error of GPTQ relative to that of rounding, for the same step: mean of D over mean of diag H, H = L D L^T."""
+    h_1CC, _ = damped(h_CC[None], damp)
+    permutation = column_order(h_1CC.diagonal(dim1=1, dim2=2), order)[0]
+    u_CC = inverse_factor(h_1CC[:, permutation][:, :, permutation])[0]
+    return float(u_CC.diagonal().square().reciprocal().mean() / h_1CC[0].diagonal().mean())
+
+
+# ---- the whole model
+
+
+@dataclass
+class Coded:
+    """A tensor on its way to codes."""
+
+    name: str
+    w_RC: Tensor
+    bits: int
+    scale_R: Tensor
+    hessian: Tensor | None
+
+    @property
+    def top(self) -> int:
+        return largest_code(self.bits)
+
+
+def prune_smallest_(w_RC: Tensor, share: float) -> None:
+    """Zero the `share` of a tensor's weights that are smallest in magnitude, in place (PR #850)."""
+    count = int(share * w_RC.numel())
+    if count:
+        w_RC[w_RC.abs() <= w_RC.abs().flatten().kthvalue(count).values] = 0.0
+
+
+def prune_codes_(items: list[Coded], codes: list[Tensor], share: float) -> None:
+    """Zero the `share` of all non-zero codes whose |code| * scale is smallest, over all tensors, in place (PR #740)."""
+    sizes = [(q.abs() * item.scale_R.float()[:, None]) for item, q in zip(items, codes, strict=True)]
+    alive = torch.cat([size[size > 0] for size in sizes])
+    count = int(share * alive.numel())
+    if count:
+        threshold = alive.kthvalue(count).values
+        for q, size in zip(codes, sizes, strict=True):
+            q[size <= threshold] = 0
+
+
+def round_all(cfg: Config, items: list[Coded]) -> list[Tensor]:
+    """Codes of every tensor: GPTQ in one batch for each shape where there are Hessians, else the nearest."""
+    groups: dict[tuple, list[int]] = {}
+    codes: list[Tensor] = [torch.empty(0)] * len(items)
+    for i, item in enumerate(items):
+        if item.hessian is None:
+            codes[i] = round_rows(item.w_RC, item.scale_R, item.top)
+        else:
+            groups.setdefault((item.w_RC.shape, item.top), []).append(i)
+    for (_, top), members in groups.items():
+        w, h, scale = (
+            torch.stack([getattr(items[i], field) for i in members]) for field in ("w_RC", "hessian", "scale_R")
+        )
+        found = gptq(w, h, scale, top, damp=cfg.gptq_percdamp, block=cfg.gptq_block_size, order=cfg.gptq_order,
+                     variant=cfg.gptq_variant)  # fmt: skip
+        for i, codes_RC in zip(members, found, strict=True):
+            codes[i] = codes_RC
+    return codes
+
+
+def low_rank_codes(residual_RC: Tensor, rank: int, bits: int) -> LowRank:
+    """The best rank-`rank` approximation of a residual, its singular directions rounded to `bits` bits (LQER, PR #1797)."""
+    u, s, vt = torch.linalg.svd(residual_RC.float(), full_matrices=False)
+    left, left_scale = quantize_rows((u[:, :rank] * s[:rank]).T, bits, Clip())
+    right, right_scale = quantize_rows(vt[:rank], bits, Clip())
+    return LowRank(left.T.contiguous().cpu(), left_scale.cpu(), right.cpu(), right_scale.cpu())
 
 
 def dequantize(stored: Stored) -> Tensor:
@@ -3091,6 +3340,71 @@ def dequantize(stored: Stored) -> Tensor:
     if stored.low_rank is not None:
         w_RC = w_RC + stored.low_rank.product()
     return w_RC.reshape(stored.shape)
+
+
+def correct_residuals(cfg: Config, items: list[Coded], stored: dict[str, Stored]) -> None:
+    """Give the LQER_TOP_K tensors with the largest residual a low-rank correction, where it lowers the error."""
+    residuals = {item.name: item.w_RC.cpu() - dequantize(stored[item.name]).reshape(item.w_RC.shape) for item in items}
+    worst = sorted(residuals, key=lambda name: -float(residuals[name].norm()))[: cfg.lqer_top_k]
+    for name in worst:
+        rank = min(cfg.lqer_rank, *residuals[name].shape)
+        low_rank = low_rank_codes(residuals[name], rank, cfg.lqer_factor_bits)
+        if float((residuals[name] - low_rank.product()).norm()) < float(residuals[name].norm()):
+            stored[name] = dataclasses.replace(stored[name], low_rank=low_rank)
+
+
+def prepare(
+    cfg: Config, policy: Policy, name: str, w: Tensor, bits: int, hessians: dict[str, Tensor], scales: dict[str, Tensor]
+) -> Coded:
+    """A tensor with its step by row, pruned if asked, and its Hessian if there is one of its width."""
+    w_RC = w.detach().float().reshape(rows_and_columns(w.shape)).clone()
+    if cfg.prune_scope == "tensor":
+        prune_smallest_(w_RC, cfg.prune_frac)
+    if name in scales:
+        bits, scale_R = 8, scales[name].to(w.device)
+    else:
+        top = largest_code(bits)
+        scale_R = row_scale(CLIP_RULES[policy.clip(name).rule](w_RC, top, policy.clip(name)), top)
+    hessian = hessians.get(name.removesuffix(".weight"))
+    if hessian is not None and hessian.shape[0] != w_RC.shape[1]:
+        hessian = None
+    return Coded(name, w_RC, bits, scale_R, hessian)
+
+
+@torch.no_grad()
+def quantize(
+    cfg: Config,
+    named: dict[str, Tensor],
+    store: dict[str, str],
+    hessians: dict[str, Tensor] | None = None,
+    scales: dict[str, Tensor] | None = None,
+) -> dict[str, Stored]:
+    """Store every tensor of `named` at the width its role in `store` and QUANT_OVERRIDES ask for.
+
+    `hessians` (C, C) by site turn rounding into GPTQ; `scales` (R,) fp16 by name are steps already chosen, coded in 8
+    bits whatever the role's width. Raises ConfigError where a weight is not finite, does not fit fp16, or an override
+    names nothing.
+    """
+    policy = Policy(cfg, {name: tuple(w.shape) for name, w in named.items()}, store)
+    stored: dict[str, Stored] = {}
+    items = []
+    for name, w in named.items():
+        if not torch.isfinite(w).all():
+            raise ConfigError(f"{name} holds NaN or Inf: the training diverged; lower the learning rates")
+        bits = policy.bits(name)
+        if bits > 8:
+            stored[name] = pass_through(name, w, store[name], bits)
+        else:
+            items.append(prepare(cfg, policy, name, w, bits, hessians or {}, scales or {}))
+    codes = round_all(cfg, items)
+    if cfg.prune_scope == "global":
+        prune_codes_(items, codes, cfg.prune_frac)
+    for item, codes_RC in zip(items, codes, strict=True):
+        shape = tuple(named[item.name].shape)
+        stored[item.name] = Stored(store[item.name], item.bits, shape, codes=codes_RC.cpu(), scale=item.scale_R.cpu())
+    if cfg.lqer_top_k:
+        correct_residuals(cfg, items, stored)
+    return {name: stored[name] for name in named}
 
 
 def quant_report(named: dict[str, Tensor], stored: dict[str, Stored]) -> dict[str, dict[str, float]]:
@@ -3270,6 +3584,7 @@ LEVELS_PER_OCTAVE = 8
 LEVEL_BOUNDS = (-24, 63)  # spreads from 1/8 to 235 steps
 LEVEL_GRIDS = (0, 4, 2, 1)  # coarseness of a tensor's row or column levels; 0 is one level for all
 CHUNK = 16  # columns predicted at once
+PREDICTED_ROLES = ("embed", "table")  # rows of one space: their columns are correlated
 MAX_PREDICTED_COLUMNS = 1024  # a regression takes C x C float64
 
 
@@ -3648,7 +3963,7 @@ def encode_stream(cfg: Config, role: str, kind: str, arrays: list[Tensor]) -> tu
     if cfg.compressor == "zstd":
         return "zstd", zstd_pack(to_bytes(arrays), cfg.zstd_level)
     if cfg.compressor == "entropy" and kind == "codes":
-        return "codes", encode_codes([a.numpy() for a in arrays], predictable=role in ("embed", "table"))
+        return "codes", encode_codes([a.numpy() for a in arrays], predictable=role in PREDICTED_ROLES)
     return "lzma", lzma_pack(to_bytes(arrays), cfg.lzma_preset)
 
 
@@ -3818,6 +4133,215 @@ def restore(entry: Entry, parts: list[Tensor]) -> Stored:
         raise ArtifactError(f"tensor {entry.name[:80]!r} holds codes beyond {entry.bits} bits")
     low_rank = LowRank(*correction) if correction else None
     return Stored(entry.role, entry.bits, entry.shape, codes=codes, scale=scale, low_rank=low_rank)
+
+
+# ---- the byte budget
+#
+# A tensor's codes cost about log2(spread / step) bits each, its error about step^2 times its Fisher information. One
+# price of a byte for all tensors, found by bisection, sets every step; what the model of bytes missed is corrected once
+# or twice against the packed file.
+
+STEP_GRID = np.exp2(np.arange(-9, 5) / 2)  # steps tried, in rms weights
+BUDGET_FLOOR, BUDGET_AIM = 0.995, 0.9975  # shares of TARGET_BYTES: accepted from, aimed at
+CURVE_ROWS = 256  # rows that a curve is measured on
+
+
+class Curve(NamedTuple):
+    """What a tensor costs over `STEP_GRID`: bits of its codes, and expected harm in nats a token."""
+
+    name: str
+    rms: float
+    row_factor_R: Tensor  # steps of rows relative to the tensor's
+    bits: np.ndarray
+    harm: np.ndarray
+
+
+def row_factors(fisher_R: Tensor) -> Tensor:
+    """Steps of an embedding's rows: inversely with the root of their importance, in half octaves, within 1/4..4.
+
+    Rare tokens' rows matter less in proportion to their frequency, and the equal split of harm is the optimal one.
+    """
+    importance_R = fisher_R + 0.02 * fisher_R.mean() + 1e-30
+    octaves_R = -0.5 * torch.log2(importance_R / importance_R.log().mean().exp())
+    return torch.exp2((2 * octaves_R).round().clamp(-4, 4) / 2)
+
+
+def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor) -> Tensor:
+    """fp16 steps (R,), widened where a row's largest weight would not fit 8 bits."""
+    top = largest_code(8)
+    return row_scale(torch.maximum(step * row_factor_R * top, w_RC.abs().amax(dim=1)), top)
+
+
+def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: float) -> Curve:
+    """Round a sample of rows at every step of the grid; `gain` is GPTQ's share of rounding's error."""
+    rms = float(w_RC.square().mean().sqrt().clamp_min(1e-8))
+    by_row = role in PREDICTED_ROLES and w_RC.shape[0] > 1
+    factor_R = row_factors(fisher_R) if by_row else torch.ones_like(fisher_R)
+    pick = torch.linspace(0, len(w_RC) - 1, min(len(w_RC), CURVE_ROWS), device=w_RC.device).long()
+    w, factor, fisher = w_RC[pick], factor_R[pick], fisher_R[pick] / w_RC.shape[1]
+    bits, harm = [], []
+    for step in STEP_GRID * rms:
+        scale = steps_by_row(w, step, factor)
+        codes = round_rows(w, scale, largest_code(8))
+        error = (codes.float() * scale.float()[:, None] - w).square().sum(dim=1)
+        bits.append(fit_spread(codes.cpu().numpy())[2] * len(w_RC) / len(w))
+        harm.append(0.5 * gain * float(fisher @ error) * len(w_RC) / len(w) + 1e-30)
+    saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * rms, factor_R)) if by_row else 0.0
+    return Curve(name, rms, factor_R, np.maximum(np.array(bits) - saved, 0.02 * w_RC.numel()), np.array(harm))
+
+
+def prediction_saving(w_RC: Tensor, scale_R: Tensor) -> float:
+    """Bits that predicting a tensor's columns saves; nearly the same for all fine steps."""
+    codes_RC = round_rows(w_RC, scale_R, largest_code(8)).cpu().numpy()
+    return fit_spread(codes_RC)[2] - plan_codes(codes_RC, predictable=True)[2]
+
+
+def choose_steps(curves: list[Curve], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Steps (in rms weights) and predicted bits by name with the least harm within `budget_bits`."""
+    fine = np.arange(-72, 33) / 16  # octaves; sixteenths of one between the measured half octaves
+    grid = np.log2(STEP_GRID)
+    bits = np.stack([np.interp(fine, grid, c.bits) for c in curves])
+    harm = np.exp(np.stack([np.interp(fine, grid, np.log(c.harm)) for c in curves]))
+    index = np.arange(len(curves))
+    low, high = -80.0, 40.0  # log2 of the price of a bit in nats
+    for _ in range(60):
+        price = (low + high) / 2
+        chosen = (harm + 2.0**price * bits).argmin(axis=1)
+        low, high = (price, high) if bits[index, chosen].sum() > budget_bits else (low, price)
+    chosen = (harm + 2.0**high * bits).argmin(axis=1)
+    names = [c.name for c in curves]
+    return (
+        dict(zip(names, np.exp2(fine[chosen]).tolist(), strict=True)),
+        dict(zip(names, bits[index, chosen].tolist(), strict=True)),
+    )
+
+
+class Budget(NamedTuple):
+    """A packed model with the prediction that led to it."""
+
+    stored: dict[str, Stored]
+    blob: bytes
+    predicted: dict[str, float]  # role -> bytes of codes
+    spent: int  # artifact and code
+
+
+def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], store: dict[str, str],
+                calibration: Calibration, code_bytes: int) -> Budget:  # fmt: skip
+    """Quantise and pack so that artifact + code fill BUDGET_FLOOR..1 of TARGET_BYTES, never more.
+
+    A model too small to fill it is packed at the finest steps. Raises ConfigError if the coarsest steps are too large.
+    """
+    curves = measure_curves(cfg, named, store, calibration)
+    finest, coarsest = sum(c.bits[0] for c in curves), sum(c.bits[-1] for c in curves)
+    fixed = code_bytes + 2000 + sum(w.numel() * 2 for name, w in named.items() if name not in {c.name for c in curves})
+    room = BUDGET_AIM * cfg.target_bytes - fixed
+    best = None
+    for _ in range(6):
+        room = max(room, coarsest / 8)
+        steps, bits = choose_steps(curves, 8 * room)
+        scales = {c.name: steps_by_row(matrix_of(named[c.name]), steps[c.name] * c.rms, c.row_factor_R) for c in curves}
+        stored = quantize(cfg, named, store, calibration.hessians, scales)
+        blob = pack(cfg, header, stored)
+        spent = len(blob) + code_bytes
+        predicted = {role: sum(b for n, b in bits.items() if store[n] == role) / 8 for role in set(store.values())}
+        if spent <= cfg.target_bytes and (best is None or spent > best.spent):
+            best = Budget(stored, blob, predicted, spent)
+        filled = BUDGET_FLOOR * cfg.target_bytes <= spent <= cfg.target_bytes
+        if filled or (spent <= cfg.target_bytes and 8 * room >= finest) or (best is None and 8 * room <= coarsest):
+            break
+        room += BUDGET_AIM * cfg.target_bytes - spent
+    if best is None:
+        sizes = ", ".join(f"{r} {s['bytes']:,}" for r, s in role_bytes(blob).items())
+        raise ConfigError(f"TARGET_BYTES={cfg.target_bytes} cannot be met: the smallest total is {spent:,} bytes (code {code_bytes:,}, {sizes}); "
+                          "a smaller model or fewer high-precision tensors would do")  # fmt: skip
+    return best
+
+
+def matrix_of(w: Tensor) -> Tensor:
+    """A tensor as the (R, C) fp32 that is quantised."""
+    return w.detach().float().reshape(rows_and_columns(w.shape))
+
+
+def measure_curves(
+    cfg: Config, named: dict[str, Tensor], store: dict[str, str], calibration: Calibration
+) -> list[Curve]:
+    """Curves of all tensors that are coded; QUANT_OVERRIDES and small tensors keep their floats."""
+    policy = Policy(cfg, {name: tuple(w.shape) for name, w in named.items()}, store)
+    curves = []
+    for name, w in named.items():
+        if policy.bits(name) <= 8:
+            h_CC = calibration.hessians.get(name.removesuffix(".weight"))
+            gain = 1.0 if h_CC is None else compensation_gain(h_CC, cfg.gptq_percdamp, cfg.gptq_order)
+            curves.append(measure_curve(name, matrix_of(w), store[name], calibration.fisher[name], gain))
+    return curves
+
+
+def budget_table(budget: Budget, target: int) -> str:
+    """Predicted against real bytes by role, and what was left."""
+    real = role_bytes(budget.blob)
+    lines = [
+        f"budget {role:<10} predicted:{size:>12,.0f} real:{real[role]['bytes']:>12,} bits/weight:{real[role]['bits_per_weight']:.3f}"
+        for role, size in sorted(budget.predicted.items())
+        if size
+    ]
+    left = target - budget.spent
+    return "\n".join([*lines, f"budget total:{budget.spent} target:{target} left:{left} ({100 * left / target:.2f}%)"])
+
+
+# ---- the code's own bytes
+
+
+KEPT_COMMENTS = ("# ====", "# ---- ")  # --toc and --help read them
+
+
+def docstrings(source: str) -> Iterator[tuple[ast.Constant, bool]]:
+    """Docstring nodes, with whether nothing else stands in their body."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and type(first.value.value) is str:
+                yield first.value, len(node.body) == 1
+
+
+def strip_source(source: str) -> str:
+    """The script without docstrings, comments and blank lines, but for the banners and the first paragraph of all.
+
+    Code lines stay as they are; idempotent.
+    """
+    lines = source.splitlines()
+    inside: set[int] = set()  # lines that begin within a string
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start[0] - 1, token.start[1]
+        if token.type == tokenize.COMMENT and not token.string.startswith(KEPT_COMMENTS):
+            lines[row] = lines[row][:column].rstrip()
+        elif token.type == tokenize.STRING:
+            inside.update(range(token.start[0], token.end[0]))
+    for node, alone in docstrings(source):
+        for row in range(node.lineno - 1, node.end_lineno):
+            lines[row] = ""
+            inside.discard(row)
+        if alone:
+            lines[node.lineno - 1] = " " * node.col_offset + "pass"
+    head = source.split("\n\n")[0].strip('"')
+    body = [line for row, line in enumerate(lines) if line.strip() or row in inside]
+    return "\n".join([f'"""{head}\n\n"""', *body]) + "\n"
+
+
+def pack_code(source: str) -> bytes:
+    """A script that unpacks and runs the stripped `source`; it shows linecache its lines, for tracebacks and Triton."""
+    packed = lzma.compress(strip_source(source).encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    return (
+        "import base64,linecache,lzma\n"
+        f'__source__=lzma.decompress(base64.b85decode("{base64.b85encode(packed).decode()}")).decode()\n'
+        'n=__file__+" (unpacked)"\n'
+        "linecache.cache[n]=(len(__source__),None,__source__.splitlines(True),n)\n"
+        'exec(compile(__source__,n,"exec"))\n'
+    ).encode()
+
+
+def code_bytes(cfg: Config) -> int:
+    """Bytes of this script in the form that CODE_FORM counts."""
+    return len(pack_code(source_text())) if cfg.code_form == "packed" else len(source_text().encode())
 
 
 # ---- the size account
@@ -5630,6 +6154,7 @@ def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
         return
     with torch.device("meta"):
         params = count_parameters(GPT(cfg))
+    packed = pack_code(source)
     run.log(source, to_terminal=False)
     run.log("=" * 100, to_terminal=False)
     run.log(dump_config(job.loaded), to_terminal=False)
@@ -5645,7 +6170,9 @@ def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     run.log(
         f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(job.text.tokens) - 1} val_bytes:{int(job.text.bytes.sum())}"
     )
-    run.log(f"model_params:{params} source_sha256:{sha256_text(source)}")
+    run.log(
+        f"model_params:{params} source_sha256:{sha256_text(source)} packed_sha256:{hashlib.sha256(packed).hexdigest()}"
+    )
     if job.paths.sample:
         run.notice("training and scoring the sample that ships with the script; its numbers are no challenge results")
     for text in job.loaded.notices:
@@ -5654,7 +6181,8 @@ def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=job.loaded.recipe_reason, mode=cfg.mode,
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
               python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-              source_sha256=sha256_text(source), source_bytes=len(source.encode()), params=params,
+              source_sha256=sha256_text(source), source_bytes=len(source.encode()),
+              packed_sha256=hashlib.sha256(packed).hexdigest(), packed_bytes=len(packed), params=params,
               data={"path": shown_path(job.paths.folder), "sample": job.paths.sample, "train_shards": train_shards,
                     "train_tokens": train_tokens, "val_tokens": len(job.text.tokens) - 1,
                     "val_sha256": hashlib.sha256(job.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
@@ -5686,23 +6214,41 @@ def artifact_header(cfg: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256}
 
 
-def write_artifact(job: Job, model: GPT) -> bytes:
-    """Quantize, pack and write the artifact (rank 0); returns its bytes on every rank, as read back from the file."""
+def pack_model(job: Job, model: GPT, calibration: Calibration | None, calibration_s: float) -> bytes:
+    """Quantise, pack, write and log the account; the file's bytes."""
     cfg, run = job.cfg, job.run
+    named = {n: p.detach() for n, p in model.named_parameters()}
+    store = {n: p.store for n, p in model.named_parameters()}
+    header = artifact_header(cfg, job.tokenizer)
+    started = time.perf_counter()
+    if cfg.target_bytes:
+        budget = fill_budget(cfg, header, named, store, calibration, code_bytes(cfg))
+        stored, blob = budget.stored, budget.blob
+        run.log(budget_table(budget, cfg.target_bytes))
+    else:
+        stored = quantize(cfg, named, store, calibration.hessians if calibration else None)
+        blob = pack(cfg, header, stored)
+    run.event(
+        "quant", seconds=time.perf_counter() - started, calibration_s=calibration_s, roles=quant_report(named, stored)
+    )
+    atomic_write(run.artifact_path, blob)
+    blob = run.artifact_path.read_bytes()
+    run.log(f"quantized and packed {run.artifact_path} in {time.perf_counter() - started:.1f}s after {calibration_s:.1f}s of calibration\n"
+            f"{size_table(role_bytes(blob))}")  # fmt: skip
+    return blob
 
-    def write() -> bytes:
-        started = time.perf_counter()
-        named = {n: p.detach() for n, p in model.named_parameters()}
-        stored = quantize(cfg, named, {n: p.store for n, p in model.named_parameters()})
-        report = quant_report(named, stored)
-        run.event("quant", seconds=time.perf_counter() - started, roles=report)
-        started = time.perf_counter()
-        atomic_write(run.artifact_path, pack(cfg, artifact_header(cfg, job.tokenizer), stored))
-        blob = run.artifact_path.read_bytes()
-        run.log(f"packed {run.artifact_path} in {time.perf_counter() - started:.1f}s\n{size_table(role_bytes(blob))}")
-        return blob
 
-    return run.on_first(write)
+def write_artifact(job: Job, model: GPT, stream: TokenStream) -> tuple[bytes, float]:
+    """Calibrate, quantise, pack and write the artifact (rank 0): its bytes on every rank, as read back from the file, and
+    the seconds of calibration."""
+    cfg, run = job.cfg, job.run
+    started = time.perf_counter()
+    calibration = None
+    if cfg.calibrates:
+        calibration = calibrate(cfg, run, model, calibration_inputs(cfg, run, model, stream))
+        run.sync()
+    calibration_s = time.perf_counter() - started
+    return run.on_first(lambda: pack_model(job, model, calibration, calibration_s)), calibration_s
 
 
 def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
@@ -5729,12 +6275,12 @@ class Account(NamedTuple):
 
 def account_bytes(job: Job, blob: bytes) -> Account:
     """Count artifact and code against ARTIFACT_LIMIT, and log it."""
-    account = Account(len(blob), len(source_text().encode()), job.cfg.artifact_limit)
+    account = Account(len(blob), code_bytes(job.cfg), job.cfg.artifact_limit)
     job.run.log(
         f"Total submission size: {account.total} bytes = artifact {account.artifact_bytes} + code {account.code_bytes}, limit {account.limit}"
     )
     job.run.event("pack", artifact=str(job.run.artifact_path), artifact_bytes=account.artifact_bytes, code_bytes=account.code_bytes,
-                  code_form="source", total_bytes=account.total, limit=account.limit, roles=role_bytes(blob))  # fmt: skip
+                  code_form=job.cfg.code_form, total_bytes=account.total, limit=account.limit, roles=role_bytes(blob))  # fmt: skip
     return account
 
 
@@ -5802,7 +6348,8 @@ def run_train(loaded: Loaded) -> int:
     if run.rank == 0:
         text = "".join(sample_text(cfg, run, model.eval(), job.tokenizer.sp, "", 48))
         run.log(f"sample: {text!r}")
-    return score_artifact(job, write_artifact(job, model), result.seconds)
+    blob, calibration_s = write_artifact(job, model, stream)
+    return score_artifact(job, blob, result.seconds + calibration_s)
 
 
 def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -> None:
@@ -5958,6 +6505,16 @@ def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
+def run_pack_code(loaded: Loaded) -> int:
+    """MODE=pack_code: write the self-extracting form of this script."""
+    packed, path = pack_code(source_text()), output_path(loaded.cfg, f"{loaded.cfg.log_dir}/train_gpt_packed.py")
+    atomic_write(path, packed)
+    print(
+        f"{path}: {len(packed)} bytes, sha256 {hashlib.sha256(packed).hexdigest()}; source {len(source_text().encode())} bytes"
+    )
+    return 0
+
+
 ARTIFACT_MODES = {"eval": run_eval, "compress": run_compress, "decompress": run_decompress, "sample": run_sample}
 
 
@@ -5983,7 +6540,8 @@ def dispatch(env: Mapping[str, str]) -> int:
         blob, header = open_artifact(env)
         return ARTIFACT_MODES[mode](load_config(env, header["config"]), blob, header)
     loaded = load_config(env)
-    return run_plan(loaded) if loaded.cfg.mode == "plan" else run_train(loaded)
+    jobs = {"plan": run_plan, "pack_code": run_pack_code, "train": run_train}
+    return jobs[loaded.cfg.mode](loaded)
 
 
 def show_toc() -> str:

@@ -1,7 +1,12 @@
 """Section 8: what is packed comes back bit for bit, and no file can do more harm than a message."""
 
+import ast
 import hashlib
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,3 +226,118 @@ def test_mutated_code_streams_raise_artifact_errors_only():
             assert found.shape == (70, 40)
         except tg.ArtifactError:
             pass
+
+
+# ---- the byte budget
+
+
+def trained_stand_in() -> tuple[dict, dict, tg.Calibration]:
+    """Tensors whose importance differs by 10,000, as layers' do, with Hessians of one of them."""
+    named, store = weights()
+    g = torch.Generator().manual_seed(5)
+    named["blocks.1.mlp.up.weight"] = torch.randn(192, 48, generator=g) * 0.05
+    store["blocks.1.mlp.up.weight"] = "mlp"
+    importance = {"blocks.0.mlp.up.weight": 1e-4, "blocks.1.mlp.up.weight": 1.0}
+    fisher = {n: torch.full((tg.rows_and_columns(w.shape)[0],), importance.get(n, 0.01)) for n, w in named.items()}
+    x = torch.randn(400, 48, generator=g) * torch.linspace(0.1, 3, 48)
+    return named, store, tg.Calibration({"blocks.1.mlp.up": x.T @ x}, fisher)
+
+
+@pytest.mark.parametrize("share", [0.35, 0.5, 0.7])
+def test_budget_is_filled_to_the_last_half_percent_and_never_exceeded(share):
+    named, store, calibration = trained_stand_in()
+    code = 1000
+    target = code + int(share * sum(w.numel() for w in named.values()))
+    cfg = tg.Config(target_bytes=target, quant_min_numel=100)
+    budget = tg.fill_budget(cfg, {"config": {}}, named, store, calibration, code)
+    assert budget.spent == len(budget.blob) + code
+    assert 0.995 * target <= budget.spent <= target
+    assert tg.unpack(budget.blob)[1].keys() == named.keys()
+    real = tg.role_bytes(budget.blob)
+    assert abs(budget.predicted["mlp"] / real["mlp"]["bytes"] - 1) < 0.1
+    assert f"target:{target}" in tg.budget_table(budget, target)
+
+
+def test_bits_go_where_they_count():
+    named, store, calibration = trained_stand_in()
+    cfg = tg.Config(target_bytes=1000 + sum(w.numel() for w in named.values()) // 2, quant_min_numel=100)
+    stored = tg.fill_budget(cfg, {}, named, store, calibration, 1000).stored
+    step = {n: float(s.scale.float().mean() / named[n].std()) for n, s in stored.items() if s.codes is not None}
+    assert step["blocks.1.mlp.up.weight"] < 0.25 * step["blocks.0.mlp.up.weight"]
+
+
+def test_rare_rows_of_an_embedding_get_wider_steps():
+    factor = tg.row_factors(torch.tensor([1.0, 1.0, 1 / 16]))
+    assert factor[0] == factor[1] and factor[2] >= 2 * factor[0]
+    assert (tg.row_factors(torch.ones(5)) == 1).all()
+
+
+def test_a_model_too_small_for_the_budget_is_stored_at_the_finest_steps():
+    named, store, calibration = trained_stand_in()
+    budget = tg.fill_budget(tg.Config(target_bytes=10**6, quant_min_numel=100), {}, named, store, calibration, 0)
+    assert budget.spent < 10**6
+    assert all(int(s.codes.abs().max()) > 60 for s in budget.stored.values() if s.codes is not None)
+
+
+def test_an_impossible_budget_says_what_takes_the_bytes():
+    named, store, calibration = trained_stand_in()
+    with pytest.raises(
+        tg.ConfigError, match=r"TARGET_BYTES=900 cannot be met: the smallest total is [\d,]+ bytes.*embed"
+    ):
+        tg.fill_budget(tg.Config(target_bytes=900, quant_min_numel=100), {}, named, store, calibration, 500)
+
+
+# ---- the code's own bytes
+
+
+def test_stripped_source_runs_the_same_statements():
+    source = tg.source_text()
+    stripped = tg.strip_source(source)
+    assert tg.strip_source(stripped) == stripped
+    assert len(stripped) < 0.9 * len(source)
+
+    def statements(text: str) -> str:
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                first = node.body[0]
+                if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                    node.body = node.body[1:]
+                node.body = node.body or [ast.Pass()]
+        return ast.dump(tree)
+
+    assert statements(stripped) == statements(source)
+
+
+def test_strings_that_look_like_comments_and_blank_lines_survive():
+    text = '"""Head.\n\nmore\n"""\nx = """a # no comment\n\n  b"""  # gone\n\n\nclass E(Exception):\n    """Only this."""\n'
+    stripped = tg.strip_source(text)
+    space: dict = {}
+    exec(stripped, space)
+    assert space["x"] == "a # no comment\n\n  b" and issubclass(space["E"], Exception)
+    assert "gone" not in stripped and "more" not in stripped
+
+
+def test_packed_script_behaves_like_its_source(tmp_path):
+    """Help, configuration, error and exit status, packing itself again; tracebacks show real lines."""
+    packed = tmp_path / "train_gpt.py"
+    env = {"PATH": os.environ["PATH"], "MODE": "pack_code", "OUTPUT": str(packed)}
+
+    def run(script, *args, **more):
+        return subprocess.run(
+            [sys.executable, script, *args], env={**env, **more}, cwd=tmp_path, capture_output=True, text=True
+        )
+
+    script = Path(tg.__file__)
+    assert run(script).returncode == 0
+    assert packed.read_bytes() == tg.pack_code(tg.source_text())
+    again = run(packed, OUTPUT=str(tmp_path / "again.py"))
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again.py").read_bytes() == packed.read_bytes()
+    ours, theirs = run(script, "--help"), run(packed, "--help")
+    assert ours.stdout == theirs.stdout and "[8 ARTIFACT]" in theirs.stdout
+    bad = run(packed, NUM_HEADS="3", MUON_MOMENTUN="1")
+    assert (bad.returncode, bad.stderr) == (2, run(script, NUM_HEADS="3", MUON_MOMENTUN="1").stderr)
+    lines = "import train_gpt, traceback\ntry: train_gpt.parse_value('NO', '')\nexcept KeyError: print(traceback.format_exc())"
+    trace = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "FIELDS[name]" in trace, "a traceback quotes the unpacked line"

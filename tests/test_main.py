@@ -32,7 +32,7 @@ def log_text(env: dict[str, str]) -> str:
 # ---- one run, seen from all sides
 
 SCHEMA = {
-    "run": "run_id recipe recipe_reason mode seed world_size device device_name torch python started source_sha256 source_bytes data tokenizer params",
+    "run": "run_id recipe recipe_reason mode seed world_size device device_name torch python started source_sha256 packed_sha256 source_bytes packed_bytes data tokenizer params",
     "config": "values sources",
     "step": "step total train_loss lr_scale train_s step_ms tokens_per_s mfu eta_s",
     "switch": "step frac name value",
@@ -98,9 +98,8 @@ def test_a_run_writes_what_it_promises(done, data):
     assert "MODEL_DIM=32  # env" in log and "BETA1=0.9  # default" in log and f"torch:{torch.__version__}" in log
     # sizes are those of the disk
     pack, score = events(env, "pack")[0], events(env, "score")[0]
-    assert pack["artifact_bytes"] == (folder / "tiny.pgz").stat().st_size and pack["code_bytes"] == len(
-        SCRIPT.read_bytes()
-    )
+    code = events(env, "run")[0]["source_bytes" if pack["code_form"] == "source" else "packed_bytes"]
+    assert pack["artifact_bytes"] == (folder / "tiny.pgz").stat().st_size and pack["code_bytes"] == code
     assert pack["total_bytes"] == pack["artifact_bytes"] + pack["code_bytes"] == score["total_bytes"]
     assert sum(role["bytes"] for role in pack["roles"].values()) == pack["artifact_bytes"]
     # all of the text was scored

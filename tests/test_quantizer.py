@@ -1,0 +1,251 @@
+"""Section 7: codes are what the decoder multiplies, GPTQ is the algorithm, and bad input gets a message."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as tg
+
+
+def second_moments(power: float, columns: int = 512, seed: int = 0) -> torch.Tensor:
+    """H of inputs whose components decay as k**-power before a random mixing (specs of the synthetic GPTQ cases)."""
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(2 * columns, columns, generator=g, dtype=torch.float64)
+    z *= torch.arange(1, columns + 1, dtype=torch.float64) ** -power
+    x = z @ torch.randn(columns, columns, generator=g, dtype=torch.float64) / columns**0.5
+    return (x.T @ x / len(x)).float()
+
+
+def output_error(w: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, h: torch.Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T)."""
+    e = codes.double() * scale.double()[:, None] - w.double()
+    return float((e @ h.double() * e).sum() / (w.double() @ h.double() * w.double()).sum())
+
+
+def brute_force_gptq(w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, top: int, damp: float) -> torch.Tensor:
+    """Column by column, re-solving the least-squares problem of the columns left: no Cholesky factor, no blocks."""
+    w, h = w.double().clone(), h.double().clone()
+    h += damp * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    left = h.diagonal().argsort(descending=True, stable=True).tolist()
+    codes = torch.zeros_like(w)
+    while left:
+        j, rest = left[0], left[1:]
+        codes[:, j] = (w[:, j] / scale.double()).round().clamp(-top, top)
+        error = w[:, j] - codes[:, j] * scale.double()
+        if rest:  # the shift of the others that minimises e H e^T given e_j
+            w[:, rest] += error[:, None] * torch.linalg.solve(h[rest][:, rest], h[rest, j])
+        left = rest
+    return codes.to(torch.int8)
+
+
+@pytest.mark.parametrize("block", [3, 16, 128])
+def test_gptq_equals_a_brute_force_column_by_column_solution(block):
+    g = torch.Generator().manual_seed(1)
+    w = torch.randn(2, 12, 16, generator=g)
+    h = torch.stack([second_moments(0.5, 16, seed) for seed in (1, 2)])
+    scale = (w.abs().amax(2) / 7).half()
+    codes = tg.gptq(w, h, scale, 7, damp=0.01, block=block)
+    for i in range(2):
+        assert torch.equal(codes[i], brute_force_gptq(w[i], h[i], scale[i], 7, 0.01))
+
+
+@pytest.mark.parametrize(("power", "limit"), [(0.5, 0.23), (1.5, 0.0018)])
+def test_gptq_removes_the_error_that_the_inputs_correlation_allows(power, limit):
+    """Mild and strong correlation: descending order beats ascending, the published variant trails both."""
+    w, h = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)), second_moments(power)
+    scale = (w.abs().amax(1) / 31).half()
+    nearest = output_error(w, tg.round_rows(w, scale, 31), scale, h)
+
+    def ratio(**how) -> float:
+        return output_error(w, tg.gptq(w[None], h[None], scale[None], 31, **how)[0], scale, h) / nearest
+
+    descending, ascending = ratio(), ratio(order="ascending")
+    assert descending <= limit
+    assert descending < ascending < ratio(variant="pr850", order="ascending") < 0.9
+
+
+def test_dead_inputs_get_zero_codes_and_leave_the_others_alone():
+    g = torch.Generator().manual_seed(0)
+    w, h = torch.randn(8, 24, generator=g), second_moments(0.5, 24)
+    h[5], h[:, 5] = 0.0, 0.0
+    scale = (w.abs().amax(1) / 31).half()
+    codes = tg.gptq(w[None], h[None], scale[None], 31)[0]
+    keep = [j for j in range(24) if j != 5]
+    alone = tg.gptq(w[None, :, keep], h[None][:, keep][:, :, keep], scale[None], 31)[0]
+    assert (codes[:, 5] == 0).all()
+    assert (codes[:, keep] != alone).float().mean() < 0.02  # the mean diagonal, hence the damping, differs a little
+
+
+def test_hessians_add_all_uses_of_a_site_and_share_equal_inputs():
+    tap, x, y = tg.Hessians(), torch.randn(2, 5, 4), torch.randn(1, 3, 4)
+    for inputs in (x, y):
+        tap("q", inputs)
+        tap("k", inputs)
+    sums = tap.reduced(lambda t: t.mul_(2))  # as if another rank had seen the same
+    flat = torch.cat([x.reshape(-1, 4), y.reshape(-1, 4)])
+    assert sums["q"] is sums["k"]
+    torch.testing.assert_close(sums["q"], 2 * flat.T @ flat)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("rule", list(tg.CLIP_RULES))
+def test_error_is_at_most_half_a_step_where_nothing_is_clipped(bits, rule):
+    w = torch.randn(20, 65, generator=torch.Generator().manual_seed(bits)) * torch.logspace(-5, 1, 20)[:, None]
+    codes, scale = tg.quantize_rows(w, bits, tg.Clip(rule, (0.9, 0.99, 1.0), 8.0))
+    step = scale.float()[:, None]
+    top = tg.largest_code(bits)
+    inside = w.abs() <= top * step
+    error = (codes.float() * step - w).abs()
+    assert codes.dtype == torch.int8 and scale.dtype == torch.float16 and codes.abs().max() <= top
+    assert (error <= 0.5001 * step + 1e-12)[inside].all()
+    assert (codes.abs() == top)[~inside].all()
+
+
+def test_search_never_loses_to_the_largest_weight():
+    w = torch.randn(30, 200, generator=torch.Generator().manual_seed(0)) ** 3
+
+    def error(rule: str) -> float:
+        codes, scale = tg.quantize_rows(w, 4, tg.Clip(rule, (0.9, 0.95, 0.99, 1.0)))
+        return float((codes.float() * scale.float()[:, None] - w).square().sum())
+
+    assert error("row") <= error("tensor") <= error("max")
+
+
+def test_small_rows_keep_their_resolution():
+    """The published floor of 1/qmax on the scale would leave these rows with no code but zero."""
+    w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 1e-3
+    codes, scale = tg.quantize_rows(w, 6, tg.Clip())
+    assert codes.abs().amax(dim=1).tolist() == [31] * 4
+    assert (codes.float() * scale.float()[:, None] - w).abs().max() < 1e-3 / 10
+
+
+def small_model(**knobs) -> tuple[tg.Config, tg.GPT]:
+    torch.manual_seed(0)
+    shape = {"num_layers": 2, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 64, "train_seq_len": 16}
+    shape |= {
+        "train_batch_tokens": 64,
+        "quant_min_numel": 64,
+        "gptq_n_samples": 8,
+        "linear_init": "orthogonal",
+        "out_init": "scaled",
+    }
+    cfg = tg.Config(**{**shape, **knobs})
+    model = tg.GPT(cfg).place(torch.device("cpu"), tg.attend_sdpa)
+    return cfg, model
+
+
+def tensors(model: tg.GPT) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    return {n: p.detach() for n, p in model.named_parameters()}, {n: p.store for n, p in model.named_parameters()}
+
+
+def test_policy_by_role_by_name_and_by_size():
+    cfg, model = small_model(attn_bits=5, mlp_bits=4, quant_overrides="blocks.1.attn.k=16,*.up=3", control_bits=32)
+    stored = tg.quantize(cfg, *tensors(model))
+    bits = {name: item.bits for name, item in stored.items()}
+    assert bits["blocks.0.attn.k.weight"] == 5 and bits["blocks.1.attn.k.weight"] == 16
+    assert bits["blocks.0.mlp.up.weight"] == 3 and bits["blocks.0.mlp.down.weight"] == 4
+    assert bits["tok_emb.weight"] == 8 and bits["blocks.0.attn_scale"] == 32
+    assert list(stored) == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"quant_overrides": "blocks.7.attn.k=8"}, "blocks.7.attn.k=8 matches no parameter"),
+        ({"quant_overrides": "tok_emb=9"}, "QUANT_OVERRIDES item 'tok_emb=9'"),
+        ({"quant_quantiles": "0.9,1.2"}, "QUANT_QUANTILES"),
+    ],
+)
+def test_bad_policies_get_one_clear_message(knobs, words):
+    cfg, model = small_model(**knobs)
+    with pytest.raises(tg.ConfigError, match=words):
+        tg.quantize(cfg, *tensors(model))
+
+
+def test_weights_that_cannot_be_stored_are_named():
+    cfg, model = small_model()
+    named, store = tensors(model)
+    with pytest.raises(tg.ConfigError, match="tok_emb.weight holds NaN"):
+        tg.quantize(cfg, {**named, "tok_emb.weight": named["tok_emb.weight"] * float("nan")}, store)
+    half = tg.dataclasses.replace(cfg, control_bits=16)
+    with pytest.raises(tg.ConfigError, match="QUANT_OVERRIDES=blocks.0.attn_scale=32"):
+        tg.quantize(half, {**named, "blocks.0.attn_scale": torch.full((32,), 1e6)}, store)
+
+
+def test_pruning_zeroes_the_smallest_of_each_tensor_or_of_all():
+    for scope in ("tensor", "global"):
+        cfg, model = small_model(prune_frac=0.3, prune_scope=scope)
+        named, store = tensors(model)
+        plain = tg.quantize(tg.dataclasses.replace(cfg, prune_frac=0.0), named, store)
+        pruned = tg.quantize(cfg, named, store)
+        coded = [n for n in named if pruned[n].codes is not None]
+        alive = sum(int((plain[n].codes != 0).sum()) for n in coded)
+        left = sum(int((pruned[n].codes != 0).sum()) for n in coded)
+        assert 0.66 * alive < left < 0.74 * alive
+        kept = torch.cat([tg.dequantize(pruned[n]).abs().flatten() for n in coded])
+        lost = torch.cat([tg.dequantize(plain[n])[tg.dequantize(pruned[n]) == 0].abs() for n in coded])
+        assert scope == "tensor" or lost.max() <= kept[kept > 0].min() + 1e-9
+
+
+def test_low_rank_correction_lowers_the_error_of_the_worst_tensors():
+    cfg, model = small_model(mlp_bits=3, lqer_top_k=2, lqer_rank=4)
+    named, store = tensors(model)
+    plain, corrected = (
+        tg.quantize(tg.dataclasses.replace(cfg, lqer_top_k=0), named, store),
+        tg.quantize(cfg, named, store),
+    )
+    touched = [n for n in named if corrected[n].low_rank is not None]
+    assert len(touched) == 2
+    for n in touched:
+        error = lambda s, n=n: float((tg.dequantize(s[n]) - named[n]).norm())  # noqa: E731
+        assert error(corrected) < error(plain)
+
+
+def alone(device: str = "cpu") -> types.SimpleNamespace:
+    """A run of one rank."""
+    return types.SimpleNamespace(rank=0, device=torch.device(device), share=lambda n: range(n), all_reduce=lambda t: t)
+
+
+def stream(tokens: int = 4000, vocab: int = 64) -> tg.TokenStream:
+    return tg.TokenStream([np.random.default_rng(0).integers(4, vocab, tokens).astype(np.uint16)], vocab)
+
+
+@pytest.mark.parametrize("source", ["train", "self"])
+def test_calibration_sees_every_projection_and_gptq_beats_rounding_on_it(source):
+    cfg, model = small_model(gptq_enabled=True, attn_bits=4, mlp_bits=4, gptq_calibration=source)
+    run = alone()
+    calibration = tg.calibrate(cfg, run, model, tg.calibration_inputs(cfg, run, model, stream()))
+    assert set(calibration.hessians) == {*model.sites(), "tok_emb"} and not calibration.fisher
+    named, store = tensors(model)
+    nearest, found = tg.quantize(cfg, named, store), tg.quantize(cfg, named, store, calibration.hessians)
+    for site in model.sites():
+        h, name = calibration.hessians[site], f"{site}.weight"
+        error = lambda s, name=name, h=h: float(((e := tg.dequantize(s[name]) - named[name]) @ h * e).sum())  # noqa: E731
+        assert error(found) < error(nearest)
+
+
+def test_fisher_by_row_matches_the_exact_fisher_of_a_softmax():
+    """Head rows: E[(1[y = v] - p_v)^2] |x|^2 = p_v (1 - p_v) |x|^2, summed over tokens, by hand."""
+    cfg, model = small_model(target_bytes=10**6, tie_embeddings=False, gptq_n_samples=64)
+    torch.nn.init.normal_(model.head.weight, std=0.05)
+    run, batches = alone(), []
+    for inputs in tg.calibration_inputs(cfg, run, model, stream()):
+        batches += [inputs] * 40
+    fisher = tg.calibrate(cfg, run, model, batches).fisher["head.weight"]
+    x = model.features(batches[0]).flatten(0, 1)
+    p = model.logits(x).softmax(-1)
+    exact = ((p * (1 - p)) * x.square().sum(-1, keepdim=True)).mean(0)
+    torch.testing.assert_close(fisher.sum(), exact.sum().detach(), rtol=0.15, atol=0)
+
+
+def test_calibration_without_enough_training_text_says_so():
+    cfg, model = small_model(gptq_enabled=True)
+    with pytest.raises(tg.ConfigError, match="calibration needs 16 training tokens"):
+        list(tg.calibration_inputs(cfg, alone(), model, stream(tokens=10)))
+
+
+def test_calibration_time_is_part_of_the_training_budget():
+    assert tg.training_budget(tg.Config(max_wallclock_seconds=600, gptq_enabled=True, gptq_reserve_seconds=12)) == 588
+    assert tg.training_budget(tg.Config(max_wallclock_seconds=600, gptq_reserve_seconds=12)) == 600
