@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py          on 8xH100: the best recipe
     RECIPE=pr164 SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
+    MODE=audit ARTIFACT=logs/run.pgz python train_gpt.py           is that score a code length?
     MODE=compress ARTIFACT=logs/run.pgz INPUT=file python train_gpt.py     its score is a code length: file.pgz, and back
     MODE=sample ARTIFACT=logs/run.pgz PROMPT="..." python train_gpt.py     let it write
     python train_gpt.py --help | --dump-config | --toc
@@ -56,7 +57,7 @@ import sys
 import time
 import tokenize
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -101,7 +102,7 @@ class Config:
     # fmt: off
     # ---- 1 CONFIG
     recipe: str = knob("auto", "", "named set of values; auto: the best on a GPU, cpu without one")
-    mode: str = knob("train", "", "what to do", choices=("train", "eval", "plan", "compress", "decompress", "sample", "pack_code"))
+    mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit", "plan", "compress", "decompress", "sample", "pack_code"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
     run_id: str = knob("", "", "names the logs; empty: time-recipe-seed")
@@ -5490,28 +5491,36 @@ class Evaluation:
         return StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds)
 
 
-class Measured:
-    """A scorer watched at evenly spaced targets: `sums` collects Z, the sum over the vocabulary of what it calls probabilities."""
+class Watched:
+    """A scorer whose scores are kept, and at targets `at` the whole distribution as it stands before the target is learned."""
 
-    def __init__(self, scorer: Any, n_tokens: int, samples: int = 64) -> None:
-        self.scorer, self.sums, self.step = scorer, [], max(1, n_tokens // samples)
+    def __init__(self, scorer: Any, at: Iterable[int]) -> None:
+        self.scorer, self.at = scorer, sorted(at)
+        self.scores: list[Tensor] = []
+        self.dists: dict[int, Tensor] = {}
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
-        first = -(-lo // self.step) * self.step
-        self.sums += [self.scorer.dist(tokens, t).sum().item() for t in range(first, hi, self.step)]
-        return self.scorer.score(tokens, lo, hi)
+        self.scores.append(self.scorer.score(tokens, lo, hi))
+        for t in self.at[bisect_left(self.at, lo) : bisect_left(self.at, hi)]:
+            self.dists[t] = self.scorer.dist(tokens, t)
+        return self.scores[-1]
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:
         self.scorer.update(tokens, lo, hi)
+
+
+CLAIM_SAMPLES = 64  # targets at which Z is measured
 
 
 def claim(evaluation: Evaluation, deadline: float) -> None:
     """Run NGRAM_CLAIM as published and log what it claims beside the measured Z. It is no stage and never the score."""
     cfg, run = evaluation.cfg, evaluation.run
     scorer, span = evaluation.scorer("claimed")
-    measured = Measured(scorer, len(evaluation.text.tokens))
-    r = evaluation.score("claimed", measured, span, deadline)
-    z_mean, z_max = sum(measured.sums) / max(len(measured.sums), 1), max(measured.sums, default=math.nan)
+    n = len(evaluation.text.tokens)
+    watched = Watched(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
+    r = evaluation.score("claimed", watched, span, deadline)
+    sums = [p.sum().item() for p in watched.dists.values()]
+    z_mean, z_max = sum(sums) / len(sums), max(sums)
     run.log(f"{cfg.ngram_claim} claimed_bpb:{r.val_bpb:.8f} z_mean:{z_mean:.3f} z_max:{z_max:.3f} (not a code length)")
     run.event("claim", name=cfg.ngram_claim, claimed_bpb=r.val_bpb, z_mean=z_mean, z_max=z_max, seconds=r.seconds,
               note="not a code length")  # fmt: skip
@@ -5529,6 +5538,111 @@ def evaluate(
         claim(evaluation, deadline)
     model.train()
     return results
+
+
+# ---- the audit: is the score a code length?
+
+
+class Check(NamedTuple):
+    """One answer of the audit."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+AUDIT_TOKENS, AUDIT_SAMPLES = 8192, 24  # length of the audited prefix, targets whose whole distribution is looked at
+
+
+class Audit:
+    """Puts one stage to the tests of a code length, on a prefix of the text, each time with fresh experts under the driver."""
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stage: str) -> None:
+        self.cfg, self.run, self.model, self.stage = cfg, run, model, stage
+        n = min(len(text.tokens), max(AUDIT_TOKENS, cfg.eval_len + 2))
+        self.text = text._replace(tokens=text.tokens[:n], bytes=text.bytes[:n])
+        self.noise = torch.randint(
+            cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "audit"))
+        )
+        after_bos = (self.text.tokens[: n - 1] == model.bos_id).nonzero().flatten()[: AUDIT_SAMPLES // 4] + 1
+        self.at = sorted({1, 2, n // 2, n - 1, *range(1, n, n // AUDIT_SAMPLES), *after_bos.tolist()})
+
+    def walk(self, tokens: Tensor, at: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor], BpbMeter]:
+        """Scores of targets 1 .. n-1, distributions, and the driver's account, of a stream in the text's place."""
+        evaluation = Evaluation(self.cfg, self.run, self.model, self.text._replace(tokens=tokens))
+        scorer, span = evaluation.scorer(self.stage)
+        network, watched = evaluation.network(self.stage), Watched(scorer, at)
+        parts = [watched] if scorer is network else [network, watched]
+        meter = score_first(network, evaluation.text, {self.stage: watched}, parts, span, math.inf)[self.stage]
+        return torch.cat(watched.scores).cpu(), {t: p.cpu() for t, p in watched.dists.items()}, meter
+
+    def checks(self) -> Iterator[Check]:
+        """All checks of this stage; the first walk serves three of them."""
+        tokens = self.text.tokens
+        scores, dists, meter = self.walk(tokens, self.at)
+        yield self.sums_to_one(dists)
+        yield self.scores_are_of_the_distribution(scores, dists)
+        counted = (meter.tokens, meter.bytes) == (len(tokens) - 1, int(self.text.bytes[1:].sum()))
+        yield Check("every target once", counted, f"{meter.tokens} targets, {meter.bytes} bytes")
+        yield self.future_is_unseen(scores)
+        yield self.target_is_unseen(dists)
+        cost = -self.walk(self.noise)[0].mean().item() / math.log(2)
+        floor = math.log2(self.cfg.vocab_size)
+        yield Check("noise costs its entropy", cost >= floor - 0.01, f"{cost:.3f} bits a token of {floor:.3f}")
+
+    def sums_to_one(self, dists: dict[int, Tensor]) -> Check:
+        t, z = max(((t, p.sum().item()) for t, p in dists.items()), key=lambda item: abs(item[1] - 1))
+        positive = all(bool((p >= 0).all()) for p in dists.values())
+        return Check("a distribution", positive and abs(z - 1) <= 1e-6, f"sum at target {t}: {z:.9f}")
+
+    def scores_are_of_the_distribution(self, scores: Tensor, dists: dict[int, Tensor]) -> Check:
+        gaps = {t: abs(p[self.text.tokens[t]].log().item() - scores[t - 1].item()) for t, p in dists.items()}
+        t = max(gaps, key=gaps.get)
+        limit = 1e-4 if self.model.compute_dtype == torch.float32 else 0.1  # another batch shape rounds differently
+        return Check("the score is the distribution's", gaps[t] <= limit, f"gap at target {t}: {gaps[t]:.2e} nats")
+
+    def future_is_unseen(self, scores: Tensor) -> Check:
+        t = len(scores) // 2
+        gap = (self.walk(torch.cat([self.text.tokens[: t + 1], self.noise[t + 1 :]]))[0][:t] - scores[:t]).abs()
+        return Check(
+            "prefix only: future", gap.max().item() <= 1e-6, f"largest change up to target {t}: {gap.max():.2e}"
+        )
+
+    def target_is_unseen(self, dists: dict[int, Tensor]) -> Check:
+        t, other = self.at[-2], self.text.tokens.clone()
+        other[t] = (other[t] + 1) % self.cfg.vocab_size
+        gap = (self.walk(other, [t])[1][t] - dists[t]).abs().max().item()
+        return Check("prefix only: target", gap <= 1e-6, f"largest change at target {t}: {gap:.2e}")
+
+
+def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Check:
+    """The engine's statistics against dictionaries fed one token at a time."""
+    tokens = text.tokens[:n]
+    stats = [x.tolist() for x in table.span(text.tokens, 0, len(tokens))]  # of the whole stream, cut after counting
+    replay = Replay(table.order, table.bos)
+    for t, x in enumerate(tokens.tolist()):
+        for k in range(table.order):
+            counter = replay.counter(k)
+            expected = (sum(counter.values()), counter.get(x, 0), len(counter), replay.last(k))
+            if tuple(column[k][t] for column in stats) != expected:
+                return Check("replay", False, f"target {t}, context of {k} tokens: expected {expected}")
+        replay.add(x)
+    return Check("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
+
+
+def audit(cfg: Config, run: Run, model: GPT, text: ValidationText) -> bool:
+    """Audit every stage that is switched on and log each check; False if one failed."""
+    model.eval()
+    evaluation = Evaluation(cfg, run, model, text)
+    named = [("counts", replay_check(evaluation.text, evaluation.table))]
+    for stage in cfg.stages:
+        named += [(stage, check) for check in Audit(cfg, run, model, text, stage).checks()]
+    for part, check in named:
+        run.log(f"audit {part}: {check.name}: {'passed' if check.passed else 'FAILED'} ({check.detail})")
+    passed = all(check.passed for _, check in named)
+    rows = [{"name": f"{part}: {c.name}", "passed": c.passed, "detail": c.detail} for part, c in named]
+    run.event("audit", passed=passed, checks=rows)
+    return passed
 
 
 def log_stages(run: Run, results: list[StageResult], complete: bool) -> None:
@@ -6370,6 +6484,13 @@ def run_eval(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return score_artifact(job, blob, 0.0)
 
 
+def run_audit(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=audit: is the score of this artifact a code length?"""
+    job = open_job(loaded, append_logs=False)
+    check_tokenizer(job.tokenizer, header, loaded.cfg)
+    return 0 if audit(job.cfg, job.run, load_model(job.cfg, job.run, blob), job.text) else 1
+
+
 def run_plan(loaded: Loaded) -> int:
     """MODE=plan: parameters, predicted bytes, memory and FLOPs of a step, without training."""
     cfg = loaded.cfg
@@ -6515,7 +6636,13 @@ def run_pack_code(loaded: Loaded) -> int:
     return 0
 
 
-ARTIFACT_MODES = {"eval": run_eval, "compress": run_compress, "decompress": run_decompress, "sample": run_sample}
+ARTIFACT_MODES = {
+    "eval": run_eval,
+    "audit": run_audit,
+    "compress": run_compress,
+    "decompress": run_decompress,
+    "sample": run_sample,
+}
 
 
 def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:

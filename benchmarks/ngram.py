@@ -16,7 +16,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -79,14 +81,21 @@ class NumpyCache:
         return ratio
 
 
-def seconds(work, repeats: int = 1) -> float:
-    """Best wall-clock time of `repeats` calls."""
-    times = []
+class Cost(NamedTuple):
+    """Seconds on the wall and of processor time over all threads; on a busy machine only the second compares."""
+
+    wall: float
+    cpu: float
+
+
+def cost(work: Callable[[], object], repeats: int = 1) -> Cost:
+    """Best of `repeats` calls."""
+    costs = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         work()
-        times.append(time.perf_counter() - started)
-    return min(times)
+        costs.append(Cost(time.perf_counter() - wall, time.process_time() - cpu))
+    return Cost(*map(min, zip(*costs, strict=True)))
 
 
 def count_all(tokens: torch.Tensor, order: int) -> None:
@@ -98,31 +107,33 @@ def count_all(tokens: torch.Tensor, order: int) -> None:
 def speed(tokens: np.ndarray) -> None:
     """Engine against both caches."""
     n = len(tokens)
-    engine = seconds(lambda: count_all(torch.from_numpy(tokens), 9), 2)
-    late = seconds(NumpyCache(tokens, range(9, 1, -1), tg.MULTIPLIERS_850, 65536).run)
-    early = seconds(NumpyCache(tokens, range(7, 1, -1), tg.MULTIPLIERS_740, 128).run)
-    print(f"{n:,} tokens, {torch.get_num_threads()} threads")
-    for name, s in (
-        ("engine, orders 1-9", engine),
-        ("#850 style, orders 9-2", late),
-        ("#740 style, orders 7-2", early),
-    ):
-        print(f"  {name:<24} {s:8.2f} s  {n / s / 1e6:6.2f} M tokens/s  engine is {s / engine:.1f}x")
+    caches = {
+        "#850 style, orders 9-2": NumpyCache(tokens, range(9, 1, -1), tg.MULTIPLIERS_850, 65536),
+        "#740 style, orders 7-2": NumpyCache(tokens, range(7, 1, -1), tg.MULTIPLIERS_740, 128),
+    }
+    engine = cost(lambda: count_all(torch.from_numpy(tokens), 9), 3)
+    print(f"  {n:,} tokens, {torch.get_num_threads()} threads")
+    for name, c in {"engine, orders 1-9": engine, **{name: cost(cache.run) for name, cache in caches.items()}}.items():
+        print(f"  {name:<24} wall {c.wall:7.2f} s {n / c.wall / 1e6:6.2f} M tokens/s (engine {c.wall / engine.wall:4.1f}x)   "
+              f"cpu {c.cpu:7.2f} s (engine {c.cpu / engine.cpu:4.1f}x)")  # fmt: skip
 
 
 def growth(tokens: np.ndarray) -> None:
     """Time a token from 1 M tokens to all of them."""
     for n in sorted({1_000_000, 5_000_000, len(tokens)}):
         if n <= len(tokens):
-            s = seconds(lambda n=n: count_all(torch.from_numpy(tokens[:n]), 9), 2)
-            print(f"  {n:>12,} tokens {s:8.2f} s  {s / n * 1e9:7.1f} ns a token")
+            c = cost(lambda n=n: count_all(torch.from_numpy(tokens[:n]), 9), 2)
+            print(
+                f"  {n:>12,} tokens  wall {c.wall:7.2f} s {c.wall / n * 1e9:6.0f} ns a token   cpu {c.cpu / n * 1e9:6.0f} ns a token"
+            )
 
 
 def mix(tokens: np.ndarray, bytes_per_token: float, order: int = 12) -> None:
     """The pure n-gram model of each combiner: bits a byte and time against the update interval."""
     stream = torch.from_numpy(tokens)
     table = tg.NgramTable(VOCAB, order)
-    print(f"  statistics of orders 1-{order}: {seconds(lambda: table.load(stream)):.2f} s for {len(tokens):,} tokens")
+    c = cost(lambda: table.load(stream))
+    print(f"  statistics of orders 1-{order} for {len(tokens):,} tokens: wall {c.wall:.2f} s, cpu {c.cpu:.2f} s")
     base = tg.Uniform(VOCAB, len(tokens))
     experts = {
         "discount 0.9": lambda: tg.Chain(table, base, 0, 0.9),
@@ -134,13 +145,13 @@ def mix(tokens: np.ndarray, bytes_per_token: float, order: int = 12) -> None:
     }
     for name, build in experts.items():
         for interval in (512, 1024, 4096, 16384):
-            expert, nats, started = build(), 0.0, time.perf_counter()
+            expert, nats, started = build(), 0.0, time.process_time()
             for lo in range(1, len(tokens), interval):
                 hi = min(lo + interval, len(tokens))
                 nats -= expert.score(stream, lo, hi).sum().item()
                 expert.update(stream, lo, hi)
             bpb = nats / math.log(2) / (len(tokens) - 1) / bytes_per_token
-            print(f"  {name:<18} update every {interval:>6}: {bpb:.4f} bpb  {time.perf_counter() - started:6.2f} s")
+            print(f"  {name:<18} update every {interval:>6}: {bpb:.4f} bpb  cpu {time.process_time() - started:6.2f} s")
 
 
 def main() -> None:

@@ -330,3 +330,66 @@ def test_cuda_gives_the_same_statistics():
     tokens = make_text(20000)
     for a, b in zip(tg.ngram_stats(tokens, VOCAB, 9), tg.ngram_stats(tokens.cuda(), VOCAB, 9), strict=True):
         assert all(torch.equal(x, y.cpu()) for x, y in zip(a, b, strict=True))
+
+
+# ---- the audit
+
+
+def tiny_audit(stage: str, **knobs) -> dict[str, bool]:
+    """name -> passed of the audit's checks, on a random two-block network and a text full of repeats."""
+    env = {"RECIPE": "baseline", "DEVICE": "cpu", "COMPILE": 0, "VOCAB_SIZE": VOCAB, "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 2,
+           "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 128, "EVAL_STRIDE": 16, "BIGRAM_VOCAB_SIZE": 0,
+           "NGRAM_SCORE": "exact,normalized", "NGRAM_ORDER": 6, "NGRAM_UPDATE_TOKENS": 100, "NGRAM_BUCKETS": 64, **knobs}  # fmt: skip
+    cfg = tg.load_config({name: str(value) for name, value in env.items()}).cfg
+    run = tg.Run(cfg, 0, 0, 1, 1)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = tg.GPT(cfg).place(torch.device("cpu"), tg.attend_sdpa).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    tokens = make_text(1500)
+    text = tg.ValidationText(tokens, torch.ones(1500, dtype=torch.int64), True)
+    return {check.name: check.passed for check in tg.Audit(cfg, run, model, text, stage).checks()}
+
+
+@pytest.fixture
+def small_claims(monkeypatch):
+    """Published caches that update often enough to fill within a small text."""
+    for name, spec in tg.PUBLISHED.items():
+        monkeypatch.setitem(tg.PUBLISHED, name, spec._replace(window=64, batch=1))
+
+
+@pytest.mark.parametrize("mix", tg.NGRAM_MIXES)
+def test_the_audit_passes_every_valid_combiner(mix):
+    checks = tiny_audit("ngram", NGRAM_MIX=mix)
+    assert len(checks) == 6 and all(checks.values()), checks
+
+
+@pytest.mark.usefixtures("small_claims")
+@pytest.mark.parametrize("stage", ["roundtrip", "sliding", "normalized"])
+def test_the_audit_passes_the_other_valid_stages(stage):
+    checks = tiny_audit(stage)
+    assert all(checks.values()), checks
+
+
+def test_the_audit_passes_counts_over_a_network_that_learns():
+    checks = tiny_audit("ngram", TTT_ENABLED=1, TTT_CHUNK_TOKENS=256, NGRAM_CROSS_DOC=0)
+    assert all(checks.values()), checks
+
+
+@pytest.mark.usefixtures("small_claims")
+@pytest.mark.parametrize("name", tg.PUBLISHED)
+def test_the_audit_rejects_every_claim(name):
+    checks = tiny_audit("claimed", NGRAM_CLAIM=name)
+    assert not checks["a distribution"]
+    assert checks["every target once"]
+
+
+def test_the_audit_notices_a_wrong_count():
+    tokens = make_text(500)
+    table = tg.NgramTable(VOCAB, 4)
+    text = tg.ValidationText(tokens, torch.ones(500, dtype=torch.int64), True)
+    assert tg.replay_check(text, table).passed
+    table.columns[0][2, 300] += 1
+    table.held = (0, 0, None)
+    assert not tg.replay_check(text, table).passed
