@@ -6486,8 +6486,9 @@ def run_eval(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
 
 def run_audit(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=audit: is the score of this artifact a code length?"""
-    job = open_job(loaded, append_logs=False)
+    job = open_job(loaded)
     check_tokenizer(job.tokenizer, header, loaded.cfg)
+    job.run.open_logs(append=False)
     return 0 if audit(job.cfg, job.run, load_model(job.cfg, job.run, blob), job.text) else 1
 
 
