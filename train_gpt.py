@@ -268,7 +268,7 @@ class Config:
     ngram_first: int = knob(1, "tokens", "shortest context that corrects the network", lo=0, hi=63)
     ngram_update_tokens: int = knob(0, "tokens", "targets between updates of the mixing weights; 0: 1024, or 1/4096 of the stream if more", lo=0)
     ngram_cross_doc: bool = knob(True, "", "contexts may run over the start of a document")
-    ngram_rate: float = knob(0.5, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
+    ngram_rate: float = knob(0.8, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
     ngram_discount: str = knob("learned", "", "NGRAM_MIX=chain: discount between 0 and 1, learned, or witten-bell")
     ngram_alpha: float = knob(0.2, "", "NGRAM_MIX=fixed: share of the n-gram distribution", lo=0, hi=1)
     ngram_min_count: int = knob(2, "", "occurrences a context needs in the alpha and published combiners", lo=1)
@@ -459,6 +459,10 @@ TYPE_WORDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
 
 _MUON_99 = {"MUON_MOMENTUM": 0.99, "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500}
 _BIGRAM = {"SMEAR": True, "BIGRAM_VOCAB_SIZE": 4096, "BIGRAM_DIM": 128}
+# All published exports pass tensors of 65,536 elements or fewer through; two of them keep control tensors in fp32.
+_INT8 = {"ATTN_BITS": 8, "MLP_BITS": 8, "QUANT_MIN_NUMEL": 65536, "QUANT_CLIP": "quantile",
+         "QUANT_QUANTILES": "0.9999984"}  # fmt: skip
+_INT6_ZSTD = {"QUANT_MIN_NUMEL": 65536, "CONTROL_BITS": 16, "COMPRESSOR": "zstd"}
 _SEQ_2048 = {"TRAIN_SEQ_LEN": 2048, "TRAIN_BATCH_TOKENS": 786432}
 
 # What each published system sets, as its record run did (specs of #164, #740, #187, #850, #1095). The defaults are `baseline`.
@@ -475,6 +479,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TIED_EMBED_LR": 0.03, "WARMDOWN_ITERS": 3000, "GRAD_CLIP_NORM": 0.3, "LINEAR_INIT": "orthogonal",
         "BRANCH_PROJ_SCALED": True, "ROPE_TRAIN_LEN": 1024, "EVAL_STRIDE": 256,
         "NGRAM_SCORE": "off",
+        **_INT6_ZSTD,
     },
     "pr740": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 2.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1, "ROPE_DIMS": 32,
@@ -483,6 +488,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "LINEAR_INIT": "orthogonal", "MATRIX_LR": 0.02, "SCALAR_LR": 0.02, "TIED_EMBED_LR": 0.03,
         "WARMDOWN_ITERS": 3500, "MUON_WD": 0.04, "GRAD_CLIP_NORM": 0.3, "EVAL_STRIDE": 64,
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr740",
+        **_INT8, "GPTQ_ORDER": "ascending", "PRUNE_SCOPE": "global", "COMPRESSOR": "zstd",
     },
     "pr187": {
         **_MUON_99, "TRAIN_SEQ_LEN": 2048, "TRAIN_BATCH_TOKENS": 524288, "NUM_LAYERS": 10, "MLP_MULT": 3.0,
@@ -493,6 +499,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "WARMDOWN_ITERS": 3500, "EMA_DECAY": 0.997, "SWA_EVERY": 50, "SWA_BLEND": 0.5, "QAT": "ste", "QAT_BITS": 6,
         "EVAL_STRIDE": 64,
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr187",
+        "EMBED_BITS": 16, "TABLE_BITS": 6, "PROJ_BITS": 6, "QUANT_MIN_NUMEL": 65536, "QUANT_CLIP": "tensor",
+        "QUANT_QUANTILES": "0.999,0.9999,0.99999,0.999999,0.9999999", "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
     "pr850": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "NUM_LAYERS": 11, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.9, "XSA_LAST_N": 4,
@@ -504,6 +512,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "QAT_START_FRAC": 0.85, "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
         "TTT_ENABLED": True, "TTT_POLYAK_DECAY": 0.998, "TTT_TEMPERATURE": 0.98,
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr850",
+        "ATTN_BITS": 5, "MLP_BITS": 5, "QUANT_MIN_NUMEL": 65536, "CONTROL_BITS": 16, "QUANT_CLIP": "row", "PRUNE_FRAC": 0.03,
+        "GPTQ_ENABLED": True, "GPTQ_VARIANT": "pr850", "GPTQ_ORDER": "ascending", "COMPRESSOR": "lzma",
     },
     "pr1095": {
         **_MUON_99, **_BIGRAM, "NUM_LAYERS": 5, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": 5, "ROPE_DIMS": 16,
@@ -512,6 +522,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TRAIN_BATCH_TOKENS": 524288, "WARMDOWN_ITERS": 5000, "TIED_EMBED_LR": 0.035, "MATRIX_LR": 0.04,
         "SCALAR_LR": 0.025, "MUON_WD": 0.04, "ADAM_WD": 0.04, "GRAD_CLIP_NORM": 0.1, "EMA_DECAY": 0.997,
         "QAT": "ste", "QAT_START_FRAC": 0.75, "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
+        **_INT8, "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
 }  # fmt: skip
 BEST_GPU_RECIPE = "pr187"
@@ -581,6 +592,10 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "QAT_ENABLED": switch({"QAT": "ste"}, {"QAT": "none"}),
         "SWA_ENABLED": switch({"SWA_EVERY": 50}, {"SWA_EVERY": 0}),
         "WEIGHT_DECAY": renamed("MUON_WD"),
+        "QUANT_BITS": renamed("ATTN_BITS", "MLP_BITS"),
+        "MATRIX_BITS": renamed("ATTN_BITS", "MLP_BITS"),
+        "FULL_GPTQ": renamed("GPTQ_ENABLED"),
+        "PRUNE_PCT": renamed("PRUNE_FRAC"),
     },
     "pr164": {  # its average, collected through the whole warmdown, replaces the weights
         "SWA_ENABLED": switch({"SWA_EVERY": 200, "SWA_START_SCALE": 1.0, "SWA_BLEND": 1.0}, {"SWA_EVERY": 0}),
@@ -588,6 +603,7 @@ ALIASES: dict[str, dict[str, Converter]] = {
     "pr740": {  # both start by the clock, at 10 % and 40 %; SWA here as the warmdown starts, at 49 % in the record run
         "EMA_ENABLED": switch({"EMA_DECAY": 0.997, "EMA_START_FRAC": 0.1}, {"EMA_DECAY": 0.0}),
         "SWA_ENABLED": switch({"SWA_EVERY": 50, "SWA_START_SCALE": 1.0}, {"SWA_EVERY": 0}),
+        "PRUNE_PCT": computed(lambda v: {"PRUNE_FRAC": v / 100}),  # a percentage here, a fraction in #850
     },
     "pr187": {
         "LN_SCALE": mapped("LN_SCALE", {"0": "none", "1": "out"}),
@@ -5032,9 +5048,14 @@ class Cascade(NgramExpert):
     with a learned discount. Weights depend on k, C, U, the age of the last occurrence and the base's entropy.
     """
 
-    PRIOR = [0.2, 0.7, 0.1, 0.02]
+    PRIOR = [
+        0.05,
+        0.15,
+        0.8,
+        0.02,
+    ]  # leans to the shorter context: a strong network is not spoilt while the gate is young
 
-    def __init__(self, table: NgramTable, base: Any, first: int, rate: float = 0.5, caution: float = 3.0) -> None:
+    def __init__(self, table: NgramTable, base: Any, first: int, rate: float = 0.8, caution: float = 3.0) -> None:
         super().__init__(table, base)
         self.first, self.levels = first, table.order - first
         self.gate = Gate(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)

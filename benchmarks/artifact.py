@@ -1,0 +1,244 @@
+"""Bytes for the same codes against byte compressors, quantisation gap against bytes, seconds of pack, unpack and GPTQ.
+
+    python benchmarks/artifact.py [--weights logs/weights.pgz] [--seconds 600] [--parts bytes gap speed]
+
+Without a file at --weights it trains the `cpu` recipe for --seconds first and keeps the weights there in fp32. Codes go to
+the byte compressors as row-major int8, and to lrzip also with rows sorted by similarity, the permutation counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt as tg
+
+FP32 = {f"{role}_BITS": "32" for role in ("ATTN", "MLP", "EMBED", "TABLE", "PROJ", "CONTROL")}
+RUN = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), share=lambda n: range(n), all_reduce=lambda t: t)
+GAP_TOKENS = 40_960
+BYTE_CODES = {
+    "int6 by row maximum": {"attn_bits": 6, "mlp_bits": 6, "embed_bits": 6, "table_bits": 6, "quant_clip": "max"},
+    "int5 by row maximum": {"attn_bits": 5, "mlp_bits": 5, "embed_bits": 5, "table_bits": 5, "quant_clip": "max"},
+    "int6 by deviation (11.5 to 14 sigmas)": {"attn_bits": 6, "mlp_bits": 6, "embed_bits": 7, "quant_clip": "sigma"},
+}
+
+
+def train_weights(path: Path, seconds: float) -> None:
+    """Train the cpu recipe and store everything in fp32 at `path`."""
+    env = {**os.environ, **FP32, "RECIPE": "cpu", "MAX_WALLCLOCK_SECONDS": str(seconds), "ARTIFACT": str(path)}
+    env |= {"ARTIFACT_LIMIT": "100000000", "COMPRESSOR": "zstd", "ZSTD_LEVEL": "1", "EVAL_STRIDE": "0"}
+    subprocess.run([sys.executable, tg.__file__], env=env, check=True)
+
+
+class Subject:
+    """The trained model, its tensors, and validation text to measure gaps on."""
+
+    def __init__(self, path: Path) -> None:
+        blob = path.read_bytes()
+        header = {
+            k: v for k, v in tg.read_header(blob)[0]["config"].items() if k not in (*FP32, "COMPRESSOR", "ZSTD_LEVEL")
+        }
+        self.cfg = tg.load_config({"VAL_TOKENS": str(GAP_TOKENS)}, header).cfg
+        self.cfg = dataclasses.replace(self.cfg, quant_min_numel=4096, control_bits=16, gptq_n_samples=64)
+        paths = tg.find_data(self.cfg)
+        self.text = tg.load_validation(self.cfg, paths.folder, tg.Tokenizer(paths.tokenizer, self.cfg.vocab_size))
+        self.stream = tg.TokenStream(tg.load_split(paths.folder, "train"), self.cfg.vocab_size)
+        self.model = tg.load_model(self.cfg, RUN, blob)
+        self.named = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.store = {n: p.store for n, p in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def bpb(self, named: dict[str, torch.Tensor]) -> float:
+        """Bits a byte of the validation prefix, in non-overlapping windows."""
+        self.model.load_state_dict(named)
+        length = self.cfg.eval_len
+        n = (len(self.text.tokens) - 1) // length * length
+        inputs, targets = self.text.tokens[:n].view(-1, length), self.text.tokens[1 : n + 1].view(-1, length)
+        nats = sum(
+            float(self.model.nll(inputs[i : i + 8], targets[i : i + 8]).double().sum())
+            for i in range(0, len(inputs), 8)
+        )
+        return nats / np.log(2) / int(self.text.bytes[1 : n + 1].sum())
+
+    def gap(self, stored: dict[str, tg.Stored], before: float) -> float:
+        """bpb after minus before quantisation."""
+        return self.bpb({n: tg.dequantize(s) for n, s in stored.items()}) - before
+
+
+# ---- bytes for the same codes
+
+
+def sorted_rows(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy chain of nearest rows (L1), from row 0."""
+    left, order, at = np.ones(len(codes_RC), bool), [0], 0
+    wide = codes_RC.astype(np.float32)
+    left[0] = False
+    while left.any():
+        rest = np.flatnonzero(left)
+        at = int(rest[np.abs(wide[rest] - wide[at]).sum(axis=1).argmin()])
+        order.append(at)
+        left[at] = False
+    return codes_RC[order], np.array(order, np.uint16)
+
+
+def lrzip_bytes(raw: bytes) -> int:
+    """Size after lrzip -z -L9 (ZPAQ)."""
+    with tempfile.TemporaryDirectory() as room:
+        Path(room, "raw").write_bytes(raw)
+        subprocess.run(["lrzip", "-q", "-z", "-L9", "raw"], cwd=room, check=True, capture_output=True)
+        return Path(room, "raw.lrz").stat().st_size
+
+
+def compare_bytes(subject: Subject) -> None:
+    """Our stream against each compressor that is installed, for each way of making codes."""
+    for label, knobs in BYTE_CODES.items():
+        stored = tg.quantize(dataclasses.replace(subject.cfg, **knobs), subject.named, subject.store)
+        coded = {n: s for n, s in stored.items() if s.codes is not None}
+        arrays = [s.codes.numpy() for s in coded.values()]
+        raw, count = b"".join(a.tobytes() for a in arrays), sum(a.size for a in arrays)
+        ours = 0
+        for role in {s.role for s in coded.values()}:
+            group = [s.codes.numpy() for s in coded.values() if s.role == role]
+            ours += len(tg.encode_codes(group, predictable=role in tg.PREDICTED_ROLES))
+        plain = len(tg.encode_codes(arrays))
+        order0 = sum(tg.entropy_bits(np.unique(a, return_counts=True)[1]) for a in arrays) / 8
+        print(f"{label}: {count:,} codes; ours {ours:,} bytes = {8 * ours / count:.4f} bits each "
+              f"(without prediction {8 * plain / count:.4f}), order-0 {8 * order0 / count:.4f}")  # fmt: skip
+        others = {
+            "zstd-22": len(tg.zstd_pack(raw, 22)),
+            "lzma-9e": len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)),
+        }
+        if importlib.util.find_spec("brotli"):
+            import brotli
+
+            others["brotli-11"] = len(brotli.compress(raw, quality=11))
+        if shutil.which("lrzip"):
+            others["lrzip -z -L9"] = lrzip_bytes(raw)
+            chains = [sorted_rows(a) for a in arrays]
+            others["lrzip, rows sorted"] = lrzip_bytes(b"".join(a.T.tobytes() for a, _ in chains)) + sum(
+                o.nbytes for _, o in chains
+            )
+        for name in {"brotli-11": "brotli", "lrzip -z -L9": "lrzip"}.items():
+            if name[0] not in others:
+                print(f"  {name[0]}: not measured, {name[1]} is not installed")
+        for name, size in others.items():
+            print(f"  {name:<20} {size:>10,} bytes {8 * size / count:.4f} bits   ours / it: {ours / size:.4f}")
+
+
+# ---- gap against bytes
+
+
+def compare_gaps(subject: Subject) -> None:
+    """For widths 3 to 8: rounding by row maximum, GPTQ at the same steps, and GPTQ + allocation in rounding's bytes."""
+    before = subject.bpb(subject.named)
+    cfg = dataclasses.replace(subject.cfg, gptq_enabled=True, target_bytes=1)
+    started = time.perf_counter()
+    calibration = tg.calibrate(cfg, RUN, subject.model, tg.calibration_inputs(cfg, RUN, subject.model, subject.stream))
+    print(
+        f"bpb before quantisation {before:.6f} ({GAP_TOKENS} tokens); calibration {time.perf_counter() - started:.1f}s"
+    )
+    print("bits   bytes rounding    gap   | bytes GPTQ    gap   | bytes GPTQ+allocation    gap   | ratio to rounding")
+    for bits in range(3, 9):
+        cfg = dataclasses.replace(
+            subject.cfg, attn_bits=bits, mlp_bits=bits, embed_bits=bits, table_bits=bits, proj_bits=bits
+        )
+        nearest = tg.quantize(cfg, subject.named, subject.store)
+        gptq = tg.quantize(cfg, subject.named, subject.store, calibration.hessians)
+        size, gptq_size = len(tg.pack(cfg, {}, nearest)), len(tg.pack(cfg, {}, gptq))
+        aim = dataclasses.replace(cfg, target_bytes=size, gptq_enabled=True)
+        budget = tg.fill_budget(aim, {}, subject.named, subject.store, calibration, 0)
+        gaps = [subject.gap(s, before) for s in (nearest, gptq, budget.stored)]
+        print(f"{bits}   {size:>10,} {gaps[0]:+.6f}   {gptq_size:>10,} {gaps[1]:+.6f}   {budget.spent:>10,} {gaps[2]:+.6f}   "
+              f"{gaps[1] / gaps[0]:.3f} {gaps[2] / gaps[0]:.3f}", flush=True)  # fmt: skip
+
+
+# ---- speed
+
+
+def shapes_of(recipe: str) -> tuple[tg.Config, dict[str, torch.Size], dict[str, str]]:
+    cfg = tg.load_config({"RECIPE": recipe}).cfg
+    with torch.device("meta"):
+        model = tg.GPT(cfg)
+    return cfg, {n: p.shape for n, p in model.named_parameters()}, {n: p.store for n, p in model.named_parameters()}
+
+
+def time_packing(label: str, shapes: dict[str, torch.Size], store: dict[str, str]) -> None:
+    """Seconds to pack and unpack Gaussian weights at about 3.4 bits."""
+    cfg = tg.Config(quant_clip="sigma", control_bits=16)
+    named = {n: torch.randn(shape) * 0.02 for n, shape in shapes.items()}
+    stored = tg.quantize(cfg, named, store)
+    t0 = time.perf_counter()
+    c0 = time.process_time()
+    blob = tg.pack(cfg, {}, stored)
+    t1, c1 = time.perf_counter(), time.process_time()
+    tg.unpack(blob)
+    t2, c2 = time.perf_counter(), time.process_time()
+    total = sum(w.numel() for w in named.values())
+    print(
+        f"{label}: {total:,} weights, {len(blob):,} bytes; pack {t1 - t0:.2f}s ({c1 - c0:.2f}s of CPU), unpack {t2 - t1:.2f}s ({c2 - c1:.2f}s of CPU)"
+    )
+
+
+def time_gptq(recipe: str) -> None:
+    """Seconds of GPTQ for every matrix of a recipe."""
+    cfg, shapes, store = shapes_of(recipe)
+    cfg = dataclasses.replace(cfg, gptq_enabled=True, gptq_variant="cholesky", gptq_order="descending")
+    named = {n: torch.randn(shape) * 0.02 for n, shape in shapes.items()}
+    matrices = {n: w for n, w in named.items() if w.dim() == 2 and store[n] in ("attn", "mlp", "embed")}
+    hessians = {
+        n.removesuffix(".weight"): (x := torch.randn(2 * w.shape[1], w.shape[1])).T @ x for n, w in matrices.items()
+    }
+    started, cpu = time.perf_counter(), time.process_time()
+    tg.quantize(cfg, matrices, store, hessians)
+    print(
+        f"GPTQ of the {len(matrices)} matrices of {recipe}: {time.perf_counter() - started:.1f}s ({time.process_time() - cpu:.1f}s of CPU)"
+    )
+
+
+def measure_speed() -> None:
+    """Pack and unpack of the baseline and of a 36 M shape (11 x 512, MLP 4x, 8,192 pieces), GPTQ of pr850."""
+    _, shapes, store = shapes_of("baseline")
+    time_packing("baseline", shapes, store)
+    cfg = tg.Config(num_layers=11, mlp_mult=4.0, vocab_size=8192)
+    with torch.device("meta"):
+        large = tg.GPT(cfg)
+    time_packing(
+        "36 M", {n: p.shape for n, p in large.named_parameters()}, {n: p.store for n, p in large.named_parameters()}
+    )
+    time_gptq("pr850")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=Path("logs/weights.pgz"))
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--parts", nargs="+", choices=("bytes", "gap", "speed"), default=("bytes", "gap", "speed"))
+    args = parser.parse_args()
+    if set(args.parts) != {"speed"}:
+        if not args.weights.exists():
+            train_weights(args.weights, args.seconds)
+        subject = Subject(args.weights)
+        if "bytes" in args.parts:
+            compare_bytes(subject)
+        if "gap" in args.parts:
+            compare_gaps(subject)
+    if "speed" in args.parts:
+        measure_speed()
+
+
+if __name__ == "__main__":
+    main()
