@@ -64,6 +64,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
@@ -872,7 +873,8 @@ def atomic_write(path: Path, blob: bytes) -> None:
             f"cannot write {path}: {e.strerror}; choose a folder that can be written (LOG_DIR, ARTIFACT)"
         ) from e
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def derive_seed(seed: int, *purpose: Any) -> int:
@@ -923,6 +925,7 @@ class Run:
         self.started = time.perf_counter()
         self.run_id = ""
         self.signal: int | None = None
+        self.signal_time = 0.0
         self.graceful = False  # True while a loop checks `signal` by itself
         self.on_terminal = rank == 0 and sys.stderr.isatty()
         self._text: Any = None
@@ -965,11 +968,13 @@ class Run:
 
     def open_logs(self, append: bool) -> None:
         """Open both logs on rank 0; refuses to overwrite those of another run unless FORCE=1 or `append`."""
-        if self.rank:
-            return
-        if not append and not self.cfg.force and (old := [p for p in (self.log_path, self.events_path) if p.exists()]):
-            raise ConfigError(f"{old[0]} exists: choose another RUN_ID, or FORCE=1 to overwrite it")
+        self.on_first(lambda: self._open_logs(append))
+
+    def _open_logs(self, append: bool) -> None:
         try:
+            old = [p for p in (self.log_path, self.events_path) if p.exists()]
+            if old and not append and not self.cfg.force:
+                raise ConfigError(f"{old[0]} exists: choose another RUN_ID, or FORCE=1 to overwrite it")
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             mode = "a" if append else "w"
             self._text = open(self.log_path, mode, encoding="utf-8", buffering=1)  # noqa: SIM115
@@ -1021,10 +1026,18 @@ class Run:
     # ---- signals
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        if self.graceful and self.signal is None:
-            self.signal = number
-        else:
+        first = self.signal is None
+        if first:
+            self.signal, self.signal_time = number, time.monotonic()
+        # Ctrl-C reaches a process twice, from the terminal and from torchrun: only a later repeat means "at once".
+        if not self.graceful or (not first and time.monotonic() - self.signal_time > 2):
             raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+    def end_graceful(self) -> None:
+        """The loop no longer looks at `signal`: from here on a signal stops at once, also one it has not seen."""
+        self.graceful = False
+        if self.signal is not None:
+            raise Interrupted(f"stopped by {signal.Signals(self.signal).name}")
 
     # ---- ranks
 
@@ -1041,6 +1054,23 @@ class Run:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns on rank 0, on every rank; a ConfigError there is raised by all, so that none is left waiting."""
+        value, error = None, ""
+        if self.rank == 0:
+            try:
+                value = action()
+            except ConfigError as e:
+                error = str(e)
+        value, error = self.broadcast((value, error))
+        if error:
+            raise ConfigError(error)
+        return value
+
+    def speaks_first(self) -> bool:
+        """True on exactly one rank: the first that asks. A mistake that all ranks see is told once, and one rank's own too."""
+        return self.world == 1 or dist.distributed_c10d._get_default_store().add("said", 1) == 1
 
     def share(self, n: int) -> range:
         """This rank's contiguous part of range(n); the parts differ by at most one."""
@@ -1103,8 +1133,6 @@ def find_data(cfg: Config) -> DataPaths:
         folder, sample = Path(cfg.data_path), Path(cfg.data_path).resolve() == SAMPLE_DIR
         if not folder.is_dir():
             raise ConfigError(f"DATA_PATH={cfg.data_path}: no such folder; unset it to use the shipped sample")
-        if not any(folder.glob("fineweb_val_*.bin")):
-            raise ConfigError(f"DATA_PATH={cfg.data_path}: no fineweb_val_*.bin there; {HOW_TO_GET_SHARDS}")
     else:
         fineweb = next(
             (p for p in (FINEWEB_DIR, SCRIPT.parent / FINEWEB_DIR) if any(p.glob("fineweb_val_*.bin"))), None
@@ -1112,6 +1140,8 @@ def find_data(cfg: Config) -> DataPaths:
         folder, sample = fineweb or SAMPLE_DIR, fineweb is None
     guesses = [*sorted(folder.glob("tokenizer*.model")), folder.parent.parent / "tokenizers" / "fineweb_1024_bpe.model"]
     tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else next((g for g in guesses if g.is_file()), None)
+    if tokenizer is None and not any(folder.glob("fineweb_*.bin")):
+        raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
     if tokenizer is None or not tokenizer.is_file():
         named = cfg.tokenizer_path or f"none beside {folder}"
         raise ConfigError(
@@ -1182,18 +1212,22 @@ class TokenStream:
         return np.concatenate(parts)
 
 
+def check_batch(cfg: Config, world: int) -> None:
+    """Raises ConfigError if a step has fewer sequences than there are ranks."""
+    longest = max(t for _, t in cfg.seq_curriculum)
+    if cfg.train_batch_tokens // longest < world:
+        raise ConfigError(
+            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} holds {cfg.train_batch_tokens // longest} sequences of {longest}, "
+            f"fewer than the {world} ranks; the nearest that works is {world * longest}"
+        )
+
+
 class Batcher:
     """Cuts the stream into steps: TRAIN_BATCH_TOKENS + 1 tokens a step, whole sequences a rank, so that the data of a
     step do not depend on the number of ranks."""
 
     def __init__(self, cfg: Config, stream: TokenStream, run: Run) -> None:
         self.stream, self.run, self.batch_tokens = stream, run, cfg.train_batch_tokens
-        longest = max(t for _, t in cfg.seq_curriculum)
-        if self.batch_tokens // longest < run.world:
-            raise ConfigError(
-                f"TRAIN_BATCH_TOKENS={self.batch_tokens} holds {self.batch_tokens // longest} sequences of {longest}, fewer "
-                f"than the {run.world} ranks; at least TRAIN_BATCH_TOKENS={run.world * longest} works"
-            )
 
     def next(self, seq_len: int) -> tuple[Tensor, Tensor]:
         """This rank's (inputs, targets) of the next step, each (n, seq_len) int64 on the device; advances the stream."""
@@ -2497,6 +2531,8 @@ class Checkpoints:
 
             buffer = io.BytesIO()
             torch.save({**state, "config": binding_values(self.cfg)}, buffer)
+            for stale in self.folder.glob(".step_*.partial"):  # of a process killed while it wrote
+                stale.unlink(missing_ok=True)
             atomic_write(path, buffer.getvalue())
             for old in sorted(self.folder.glob("step_*.pt"))[: -self.cfg.checkpoint_keep]:
                 old.unlink(missing_ok=True)
@@ -2511,15 +2547,22 @@ class Checkpoints:
             raise ConfigError(f"RESUME={self.cfg.resume}: no such checkpoint; RESUME=auto takes the newest of RUN_ID")
         return Path(self.cfg.resume) if self.cfg.resume else None
 
-    def load(self, path: Path) -> dict[str, Any]:
-        """Read a checkpoint (data only, no code); raises ConfigError if it belongs to another configuration."""
+    def load(self) -> dict[str, Any] | None:
+        """The state to continue from, the same on all ranks (they share the folder), or None.
+
+        Data only, no code. Raises ConfigError if the file is none of ours or belongs to another configuration.
+        """
+        path = self.run.on_first(self.find)
+        if path is None:
+            return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            made_with, state["path"] = state["config"], str(path)
         except Exception as e:
             raise ConfigError(f"RESUME={path}: not a checkpoint of this script ({type(e).__name__})") from None
         here = binding_values(self.cfg)
         changed = [
-            f"{k.upper()} was {v}, is {here[k]}" for k, v in state["config"].items() if k in here and here[k] != v
+            f"{k} was {as_text(v)}, is {as_text(here[k])}" for k, v in made_with.items() if k in here and here[k] != v
         ]
         if changed:
             raise ConfigError(f"RESUME={path}: made with another configuration: {'; '.join(changed)}")
@@ -2542,6 +2585,8 @@ def wants_compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
         return False, f"no compiler for {device.type}"
     if not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
         return False, "no C++ compiler was found"
+    if not cfg.max_wallclock_seconds:
+        return False, "no time limit tells whether it pays on a CPU; COMPILE=1 compiles"
     if cfg.max_wallclock_seconds < COMPILE_PAYS_SECONDS:
         return False, f"training for less than {COMPILE_PAYS_SECONDS} s does not repay compiling on a CPU"
     return True, "it pays at this training time"
@@ -2575,12 +2620,8 @@ class Trainer:
         self.fake_quant.sharpness.fill_(qat_sharpness(self.cfg, frac))
         return Ctx(fake_quant=self.fake_quant)
 
-    def backward(self, inputs: Tensor, targets: Tensor, ctx: Ctx) -> Tensor:
-        """Accumulate the gradient of the step's mean loss over this rank's micro-batches; returns its part of that mean."""
-        weights = None if self.counts is None else self.counts.weights(inputs, targets)
-        total = torch.tensor(float(self.cfg.train_batch_tokens), device=self.run.device)
-        if weights is not None and self.cfg.complement_normalized:
-            total = self.run.all_reduce(weights.sum())
+    def accumulate(self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None, total: Tensor) -> Tensor:
+        """Gradient and value of sum(weights * nll) / total, one micro-batch after the other."""
         rows = max(1, self.micro_tokens // inputs.shape[1])
         loss = torch.zeros((), device=self.run.device)
         for i in range(0, len(inputs), rows):
@@ -2590,10 +2631,29 @@ class Trainer:
             loss += part.detach()
         return loss
 
+    def backward(self, inputs: Tensor, targets: Tensor, ctx: Ctx) -> Tensor:
+        """Gradient of the step's mean loss over this rank's sequences; returns their part of that mean.
+
+        Out of memory, it starts again with half the micro-batch; where the compiler fails, without it. No rank waits for
+        another in here, so each may do so by itself.
+        """
+        weights = None if self.counts is None else self.counts.weights(inputs, targets)
+        total = torch.tensor(float(self.cfg.train_batch_tokens), device=self.run.device)
+        if weights is not None and self.cfg.complement_normalized:
+            total = self.run.all_reduce(weights.sum())
+        while True:
+            self.optimizers.zero_grad()
+            try:
+                return self.accumulate(inputs, targets, ctx, weights, total)
+            except torch.OutOfMemoryError:
+                retry = self.halve_micro_batch
+            except torch._dynamo.exc.BackendCompilerFailed as e:
+                retry = partial(self.give_up_compiling, str(e))
+            retry()  # out here, where the exception no longer holds the memory of the failed pass
+
     def train_step(self, frac: float, scale: float) -> Tensor:
         """One optimizer step on the next batch; returns this rank's part of the mean loss (0-dim, on the device)."""
         inputs, targets = self.batcher.next(seq_len_at(self.cfg, frac))
-        self.optimizers.zero_grad()
         loss = self.backward(inputs, targets, self.context(frac))
         self.optimizers.step(self.step, scale)
         self.average.update(self.step, frac, scale)
@@ -2623,25 +2683,11 @@ class Trainer:
         Compiles, allocates, and finds the micro-batch: halved on out-of-memory (the step stays the same).
         """
         weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        fracs = sorted(
-            {
-                0.0,
-                *(end for end, _ in self.cfg.seq_curriculum[:-1]),
-                self.cfg.qat_start_frac * (self.fake_quant is not None),
-            }
-        )
-        started, tries = time.perf_counter(), 0
-        for i in range(self.cfg.warmup_steps):
-            while True:
-                try:
-                    self.train_step(fracs[i % len(fracs)], 1.0)
-                    break
-                except torch.OutOfMemoryError:
-                    self.halve_micro_batch()
-                except torch._dynamo.exc.BackendCompilerFailed as e:
-                    self.run.notice(f"torch.compile failed ({str(e).splitlines()[0][:120]}); running eager")
-                    self.forward = self.model
-                tries += 1
+        qat_start = self.cfg.qat_start_frac if self.fake_quant is not None else 0.0
+        fracs = sorted({0.0, qat_start, *(end for end, _ in self.cfg.seq_curriculum[:-1])})
+        started, steps = time.perf_counter(), max(self.cfg.warmup_steps, len(fracs)) if self.cfg.warmup_steps else 0
+        for i in range(steps):
+            self.train_step(fracs[i % len(fracs)], 1.0)
         self.run.sync()
         self.model.load_state_dict(weights)
         self.optimizers.reset()
@@ -2649,9 +2695,9 @@ class Trainer:
         if self.counts is not None:
             self.counts = BigramCounts(self.cfg, self.run)
         self.step, self.batcher.stream.position = 0, 0
-        if self.cfg.warmup_steps:
+        if steps:
             self.run.log(
-                f"primed: {self.cfg.warmup_steps} steps undone, {time.perf_counter() - started:.1f}s, micro-batch {self.micro_tokens} tokens"
+                f"primed: {steps} steps undone, {time.perf_counter() - started:.1f}s, micro-batch {self.micro_tokens} tokens"
             )
 
     def halve_micro_batch(self) -> None:
@@ -2666,27 +2712,43 @@ class Trainer:
         if self.run.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def give_up_compiling(self, reason: str) -> None:
+        """Train with the plain forward after a failure of torch.compile."""
+        self.run.notice(f"torch.compile failed ({reason.splitlines()[0][:120]}); running eager")
+        self.forward = self.model
+
 
 class Watch:
-    """Decides on all ranks alike, without stalling the device: each step's flags are read one step later.
+    """Decides on all ranks alike, without stalling the device: off the CPU each step's flags are read one step later.
 
-    Flags: [stop, rank + 1 of a loss that is not finite], reduced with MAX.
+    Flags: [whether to stop, loss, and for each rank whether its loss is bad], summed over the ranks.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.pending = run, None
+        self.run, self.late = run, int(run.device.type != "cpu")
+        self.pending: list[tuple[int, Tensor]] = []
+        self.good: list[tuple[int, float]] = []  # the last (step, mean loss) that were finite
 
-    def exchange(self, stop: bool, loss: Tensor) -> tuple[bool, int]:
-        """Send this step's flags; (stop, rank + 1 with a bad loss or 0) of the previous exchange, or now on one rank."""
-        bad = (~torch.isfinite(loss)).float() * (self.run.rank + 1)
-        flags = torch.stack([torch.full_like(bad, float(stop)), bad])
-        self.run.all_reduce(flags, dist.ReduceOp.MAX)
-        previous, self.pending = self.pending, flags
-        seen = flags if self.run.device.type == "cpu" else previous
-        if seen is None:
-            return False, 0
-        stopped, culprit = seen.tolist()
-        return bool(stopped), int(culprit)
+    def exchange(self, step: int, stop: bool, loss: Tensor) -> bool:
+        """Send the flags of `step` with this rank's part of the mean loss; True if all ranks stop now."""
+        flags = torch.zeros(2 + self.run.world, device=self.run.device)
+        flags[0], flags[1] = float(stop), loss
+        flags[2 + self.run.rank] = (~torch.isfinite(loss)).float()
+        self.pending.append((step, self.run.all_reduce(flags)))
+        return self.read() if len(self.pending) > self.late else False
+
+    def read(self) -> bool:
+        """Whether the oldest flags not read yet ask to stop; BrokenRun names the step and ranks of a loss that is not finite."""
+        step, flags = self.pending.pop(0)
+        stop, loss, *bad = flags.tolist()
+        if any(bad):
+            ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag)
+            good = ", ".join(f"step {s} loss {v:.4f}" for s, v in self.good) or "none"
+            raise BrokenRun(
+                f"loss is not finite at step {step} on rank {ranks}; last good: {good}; lower the learning rates"
+            )
+        self.good = [*self.good[-2:], (step, loss)]
+        return stop > 0
 
 
 class TrainResult(NamedTuple):
@@ -2714,7 +2776,6 @@ class TrainingLoop:
         self.flops = flops_per_token(trainer.model, cfg.train_seq_len)
         name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
-        self.lines: list[str] = []  # the last good step lines, for the message when a loss is not finite
         self.was = (cfg.seq_curriculum[0][1], False, False)
         self.epoch = 0
 
@@ -2732,21 +2793,19 @@ class TrainingLoop:
             scale = lr_scale(cfg, trainer.step, now, self.budget)
             self.announce_switches(frac)
             loss = trainer.train_step(frac, scale)
-            stop, culprit = self.watch.exchange(self.out_of_time() or run.signal is not None, loss)
-            if culprit:
-                raise BrokenRun(f"loss is not finite at step {trainer.step} on rank {culprit - 1}; last good: {' | '.join(self.lines[-2:]) or 'none'}; "
-                                "lower the learning rates")  # fmt: skip
+            stop = self.watch.exchange(trainer.step, self.out_of_time() or run.signal is not None, loss)
             self.after_step(loss, scale)
             if stop:
                 reason = "signal" if run.signal is not None else "wallclock"
                 break
         run.sync()
-        run.graceful = False
+        seconds = self.clock.seconds()
+        while self.watch.pending:
+            self.watch.read()
         if self.profiler:
             self.stop_profiler()
-        seconds = self.clock.seconds()
         self.stop_for_signal(seconds)
-        self.report_validation(seconds)
+        run.end_graceful()
         return TrainResult(trainer.step, seconds, reason)
 
     def out_of_time(self) -> bool:
@@ -2789,7 +2848,6 @@ class TrainingLoop:
         if counts is not None:
             extra["complement_weight"] = float(self.run.all_reduce(counts.mean_weight.clone())) / self.run.world
             line += f" complement_weight:{extra['complement_weight']:.4f}"
-        self.lines.append(line)
         self.run.log(line)
         self.run.event("step", step=step, total=cfg.iterations, train_loss=mean, lr_scale=scale, train_s=now,
                        step_ms=1000 * pace, tokens_per_s=rate, mfu=mfu, eta_s=eta, **extra)  # fmt: skip
@@ -2811,8 +2869,6 @@ class TrainingLoop:
 
     def report_validation(self, train_s: float) -> None:
         """Validate the current weights and log it."""
-        if not self.cfg.val_loss_every:
-            return
         loss, bpb = self.validate(self.trainer.model)
         step = self.trainer.step
         self.run.log(
@@ -2857,29 +2913,28 @@ class TrainingLoop:
         self.run.log(f"profile: {path} (open it in a Chrome trace viewer)")
 
 
-def train(
-    cfg: Config, run: Run, model: GPT, stream: TokenStream, validate: Callable[[GPT], tuple[float, float]]
-) -> TrainResult:
-    """Train `model` in place until the budget ends; the averaged weights are in it afterwards.
+def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, resumed: dict[str, Any] | None,
+          validate: Callable[[GPT], tuple[float, float]]) -> TrainResult:  # fmt: skip
+    """Train `model` in place until the budget ends; the averaged weights are in it afterwards, validated once more.
 
-    `validate` gives (nats a token, bits a byte) of the whole validation stream; its time is not counted.
+    `resumed` is a checkpoint's state to go on from. `validate` gives (nats a token, bits a byte) of the whole validation
+    stream; its time is not counted.
     """
-    trainer, checkpoints = Trainer(cfg, run, model, stream), Checkpoints(cfg, run)
+    trainer, elapsed = Trainer(cfg, run, model, stream), 0.0
     trainer.compile()
     trainer.prime()
-    elapsed = 0.0
-    if (path := checkpoints.find()) is not None:
-        state = checkpoints.load(path)
-        trainer.load_state_dict(state)
-        elapsed = state["elapsed"]
-        run.notice(f"resumed {path} at step {trainer.step} after {elapsed:.1f}s of training")
-    loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
+    if resumed is not None:
+        trainer.load_state_dict(resumed)
+        elapsed = resumed["elapsed"]
+        run.notice(f"resumed {resumed['path']} at step {trainer.step} after {elapsed:.1f}s of training")
+    loop = TrainingLoop(cfg, run, trainer, Checkpoints(cfg, run), validate)
     result = loop.run_until_done(elapsed)
     what = trainer.average.apply()
     run.log(f"train_end steps:{result.steps} train_time:{1000 * result.seconds:.0f}ms reason:{result.reason} "
             f"weights:{what} peak_memory:{run.peak_memory_mib():.0f}MiB")  # fmt: skip
     run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
               peak_memory_mib=run.peak_memory_mib())  # fmt: skip
+    loop.report_validation(result.seconds)
     return result
 
 
@@ -4422,6 +4477,8 @@ class NetworkExpert:
         self.ctx, self.temperature = Ctx(), 1.0
         default = 2**17 if run.device.type == "cuda" else 2**13
         self.rows = max(1, (cfg.val_batch_tokens or default) // self.seq_len)
+        # How many targets to score ahead: all ranks agree on it, whatever memory each of them has left.
+        self.ahead = 16 * self.rows * run.world * self.stride
         device = stream_device(run)
         self.logp, self.entropy, self.max_prob, self.hint_prob = torch.zeros(4, self.n_tokens, device=device)
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
@@ -4436,7 +4493,7 @@ class NetworkExpert:
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         """(hi - lo,) float64 natural log-probabilities of tokens[lo:hi]."""
         while self.done < hi:
-            self.score_ahead(tokens, max(hi, self.done + 16 * self.rows * self.run.world * self.stride))
+            self.score_ahead(tokens, max(hi, self.done + self.ahead))
         return self.logp[lo:hi].double()
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:
@@ -4479,22 +4536,18 @@ class NetworkExpert:
 
     def score_batch(self, tokens: Tensor, batch: list[Window], fresh: Tensor) -> None:
         """Score windows of equal shape; halves the batch for good when memory runs out."""
-        if len(batch) > self.rows:
-            for i in range(0, len(batch), self.rows):
-                self.score_batch(tokens, batch[i : i + self.rows], fresh)
+        if len(batch) > (rows := self.rows):  # a name for it: self.rows may shrink on the way
+            for i in range(0, len(batch), rows):
+                self.score_batch(tokens, batch[i : i + rows], fresh)
             return
-        rows, hints = (
-            torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints)
-        )
-        n = batch[0].hi - batch[0].lo
-        try:
-            values = self.forward(self.model, rows[:, :-1], rows[:, 1:], hints[:, 1:], n, self.ctx, self.temperature)
-        except torch.OutOfMemoryError:
-            if self.rows == 1:
-                raise ConfigError(
-                    f"EVAL_SEQ_LEN={self.seq_len}: one window does not fit in memory; use a shorter one"
-                ) from None
-            self.rows = max(1, min(self.rows, len(batch)) // 2)
+        ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints))
+        values, n = None, batch[0].hi - batch[0].lo
+        with contextlib.suppress(torch.OutOfMemoryError):
+            values = self.forward(self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, self.ctx, self.temperature)
+        if values is None:
+            if len(batch) == 1:
+                raise ConfigError(f"EVAL_SEQ_LEN={self.seq_len}: one window does not fit in memory; use a shorter one")
+            self.rows = len(batch) // 2
             torch.cuda.empty_cache()
             return self.score_batch(tokens, batch, fresh)
         # The windows follow each other, so their targets are one run of positions.
@@ -5371,7 +5424,7 @@ def score_first(
             part.update(text.tokens, lo, hi)
         lo = hi
         run.progress("evaluating", hi, n, since)
-        if time.perf_counter() > deadline:
+        if hi < n and time.perf_counter() > deadline:
             raise BrokenRun(f"EVAL_WALLCLOCK_SECONDS={run.cfg.eval_wallclock_seconds:g} passed after {hi} of {n} tokens; "
                             "raise EVAL_STRIDE or switch a stage off: a score of a part is no score")  # fmt: skip
     return meters
@@ -6583,15 +6636,13 @@ class Job(NamedTuple):
         return self.loaded.cfg
 
 
-def open_job(loaded: Loaded, append_logs: bool) -> Job:
-    """Read tokenizer and validation text, start the run, open its logs."""
+def open_job(loaded: Loaded) -> Job:
+    """Read tokenizer and validation text and start the run; its logs are opened once nothing more can be found wrong."""
     cfg = loaded.cfg
     paths = find_data(cfg)
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size)
     text = load_validation(cfg, paths.folder, tokenizer)
-    run = Run.start(cfg)
-    run.open_logs(append_logs)
-    return Job(loaded, run, paths, tokenizer, text)
+    return Job(loaded, Run.start(cfg), paths, tokenizer, text)
 
 
 def shown_path(path: Path) -> str:
@@ -6604,9 +6655,13 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> None:
+def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     """The head of every log: source, configuration with sources, versions, data, parameters."""
     cfg, run, source = job.cfg, job.run, source_text()
+    if run.rank:
+        return
+    with torch.device("meta"):
+        params = count_parameters(GPT(cfg))
     packed = pack_code(source)
     run.log(source, to_terminal=False)
     run.log("=" * 100, to_terminal=False)
@@ -6624,7 +6679,7 @@ def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> Non
         f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(job.text.tokens) - 1} val_bytes:{int(job.text.bytes.sum())}"
     )
     run.log(
-        f"model_params:{count_parameters(model)} source_sha256:{sha256_text(source)} packed_sha256:{hashlib.sha256(packed).hexdigest()}"
+        f"model_params:{params} source_sha256:{sha256_text(source)} packed_sha256:{hashlib.sha256(packed).hexdigest()}"
     )
     if job.paths.sample:
         run.notice("training and scoring the sample that ships with the script; its numbers are no challenge results")
@@ -6635,7 +6690,7 @@ def log_start(job: Job, model: GPT, train_tokens: int, train_shards: int) -> Non
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
               python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
               source_sha256=sha256_text(source), source_bytes=len(source.encode()),
-              packed_sha256=hashlib.sha256(packed).hexdigest(), packed_bytes=len(packed), params=count_parameters(model),
+              packed_sha256=hashlib.sha256(packed).hexdigest(), packed_bytes=len(packed), params=params,
               data={"path": shown_path(job.paths.folder), "sample": job.paths.sample, "train_shards": train_shards,
                     "train_tokens": train_tokens, "val_tokens": len(job.text.tokens) - 1,
                     "val_sha256": hashlib.sha256(job.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
@@ -6701,15 +6756,15 @@ def write_artifact(job: Job, model: GPT, stream: TokenStream) -> tuple[bytes, fl
         calibration = calibrate(cfg, run, model, calibration_inputs(cfg, run, model, stream))
         run.sync()
     calibration_s = time.perf_counter() - started
-    blob = pack_model(job, model, calibration, calibration_s) if run.rank == 0 else b""
-    return run.broadcast(blob), calibration_s
+    return run.on_first(lambda: pack_model(job, model, calibration, calibration_s)), calibration_s
 
 
 def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
     """The model that the artifact holds, and nothing else, on the device."""
-    model = GPT(cfg)
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    with torch.device("meta"):  # shapes alone: nothing is allocated for a file that does not fit them
+        shapes = {n: tuple(p.shape) for n, p in GPT(cfg).named_parameters()}
     _, stored = unpack(blob, shapes)
+    model = GPT(cfg)
     model.load_state_dict({n: dequantize(s) for n, s in stored.items()}, strict=True)
     return model.place(run.device, choose_attention(cfg.attention, run.device)[1])
 
@@ -6768,23 +6823,36 @@ def score_artifact(job: Job, blob: bytes, train_s: float) -> int:
     return 0 if report_score(job, results, account, train_s, time.perf_counter() - started) else 1
 
 
+def check_artifact_path(run: Run, continuing: bool) -> None:
+    """Raises ConfigError before the training, not after it, if the artifact may not or cannot be written."""
+    path = run.artifact_path
+    if path.is_dir() or (path.exists() and not (run.cfg.force or continuing)):
+        raise ConfigError(f"{path} exists: choose another RUN_ID or ARTIFACT, or FORCE=1 to overwrite it")
+    probe = path.with_name(f".{path.name}.probe")
+    atomic_write(probe, b"")
+    probe.unlink()
+
+
 def run_train(loaded: Loaded) -> int:
     """MODE=train: train -> quantize -> pack -> reload from the file -> score."""
     cfg = loaded.cfg
-    job = open_job(loaded, append_logs=cfg.resume != "")
+    job = open_job(loaded)
     run = job.run
-    if run.artifact_path.exists() and not cfg.force:
-        raise ConfigError(f"{run.artifact_path} exists: choose another RUN_ID or ARTIFACT, or FORCE=1 to overwrite it")
     shards = load_split(job.paths.folder, "train")
     stream = TokenStream(shards, cfg.vocab_size)
+    check_batch(cfg, run.world)
+    choose_attention(cfg.attention, run.device)
+    resumed = Checkpoints(cfg, run).load()
+    run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
+    run.open_logs(append=cfg.resume != "")
+    log_start(job, stream.total, len(shards))
     model = build_model(cfg, run)
-    log_start(job, model, stream.total, len(shards))
 
     def validate(model: GPT) -> tuple[float, float]:
         result = evaluate(cfg, run, model, job.text, ("roundtrip",))[0]
         return result.val_loss, result.val_bpb
 
-    result = train(cfg, run, model, stream, validate)
+    result = train(cfg, run, model, stream, resumed, validate)
     if run.rank == 0:
         text = "".join(sample_text(cfg, run, model.eval(), job.tokenizer.sp, "", 48))
         run.log(f"sample: {text!r}")
@@ -6802,17 +6870,19 @@ def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -
 
 def run_eval(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=eval: score an existing artifact with no training state and no training data."""
-    job = open_job(loaded, append_logs=False)
+    job = open_job(loaded)
     check_tokenizer(job.tokenizer, header, loaded.cfg)
-    with torch.device("meta"):
-        log_start(job, GPT(loaded.cfg), 0, 0)
+    choose_attention(loaded.cfg.attention, job.run.device)
+    job.run.open_logs(append=False)
+    log_start(job, 0, 0)
     return score_artifact(job, blob, 0.0)
 
 
 def run_audit(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=audit: is the score of this artifact a code length?"""
-    job = open_job(loaded, append_logs=False)
+    job = open_job(loaded)
     check_tokenizer(job.tokenizer, header, loaded.cfg)
+    job.run.open_logs(append=False)
     return 0 if audit(job.cfg, job.run, load_model(job.cfg, job.run, blob), job.text) else 1
 
 
@@ -6994,9 +7064,7 @@ def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
     """(bytes, header) of the file that ARTIFACT names; raises ConfigError if it is missing or no artifact."""
     path = env.get("ARTIFACT", "")
     if not path or not Path(path).is_file():
-        raise ConfigError(
-            f"ARTIFACT={path!r}: no such file; MODE={env.get('MODE')} needs the artifact of a finished run"
-        )
+        raise ConfigError(f"ARTIFACT={path!r}: no such file; this mode needs the artifact of a finished run")
     blob = Path(path).read_bytes()
     try:
         header = read_header(blob)[0]
@@ -7009,9 +7077,10 @@ def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
 
 def dispatch(env: Mapping[str, str]) -> int:
     """MODE -> its job. Exit status."""
-    if env.get("MODE") in ARTIFACT_MODES:
+    mode = translate(env, env.get("RECIPE", ""), [], []).get("MODE")  # EVAL_ONLY=1 means MODE=eval
+    if mode in ARTIFACT_MODES:
         blob, header = open_artifact(env)
-        return ARTIFACT_MODES[env["MODE"]](load_config(env, header["config"]), blob, header)
+        return ARTIFACT_MODES[mode](load_config(env, header["config"]), blob, header)
     loaded = load_config(env)
     jobs = {"plan": run_plan, "pack_code": run_pack_code, "train": run_train}
     return jobs[loaded.cfg.mode](loaded)
@@ -7026,11 +7095,11 @@ def show_toc() -> str:
     )
 
 
-def finish(outcome: str, message: str) -> None:
-    """Say what went wrong once, from rank 0, and close the logs."""
+def finish(outcome: str, message: str, told: bool) -> None:
+    """Say what went wrong, once over all ranks unless it is already `told`, and close the logs."""
     run = Run.current
-    if message and is_first_rank():
-        print(("\n".join(f"error: {line}" for line in message.splitlines())), file=sys.stderr, flush=True)
+    if message and not told and (is_first_rank() if run is None else run.speaks_first()):
+        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
     if run is not None:
         if message:
             run.event("error", message=message)
@@ -7039,9 +7108,9 @@ def finish(outcome: str, message: str) -> None:
 
 def main(argv: list[str], env: Mapping[str, str]) -> int:
     """Exit status: 0 all that was asked for was done and every limit held; 2 a user's mistake; 1 a failure."""
-    views = {"--help": describe_knobs, "-h": lambda: describe_knobs(), "--toc": show_toc,
+    views = {"--help": describe_knobs, "-h": describe_knobs, "--toc": show_toc,
              "--dump-config": lambda: dump_config(load_config(env))}  # fmt: skip
-    status, outcome, message = 1, "failed", ""
+    status, outcome, message, told = 1, "failed", "", False
     try:
         if argv and argv[0] not in views:
             raise ConfigError(f"unknown argument {argv[0]!r}; knobs are environment variables; try {', '.join(views)}")
@@ -7054,8 +7123,11 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         status, outcome, message = 2, "mistake", str(e)
     except (Interrupted, BrokenRun) as e:
         status, outcome, message = 1, "stopped", str(e)
+    except Exception as e:
+        message, told = f"{type(e).__name__}: {e}", True  # by its traceback
+        raise
     finally:
-        finish(outcome, message)
+        finish(outcome, message, told)
     return status
 
 

@@ -77,7 +77,7 @@ def data(tmp_path_factory) -> Data:
 def tiny(data: Data, tmp_path: Path) -> dict[str, str]:
     """Environment of a run of seconds: 2 blocks of width 32, 4 sequences of 32 tokens a step, 6 steps."""
     values = {
-        "RECIPE": "baseline", "DEVICE": "cpu", "COMPILE": 0, "ATTENTION": "sdpa", "DATA_PATH": data.folder, "LOG_DIR": tmp_path / "logs",
+        "RECIPE": "baseline", "DEVICE": "cpu", "TRAIN_DTYPE": "fp32", "COMPILE": 0, "ATTENTION": "sdpa", "DATA_PATH": data.folder, "LOG_DIR": tmp_path / "logs",
         "RUN_ID": "tiny", "VOCAB_SIZE": VOCAB, "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 2, "NUM_KV_HEADS": 1,
         "TRAIN_SEQ_LEN": SEQ, "TRAIN_BATCH_TOKENS": 4 * SEQ, "ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 0,
         "WARMUP_STEPS": 1, "WARMDOWN_ITERS": 3, "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 1, "EVAL_STRIDE": 8,
@@ -176,3 +176,10 @@ def losses(env: dict[str, str]) -> dict[int, float]:
 
 def score_of(env: dict[str, str]) -> float:
     return events(env, "score")[-1]["val_bpb"]
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -56,7 +56,7 @@ def test_a_token_beyond_the_vocabulary_is_found_before_training(tmp_path, data):
 
 def test_missing_and_empty_data_paths_are_told_apart(tmp_path, tiny):
     assert "no such folder" in message(tg.find_data, config(tiny, DATA_PATH=tmp_path / "absent"))
-    assert "no fineweb_val_*.bin" in message(tg.find_data, config(tiny, DATA_PATH=tmp_path))
+    assert "no fineweb_*.bin" in message(tg.find_data, config(tiny, DATA_PATH=tmp_path))
 
 
 def test_the_sample_is_the_default_and_is_marked(monkeypatch, tmp_path, tiny):
@@ -182,10 +182,10 @@ def test_the_curriculum_changes_rows_not_tokens(data, tiny):
     assert np.array_equal(np.concatenate(flat), data.train[: 3 * 4 * SEQ])
 
 
-def test_fewer_sequences_than_ranks_names_the_nearest_batch_that_works(data, tiny):
-    text = message(tg.Batcher, config(tiny), stream(data), Rank(0, 5))
+def test_fewer_sequences_than_ranks_names_the_nearest_batch_that_works(tiny):
+    text = message(tg.check_batch, config(tiny), 5)
     assert "TRAIN_BATCH_TOKENS=128 holds 4 sequences of 32, fewer than the 5 ranks" in text
-    assert "TRAIN_BATCH_TOKENS=160" in text
+    assert "the nearest that works is 160" in text
 
 
 def test_documents_differ_between_the_splits():

@@ -16,7 +16,7 @@ BANNERS = [(int(n), name, SOURCE[: m.start()].count("\n") + 1)
            for m in re.finditer(r"^# ==== (\d+) ([A-Z]+) =+$", SOURCE, re.M) for n, name in [m.groups()]]  # fmt: skip
 
 
-DOORWAY_FIRST = {8}  # the container reads better from `pack` and `unpack` down
+DOORWAY_FIRST = {8, 9}  # the container and the codec read from their doorways down: `pack`, `unpack`, `Codec`
 
 
 def section_of(line: int) -> int:

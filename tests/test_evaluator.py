@@ -1,0 +1,190 @@
+"""Section 9, the core: every target is scored once, by its prefix alone, and only then learned from."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import SEQ, VOCAB, config
+
+import train_gpt as tg
+
+
+@pytest.fixture
+def model(tiny) -> tg.GPT:
+    """A network whose predictions depend on all of its context (at birth the output projections are zero)."""
+    torch.manual_seed(0)
+    model = tg.GPT(config(tiny, OUT_INIT="scaled", EMBED_INIT_STD=0.5)).place(torch.device("cpu"), tg.attend_sdpa)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape) * 0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def text(data, tiny) -> tg.ValidationText:
+    return tg.load_validation(config(tiny, VAL_TOKENS=300), data.folder, tg.Tokenizer(data.tokenizer, VOCAB))
+
+
+def expert(cfg: tg.Config, model: tg.GPT, text: tg.ValidationText, stride: int) -> tg.NetworkExpert:
+    return tg.NetworkExpert(cfg, tg.Run(cfg, 0, 0, 1, 1), model, text, stride)
+
+
+# ---- the meter
+
+
+def test_the_meter_adds_nats_tokens_and_bytes():
+    meter = tg.BpbMeter()
+    meter.add(torch.tensor([-1.0, -2.0]), torch.tensor([3, 0]))
+    meter.add(torch.tensor([-3.0]), torch.tensor([1]))
+    assert (meter.tokens, meter.bytes) == (3, 4)
+    assert meter.val_loss == 2.0 and meter.val_bpb == pytest.approx(6 / math.log(2) / 4)
+
+
+def test_the_meter_sums_in_double_precision():
+    meter = tg.BpbMeter()
+    for _ in range(100):
+        meter.add(torch.full((10_000,), -0.1), torch.ones(10_000, dtype=torch.int64))
+    assert meter.nats == pytest.approx(1e6 * float(torch.tensor(0.1)), rel=1e-12)
+
+
+# ---- windows
+
+
+@pytest.mark.parametrize("n, seq_len, stride", [
+    (200, 32, 32), (200, 32, 8), (33, 32, 32), (34, 32, 1), (65, 32, 32), (161, 32, 31), (100, 8, 3), (9, 8, 8), (160, 32, 32),
+])  # fmt: skip
+def test_every_target_is_scored_once_with_the_context_promised(n, seq_len, stride):
+    scored, lo = [], 1
+    while lo < n:
+        w = tg.window_at(lo, n, seq_len, stride)
+        scored += range(w.lo, w.hi)
+        assert 0 <= w.start < w.lo and w.hi - 1 - w.start <= seq_len
+        if w.lo > 1:  # later windows are full, also the last one, and each target has at least this much before it
+            assert w.hi - 1 - w.start == seq_len and w.lo - w.start >= seq_len - stride + 1
+        lo = w.hi
+    assert scored == list(range(1, n))
+
+
+def test_a_roundtrip_score_is_the_models_own_loss(tiny, model, text):
+    scores = expert(config(tiny), model, text, SEQ).score(text.tokens, 1, len(text.tokens))
+    for lo in range(1, len(text.tokens) - SEQ, SEQ):  # whole sequences, as in training
+        row = text.tokens[lo - 1 : lo + SEQ][None]
+        torch.testing.assert_close(
+            scores[lo - 1 : lo - 1 + SEQ], -model.nll(row[:, :-1], row[:, 1:])[0].double(), rtol=1e-4, atol=1e-4
+        )
+
+
+@torch.no_grad()
+def test_a_sliding_score_is_the_network_on_exactly_its_window(tiny, model, text):
+    stride = 8
+    scores = expert(config(tiny), model, text, stride).score(text.tokens, 1, len(text.tokens))
+    for t in (1, 20, 32, 33, 40, 41, 150, len(text.tokens) - 1):
+        w, lo = None, 1
+        while w is None or t >= w.hi:
+            w = tg.window_at(lo, len(text.tokens), SEQ, stride)
+            lo = w.hi
+        z = model.logits(model.features(text.tokens[w.start : t][None])[:, -1])
+        assert float(scores[t - 1]) == pytest.approx(float(z[0].log_softmax(-1)[text.tokens[t]]), abs=1e-4)
+
+
+@pytest.mark.parametrize("stride", [8, SEQ])
+def test_the_score_does_not_depend_on_the_batch_or_the_order_of_asking(tiny, model, text, stride):
+    n = len(text.tokens)
+    whole = expert(config(tiny), model, text, stride).score(text.tokens, 1, n)
+    single = expert(config(tiny, VAL_BATCH_TOKENS=1), model, text, stride)
+    parts = [single.score(text.tokens, lo, min(lo + 7, n)) for lo in range(1, n, 7)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+    assert stride == SEQ or single.ahead < n, "the buffer was filled in several goes"
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_score(tiny, model, text):
+    n = len(text.tokens)
+    plain, small = (expert(config(tiny), model, text, 8) for _ in range(2))
+
+    def forward(model, inputs, *rest):
+        if len(inputs) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tg.score_windows(model, inputs, *rest)
+
+    small.forward = forward
+    torch.testing.assert_close(small.score(text.tokens, 1, n), plain.score(text.tokens, 1, n), rtol=1e-5, atol=1e-5)
+    assert small.rows <= 3 and small.ahead == plain.ahead
+    small.forward = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    small.done = 1
+    with pytest.raises(tg.ConfigError, match="EVAL_SEQ_LEN=32: one window does not fit in memory"):
+        small.score(text.tokens, 1, n)
+
+
+# ---- the law
+
+
+def test_the_future_cannot_change_the_past(tiny, model, text):
+    n, t = len(text.tokens), 150
+    other = text._replace(tokens=torch.cat([text.tokens[: t + 1], (text.tokens[t + 1 :] + 7) % VOCAB]))
+    for stride in (8, SEQ):
+        one, two = (expert(config(tiny), model, x, stride).score(x.tokens, 1, n) for x in (text, other))
+        assert torch.equal(one[:t], two[:t]) and not torch.equal(one[t:], two[t:])
+
+
+def test_a_score_is_one_entry_of_a_whole_distribution(tiny, model, text):
+    network = expert(config(tiny), model, text, 8)
+    scores = network.score(text.tokens, 1, len(text.tokens))
+    for t in (1, 33, 100, len(text.tokens) - 1):
+        p = network.dist(text.tokens, t)
+        assert float(p.sum()) == pytest.approx(1, abs=1e-6) and (p >= 0).all()
+        assert float(p[text.tokens[t]].log()) == pytest.approx(float(scores[t - 1]), abs=1e-4)
+        changed = text.tokens.clone()
+        changed[t] = (changed[t] + 1) % VOCAB
+        assert torch.equal(network.dist(changed, t), p), "the target is no part of its own prefix"
+
+
+def test_features_for_the_mixer_are_those_of_the_distribution(tiny, model, text):
+    network = expert(config(tiny), model, text, 8)
+    network.score(text.tokens, 1, len(text.tokens))
+    p = network.dist(text.tokens, 77)
+    assert float(network.entropy[77]) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-4)
+    assert float(network.max_prob[77]) == pytest.approx(float(p.max()), abs=1e-4)
+
+
+class Recorder:
+    """An expert and a part that writes down what it is asked, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+
+    def score(self, tokens, lo, hi):  # noqa: ARG002
+        self.calls.append(("score", lo, hi))
+        return torch.full((hi - lo,), -1.0, dtype=torch.float64)
+
+    def update(self, tokens, lo, hi):  # noqa: ARG002
+        self.calls.append(("update", lo, hi))
+
+
+def test_the_driver_scores_each_chunk_once_before_anything_learns_it(tiny, model, text):
+    network, recorder = expert(config(tiny), model, text, SEQ), Recorder()
+    n = len(text.tokens)
+    meter = tg.score_first(network, text, {"x": recorder}, [recorder], 64, math.inf)["x"]
+    bounds = [(lo, min(lo + 64, n)) for lo in range(1, n, 64)]
+    assert recorder.calls == [(what, *span) for span in bounds for what in ("score", "update")]
+    assert (meter.tokens, meter.bytes) == (n - 1, int(text.bytes.sum()))
+
+
+def test_a_part_of_a_score_is_no_score(tiny, model, text):
+    network, recorder = expert(config(tiny, EVAL_WALLCLOCK_SECONDS=1), model, text, SEQ), Recorder()
+    with pytest.raises(tg.BrokenRun, match=r"EVAL_WALLCLOCK_SECONDS=1 passed after 65 of 300 tokens"):
+        tg.score_first(network, text, {"x": recorder}, [recorder], 64, -math.inf)
+    tg.score_first(network, text, {"x": recorder}, [recorder], 10**6, -math.inf)  # all is scored: the account tells
+
+
+def test_evaluation_leaves_the_model_in_training_as_it_was(tiny, model, text):
+    cfg, before = config(tiny), {k: v.clone() for k, v in model.state_dict().items()}
+    run = tg.Run(cfg, 0, 0, 1, 1)
+    results = tg.evaluate(cfg, run, model.train(), text)
+    assert [r.stage for r in results] == ["roundtrip", "sliding"] and model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all((r.tokens, r.bytes) == (len(text.tokens) - 1, int(text.bytes.sum())) for r in results)
+    assert results == [
+        r._replace(seconds=s.seconds) for r, s in zip(tg.evaluate(cfg, run, model, text), results, strict=True)
+    ]

@@ -1,0 +1,157 @@
+"""Section 2: files whole or not at all, clocks that pause, signals, ranks, seeds, logs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from conftest import config
+
+import train_gpt as tg
+
+
+class FakeTime:
+    """time.perf_counter and time.monotonic that move only when told."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(tg.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(tg.time, "monotonic", lambda: self.now)
+
+
+def test_a_paused_clock_stands(run, monkeypatch):
+    fake = FakeTime(monkeypatch)
+    clock = tg.Clock(run, elapsed=5.0)
+    fake.now += 2
+    with clock.paused():
+        fake.now += 100
+    fake.now += 1
+    assert clock.seconds() == 8.0
+
+
+# ---- files
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file.bin"
+    tg.atomic_write(path, b"old")
+    monkeypatch.setattr(tg.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tg.atomic_write(path, b"new and longer")
+    assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["file.bin"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(tg.ConfigError, match="cannot write .*/file/x.*choose a folder that can be written"):
+        tg.atomic_write(tmp_path / "file" / "x", b"")
+
+
+def test_logs_of_another_run_are_not_overwritten(tiny, tmp_path):
+    def open_and_close(text: str, append: bool = False, **changes) -> None:
+        run = tg.Run(config(tiny, **changes), 0, 0, 1, 1)
+        run.run_id = "same"
+        run.open_logs(append)
+        run.log(text, to_terminal=False)
+        run.event("notice", text=text)
+        run.close("ok")
+
+    open_and_close("one")
+    with pytest.raises(tg.ConfigError, match=r"same\.txt exists: choose another RUN_ID, or FORCE=1"):
+        open_and_close("two")
+    open_and_close("three", append=True)
+    lines = [json.loads(line) for line in (tmp_path / "logs" / "same.jsonl").read_text().splitlines()]
+    assert [(e["v"], e["event"]) for e in lines] == [(tg.LOG_SCHEMA, "notice"), (tg.LOG_SCHEMA, "end")] * 2
+    open_and_close("four", FORCE=1)
+    assert (tmp_path / "logs" / "same.txt").read_text() == "four\n"
+
+
+def test_only_the_first_rank_logs(tiny, tmp_path, capsys):
+    run = tg.Run(config(tiny), 1, 1, 2, 2)
+    run.log("nothing")
+    run.event("notice", text="nothing")
+    assert not (tmp_path / "logs").exists() and capsys.readouterr().out == ""
+
+
+# ---- signals
+
+
+def test_a_signal_waits_for_the_loop_and_its_echo_is_ignored(run, monkeypatch):
+    fake = FakeTime(monkeypatch)
+    run.graceful = True
+    run._on_signal(signal.SIGINT, None)
+    fake.now += 0.5
+    run._on_signal(signal.SIGINT, None)  # torchrun passes on what the terminal has sent already
+    assert run.signal == signal.SIGINT
+    with pytest.raises(tg.Interrupted, match="SIGINT"):
+        run.end_graceful()
+
+
+def test_an_insisting_signal_stops_at_once(run, monkeypatch):
+    fake = FakeTime(monkeypatch)
+    run.graceful = True
+    run._on_signal(signal.SIGTERM, None)
+    fake.now += 5
+    with pytest.raises(tg.Interrupted, match="SIGTERM"):
+        run._on_signal(signal.SIGTERM, None)
+
+
+def test_outside_the_loop_a_signal_stops_at_once(run):
+    with pytest.raises(tg.Interrupted):
+        run._on_signal(signal.SIGTERM, None)
+
+
+# ---- ranks, devices, seeds
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_shares_partition_and_differ_by_one_at_most(tiny, world):
+    runs = [tg.Run(config(tiny), rank, rank, world, world) for rank in range(world)]
+    for n in (0, 1, 5, 64):
+        shares = [run.share(n) for run in runs]
+        assert [i for share in shares for i in share] == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_cores_are_shared_by_the_ranks_of_a_machine(tiny):
+    tg.Run(config(tiny), 0, 0, 64, 64)
+    assert torch.get_num_threads() == 1  # not torchrun's accident: 64 ranks leave no core idle and none oversubscribed
+    tg.Run(config(tiny), 0, 0, 1, 1)
+    assert torch.get_num_threads() == len(tg.os.sched_getaffinity(0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(tg.ConfigError, match="DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu"):
+        tg.pick_device("cuda", 0)
+
+
+def test_seeds_differ_by_purpose_and_rank_and_repeat():
+    seeds = [
+        tg.derive_seed(1, "init"),
+        tg.derive_seed(2, "init"),
+        tg.derive_seed(1, "ttt"),
+        tg.derive_seed(1, "ttt", 1),
+    ]
+    assert len(set(seeds)) == 4 and all(0 <= s < 2**63 for s in seeds)
+    assert tg.derive_seed(1, "init") == seeds[0]
+
+
+def test_what_the_first_rank_may_not_do_no_rank_does(run):
+    def refuse():
+        raise tg.ConfigError("no")
+
+    assert run.on_first(lambda: 3) == 3
+    with pytest.raises(tg.ConfigError, match="no"):
+        run.on_first(refuse)
+
+
+def test_no_progress_bar_in_a_log(run, capsys):
+    run.progress("training", 1, 2, time.perf_counter())
+    assert capsys.readouterr() == ("", "")
+    run.on_terminal = True
+    run.progress("training", 1, 2, time.perf_counter())
+    assert "[############            ] 50% eta" in capsys.readouterr().err
