@@ -34,12 +34,14 @@ def tiny_model(cfg: tg.Config) -> tg.GPT:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small products run best in one thread, above all on a busy machine."""
-    before = torch.get_num_threads()
+def small_scale():
+    """Small products run best in one thread, above all on a busy machine; small texts shall have several lanes."""
+    before = torch.get_num_threads(), tg.LANE_TOKENS
     torch.set_num_threads(1)
+    tg.LANE_TOKENS = 256
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(before[0])
+    tg.LANE_TOKENS = before[1]
 
 
 def make_run(cfg: tg.Config) -> tg.Run:

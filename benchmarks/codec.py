@@ -1,0 +1,130 @@
+"""The codec's speed and size: cache against recomputing, tokens a second by lanes, files against general compressors.
+
+    python benchmarks/codec.py                              speed, with random weights of the cpu recipe
+    python benchmarks/codec.py logs/run.pgz FILE ...        size: each file by that artifact, xz -9e, zstd -22, 7-zip PPMd
+
+Prints wall seconds and seconds of processor time: on a busy machine only the second, and ratios, mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg
+
+
+def network(lanes: int, length: int, threads: int, ngram: bool) -> tuple[tg.Config, tg.Run, tg.GPT, tg.Lanes]:
+    """The cpu recipe with random weights, in lanes."""
+    cfg = tg.load_config({"RECIPE": "cpu", "DEVICE": "cpu"}).cfg
+    run = tg.Run(cfg, 0, 0, 1, 1)
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = tg.GPT(cfg).place(run.device, tg.choose_attention(cfg.attention, run.device)[1]).eval()
+    return cfg, run, model, tg.lane_experts(cfg, run, model, lanes, length, ngram)
+
+
+def time_steps(lanes: tg.Lanes, text: np.ndarray, steps: int) -> tuple[float, float]:
+    """Code `steps` tokens of each lane as the decoder does; (wall seconds, processor seconds)."""
+    coder, wall, processor = tg.SymbolEncoder(), time.perf_counter(), time.process_time()
+    for t in range(steps):
+        p = lanes.dist().numpy()
+        for lane in range(len(p)):
+            coder.code(p[lane], int(text[lane, t]))
+        lanes.take(text[:, t])
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+@torch.no_grad()
+def time_recompute(cfg: tg.Config, model: tg.GPT, text: np.ndarray, steps: int) -> tuple[float, float]:
+    """The same distributions without a cache: a whole window for every token."""
+    window = torch.from_numpy(text[:, : cfg.eval_len])
+    wall, processor = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        model.logits(model.features(window)[:, -1]).double().softmax(-1)
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def speed(threads: int) -> None:
+    """Tokens a second by lanes, network alone and mixed, and what the cache saves."""
+    val = np.asarray(tg.load_split(tg.SAMPLE_DIR, "val")[0][:200_000]).astype(np.int64)
+    print("lanes mixture  tokens/s  per processor second")
+    for count in (1, 8, 16, 32, 64):
+        for ngram in (False, True):
+            steps = 640  # the first window of 512 and a prefill: what a long text averages to, and a little more
+            cfg, _, model, lanes = network(count, steps, threads, ngram)
+            text = val[: count * steps].reshape(count, steps)
+            wall, processor = time_steps(lanes, text, steps)
+            print(
+                f"{count:5d} {'ngram' if ngram else 'none':7} {count * steps / wall:9.0f} {count * steps / processor:9.0f}"
+            )
+            if count == 16 and not ngram:
+                other_wall, other = time_recompute(cfg, model, text, 4)
+                print(f"      cache against recompute: {other / 4 / (processor / steps):.1f}x in processor time, "
+                      f"{other_wall / 4 / (wall / steps):.1f}x in wall time")  # fmt: skip
+
+
+def packed_by(command: list[str], path: Path, suffix: str) -> int | None:
+    """Bytes that an external compressor makes of a file; None where it is not installed."""
+    if shutil.which(command[0]) is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        copy.write_bytes(path.read_bytes())
+        subprocess.run([part.format(copy) for part in command], cwd=folder, check=True, capture_output=True)
+        return Path(f"{copy}{suffix}").stat().st_size
+
+
+OTHERS = {
+    "xz -9e": (["xz", "-9e", "-k", "{}"], ".xz"),
+    "zstd -22": (["zstd", "--ultra", "-22", "-q", "-k", "{}"], ".zst"),
+    "7z PPMd": (["7z", "a", "-m0=PPMd:o=32:mem=256m", "{}.7z", "{}"], ".7z"),
+}
+
+
+def sizes(artifact: Path, files: list[Path], threads: int) -> None:
+    """A Markdown table of sizes; every file is decompressed again and compared."""
+    blob = artifact.read_bytes()
+    header = tg.read_header(blob)[0]
+    loaded = tg.load_config({"DEVICE": "cpu", "MODE": "compress", "ARTIFACT": str(artifact)}, header["config"])
+    codec = tg.open_codec(loaded, blob, header)
+    torch.set_num_threads(threads)
+    print(f"artifact {len(blob):,} bytes; sizes in bytes; restoration is part of ours\n")
+    print(f"| file | bytes | ours | ours, bpb | loss | restoration | tokens/s back | {' | '.join(OTHERS)} |")
+    print("|---" * (7 + len(OTHERS)) + "|")
+    for path in files:
+        data = path.read_bytes()
+        packed = codec.compress(data)
+        started = time.perf_counter()
+        assert codec.decompress(packed.blob) == data, f"{path} did not come back"
+        rate = packed.header.tokens / (time.perf_counter() - started)
+        others = [packed_by(command, path, suffix) for command, suffix in OTHERS.values()]
+        loss = packed.token_bits / packed.ideal - 1 if packed.ideal else 0.0
+        cells = [path.name, f"{len(data):,}", f"{len(packed.blob):,}", f"{8 * len(packed.blob) / len(data):.3f}", f"{loss:.3%}",
+                 f"{packed.restoration_bits // 8:,}", f"{rate:.0f}", *("-" if n is None else f"{n:,}" for n in others)]  # fmt: skip
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", nargs="?", type=Path)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    if args.artifact is None:
+        speed(args.threads)
+    else:
+        sizes(args.artifact, args.files, args.threads)
+
+
+if __name__ == "__main__":
+    main()
