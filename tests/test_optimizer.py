@@ -358,7 +358,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         train(model, optimizers, range(2, STEPS), [rank])
         out["resumed"] = weights(model)
         torch.save(out, f"{folder}/{dtype}-{rank}.pt")
-    dist.destroy_process_group()
+    tg.leave_group()
 
 
 def train_alone(dtype: str, parts: list[int]) -> dict[str, dict]:
