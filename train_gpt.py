@@ -179,7 +179,6 @@ class Config:
     muon_momentum_warmup_start: float = knob(0.85, "", "Muon momentum at step 0", lo=0, hi=1)
     muon_momentum_warmup_steps: int = knob(500, "steps", "steps over which Muon's momentum rises; 0 skips it", lo=0)
     muon_backend_steps: int = knob(5, "iterations", "Newton-Schulz iterations a step", lo=1, hi=10)
-    muon_dtype: str = knob("auto", "", "dtype of the Newton-Schulz products; auto: bf16 on CUDA, fp32 elsewhere", choices=("auto", "bf16", "fp32"))
     muon_wd: float = knob(0.0, "", "decoupled weight decay of the matrices, times their rate", lo=0)
     muon_wd_order: str = knob("before", "", "decay a matrix before or after its update", choices=("before", "after"))
     adam_wd: float = knob(0.0, "", "decoupled weight decay of Adam's parameters, times their rate", lo=0)
@@ -2173,17 +2172,6 @@ def orthogonalize(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return X
 
 
-def muon_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """MUON_DTYPE as a dtype. auto: bf16 on CUDA, as published; fp32 elsewhere, which keeps world sizes together.
-
-    Relative noise of 1e-7 in the gradients of a small regression grew in 20 steps to 1e-6 in the loss with fp32, to
-    1.5e-4 with bf16. On a CPU with AVX512-BF16 the `cpu` recipe's optimizer takes 35 ms with fp32, 22 ms with bf16.
-    """
-    if choice == "auto":
-        choice = "bf16" if device.type == "cuda" else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
-
-
 def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
     """Momentum at `step` (from 0): linear from `start` to `end` over `warmup_steps`; with 0 of them `end` at once."""
     frac = min(step / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
@@ -2200,7 +2188,8 @@ class MatrixBank:
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
     never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
-    Gradients are reduced in fp32, updates return in the dtype they were made in, so the way costs no accuracy.
+    `dtype` is that of the Newton-Schulz products. Gradients are reduced in fp32 and updates return in the dtype they were
+    made in, so the way costs no accuracy.
     """
 
     def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype):
@@ -2345,7 +2334,7 @@ class Optimizers:
         assert not missing, f"no optimizer owns {sorted(missing)}"
         # Biggest first: the longest transfers start earliest, and nothing hides the gathering of the last bank.
         banks = sorted(shapes.values(), key=lambda named: -sum(p.numel() for p in named.values()))
-        self.banks = [MatrixBank(named, run, muon_dtype(cfg.muon_dtype, run.device)) for named in banks]
+        self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device)) for named in banks]
         self.small = SmallParameters(small, rates, cfg, run)
 
     @torch.no_grad()
