@@ -179,7 +179,6 @@ class Config:
     muon_momentum_warmup_start: float = knob(0.85, "", "Muon momentum at step 0", lo=0, hi=1)
     muon_momentum_warmup_steps: int = knob(500, "steps", "steps over which Muon's momentum rises; 0 skips it", lo=0)
     muon_backend_steps: int = knob(5, "iterations", "Newton-Schulz iterations a step", lo=1, hi=10)
-    muon_dtype: str = knob("auto", "", "dtype of the Newton-Schulz products; auto: bf16 on CUDA, fp32 elsewhere", choices=("auto", "bf16", "fp32"))
     muon_wd: float = knob(0.0, "", "decoupled weight decay of the matrices, times their rate", lo=0)
     muon_wd_order: str = knob("before", "", "decay a matrix before or after its update", choices=("before", "after"))
     adam_wd: float = knob(0.0, "", "decoupled weight decay of Adam's parameters, times their rate", lo=0)
@@ -481,8 +480,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pr164": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 3.0, "ITERATIONS": 9000, "MATRIX_LR": 0.02, "SCALAR_LR": 0.02,
         "TIED_EMBED_LR": 0.03, "WARMDOWN_ITERS": 3000, "GRAD_CLIP_NORM": 0.3, "LINEAR_INIT": "orthogonal",
-        "BRANCH_PROJ_SCALED": True, "ROPE_TRAIN_LEN": 1024, "EVAL_STRIDE": 256,
-        "NGRAM_SCORE": "off",
+        "BRANCH_PROJ_SCALED": True, "ROPE_TRAIN_LEN": 1024, "EVAL_STRIDE": 256, "NGRAM_SCORE": "off",
         **_INT6_ZSTD,
     },
     "pr740": {
@@ -517,7 +515,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TTT_ENABLED": True, "TTT_POLYAK_DECAY": 0.998, "TTT_TEMPERATURE": 0.98,
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr850",
         "ATTN_BITS": 5, "MLP_BITS": 5, "QUANT_MIN_NUMEL": 65536, "CONTROL_BITS": 16, "QUANT_CLIP": "row", "PRUNE_FRAC": 0.03,
-        "GPTQ_ENABLED": True, "GPTQ_VARIANT": "pr850", "GPTQ_ORDER": "ascending", "COMPRESSOR": "lzma",
+        "GPTQ_ENABLED": True, "GPTQ_RESERVE_SECONDS": 8.0, "COMPRESSOR": "lzma",
     },
     "pr1095": {
         **_MUON_99, **_BIGRAM, "NUM_LAYERS": 5, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": 5, "ROPE_DIMS": 16,
@@ -544,14 +542,22 @@ def mapped(name: str, table: dict[str, str]) -> Converter:
     return lambda value: {name: table.get(value, value)}
 
 
+def float_or_none(text: str) -> float | None:
+    """A number, or None where the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def computed(convert: Callable[[float], dict[str, Any]]) -> Converter:
     """Published number -> our knobs, computed from it."""
 
     def read(value: str) -> dict[str, str]:
-        try:
-            return {k: str(v) for k, v in convert(float(value)).items()}
-        except ValueError:
-            raise ConfigError("expected a number") from None
+        number = float_or_none(value)
+        if number is None:
+            raise ConfigError("expected a number")
+        return {k: str(v) for k, v in convert(number).items()}
 
     return read
 
@@ -578,6 +584,17 @@ def chosen(table: dict[str, dict[str, Any]]) -> Converter:
     return convert
 
 
+def kept(published: float) -> Converter:
+    """A constant of a published scorer, which is kept as it was: no other value is taken."""
+
+    def convert(value: str) -> dict[str, str]:
+        if float_or_none(value) != published:
+            raise ConfigError(f"the published scorer is kept as it was, with {published:g}; NGRAM_MIX has others")
+        return {}
+
+    return convert
+
+
 # Published names that are not ours, and what they become: names common to all recipes under "*", then recipe by recipe.
 ALIASES: dict[str, dict[str, Converter]] = {
     "*": {
@@ -598,8 +615,10 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "WEIGHT_DECAY": renamed("MUON_WD"),
         "QUANT_BITS": renamed("ATTN_BITS", "MLP_BITS"),
         "MATRIX_BITS": renamed("ATTN_BITS", "MLP_BITS"),
+        "GPTQ_DAMP": renamed("GPTQ_PERCDAMP"),
         "FULL_GPTQ": renamed("GPTQ_ENABLED"),
         "PRUNE_PCT": renamed("PRUNE_FRAC"),
+        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact"}, {"NGRAM_SCORE": "off"}),
     },
     "pr164": {  # its average, collected through the whole warmdown, replaces the weights
         "SWA_ENABLED": switch({"SWA_EVERY": 200, "SWA_START_SCALE": 1.0, "SWA_BLEND": 1.0}, {"SWA_EVERY": 0}),
@@ -608,6 +627,7 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "EMA_ENABLED": switch({"EMA_DECAY": 0.997, "EMA_START_FRAC": 0.1}, {"EMA_DECAY": 0.0}),
         "SWA_ENABLED": switch({"SWA_EVERY": 50, "SWA_START_SCALE": 1.0}, {"SWA_EVERY": 0}),
         "PRUNE_PCT": computed(lambda v: {"PRUNE_FRAC": v / 100}),  # a percentage here, a fraction in #850
+        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact,claimed"}, {"NGRAM_SCORE": "off"}),
     },
     "pr187": {
         "LN_SCALE": mapped("LN_SCALE", {"0": "none", "1": "out"}),
@@ -620,6 +640,16 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "QAT_TRIGGER_FRAC": renamed("QAT_START_FRAC"),
         "QAT_ENABLED": switch({"QAT_START_FRAC": 0.0}, {}),  # from the first step; late QAT has its own switch
         "LATE_QAT_THRESHOLD": computed(lambda v: {} if v > 0 else {"QAT": "none"}),  # was read as on or off
+        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact,claimed"}, {"NGRAM_SCORE": "off"}),
+        "NGRAM_EVAL_BUCKETS": renamed("NGRAM_BUCKETS"),
+        "NGRAM_EVAL_MIN_COUNT": renamed("NGRAM_MIN_COUNT"),
+        "NGRAM_EVAL_BATCH_SEQS": computed(lambda v: {"VAL_BATCH_TOKENS": int(v * 2048)}),
+        "NGRAM_EVAL_ORDER": kept(9),
+        "NGRAM_EVAL_MIN_ORDER": kept(2),
+        "NGRAM_EVAL_ADAPTIVE": kept(1),
+        "NGRAM_EVAL_ALPHA_MIN": kept(0.12),
+        "NGRAM_EVAL_ALPHA_MAX": kept(0.60),
+        "NGRAM_EVAL_ENTROPY_SCALE": kept(2),
     },
     # Published QAT starts where the learning-rate scale falls below the threshold, 5000 steps of warmdown in 9912.
     "pr1095": {
@@ -638,6 +668,8 @@ NO_EFFECT: dict[str, dict[str, str]] = {
     "pr850": {
         "WARMDOWN_ITERS": "the published schedule is WSD, which never reads it",
         "NGRAM_EVAL_CHUNK_TOKENS": "the published pass is cut by TTT_CHUNK_TOKENS",
+        "NGRAM_EVAL_ENTROPY_CENTER": "every order of the published scorer has a centre of its own",
+        "NGRAM_EVAL_ALPHA": "the published scorer reads it only where NGRAM_EVAL_ADAPTIVE is 0",
         "TTT_FREEZE_BLOCKS": "the published adaptation freezes all base weights",
         "TTT_MOMENTUM": "the published adaptation uses AdamW",
         "SWA_ENABLED": "the published script always averaged; use SWA_EVERY",
@@ -645,6 +677,8 @@ NO_EFFECT: dict[str, dict[str, str]] = {
     "pr1095": {
         "SWA_ENABLED": "the published sums were collected and never applied; use SWA_EVERY",
         "TTT_FREEZE_BLOCKS": "test-time training here leaves all base weights alone; use TTT_LORA_BLOCKS",
+        "NGRAM_ORDERS": "the published table of training n-grams is no distribution and no part of this script",
+        "NGRAM_ALPHA_MAX": "belongs to NGRAM_ORDERS",
     },
 }
 
@@ -914,6 +948,21 @@ def tune_cpu(local_world: int) -> None:
             mallopt(-4, 0)  # M_MMAP_MAX: no allocation beside the heap
 
 
+def leave_group() -> None:
+    """Leave the process group, if there is one, in a state in which the interpreter can end.
+
+    A Gloo thread lets go of a collective's tensors after the collective is complete, and needs the interpreter's lock for
+    that. Where it gets the lock only while the interpreter is ending, the process aborts (1 run of 46 on 2 CPU ranks with
+    torch 2.13). Destroying the group does not wait for the thread once torch's compiler modules, which any optimizer
+    imports, hold a reference to it; sleeping gives the thread the lock.
+    """
+    if dist.is_initialized():
+        threads = dist.get_backend() == "gloo"
+        dist.destroy_process_group()
+        if threads:
+            time.sleep(0.2)
+
+
 class Run:
     """Where and as whom this process runs: ranks, device, logs, the stop signal. Made once, by `Run.start`."""
 
@@ -1020,8 +1069,7 @@ class Run:
             if f:
                 f.close()
         self._text = self._events = None
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
 
     # ---- signals
 
@@ -2124,17 +2172,6 @@ def orthogonalize(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return X
 
 
-def muon_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """MUON_DTYPE as a dtype. auto: bf16 on CUDA, as published; fp32 elsewhere, which keeps world sizes together.
-
-    Relative noise of 1e-7 in the gradients of a small regression grew in 20 steps to 1e-6 in the loss with fp32, to
-    1.5e-4 with bf16. On a CPU with AVX512-BF16 the `cpu` recipe's optimizer takes 35 ms with fp32, 22 ms with bf16.
-    """
-    if choice == "auto":
-        choice = "bf16" if device.type == "cuda" else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
-
-
 def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
     """Momentum at `step` (from 0): linear from `start` to `end` over `warmup_steps`; with 0 of them `end` at once."""
     frac = min(step / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
@@ -2151,7 +2188,8 @@ class MatrixBank:
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
     never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
-    Gradients are reduced in fp32, updates return in the dtype they were made in, so the way costs no accuracy.
+    `dtype` is that of the Newton-Schulz products. Gradients are reduced in fp32 and updates return in the dtype they were
+    made in, so the way costs no accuracy.
     """
 
     def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype):
@@ -2296,7 +2334,7 @@ class Optimizers:
         assert not missing, f"no optimizer owns {sorted(missing)}"
         # Biggest first: the longest transfers start earliest, and nothing hides the gathering of the last bank.
         banks = sorted(shapes.values(), key=lambda named: -sum(p.numel() for p in named.values()))
-        self.banks = [MatrixBank(named, run, muon_dtype(cfg.muon_dtype, run.device)) for named in banks]
+        self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device)) for named in banks]
         self.small = SmallParameters(small, rates, cfg, run)
 
     @torch.no_grad()

@@ -3,8 +3,8 @@
     python benchmarks/optimizer.py [--recipe cpu pr850] [--rounds 7] [--device cpu|cuda]
 
 Every contender takes one step per round on its own copy of the recipe's model, in turn, so that a busy machine slows all
-alike; printed are medians and their ratios to the banks. AdamW's part is in every row. torch.optim.Muon always multiplies
-in bf16, so the banks appear once in their own dtype for this device and once in bf16.
+alike; printed are medians and their ratios to the banks of the same dtype. AdamW's part is in every row. The dtype is that
+of the Newton-Schulz products (TRAIN_DTYPE); torch.optim.Muon always has bf16.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def model_with_gradients(recipe: str, device: torch.device) -> tuple[tg.Config, 
     return cfg, model
 
 
-def banks(recipe: str, device: torch.device, dtype: str = "auto", single: bool = False) -> Callable[[], None]:
+def banks(recipe: str, device: torch.device, dtype: str, single: bool = False) -> Callable[[], None]:
     """Our optimizer; `single` gives each matrix a bank of its own, which is the per-matrix loop."""
     cfg, model = model_with_gradients(recipe, device)
-    cfg = dataclasses.replace(cfg, muon_dtype=dtype)
+    cfg = dataclasses.replace(cfg, train_dtype=dtype)
     run = SimpleNamespace(world=1, rank=0, device=device)
     optimizers = tg.Optimizers(cfg, model, run)
     if single:
@@ -75,22 +75,22 @@ def milliseconds(step: Callable[[], None], device: torch.device) -> float:
 def report(recipe: str, rounds: int, device: torch.device) -> None:
     """Measure one recipe and print its table."""
     contenders = {
-        "banks": banks(recipe, device),
-        "one matrix at a time": banks(recipe, device, single=True),
-        "banks, bf16": banks(recipe, device, "bf16"),
-        "torch.optim.Muon (bf16)": torch_muon(recipe, device),
+        ("bf16", "banks"): banks(recipe, device, "bf16"),
+        ("bf16", "torch.optim.Muon"): torch_muon(recipe, device),
+        ("bf16", "one matrix at a time"): banks(recipe, device, "bf16", single=True),
+        ("fp32", "banks"): banks(recipe, device, "fp32"),
+        ("fp32", "one matrix at a time"): banks(recipe, device, "fp32", single=True),
     }
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
     for i in range(rounds + 1):
-        for name, step in contenders.items():
+        for key, step in contenders.items():
             elapsed = milliseconds(step, device)
             if i > 0:  # the first round allocates and warms up
-                times[name].append(elapsed)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, median in medians.items():
-        print(
-            f"{recipe:8} {name:24} {median:9.1f} ms   x{median / medians['banks']:.2f}   (least {min(times[name]):.1f})"
-        )
+                times[key].append(elapsed)
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    for (dtype, name), median in medians.items():
+        ratio, least = median / medians[dtype, "banks"], min(times[dtype, name])
+        print(f"{recipe:8} {dtype} {name:20} {median:9.1f} ms   x{ratio:.2f}   (least {least:.1f})")
 
 
 def main() -> None:

@@ -125,12 +125,6 @@ def test_a_batch_equals_its_matrices_one_by_one_and_zeros_stay_zeros():
 # ---- Muon
 
 
-def test_products_are_bf16_where_that_is_fast_unless_told_otherwise():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert (tg.muon_dtype("auto", cpu), tg.muon_dtype("auto", gpu)) == (torch.float32, torch.bfloat16)
-    assert (tg.muon_dtype("bf16", cpu), tg.muon_dtype("fp32", gpu)) == (torch.bfloat16, torch.float32)
-
-
 def test_momentum_rises_linearly_then_stays():
     momenta = [tg.muon_momentum(step, 0.85, 0.95, 4) for step in (0, 2, 4, 100)]
     assert momenta == pytest.approx([0.85, 0.90, 0.95, 0.95])
@@ -346,7 +340,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     run = SimpleNamespace(world=world, rank=rank, device=torch.device("cpu"))
     for dtype in DTYPES:
         model, out = Toy(), {}
-        optimizers = tg.Optimizers(config(muon_dtype=dtype, **SHARED), model, run)
+        optimizers = tg.Optimizers(config(train_dtype=dtype, **SHARED), model, run)
         train(model, optimizers, range(2), [rank])
         out["state"] = optimizers.state_dict()
         train(model, optimizers, range(2, STEPS), [rank])
@@ -358,13 +352,13 @@ def worker(rank: int, world: int, folder: str) -> None:
         train(model, optimizers, range(2, STEPS), [rank])
         out["resumed"] = weights(model)
         torch.save(out, f"{folder}/{dtype}-{rank}.pt")
-    dist.destroy_process_group()
+    tg.leave_group()
 
 
 def train_alone(dtype: str, parts: list[int]) -> dict[str, dict]:
     """The same training in one process: weights and state after two steps, weights at the end."""
     model, out = Toy(), {}
-    optimizers = tg.Optimizers(config(muon_dtype=dtype, **SHARED), model, ALONE)
+    optimizers = tg.Optimizers(config(train_dtype=dtype, **SHARED), model, ALONE)
     train(model, optimizers, range(2), parts)
     out["half"], out["state"] = weights(model), optimizers.state_dict()
     train(model, optimizers, range(2, STEPS), parts)
@@ -390,7 +384,7 @@ def test_several_processes_equal_one(world, tmp_path):
 
         model = Toy()  # one process continues from the state of several
         model.load_state_dict(expected["half"])
-        optimizers = tg.Optimizers(config(muon_dtype=dtype, **SHARED), model, ALONE)
+        optimizers = tg.Optimizers(config(train_dtype=dtype, **SHARED), model, ALONE)
         optimizers.load_state_dict(ranks[0]["state"])
         train(model, optimizers, range(2, STEPS), parts)
         assert_same(ranks[0]["weights"], weights(model), **tolerance)

@@ -1,0 +1,373 @@
+"""Section 6's techniques: schedules, weight averages, quantisation-aware and complementary training."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train_gpt as tg
+
+V, T = 40, 16
+TINY = {"vocab_size": V, "num_layers": 2, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "train_seq_len": T,
+        "train_batch_tokens": 4 * T, "device": "cpu"}  # fmt: skip
+
+
+def config(**knobs) -> tg.Config:
+    return tg.Config(**{**TINY, **knobs})
+
+
+def trainer(**knobs) -> tg.Trainer:
+    """A trainer on a random stream, the same for the same knobs."""
+    cfg = config(**knobs)
+    torch.manual_seed(0)
+    stream = np.random.default_rng(0).integers(2, V, 4000).astype(np.uint16)
+    run = tg.Run(cfg, rank=0, local_rank=0, world=1, local_world=1)
+    return tg.Trainer(cfg, run, tg.GPT(cfg), tg.TokenStream([stream], V))
+
+
+# ---- schedules
+
+
+def test_warmdown_by_steps_is_flat_then_linear_to_zero():
+    cfg = config(iterations=100, warmdown_iters=40)
+    scales = [tg.lr_scale(cfg, step, 0.0, 0.0) for step in range(101)]
+    assert scales[:61] == [1.0] * 61 and scales[100] == 0.0
+    assert scales[60:] == pytest.approx([(100 - step) / 40 for step in range(60, 101)])
+
+
+def test_warmdown_by_the_clock_takes_the_time_of_its_steps_at_the_measured_pace():
+    """100 s, 0.5 s a step: 60 steps of warmdown are the last 30 s; an iteration limit far off changes nothing."""
+    cfg = config(iterations=10_000, warmdown_iters=60)
+    scales = {step: tg.lr_scale(cfg, step, step * 0.5, 100.0) for step in range(201)}
+    assert all(scales[step] == 1.0 for step in range(141)) and scales[200] == 0.0
+    assert scales[170] == pytest.approx(0.5) and scales[185] == pytest.approx(0.25)
+
+
+def test_a_warmdown_longer_than_the_run_still_ends_at_zero():
+    cfg = config(iterations=10_000, warmdown_iters=3000)
+    scales = [tg.lr_scale(cfg, step, float(step), 50.0) for step in range(51)]
+    assert scales[0] == 1.0 and scales[-1] == 0.0 and scales == sorted(scales, reverse=True)
+
+
+@pytest.mark.parametrize("budget", [0.0, 80.0])
+def test_wsd_is_flat_then_a_cosine_to_zero(budget):
+    cfg = config(iterations=80, lr_schedule="wsd", wsd_stable_frac=0.75)
+    scales = [tg.lr_scale(cfg, step, float(step) if budget else 0.0, budget) for step in range(81)]
+    assert scales[:61] == [1.0] * 61 and scales[80] == pytest.approx(0.0)
+    assert scales[60:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 20)) for i in range(21)])
+
+
+def test_the_share_of_the_budget_is_that_of_the_nearer_limit():
+    cfg = config(iterations=100)
+    assert tg.budget_frac(cfg, 25, 90.0, 100.0) == 0.9 and tg.budget_frac(cfg, 25, 0.0, 0.0) == 0.25
+    assert tg.budget_frac(cfg, 200, 1.0, 100.0) == 1.0
+
+
+def test_the_sequence_length_rises_with_the_budget():
+    cfg = config(prog_seq_enabled=True, prog_seq_lens="8,16", prog_seq_fracs="0.33,0.55", train_seq_len=32)
+    assert [tg.seq_len_at(cfg, f) for f in (0.0, 0.32, 0.33, 0.54, 0.55, 1.0)] == [8, 8, 16, 16, 32, 32]
+    assert tg.seq_len_at(config(), 1.0) == T
+    t = trainer(prog_seq_enabled=True, prog_seq_lens="8", prog_seq_fracs="0.3")
+    shapes = [t.batcher.next(tg.seq_len_at(t.cfg, f))[0].shape for f in (0.0, 0.9)]
+    assert shapes == [(8, 8), (4, T)] and t.batcher.stream.position == 2 * 4 * T  # the same tokens a step
+
+
+@pytest.mark.parametrize("lens, fracs", [("8", "0.3,0.6"), ("8,16", "0.6,0.3"), ("8,x", "0.3,0.6"), ("4,8", "0.3,0.6")])
+def test_a_curriculum_that_makes_no_sense_is_refused(lens, fracs):
+    with pytest.raises(tg.ConfigError, match="PROG_SEQ_LENS"):
+        config(prog_seq_enabled=True, prog_seq_lens=lens, prog_seq_fracs=fracs)
+
+
+# ---- averages
+
+
+class Toy(nn.Module):
+    """Two parameters that a test moves as it likes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def move(self, value: float) -> None:
+        with torch.no_grad():
+            self.a.fill_(value)
+            self.b.fill_(2 * value)
+
+
+def averaged(values: list[float], scales: list[float] | None = None, **knobs) -> tuple[float, str]:
+    """(a's average after these weights, what the log calls it); `scales` are the learning-rate scales."""
+    toy = Toy()
+    average = tg.WeightAverage(config(**knobs), toy)
+    for step, value in enumerate(values):
+        toy.move(value)
+        average.update(step, step / len(values), scales[step] if scales else 1.0)
+    name = average.apply()
+    assert torch.allclose(toy.b, 2 * toy.a[0]) and toy.frozen.item() == 1
+    return toy.a[0].item(), name
+
+
+VALUES = [1.0, 4.0, 2.0, 8.0, 5.0, 7.0]
+
+
+def ema(values: list[float], decay: float) -> list[float]:
+    out = [values[0]]
+    for value in values[1:]:
+        out.append(decay * out[-1] + (1 - decay) * value)
+    return out
+
+
+def test_without_averaging_the_last_weights_stay():
+    assert averaged(VALUES) == (7.0, "weights")
+
+
+def test_ema_is_the_recursion_and_may_start_late():
+    assert averaged(VALUES, ema_decay=0.9) == (pytest.approx(ema(VALUES, 0.9)[-1]), "ema(0.9)")
+    assert averaged(VALUES, ema_decay=0.9, ema_start_frac=0.5)[0] == pytest.approx(ema(VALUES[3:], 0.9)[-1])
+    assert averaged(VALUES, ema_decay=1e-6)[0] == pytest.approx(7.0, abs=1e-4)  # towards decay 0: the last weights
+
+
+def test_swa_is_the_plain_mean_of_every_nth_late_step():
+    scales = [1.0, 0.5, 0.19, 0.15, 0.1, 0.0]
+    assert averaged(VALUES, scales, swa_every=2, swa_blend=1.0) == (pytest.approx((8 + 7) / 2), "0 weights + 1 swa(2)")
+    assert averaged(VALUES, scales, swa_every=1, swa_blend=1.0)[0] == pytest.approx((2 + 8 + 5 + 7) / 4)
+    assert averaged(VALUES, scales, swa_every=1, swa_start_scale=0.6, swa_blend=1.0)[0] == pytest.approx(26 / 5)
+    assert averaged(VALUES, swa_every=1) == (7.0, "weights")  # the scale never fell
+
+
+def test_the_published_blends():
+    """#187: half EMA, half SWA of the weights; #850: .7 EMA, .3 SWA of the EMA."""
+    scales, track = [0.1] * 6, ema(VALUES, 0.9)
+    half = averaged(VALUES, scales, ema_decay=0.9, swa_every=2, swa_blend=0.5)
+    assert half == (pytest.approx(0.5 * track[-1] + 0.5 * (4 + 8 + 7) / 3), "0.5 ema(0.9) + 0.5 swa(3)")
+    of_ema = averaged(VALUES, scales, ema_decay=0.9, swa_every=2, swa_blend=0.3, swa_source="ema")
+    assert of_ema[0] == pytest.approx(0.7 * track[-1] + 0.3 * (track[1] + track[3] + track[5]) / 3)
+
+
+def test_an_average_continues_from_its_state():
+    knobs = {"ema_decay": 0.9, "swa_every": 1}
+    whole, first, second = Toy(), Toy(), Toy()
+    one, half = tg.WeightAverage(config(**knobs), whole), tg.WeightAverage(config(**knobs), first)
+    for step, value in enumerate(VALUES):
+        for toy, average in ((whole, one), (first, half)):
+            toy.move(value)
+            average.update(step, 0.0, 0.1)
+        if step == 2:
+            state, first = half.state_dict(), second
+            half = tg.WeightAverage(config(**knobs), second)
+            half.load_state_dict(state)
+    assert one.apply() == half.apply()
+    assert torch.equal(whole.a, second.a) and torch.equal(whole.b, second.b)
+
+
+def test_blended_weights_load_into_a_fresh_model_and_give_its_loss():
+    t = trainer(ema_decay=0.8, swa_every=1, swa_start_scale=2.0)
+    for _ in range(4):
+        t.train_step(0.0, 1.0)
+    raw = t.model.tok_emb.weight.detach().clone()
+    t.average.apply()
+    assert not torch.equal(raw, t.model.tok_emb.weight)
+    fresh = tg.GPT(t.cfg)
+    fresh.load_state_dict(t.model.state_dict())
+    ids = torch.randint(2, V, (2, T + 1))
+    assert torch.equal(fresh.nll(ids[:, :-1], ids[:, 1:]), t.model.nll(ids[:, :-1], ids[:, 1:]))
+
+
+def test_averages_are_fp32_whatever_the_step_left():
+    t = trainer(ema_decay=0.999)
+    t.train_step(0.0, 1.0)
+    assert {e.dtype for e in t.average.ema} == {torch.float32}
+
+
+# ---- quantisation-aware training
+
+
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_straight_through_rounds_forward_and_passes_the_gradient(bits):
+    w = torch.randn(6, 50, requires_grad=True)
+    top = 2 ** (bits - 1) - 1
+    out = tg.FakeQuant("ste", bits)(w)
+    scale = w.detach().abs().amax(1, keepdim=True) / top
+    codes = out.detach() / scale
+    assert torch.allclose(codes, codes.round(), atol=1e-3) and codes.abs().max() <= top + 1e-3
+    assert ((out - w).abs() <= 0.5001 * scale).all()
+    out.backward(torch.arange(300.0).view(6, 50))
+    assert torch.equal(w.grad, torch.arange(300.0).view(6, 50))
+    small = tg.FakeQuant("ste", bits)(1e-4 * w.detach())  # no floor on the step: small rows keep their resolution
+    assert torch.allclose(small, 1e-4 * out.detach(), rtol=1e-3, atol=1e-9)
+
+
+def soft(kind: str, sharpness: float, w: torch.Tensor) -> torch.Tensor:
+    quant = tg.FakeQuant(kind, 5)
+    quant.sharpness.fill_(sharpness)
+    return quant(w)
+
+
+def test_soft_rounding_tends_to_rounding_and_the_published_form_to_nothing():
+    w = torch.randn(8, 400)
+    rounded = tg.FakeQuant("ste", 5)(w)
+    gaps = [(soft("soft_round", a, w) - rounded).abs().mean().item() for a in (1, 4, 16, 200)]
+    assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 0.02 * gaps[0]
+    start = (soft("soft_round", 1.0, w) - w).abs().mean().item()
+    assert start < 0.2 * (rounded - w).abs().mean().item()  # it begins near the weight itself
+    scale = (w.abs().amax(1, keepdim=True) / 15).expand_as(w)
+    shifts = [((soft("soft_round_pr850", a, w) - w).abs() / scale).max().item() for a in (1, 4, 16)]
+    assert shifts == sorted(shifts, reverse=True) and shifts[-1] <= 1 / 32 + 1e-5
+
+
+def test_a_row_of_zeros_stays_zero():
+    for kind in ("ste", "soft_round", "soft_round_pr850"):
+        assert torch.equal(tg.FakeQuant(kind, 6)(torch.zeros(2, 4)), torch.zeros(2, 4))
+
+
+def test_late_quantisation_starts_at_its_share_of_the_budget_and_sharpens_to_the_end():
+    t = trainer(qat="soft_round", qat_start_frac=0.85)
+    assert t.context(0.84) == tg.Ctx()
+    assert t.context(0.85).fake_quant is t.fake_quant and t.fake_quant.sharpness.item() == 1.0
+    t.context(1.0)
+    assert t.fake_quant.sharpness.item() == 16.0
+    assert [tg.qat_sharpness(t.cfg, f) for f in (0.0, 0.85, 0.925, 1.0)] == pytest.approx([1, 1, 8.5, 16])
+
+
+def test_quantisation_from_the_first_step_changes_what_is_learned():
+    losses = {kind: [trainer_loss(kind, step) for step in (1, 5)] for kind in ("none", "ste")}
+    assert losses["none"] != losses["ste"]
+
+
+def trainer_loss(kind: str, steps: int) -> float:
+    t = trainer(qat=kind, qat_bits=3, embed_init_std=0.5)
+    return [t.train_step(0.0, 1.0).item() for _ in range(steps)][-1]
+
+
+# ---- complementary training
+
+
+def counts_of(inputs, targets, **knobs) -> tg.BigramCounts:
+    cfg = config(complement_alpha=0.5, **knobs)
+    counts = tg.BigramCounts(cfg, tg.Run(cfg, rank=0, local_rank=0, world=1, local_world=1))
+    counts.update(inputs, targets)
+    return counts
+
+
+def pairs(seed: int = 0, n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(2, 6, (n, T + 1), generator=torch.Generator().manual_seed(seed))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def test_complementary_weights_are_one_before_anything_is_counted():
+    counts = counts_of(*pairs(n=0))
+    assert torch.equal(counts.weights(*pairs()), torch.ones(4, T))
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 1.0])
+def test_complementary_weights_follow_the_counts(alpha):
+    counts = counts_of(*pairs())
+    counts.cfg = config(complement_alpha=alpha)
+    seen = list(zip(*(t.flatten().tolist() for t in pairs()), strict=True))
+    inputs, targets = pairs(seed=1)
+    for a, b, w in zip(inputs.flatten().tolist(), targets.flatten().tolist(), counts.weights(inputs, targets).flatten().tolist(), strict=True):  # fmt: skip
+        share = seen.count((a, b)) / (sum(x == a for x, _ in seen) + 1)
+        assert w == pytest.approx(max(0.1, 1 - alpha * share)) and max(1 - alpha, 0.1) <= w <= 1
+    assert counts.mean_weight.item() == pytest.approx(counts.weights(inputs, targets).mean().item())
+
+
+def test_a_token_that_always_follows_is_weighted_down_to_a_tenth_at_most():
+    inputs, targets = torch.full((1, 999), 3), torch.full((1, 999), 4)
+    counts = counts_of(inputs, targets)
+    counts.cfg = config(complement_alpha=1.0)
+    assert counts.weights(inputs, targets)[0, 0].item() == pytest.approx(0.1)
+
+
+def test_counts_pass_two_to_the_24():
+    """An fp32 count would stop there."""
+    counts = counts_of(*pairs())
+    counts.totals += 2**24
+    before = counts.totals.clone()
+    counts.update(torch.tensor([[7]]), torch.tensor([[8]]))
+    assert counts.totals[7] == before[7] + 1
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_complementary_loss_in_its_two_forms(normalized):
+    t = trainer(complement_alpha=0.5, complement_normalized=normalized, micro_batch_tokens=2 * T)
+    t.counts.update(*t.batcher.next(T))
+    t.batcher.stream.position = 0
+    inputs, targets = t.batcher.next(T)
+    loss = t.backward(inputs, targets, tg.Ctx())
+    grads = [p.grad.clone() for p in t.model.parameters()]
+    w, ce = t.counts.weights(inputs, targets), t.model.nll(inputs, targets)
+    assert w.min() < 0.9
+    expected = (w * ce).sum() / w.sum() if normalized else (w * ce).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    t.optimizers.zero_grad()
+    expected.backward()
+    for p, grad in zip(t.model.parameters(), grads, strict=True):
+        assert torch.allclose(p.grad, grad, atol=1e-6)
+
+
+def test_counting_follows_the_step_and_evaluation_is_plain_cross_entropy():
+    t = trainer(complement_alpha=0.5)
+    inputs, targets = t.batcher.next(T)
+    t.batcher.stream.position = 0
+    plain = t.model.nll(inputs, targets).mean().item()
+    assert t.train_step(0.0, 1.0).item() == pytest.approx(plain, rel=1e-6)  # its own batch is not yet counted
+    assert t.counts.totals.sum() == inputs.numel()
+    nll = t.model.nll(inputs, targets)
+    z = t.model.logits(t.model.features(inputs))
+    assert torch.allclose(
+        nll, F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view_as(nll), atol=1e-5
+    )
+    assert t.train_step(0.0, 1.0) is not None and t.counts.mean_weight < 1
+
+
+class OneOfTwo:
+    """Rank 0 of two, whose other rank has read `other`'s pairs: a sum over ranks adds them."""
+
+    rank, world, device = 0, 2, torch.device("cpu")
+
+    def __init__(self, *other: torch.Tensor):
+        self.other = other
+
+    def all_reduce(self, t: torch.Tensor) -> torch.Tensor:
+        inputs, targets = self.other
+        theirs = torch.bincount((inputs * V + targets).flatten(), minlength=V * V)
+        if t.shape == (2, V * V):
+            t[1] = theirs
+            return t
+        return t + theirs
+
+
+def test_counts_are_summed_over_ranks_or_kept_apart():
+    mine, other = pairs(0), pairs(1)
+    together = counts_of(*(torch.cat(t) for t in zip(mine, other, strict=True)))
+    for sync, expected in ((True, together), (False, counts_of(*mine))):
+        counts = tg.BigramCounts(config(complement_alpha=0.5, complement_sync=sync), OneOfTwo(*other))
+        counts.update(*mine)
+        assert torch.equal(counts.pairs, expected.pairs) and torch.equal(counts.totals, expected.totals)
+
+
+def test_counts_of_all_ranks_are_saved_and_shared_out_again():
+    mine, other = pairs(0), pairs(1)
+    run, cfg = OneOfTwo(*other), config(complement_alpha=0.5, complement_sync=False)
+    counts = tg.BigramCounts(cfg, run)
+    counts.update(*mine)
+    state = counts.state_dict()
+    again = tg.BigramCounts(cfg, run)
+    again.load_state_dict(state)
+    assert torch.equal(again.pairs, counts.pairs) and torch.equal(again.totals, counts.totals)
+    alone = counts_of(*pairs(n=0))
+    alone.load_state_dict(state)
+    assert torch.equal(alone.pairs, state["pairs"].sum(0) // 2)
+
+
+def test_priming_forgets_what_it_counted_and_averaged():
+    t = trainer(complement_alpha=0.5, ema_decay=0.9, qat="ste", qat_start_frac=0.5, warmup_steps=3)
+    before = {k: v.clone() for k, v in t.model.state_dict().items()}
+    t.prime()
+    assert t.counts.pairs.sum() == 0 and t.counts.totals.sum() == 0 and not t.average.ema and t.step == 0
+    assert all(torch.equal(before[k], v) for k, v in t.model.state_dict().items())
