@@ -3743,7 +3743,8 @@ def predict_codes(rows: int, columns: int, code: Callable[[slice, slice, np.ndar
         mean = error_RC[:, : chunk.start] @ factor_CC[chunk, : chunk.start].T
         codes_RC[block, chunk] = code(block, chunk, np.round(mean / 2**18))
         for j in range(chunk.start, chunk.stop):
-            error_RC[:, j] = codes_RC[block, j] * 64 - np.round(error_RC[:, :j] @ factor_CC[j, :j] / 4096)
+            within = error_RC[:, chunk.start : j] @ factor_CC[j, chunk.start : j]
+            error_RC[:, j] = codes_RC[block, j] * 64 - np.round((mean[:, j - chunk.start] + within) / 4096)
     return codes_RC
 
 
