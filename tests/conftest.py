@@ -140,7 +140,7 @@ def spawn(env: dict[str, str], *launcher: str) -> subprocess.Popen:
     """The script in a process of its own; `launcher` are options of torchrun, none for plain python."""
     start = ["-m", "torch.distributed.run", *launcher] if launcher else []
     return subprocess.Popen([sys.executable, *start, str(SCRIPT)], env=process_env(env), text=True, cwd=SCRIPT.parent,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
 
 
 def finished(process: subprocess.Popen, seconds: float = 240) -> Result:
@@ -148,7 +148,7 @@ def finished(process: subprocess.Popen, seconds: float = 240) -> Result:
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers too: they hold the pipes open
         out, err = process.communicate()
         raise AssertionError(f"no end after {seconds} s:\n{out[-2000:]}\n{err[-4000:]}") from None
     return Result(process.returncode, out, err)
