@@ -59,6 +59,7 @@ import sys
 import time
 import tokenize
 import zlib
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -5018,7 +5019,7 @@ class Query(NamedTuple):
     whole: bool
 
 
-class NgramExpert:
+class NgramExpert(ABC):
     """Turns its base's distribution into another. One `transform` serves score() and dist(), so what is charged is what sums to 1.
 
     Of the query a subclass may use p, count and token for the token's own probability; all the rest is known before the target
@@ -5029,9 +5030,9 @@ class NgramExpert:
         self.table, self.base = table, base
         self.pending: Any = None
 
+    @abstractmethod
     def transform(self, query: Query) -> tuple[Tensor, Any]:
         """(probabilities (n,) float64, what learn() needs of them)."""
-        raise NotImplementedError
 
     def learn(self, pending: Any) -> None:
         """Learn from a span that is scored; most experts have nothing to learn beyond the counts."""
@@ -5492,6 +5493,7 @@ def mixture_experts(table: NgramTable, base: Any) -> list[NgramExpert]:
 
 
 def alpha_mix(cfg: Config, table: NgramTable, base: Any, alpha: Callable[..., Tensor]) -> AlphaMix:
+    """The mix of base and n-grams by the rule `alpha`, from the knobs."""
     return AlphaMix(table, base, alpha, cfg.ngram_min_count, cfg.ngram_first)
 
 
@@ -6693,6 +6695,7 @@ def shown_path(path: Path) -> str:
 
 
 def sha256_text(text: str) -> str:
+    """Hex digest of the text's UTF-8 bytes."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
