@@ -5034,7 +5034,7 @@ class NgramExpert(ABC):
     def transform(self, query: Query) -> tuple[Tensor, Any]:
         """(probabilities (n,) float64, what learn() needs of them)."""
 
-    def learn(self, pending: Any) -> None:
+    def learn(self, pending: Any) -> None:  # noqa: B027 (optional: nothing is the default)
         """Learn from a span that is scored; most experts have nothing to learn beyond the counts."""
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
