@@ -58,6 +58,7 @@ import struct
 import sys
 import time
 import tokenize
+import uuid
 import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
@@ -964,6 +965,27 @@ def leave_group() -> None:
             time.sleep(0.2)
 
 
+def group_store(rank: int, world: int) -> dist.Store:
+    """torchrun's key-value store under a prefix that the ranks of this attempt have agreed on.
+
+    torchrun keeps one store over its restarts, and a Gloo mesh that reads addresses left by the attempt before never forms
+    (torch 2.13). So each process says hello with a fresh name, rank 0 answers with the names it has heard until all have
+    found their own among them, and rank 0's name is the prefix. Counting restarts would not do: nodes count their own.
+    """
+    store = next(dist.rendezvous("env://", rank, world))[0]
+    name = uuid.uuid4().hex
+    store.set(f"hello/{rank}", name)
+    while rank == 0:
+        store.set("group", " ".join(store.get(f"hello/{r}").decode() for r in range(world)))
+        if world == 1 or store.check([f"{name}/{r}" for r in range(1, world)]):
+            return dist.PrefixStore(name, store)
+        time.sleep(0.02)
+    while (group := store.get("group").decode().split())[rank : rank + 1] != [name]:
+        time.sleep(0.02)
+    store.set(f"{group[0]}/{rank}", "")
+    return dist.PrefixStore(group[0], store)
+
+
 class Run:
     """Where and as whom this process runs: ranks, device, logs, the stop signal. Made once, by `Run.start`."""
 
@@ -994,7 +1016,8 @@ class Run:
         run = cls.current = cls(cfg, rank, local_rank, world, local_world)
         if world > 1:
             backend = "nccl" if run.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, device_id=run.device if backend == "nccl" else None)
+            dist.init_process_group(backend, store=group_store(rank, world), rank=rank, world_size=world,
+                                    device_id=run.device if backend == "nccl" else None)  # fmt: skip
         recipe = cfg.recipe
         run.run_id = run.broadcast(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{cfg.seed}")
         for s in (signal.SIGTERM, signal.SIGINT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -143,12 +144,24 @@ def spawn(env: dict[str, str], *launcher: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
 
 
+def children(pid: int) -> list[int]:
+    """Process ids of the children of a process; none where there is no /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
 def finished(process: subprocess.Popen, seconds: float = 240) -> Result:
     """Wait for a process of `spawn`; a run that hangs is killed and fails the test."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers too: they hold the pipes open
+        for pid in [*children(process.pid), process.pid]:  # torchrun's workers too: they hold the pipes open
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         out, err = process.communicate()
         raise AssertionError(f"no end after {seconds} s:\n{out[-2000:]}\n{err[-4000:]}") from None
     return Result(process.returncode, out, err)

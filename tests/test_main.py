@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, SCRIPT, SEQ, VOCAB, events, finished, losses, score_of, spawn, torchrun, write_shard
+from conftest import BOS, SCRIPT, SEQ, VOCAB, children, events, finished, losses, score_of, spawn, torchrun, write_shard
 
 import train_gpt as tg
 
@@ -351,21 +351,6 @@ def test_a_mistake_that_one_rank_finds_is_told_once_by_torchrun_too(tmp_path, da
     assert "cannot write" in result.err and 'train_gpt.py", line' not in result.err
 
 
-def workers_of(agent: int) -> list[int]:
-    """Process ids of torchrun's workers."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, parent = stat.parent.name, stat.read_text().rsplit(")", 1)[1].split()[1]
-            if int(parent) == agent and str(SCRIPT) in (stat.parent / "cmdline").read_text():
-                found.append(int(pid))
-        except OSError:
-            continue
-    return found
-
-
-# Known fault: about every second restart meets a Gloo connection of the attempt before it, and torchrun gives up.
-@pytest.mark.xfail(strict=False, reason="Gloo's mesh is not always rebuilt after a killed rank")
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(tmp_path, data, script):
     env = {**base_env(tmp_path, data), "ITERATIONS": "40", "CHECKPOINT_EVERY": "1", "VAL_LOSS_EVERY": "0", "EVAL_STRIDE": "0",
@@ -374,7 +359,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(tmp_path, data, scr
     log, wanted = tmp_path / "tiny.jsonl", random.Random(os.getpid()).uniform(1, 30)
     while agent.poll() is None and (not log.exists() or log.read_text().count('"event": "step"') < wanted):
         time.sleep(0.005)
-    os.kill(random.choice(workers_of(agent.pid)), signal.SIGKILL)
+    os.kill(random.choice(children(agent.pid)), signal.SIGKILL)
     result = finished(agent, 90)
     assert result.status == 0, result.err[:6000]
     assert len(events(env, "run")) == 2 and any("resumed" in e["text"] for e in events(env, "notice"))
