@@ -69,7 +69,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -84,8 +84,16 @@ SCRIPT = Path(__file__).resolve()
 # ==== 1 CONFIG ========================================================================================================
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)  # bits a weight may be stored in: codes up to 8, floats above
-STAGES = ("roundtrip", "sliding", "ttt", "normalized", "ngram")  # of the evaluation, in the order they are scored
+STAGES = (
+    "roundtrip",
+    "sliding",
+    "ttt",
+    "normalized",
+    "table",
+    "ngram",
+)  # of the evaluation, in the order they are scored
 NGRAM_SCORES = ("exact", "normalized", "claimed")
+NGRAM_TABLES = ("pr1095", "exact")
 
 
 class ConfigError(ValueError):
@@ -263,9 +271,13 @@ class Config:
     eval_stages: str = knob("auto", "", "stages to score, of roundtrip,sliding,ttt,normalized,ngram; auto: all that are switched on")
     score_stage: str = knob("auto", "", "the stage that is the score, fixed before scoring; auto: the last valid one switched on")
     ngram_score: str = knob("exact", "", "n-gram passes, comma-separated: exact, normalized, claimed; or off")
-    ngram_claim: str = knob("pr850", "", "published scorer that normalized and claimed run", choices=("pr740", "pr740b", "pr187", "pr850"))
+    ngram_claim: str = knob("pr850", "", "published scorer that normalized and claimed run", choices=("pr740", "pr740b", "pr187", "pr850", "pr1095"))
     ngram_claim_ranks: int = knob(8, "ranks", "caches that #740 and #187 kept apart; the claimed pass emulates them", lo=1, hi=1024)
     ngram_buckets: int = knob(2**22, "cells", "size of a published hash table, a power of two", lo=2, hi=2**28)
+    ngram_table: str = knob("none", "", "n-grams of the training text that the artifact carries, comma-separated: pr1095 (hashed, counted while training, for its claim), exact (an expert); or none")
+    ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones", lo=1000, hi=2**28)
+    ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8)
+    ngram_table_tokens: int = knob(2**24, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1)
     ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade", "mixture", "chain", "fixed", "pr740", "pr187", "pr850", "tilt"))
     ngram_order: int = knob(12, "tokens", "longest n-gram, the target included; the tilt's only one", lo=2, hi=64)
     ngram_first: int = knob(1, "tokens", "shortest context that corrects the network", lo=0, hi=63)
@@ -353,13 +365,19 @@ class Config:
             asked = {s.strip() for s in self.eval_stages.split(",")}
             return tuple(s for s in STAGES if s in asked)
         on = {"roundtrip": True, "sliding": self.eval_stride > 0, "ttt": self.ttt_enabled,
-              "normalized": "normalized" in self.ngram_scores, "ngram": "exact" in self.ngram_scores}  # fmt: skip
+              "normalized": "normalized" in self.ngram_scores, "table": "exact" in self.ngram_tables,
+              "ngram": "exact" in self.ngram_scores}  # fmt: skip
         return tuple(s for s in STAGES if on[s])
 
     @property
     def ngram_scores(self) -> tuple[str, ...]:
         """The n-gram passes asked for."""
         return () if self.ngram_score == "off" else tuple(s.strip() for s in self.ngram_score.split(","))
+
+    @property
+    def ngram_tables(self) -> tuple[str, ...]:
+        """The n-gram tables that the artifact carries."""
+        return () if self.ngram_table == "none" else tuple(t.strip() for t in self.ngram_table.split(","))
 
     @property
     def final_stage(self) -> str:
@@ -445,6 +463,14 @@ class Config:
     def _ngram_errors(self) -> Iterator[str]:
         if set(self.ngram_scores) - set(NGRAM_SCORES):
             yield f"NGRAM_SCORE={self.ngram_score!r}: expected off or a list of {', '.join(NGRAM_SCORES)}"
+        if set(self.ngram_tables) - set(NGRAM_TABLES):
+            yield f"NGRAM_TABLE={self.ngram_table!r}: expected none or a list of {', '.join(NGRAM_TABLES)}"
+        if self.ngram_claim == "pr1095" and "pr1095" not in self.ngram_tables and set(self.ngram_scores) - {"exact"}:
+            yield f"NGRAM_CLAIM=pr1095 scores with a table of the training text: NGRAM_TABLE={self.ngram_table} lacks pr1095"
+        if "table" in self.stages and "exact" not in self.ngram_tables:
+            yield f"EVAL_STAGES={self.eval_stages}: stage table needs NGRAM_TABLE=exact"
+        if self.ngram_mix == "tilt" and "exact" in self.ngram_tables:
+            yield "NGRAM_MIX=tilt tilts the network itself and does not go with NGRAM_TABLE=exact; choose another NGRAM_MIX"
         if self.ngram_first >= self.ngram_order:
             yield f"NGRAM_FIRST={self.ngram_first} leaves no context: NGRAM_ORDER={self.ngram_order} has at most {self.ngram_order - 1} tokens"
         if self.ngram_buckets & (self.ngram_buckets - 1):
@@ -526,6 +552,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TRAIN_BATCH_TOKENS": 524288, "WARMDOWN_ITERS": 5000, "TIED_EMBED_LR": 0.035, "MATRIX_LR": 0.04,
         "SCALAR_LR": 0.025, "MUON_WD": 0.04, "ADAM_WD": 0.04, "GRAD_CLIP_NORM": 0.1, "EMA_DECAY": 0.997,
         "QAT": "ste", "QAT_START_FRAC": 0.75, "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
+        "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr1095", "NGRAM_TABLE": "pr1095",
         **_INT8, "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
 }  # fmt: skip
@@ -586,12 +613,14 @@ def chosen(table: dict[str, dict[str, Any]]) -> Converter:
     return convert
 
 
-def kept(published: float) -> Converter:
-    """A constant of a published scorer, which is kept as it was: no other value is taken."""
+def kept(*published: float) -> Converter:
+    """A constant (or list) of a published scorer, which is kept as it was: no other value is taken."""
 
     def convert(value: str) -> dict[str, str]:
-        if float_or_none(value) != published:
-            raise ConfigError(f"the published scorer is kept as it was, with {published:g}; NGRAM_MIX has others")
+        if tuple(map(float_or_none, value.split(","))) != published:
+            raise ConfigError(
+                f"the published scorer is kept as it was, with {','.join(f'{x:g}' for x in published)}; NGRAM_MIX has others"
+            )
         return {}
 
     return convert
@@ -656,6 +685,9 @@ ALIASES: dict[str, dict[str, Converter]] = {
     # Published QAT starts where the learning-rate scale falls below the threshold, 5000 steps of warmdown in 9912.
     "pr1095": {
         "LATE_QAT_THRESHOLD": computed(lambda v: {"QAT_START_FRAC": 1 - v * 5000 / 9912} if v > 0 else {"QAT": "none"}),
+        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact,claimed", "NGRAM_TABLE": "pr1095"}, {"NGRAM_SCORE": "off", "NGRAM_TABLE": "none"}),
+        "NGRAM_ORDERS": kept(2, 3, 4, 5, 6, 7),
+        "NGRAM_ALPHA_MAX": kept(0.95),
     },
 }  # fmt: skip
 
@@ -679,8 +711,6 @@ NO_EFFECT: dict[str, dict[str, str]] = {
     "pr1095": {
         "SWA_ENABLED": "the published sums were collected and never applied; use SWA_EVERY",
         "TTT_FREEZE_BLOCKS": "test-time training here leaves all base weights alone; use TTT_LORA_BLOCKS",
-        "NGRAM_ORDERS": "the published table of training n-grams is no distribution and no part of this script",
-        "NGRAM_ALPHA_MAX": "belongs to NGRAM_ORDERS",
     },
 }
 
@@ -2074,19 +2104,26 @@ class GPT(nn.Module):
             ctx.cache.last_embedding = x[:, -1:]
         return self.smear(x, before, ids == self.bos_id)
 
-    def embed(self, ids: Tensor, ctx: Ctx) -> Tensor:
-        """ids (B, T) -> x0 (B, T, D): token (+ bigram), then smear, enrichment and RMSNorm in the configured order."""
+    def embed_plain(self, ids: Tensor, ctx: Ctx) -> Tensor:
+        """ids (B, T) -> (B, T, D): token (+ bigram), smeared where that comes before the norm."""
         x = self.tok_emb(ids, self.compute_dtype)
         if self.bigram is not None:
             x = x + self.bigram(self.previous_ids(ids, ctx), ids, self.compute_dtype, ctx)
-        if self.smear is not None and self.cfg.smear_before_norm:
-            x = self.smeared(x, ids, ctx)
+        return self.smeared(x, ids, ctx) if self.smear is not None and self.cfg.smear_before_norm else x
+
+    def embed(self, ids: Tensor, ctx: Ctx) -> Tensor:
+        """ids (B, T) -> x0 (B, T, D): `embed_plain`, then enrichment, RMSNorm and smear as configured."""
+        x = self.embed_plain(ids, ctx)
         if self.pre_enrich is not None:
             x = self.pre_enrich(x, ctx)
         x = rms_norm(x)
-        if self.smear is not None and not self.cfg.smear_before_norm:
-            x = self.smeared(x, ids, ctx)
-        return x
+        return self.smeared(x, ids, ctx) if self.smear is not None and not self.cfg.smear_before_norm else x
+
+    @torch.no_grad()
+    def enrichment(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T) fp32: how far the pre-enrichment moves each embedding, ||f(x) - x|| (#187's confidence)."""
+        x = self.embed_plain(ids, Ctx())
+        return (self.pre_enrich(x, Ctx()) - x).float().norm(dim=-1)
 
     def features(self, ids: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
         """ids (B, T) int64 -> final normalised stream (B, T, D). With a cache, ids continue the cached positions."""
@@ -2562,6 +2599,84 @@ class BigramCounts:
         self.totals = self.pairs.view(self.vocab, self.vocab).sum(1)
 
 
+# ---- n-grams of the training text, counted while training
+
+HASHED_SIZES = {2: 2**20, 3: 2**21, 4: 2**21, 5: 2**20, 6: 2**19, 7: 2**19}  # order -> cells of its table (#1095)
+HASHED_MULTIPLIERS = (36313, 27191, 51647, 81929, 131071, 196613, 262147)
+
+
+def hash_sequence(tokens: Iterable[Tensor]) -> Tensor:
+    """h <- (h P_k + token_k) mod 2^32 over equally long columns of tokens, oldest first (#1095)."""
+    h: Tensor | int = 0
+    for multiplier, column in zip(HASHED_MULTIPLIERS, tokens, strict=False):
+        h = (h * multiplier + column) & 0xFFFFFFFF
+    return h
+
+
+class HashedNgrams:
+    """Counts of every n-gram of orders 2 to 7 in the rows that are trained on, by the hash of the whole n-gram (#1095).
+
+    No context is counted, so these are no conditional probabilities; only NGRAM_CLAIM=pr1095 reads them. On a GPU they are
+    counted in a stream of their own beside the step; what a step's counting takes is measured, not assumed.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.steps, self.seconds = run, 0, 0.0
+        self.cells = {n: torch.zeros(size, dtype=torch.int32, device=run.device) for n, size in HASHED_SIZES.items()}
+        self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
+        self.timers: list[tuple[Any, Any]] = []
+
+    def count(self, rows_BT: Tensor) -> None:
+        """Add the n-grams within each row."""
+        width = rows_BT.shape[1]
+        for n, cells in self.cells.items():
+            h = hash_sequence(rows_BT[:, k : width - n + 1 + k] for k in range(n)).flatten()
+            cells.index_add_(0, h & (len(cells) - 1), torch.ones_like(h, dtype=torch.int32))
+
+    def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """Count this rank's rows of the step: the inputs and the last target."""
+        rows = torch.cat([inputs, targets[:, -1:]], dim=1)
+        self.steps += 1
+        if self.stream is None:
+            started = time.perf_counter()
+            self.count(rows)
+            self.seconds += time.perf_counter() - started
+            return
+        timer = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            timer[0].record()
+            self.count(rows)
+            timer[1].record()
+        rows.record_stream(self.stream)
+        self.timers.append(timer)
+
+    def step_ms(self) -> float:
+        """Mean milliseconds that counting took a step (on a GPU: of its own stream, beside the step)."""
+        done = [pair for pair in self.timers if pair[1].query()]
+        self.timers = [pair for pair in self.timers if not pair[1].query()]
+        self.seconds += sum(start.elapsed_time(end) for start, end in done) / 1000
+        return 1000 * self.seconds / max(self.steps - len(self.timers), 1)
+
+    def total(self) -> dict[int, np.ndarray]:
+        """Order -> counts of all ranks, saturated to uint16; every rank must call it."""
+        self.run.sync()
+        return {
+            n: self.run.all_reduce(c.long()).clamp(max=65535).cpu().numpy().astype(np.uint16)
+            for n, c in self.cells.items()
+        }
+
+    def state_dict(self) -> dict[int, Tensor]:
+        """Counts of all ranks; every rank must call it."""
+        self.run.sync()
+        return {n: self.run.all_reduce(cells.clone()) for n, cells in self.cells.items()}
+
+    def load_state_dict(self, state: dict[int, Tensor]) -> None:
+        """Rank 0 goes on from all counts so far, the others from none: the sum is the same."""
+        for n, cells in self.cells.items():
+            cells.copy_(state[n] if self.run.rank == 0 else torch.zeros_like(cells))
+
+
 # ---- checkpoints
 
 
@@ -2574,7 +2689,7 @@ FREE_ON_RESUME = frozenset(
 
 def binding_values(cfg: Config) -> dict[str, Any]:
     """Knobs that a resumed run must share with its checkpoint: those of sections 1 to 6 but for the free ones."""
-    training = list(FIELDS)[: list(FIELDS).index("ATTN_BITS")]
+    training = [*list(FIELDS)[: list(FIELDS).index("ATTN_BITS")], "NGRAM_TABLE"]
     return {n: getattr(cfg, n.lower()) for n in training if n not in FREE_ON_RESUME}
 
 
@@ -2663,6 +2778,7 @@ class Trainer:
         self.optimizers = Optimizers(cfg, model, run)
         self.average = WeightAverage(cfg, model)
         self.counts = BigramCounts(cfg, run) if cfg.complement_alpha else None
+        self.ngrams = HashedNgrams(run) if "pr1095" in cfg.ngram_tables else None
         self.fake_quant = FakeQuant(cfg.qat, cfg.qat_bits).to(run.device) if cfg.qat != "none" else None
         self.forward: Callable[..., Tensor] = model
         first_try = 2**17 if run.device.type == "cuda" else cfg.train_batch_tokens
@@ -2719,16 +2835,21 @@ class Trainer:
         loss = self.backward(inputs, targets, self.context(frac))
         self.optimizers.step(self.step, scale)
         self.average.update(self.step, frac, scale)
-        if self.counts is not None:
-            self.counts.update(inputs, targets)
+        for counts in self.counters.values():
+            counts.update(inputs, targets)
         self.step += 1
         return loss
 
+    @property
+    def counters(self) -> dict[str, BigramCounts | HashedNgrams]:
+        """What counts the tokens of each step, by its name in a checkpoint."""
+        return {name: c for name, c in (("counts", self.counts), ("ngrams", self.ngrams)) if c is not None}
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs; every rank must call it."""
-        state = {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict(), "step": self.step,
-                 "average": self.average.state_dict(), "position": self.batcher.stream.position}  # fmt: skip
-        return state if self.counts is None else {**state, "counts": self.counts.state_dict()}
+        return {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict(), "step": self.step,
+                "average": self.average.state_dict(), "position": self.batcher.stream.position,
+                **{name: counts.state_dict() for name, counts in self.counters.items()}}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what state_dict gave, to the same numbers."""
@@ -2736,8 +2857,8 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         self.average.load_state_dict(state["average"])
         self.step, self.batcher.stream.position = state["step"], state["position"]
-        if self.counts is not None:
-            self.counts.load_state_dict(state["counts"])
+        for name, counts in self.counters.items():
+            counts.load_state_dict(state[name])
 
     def prime(self) -> None:
         """Run WARMUP_STEPS steps of every graph the training will use, before the clock, and undo them completely.
@@ -2754,8 +2875,8 @@ class Trainer:
         self.model.load_state_dict(weights)
         self.optimizers.reset()
         self.average = WeightAverage(self.cfg, self.model)
-        if self.counts is not None:
-            self.counts = BigramCounts(self.cfg, self.run)
+        self.counts = self.counts and BigramCounts(self.cfg, self.run)
+        self.ngrams = self.ngrams and HashedNgrams(self.run)
         self.step, self.batcher.stream.position = 0, 0
         if steps:
             self.run.log(
@@ -2814,11 +2935,12 @@ class Watch:
 
 
 class TrainResult(NamedTuple):
-    """What training leaves behind for the log and the account."""
+    """What training leaves behind beside the weights."""
 
     steps: int
     seconds: float
     reason: str
+    cells: dict[int, np.ndarray] | None = None  # #1095's counts of all ranks
 
 
 def training_budget(cfg: Config) -> float:
@@ -2910,6 +3032,9 @@ class TrainingLoop:
         if counts is not None:
             extra["complement_weight"] = float(self.run.all_reduce(counts.mean_weight.clone())) / self.run.world
             line += f" complement_weight:{extra['complement_weight']:.4f}"
+        if self.trainer.ngrams is not None:
+            extra["ngram_ms"] = self.trainer.ngrams.step_ms()
+            line += f" ngram_ms:{extra['ngram_ms']:.2f}"
         self.run.log(line)
         self.run.event("step", step=step, total=cfg.iterations, train_loss=mean, lr_scale=scale, train_s=now,
                        step_ms=1000 * pace, tokens_per_s=rate, mfu=mfu, eta_s=eta, **extra)  # fmt: skip
@@ -2997,7 +3122,7 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, resumed: dict[
     run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
               peak_memory_mib=run.peak_memory_mib())  # fmt: skip
     loop.report_validation(result.seconds)
-    return result
+    return result if trainer.ngrams is None else result._replace(cells=trainer.ngrams.total())
 
 
 # ==== 7 QUANTIZER =====================================================================================================
@@ -3512,9 +3637,10 @@ def quant_report(named: dict[str, Tensor], stored: dict[str, Stored]) -> dict[st
 
 # ==== 8 ARTIFACT ======================================================================================================
 #
-# Layout, little-endian:  preamble | header (JSON, LZMA) | streams, one after the other | SHA-256 of all before it.
-# The header carries the caller's fields (config ...), a tensor table in file order and the sizes of the streams.
-# Streams are cut by storage role, so the account of bytes by role is exact.
+# Layout, little-endian:  preamble | header (JSON, LZMA) | streams | sections | SHA-256 of all before it.
+# The header carries the caller's fields (config ...), a tensor table in file order and the sizes of streams and sections.
+# Streams are cut by storage role, so the account of bytes by role is exact. A section is whatever else a model needs,
+# under a name, with a coder of its own: n-grams of the training text.
 
 MAGIC, VERSION = b"PGLM", 1
 PREAMBLE = struct.Struct("<4sHQII")  # magic, version, bytes of the file, bytes of the header packed and unpacked
@@ -4061,8 +4187,14 @@ def decode_stream(stream: StreamInfo, packed: bytes, shapes: list[tuple[int, ...
 # ---- the container
 
 
-def pack(cfg: Config, header: dict[str, Any], tensors: dict[str, Stored]) -> bytes:
-    """The artifact as bytes: `header` (JSON values; "tensors" and "streams" are ours) and every tensor, checksummed."""
+def pack(
+    cfg: Config,
+    header: dict[str, Any],
+    tensors: dict[str, Stored],
+    sections: Mapping[str, bytes] = MappingProxyType({}),
+) -> bytes:
+    """The artifact as bytes: `header` (JSON values; "tensors", "streams" and "sections" are ours), every tensor and section,
+    checksummed."""
     entries = [table_entry(name, s) for name, s in tensors.items()]
     parts = [parts_of(s) for s in tensors.values()]
     streams, blobs = [], []
@@ -4071,7 +4203,9 @@ def pack(cfg: Config, header: dict[str, Any], tensors: dict[str, Stored]) -> byt
         coder, packed = encode_stream(cfg, role, kind, arrays)
         blobs.append(packed)
         streams.append(StreamInfo(role, kind, coder, len(packed), sum(a.numel() * a.itemsize for a in arrays)))
-    return seal({**header, "tensors": entries, "streams": streams}, b"".join(blobs))
+    sizes = [(name, len(section)) for name, section in sections.items()]
+    fields = {**header, "tensors": entries, "streams": streams, "sections": sizes}
+    return seal(fields, b"".join([*blobs, *sections.values()]))
 
 
 def table_entry(name: str, stored: Stored) -> Entry:
@@ -4088,8 +4222,18 @@ def seal(header: dict[str, Any], body: bytes) -> bytes:
     return blob + hashlib.sha256(blob).digest()
 
 
-def read_header(blob: bytes) -> tuple[dict[str, Any], list[Entry], list[StreamInfo], int]:
-    """Validate everything but the streams' contents: header fields, table, streams, offset of the first stream.
+class Contents(NamedTuple):
+    """What a header says is in the file."""
+
+    fields: dict[str, Any]
+    entries: list[Entry]
+    streams: list[StreamInfo]
+    sections: dict[str, int]  # name -> bytes
+    start: int  # offset of the first stream
+
+
+def read_header(blob: bytes) -> Contents:
+    """Validate everything but the contents of streams and sections.
 
     Raises ArtifactError for a foreign, future, truncated, damaged or inconsistent file. Allocates no tensor.
     """
@@ -4109,9 +4253,9 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], list[Entry], list[StreamIn
         raise ArtifactError(f"the header claims {packed} bytes packed and {raw} unpacked, which cannot be")
     fields = parse_json(lzma_unpack(blob[PREAMBLE.size : PREAMBLE.size + packed], raw))
     entries, streams = parse_table(fields.pop("tensors", None)), parse_streams(fields.pop("streams", None))
-    start = PREAMBLE.size + packed
-    check_streams(entries, streams, total - CHECKSUM_BYTES - start, raw_limit(total))
-    return fields, entries, streams, start
+    sections, start = parse_sections(fields.pop("sections", None)), PREAMBLE.size + packed
+    check_streams(entries, streams, total - CHECKSUM_BYTES - start - sum(sections.values()), raw_limit(total))
+    return Contents(fields, entries, streams, sections, start)
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
@@ -4157,6 +4301,14 @@ def parse_streams(rows: Any) -> list[StreamInfo]:
     return streams
 
 
+def parse_sections(rows: Any) -> dict[str, int]:
+    """Sizes of the sections by name."""
+    good = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 2 for row in rows)
+    if not good or not all(isinstance(name, str) and type(size) is int and size >= 0 for name, size in rows):
+        raise ArtifactError("the header has no list of sections")
+    return dict(rows)
+
+
 def check_streams(entries: list[Entry], streams: list[StreamInfo], body: int, limit: int) -> None:
     """Streams must be the ones that the table implies, of the sizes that it implies, and fill the file."""
     shapes = [part_shapes(entry) for entry in entries]
@@ -4174,7 +4326,7 @@ def check_streams(entries: list[Entry], streams: list[StreamInfo], body: int, li
     if sum(s.raw for s in streams) > limit:
         raise ArtifactError(f"the tensors would take more than {limit} bytes, too much for a file of this size")
     if sum(s.packed for s in streams) != body:
-        raise ArtifactError("the streams do not fill the file")
+        raise ArtifactError("streams and sections do not fill the file")
 
 
 def unpack(blob: bytes, shapes: dict[str, tuple[int, ...]] | None = None) -> tuple[dict[str, Any], dict[str, Stored]]:
@@ -4183,7 +4335,7 @@ def unpack(blob: bytes, shapes: dict[str, tuple[int, ...]] | None = None) -> tup
     `shapes`, when given, are the model's own (name -> shape): any difference is refused before a tensor is allocated.
     Raises ArtifactError.
     """
-    header, entries, streams, at = read_header(blob)
+    header, entries, streams, _, at = read_header(blob)
     if shapes is not None:
         check_shapes(entries, shapes)
     layout = [part_shapes(entry) for entry in entries]
@@ -4194,6 +4346,17 @@ def unpack(blob: bytes, shapes: dict[str, tuple[int, ...]] | None = None) -> tup
         found.update(zip(members, arrays, strict=True))
     parts = [[found[i, j] for j in range(len(kinds))] for i, kinds in enumerate(layout)]
     return header, {entry.name: restore(entry, part) for entry, part in zip(entries, parts, strict=True)}
+
+
+def read_section(blob: bytes, name: str) -> bytes | None:
+    """The bytes of a section, or None if the file has none of this name."""
+    contents = read_header(blob)
+    at = contents.start + sum(stream.packed for stream in contents.streams)
+    for found, size in contents.sections.items():
+        if found == name:
+            return blob[at : at + size]
+        at += size
+    return None
 
 
 def check_shapes(entries: list[Entry], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -4309,15 +4472,20 @@ class Budget(NamedTuple):
     spent: int  # artifact and code
 
 
-def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], store: dict[str, str],
-                calibration: Calibration, code_bytes: int) -> Budget:  # fmt: skip
+def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], store: dict[str, str], calibration: Calibration,
+                code_bytes: int, sections: Mapping[str, bytes] = MappingProxyType({})) -> Budget:  # fmt: skip
     """Quantise and pack so that artifact + code fill BUDGET_FLOOR..1 of TARGET_BYTES, never more.
 
     A model too small to fill it is packed at the finest steps. Raises ConfigError if the coarsest steps are too large.
     """
     curves = measure_curves(cfg, named, store, calibration)
     finest, coarsest = sum(c.bits[0] for c in curves), sum(c.bits[-1] for c in curves)
-    fixed = code_bytes + 2000 + sum(w.numel() * 2 for name, w in named.items() if name not in {c.name for c in curves})
+    fixed = (
+        code_bytes
+        + sum(map(len, sections.values()))
+        + 2000
+        + sum(w.numel() * 2 for name, w in named.items() if name not in {c.name for c in curves})
+    )
     room = BUDGET_AIM * cfg.target_bytes - fixed
     best = None
     for _ in range(6):
@@ -4325,7 +4493,7 @@ def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], s
         steps, bits = choose_steps(curves, 8 * room)
         scales = {c.name: steps_by_row(matrix_of(named[c.name]), steps[c.name] * c.rms, c.row_factor_R) for c in curves}
         stored = quantize(cfg, named, store, calibration.hessians, scales)
-        blob = pack(cfg, header, stored)
+        blob = pack(cfg, header, stored, sections)
         spent = len(blob) + code_bytes
         predicted = {role: sum(b for n, b in bits.items() if store[n] == role) / 8 for role in set(store.values())}
         if spent <= cfg.target_bytes and (best is None or spent > best.spent):
@@ -4428,17 +4596,268 @@ def code_bytes(cfg: Config) -> int:
     return len(pack_code(source_text())) if cfg.code_form == "packed" else len(source_text().encode())
 
 
+# ---- n-grams of the training text as sections of the artifact
+
+
+def pack_hashed(cells: dict[int, np.ndarray], preset: int) -> bytes:
+    """#1095's tables, uint16 in order of their sizes' table, as one LZMA stream."""
+    return lzma_pack(b"".join(cells[n].astype("<u2").tobytes() for n in HASHED_SIZES), preset)
+
+
+def unpack_hashed(packed: bytes) -> dict[int, np.ndarray]:
+    """Inverse of pack_hashed."""
+    flat = np.frombuffer(lzma_unpack(packed, 2 * sum(HASHED_SIZES.values())), "<u2")
+    return dict(zip(HASHED_SIZES, np.split(flat, np.cumsum(list(HASHED_SIZES.values()))[:-1]), strict=True))
+
+
+class Level(NamedTuple):
+    """n-grams of one length in a trie, (n,) int64 each, sorted by (parent, token). Level 0 is the empty gram."""
+
+    parent: np.ndarray  # row, in the level before, of the gram without its last token
+    token: np.ndarray  # its last token
+    size: np.ndarray  # half octaves of its count: about 2^(size/2) occurrences
+    suffix: np.ndarray  # row, in the level before, of the gram without its first token
+
+    def siblings(self, parents: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows by parent, frequent ones first; (parents + 1,) where each parent's begin)."""
+        order = np.lexsort((self.token, -self.size, self.parent))
+        return order, np.searchsorted(self.parent, np.arange(parents + 1))
+
+
+ROOT = Level(*np.zeros((4, 1), np.int64))
+
+
+def find_rows(level: Level, vocab_size: int, parent: np.ndarray, token: np.ndarray) -> np.ndarray:
+    """Rows of grams that are known to be in the level."""
+    return np.searchsorted(level.parent * vocab_size + level.token, parent * vocab_size + token)
+
+
+def group_equal(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(distinct keys in rising order, which of them each is, how often each occurs), like np.unique but several times faster:
+    plain integers that carry their index are sorted by vector instructions."""
+    bits = max(len(keys) - 1, 1).bit_length()
+    if int(keys.max(initial=0)).bit_length() + bits < 63:
+        packed = np.sort(keys << bits | np.arange(len(keys)))
+        keys, order = packed >> bits, packed & ((1 << bits) - 1)
+    else:
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+    heads = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)])
+    counts = np.diff(heads, append=len(keys))
+    group = np.empty(len(keys), np.int64)
+    group[order] = np.repeat(np.arange(len(heads)), counts)
+    return keys[heads], group, counts
+
+
+def count_grams(tokens: np.ndarray, vocab_size: int, order: int) -> Iterator[tuple[Level, np.ndarray]]:
+    """(level, counts) of every n-gram of 1 .. order tokens; those longer than 1 occur twice or more."""
+    before, at = ROOT, np.zeros(len(tokens), np.int64)  # at[t]: row of the gram that ends at t - 1
+    for n in range(1, order + 1):
+        live = np.flatnonzero(at >= 0)
+        keys, rows, counts = group_equal(at[live] * vocab_size + tokens[live])
+        kept = counts >= min(n, 2)
+        parent, token = np.divmod(keys[kept], vocab_size)
+        suffix = find_rows(before, vocab_size, before.suffix[parent], token) if n > 1 else np.zeros_like(parent)
+        before = Level(parent, token, np.rint(2 * np.log2(counts[kept])).astype(np.int64), suffix)
+        yield before, counts[kept]
+        at = np.full(len(tokens), -1)
+        at[live] = np.where(kept, np.cumsum(kept) - 1, -1)[rows]
+        at = np.concatenate([[-1], at[:-1]])
+
+
+def gram_gains(grams: list[tuple[Level, np.ndarray]]) -> list[np.ndarray]:
+    """Bits that each gram's own probability saves over its suffix's in the text it was counted in; infinite for single tokens."""
+    gains, before = [np.full(len(grams[0][1]), np.inf)], grams[0][1] / grams[0][1].sum()
+    for level, counts in itertools.islice(grams, 1, None):
+        rest = counts - 0.8  # a gram seen twice will not be seen as often again
+        gains.append(rest * np.log2(rest / np.bincount(level.parent, counts)[level.parent] / before[level.suffix]))
+        before = counts / np.bincount(level.parent, counts)[level.parent]
+    return gains
+
+
+def prune_grams(grams: list[tuple[Level, np.ndarray]], gains: list[np.ndarray], least: float) -> list[Level]:
+    """Grams that gain `least` bits or more, with all their prefixes and suffixes."""
+    kept = [gain >= least for gain in gains]
+    for n in range(len(grams) - 1, 0, -1):
+        level = grams[n][0]
+        kept[n - 1][level.parent[kept[n]]] = True
+        kept[n - 1][level.suffix[kept[n]]] = True
+    rows = [np.zeros(1, np.int64), *(np.cumsum(k) - 1 for k in kept)]  # old row -> new row
+    return [
+        Level(rows[n][level.parent[k]], level.token[k], level.size[k], rows[n][level.suffix[k]])
+        for n, ((level, _), k) in enumerate(zip(grams, kept, strict=True))
+    ]
+
+
+def split_ints(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(symbol, width, rest): 0..15 are symbols of their own, larger numbers one a half octave and `width` bits of rest."""
+    length = np.frexp(values.astype(np.float64))[1].astype(np.int64)
+    width = np.where(values < 16, 0, length - 2)
+    symbol = np.where(values < 16, values, 6 + 2 * length + (values >> width & 1))
+    return symbol, width, values & ((1 << width) - 1)
+
+
+def join_symbols(symbol: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(least number of each symbol, width of its rest): the inverse of split_ints but for the rest."""
+    width = np.where(symbol < 16, 0, (symbol - 6) // 2 - 2)
+    return np.where(symbol < 16, symbol, (2 + (symbol & 1)) << width), width
+
+
+MAX_SYMBOL = 6 + 2 * 24 + 1  # numbers below 2^24
+
+
+class IntsEncoder:
+    """Writes arrays of small numbers, each number under the frequency table of its context."""
+
+    def __init__(self) -> None:
+        import constriction
+
+        self.fields: list[int] = []
+        self.coder, self.uniform = constriction.stream.queue.RangeEncoder(), constriction.stream.model.Uniform
+
+    def code(self, context: np.ndarray, values: np.ndarray) -> np.ndarray:
+        symbol, width, rest = split_ints(values)
+        for c in np.unique(context):
+            part = symbol[context == c]
+            logs = log_table(np.bincount(part, minlength=2))
+            self.fields += [len(logs), *np.diff(logs, prepend=0)]
+            self.coder.encode(part.astype(np.int32), table_model(logs))
+        for w in np.unique(width[width > 0]):
+            self.coder.encode(rest[width == w].astype(np.int32), self.uniform(1 << int(w)))
+        return values
+
+    def finish(self) -> bytes:
+        return write_fields(self.fields) + self.coder.get_compressed().astype("<u4").tobytes()
+
+
+class IntsDecoder:
+    """Reads what IntsEncoder wrote; `code` ignores the values it is given. Raises ArtifactError."""
+
+    def __init__(self, packed: bytes) -> None:
+        import constriction
+
+        self.fields, words = read_fields(packed)
+        self.coder, self.uniform = constriction.stream.queue.RangeDecoder(words), constriction.stream.model.Uniform
+
+    def code(self, context: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:  # noqa: ARG002
+        symbol = np.zeros(len(context), np.int64)
+        for c in np.unique(context):
+            logs = np.cumsum(self.fields.take(self.fields.one(2, MAX_SYMBOL + 1), -254, 254))
+            if not 0 <= logs.min() <= logs.max() <= 254:
+                raise ArtifactError("a table of n-grams is impossible")
+            at = np.flatnonzero(context == c)
+            symbol[at] = self.coder.decode(table_model(logs), len(at))
+        least, width = join_symbols(symbol)
+        for w in np.unique(width[width > 0]):
+            at = np.flatnonzero(width == w)
+            least[at] += self.coder.decode(self.uniform(1 << int(w)), len(at))
+        return least
+
+
+def code_level(
+    coder: IntsEncoder | IntsDecoder, levels: list[Level], vocab_size: int, level: Level | None, limit: int
+) -> Level:
+    """Write the level after `levels`, or read it (None): one function codes in both directions, so the two cannot drift apart.
+
+    Each gram's followers are some of its suffix's followers. They are coded as gaps between their ranks there, by frequency,
+    and their sizes as what they lack of the smaller of prefix and suffix. `limit` is the most grams that may be read.
+    """
+    parents, first = levels[-1], len(levels) == 1
+    order, start = (
+        (np.arange(vocab_size), np.array([0, vocab_size])) if first else parents.siblings(len(levels[-2].token))
+    )
+    room = np.diff(start)[parents.suffix]
+    kids = coder.code(
+        parents.size.clip(max=40), None if level is None else np.bincount(level.parent, minlength=len(room))
+    )
+    if kids.sum() > limit or (kids > room).any():
+        raise ArtifactError("a table of n-grams holds more than it can")
+    owner = np.repeat(np.arange(len(kids)), kids)
+    begins = np.cumsum(kids) - kids
+    nth = np.arange(len(owner)) - begins[owner]
+    gap = missing = None
+    if level is not None:
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        rank = place[level.token if first else level.suffix] - start[parents.suffix[level.parent]]
+        sort = np.lexsort((rank, level.parent))
+        gap = np.diff(rank[sort], prepend=-1) - 1
+        gap[begins[kids > 0]] = rank[sort][begins[kids > 0]]
+    spread = np.frexp((room // (kids + 1)).astype(np.float64))[1]
+    steps = np.cumsum(coder.code(spread[owner] * 4 + nth.clip(max=3), gap) + 1)
+    rank = steps - 1 - np.concatenate([[0], steps])[begins[owner]]
+    if (rank >= room[owner]).any():
+        raise ArtifactError("a table of n-grams names a follower that is none")
+    row = order[start[parents.suffix[owner]] + rank]
+    most = np.zeros_like(row) if first else np.minimum(parents.size[owner], parents.size[row])
+    if level is not None:
+        missing = level.size[sort] if first else most - level.size[sort]
+    missing = coder.code(most.clip(max=30) * 4 + kids[owner].clip(max=3), missing)
+    size = missing if first else most - missing
+    if (size < 0).any() or (size > 80).any():
+        raise ArtifactError("a table of n-grams holds an impossible count")
+    token = row if first else parents.token[row]
+    sort = np.argsort(owner * vocab_size + token, kind="stable")
+    return Level(*(x[sort] for x in (owner, token, size, np.zeros_like(row) if first else row)))
+
+
+def pack_trie(levels: list[Level], vocab_size: int) -> bytes:
+    """Levels 1, 2 .. of a trie as one section."""
+    coder = IntsEncoder()
+    coder.code(np.zeros(1, int), np.array([len(levels)]))
+    for n, level in enumerate(levels):
+        code_level(coder, [ROOT, *levels[:n]], vocab_size, level, len(level.token))
+    return coder.finish()
+
+
+def unpack_trie(packed: bytes, vocab_size: int) -> list[Level]:
+    """Inverse of pack_trie. Raises ArtifactError."""
+    coder, levels = IntsDecoder(packed), [ROOT]
+    try:
+        for _ in range(int(coder.code(np.zeros(1, int))[0])):
+            levels.append(code_level(coder, levels, vocab_size, None, (1 << 16) + 64 * len(packed)))
+    except AssertionError:  # what the decoder raises on words that no encoder writes
+        raise ArtifactError("a table of n-grams does not decode") from None
+    if not coder.coder.maybe_exhausted():
+        raise ArtifactError("a table of n-grams is longer than its n-grams")
+    return levels[1:]
+
+
+def build_trie(tokens: np.ndarray, vocab_size: int, order: int, limit: int) -> bytes:
+    """The n-grams of a text that gain the most bits, in at most `limit` bytes; all that gain anything if they fit."""
+    grams = list(count_grams(tokens, vocab_size, order))
+    gains = gram_gains(grams)
+    ranked = np.sort(np.concatenate([gain[gain > 0] for gain in gains]))[::-1]
+    best, low, high = pack_trie([level for level, _ in grams[:1]], vocab_size), 0, len(ranked) + 1
+    wanted = min(len(ranked), int(8 * limit / 7))  # grams chosen for themselves; their prefixes and suffixes come along
+    for _ in range(8):
+        if high - low < 2:
+            break
+        packed = pack_trie(prune_grams(grams, gains, ranked[wanted - 1]), vocab_size)
+        fits = len(packed) <= limit
+        low, high = (wanted, high) if fits else (low, wanted)
+        if fits:
+            best = max(best, packed, key=len)
+            if len(packed) > 0.98 * limit:
+                break
+        wanted = int(0.992 * wanted * limit / len(packed))
+        wanted = wanted if low < wanted < high else (low + high) // 2
+    return best
+
+
 # ---- the size account
 
 
 def role_bytes(blob: bytes) -> dict[str, dict[str, float]]:
-    """By role: parameters, bytes in the file, bits per weight; "container" is preamble, header and checksum."""
-    _, entries, streams, start = read_header(blob)
+    """By role: parameters, bytes in the file, bits per weight; "ngram" are sections, "container" preamble, header, checksum."""
+    _, entries, streams, sections, start = read_header(blob)
     roles: dict[str, dict[str, float]] = {}
     for role in sorted({entry.role for entry in entries}):
         params = sum(math.prod(entry.shape) for entry in entries if entry.role == role)
         size = sum(stream.packed for stream in streams if stream.role == role)
         roles[role] = {"params": params, "bytes": size, "bits_per_weight": round(8 * size / params, 4)}
+    if sections:
+        roles["ngram"] = {"params": 0, "bytes": sum(sections.values()), "bits_per_weight": 0.0}
     roles["container"] = {"params": 0, "bytes": start + CHECKSUM_BYTES, "bits_per_weight": 0.0}
     return roles
 
@@ -4520,7 +4939,7 @@ class Expert(Protocol):
         """Natural log of the probabilities of tokens[lo:hi], (hi-lo,) float64."""
 
     def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """The whole distribution at target t, (V,) float64, from tokens[:t] and what score(t) would use."""
+        """The whole distribution at target t, (V,) float64, from tokens[:t] and what score(t) used; called after it."""
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:
         """Learn from tokens[lo:hi], all of them scored."""
@@ -4535,7 +4954,7 @@ class NetworkExpert:
     """
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
-        self.cfg, self.run, self.model, self.n_tokens = cfg, run, model, len(text.tokens)
+        self.cfg, self.run, self.model, self.tokens, self.n_tokens = cfg, run, model, text.tokens, len(text.tokens)
         self.seq_len, self.stride = cfg.eval_len, min(stride, cfg.eval_len)
         self.ctx, self.temperature = Ctx(), 1.0
         default = 2**17 if run.device.type == "cuda" else 2**13
@@ -4548,6 +4967,19 @@ class NetworkExpert:
         self.done = 1  # targets below are scored
         compiled = run.device.type == "cuda" and cfg.compile != "0"
         self.forward = torch.compile(score_windows, dynamic=False) if compiled else score_windows
+
+    @functools.cached_property
+    def enrichment(self) -> Tensor | None:
+        """(N,) fp32: how far the pre-enrichment moved the embedding before each target, from its prefix; None without one."""
+        if self.model.pre_enrich is None:
+            return None
+        tokens, reach = self.tokens, 2  # smear and bigram look at two tokens before
+        steps = torch.zeros(self.n_tokens, device=self.logp.device)
+        for lo in range(0, self.n_tokens - 1, 2**14):
+            start, hi = max(0, lo - reach), min(lo + 2**14, self.n_tokens - 1)
+            moved = self.model.enrichment(tokens[start:hi][None].to(self.run.device))[0, lo - start :]
+            steps[lo + 1 : hi + 1] = moved.to(steps.device)
+        return steps
 
     def learns_at(self, t: int) -> int:
         """The first position after target `t` at which the network may have changed; the end if it never does."""
@@ -5057,6 +5489,11 @@ class NgramExpert(ABC):
     def transform(self, query: Query) -> tuple[Tensor, Any]:
         """(probabilities (n,) float64, what learn() needs of them)."""
 
+    @property
+    def entropy(self) -> Tensor:
+        """The network's, by position: an expert may be the base of another."""
+        return self.base.entropy
+
     def learn(self, pending: Any) -> None:  # noqa: B027 (optional: nothing is the default)
         """Learn from a span that is scored; most experts have nothing to learn beyond the counts."""
 
@@ -5070,7 +5507,7 @@ class NgramExpert(ABC):
     def dist(self, tokens: Tensor, t: int) -> Tensor:
         p = self.base.dist(tokens, t).to(tokens.device)
         every = torch.arange(len(p), device=tokens.device)
-        stats, entropy = self.table.candidates(tokens, t), entropy_of(p).expand(len(p))
+        stats, entropy = self.table.candidates(tokens, t), self.entropy[t].double().expand(len(p))
         query = Query(p, stats, torch.full_like(every, t), every, entropy, tokens, whole=True)
         return self.transform(query)[0]
 
@@ -5127,20 +5564,24 @@ class Cascade(NgramExpert):
         self.first, self.levels = first, table.order - first
         self.gate = Gate(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
 
-    def buckets(self, level: Tensor, total: Tensor, kinds: Tensor, age: Tensor, entropy: Tensor) -> list[Tensor]:
+    def buckets(self, level: Tensor, total: Tensor, kinds: Tensor, trust: Tensor, entropy: Tensor) -> list[Tensor]:
         """Each item's column in each feature's table; extremes share one."""
         seen = level * 128 + log2_floor(total).clamp_max(15) * 8 + log2_floor(kinds).clamp_max(7)
-        fresh = level * 10 + (log2_floor(age) // 2).clamp_max(9)
         sure = level * 24 + (entropy * 3).long().clamp(0, 23)
-        return [seen, fresh, sure]
+        return [seen, level * 10 + trust, sure]
+
+    def guess(self, query: Query, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """(the token of part 4, 0..9 by how old it is)."""
+        return query.tokens[last], (log2_floor(query.target[at] - last) // 2).clamp_max(9)
 
     def transform(self, query: Query) -> tuple[Tensor, Any]:
         level, at = (query.stats.total[self.first :] > 0).nonzero(as_tuple=True)  # one item a target and matched length
         C, c, U, last = (x[level + self.first, at] for x in query.stats)
-        buckets = self.buckets(level, C, U, query.target[at] - last, query.entropy[at])
+        guess, trust = self.guess(query, at, last)
+        buckets = self.buckets(level, C, U, trust, query.entropy[at])
         w = self.gate.weights(buckets)
         C, c = C.double(), c.double()
-        slope, repeats = U / C, (query.tokens[last] == query.token[at]).double()
+        slope, repeats = U / C, (guess == query.token[at]).double()
         parts = torch.stack([c / C, (c - 1).clamp_min(0) / C, torch.zeros_like(C), repeats])
         fixed, carry = (w * parts).sum(0), w[1] * slope + w[2]
         p, before = query.p.clone(), torch.empty_like(fixed)
@@ -5156,6 +5597,85 @@ class Cascade(NgramExpert):
         buckets, w, parts = pending
         joint = w * parts
         self.gate.learn(buckets, w, joint / joint.sum(0))
+
+
+class PackedTable:
+    """The artifact's n-grams of the training text as contexts of 0 .. order-1 tokens, in NgramTable's terms.
+
+    Counts are those of the kept followers alone, so that c / C is a distribution; `last` is not a position but the token that
+    followed most often. Nothing here depends on the text that is scored.
+    """
+
+    def __init__(self, levels: list[Level], vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.vocab_size, self.order, self.device = vocab_size, len(levels), device
+        put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
+        self.keys = [put(level.parent * vocab_size + level.token) for level in levels]
+        self.tokens = [put(level.token) for level in levels]
+        occurrences = np.array([(math.isqrt(4 << size) + 1) // 2 for size in range(82)])  # round(2^(size / 2)), exactly
+        counts = [np.append(occurrences[level.size], 0) for level in levels]  # what is found nowhere has row -1
+        self.counts = [put(c.astype(np.int32)) for c in counts]
+        self.totals, self.kinds, self.likeliest, self.starts = [], [], [], []
+        for level, count, parents in zip(levels, counts, [1, *(len(level.token) for level in levels)], strict=False):
+            order, start = level.siblings(parents)
+            first = np.append(level.token[order], 0)[start[:-1]]
+            of_parent = (np.bincount(level.parent, count[:-1], parents), np.diff(start), first)
+            for rows, values in zip((self.totals, self.kinds, self.likeliest), of_parent, strict=True):
+                rows.append(put(np.append(values, 0).astype(np.int32)))
+            self.starts.append(start)
+
+    def rows(self, tokens: Tensor) -> list[Tensor]:
+        """[k] -> (n,) row of the gram of k tokens that ends at each position, -1 where it is not kept or starts before."""
+        rows = [torch.zeros_like(tokens)]
+        for keys in self.keys:
+            before = torch.cat([rows[-1].new_full((1,), -1 if len(rows) > 1 else 0), rows[-1][:-1]])
+            rows.append(self.find(keys, before, tokens))
+        return rows
+
+    def find(self, keys: Tensor, parent: Tensor, token: Tensor) -> Tensor:
+        """Rows of (parent, token), -1 where there is none."""
+        key = torch.where(parent >= 0, parent * self.vocab_size + token, -1)
+        at = torch.searchsorted(keys, key).clamp_max(max(len(keys) - 1, 0))
+        return torch.where(keys[at] == key, at, -1) if len(keys) else torch.full_like(key, -1)
+
+    def stats(self, contexts: list[Tensor], grams: list[Tensor]) -> NgramStats:
+        """Statistics of contexts by length and of the same with the target."""
+        parts = zip(contexts, grams, self.totals, self.counts, self.kinds, self.likeliest, strict=True)
+        columns = zip(*((C[row], c[gram], U[row], best[row]) for row, gram, C, c, U, best in parts), strict=True)
+        return NgramStats(*(torch.stack(column) for column in columns))
+
+    def span(self, tokens: Tensor, lo: int, hi: int) -> NgramStats:
+        """Statistics of targets lo .. hi-1, (order, hi-lo) each."""
+        start = max(0, lo - self.order)
+        rows = self.rows(tokens[start:hi].to(self.device))
+        cut = lambda x, shift: x[lo - start - shift : hi - start - shift]  # noqa: E731
+        return self.stats([cut(x, 1) for x in rows[:-1]], [cut(x, 0) for x in rows[1:]])
+
+    def contexts(self, tokens: Tensor, t: int) -> list[int]:
+        """[k] -> row of the context of k tokens before target t."""
+        return [int(x[-1]) for x in self.rows(tokens[max(0, t - self.order) : t].to(self.device))[:-1]]
+
+    def followers(self, contexts: list[int], k: int) -> Tensor:  # noqa: ARG002
+        """Tokens kept after the last token: whatever is kept after a longer context is among them."""
+        if self.order < 2 or contexts[1] < 0:
+            return torch.zeros(0, dtype=torch.int64, device=self.device)
+        lo, hi = self.starts[1][contexts[1] : contexts[1] + 2].tolist()
+        return self.tokens[1][lo:hi]
+
+    def asked(self, contexts: list[int], tokens: Tensor) -> NgramStats:
+        """Statistics of one target for each of `tokens` (-1: one that is not kept), (order, n)."""
+        rows = [torch.full_like(tokens, row) for row in contexts]
+        return self.stats(rows, [self.find(keys, row, tokens) for keys, row in zip(self.keys, rows, strict=True)])
+
+    def candidates(self, tokens: Tensor, t: int) -> NgramStats:
+        """Statistics of target t for every token of the vocabulary, (order, V) each."""
+        return self.asked(self.contexts(tokens, t), torch.arange(self.vocab_size, device=self.device))
+
+
+class PackedCascade(Cascade):
+    """The cascade over n-grams of the training text: counts are fixed, only the weights learn from what is scored."""
+
+    def guess(self, query: Query, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        return last, torch.zeros_like(last)
 
 
 class Chain(NgramExpert):
@@ -5282,6 +5802,14 @@ class EnrichmentScale:
             return torch.full_like(target, 0.5, dtype=torch.float64)
         return (steps[target] / self.largest).clamp_max(1.0).double()
 
+    def of_batch(self, target: Tensor, rank: Tensor, ranks: int) -> Tensor:
+        """The published form: over the largest step of the same rank's part of the batch `target`, later positions included."""
+        steps = getattr(self.base, "enrichment", None)
+        if steps is None:
+            return torch.full_like(target, 0.5, dtype=torch.float64)
+        steps = steps[target].double()
+        return steps / steps.new_zeros(ranks).scatter_reduce(0, rank, steps, "amax")[rank].clamp_min(1e-30)
+
     def learn(self, target: Tensor) -> None:
         """Take in scored positions."""
         steps = getattr(self.base, "enrichment", None)
@@ -5400,7 +5928,7 @@ class HashedCache:
         self.span = self.spec.window * self.spec.batch * (self.ranks if self.spec.layout == "windows" else 1)
         shape = (len(self.spec.orders), 2, self.ranks * buckets)
         self.tables = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.scale = EnrichmentScale(base)
+        self.scale, self.looks_ahead = EnrichmentScale(base), not normalize
 
     def _rank(self, target: Tensor, tokens: Tensor) -> Tensor:
         window = (target - 1) // self.spec.window
@@ -5421,7 +5949,7 @@ class HashedCache:
 
     def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor, entropy: Tensor) -> Tensor:
         """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
-        confidence = self.scale.confidence(target)
+        confidence = self.batch[target - self.batch_start] if self.looks_ahead else self.scale.confidence(target)
         result, todo = p.clone(), torch.arange(len(target), device=tokens.device)
         for row, order in enumerate(self.spec.orders):
             h, cell = self._cells(tokens, target[todo], order)
@@ -5443,16 +5971,15 @@ class HashedCache:
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         p, entropy = self.base.score(tokens, lo, hi).exp(), self.base.entropy[lo:hi].double()
         target = torch.arange(lo, hi, device=tokens.device)
-        if not self.normalize:  # as published: the maximum over the batch being scored
-            self.scale.largest = 0.0
-            self.scale.learn(target)
+        if self.looks_ahead:
+            self.batch, self.batch_start = self.scale.of_batch(target, self._rank(target, tokens), self.ranks), lo
         return self._mixed(tokens, target, p[:, None], tokens[lo:hi, None], entropy)[:, 0].log()
 
     def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """What score() would say of every token at t: a distribution only with `normalize`."""
+        """What score() said of every token at t: a distribution only with `normalize`."""
         p = self.base.dist(tokens, t).to(tokens.device)
         target, every = torch.tensor([t], device=tokens.device), torch.arange(len(p), device=tokens.device)
-        return self._mixed(tokens, target, p[None], every[None], entropy_of(p)[None])[0]
+        return self._mixed(tokens, target, p[None], every[None], self.base.entropy[t : t + 1].double())[0]
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:
         self.scale.learn(torch.arange(lo, hi, device=tokens.device))
@@ -5462,6 +5989,68 @@ class HashedCache:
             full = self.spec.hash[1](h, order, tokens[target]) & (self.buckets - 1)
             for table, index in ((0, cell), (1, self._rank(target, tokens) * self.buckets + full)):
                 self.tables[row, table].scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+
+
+class HashedTable:
+    """#1095's packed table in the scorer's hands: counts of whole hashed n-grams of the training text, frozen.
+
+    As published (`normalize` False): the first order from 7 down whose cell c of context and target holds 2 or more gives
+    alpha c / (c + 1024) + (1 - alpha) p, alpha = min(.95, ln(1 + c) / 10), never below 1e-10. No context is counted, so this is no
+    conditional probability, and alpha looks at the target. `normalize` divides by the sum over the vocabulary, C, and takes the
+    order and alpha from C. Contexts start anew every `length` targets.
+    """
+
+    ROWS = 2048  # targets whose whole vocabulary is gathered at once
+
+    def __init__(self, cells: dict[int, np.ndarray], base: Any, vocab_size: int, length: int, *, normalize: bool, least: int = 2,
+                 device: torch.device | str = "cpu") -> None:  # fmt: skip
+        self.cells = {n: torch.from_numpy(cells[n].astype(np.int32)).to(device) for n in sorted(cells, reverse=True)}
+        self.base, self.vocab_size, self.length, self.normalize, self.least = base, vocab_size, length, normalize, least
+
+    def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor) -> Tensor:
+        """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
+        result, todo = p.clone(), torch.ones_like(token, dtype=torch.bool)
+        room = (target - 1) % self.length + 1  # tokens before the target in its sequence
+        for n, cells in self.cells.items():
+            before = hash_sequence(tokens[(target - k).clamp_min(0)] for k in range(n - 1, 0, -1))[:, None]
+            count = lambda v, h=before, c=cells, n=n: c[(h * HASHED_MULTIPLIERS[n - 1] + v) % 2**32 & (len(c) - 1)]  # noqa: E731
+            c = count(token).double()
+            C = (
+                count(torch.arange(self.vocab_size, device=tokens.device)[None]).double().sum(1, keepdim=True)
+                if self.normalize
+                else c
+            )
+            hit = todo & (self.least <= C) & (room >= n - 1)[:, None]
+            alpha = (torch.log1p(C) / 10).clamp_max(0.95)
+            share = c / C.clamp_min(1) if self.normalize else c / (c + 1024)
+            result = torch.where(hit, alpha * share + (1 - alpha) * p, result)
+            todo &= ~hit
+        return result if self.normalize else result.clamp_min(1e-10)
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        p, target = self.base.score(tokens, lo, hi).exp(), torch.arange(lo, hi, device=tokens.device)
+        parts = zip(p.split(self.ROWS), target.split(self.ROWS), strict=True)
+        return torch.cat([self._mixed(tokens, t, q[:, None], tokens[t][:, None])[:, 0] for q, t in parts]).log()
+
+    def dist(self, tokens: Tensor, t: int) -> Tensor:
+        """What score() says of every token at t: a distribution only with `normalize`."""
+        p = self.base.dist(tokens, t).to(tokens.device)
+        return self._mixed(
+            tokens, torch.tensor([t], device=tokens.device), p[None], torch.arange(len(p), device=tokens.device)[None]
+        )[0]
+
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """Nothing to learn: the table is frozen."""
+
+
+class Tables(NamedTuple):
+    """The n-grams of the training text that an artifact carries."""
+
+    hashed: dict[int, np.ndarray] | None = None  # #1095's counts
+    trie: list[Level] | None = None
+
+
+NO_TABLES = Tables()
 
 
 # ---- the driver
@@ -5537,16 +6126,19 @@ NGRAM_MIXES: dict[str, Callable[[Config, NgramTable, Any], NgramExpert]] = {
 class Evaluation:
     """The experts of one evaluation. A network pass is made once and shared by the n-gram stages that build on it."""
 
-    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText) -> None:
-        self.cfg, self.run, self.model, self.device = cfg, run, model, stream_device(run)
+    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables = NO_TABLES) -> None:
+        self.cfg, self.run, self.model, self.tables, self.device = cfg, run, model, tables, stream_device(run)
         self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
         self.networks: dict[str, NetworkExpert] = {}
         bos = None if cfg.ngram_cross_doc else model.bos_id
         self.table = NgramTable(cfg.vocab_size, cfg.ngram_order, bos, self.device)
+        self.packed = PackedTable(tables.trie, cfg.vocab_size, self.device) if tables.trie else None
 
     def network(self, stage: str) -> NetworkExpert:
         """The network of a stage; n-gram stages build on the best one that is switched on."""
         cfg, n = self.cfg, len(self.text.tokens)
+        if stage in ("normalized", "claimed") and cfg.ngram_claim == "pr1095":
+            stage = "roundtrip"
         if stage not in ("roundtrip", "sliding", "ttt"):
             stage = "ttt" if cfg.ttt_enabled else "sliding" if cfg.eval_stride else "roundtrip"
         if stage not in self.networks:
@@ -5559,29 +6151,47 @@ class Evaluation:
             self.networks[stage] = network
         return self.networks[stage]
 
-    def scorer(self, stage: str) -> tuple[Any, int]:
-        """(the expert whose scores the stage reports, targets between two updates)."""
-        cfg, n, network = self.cfg, len(self.text.tokens), self.network(stage)
-        if stage in ("normalized", "claimed"):
-            cache = HashedCache(cfg.ngram_claim, network, cfg.vocab_size, normalize=stage == "normalized", device=self.device,
-                                buckets=cfg.ngram_buckets, ranks=cfg.ngram_claim_ranks, least=cfg.ngram_min_count)  # fmt: skip
-            return cache, cache.span
-        if stage == "ngram":
-            return NGRAM_MIXES[cfg.ngram_mix](cfg, self.table, network), cfg.ngram_update_tokens or max(1024, n // 4096)
-        return network, n
+    def published(self, stage: str, network: NetworkExpert) -> tuple[Any, int]:
+        """(NGRAM_CLAIM's scorer, as it was published or normalised, targets between two updates)."""
+        cfg, normalize = self.cfg, stage == "normalized"
+        if cfg.ngram_claim == "pr1095":
+            table = HashedTable(self.tables.hashed, network, cfg.vocab_size, cfg.eval_len, normalize=normalize,
+                                least=cfg.ngram_min_count, device=self.device)  # fmt: skip
+            return table, 2**16
+        cache = HashedCache(cfg.ngram_claim, network, cfg.vocab_size, normalize=normalize, device=self.device,
+                            buckets=cfg.ngram_buckets, ranks=cfg.ngram_claim_ranks, least=cfg.ngram_min_count)  # fmt: skip
+        return cache, cache.span
 
-    def score(self, stage: str, scorer: Any, span: int, deadline: float) -> StageResult:
+    def scorer(self, stage: str) -> tuple[Any, list[Any], int]:
+        """(the expert whose scores the stage reports, all that learn in the order they do, targets between two updates)."""
+        cfg, n, network = self.cfg, len(self.text.tokens), self.network(stage)
+        span = cfg.ngram_update_tokens or max(1024, n // 4096)
+        if stage in ("normalized", "claimed"):
+            scorer, span = self.published(stage, network)
+            return scorer, [network, scorer], span
+        if stage in ("table", "ngram"):
+            chain = [network]
+            if self.packed is not None:
+                chain.append(PackedCascade(self.packed, network, 1, cfg.ngram_rate))
+            if stage == "ngram":
+                chain.append(NGRAM_MIXES[cfg.ngram_mix](cfg, self.table, chain[-1]))
+            return chain[-1], chain, span
+        return network, [network], n
+
+    def score(self, stage: str, scorer: Any, parts: list[Any], span: int, deadline: float) -> StageResult:
         """Score the whole text with one expert."""
-        started, network = time.perf_counter(), self.network(stage)
-        parts = [network] if scorer is network else [network, scorer]
-        meter = score_first(network, self.text, {stage: scorer}, parts, span, deadline)[stage]
+        started = time.perf_counter()
+        meter = score_first(self.network(stage), self.text, {stage: scorer}, parts, span, deadline)[stage]
         self.run.sync()
         seconds = time.perf_counter() - started
         return StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds)
 
 
 class Watched:
-    """A scorer whose scores are kept, and at targets `at` the whole distribution as it stands before the target is learned."""
+    """A scorer whose scores are kept, and at targets `at` the whole distribution as it stands before the target is learned.
+
+    It does not learn: what it watches is a part of its own.
+    """
 
     def __init__(self, scorer: Any, at: Iterable[int]) -> None:
         self.scorer, self.at = scorer, sorted(at)
@@ -5594,9 +6204,6 @@ class Watched:
             self.dists[t] = self.scorer.dist(tokens, t)
         return self.scores[-1]
 
-    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
-        self.scorer.update(tokens, lo, hi)
-
 
 CLAIM_SAMPLES = 64  # targets at which Z is measured
 
@@ -5604,10 +6211,10 @@ CLAIM_SAMPLES = 64  # targets at which Z is measured
 def claim(evaluation: Evaluation, deadline: float) -> None:
     """Run NGRAM_CLAIM as published and log what it claims beside the measured Z. It is no stage and never the score."""
     cfg, run = evaluation.cfg, evaluation.run
-    scorer, span = evaluation.scorer("claimed")
+    scorer, parts, span = evaluation.scorer("claimed")
     n = len(evaluation.text.tokens)
     watched = Watched(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
-    r = evaluation.score("claimed", watched, span, deadline)
+    r = evaluation.score("claimed", watched, parts, span, deadline)
     sums = [p.sum().item() for p in watched.dists.values()]
     z_mean, z_max = sum(sums) / len(sums), max(sums)
     run.log(f"{cfg.ngram_claim} claimed_bpb:{r.val_bpb:.8f} z_mean:{z_mean:.3f} z_max:{z_max:.3f} (not a code length)")
@@ -5615,13 +6222,12 @@ def claim(evaluation: Evaluation, deadline: float) -> None:
               note="not a code length")  # fmt: skip
 
 
-def evaluate(
-    cfg: Config, run: Run, model: GPT, text: ValidationText, stages: tuple[str, ...] | None = None
-) -> list[StageResult]:
+def evaluate(cfg: Config, run: Run, model: GPT, text: ValidationText, stages: tuple[str, ...] | None = None,
+             tables: Tables = NO_TABLES) -> list[StageResult]:  # fmt: skip
     """Score the validation text in every stage that is switched on (or in `stages`), in order; all ranks get the results."""
     model.eval()
     deadline = time.perf_counter() + (cfg.eval_wallclock_seconds or math.inf)
-    evaluation = Evaluation(cfg, run, model, text)
+    evaluation = Evaluation(cfg, run, model, text, tables)
     results = [evaluation.score(stage, *evaluation.scorer(stage), deadline) for stage in stages or cfg.stages]
     if stages is None and "claimed" in cfg.ngram_scores:
         claim(evaluation, deadline)
@@ -5646,8 +6252,10 @@ AUDIT_TOKENS, AUDIT_SAMPLES = 8192, 24  # length of the audited prefix, targets 
 class Audit:
     """Puts one stage to the tests of a code length, on a prefix of the text, each time with fresh experts under the driver."""
 
-    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stage: str) -> None:
-        self.cfg, self.run, self.model, self.stage = cfg, run, model, stage
+    def __init__(
+        self, cfg: Config, run: Run, model: GPT, text: ValidationText, stage: str, tables: Tables = NO_TABLES
+    ) -> None:
+        self.cfg, self.run, self.model, self.stage, self.tables = cfg, run, model, stage, tables
         n = min(len(text.tokens), max(AUDIT_TOKENS, cfg.eval_len + 2))
         self.text = text._replace(tokens=text.tokens[:n], bytes=text.bytes[:n])
         self.noise = torch.randint(
@@ -5658,10 +6266,9 @@ class Audit:
 
     def walk(self, tokens: Tensor, at: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor], BpbMeter]:
         """Scores of targets 1 .. n-1, distributions, and the driver's account, of a stream in the text's place."""
-        evaluation = Evaluation(self.cfg, self.run, self.model, self.text._replace(tokens=tokens))
-        scorer, span = evaluation.scorer(self.stage)
+        evaluation = Evaluation(self.cfg, self.run, self.model, self.text._replace(tokens=tokens), self.tables)
+        scorer, parts, span = evaluation.scorer(self.stage)
         network, watched = evaluation.network(self.stage), Watched(scorer, at)
-        parts = [watched] if scorer is network else [network, watched]
         meter = score_first(network, evaluation.text, {self.stage: watched}, parts, span, math.inf)[self.stage]
         return torch.cat(watched.scores).cpu(), {t: p.cpu() for t, p in watched.dists.items()}, meter
 
@@ -5719,13 +6326,13 @@ def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Chec
     return Check("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
 
 
-def audit(cfg: Config, run: Run, model: GPT, text: ValidationText) -> bool:
+def audit(cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables) -> bool:
     """Audit every stage that is switched on and log each check; False if one failed."""
     model.eval()
-    evaluation = Evaluation(cfg, run, model, text)
+    evaluation = Evaluation(cfg, run, model, text, tables)
     named = [("counts", replay_check(evaluation.text, evaluation.table))]
     for stage in cfg.stages:
-        named += [(stage, check) for check in Audit(cfg, run, model, text, stage).checks()]
+        named += [(stage, check) for check in Audit(cfg, run, model, text, stage, tables).checks()]
     for part, check in named:
         run.log(f"audit {part}: {check.name}: {'passed' if check.passed else 'FAILED'} ({check.detail})")
     passed = all(check.passed for _, check in named)
@@ -6038,13 +6645,22 @@ class LaneNetwork:
         self.run, self.model, self.seq_len = run, model, cfg.eval_len
         self.stride = min(cfg.eval_stride or cfg.eval_len, cfg.eval_len)
         self.tokens = torch.full((lanes, length + 1), model.bos_id, device=run.device)
+        self.enrichment = torch.zeros(lanes, length + 1)
         self.fresh_cache = lambda: KVCache(cfg, lanes, min(self.seq_len, length), run.device, model.compute_dtype)
         self.t, self.window = 1, Window(0, 0, 0)  # t: the next target
+
+    def features(self) -> list[Any]:
+        """What the experts of each lane ask their base for beside its distributions: pre-enrichment's steps, filled as they come."""
+        if self.model.pre_enrich is None:
+            return [None] * len(self.tokens)
+        return [SimpleNamespace(enrichment=row) for row in self.enrichment]
 
     @torch.no_grad()
     def dist(self) -> Tensor:
         """(L, V) float64 on the CPU: the distribution of the next token of each lane; call once between two `take`s."""
         start = self.t - 1
+        if self.model.pre_enrich is not None:
+            self.enrichment[:, self.t] = self.model.enrichment(self.tokens[:, max(0, self.t - 3) : self.t])[:, -1].cpu()
         if self.t >= self.window.hi:
             self.window = window_at(self.t, self.tokens.shape[1], self.seq_len, self.stride)
             start = self.window.start
@@ -6127,20 +6743,31 @@ class GrowingTable:
         self.path = [self.root, *(p and p.longer.get(token) for p in parents)][: self.order]
         self.n = n + 1
 
-    def followers(self, k: int) -> np.ndarray:
-        """Tokens that followed the last k tokens before: whatever followed a longer context is among them."""
-        entry = self.path[k] if k < len(self.path) else None
-        if isinstance(entry, int):
-            return self._stream[entry : entry + 1]
-        return np.fromiter(entry.counts, np.int64, len(entry.counts)) if entry is not None else np.zeros(0, np.int64)
+    def span(self, tokens: Tensor, lo: int, hi: int) -> NgramStats:  # noqa: ARG002
+        """Statistics of positions lo .. hi-1, noted as they came."""
+        return NgramStats(*(column[:, lo:hi] for column in self.columns))
 
-    def candidates(self, tokens: np.ndarray) -> NgramStats:
+    def contexts(self, tokens: Tensor, t: int) -> list[Context | int | None]:  # noqa: ARG002
+        """The contexts of the next token by length."""
+        return self.path
+
+    def followers(self, contexts: list[Context | int | None], k: int) -> Tensor:
+        """Tokens that followed the last k tokens before: whatever followed a longer context is among them."""
+        entry = contexts[k] if k < len(contexts) else None
+        if isinstance(entry, int):
+            return torch.from_numpy(self._stream[entry : entry + 1].copy())
+        return torch.from_numpy(
+            np.fromiter(entry.counts, np.int64, len(entry.counts)) if entry is not None else np.zeros(0, np.int64)
+        )
+
+    def asked(self, contexts: list[Context | int | None], token: Tensor) -> NgramStats:
         """Statistics of the next position, (order, n), for these tokens; -1 stands for one that never followed."""
+        tokens = token.numpy()
         total, count, kinds, last = (np.full((self.order, len(tokens)), fill, np.int32) for fill in (0, 0, 0, -1))
         known = tokens >= 0
         self._slot[:] = len(tokens)
         self._slot[tokens[known]] = np.flatnonzero(known)
-        for k, entry in enumerate(self.path):
+        for k, entry in enumerate(contexts):
             if entry is None:
                 continue
             if isinstance(entry, int):
@@ -6157,23 +6784,40 @@ class GrowingTable:
         return NgramStats(*map(torch.from_numpy, (total, count, kinds, last)))
 
 
-class LaneMixture:
-    """LaneNetwork corrected by exact n-gram statistics, each lane with its own counts and its own online weights.
+class LaneStage(NamedTuple):
+    """One correction of a lane's distribution: the expert, what it counts, and how to ask for it."""
 
-    The experts are the evaluator's (NGRAM_MIXES) and so are the points where they learn; only the counting is incremental.
+    expert: NgramExpert
+    table: GrowingTable | PackedTable
+    base: Tensor  # (length + 1,) float64: what its base gave to the tokens coded so far
+
+
+class LaneMixture:
+    """LaneNetwork corrected by the artifact's n-grams and by exact statistics, each lane with its own counts and online weights.
+
+    The experts are the evaluator's (PackedCascade, NGRAM_MIXES) and so are the points where they learn; only the counting is
+    incremental.
     """
 
-    def __init__(self, cfg: Config, network: LaneNetwork, length: int) -> None:
+    def __init__(self, cfg: Config, network: LaneNetwork, length: int, trie: list[Level] | None, online: bool) -> None:
         self.network, lanes = network, len(network.tokens)
-        self.tables = [GrowingTable(cfg.vocab_size, cfg.ngram_order, length + 1) for _ in range(lanes)]
-        self.experts = [NGRAM_MIXES[cfg.ngram_mix](cfg, table, None) for table in self.tables]
         self.whole = cfg.ngram_mix == "tilt"  # asks for the probability of a token that need not be a candidate
         self.first = min(cfg.ngram_first, 1)
         self.span = cfg.ngram_update_tokens or max(1024, (length + 1) // 4096)
-        self.base, self.entropy = torch.zeros(2, lanes, length + 1, dtype=torch.float64)
+        self.tokens = torch.full((lanes, length + 1), network.model.bos_id)
+        self.entropy = torch.zeros(lanes, length + 1, dtype=torch.float64)
         self.shares = [1.0] * lanes
-        for table in self.tables:
-            table.add(network.model.bos_id)
+        packed = PackedTable(trie, cfg.vocab_size) if trie else None
+        blank = lambda: torch.zeros(length + 1, dtype=torch.float64)  # noqa: E731
+        self.stages: list[list[LaneStage]] = [[] for _ in range(lanes)]
+        for features, stages in zip(network.features(), self.stages, strict=True):
+            if packed is not None:
+                stages.append(LaneStage(PackedCascade(packed, None, 1, cfg.ngram_rate), packed, blank()))
+            if online:
+                table = GrowingTable(cfg.vocab_size, cfg.ngram_order, length + 1)
+                table.add(network.model.bos_id)
+                stages.append(LaneStage(NGRAM_MIXES[cfg.ngram_mix](cfg, table, features), table, blank()))
+        self.bases: list[list[Tensor]] = [[] for _ in range(lanes)]  # what each stage started from at the last `dist`
         self.t = self.learned = 1
 
     def dist(self) -> Tensor:
@@ -6183,63 +6827,71 @@ class LaneMixture:
         return torch.stack([self.mixed(lane, p) for lane, p in enumerate(self.network_p)])
 
     def mixed(self, lane: int, p_V: Tensor) -> Tensor:
-        """Ask for the tokens that followed the context before; all others keep the share of the network's p that token -1 gets."""
-        table, expert = self.tables[lane], self.experts[lane]
-        tokens = np.append(np.arange(len(p_V)) if self.whole else table.followers(self.first), -1)
-        self.shares[lane] = 1.0
-        if len(tokens) == 1:
+        """One correction after the other."""
+        self.shares[lane], self.bases[lane] = 1.0, []
+        for stage in self.stages[lane]:
+            self.bases[lane].append(p_V)
+            p_V = self.corrected(lane, stage, p_V)
+        return p_V
+
+    def corrected(self, lane: int, stage: LaneStage, p_V: Tensor) -> Tensor:
+        """Ask for the tokens that followed the context before; all others keep the share of the base's p that token -1 gets."""
+        contexts = stage.table.contexts(self.tokens[lane], self.t)
+        followers = torch.arange(len(p_V)) if self.whole else stage.table.followers(contexts, self.first)
+        if len(followers) == 0:
             return p_V
-        token = torch.from_numpy(tokens)
-        p = torch.cat([p_V[token[:-1]], p_V.new_ones(1)])
+        token = torch.cat([followers, followers.new_full((1,), -1)])
+        p = torch.cat([p_V[followers], p_V.new_ones(1)])
         entropy, target = self.entropy[lane, self.t].expand(len(token)), torch.full_like(token, self.t)
-        p, _ = expert.transform(Query(p, table.candidates(tokens), target, token, entropy, table.tokens, whole=True))
-        self.shares[lane] = float(p[-1])
-        return (p_V * p[-1]).index_copy_(0, token[:-1], p[:-1])
+        query = Query(p, stage.table.asked(contexts, token), target, token, entropy, self.tokens[lane], whole=True)
+        p, _ = stage.expert.transform(query)
+        self.shares[lane] *= float(p[-1])
+        return (p_V * p[-1]).index_copy_(0, followers, p[:-1])
 
     def mixture(self, lane: int) -> tuple[float, int, int]:
         """(weight of the network, tokens of the longest context seen before, how often) of the last distribution."""
-        path = self.tables[lane].path
-        k = max((k for k, entry in enumerate(path) if entry is not None), default=-1)
-        entry = path[k]
-        return self.shares[lane], k, 1 if isinstance(entry, int) else entry.total
+        table = self.stages[lane][-1].table
+        total = table.asked(table.contexts(self.tokens[lane], self.t), torch.tensor([-1])).total[:, 0]
+        longest = int((total > 0).sum()) - 1
+        return self.shares[lane], longest, int(total[longest])
 
     def take(self, tokens_L: np.ndarray) -> None:
         """Each lane's coded token; once `span` of them are coded, the weights learn from them."""
-        self.base[:, self.t] = self.network_p.gather(1, torch.from_numpy(tokens_L)[:, None])[:, 0]
-        for table, token in zip(self.tables, tokens_L.tolist(), strict=True):
-            table.add(token)
+        for lane, token in enumerate(tokens_L.tolist()):
+            for stage, p_V in zip(self.stages[lane], self.bases[lane], strict=True):
+                stage.base[self.t] = p_V[token]
+                if isinstance(stage.table, GrowingTable):
+                    stage.table.add(token)
+        self.tokens[:, self.t] = torch.from_numpy(tokens_L)
         self.network.take(tokens_L)
         self.t += 1
         if self.t - self.learned == self.span:
-            for lane in range(len(self.tables)):
+            for lane in range(len(self.stages)):
                 self.learn(lane, self.learned, self.t)
             self.learned = self.t
 
     def learn(self, lane: int, lo: int, hi: int) -> None:
-        """What the evaluator's expert does after it has scored targets lo .. hi-1."""
-        table, expert = self.tables[lane], self.experts[lane]
-        if type(expert).learn is NgramExpert.learn:
-            return
-        stats = NgramStats(*(column[:, lo:hi] for column in table.columns))
-        query = Query(
-            self.base[lane, lo:hi],
-            stats,
-            torch.arange(lo, hi),
-            table.tokens[lo:hi],
-            self.entropy[lane, lo:hi],
-            table.tokens,
-            whole=False,
-        )
-        expert.learn(expert.transform(query)[1])
+        """What the evaluator's experts do after they have scored targets lo .. hi-1."""
+        tokens = self.tokens[lane]
+        for expert, table, base in self.stages[lane]:
+            if type(expert).learn is not NgramExpert.learn:
+                entropy, target = self.entropy[lane, lo:hi], torch.arange(lo, hi)
+                query = Query(
+                    base[lo:hi], table.span(tokens, lo, hi), target, tokens[lo:hi], entropy, tokens, whole=False
+                )
+                expert.learn(expert.transform(query)[1])
 
 
 Lanes = LaneNetwork | LaneMixture
 
 
-def lane_experts(cfg: Config, run: Run, model: GPT, lanes: int, length: int, ngram: bool) -> Lanes:
-    """The network in lanes, with `ngram` corrected by each lane's own statistics."""
+def lane_experts(
+    cfg: Config, run: Run, model: GPT, lanes: int, length: int, ngram: bool, tables: Tables = NO_TABLES
+) -> Lanes:
+    """The network in lanes, corrected by what the evaluator would correct it by: with `ngram` each lane's own statistics, and the
+    artifact's n-grams where it carries some."""
     network = LaneNetwork(cfg, run, model, lanes, length)
-    return LaneMixture(cfg, network, length) if ngram else network
+    return LaneMixture(cfg, network, length, tables.trie, ngram) if ngram or tables.trie else network
 
 
 def code_tokens(
@@ -6379,15 +7031,11 @@ class Packed(NamedTuple):
 class Codec:
     """Compresses bytes with one artifact and restores them. Test-time training stays off: the network is as packed."""
 
-    def __init__(self, cfg: Config, run: Run, model: GPT, sp: Any, artifact: str, settings: str = "") -> None:
-        self.cfg, self.run, self.model, self.sp, self.artifact, self.settings = (
-            cfg,
-            run,
-            model.eval(),
-            sp,
-            artifact,
-            settings,
-        )
+    def __init__(
+        self, cfg: Config, run: Run, model: GPT, sp: Any, artifact: str, settings: str = "", tables: Tables = NO_TABLES
+    ) -> None:
+        self.cfg, self.run, self.model, self.sp, self.tables = cfg, run, model.eval(), sp, tables
+        self.artifact, self.settings = artifact, settings
         self.machine = machine_name(run)
 
     def compress(self, data: bytes) -> Packed:
@@ -6458,12 +7106,14 @@ class Codec:
         edits = code_edits(SymbolDecoder(body[: header.restoration]), normal, None) if header.restoration else []
         return restore_bytes(normal, edits)
 
+    def lanes(self, lanes: int, length: int) -> Lanes:
+        """The distributions of the evaluator's stages, for that many stretches of at most `length` tokens."""
+        return lane_experts(self.cfg, self.run, self.model, lanes, length, "ngram" in self.cfg.stages, self.tables)
+
     def code(self, coder: Coder, counts: np.ndarray, given: np.ndarray | None, what: str) -> np.ndarray:
         """code_tokens with this codec's distributions and a progress bar."""
         since, total = time.perf_counter(), int(counts.sum())
-        lanes = lane_experts(
-            self.cfg, self.run, self.model, len(counts), int(counts.max(initial=0)), "ngram" in self.cfg.stages
-        )
+        lanes = self.lanes(len(counts), int(counts.max(initial=0)))
         return code_tokens(coder, lanes, counts, given, lambda done: self.run.progress(what, done, total, since))
 
 
@@ -6479,10 +7129,14 @@ def choose_token(p_V: Tensor, temperature: float, top_p: float, generator: torch
     return int(order[torch.multinomial(kept, 1, generator=generator)])
 
 
-def sample_text(cfg: Config, run: Run, model: GPT, sp: Any, prompt: str, tokens: int) -> Iterator[str]:
+def sample_text(
+    cfg: Config, run: Run, model: GPT, sp: Any, prompt: str, tokens: int, tables: Tables = NO_TABLES
+) -> Iterator[str]:
     """Continue `prompt` by at most `tokens` tokens, in pieces of text as they are complete; ends early where a document does."""
     ids = sp.encode(prompt)
-    lanes = lane_experts(cfg, run, model, 1, len(ids) + tokens, cfg.sample_ngram)
+    lanes = lane_experts(
+        cfg, run, model, 1, len(ids) + tokens, cfg.sample_ngram, tables if cfg.sample_ngram else NO_TABLES
+    )
     generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sample"))
     for token in ids:
         lanes.dist()
@@ -6569,7 +7223,7 @@ def costs(lanes: Lanes, lane: int, p_V: Tensor, token: int) -> tuple[float, floa
 def explain_lanes(codec: Codec, split: list[tuple[list[int], list[str]]]) -> list[list[TokenNote]]:
     """Notes on documents side by side, one a lane."""
     counts = np.array([len(ids) for ids, _ in split])
-    lanes = lane_experts(codec.cfg, codec.run, codec.model, len(split), int(counts.max()), "ngram" in codec.cfg.stages)
+    lanes = codec.lanes(len(split), int(counts.max()))
     notes: list[list[TokenNote]] = [[] for _ in split]
     for t in range(counts.max()):
         p_LV = lanes.dist()
@@ -6789,7 +7443,15 @@ def artifact_header(cfg: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256}
 
 
-def pack_model(job: Job, model: GPT, calibration: Calibration | None, calibration_s: float) -> bytes:
+def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
+    """NGRAM_TABLE=exact: the most useful n-grams of the training tokens that were trained on, packed."""
+    n = min(stream.position or stream.total, stream.total, cfg.ngram_table_tokens)
+    return build_trie(stream.read(-stream.position, n), cfg.vocab_size, cfg.ngram_table_order, cfg.ngram_table_bytes)
+
+
+def pack_model(
+    job: Job, model: GPT, calibration: Calibration | None, calibration_s: float, sections: dict[str, bytes]
+) -> bytes:
     """Quantise, pack, write and log the account; the file's bytes."""
     cfg, run = job.cfg, job.run
     named = {n: p.detach() for n, p in model.named_parameters()}
@@ -6797,12 +7459,12 @@ def pack_model(job: Job, model: GPT, calibration: Calibration | None, calibratio
     header = artifact_header(cfg, job.tokenizer)
     started = time.perf_counter()
     if cfg.target_bytes:
-        budget = fill_budget(cfg, header, named, store, calibration, code_bytes(cfg))
+        budget = fill_budget(cfg, header, named, store, calibration, code_bytes(cfg), sections)
         stored, blob = budget.stored, budget.blob
         run.log(budget_table(budget, cfg.target_bytes))
     else:
         stored = quantize(cfg, named, store, calibration.hessians if calibration else None)
-        blob = pack(cfg, header, stored)
+        blob = pack(cfg, header, stored, sections)
     run.event(
         "quant", seconds=time.perf_counter() - started, calibration_s=calibration_s, roles=quant_report(named, stored)
     )
@@ -6813,17 +7475,24 @@ def pack_model(job: Job, model: GPT, calibration: Calibration | None, calibratio
     return blob
 
 
-def write_artifact(job: Job, model: GPT, stream: TokenStream) -> tuple[bytes, float]:
+def write_artifact(
+    job: Job, model: GPT, stream: TokenStream, cells: dict[int, np.ndarray] | None
+) -> tuple[bytes, float]:
     """Calibrate, quantise, pack and write the artifact (rank 0): its bytes on every rank, as read back from the file, and
-    the seconds of calibration."""
+    the seconds of calibration and of counting the training text's n-grams."""
     cfg, run = job.cfg, job.run
     started = time.perf_counter()
     calibration = None
     if cfg.calibrates:
         calibration = calibrate(cfg, run, model, calibration_inputs(cfg, run, model, stream))
         run.sync()
-    calibration_s = time.perf_counter() - started
-    return run.on_first(lambda: pack_model(job, model, calibration, calibration_s)), calibration_s
+    sections = {}
+    if "exact" in cfg.ngram_tables and run.rank == 0:
+        sections["exact"] = count_training_text(cfg, stream)
+    calibration_s = run.broadcast(time.perf_counter() - started)
+    if cells is not None and run.rank == 0:
+        sections["pr1095"] = pack_hashed(cells, cfg.lzma_preset)
+    return run.on_first(lambda: pack_model(job, model, calibration, calibration_s, sections)), calibration_s
 
 
 def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
@@ -6834,6 +7503,18 @@ def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
     model = GPT(cfg)
     model.load_state_dict({n: dequantize(s) for n, s in stored.items()}, strict=True)
     return model.place(run.device, choose_attention(cfg.attention, run.device)[1])
+
+
+def load_tables(cfg: Config, blob: bytes) -> Tables:
+    """The n-grams that the artifact carries, as far as NGRAM_TABLE asks for them; ConfigError where it lacks them."""
+    packed = {name: read_section(blob, name) for name in cfg.ngram_tables}
+    for name, section in packed.items():
+        if section is None:
+            raise ConfigError(
+                f"NGRAM_TABLE={cfg.ngram_table}: the artifact carries no table {name}; leave NGRAM_TABLE unset, or train with it"
+            )
+    return Tables(unpack_hashed(packed["pr1095"]) if "pr1095" in packed else None,
+                  unpack_trie(packed["exact"], cfg.vocab_size) if "exact" in packed else None)  # fmt: skip
 
 
 class Account(NamedTuple):
@@ -6885,7 +7566,7 @@ def score_artifact(job: Job, blob: bytes, train_s: float) -> int:
     started = time.perf_counter()
     model = load_model(job.cfg, job.run, blob)
     account = account_bytes(job, blob)
-    results = evaluate(job.cfg, job.run, model, job.text)
+    results = evaluate(job.cfg, job.run, model, job.text, tables=load_tables(job.cfg, blob))
     log_stages(job.run, results, job.text.complete)
     return 0 if report_score(job, results, account, train_s, time.perf_counter() - started) else 1
 
@@ -6923,7 +7604,7 @@ def run_train(loaded: Loaded) -> int:
     if run.rank == 0:
         text = "".join(sample_text(cfg, run, model.eval(), job.tokenizer.sp, "", 48))
         run.log(f"sample: {text!r}")
-    blob, calibration_s = write_artifact(job, model, stream)
+    blob, calibration_s = write_artifact(job, model, stream, result.cells)
     return score_artifact(job, blob, result.seconds + calibration_s)
 
 
@@ -6950,7 +7631,7 @@ def run_audit(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     job = open_job(loaded)
     check_tokenizer(job.tokenizer, header, loaded.cfg)
     job.run.open_logs(append=False)
-    return 0 if audit(job.cfg, job.run, load_model(job.cfg, job.run, blob), job.text) else 1
+    return 0 if audit(job.cfg, job.run, load_model(job.cfg, job.run, blob), job.text, load_tables(job.cfg, blob)) else 1
 
 
 def run_plan(loaded: Loaded) -> int:
@@ -6997,7 +7678,8 @@ def open_codec(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> Codec:
     settings = {n: getattr(cfg, n.lower()) for n in CODEC_KNOBS if loaded.source[n] == "env"}
     changed = {n: v for n, v in settings.items() if v != header["config"].get(n, FIELDS[n].default)}
     text = json.dumps(changed, separators=(",", ":")) if changed else ""
-    return Codec(cfg, run, load_model(cfg, run, blob), tokenizer.sp, hashlib.sha256(blob).hexdigest()[:16], text)
+    name = hashlib.sha256(blob).hexdigest()[:16]
+    return Codec(cfg, run, load_model(cfg, run, blob), tokenizer.sp, name, text, load_tables(cfg, blob))
 
 
 def read_input(cfg: Config) -> bytes:
@@ -7082,7 +7764,7 @@ def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     cfg = loaded.cfg
     codec = open_codec(loaded, blob, header)
     print(cfg.prompt, end="", flush=True)
-    for text in sample_text(cfg, codec.run, codec.model, codec.sp, cfg.prompt, cfg.sample_tokens):
+    for text in sample_text(cfg, codec.run, codec.model, codec.sp, cfg.prompt, cfg.sample_tokens, codec.tables):
         print(text, end="", flush=True)
     print()
     return 0

@@ -116,7 +116,9 @@ def evaluator_bits(codec: tg.Codec, tokens: np.ndarray, lanes: int) -> float:
     nats = 0.0
     for lane in np.array_split(tokens, lanes):
         stream = torch.from_numpy(np.concatenate([[1], lane]))
-        evaluation = tg.Evaluation(codec.cfg, codec.run, codec.model, tg.ValidationText(stream, stream, True))
+        evaluation = tg.Evaluation(
+            codec.cfg, codec.run, codec.model, tg.ValidationText(stream, stream, True), codec.tables
+        )
         nats += evaluation.score(
             codec.cfg.final_stage, *evaluation.scorer(codec.cfg.final_stage), math.inf
         ).val_loss * len(lane)
@@ -179,20 +181,56 @@ def test_every_mixture_codes_as_it_scores(mix, tokenizer, sample_text):
     assert packed.ideal < alone.compress_text(data).ideal
 
 
+@pytest.mark.parametrize("score", ["off", "exact"])
+def test_the_artifacts_ngrams_code_as_they_score(score, tokenizer, sample_text):
+    """A table of the training text, alone and below the text's own statistics."""
+    learned = np.array(tokenizer.sp.encode(sample_text[2000:40_000]))
+    tables = tg.Tables(trie=tg.unpack_trie(tg.build_trie(learned, 1024, 4, 20_000), 1024))
+    cfg = load(NGRAM_TABLE="exact", NGRAM_SCORE=score, NGRAM_ORDER=6, NGRAM_UPDATE_TOKENS=64, CODEC_LANES=2)
+    codec = tg.Codec(cfg, make_run(cfg), tiny_model(cfg), tokenizer.sp, "", tables=tables)
+    data = sample_text[:1500].encode()
+    packed, tokens = codec.compress_text(data), np.array(tokenizer.sp.encode(data.decode()))
+    assert packed.header.lanes == 2 and packed.ideal == pytest.approx(evaluator_bits(codec, tokens, 2), rel=1e-3)
+    assert codec.decompress(packed.blob) == data
+    without = tg.Codec(cfg, codec.run, codec.model, codec.sp, "")
+    assert packed.ideal < without.compress_text(data).ideal
+
+
+@pytest.mark.parametrize("smear_first", [0, 1])
+def test_the_step_of_the_pre_enrichment_is_the_same_in_lanes_and_in_the_evaluator(smear_first):
+    cfg = load("pr187", SMEAR_BEFORE_NORM=smear_first, NUM_LAYERS=4)
+    model, run, n = tiny_model(cfg), make_run(cfg), 80
+    tokens = torch.randint(2, 1024, (2, n))
+    tokens[:, 0] = 1
+    lanes = tg.LaneNetwork(cfg, run, model, 2, n - 1)
+    for t in range(1, n):
+        lanes.dist()
+        lanes.take(tokens[:, t].numpy())
+    for lane in (0, 1):
+        network = tg.NetworkExpert(
+            cfg, run, model, tg.ValidationText(tokens[lane], torch.zeros(n), True), cfg.eval_stride
+        )
+        assert torch.allclose(lanes.enrichment[lane, 1:], network.enrichment[1:], rtol=1e-4)
+        x = model.embed_plain(tokens[lane : lane + 1], tg.Ctx())
+        moved = (model.pre_enrich(x, tg.Ctx()) - x)[0].norm(dim=-1)
+        assert torch.allclose(network.enrichment[1:], moved[:-1], rtol=1e-4), "of the position before each target"
+
+
 @pytest.mark.parametrize(("vocab_size", "order"), [(2, 12), (5, 6), (60, 4)])
 def test_incremental_counts_equal_the_sorted_engine(vocab_size, order):
     rng = np.random.default_rng(vocab_size)
     x = torch.from_numpy(rng.integers(0, vocab_size, 400))
     x[200:260], x[300:320] = x[100:160], 1
     growing, table = tg.GrowingTable(vocab_size, order, len(x)), tg.NgramTable(vocab_size, order)
-    every = np.append(np.arange(vocab_size), -1)
+    every = torch.from_numpy(np.append(np.arange(vocab_size), -1))
     for t, token in enumerate(x.tolist()):
         if t % 5 == 1:
-            found, expected = growing.candidates(every), table.candidates(x, t)
+            contexts, expected = growing.contexts(x, t), table.candidates(x, t)
+            found = growing.asked(contexts, every)
             for mine, theirs in zip(found, expected, strict=True):
                 assert torch.equal(mine[:, :-1], theirs), t
             assert not found.count[:, -1].any()
-            assert set(growing.followers(1).tolist()) == set(expected.count[1].nonzero()[:, 0].tolist())
+            assert set(growing.followers(contexts, 1).tolist()) == set(expected.count[1].nonzero()[:, 0].tolist())
         growing.add(token)
     for k, stats in enumerate(tg.ngram_stats(x, vocab_size, order)):
         for mine, theirs in zip(growing.columns, stats, strict=True):
