@@ -22,6 +22,7 @@ LIMIT_BYTES, LIMIT_SECONDS, RECORD_SEEDS = 16_000_000, 600.0, 3
 FINEWEB_VAL_BYTES = 151_075_000  # text bytes of the first 50,000 documents; exports differ by a few tenths of a percent
 PLAUSIBLE_BPB = 1.0  # the best verified code length at this size is 1.0565 (PR 2135)
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
+AUDIT = "audit (C1-C4)"
 
 
 @dataclass(frozen=True)
@@ -379,26 +380,31 @@ def _leaks(entry: Entry, scored: list[Run]) -> tuple[str, str, str]:
 
 def validity(entry: Entry) -> Lines:
     """The four conditions: evidence of an audit, and the plausibility of the figure without one."""
-    audits = [r for r in [*entry.runs, *entry.others] if r.audit]
-    failed = [r.path.name for r in audits if not r.audit["passed"]]
+    scored = [r for r in entry.runs if r.score]
+    audits = [r for r in [*scored, *entry.others] if r.audit]
+    failed = [
+        f"{r.path.name}: {', '.join(n for n, good in logs.audit_checks(r) if not good)}"
+        for r in audits
+        if not r.audit["passed"]
+    ]
+    bare = [r.path.name for r in scored if not r.audit]
     if failed:
-        yield FAIL, "audit (C1-C4)", f"failed in {', '.join(failed)}"
-    elif audits:
-        names = ", ".join(dict.fromkeys(name for r in audits for name, _ in logs.audit_checks(r)))
-        yield PASS, "audit (C1-C4)", f"passed: {names}"
+        yield FAIL, AUDIT, f"failed in {'; '.join(failed)}"
+    elif scored and not bare:
+        names = ", ".join(dict.fromkeys(name for r in scored for name, _ in logs.audit_checks(r)))
+        yield PASS, AUDIT, f"passed: {names}"
     else:
-        yield (
-            WARN,
-            "audit (C1-C4)",
-            "no audit in the logs: whether the score is a code length cannot be known from the folder",
+        what = (
+            f"no audit of {', '.join(bare)} (its artifact, its code, its stage)" if audits else "no audit in the logs"
         )
+        yield WARN, AUDIT, f"{what}: whether the score is a code length cannot be known from the folder"
     bpb = (entry.submission or {}).get("val_bpb")
     if (
         isinstance(bpb, int | float)
         and bpb < PLAUSIBLE_BPB
         and not any(r.info.get("data", {}).get("sample") for r in entry.runs)
     ):
-        status = WARN if audits and not failed else FAIL
+        status = WARN if scored and not bare and not failed else FAIL
         yield (
             status,
             "plausible score",
@@ -416,7 +422,8 @@ def code(entry: Entry) -> Lines:
         return
     packed = f"{script.layers} layer(s) of packing undone statically" if script.layers else "plain source"
     yield PASS, "code readable", packed
-    audited = any(r.audit and r.audit["passed"] for r in [*entry.runs, *entry.others])
+    scored = [r for r in entry.runs if r.score]
+    audited = bool(scored) and all(r.audit and r.audit["passed"] for r in scored)
     hard = {"target token in a cache key", "validation data in training code", "per-token choice by the target"}
     grouped: dict[str, list[source.Finding]] = {}
     for finding in script.findings:

@@ -38,7 +38,8 @@ class Run:
     train_end: dict | None = None
     quant: dict | None = None
     pack: dict | None = None
-    audit: dict | None = None
+    audit: dict | None = None  # of this log, or of the MODE=audit log that speaks for it (see adopt_audits)
+    audited_by: Path | None = None
     score: dict | None = None
     error: str | None = None
     ended: str | None = None
@@ -93,6 +94,12 @@ class Run:
         return next((e["total_bytes"] for e in (self.score, self.pack) if e and e.get("total_bytes")), None)
 
     @property
+    def artifact(self) -> str | None:
+        """Where the artifact was written, or for MODE=audit and eval the one that was read."""
+        place = (self.pack or {}).get("artifact") or self.config.get("ARTIFACT")
+        return str(Path(place)) if place else None
+
+    @property
     def claimed(self) -> dict | None:
         return self.claims[-1] if self.claims else None
 
@@ -124,6 +131,29 @@ def audit_checks(run: Run) -> list[tuple[str, bool]]:
     """(name, passed) of each check of the run's audit."""
     checks = run.audit["checks"] if run.audit else []
     return [(str(c.get("name")), c.get("passed") is True) for c in checks if isinstance(c, dict)]
+
+
+def adopt_audits(runs: list[Run]) -> None:
+    """Gives each training run the audit among `runs` that speaks for it: a failed one if there is one, else the latest."""
+    logs = sorted((r for r in runs if r.mode == "audit" and r.audit), key=lambda r: str(r.info.get("started", "")))
+    for run in runs:
+        mine = [a for a in logs if run.mode == "train" and run.score and _speaks_for(a, run)]
+        if mine:
+            chosen = next((a for a in mine if not a.audit["passed"]), mine[-1])
+            run.audit, run.audited_by = chosen.audit, chosen.path
+
+
+def _speaks_for(audit: Run, run: Run) -> bool:
+    """Of this artifact, by the code that scored it, begun after it, and of the stage that is the score."""
+    same_file = audit.artifact == run.artifact and audit.artifact is not None
+    codes = {r.info.get("source_sha256") for r in (audit, run)} - {None}
+    in_order = str(audit.info.get("started") or "~") >= str(run.info.get("started") or "")
+    return (
+        same_file
+        and len(codes) < 2
+        and in_order
+        and any(n.startswith(f"{run.stage}: ") for n, _ in audit_checks(audit))
+    )
 
 
 def broken_limits(run: Run) -> str:
@@ -374,6 +404,7 @@ def load_runs(places: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
                 raise
             if path.suffix == ".jsonl" or path.stem.startswith("train"):  # a requirements.txt is no failed log
                 messages.append(str(error))
+    adopt_audits(runs)
     return runs, messages
 
 

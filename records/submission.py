@@ -25,7 +25,6 @@ from stats import Sample
 
 HERE = Path(__file__).resolve().parent
 TRACKS = {False: "track_10min_16mb", True: "track_non_record_16mb"}
-AUDIT_RULE = "audit (C1-C4)"
 MAX_LINES_BEFORE_SOURCE = 20  # a text log may say a few things before it prints the script
 
 
@@ -80,8 +79,7 @@ def _system(key: str | None) -> dict | None:
 class Material(NamedTuple):
     """Logs sorted by their part in a submission."""
 
-    seeds: list[Run]
-    audits: list[Run]  # named, or lying beside the seeds' logs and of the same artifact
+    seeds: list[Run]  # with their audits, named or lying beside them
     left_out: list[Run]  # finished runs of the same configuration that lie beside them, not named
 
 
@@ -91,17 +89,11 @@ def _sort_out(runs: list[Run]) -> Material:
         raise UserError("none of the logs is a training run")
     if foreign := [str(r.path) for r in seeds if r.path.suffix != ".jsonl"]:
         raise UserError(f"{', '.join(foreign)}: name the .jsonl logs, text logs do not hold what a submission needs")
-    beside, _ = logs.load_runs({r.path.parent for r in seeds})
-    artifacts, known = {_artifact(r) for r in seeds}, {r.path.resolve() for r in runs}
-    audits = {r.path.resolve(): r for r in [*runs, *beside] if r.mode != "train" and r.audit}
-    others = [r for r in beside if r.mode == "train" and r.path.resolve() not in known and r.finished]
-    left_out = [r for r in others if logs.settings(r) == logs.settings(seeds[0])]
-    return Material(seeds, [r for r in audits.values() if _artifact(r) in artifacts], left_out)
-
-
-def _artifact(run: Run) -> str | None:
-    place = (run.pack or {}).get("artifact") or run.config.get("ARTIFACT")
-    return str(Path(place).resolve()) if place else None
+    known = {r.path.resolve() for r in seeds}
+    beside = [r for r in logs.load_runs({r.path.parent for r in seeds})[0] if r.path.resolve() not in known]
+    logs.adopt_audits([*runs, *beside])
+    others = [r for r in beside if r.mode == "train" and r.finished]
+    return Material(seeds, [r for r in others if logs.settings(r) == logs.settings(seeds[0])])
 
 
 def _fill(folder: Path, logged: Material, args: argparse.Namespace, system: dict | None) -> list[rules.Check]:
@@ -110,7 +102,7 @@ def _fill(folder: Path, logged: Material, args: argparse.Namespace, system: dict
     problems = [f"{r.run_id}: {status}" for r in seeds if (status := _unfit(r, args.non_record))]
     problems += [f"the runs differ in {line}" for line in logs.differences(seeds)]
     problems += _copy_code(folder, seeds, Path(args.script))
-    problems += _copy_logs(folder, seeds, logged.audits)
+    problems += _copy_logs(folder, seeds)
     problems += _copy_companions(folder, seeds)
     _refuse(problems)
     meta = describe(seeds, args, system)
@@ -118,16 +110,16 @@ def _fill(folder: Path, logged: Material, args: argparse.Namespace, system: dict
     (folder / "README.md").write_text(meta["name"] + "\n", encoding="utf-8")
     verdicts = [*rules.checks(rules.read_entry(folder)), _disclosure(logged)]
     problems = [f"{c.rule}: {c.detail}" for c in verdicts if c.status == rules.FAIL]
-    audited = {_artifact(a) for a in logged.audits}
-    bare = [r for r in seeds if _artifact(r) not in audited]
-    how = "MODE=audit ARTIFACT={} python train_gpt.py"
-    _refuse(problems + [f"{r.run_id}: no audit; {how.format(r.pack['artifact'])}" for r in bare])
+    _refuse(problems + [f"{r.run_id}: {_NO_AUDIT.format(r.stage, r.artifact)}" for r in seeds if not r.audit])
     meta["compliance"] = compliance(verdicts)
     meta["runs_left_out"] = {f"{r.run_id} (seed {r.seed})": r.bpb() for r in logged.left_out}
     _write_json(folder / "submission.json", meta)
     pictures = [p.name for p in plots.draw(seeds, folder)]
     (folder / "README.md").write_text(readme(seeds, meta, verdicts, pictures, args, system), encoding="utf-8")
     return verdicts
+
+
+_NO_AUDIT = "no audit of its stage {} by the script that ran: MODE=audit ARTIFACT={} python train_gpt.py"
 
 
 def _refuse(problems: list[str]) -> None:
@@ -206,21 +198,21 @@ def _pack(text: bytes, script: Path) -> bytes:
         return out.read_bytes()
 
 
-def _copy_logs(folder: Path, seeds: list[Run], audits: list[Run]) -> list[str]:
+def _copy_logs(folder: Path, seeds: list[Run]) -> list[str]:
+    """Both logs of each seed and of its audit."""
     problems = []
-    numbered = [(f"train_seed{r.seed}", r) for r in seeds]
-    by_artifact = {_artifact(r): r.seed for r in seeds}
-    numbered += [(f"audit_seed{by_artifact[_artifact(a)]}", a) for a in audits]
-    for name, run in numbered:
-        if (folder / f"{name}.jsonl").exists():
-            problems.append(f"{name}: two runs of one seed")
+    for run in seeds:
+        if (folder / f"train_seed{run.seed}.jsonl").exists():
+            problems.append(f"train_seed{run.seed}: two runs of one seed")
             continue
-        shutil.copyfile(run.path, folder / f"{name}.jsonl")
-        text = run.path.with_suffix(".txt")
-        if text.is_file():
-            shutil.copyfile(text, folder / f"{name}.log")
-        elif name.startswith("train"):
-            problems.append(f"{run.run_id}: the text log {text} is missing; reviewers read that one")
+        if not run.path.with_suffix(".txt").is_file():
+            problems.append(
+                f"{run.run_id}: the text log {run.path.with_suffix('.txt')} is missing; reviewers read that one"
+            )
+        for kind, path in (("train", run.path), ("audit", run.audited_by)):
+            for ending, name in ((".jsonl", ".jsonl"), (".txt", ".log")):
+                if path and path.with_suffix(ending).is_file():
+                    shutil.copyfile(path.with_suffix(ending), folder / f"{kind}_seed{run.seed}{name}")
     return problems
 
 
@@ -325,7 +317,7 @@ def compliance(verdicts: list[rules.Check]) -> dict[str, bool | None]:
         "eval_under_600s": holds("evaluation time"),
         "three_seeds": holds("seeds"),
         "full_validation_targets": holds("validation complete"),
-        "score_before_update": holds(AUDIT_RULE),
+        "score_before_update": holds(rules.AUDIT),
         "no_validation_training_leak": holds("validation documents in training"),
     }
 

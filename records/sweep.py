@@ -32,9 +32,9 @@ def run(list_file: str, launch: str, only: int | None, log_dir: Path) -> int:
             return 1
         print(f"    {outcomes[-1][1]}", flush=True)
     failed = [name for name, outcome in outcomes if outcome.startswith("failed")]
-    print(
-        f"{len(outcomes) - len(failed)} of {len(outcomes)} done" + (f"; failed: {', '.join(failed)}" if failed else "")
-    )
+    going = [name for name, outcome in outcomes if outcome.startswith("skipped: still going")]
+    print(f"{len(outcomes) - len(failed) - len(going)} of {len(outcomes)} done", end="")
+    print(*[f"; {word}: {', '.join(names)}" for word, names in (("failed", failed), ("still going", going)) if names])
     return int(bool(failed))
 
 
@@ -75,13 +75,20 @@ def run_id(knobs: dict[str, str]) -> str:
     return name if len(name) <= 100 else f"{name[:88]}_{hashlib.sha256('_'.join(words).encode()).hexdigest()[:10]}"
 
 
+AGAIN = {
+    "RESUME": "auto",
+    "FORCE": "1",
+}  # from the newest checkpoint if there is one, over whatever else was left behind
+
+
 def _one(knobs: dict[str, str], launch: str, log_dir: Path) -> str:
     before = _state(log_dir, knobs["RUN_ID"])
     if before.startswith(("finished", "still going")):
         return f"skipped: {before}"
     began = time.monotonic()
+    left_behind = {} if before.startswith("no log") else AGAIN
     try:
-        status = subprocess.run(shlex.split(launch), env=os.environ | knobs).returncode
+        status = subprocess.run(shlex.split(launch), env=os.environ | left_behind | knobs).returncode
     except OSError as error:
         raise UserError(f"--launch {launch}: {error.strerror}") from None
     after = _state(log_dir, knobs["RUN_ID"])

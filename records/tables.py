@@ -70,7 +70,7 @@ def fixed(value: float | None, digits: int) -> str | None:
 
 def table(runs: list[Run], messages: list[str], form: str, sort: str) -> str:
     """All runs, best score first, with the knobs that differ between them; unreadable logs close the list."""
-    trained = [r for r in runs if r.mode == "train" or r.score]
+    trained = [r for r in runs if r.mode == "train" or r.score] or runs  # an audit shows as its run's status
     knobs = logs.telling(trained)
     stages = list(dict.fromkeys(s for r in trained for s in r.stages))
     header = ["run", *knobs, "seed", "steps", "ms/step", *stages, "score bpb", "total bytes", "train s", "eval s"]

@@ -133,12 +133,15 @@ def write_run(
     return path
 
 
-def write_audit(world: dict, run_id: str, artifact: str, passed: bool = True) -> None:
+def write_audit(
+    world: dict, run_id: str, artifact: str, passed: bool = True, stage: str = "sliding", head: dict | None = None
+) -> None:
     checks = [
-        {"name": "sum to 1", "passed": passed, "detail": "1e-9"},
-        {"name": "future", "passed": True, "detail": ""},
+        {"name": f"{stage}: a distribution", "passed": passed, "detail": "1e-9"},
+        {"name": f"{stage}: prefix only: future", "passed": True, "detail": ""},
     ]
-    events = [{"event": "run", "run_id": f"audit-{run_id}", "mode": "audit"}, {"event": "end", "status": "ok"}]
+    head = {"source_sha256": sha(world["script"].read_bytes()), "started": "2026-04-01T01:00:00"} | (head or {})
+    events = [{"event": "run", "run_id": f"audit-{run_id}", "mode": "audit"} | head, {"event": "end", "status": "ok"}]
     events.insert(1, {"event": "config", "values": {"ARTIFACT": artifact}, "sources": {}})
     events.insert(2, {"event": "audit", "passed": passed, "checks": checks})
     path = world["logs"] / f"audit-{run_id}.jsonl"
@@ -504,7 +507,27 @@ def test_missing_seeds_and_audits_are_named(world, capsys):
     for seed in (1, 2, 3):
         write_audit(world, f"s{seed}", str(world["logs"] / f"s{seed}.pgz"), passed=seed != 2)
     assert submit(world) == 1
-    assert "audit (C1-C4): failed" in capsys.readouterr().err
+    assert "s2: audit failed: sliding: a distribution" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("over", [
+    {"head": {"source_sha256": "0" * 64}},  # of another script
+    {"head": {"started": "2026-03-31T23:00:00"}},  # of an artifact that this run has replaced since
+    {"stage": "roundtrip"},  # of another stage than the score
+    {"artifact": "logs/other.pgz"},
+])  # fmt: skip
+def test_an_audit_speaks_for_its_artifact_code_and_stage_alone(world, capsys, over):
+    write_run(world, "s1", audit=False)
+    write_audit(world, "s1", over.pop("artifact", str(world["logs"] / "s1.pgz")), **over)
+    assert submit(world, "--non-record", runs=("s1",)) == 1
+    assert "s1: no audit of its stage sliding" in capsys.readouterr().err
+
+
+def test_a_failed_audit_is_the_status_of_its_run_whatever_passed_since(world, capsys):
+    write_run(world, "s1")
+    write_audit(world, "s1-first", str(world["logs"] / "s1.pgz"), passed=False)
+    assert run_cli("table", world["logs"]) == 0
+    assert "audit failed: sliding: a distribution" in capsys.readouterr().out
 
 
 def test_runs_that_were_left_out_are_disclosed(world):
@@ -826,19 +849,25 @@ FAKE_TRAINER = """
 import json, os, pathlib, sys
 with open("calls", "a") as f:
     f.write(os.environ["RUN_ID"] + "\\n")
-if os.environ.get("MATRIX_LR") == "9":
+log = pathlib.Path("logs", os.environ["RUN_ID"] + ".jsonl")
+if log.exists() and (os.environ.get("FORCE"), os.environ.get("RESUME")) != ("1", "auto"):
+    sys.exit("the log exists")  # as train_gpt.py refuses it
+log.parent.mkdir(exist_ok=True)
+log.write_text(json.dumps({"v": 1, "event": "run", "run_id": os.environ["RUN_ID"]}) + "\\n")
+if os.environ.get("MATRIX_LR") == pathlib.Path("broken").read_text():
+    with log.open("a") as f:
+        f.write(json.dumps({"v": 1, "event": "end", "status": "stopped"}) + "\\n")
     sys.exit(1)
 lines = [{"event": "run", "run_id": os.environ["RUN_ID"]}, {"event": "end", "status": "ok"}]
 lines.insert(1, {"event": "score", "val_bpb": 1.5, "val_loss": 2.5, "stage": "sliding"})
-pathlib.Path("logs").mkdir(exist_ok=True)
-text = "".join(json.dumps({"v": 1, **line}) + "\\n" for line in lines)
-pathlib.Path("logs", os.environ["RUN_ID"] + ".jsonl").write_text(text)
+log.write_text("".join(json.dumps({"v": 1, **line}) + "\\n" for line in lines))
 """
 
 
 def test_a_sweep_skips_the_finished_survives_the_failing_and_can_run_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("trainer.py").write_text(FAKE_TRAINER)
+    Path("broken").write_text("9")
     Path("list.txt").write_text("# two rates\nMATRIX_LR=0.02 SEED=1\nMATRIX_LR=9 SEED=1\n\nMATRIX_LR=0.04 SEED=1\n")
     words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
     assert run_cli(*words) == 1
@@ -851,6 +880,12 @@ def test_a_sweep_skips_the_finished_survives_the_failing_and_can_run_one_line(tm
     ]
     assert run_cli(*words, "--only", "0") == 0
     assert run_cli(*words, "--only", "3") == 2
+    Path("broken").write_text("none")  # mended: what the failed run left behind is no obstacle
+    assert run_cli(*words) == 0
+    (Path("logs") / "matrix_lr-9_seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}\n')
+    capsys.readouterr()
+    assert run_cli(*words) == 0
+    assert "2 of 3 done; still going: matrix_lr-9_seed-1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, words", [
