@@ -90,7 +90,7 @@ def _literals(tree: ast.Module) -> Iterator[bytes]:
 
 def _constant(node: ast.AST) -> bytes | None:
     if isinstance(node, ast.Constant) and isinstance(node.value, bytes | str):
-        return node.value if isinstance(node.value, bytes) else node.value.encode("utf-8", "surrogateescape")
+        return node.value if isinstance(node.value, bytes) else node.value.encode("utf-8", "surrogatepass")
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         left, right = _constant(node.left), _constant(node.right)
         return left + right if left is not None and right is not None else None

@@ -637,6 +637,33 @@ def test_the_script_is_found_in_the_text_log_when_the_file_has_changed_since(wor
     assert (folder / "train_gpt.py").read_text() == SCRIPT
 
 
+# ---- the trainer's own logs
+
+
+def test_a_real_run_goes_from_its_logs_to_a_checked_folder(tiny, script, tmp_path, capsys):
+    tiny |= {"EVAL_STRIDE": "0", "NGRAM_SCORE": "exact"}
+    folder, records = Path(tiny["LOG_DIR"]), tmp_path / "records"
+    assert script(tiny).status == 0
+    auditing = {"MODE": "audit", "ARTIFACT": str(folder / "tiny.pgz"), "RUN_ID": "audit"}
+    assert script(auditing | {k: tiny[k] for k in ("LOG_DIR", "DATA_PATH", "DEVICE")}).status == 0
+    run_cli("table", folder)
+    header, row = capsys.readouterr().out.splitlines()
+    assert "ngram" in header and row.startswith("tiny ") and row.endswith(" ok")
+    words = ("--name", "tiny", "--records", records, "--script", ROOT / "train_gpt.py", "--non-record")
+    assert run_cli("submit", folder / "tiny.jsonl", *words) == 0
+    (made,) = (records / "track_non_record_16mb").iterdir()
+    assert {"curves.png", "stages.png", "bytes.png", "audit_seed1337.jsonl"} <= {p.name for p in made.iterdir()}
+    meta = json.loads((made / "submission.json").read_text())
+    assert meta["compliance"]["score_before_update"] is True
+    assert meta["val_bpb"] == logs.read_log(folder / "tiny.jsonl").stages["ngram"]["val_bpb"]
+    capsys.readouterr()
+    assert run_cli("check", made) == 0
+    text = capsys.readouterr().out
+    assert (
+        re.search("PASS  script that ran", text) and "ngram: a distribution" in text and "1 layer(s) of packing" in text
+    )
+
+
 # ---- leaked documents
 
 
