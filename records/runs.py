@@ -10,6 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SCHEMA = 1
+STAGES = [
+    "roundtrip",
+    "sliding",
+    "ttt",
+    "normalized",
+    "table",
+    "ngram",
+]  # of our evaluation, in the order they are scored
 STILL_WARM_S = 120  # a log without an end that was written to this recently belongs to a run still going
 BOOKKEEPING = {  # knobs that name, place or watch a run without touching its score
     *("SEED", "RUN_ID", "ARTIFACT", "FORCE", "RESUME", "CHECKPOINT_EVERY", "CHECKPOINT_KEEP", "PROFILE"),
@@ -127,6 +135,11 @@ class Run:
         return self.ended in ("ok", "limit broken") and self.score is not None and self.score.get("complete", True)
 
 
+def stage_rank(name: str) -> int:
+    """Place of a stage in the evaluation; those of other scripts come first, in their logs' order."""
+    return STAGES.index(name) if name in STAGES else -1
+
+
 def audit_checks(run: Run) -> list[tuple[str, bool]]:
     """(name, passed) of each check of the run's audit."""
     checks = run.audit["checks"] if run.audit else []
@@ -221,6 +234,10 @@ def _take(run: Run, kind: str, event: dict) -> None:
         optional, value = name.endswith("?"), event.get(name.rstrip("?"))
         if not (optional and value is None) and (not isinstance(value, kinds) or (value is True and kinds is not bool)):
             raise TypeError(f"{name.rstrip('?')}={value!r}")
+    if kind == "pack" and not all(
+        isinstance(r, dict) and isinstance(r.get("bytes"), int) for r in (event.get("roles") or {}).values()
+    ):
+        raise TypeError(f"roles={event['roles']!r}")
     if kind in ("step", "val", "switch", "claim"):
         {"step": run.steps, "val": run.vals, "switch": run.switches, "claim": run.claims}[kind].append(event)
     elif kind == "run":

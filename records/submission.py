@@ -154,7 +154,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _copy_code(folder: Path, seeds: list[Run], script: Path) -> list[str]:
-    """train_gpt.py in its counted form, by hash; a list of what is wrong with it otherwise."""
+    """train_gpt.py in its counted form, by hash, and what it imports or opens beside it; a list of what is wrong."""
     wanted = {r.info.get("source_sha256") for r in seeds}
     if len(wanted) > 1:
         return ["code: the seeds ran different scripts (source_sha256): " + ", ".join(str(w)[:12] for w in wanted)]
@@ -168,6 +168,8 @@ def _copy_code(folder: Path, seeds: list[Run], script: Path) -> list[str]:
             return ["code: packing the script again gives other bytes than the log's packed_sha256"]
         text = packed
     (folder / "train_gpt.py").write_bytes(text)
+    for helper in source.helpers(source.read_script(folder / "train_gpt.py"), script.parent):
+        shutil.copyfile(helper, folder / helper.name)
     return []
 
 
@@ -399,38 +401,44 @@ def _system_text(system: dict) -> str:
     )
 
 
-def estimate(system: dict, run: Run) -> list[tuple[str, int, float, float, float | None]]:
-    """(role, full-size weights, bits/weight of the shrunken run, estimated bytes, bytes at fixed width or None).
+class Estimate(NamedTuple):
+    """One role of the full-size artifact, from its weights there and the bits a weight of it took in the shrunken run."""
 
-    A role that the shrunken run did not have takes that run's mean over all roles.
-    """
-    roles = {name: r for name, r in run.pack["roles"].items() if r["params"]}  # the container holds no weights
+    role: str
+    weights: int
+    bits: float  # the mean over all roles for one that the shrunken run lacks
+    bytes: float
+    fixed: float | None  # at fixed width; None where the log does not tell the width
+
+
+def estimate(system: dict, run: Run) -> list[Estimate]:
+    """Every role of weights at full size; n-gram tables, container and code hold no weights and are not among them."""
+    roles = {name: r for name, r in run.pack["roles"].items() if r["params"]}
     overall = 8 * sum(r["bytes"] for r in roles.values()) / max(1, sum(r["params"] for r in roles.values()))
     rows = []
     for role, count in system["roles"].items():
         bits = roles.get(role, {}).get("bits_per_weight", overall)
         width = run.config.get(f"{role.upper()}_BITS") or (run.quant or {}).get("roles", {}).get(role, {}).get("bits")
-        rows.append((role, count, bits, count * bits / 8, count * width / 8 if width else None))
+        rows.append(Estimate(role, count, bits, count * bits / 8, count * width / 8 if width else None))
     return rows
 
 
 def _full_size(system: dict, run: Run) -> str:
     rows = estimate(system, run)
-    cells = [[role, n, f"{bits:.2f}", round(size), width and round(width)] for role, n, bits, size, width in rows]
-    weights, code = sum(r[3] for r in rows), run.pack["code_bytes"]
-    widths = [r[4] for r in rows]
-    fixed = sum(widths) if all(w is not None for w in widths) else None
-    cells += [
-        ["code", None, None, code, code],
-        ["**total**", None, None, round(weights) + code, fixed and round(fixed) + code],
-    ]
+    cells = [[r.role, r.weights, f"{r.bits:.2f}", round(r.bytes), r.fixed and round(r.fixed)] for r in rows]
+    if table := system.get("ngram_table"):
+        cells.append(["ngram", None, None, table["bytes"], table["fixed"]])
+    code = run.pack["code_bytes"]
+    cells.append(["code", None, None, code, code])
+    estimated, fixed = ([c[column] for c in cells] for column in (3, 4))
+    cells.append(["**total**", None, None, sum(estimated), None if None in fixed else sum(fixed)])
     header = ["role", "weights at full size", "bits/weight, shrunken run", "estimated bytes", "bytes at fixed width"]
     note = (
         "**An estimate**, not a measurement: the full-size weights of each role times the bits that a weight of that "
         "role took in the shrunken run's artifact. Only storage at fixed width is an upper bound (row scales aside): "
         "trained matrices of another size compress differently, and untrained ones that start at zero cost nothing."
     )
-    extra = f" {system['note']}" if "note" in system else ""
+    extra = "".join(f" {text}" for text in (system.get("note"), (table or {}).get("note")) if text)
     return f"### Artifact at full size (estimate)\n\n{tables.render(header, cells, 'markdown')}\n\n{note}{extra}"
 
 

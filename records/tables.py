@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import sys
+from collections.abc import Sequence
 
 import runs as logs
 from runs import Run, UserError, show
@@ -72,7 +73,7 @@ def table(runs: list[Run], messages: list[str], form: str, sort: str) -> str:
     """All runs, best score first, with the knobs that differ between them; unreadable logs close the list."""
     trained = [r for r in runs if r.mode == "train" or r.score] or runs  # an audit shows as its run's status
     knobs = logs.telling(trained)
-    stages = list(dict.fromkeys(s for r in trained for s in r.stages))
+    stages = sorted(dict.fromkeys(s for r in trained for s in r.stages), key=logs.stage_rank)
     header = ["run", *knobs, "seed", "steps", "ms/step", *stages, "score bpb", "total bytes", "train s", "eval s"]
     claims = any(r.claims for r in trained)
     header += (["claimed (no code length)"] if claims else []) + ["status"]
@@ -146,7 +147,7 @@ def nats_per_bpb(runs: list[Run], stage: str | None) -> float | None:
     return factors[0] if factors and max(factors) - min(factors) < 1e-3 * factors[0] else None
 
 
-def comparison_text(entries: list[dict], ref_name: str, form: str) -> str:
+def comparison_text(entries: list[dict], ref_name: str, form: str, cautions: Sequence[str] = ()) -> str:
     header = [
         "configuration",
         "n",
@@ -174,7 +175,7 @@ def comparison_text(entries: list[dict], ref_name: str, form: str) -> str:
             ]
             row += [small(e["p_better"]), small(e.get("p_record")), _met(e)]
         rows.append(row)
-    notes = [f"Reference: {ref_name}. A positive gain is an improvement.", RULE]
+    notes = [f"Reference: {ref_name}. A positive gain is an improvement.", RULE, *cautions]
     if any(e["n"] < 2 for e in entries):
         notes.append(
             "A group of one seed has no spread: no test. Run it with 2 more values of SEED (a record shows 3)."

@@ -353,9 +353,21 @@ def test_a_published_mean_is_a_reference(world, capsys):
     sweep_of_two(world, gain=0.02)
     result = compared(world, capsys, "--published", "1.93,0.0005,3")
     assert all(g["meets_record_rule"] for g in result["groups"])
+    capsys.readouterr()
+    assert run_cli("compare", world["logs"], "--published", "1.93") == 0
+    assert "cannot be known here; these runs scored the shipped sample" in capsys.readouterr().out
     assert run_cli("compare", world["logs"], "--published", "1.93,0.0005") == 2
     assert run_cli("compare", world["logs"], "--ref", "MATRIX_LR=0.5") == 2
     assert "fits 0 of these configurations" in capsys.readouterr().err
+
+
+def test_scores_of_different_stages_are_compared_with_a_word_of_caution(world, capsys):
+    write_run(world, "a", audit=False)
+    write_run(world, "b", lr=0.02, audit=False, score={"stage": "roundtrip", "val_bpb": 1.95})
+    assert run_cli("compare", world["logs"]) == 0
+    assert "different stages: roundtrip, sliding" in capsys.readouterr().out
+    assert run_cli("compare", world["logs"], "--stage", "sliding") == 0
+    assert "different stages" not in capsys.readouterr().out
 
 
 def test_recipes_are_told_apart_by_name_not_by_every_knob_that_follows(world, capsys):
@@ -590,9 +602,47 @@ def test_a_systems_readme_tells_published_from_ours_and_estimates_full_size(worl
     assert "PR #850 by callithyia" in readme and "| 0.3212" in readme and "claimed" in readme
     assert "RECIPE=pr850" in readme and "**An estimate**" in readme
     run = logs.read_log(world["logs"] / "s1.jsonl")
-    by_role = {r[0]: r for r in submission.estimate(submission._system("pr850"), run)}
-    assert by_role["mlp"][3] == pytest.approx(17_301_504 * 5.6 / 8) and by_role["mlp"][4] == 17_301_504 * 6 / 8
-    assert by_role["table"][2] == pytest.approx(8 * 2_170_000 / 3_062_144)  # a role the run lacks: the mean of all
+    by_role = {r.role: r for r in submission.estimate(submission._system("pr850"), run)}
+    assert by_role["mlp"].bytes == pytest.approx(17_301_504 * 5.6 / 8)
+    assert by_role["mlp"].fixed == 17_301_504 * 6 / 8
+    assert by_role["table"].bits == pytest.approx(8 * 2_170_000 / 3_062_144)  # a role the run lacks: the mean of all
+
+
+def test_an_ngram_table_counts_as_bytes_without_weights(world, monkeypatch):
+    monkeypatch.setattr(submission, "plots", plots)
+    path = write_run(world, "s1", run={"recipe": "pr1095"})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    pack = next(e for e in lines if e["event"] == "pack")
+    pack["roles"]["ngram"] = {"params": 0, "bytes": 5_000_000, "bits_per_weight": 0.0}
+    pack["total_bytes"] = pack["artifact_bytes"] = 7_200_000
+    path.write_text("".join(json.dumps(e) + "\n" for e in lines))
+    assert submit(world, "--non-record", "--system", "pr1095", runs=("s1",)) == 0
+    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    assert (folder / "bytes.png").stat().st_size > 10_000
+    run = logs.read_log(path)
+    rows = submission.estimate(submission._system("pr1095"), run)
+    mean = 8 * 2_170_000 / 3_062_144  # of the weights alone
+    assert {r.role: r.bits for r in rows} == {
+        "adapter": mean,
+        "embed": 7.02,
+        "table": mean,
+        "proj": mean,
+        "control": mean,
+    }
+    readme = (folder / "README.md").read_text()
+    total = sum(round(r.bytes) for r in rows) + 10_692_380 + run.pack["code_bytes"]
+    assert re.search(r"\| ngram +\| +- \| +- \| +10,692,380 \| +14,680,064 \|", readme) and f"{total:,}" in readme
+
+
+def test_helper_files_of_the_script_go_into_the_folder(world, capsys):
+    world["script"].write_text("import kernels\n" + SCRIPT)
+    (world["root"] / "kernels.py").write_text("x = 1\n")
+    (world["root"] / "unrelated.py").write_text("x = 1\n")
+    write_run(world, "s1")
+    assert submit(world, "--non-record", runs=("s1",)) == 0
+    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    assert (folder / "kernels.py").read_text() == "x = 1\n" and not (folder / "unrelated.py").exists()
+    assert "kernels.py: 6 bytes; if not counted yet" in capsys.readouterr().out
 
 
 def test_full_size_counts_add_up_to_the_published_parameters():
