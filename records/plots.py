@@ -104,9 +104,9 @@ def curves(plt, runs: list[Run]):
 
 
 def _points(events: list[dict], clock: str, key: str) -> np.ndarray:
-    """(2, n): `clock` and `key` of the events that have both."""
-    known = [(e[clock], e[key]) for e in events if e.get(clock) is not None and e.get(key) is not None]
-    return np.array(known, dtype=float).reshape(-1, 2).T
+    """(2, n): `clock` and `key` of the events that have both, as numbers: a diverged run's NaN is no point."""
+    points = np.array([(e.get(clock), e.get(key)) for e in events], dtype=float).reshape(-1, 2)
+    return points[np.isfinite(points).all(axis=1)].T
 
 
 def _curve(axis, run: Run, clock: str, colour: str, name: str | None) -> None:
@@ -129,8 +129,11 @@ def _smooth(y: np.ndarray) -> np.ndarray:
 
 def _loss_window(runs: list[Run]) -> tuple[float, float]:
     """From just under the lowest loss to the level a tenth into the run: the fall from ln V would flatten the rest."""
-    every = [e["train_loss"] for r in runs for e in r.steps] + [e["val_loss"] for r in runs for e in r.vals]
-    late = [e["train_loss"] for r in runs for e in r.steps if e["step"] >= 0.1 * (r.last_step or 0)] or every
+    train = np.hstack(
+        [_points(r.steps, "step", "train_loss") / [[r.last_step or 1], [1]] for r in runs]
+    )  # x: share of the run
+    every = [*train[1], *[y for r in runs for y in _points(r.vals, "step", "val_loss")[1]]] or [0.0]
+    late = train[1][train[0] >= 0.1] if (train[0] >= 0.1).any() else every
     low, high = min(every), max(late)
     pad = 0.05 * (high - low) or 0.1
     return low - pad, high + pad
@@ -161,7 +164,7 @@ def _switches(axis, below, run: Run, clock: str) -> None:
 
 def waterfall(plt, runs: list[Run]):
     """Each stage's bpb as a step from the one before: the best run of each configuration, best first."""
-    groups, _, note = configurations([r for r in runs if r.stages], MAX_PANELS)
+    groups, _, note = configurations([r for r in runs if r.stages and r.finished], MAX_PANELS)
     if not groups:
         return None
     wide = min(3, len(groups))
@@ -252,7 +255,7 @@ def _byte_bar(axis, row: int, pack: dict, names: list[str], widest: int) -> None
 
 def bpb_against_bytes(plt, runs: list[Run]):
     """Every finished run as a point, one colour a configuration, grey beyond the best: what the bytes bought."""
-    points = [r for r in runs if r.bpb() is not None and r.total_bytes]
+    points = [r for r in runs if r.finished and r.total_bytes]
     if len(points) < 2:
         return None
     groups, rest, _ = configurations(points, MAX_CURVES)

@@ -17,12 +17,20 @@ import leaks
 import runs as logs
 import source
 from runs import Run, UserError
+from stats import Sample, welch
+from tables import RECORD_GAIN_NATS, RECORD_P
 
 LIMIT_BYTES, LIMIT_SECONDS, RECORD_SEEDS = 16_000_000, 600.0, 3
 FINEWEB_VAL_BYTES = 151_075_000  # text bytes of the first 50,000 documents; exports differ by a few tenths of a percent
 PLAUSIBLE_BPB = 1.0  # the best verified code length at this size is 1.0565 (PR 2135)
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 AUDIT = "audit (C1-C4)"
+NEAR = 6e-5  # bpb: most folders round to four digits
+LAST_DAY = "2026-05-02"
+RULED = {  # of the flags that records carry: these are rules, the others say which methods were used
+    *("artifact_under_16mb", "train_under_600s", "eval_under_600s", "three_seeds", "full_validation_targets"),
+    *("score_before_update", "no_validation_training_leak", "val_tokens_equal_target_tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ def read_entry(folder: Path, data_path: str | None = None) -> Entry:
             entry.submission = json.loads(meta.read_text(encoding="utf-8", errors="replace"))
             if not isinstance(entry.submission, dict):
                 entry.submission, entry.broken_json = None, "is no JSON object"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             entry.broken_json = f"is no JSON: {error}"
     places = [p for p in (folder, folder / "logs") if p.is_dir()]
     found, entry.unreadable = logs.load_runs(places)
@@ -128,35 +136,102 @@ def figures(entry: Entry) -> Lines:
             else (PASS, "submission fields", "complete")
         )
     flags = meta.get("compliance") if isinstance(meta.get("compliance"), dict) else {}
-    if broken := [k for k, v in flags.items() if v is False]:
-        yield entry.bent(), "own compliance list", f"says no to: {', '.join(broken)}"
+    broken = [k for k, v in flags.items() if v is False]
+    if broken:
+        ruled = any(k in RULED for k in broken)
+        yield entry.bent() if ruled else WARN, "own compliance list", f"says no to: {', '.join(broken)}"
+    yield from _seed_results(entry)
+    yield from _gain(entry)
+    yield from _dated(entry)
     bpb = meta.get("val_bpb")
-    if not isinstance(bpb, int | float) or isinstance(bpb, bool) or not math.isfinite(bpb):
+    if not _is_number(bpb):
         if "val_bpb" not in missing:
             yield FAIL, "val_bpb", f"is no number: {bpb!r}"
         return
     yield _supported(entry, float(bpb))
 
 
+def _seed_results(entry: Entry) -> Lines:
+    """Each seed that submission.json speaks of has a log, and the log shows its figure."""
+    meta, scored = entry.submission, {str(r.seed): r for r in entry.runs if r.score}
+    results = meta.get("seed_results") if isinstance(meta.get("seed_results"), dict) else {}
+    listed = meta.get("seeds") if isinstance(meta.get("seeds"), list) else []
+    named = {str(s) for s in [*listed, *results]}
+    if missing := sorted(named - {*scored}):
+        yield entry.bent(), "a log for each seed", f"none for seed {', '.join(missing)}"
+    elif named and (more := sorted({*scored} - named)):
+        yield WARN, "a log for each seed", f"logs of seed {', '.join(more)}, of which submission.json does not speak"
+    for seed in sorted({*results} & {*scored}):
+        said = results[seed].get("val_bpb") if isinstance(results[seed], dict) else None
+        run = scored[seed]
+        shown = [run.bpb(), *[e["val_bpb"] for e in run.stages.values()]]
+        if _is_number(said) and min(abs(v - said) for v in shown) > NEAR:
+            yield FAIL, f"val_bpb of seed {seed}", f"{said:.5f}, but its log's score is {run.bpb():.5f}"
+
+
+def _gain(entry: Entry) -> Lines:
+    """The gain over the baseline that submission.json names, against the spread of its own seeds."""
+    meta, scored = entry.submission, [r for r in entry.runs if r.score and r.loss()]
+    base = next((meta[k] for k in ("comparison_baseline_bpb", "base_val_bpb") if _is_number(meta.get(k))), None)
+    if base is None or not scored:
+        return
+    own, factor = Sample.of([r.bpb() for r in scored]), fmean(r.loss() / r.bpb() for r in scored)
+    gain = (base - own.mean) * factor
+    p = welch(Sample(base, math.nan, 0), own, margin=RECORD_GAIN_NATS / factor).p
+    detail = f"{gain:+.5f} nats/token over the {base:.5f} bpb it compares with, {len(scored)} seed(s)"
+    if math.isnan(p):
+        yield WARN, "gain", f"{detail}: no spread, so no test"
+    elif p < RECORD_P:
+        yield (
+            PASS,
+            "gain",
+            f"{detail}: p {p:.2g} that it is below {RECORD_GAIN_NATS} (the baseline's own spread unknown)",
+        )
+    else:
+        yield (
+            WARN,
+            "gain",
+            f"{detail}: within noise of the {RECORD_GAIN_NATS} that a record shows (p {p:.2g}, wanted < {RECORD_P})",
+        )
+
+
+def _dated(entry: Entry) -> Lines:
+    date = str(entry.submission.get("date", ""))[:10]
+    if entry.is_record and date > LAST_DAY:
+        yield WARN, "date", f"{date}: entries after {LAST_DAY} were taken as non-record"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _said(meta: object, names: set[str]) -> list[float]:
+    """Every number under one of `names`, at any depth of submission.json."""
+    if isinstance(meta, list):
+        return [n for item in meta for n in _said(item, names)]
+    if not isinstance(meta, dict):
+        return []
+    return [n for k, v in meta.items() for n in ([v] if k in names and _is_number(v) else _said(v, names))]
+
+
 def _supported(entry: Entry, bpb: float) -> tuple[str, str, str]:
     """Whether the logs' mean (or one log) shows `bpb` as a stage, or only as a claimed figure."""
     scored = [r for r in entry.runs if r.score]
-    near = 6e-5  # most folders round to four digits
     means = {"score": [r.bpb() for r in scored]}
     means |= {s: [r.bpb(s) for r in scored if s in r.stages] for s in {s for r in scored for s in r.stages}}
     claims = [c["claimed_bpb"] for r in entry.runs for c in r.claims]
     for stage, values in means.items():
-        if values and abs(fmean(values) - bpb) < near:
+        if values and abs(fmean(values) - bpb) < NEAR:
             what = "the logs' scores" if stage == "score" else f"stage {stage}"
             return PASS, "val_bpb", f"{bpb:.5f} is the mean of {what} ({len(values)} log(s))"
-    if claims and min(abs(c - bpb) for c in [*claims, fmean(claims)]) < near:
+    if claims and min(abs(c - bpb) for c in [*claims, fmean(claims)]) < NEAR:
         return (
             FAIL,
             "val_bpb",
             f"{bpb:.5f} is a claimed figure (no code length); the logs' scores are {_list(means['score'])}",
         )
     for stage, values in means.items():
-        if values and min(abs(v - bpb) for v in values) < near:
+        if values and min(abs(v - bpb) for v in values) < NEAR:
             return (
                 entry.bent(WARN),
                 "val_bpb",
@@ -177,8 +252,12 @@ def _list(values: list[float]) -> str:
 def limits(entry: Entry) -> Lines:
     yield from _bytes(entry)
     yield _hardware(entry)
-    yield _seconds(entry, "training", [r.train_s for r in entry.runs if r.score], [r.ms_per_step for r in entry.runs])
-    yield _seconds(entry, "evaluation", [r.eval_s for r in entry.runs if r.score], [])
+    scored, meta = [r for r in entry.runs if r.score], entry.submission
+    train = [*_said(meta, {"train_time_s", "train_wallclock_seconds"})]
+    train += [ms / 1000 for ms in _said(meta, {"train_wallclock_ms", "train_wallclock_ms_max"})]
+    evals = _said(meta, {"eval_time_s", "ttt_eval_time_s", "eval_time_s_max"})
+    yield _seconds(entry, "training", [*train, *[r.train_s for r in scored]], [r.ms_per_step for r in entry.runs])
+    yield _seconds(entry, "evaluation", [*evals, *[r.eval_s for r in scored]], [])
     for run in entry.runs:
         if run.score and run.score.get("limits_ok") is False:
             yield entry.bent(), f"limits of {run.path.name}", run.status()
@@ -186,8 +265,9 @@ def limits(entry: Entry) -> Lines:
 
 def _bytes(entry: Entry) -> Lines:
     totals = [r.total_bytes for r in entry.runs if r.total_bytes]
-    meta = entry.submission or {}
-    totals += [meta[k] for k in ("bytes_total", "artifact_bytes_max") if isinstance(meta.get(k), int) and k in meta]
+    totals += [
+        int(n) for n in _said(entry.submission, {"bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max"})
+    ]
     if not totals:
         yield WARN, "bytes", "cannot be known: neither logs nor submission.json give a total"
         return
@@ -398,12 +478,11 @@ def validity(entry: Entry) -> Lines:
             f"no audit of {', '.join(bare)} (its artifact, its code, its stage)" if audits else "no audit in the logs"
         )
         yield WARN, AUDIT, f"{what}: whether the score is a code length cannot be known from the folder"
+    gates = [f"{k}={n} in {r.path.name}" for r in scored for k, n in r.info.get("target_gates", {}).items()]
+    if gates:
+        yield entry.bent(), "n-gram gate", f"{', '.join(gates)}: gates that look at the target token were ruled out"
     bpb = (entry.submission or {}).get("val_bpb")
-    if (
-        isinstance(bpb, int | float)
-        and bpb < PLAUSIBLE_BPB
-        and not any(r.info.get("data", {}).get("sample") for r in entry.runs)
-    ):
+    if _is_number(bpb) and bpb < PLAUSIBLE_BPB and not any(r.info.get("data", {}).get("sample") for r in entry.runs):
         status = WARN if scored and not bare and not failed else FAIL
         yield (
             status,

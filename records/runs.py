@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ STAGES = [
     "table",
     "ngram",
 ]  # of our evaluation, in the order they are scored
+MAX_LOG_BYTES = 200_000_000
 STILL_WARM_S = 120  # a log without an end that was written to this recently belongs to a run still going
 BOOKKEEPING = {  # knobs that name, place or watch a run without touching its score
     *("SEED", "RUN_ID", "ARTIFACT", "FORCE", "RESUME", "CHECKPOINT_EVERY", "CHECKPOINT_KEEP", "PROFILE"),
@@ -125,6 +127,8 @@ class Run:
             return f"{'still going' if recent else 'unfinished'}, {where}"
         if self.audit and not self.audit["passed"]:
             return "audit failed: " + ", ".join(name for name, passed in audit_checks(self) if not passed)
+        if self.score and not math.isfinite(self.score["val_bpb"]):
+            return f"diverged: val_bpb {self.score['val_bpb']}"
         if self.score and not self.score.get("complete", True):
             return "not the whole validation text: no score"
         return "ok"
@@ -132,7 +136,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """It ran to its end and scored the whole validation text; a broken limit does not spoil the comparison."""
-        return self.ended in ("ok", "limit broken") and self.score is not None and self.score.get("complete", True)
+        whole = self.score is not None and self.score.get("complete", True) and math.isfinite(self.score["val_bpb"])
+        return self.ended in ("ok", "limit broken") and whole
 
 
 def stage_rank(name: str) -> int:
@@ -214,7 +219,7 @@ def read_jsonl(path: Path) -> Run:
         try:
             event = json.loads(line)
             version, kind = event["v"], str(event["event"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             run.damage = f"truncated or damaged at line {number}"
             continue
         if version != SCHEMA:
@@ -266,6 +271,8 @@ _NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 _STEP = re.compile(rf"^(?:step:)?(\d+)/(\d+) (train_loss|val_loss): ?{_NUMBER}(?: val_bpb: ?{_NUMBER})?(.*)$")
 _TRAIN_TIME = re.compile(rf"train_time: ?{_NUMBER}(ms|s|m)\b")
 _STAGE = re.compile(rf"^(\w[\w .+-]*?):? val_loss: ?{_NUMBER},? val_bpb: ?{_NUMBER}(.*)$")
+_WHOLE_EVAL = re.compile(rf"^total_eval_time: ?{_NUMBER}(ms|s|m)\b")
+_GATES = re.compile(r"(\w*gate)=(\d+)")
 _EVAL_TIME = re.compile(rf"eval_time: ?{_NUMBER}(ms|s|m)\b")
 _PAIR = re.compile(r"(?:^|[\s:])([a-z][a-z0-9_]*)[:=] ?([^\s:=]+)(?=\s|$)")
 _TOTAL = re.compile(r"^Total submission size[^:]*: (\d+) bytes")
@@ -301,7 +308,8 @@ def read_text_log(path: Path) -> Run:
     if final and not run.score:
         last = run.stages[final[-1]]
         evals = [e["seconds"] for e in run.stages.values() if e.get("seconds") is not None]
-        run.score = {**last, "train_s": run.train_s, "eval_s": max(evals, default=None), "complete": True}
+        whole = run.info.pop("total_eval_s", None) or max(evals, default=None)
+        run.score = {**last, "train_s": run.train_s, "eval_s": whole, "complete": True}
         run.ended = "ok"
     if run.pack and run.score:
         run.score.setdefault("total_bytes", run.pack.get("total_bytes"))
@@ -328,6 +336,10 @@ def _read_measure(run: Run, diagnostics: dict, line: str) -> bool:
         run.stages[name] = {"stage": name, "val_loss": float(match[2]), "val_bpb": float(match[3]), "seconds": seconds}
         if "diagnostic" in name or "pre-quant" in name or "prequant" in name:
             diagnostics[name] = True
+    elif match := _WHOLE_EVAL.match(line):
+        run.info["total_eval_s"] = float(match[1]) * _SECONDS[match[2]]
+    elif line.startswith("ngram_tilt:hints"):
+        run.info["target_gates"] = {name: int(n) for name, n in _GATES.findall(line) if int(n)}
     elif match := _TOTAL.match(line):
         run.pack = {**(run.pack or {}), "total_bytes": int(match[1])}
     elif match := _CODE.match(line):
@@ -406,6 +418,8 @@ def log_files(places: Iterable[str | Path]) -> list[Path]:
 
 
 def read_log(path: Path) -> Run:
+    if path.stat().st_size > MAX_LOG_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes; no log of a training run is that long")
     return read_jsonl(path) if path.suffix == ".jsonl" else read_text_log(path)
 
 

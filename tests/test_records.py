@@ -310,6 +310,30 @@ def test_every_way_to_miss_a_score_is_a_status(world):
         assert message in logs.read_log(write_run(world, name, **over)).status()
 
 
+def test_a_diverged_run_is_no_score_and_its_picture_is_drawn(world, capsys):
+    write_run(world, "a", audit=False)
+    path = write_run(
+        world,
+        "b",
+        lr=9.0,
+        audit=False,
+        score={"val_bpb": math.nan},
+        stage={"val_bpb": math.nan},
+        val={"val_loss": math.nan},
+    )
+    path.write_text(
+        path.read_text().replace(
+            '"step": 95, "total": 100, "train_loss": 3.2', '"step": 95, "total": 100, "train_loss": NaN, "x": 3.2'
+        )
+    )
+    assert "NaN" in path.read_text().split("switch")[0]
+    assert run_cli("table", world["logs"]) == 0
+    assert "diverged: val_bpb nan" in capsys.readouterr().out
+    assert run_cli("plot", world["logs"], "--out", world["root"] / "pictures") == 0
+    assert run_cli("compare", world["logs"]) == 0
+    assert "left out: b: diverged" in capsys.readouterr().err
+
+
 # ---- table and compare
 
 
@@ -897,10 +921,159 @@ def test_check_finds_what_got_entries_rejected(foreign):
     assert got["script that ran"].status == "FAIL"
 
 
+HEIR = """import os, torch
+import torch.nn.functional as F
+class Hyperparameters:
+    val_files = os.path.join("data", "fineweb_val_*.bin")
+    prequant_label = "diagnostic pre-quantization post-ema"
+def hash_bigrams(ids, vocab):
+    return torch.bitwise_xor(36313 * ids[..., 1:], 27191 * ids[..., :-1]) % (vocab - 1)
+def nll(model, x, targets):
+    return F.cross_entropy(model(x), targets, reduction="none")
+def train_model(h, device, val_data):
+    log(f"val_tokens: {val_data.val_tokens.numel() - 1}")
+    val_loss, val_bpb = eval_val(h, device, val_data)
+def eval_val_ttt(h, val_data):
+    for chunk in val_data.val_tokens.split(65536):
+        loss = nll(h, chunk[:-1], chunk[1:])
+def load(path):
+    return torch.load(path, weights_only=True)
+if __name__ == "__main__":
+    train_model(Hyperparameters(), "cuda", None)
+"""
+
+
+def packed_source(text: str, form: str) -> str:
+    """`text` as the records' self-extracting scripts hold it."""
+    data = text.encode()
+    if form == "plain":
+        return text
+    if form == "lzma":
+        raw = base64.b85encode(lzma.compress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])).decode()
+        head, tail = "import lzma as L,base64 as B", ',format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}])'
+        return f'{head}\nexec(L.decompress(B.b85decode("{raw}"){tail})\n'
+    brotli = pytest.importorskip("brotli")
+    raw = base64.b85encode(brotli.compress(data)).decode()
+    return f'import brotli,base64\nexec(brotli.decompress(base64.b85decode("{raw}")))\n'
+
+
+SCORES = {42: 1.05803, 0: 1.05771, 1234: 1.05845}
+
+
+def record_folder(tmp_path: Path, form: str = "plain", source_text: str = HEIR) -> Path:
+    """A clean record of three seeds, as the challenge's last weeks left them."""
+    folder = tmp_path / "track_10min_16mb" / "2026-04-27_Stack_1.0581"
+    (folder / "tokenizers").mkdir(parents=True)
+    (folder / "tokenizers" / "sp8192.model").write_bytes(b"model")
+    script = packed_source(source_text, form)
+    for seed, bpb in SCORES.items():
+        log = FRONTIER_LOG.replace("seed: 42", f"seed: {seed}").replace("val_bpb:1.05803761", f"val_bpb:{bpb}")
+        log = log.replace("val_loss:2.31538446", f"val_loss:{bpb * 2.18839:.8f}")
+        smi = "| NVIDIA H100 80GB HBM3          On  |\nworld_size: 8\n"
+        (folder / f"train_seed{seed}.log").write_text(f"{source_text}{'=' * 100}\n{smi}{log}total_eval_time: 594.1s\n")
+    results = {str(s): {"val_bpb": b, "artifact_bytes": 15_989_499, "train_time_s": 596.1} for s, b in SCORES.items()}
+    meta = {"author": "A", "github_id": "a", "name": "Stack", "date": "2026-04-27", "track": "10min_16mb"}
+    meta |= {"val_bpb": 1.05806, "val_loss": 2.31545, "seeds": [42, 0, 1234], "seed_results": results}
+    meta |= {
+        "comparison_baseline_bpb": 1.0629,
+        "bytes_total": 15_989_499,
+        "technique_summary": "a stack",
+        "attribution": [],
+    }
+    flags = dict.fromkeys(rules.RULED, True) | {"no_ngram_cache": False, "no_slot": True}
+    (folder / "submission.json").write_text(json.dumps(meta | {"compliance": flags}))
+    (folder / "README.md").write_text("# Stack\n")
+    (folder / "requirements.txt").write_text("torch\n")
+    (folder / "prepare_data.py").write_text("import urllib.request\nval = open('fineweb_val_000000.bin')\n")
+    (folder / "train_gpt.py").write_text(script)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["plain", "lzma", "brotli"])
+def test_a_clean_record_of_another_script_raises_no_alarm(tmp_path, form):
+    folder = record_folder(tmp_path, form)
+    got = verdicts(folder)
+    assert {c.rule for c in got.values() if c.status == "FAIL"} == set()
+    warned = {c.rule for c in got.values() if c.status == "WARN"}
+    assert warned == {"validation documents in training", "audit (C1-C4)", "own compliance list"}, got
+    assert got["gain"].status == "PASS" and got["code patterns"].status == "PASS" and got["hardware"].status == "PASS"
+
+
+def edit_log(seed: int, old: str, new: str):
+    def change(folder: Path) -> None:
+        path = folder / f"train_seed{seed}.log"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return change
+
+
+def edit_meta(**fields):
+    return lambda folder: edit(folder, **fields)
+
+
+def add_code(text: str):
+    return lambda folder: (folder / "train_gpt.py").write_text(HEIR + text)
+
+
+def only_seed(folder: Path) -> None:
+    for seed in (0, 1234):
+        (folder / f"train_seed{seed}.log").unlink()
+
+
+def uncounted_helper(folder: Path) -> None:
+    (folder / "train_gpt.py").write_text("import first\n" + HEIR)
+    (folder / "first.py").write_text("import second\n")  # a helper's helper counts too
+    (folder / "second.py").write_bytes(b"#" * 20_000)
+
+
+FAULTS = [  # what entries were rejected for
+    ("truncated validation", edit_log(42, "val_tokens: 47851520", "val_tokens: 9662464"), "validation text", "FAIL"),
+    ("bytes a token miscounted", edit_log(42, "val_loss:2.31538", "val_loss:2.01538"), "validation text", "FAIL"),
+    ("601.9 s of training", edit_log(0, "596137ms", "601937ms"), "training time", "FAIL"),
+    ("601.9 s by its own account", edit_meta(train_wallclock_ms_max=601_937), "training time", "FAIL"),
+    ("612 s of evaluation", edit_log(0, "total_eval_time: 594.1s", "total_eval_time: 612.0s"), "evaluation time", "FAIL"),
+    ("16 MiB", edit_meta(bytes_total=16_777_216), "bytes", "FAIL"),
+    ("one seed", only_seed, "seeds", "FAIL"),
+    ("seeds without logs", only_seed, "a log for each seed", "FAIL"),
+    ("a better seed in the logs than told", edit_meta(seeds=[42, 0], seed_results={}), "a log for each seed", "WARN"),
+    ("a figure no log shows", edit_meta(val_bpb=1.0412), "val_bpb", "FAIL"),
+    ("a seed's figure no log shows", edit_meta(seed_results={"0": {"val_bpb": 1.0512}}), "val_bpb of seed 0", "FAIL"),
+    ("gain within noise", edit_meta(comparison_baseline_bpb=1.0583), "gain", "WARN"),
+    ("late", edit_meta(date="2026-05-09"), "date", "WARN"),
+    ("mixed configurations", edit_log(0, "matrix_lr: 0.026", "matrix_lr: 0.024"), "one configuration", "WARN"),
+    ("self-made shards", edit_log(0, "train_shards: 80", "train_shards: 1499"), "training shards", "WARN"),
+    ("target-dependent gate", edit_log(0, "stopping", "ngram_tilt:hints 9 within_gate=31 word_gate=0\nstopping"), "n-gram gate", "FAIL"),
+    ("the same in code", add_code("within_gate = starts_word[targets]\n"), "code: n-gram gate that looks at the target", "WARN"),
+    ("hashed target", add_code("key = (ctx_hash ^ (tgt_np * 36313)) % buckets\n"), "code: target token in a cache key", "FAIL"),
+    ("validation in training", add_code("def train_on_it(h):\n    return load(h.val_files)\n"), "code: validation data in training code", "FAIL"),
+    ("another script", add_code("x = 1\n"), "script that ran", "FAIL"),
+    ("pickle", add_code("import pickle\nw = pickle.load(f)\n"), "code: pickle loading", "WARN"),
+    ("pre-quant TTT", add_code("prequant_ttt_epochs = 21\n"), "code: name of a rejected method: pre-quantisation TTT on validation text", "WARN"),
+    ("byte mixture", add_code("ppm_order = 4\n"), "code: name of a rejected method: byte-level PPM mixture (normalisation, denominator)", "WARN"),
+    ("hints outside the timer", add_code("ngram_hint_precompute_outside = True\n"), "code: name of a rejected method: hints computed outside the timer", "WARN"),
+    ("uncounted helpers", uncounted_helper, "helper files", "FAIL"),
+    ("an honest no", edit_meta(compliance={"eval_under_600s": False}), "own compliance list", "FAIL"),
+    ("unreadable JSON", lambda f: (f / "submission.json").write_text('{"a":' * 50_000), "submission.json", "FAIL"),
+    ("a bomb", lambda f: (f / "train_gpt.py").write_text(packed_source("import os\n" * 2_000_000, "lzma")), "code readable", "FAIL"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("_, fault, rule, status", FAULTS, ids=[f[0] for f in FAULTS])
+def test_each_fault_that_got_entries_rejected_is_found(tmp_path, _, fault, rule, status):
+    folder = record_folder(tmp_path)
+    assert verdicts(folder).get(rule, rules.Check("PASS", "", "")).status != status
+    fault(folder)
+    assert verdicts(folder)[rule].status == status
+
+
 def test_check_never_runs_the_folders_code(foreign, tmp_path):
     trap = tmp_path / "sprung"
     (foreign / "train_gpt.py").write_text(f"open({str(trap)!r}, 'w').write('x')\n")
     (foreign / "sitecustomize.py").write_text(f"open({str(trap)!r}, 'w').write('x')\n")
+    assert run_cli("check", foreign) == 1
+    text = packed_source(f"import os\nopen({str(trap)!r}, 'w').write('x')\n" + "# padding\n" * 60, "lzma")
+    (foreign / "train_gpt.py").write_text(text)
     assert run_cli("check", foreign) == 1
     assert not trap.exists()
 
