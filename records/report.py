@@ -96,7 +96,7 @@ def run_plot(args: argparse.Namespace) -> int:
 def run_sweep(args: argparse.Namespace) -> int:
     import sweep
 
-    return sweep.run(args.list, args.launch, args.only, Path(args.logs))
+    return sweep.run(args.list, args.launch, args.only)
 
 
 def run_submit(args: argparse.Namespace) -> int:
@@ -164,7 +164,6 @@ def parser() -> argparse.ArgumentParser:
         "--launch", default=f"{sys.executable} train_gpt.py", help="command that each configuration starts"
     )
     sub.add_argument("--only", type=int, metavar="N", help="run only configuration N, from 0 (a Slurm array index)")
-    sub.add_argument("--logs", default="logs", help="where the runs write their logs (default: logs)")
 
     sub = command("submit", run_submit, "write a record folder from finished runs that differ in SEED alone")
     takes_logs(sub, "+")

@@ -117,6 +117,8 @@ class Run:
         """`ok`, or the first thing that keeps this run out of a submission."""
         if self.damage and not self.ended:
             return self.damage
+        if self.audit and not self.audit["passed"]:
+            return "audit failed: " + ", ".join(name for name, passed in audit_checks(self) if not passed)
         if self.ended == "limit broken" or (self.score and not self.score.get("limits_ok", True)):
             return f"limit broken: {self.error or broken_limits(self)}"
         if self.error or self.ended not in (None, "ok"):
@@ -125,8 +127,6 @@ class Run:
             where = f"at step {self.last_step}" if self.last_step is not None else "before the first step"
             recent = time.time() - self.path.stat().st_mtime < STILL_WARM_S
             return f"{'still going' if recent else 'unfinished'}, {where}"
-        if self.audit and not self.audit["passed"]:
-            return "audit failed: " + ", ".join(name for name, passed in audit_checks(self) if not passed)
         if self.score and not math.isfinite(self.score["val_bpb"]):
             return f"diverged: val_bpb {self.score['val_bpb']}"
         if self.score and not self.score.get("complete", True):

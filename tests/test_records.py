@@ -1108,8 +1108,12 @@ if os.environ.get("MATRIX_LR") == pathlib.Path("broken").read_text():
     with log.open("a") as f:
         f.write(json.dumps({"v": 1, "event": "end", "status": "stopped"}) + "\\n")
     sys.exit(1)
-lines = [{"event": "run", "run_id": os.environ["RUN_ID"]}, {"event": "end", "status": "ok"}]
-lines.insert(1, {"event": "score", "val_bpb": 1.5, "val_loss": 2.5, "stage": "sliding"})
+mode = os.environ.get("MODE", "train")
+lines = [{"event": "run", "run_id": os.environ["RUN_ID"], "mode": mode}, {"event": "end", "status": "ok"}]
+if mode == "train":
+    lines.insert(1, {"event": "score", "val_bpb": 1.5, "val_loss": 2.5, "stage": "sliding"})
+else:
+    lines.insert(1, {"event": "audit", "passed": True, "checks": []})
 log.write_text("".join(json.dumps({"v": 1, **line}) + "\\n" for line in lines))
 """
 
@@ -1136,6 +1140,17 @@ def test_a_sweep_skips_the_finished_survives_the_failing_and_can_run_one_line(tm
     capsys.readouterr()
     assert run_cli(*words) == 0
     assert "2 of 3 done; still going: matrix_lr-9_seed-1" in capsys.readouterr().out
+
+
+def test_a_sweep_runs_audits_too_and_looks_where_the_runs_write(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("trainer.py").write_text(FAKE_TRAINER.replace('"logs"', 'os.environ["LOG_DIR"]'))
+    Path("broken").write_text("none")
+    Path("list.txt").write_text("RUN_ID=a LOG_DIR=mine\nMODE=audit ARTIFACT=mine/a.pgz RUN_ID=a-audit LOG_DIR=mine\n")
+    words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
+    assert run_cli(*words) == 0 and run_cli(*words) == 0
+    assert capsys.readouterr().out.count("skipped: finished") == 2
+    assert Path("calls").read_text().split() == ["a", "a-audit"]
 
 
 @pytest.mark.parametrize("text, words", [
