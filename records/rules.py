@@ -448,8 +448,10 @@ def _validation_size(entry: Entry, scored: list[Run]) -> Lines:
 def _leaks(entry: Entry, scored: list[Run]) -> tuple[str, str, str]:
     rule = "validation documents in training"
     paths = [r.info.get("data", {}).get("path") for r in scored]
-    where = entry.data_path or next((p for p in paths if isinstance(p, str)), None)
-    if not where or not list(Path(where).glob("fineweb_train_*.bin")):
+    where = entry.data_path or next(
+        (p for p in paths if isinstance(p, str) and list(Path(p).glob("fineweb_train_*.bin"))), None
+    )
+    if where is None:
         return WARN, rule, "cannot be known: the shards are not here (pass --data-path)"
     overlap = leaks.find_overlap(Path(where))
     return FAIL if overlap.leaked else WARN if overlap.found else PASS, rule, str(overlap)

@@ -107,7 +107,7 @@ class Run:
     def artifact(self) -> str | None:
         """Where the artifact was written, or for MODE=audit and eval the one that was read."""
         place = (self.pack or {}).get("artifact") or self.config.get("ARTIFACT")
-        return str(Path(place)) if place else None
+        return place if isinstance(place, str) and place else None
 
     @property
     def claimed(self) -> dict | None:
@@ -163,7 +163,9 @@ def adopt_audits(runs: list[Run]) -> None:
 
 def _speaks_for(audit: Run, run: Run) -> bool:
     """Of this artifact, by the code that scored it, begun after it, and of the stage that is the score."""
-    same_file = audit.artifact == run.artifact and audit.artifact is not None
+    same_file = (
+        None not in (audit.artifact, run.artifact) and Path(audit.artifact).resolve() == Path(run.artifact).resolve()
+    )
     codes = {r.info.get("source_sha256") for r in (audit, run)} - {None}
     in_order = str(audit.info.get("started") or "~") >= str(run.info.get("started") or "")
     return (

@@ -58,8 +58,11 @@ def submit(runs: list[Run], args: argparse.Namespace) -> int:
 
 def _target(args: argparse.Namespace) -> Path:
     date = args.date or datetime.date.today().isoformat()
-    if not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
-        raise UserError(f"--date {date}: expected YYYY-MM-DD")
+    try:
+        if datetime.date.fromisoformat(date).isoformat() != date:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--date {date}: expected YYYY-MM-DD") from None
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", args.name):
         raise UserError(f"--name {args.name!r}: letters, digits and _.+- only, it becomes a folder's name")
     target = Path(args.records) / TRACKS[args.non_record] / f"{date}_{args.name}"
