@@ -196,14 +196,8 @@ EVENT_FIELDS: dict[str, dict[str, tuple | type]] = {  # what this tool reads of 
     "val": {"step": int, "val_loss": _NUM, "val_bpb?": _NUM, "train_s?": _NUM},
     "train_end": {"steps": int, "train_s": _NUM},
     "quant": {"roles": dict},
-    "pack": {
-        "artifact_bytes": int,
-        "code_bytes": int,
-        "total_bytes": int,
-        "limit?": int,
-        "roles?": dict,
-        "artifact?": str,
-    },
+    "pack": {"artifact_bytes": int, "code_bytes": int, "total_bytes": int, "limit?": int, "roles?": dict}
+    | {"artifact?": str},
     "stage": {"stage": str, "val_loss": _NUM, "val_bpb": _NUM, "tokens?": int},
     "claim": {"claimed_bpb": _NUM, "z_mean?": _NUM},
     "audit": {"passed": bool, "checks": list},
@@ -272,6 +266,7 @@ def _by_step(events: list[dict]) -> list[dict]:
 _NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 _STEP = re.compile(rf"^(?:step:)?(\d+)/(\d+) (train_loss|val_loss): ?{_NUMBER}(?: val_bpb: ?{_NUMBER})?(.*)$")
 _TRAIN_TIME = re.compile(rf"train_time: ?{_NUMBER}(ms|s|m)\b")
+_STOPPED = re.compile(rf"^stopping_early:.* train_time: ?{_NUMBER}(ms|s|m) step: ?(\d+)")
 _STAGE = re.compile(rf"^(\w[\w .+-]*?):? val_loss: ?{_NUMBER},? val_bpb: ?{_NUMBER}(.*)$")
 _WHOLE_EVAL = re.compile(rf"^total_eval_time: ?{_NUMBER}(ms|s|m)\b")
 _GATES = re.compile(r"(\w*gate)=(\d+)")
@@ -350,12 +345,8 @@ def _read_measure(run: Run, diagnostics: dict, line: str) -> bool:
         run.pack = {**(run.pack or {}), "artifact_bytes": int(match[1])}
     elif line.startswith("score val_bpb:"):
         run.score, run.ended = _score_line(run, dict(_PAIR.findall(line))), "ok"
-    elif (
-        line.startswith("stopping_early:")
-        and (clock := _TRAIN_TIME.search(line))
-        and (at := re.search(r"step: ?(\d+)", line))
-    ):
-        run.train_end = {"steps": int(at[1]), "train_s": float(clock[1]) * _SECONDS[clock[2]], "reason": "wallclock"}
+    elif match := _STOPPED.match(line):
+        run.train_end = {"steps": int(match[3]), "train_s": float(match[1]) * _SECONDS[match[2]], "reason": "wallclock"}
     else:
         return False
     return True

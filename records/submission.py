@@ -193,10 +193,8 @@ def _pack(text: bytes, script: Path) -> bytes:
     with tempfile.TemporaryDirectory() as room:
         copy, out = Path(room, "train_gpt.py"), Path(room, "packed.py")
         copy.write_bytes(text)
-        env = {
-            k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH")
-        }
-        env |= {"MODE": "pack_code", "OUTPUT": str(out)}
+        kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH")  # no knob of the caller's
+        env = {k: v for k, v in os.environ.items() if k in kept} | {"MODE": "pack_code", "OUTPUT": str(out)}
         done = subprocess.run([sys.executable, copy], env=env, cwd=room, capture_output=True, text=True)
         if done.returncode or not out.is_file():
             raise UserError(f"MODE=pack_code of {script} failed:\n{done.stderr[-500:]}")
@@ -245,7 +243,7 @@ def describe(seeds: list[Run], args: argparse.Namespace, system: dict | None) ->
     meta = {
         "author": args.author,
         "github_id": args.github_id,
-        "name": (system or {}).get("title") or args.name,
+        "name": _title(args.name, seeds[0], system),
         "blurb": args.blurb or _blurb(seeds[0], system),
         "date": args.date or datetime.date.today().isoformat(),
         "track": TRACKS[args.non_record].removeprefix("track_"),
@@ -291,6 +289,14 @@ def _figures(seeds: list[Run]) -> dict:
     }
 
 
+def _title(name: str, run: Run, system: dict | None) -> str:
+    """A system's folder says in its title what it is, so that no list of names takes it for the published result."""
+    if system is None:
+        return name
+    where = "shrunken, on the shipped sample" if run.info.get("data", {}).get("sample") else "run anew"
+    return f"PR #{system['pr']} ({system['title']}), {where}"
+
+
 def _blurb(run: Run, system: dict | None) -> str:
     if system is None:
         return _changes_in_words(run)
@@ -301,11 +307,8 @@ def _blurb(run: Run, system: dict | None) -> str:
 def seed_result(run: Run) -> dict:
     out = {"val_loss": run.loss(), "val_bpb": run.bpb(), "artifact_bytes": run.pack["artifact_bytes"]}
     out |= {"bytes_total": run.total_bytes, "steps": run.last_step, "step_avg_ms": run.ms_per_step}
-    out |= {
-        "train_time_s": run.train_s,
-        "eval_time_s": run.eval_s,
-        "target_tokens": run.stages[run.stage].get("tokens"),
-    }
+    out |= {"train_time_s": run.train_s, "eval_time_s": run.eval_s}
+    out |= {"target_tokens": run.stages.get(run.stage, {}).get("tokens")}
     return out | {"stages": {name: e["val_bpb"] for name, e in run.stages.items()}}
 
 
@@ -380,11 +383,9 @@ def _result(seeds: list[Run], meta: dict) -> str:
         row = [r.seed, r.last_step, tables.fixed(r.ms_per_step, 1), *[tables.fixed(r.bpb(s), 4) for s in stages]]
         row += [tables.fixed(r.bpb(), 5), r.pack["artifact_bytes"], r.total_bytes]
         rows.append([*row, tables.fixed(r.train_s, 1), tables.fixed(r.eval_s, 1)])
-    spread = (
-        f" (standard deviation {meta['val_bpb_std']:.5f}, n = {len(seeds)})" if meta["val_bpb_std"] is not None else ""
-    )
+    spread = f" (standard deviation {meta['val_bpb_std']:.5f}, n = {len(seeds)})" if len(seeds) > 1 else ""
     text = f"## Result\n\n**val_bpb {meta['val_bpb']:.5f}**{spread}, val_loss {meta['val_loss']:.5f} nats/token, "
-    text += f"stage `{meta['score_stage']}`, on {meta['hardware']}.\n\n{tables.render(header, rows, 'markdown')}"
+    text += f"stage `{meta['score_stage']}`, on {meta['hardware']} with PyTorch {meta['pytorch_version']}.\n\n{tables.render(header, rows, 'markdown')}"
     if claim := meta.get("claimed_not_a_code_length"):
         z = "" if claim["z_mean"] is None else f", its probabilities sum to {claim['z_mean']:.1f} on average"
         text += f"\n\nThe published scorer, kept for comparison, prints claimed_bpb {claim['claimed_bpb']:.4f}{z}: "
@@ -396,7 +397,8 @@ def _system_text(system: dict) -> str:
     rows = [[p["figure"], p["kind"], p["what"]] for p in system["published"]]
     differences = "\n".join(f"- **{what}**: {why}." for what, why in system["differences"])
     return (
-        f"## The system: PR #{system['pr']} by {system['author']}\n\n{system['what']}\n\n### Published figures\n\n"
+        f"## The system: PR #{system['pr']} by {system['author']}\n\n{system['what']}\n\n"
+        f"### Published figures: {system['author']}'s, at full size, on FineWeb\n\n"
         f"{tables.render(['figure', 'kind', 'what'], rows, 'markdown')}\n\n"
         "A *valid* figure is a code length; a *claimed* one is not, since its probabilities do not sum to one.\n\n"
         f"### What ours does differently, and why\n\n{differences}\n\n"
@@ -503,7 +505,10 @@ def _reproduce(seeds: list[Run]) -> str:
     where = "the shipped sample (no DATA_PATH)" if data.get("sample") else f"`{Path(str(data.get('path'))).name}`"
     text = f"## Reproduce\n\n```bash\n{' '.join(words)} {launch}\n```\n\n"
     text += f"The other seeds: {others}. " if others else ""
-    return text + f"Data: {where}, validation tokens' sha256 {str(data.get('val_sha256'))[:16]}."
+    counts = ", ".join(f"{data[k]:,} {k.split('_')[0]}" for k in ("train_tokens", "val_tokens") if data.get(k))
+    return (
+        text + f"Data: {where}; tokens: {counts}; sha256 of the validation tokens {str(data.get('val_sha256'))[:16]}."
+    )
 
 
 # ---- The index of systems

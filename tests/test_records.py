@@ -623,6 +623,7 @@ def test_a_systems_readme_tells_published_from_ours_and_estimates_full_size(worl
     assert submit(world, "--non-record", "--system", "pr164", runs=("s1",)) == 2  # another system's recipe ran
     assert submit(world, "--non-record", "--system", "pr850", runs=("s1",)) == 0
     readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
+    assert readme.startswith("# PR #850 (") and "shrunken, on the shipped sample\n" in readme
     assert "PR #850 by callithyia" in readme and "| 0.3212" in readme and "claimed" in readme
     assert "RECIPE=pr850" in readme and "**An estimate**" in readme
     run = logs.read_log(world["logs"] / "s1.jsonl")
