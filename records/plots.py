@@ -129,11 +129,10 @@ def _smooth(y: np.ndarray) -> np.ndarray:
 
 def _loss_window(runs: list[Run]) -> tuple[float, float]:
     """From just under the lowest loss to the level a tenth into the run: the fall from ln V would flatten the rest."""
-    train = np.hstack(
-        [_points(r.steps, "step", "train_loss") / [[r.last_step or 1], [1]] for r in runs]
-    )  # x: share of the run
-    every = [*train[1], *[y for r in runs for y in _points(r.vals, "step", "val_loss")[1]]] or [0.0]
-    late = train[1][train[0] >= 0.1] if (train[0] >= 0.1).any() else every
+    curves = [(r, _points(e, "step", key)) for r in runs for e, key in ((r.steps, "train_loss"), (r.vals, "val_loss"))]
+    share, loss = np.hstack([points / [[r.last_step or 1], [1]] for r, points in curves])
+    every = loss if len(loss) else np.zeros(1)
+    late = loss[share >= 0.1] if (share >= 0.1).any() else every
     low, high = min(every), max(late)
     pad = 0.05 * (high - low) or 0.1
     return low - pad, high + pad
