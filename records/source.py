@@ -308,7 +308,8 @@ def _target_gates(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """`gate = starts_word[targets]`: how much an n-gram counts is decided by the token that it is to predict."""
     for node in _nodes(tree):
         gated = isinstance(node, ast.Assign) and any(GATES.search(n) for t in node.targets for n in _names(t))
-        if gated and any(TARGET.match(n) for n in _names(node.value)):
+        names = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)} if gated else set()
+        if any(TARGET.match(n) for n in names):  # plain names alone: `query.target` may well be a position
             yield "n-gram gate that looks at the target", node.lineno
 
 

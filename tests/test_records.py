@@ -837,6 +837,7 @@ PATTERNS = [
     ("import torch\nbest = torch.minimum(nll_model, nll_ngram)", "per-token choice by the target"),
     ("PREQUANT_TTT_ENABLED = 1", "name of a rejected method: pre-quantisation TTT on validation text"),
     ("import urllib.request", "network module"),
+    ("word_gate = starts_word[targets] & inside", "n-gram gate that looks at the target"),
 ]
 
 
@@ -851,6 +852,7 @@ def test_rejected_patterns_are_flagged_with_their_line(text, pattern):
     "def train(args):\n    return eval_val(model, val_tokens)",  # validation while training is no training on it
     "def train(args):\n    '''Never opens fineweb_val shards.'''",
     "key = (prev * 31 + cur) % rows",
+    "alpha = self.alpha(entropy, confidence(query.target))",  # a position
     "logits = F.cross_entropy(x, targets % vocab)",
     "def evaluate(val_tokens):\n    return val_tokens",
     "def ttt_train_chunk(val_tokens):\n    return val_tokens[:9]",  # learns what is scored already
