@@ -202,7 +202,7 @@ def _pack(text: bytes, script: Path) -> bytes:
 
 
 def _copy_logs(folder: Path, seeds: list[Run]) -> list[str]:
-    """Both logs of each seed and of its audit."""
+    """Both logs of each seed, and the events of its audit."""
     problems = []
     for run in seeds:
         if (folder / f"train_seed{run.seed}.jsonl").exists():
@@ -212,10 +212,11 @@ def _copy_logs(folder: Path, seeds: list[Run]) -> list[str]:
             problems.append(
                 f"{run.run_id}: the text log {run.path.with_suffix('.txt')} is missing; reviewers read that one"
             )
-        for kind, path in (("train", run.path), ("audit", run.audited_by)):
-            for ending, name in ((".jsonl", ".jsonl"), (".txt", ".log")):
-                if path and path.with_suffix(ending).is_file():
-                    shutil.copyfile(path.with_suffix(ending), folder / f"{kind}_seed{run.seed}{name}")
+        else:
+            shutil.copyfile(run.path.with_suffix(".txt"), folder / f"train_seed{run.seed}.log")
+        shutil.copyfile(run.path, folder / f"train_seed{run.seed}.jsonl")
+        if run.audited_by:
+            shutil.copyfile(run.audited_by, folder / f"audit_seed{run.seed}.jsonl")
     return problems
 
 
@@ -367,7 +368,7 @@ def _notices(meta: dict, verdicts: list[rules.Check], non_record: bool) -> list[
         "> **Non-record submission.** It asks for no place in the 10-minute track. What that track would object to:"
     ]
     lines += [f"> - {line}" for line in relaxed]
-    if meta["data"] == "sample":
+    if meta["data"] == "sample" and "system" in meta:
         lines.append(
             "> - Trained and scored on the small corpus shipped with the repository, at a shrunken size: "
             "no figure here compares with the leaderboard or with the published system's."

@@ -586,11 +586,7 @@ def test_non_record_relaxes_hardware_time_and_seeds_and_says_so(world, capsys):
     write_run(world, "s1", lr=0.02, train_end={"train_s": 900.0})
     assert submit(world, "--non-record", runs=("s1",)) == 0
     readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
-    assert (
-        "Non-record submission" in readme
-        and "900.0 s" in readme
-        and "small corpus shipped with the repository" in readme
-    )
+    assert "Non-record submission" in readme and "900.0 s" in readme and "the shipped sample, not FineWeb" in readme
     assert re.search(r"`MATRIX_LR` +\| +0.02 \| +0.04 \| env", readme) and "learning rate of the matrices" in readme
     capsys.readouterr()
 
@@ -624,6 +620,7 @@ def test_a_systems_readme_tells_published_from_ours_and_estimates_full_size(worl
     assert submit(world, "--non-record", "--system", "pr850", runs=("s1",)) == 0
     readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
     assert readme.startswith("# PR #850 (") and "shrunken, on the shipped sample\n" in readme
+    assert "small corpus shipped with the repository" in readme
     assert "PR #850 by callithyia" in readme and "| 0.3212" in readme and "claimed" in readme
     assert "RECIPE=pr850" in readme and "**An estimate**" in readme
     run = logs.read_log(world["logs"] / "s1.jsonl")
