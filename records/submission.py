@@ -412,36 +412,41 @@ class Estimate(NamedTuple):
 
     role: str
     weights: int
-    bits: float  # the mean over all roles for one that the shrunken run lacks
+    bits: float
     bytes: float
-    fixed: float | None  # at fixed width; None where the log does not tell the width
+    fixed: int  # bytes at the full size's fixed width
 
 
 def estimate(system: dict, run: Run) -> list[Estimate]:
-    """Every role of weights at full size; n-gram tables, container and code hold no weights and are not among them."""
-    roles = {name: r for name, r in run.pack["roles"].items() if r["params"]}
-    overall = 8 * sum(r["bytes"] for r in roles.values()) / max(1, sum(r["params"] for r in roles.values()))
+    """Every role of weights at full size; n-gram tables, container and code hold no weights and are not among them.
+
+    Bits are scaled by the ratio of the mean widths at both sizes: small matrices pass through as floats, and they are not the
+    same share of a role at both. A role that the shrunken run lacks takes its mean over all roles.
+    """
+    packed = {name: r for name, r in run.pack["roles"].items() if r["params"]}
+    overall = 8 * sum(r["bytes"] for r in packed.values()) / max(1, sum(r["params"] for r in packed.values()))
     rows = []
-    for role, count in system["roles"].items():
-        bits = roles.get(role, {}).get("bits_per_weight", overall)
-        width = run.config.get(f"{role.upper()}_BITS") or (run.quant or {}).get("roles", {}).get(role, {}).get("bits")
-        rows.append(Estimate(role, count, bits, count * bits / 8, count * width / 8 if width else None))
+    for role, (count, fixed) in system["roles"].items():
+        width = (run.quant or {}).get("roles", {}).get(role, {}).get("bits")
+        bits = packed.get(role, {}).get("bits_per_weight", overall) * (8 * fixed / count / width if width else 1)
+        rows.append(Estimate(role, count, bits, count * bits / 8, fixed))
     return rows
 
 
 def _full_size(system: dict, run: Run) -> str:
     rows = estimate(system, run)
-    cells = [[r.role, r.weights, f"{r.bits:.2f}", round(r.bytes), r.fixed and round(r.fixed)] for r in rows]
+    cells = [[r.role, r.weights, f"{r.bits:.2f}", round(r.bytes), r.fixed] for r in rows]
     if table := system.get("ngram_table"):
         cells.append(["ngram", None, None, table["bytes"], table["fixed"]])
     code = run.pack["code_bytes"]
     cells.append(["code", None, None, code, code])
     estimated, fixed = ([c[column] for c in cells] for column in (3, 4))
-    cells.append(["**total**", None, None, sum(estimated), None if None in fixed else sum(fixed)])
-    header = ["role", "weights at full size", "bits/weight, shrunken run", "estimated bytes", "bytes at fixed width"]
+    cells.append(["**total**", None, None, sum(estimated), sum(fixed)])
+    header = ["role", "weights at full size", "bits/weight", "estimated bytes", "bytes at fixed width"]
     note = (
         "**An estimate**, not a measurement: the full-size weights of each role times the bits that a weight of that "
-        "role took in the shrunken run's artifact. Only storage at fixed width is an upper bound (row scales aside): "
+        "role took in the shrunken run's artifact (times the ratio of widths where small matrices stay floats at one size "
+        "alone). Only storage at fixed width is an upper bound (row scales aside): "
         "trained matrices of another size compress differently, and untrained ones that start at zero cost nothing."
     )
     extra = "".join(f" {text}" for text in (system.get("note"), (table or {}).get("note")) if text)
