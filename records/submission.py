@@ -551,7 +551,7 @@ def index_table(records: Path) -> str:
         title = f"#{system['pr']} {system['title']}"
         row = [f"[{title}]({place}/)" if place else title, system["claim"], system["valid_bpb"]]
         row += [_mean_stage(stages, ("sliding", "roundtrip")), _mean_stage(stages, ("ngram",))]
-        rows.append([*row, claim and f"{claim['claimed_bpb']:.4f} ({tables.cell(tables.fixed(claim['z_mean'], 0))})"])
+        rows.append([*row, claim and f"{claim['claimed_bpb']:.4f} ({tables.cell(tables.fixed(claim['z_mean'], 1))})"])
     return tables.render(header, rows, "markdown")
 
 
