@@ -66,10 +66,23 @@ def run_compare(args: argparse.Namespace) -> int:
         report = {"reference": name, "rule": tables.RULE, "groups": entries, "differences": differing}
         print(json.dumps(report, indent=1))
     else:
-        print(tables.comparison_text(entries, name, args.format))
+        print(tables.comparison_text(entries, name, args.format, _cautions(runs, ref is not None, args.stage)))
         for line in differing:
             print(f"NOT COMPARABLE: {line}")
     return 0
+
+
+def _cautions(runs: list[Run], published: bool, stage: str | None) -> list[str]:
+    """What the numbers do not say of themselves."""
+    lines = []
+    stages = {r.stage for r in runs}
+    if stage is None and len(stages) > 1:
+        lines.append(f"The scores are of different stages: {', '.join(sorted(stages))}. --stage compares one of them.")
+    if published:
+        what = "whether it was scored on the same text, tokenizer and evaluation length cannot be known here"
+        sample = any(r.info.get("data", {}).get("sample") for r in runs)
+        lines.append(f"A published figure: {what}" + ("; these runs scored the shipped sample." if sample else "."))
+    return lines
 
 
 def run_plot(args: argparse.Namespace) -> int:
@@ -83,7 +96,7 @@ def run_plot(args: argparse.Namespace) -> int:
 def run_sweep(args: argparse.Namespace) -> int:
     import sweep
 
-    return sweep.run(args.list, args.launch, args.only, Path(args.logs))
+    return sweep.run(args.list, args.launch, args.only)
 
 
 def run_submit(args: argparse.Namespace) -> int:
@@ -151,7 +164,6 @@ def parser() -> argparse.ArgumentParser:
         "--launch", default=f"{sys.executable} train_gpt.py", help="command that each configuration starts"
     )
     sub.add_argument("--only", type=int, metavar="N", help="run only configuration N, from 0 (a Slurm array index)")
-    sub.add_argument("--logs", default="logs", help="where the runs write their logs (default: logs)")
 
     sub = command("submit", run_submit, "write a record folder from finished runs that differ in SEED alone")
     takes_logs(sub, "+")

@@ -17,11 +17,20 @@ import leaks
 import runs as logs
 import source
 from runs import Run, UserError
+from stats import Sample, welch
+from tables import RECORD_GAIN_NATS, RECORD_P
 
 LIMIT_BYTES, LIMIT_SECONDS, RECORD_SEEDS = 16_000_000, 600.0, 3
 FINEWEB_VAL_BYTES = 151_075_000  # text bytes of the first 50,000 documents; exports differ by a few tenths of a percent
 PLAUSIBLE_BPB = 1.0  # the best verified code length at this size is 1.0565 (PR 2135)
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
+AUDIT = "audit (C1-C4)"
+NEAR = 6e-5  # bpb: most folders round to four digits
+LAST_DAY = "2026-05-02"
+RULED = {  # of the flags that records carry: these are rules, the others say which methods were used
+    *("artifact_under_16mb", "train_under_600s", "eval_under_600s", "three_seeds", "full_validation_targets"),
+    *("score_before_update", "no_validation_training_leak", "val_tokens_equal_target_tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,16 @@ class Entry:
     data_path: str | None = None
 
     @property
+    def meta(self) -> dict:
+        return self.submission or {}
+
+    @property
+    def scored(self) -> list[Run]:
+        return [r for r in self.runs if r.score]
+
+    @property
     def is_record(self) -> bool:
-        track = f"{self.folder.parent.name} {(self.submission or {}).get('track', '')}"
+        track = f"{self.folder.parent.name} {self.meta.get('track', '')}"
         return "non_record" not in track and "non-record" not in track
 
     def bent(self, record_status: str = FAIL) -> str:
@@ -65,7 +82,7 @@ def read_entry(folder: Path, data_path: str | None = None) -> Entry:
             entry.submission = json.loads(meta.read_text(encoding="utf-8", errors="replace"))
             if not isinstance(entry.submission, dict):
                 entry.submission, entry.broken_json = None, "is no JSON object"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             entry.broken_json = f"is no JSON: {error}"
     places = [p for p in (folder, folder / "logs") if p.is_dir()]
     found, entry.unreadable = logs.load_runs(places)
@@ -98,9 +115,8 @@ def files(entry: Entry) -> Lines:
         yield PASS if there else FAIL, f"file {name}", "present" if there else "missing"
     if not (entry.folder / "requirements.txt").is_file():
         yield WARN, "file requirements.txt", "missing: the versions that ran stand nowhere but in the logs"
-    scored = [r for r in entry.runs if r.score]
-    if scored:
-        yield PASS, "training logs", ", ".join(r.path.name for r in scored)
+    if entry.scored:
+        yield PASS, "training logs", ", ".join(r.path.name for r in entry.scored)
     else:
         yield FAIL, "training logs", "no log with a final score: nothing supports the figures"
     for run in entry.runs:
@@ -116,54 +132,95 @@ def figures(entry: Entry) -> Lines:
         yield FAIL, "submission.json", entry.broken_json
     if entry.submission is None:
         return
-    meta = entry.submission
+    meta = entry.meta
     missing = [k for k in ("author", "github_id", "name", "date", "val_bpb") if meta.get(k) in (None, "")]
-    if "val_bpb" in missing:
-        yield FAIL, "submission fields", f"without {', '.join(missing)}"
-    else:
-        yield (
-            (WARN, "submission fields", f"empty: {', '.join(missing)}")
-            if missing
-            else (PASS, "submission fields", "complete")
-        )
+    status = FAIL if "val_bpb" in missing else WARN if missing else PASS
+    yield status, "submission fields", f"empty: {', '.join(missing)}" if missing else "complete"
     flags = meta.get("compliance") if isinstance(meta.get("compliance"), dict) else {}
-    if broken := [k for k, v in flags.items() if v is False]:
-        yield entry.bent(), "own compliance list", f"says no to: {', '.join(broken)}"
-    bpb = meta.get("val_bpb")
-    if not isinstance(bpb, int | float) or isinstance(bpb, bool) or not math.isfinite(bpb):
-        if "val_bpb" not in missing:
-            yield FAIL, "val_bpb", f"is no number: {bpb!r}"
+    broken = [k for k, v in flags.items() if v is False]
+    if broken:
+        ruled = any(k in RULED for k in broken)
+        yield entry.bent() if ruled else WARN, "own compliance list", f"says no to: {', '.join(broken)}"
+    yield from _seed_results(entry)
+    yield from _gain(entry)
+    yield from _dated(entry)
+    if _is_number(bpb := meta.get("val_bpb")):
+        yield _supported(entry, float(bpb))
+    elif "val_bpb" not in missing:
+        yield FAIL, "val_bpb", f"is no number: {bpb!r}"
+
+
+def _seed_results(entry: Entry) -> Lines:
+    """Each seed that submission.json speaks of has a log, and the log shows its figure."""
+    meta, scored = entry.meta, {str(r.seed): r for r in entry.scored}
+    results = meta.get("seed_results") if isinstance(meta.get("seed_results"), dict) else {}
+    listed = meta.get("seeds") if isinstance(meta.get("seeds"), list) else []
+    named = {str(s) for s in [*listed, *results]}
+    if missing := sorted(named - {*scored}):
+        yield entry.bent(), "a log for each seed", f"none for seed {', '.join(missing)}"
+    elif named and (more := sorted({*scored} - named)):
+        yield WARN, "a log for each seed", f"logs of seed {', '.join(more)}, of which submission.json does not speak"
+    for seed in sorted({*results} & {*scored}):
+        said = results[seed].get("val_bpb") if isinstance(results[seed], dict) else None
+        run = scored[seed]
+        shown = [run.bpb(), *[e["val_bpb"] for e in run.stages.values()]]
+        if _is_number(said) and min(abs(v - said) for v in shown) > NEAR:
+            yield FAIL, f"val_bpb of seed {seed}", f"{said:.5f}, but its log's score is {run.bpb():.5f}"
+
+
+def _gain(entry: Entry) -> Lines:
+    """The gain over the baseline that submission.json names, against the spread of its own seeds."""
+    meta, scored = entry.meta, [r for r in entry.scored if r.loss()]
+    base = next((meta[k] for k in ("comparison_baseline_bpb", "base_val_bpb") if _is_number(meta.get(k))), None)
+    if base is None or not scored:
         return
-    yield _supported(entry, float(bpb))
+    own, factor = Sample.of([r.bpb() for r in scored]), fmean(r.loss() / r.bpb() for r in scored)
+    gain = (base - own.mean) * factor
+    p = welch(Sample(base, math.nan, 0), own, margin=RECORD_GAIN_NATS / factor).p
+    detail = f"{gain:+.5f} nats/token over the {base:.5f} bpb it compares with, {len(scored)} seed(s)"
+    if math.isnan(p):
+        yield WARN, "gain", f"{detail}: no spread, so no test"
+        return
+    proof = f"p {p:.2g} of a gain below {RECORD_GAIN_NATS} (the baseline's own spread is not known)"
+    yield PASS if p < RECORD_P else WARN, "gain", f"{detail}: {proof}" + ("" if p < RECORD_P else ", within noise")
+
+
+def _dated(entry: Entry) -> Lines:
+    date = str(entry.meta.get("date", ""))[:10]
+    if entry.is_record and date > LAST_DAY:
+        yield WARN, "date", f"{date}: entries after {LAST_DAY} were taken as non-record"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _said(meta: object, names: set[str]) -> list[float]:
+    """Every number under one of `names`, at any depth of submission.json."""
+    if isinstance(meta, list):
+        return [n for item in meta for n in _said(item, names)]
+    if not isinstance(meta, dict):
+        return []
+    return [n for k, v in meta.items() for n in ([v] if k in names and _is_number(v) else _said(v, names))]
 
 
 def _supported(entry: Entry, bpb: float) -> tuple[str, str, str]:
     """Whether the logs' mean (or one log) shows `bpb` as a stage, or only as a claimed figure."""
-    scored = [r for r in entry.runs if r.score]
-    near = 6e-5  # most folders round to four digits
+    scored, rule = entry.scored, "val_bpb"
     means = {"score": [r.bpb() for r in scored]}
-    means |= {s: [r.bpb(s) for r in scored if s in r.stages] for s in {s for r in scored for s in r.stages}}
+    means |= {f"stage {s}": [r.bpb(s) for r in scored if s in r.stages] for s in {s for r in scored for s in r.stages}}
     claims = [c["claimed_bpb"] for r in entry.runs for c in r.claims]
-    for stage, values in means.items():
-        if values and abs(fmean(values) - bpb) < near:
-            what = "the logs' scores" if stage == "score" else f"stage {stage}"
-            return PASS, "val_bpb", f"{bpb:.5f} is the mean of {what} ({len(values)} log(s))"
-    if claims and min(abs(c - bpb) for c in [*claims, fmean(claims)]) < near:
-        return (
-            FAIL,
-            "val_bpb",
-            f"{bpb:.5f} is a claimed figure (no code length); the logs' scores are {_list(means['score'])}",
-        )
-    for stage, values in means.items():
-        if values and min(abs(v - bpb) for v in values) < near:
-            return (
-                entry.bent(WARN),
-                "val_bpb",
-                f"{bpb:.5f} is one log's {stage}; the mean over {len(values)} is {fmean(values):.5f}",
-            )
-    if not scored:
-        return WARN, "val_bpb", f"{bpb:.5f}: no log shows it"
-    return FAIL, "val_bpb", f"{bpb:.5f}, but the logs' scores are {_list(means['score'])}"
+    scores = f"the logs' scores are {_list(means['score'])}"
+    for what, values in means.items():
+        if values and abs(fmean(values) - bpb) < NEAR:
+            return PASS, rule, f"{bpb:.5f} is the mean of the logs' {what} ({len(values)} log(s))"
+    if claims and min(abs(c - bpb) for c in [*claims, fmean(claims)]) < NEAR:
+        return FAIL, rule, f"{bpb:.5f} is a claimed figure (no code length); {scores}"
+    for what, values in means.items():
+        if values and min(abs(v - bpb) for v in values) < NEAR:
+            mean = f"the mean over {len(values)} is {fmean(values):.5f}"
+            return entry.bent(WARN), rule, f"{bpb:.5f} is one log's {what}; {mean}"
+    return (FAIL, rule, f"{bpb:.5f}, but {scores}") if scored else (WARN, rule, f"{bpb:.5f}: no log shows it")
 
 
 def _list(values: list[float]) -> str:
@@ -176,64 +233,54 @@ def _list(values: list[float]) -> str:
 def limits(entry: Entry) -> Lines:
     yield from _bytes(entry)
     yield _hardware(entry)
-    yield _seconds(entry, "training", [r.train_s for r in entry.runs if r.score], [r.ms_per_step for r in entry.runs])
-    yield _seconds(entry, "evaluation", [r.eval_s for r in entry.runs if r.score], [])
-    for run in entry.runs:
-        if run.score and run.score.get("limits_ok") is False:
+    scored, meta = entry.scored, entry.meta
+    train = _said(meta, {"train_time_s", "train_wallclock_seconds"})
+    train += [ms / 1000 for ms in _said(meta, {"train_wallclock_ms", "train_wallclock_ms_max"})]
+    evals = _said(meta, {"eval_time_s", "ttt_eval_time_s", "eval_time_s_max"})
+    yield _seconds(entry, "training", [*train, *[r.train_s for r in scored]], [r.ms_per_step for r in entry.runs])
+    yield _seconds(entry, "evaluation", [*evals, *[r.eval_s for r in scored]], [])
+    for run in scored:
+        if run.score.get("limits_ok") is False:
             yield entry.bent(), f"limits of {run.path.name}", run.status()
 
 
 def _bytes(entry: Entry) -> Lines:
     totals = [r.total_bytes for r in entry.runs if r.total_bytes]
-    meta = entry.submission or {}
-    totals += [meta[k] for k in ("bytes_total", "artifact_bytes_max") if isinstance(meta.get(k), int) and k in meta]
+    totals += map(int, _said(entry.meta, {"bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max"}))
     if not totals:
         yield WARN, "bytes", "cannot be known: neither logs nor submission.json give a total"
         return
-    worst = max(totals)
-    yield (
-        PASS if worst <= LIMIT_BYTES else FAIL,
-        "bytes",
-        f"{worst:,} of {LIMIT_BYTES:,} (largest of {len(totals)} figures)",
-    )
-    counted = {r.pack["code_bytes"] for r in entry.runs if r.pack and r.pack.get("code_bytes")}
-    on_disk = len(entry.script.outer) if entry.script else None
-    if counted and on_disk is not None:
-        plain = f"{on_disk:,} bytes"
-        if on_disk in counted:
-            yield PASS, "code bytes", f"train_gpt.py is the {plain} that were counted"
-        else:
-            artifact = max((r.pack.get("artifact_bytes", 0) for r in entry.runs if r.pack), default=0)
-            verdict = WARN if artifact + on_disk <= LIMIT_BYTES else entry.bent()
-            yield (
-                verdict,
-                "code bytes",
-                f"train_gpt.py has {plain}, the logs counted {', '.join(f'{c:,}' for c in sorted(counted))}",
-            )
-    yield _helper_bytes(entry, worst)
+    worst, of_limit = max(totals), f"of {LIMIT_BYTES:,} (largest of {len(totals)} figures)"
+    yield PASS if worst <= LIMIT_BYTES else FAIL, "bytes", f"{worst:,} {of_limit}"
+    if entry.script:
+        yield from _code_bytes(entry, len(entry.script.outer))
+        yield _helper_bytes(entry, worst)
+
+
+def _code_bytes(entry: Entry, on_disk: int) -> Lines:
+    packs = [r.pack for r in entry.runs if r.pack and r.pack.get("code_bytes")]
+    counted = sorted({p["code_bytes"] for p in packs})
+    if on_disk in counted:
+        yield PASS, "code bytes", f"train_gpt.py is the {on_disk:,} bytes that were counted"
+    elif counted:
+        total = on_disk + max(p.get("artifact_bytes", 0) for p in packs)
+        detail = f"train_gpt.py has {on_disk:,} bytes, the logs counted {', '.join(f'{c:,}' for c in counted)}"
+        yield WARN if total <= LIMIT_BYTES else entry.bent(), "code bytes", detail
 
 
 def _helper_bytes(entry: Entry, total: int) -> tuple[str, str, str]:
-    found = source.helpers(entry.script, entry.folder) if entry.script else []
+    found, rule = source.helpers(entry.script, entry.folder), "helper files"
     if not found:
-        return PASS, "helper files", "train_gpt.py uses no file of this folder but itself"
+        return PASS, rule, "train_gpt.py uses no file of this folder but itself"
     extra = sum(p.stat().st_size for p in found)
-    names = ", ".join(p.name for p in found)
+    named, whole = f"{', '.join(p.name for p in found)}: {extra:,} bytes", f"{total + extra:,}"
     if total + extra > LIMIT_BYTES:
-        return (
-            FAIL,
-            "helper files",
-            f"{names}: {extra:,} bytes that the total must hold; {total + extra:,} breaks the limit",
-        )
-    return (
-        WARN,
-        "helper files",
-        f"{names}: {extra:,} bytes; if not counted yet, the total is {total + extra:,}, within the limit",
-    )
+        return FAIL, rule, f"{named} that the total must hold; {whole} breaks the limit"
+    return WARN, rule, f"{named}; if not counted yet, the total is {whole}, within the limit"
 
 
 def _hardware(entry: Entry) -> tuple[str, str, str]:
-    found = {(r.info.get("device_name"), r.info.get("world_size")) for r in entry.runs if r.score}
+    found = {(r.info.get("device_name"), r.info.get("world_size")) for r in entry.scored}
     known = {f"{ranks or '?'} x {device}" for device, ranks in found if device}
     if not known:
         return WARN, "hardware", "cannot be known from the logs; the record track runs on 8 x H100"
@@ -250,11 +297,7 @@ def _seconds(entry: Entry, what: str, seconds: list[float | None], step_ms: list
     if worst <= LIMIT_SECONDS:
         return PASS, f"{what} time", detail
     if worst <= LIMIT_SECONDS + min(step, 0.5):
-        return (
-            WARN,
-            f"{what} time",
-            f"{detail}: over by less than the last step, as the baseline's own stop rule allows",
-        )
+        return WARN, f"{what} time", f"{detail}: over by less than the last step, as the baseline's stop rule allows"
     return entry.bent(), f"{what} time", detail if entry.is_record else f"{detail}: more than the record track allows"
 
 
@@ -262,7 +305,7 @@ def _seconds(entry: Entry, what: str, seconds: list[float | None], step_ms: list
 
 
 def seeds(entry: Entry) -> Lines:
-    scored = [r for r in entry.runs if r.score]
+    scored = entry.scored
     values = [r.seed for r in scored]
     enough = len(scored) >= RECORD_SEEDS
     names = ", ".join(str(v) for v in values) or "none"
@@ -329,7 +372,7 @@ def _sha(text: str | None) -> str | None:
 
 
 def data(entry: Entry) -> Lines:
-    scored = [r for r in entry.runs if r.score]
+    scored = entry.scored
     if any(r.info.get("data", {}).get("sample") for r in scored):
         yield entry.bent(), "data", "the shipped sample, not FineWeb: no figure here compares with the leaderboard"
     else:
@@ -341,11 +384,8 @@ def data(entry: Entry) -> Lines:
         yield PASS, "validation complete", "every target scored, says each log"
     shards = {int(s) for r in scored if str(s := r.info.get("data", {}).get("train_shards", "")).isdigit()}
     if shards and max(shards) > 200:
-        yield (
-            WARN,
-            "training shards",
-            f"{max(shards)}: the self-made export that trained on validation documents had 1,499",
-        )
+        detail = f"{max(shards)}: the self-made export that trained on validation documents had 1,499"
+        yield WARN, "training shards", detail
     yield _leaks(entry, scored)
 
 
@@ -365,12 +405,11 @@ def _validation_size(entry: Entry, scored: list[Run]) -> Lines:
 
 
 def _leaks(entry: Entry, scored: list[Run]) -> tuple[str, str, str]:
-    rule = "validation documents in training"
-    paths = [r.info.get("data", {}).get("path") for r in scored]
-    where = entry.data_path or next((p for p in paths if isinstance(p, str)), None)
-    if not where or not list(Path(where).glob("fineweb_train_*.bin")):
+    rule, paths = "validation documents in training", [r.info.get("data", {}).get("path") for r in scored]
+    here = [p for p in paths if isinstance(p, str) and list(Path(p).glob("fineweb_train_*.bin"))]
+    if not (entry.data_path or here):
         return WARN, rule, "cannot be known: the shards are not here (pass --data-path)"
-    overlap = leaks.find_overlap(Path(where))
+    overlap = leaks.find_overlap(Path(entry.data_path or here[0]))
     return FAIL if overlap.leaked else WARN if overlap.found else PASS, rule, str(overlap)
 
 
@@ -379,31 +418,31 @@ def _leaks(entry: Entry, scored: list[Run]) -> tuple[str, str, str]:
 
 def validity(entry: Entry) -> Lines:
     """The four conditions: evidence of an audit, and the plausibility of the figure without one."""
-    audits = [r for r in [*entry.runs, *entry.others] if r.audit]
-    failed = [r.path.name for r in audits if not r.audit["passed"]]
+    yield _audited(entry)
+    gates = [f"{k}={n} in {r.path.name}" for r in entry.scored for k, n in r.info.get("target_gates", {}).items()]
+    if gates:
+        yield entry.bent(), "n-gram gate", f"{', '.join(gates)}: gates that look at the target token were ruled out"
+    bpb, sample = entry.meta.get("val_bpb"), any(r.info.get("data", {}).get("sample") for r in entry.runs)
+    if _is_number(bpb) and bpb < PLAUSIBLE_BPB and not sample:
+        detail = f"{bpb:.4f} bpb is below any verified code length at this size; unnormalised caches score so"
+        yield WARN if _audited(entry)[0] == PASS else FAIL, "plausible score", detail
+
+
+def _audited(entry: Entry) -> tuple[str, str, str]:
+    audits = [r for r in [*entry.scored, *entry.others] if r.audit]
+    failed = [f"{r.path.name} ({name})" for r in audits for name, passed in logs.audit_checks(r) if not passed]
+    failed += [r.path.name for r in audits if not r.audit["passed"] and not failed]
+    bare = [r.path.name for r in entry.scored if not r.audit]
     if failed:
-        yield FAIL, "audit (C1-C4)", f"failed in {', '.join(failed)}"
-    elif audits:
-        names = ", ".join(dict.fromkeys(name for r in audits for name, _ in logs.audit_checks(r)))
-        yield PASS, "audit (C1-C4)", f"passed: {names}"
-    else:
-        yield (
-            WARN,
-            "audit (C1-C4)",
-            "no audit in the logs: whether the score is a code length cannot be known from the folder",
-        )
-    bpb = (entry.submission or {}).get("val_bpb")
-    if (
-        isinstance(bpb, int | float)
-        and bpb < PLAUSIBLE_BPB
-        and not any(r.info.get("data", {}).get("sample") for r in entry.runs)
-    ):
-        status = WARN if audits and not failed else FAIL
-        yield (
-            status,
-            "plausible score",
-            f"{bpb:.4f} bpb is below any verified code length at this size; unnormalised caches score so",
-        )
+        return FAIL, AUDIT, f"failed in {', '.join(failed)}"
+    if entry.scored and not bare:
+        names = dict.fromkeys(name for r in entry.scored for name, _ in logs.audit_checks(r))
+        return PASS, AUDIT, f"passed: {', '.join(names)}"
+    what = f"no audit of {', '.join(bare)} (its artifact, its code, its stage)" if audits else "no audit in the logs"
+    return WARN, AUDIT, f"{what}: whether the score is a code length cannot be known from the folder"
+
+
+HARD = {"target token in a cache key", "validation data in training code", "per-token choice by the target"}
 
 
 def code(entry: Entry) -> Lines:
@@ -416,20 +455,15 @@ def code(entry: Entry) -> Lines:
         return
     packed = f"{script.layers} layer(s) of packing undone statically" if script.layers else "plain source"
     yield PASS, "code readable", packed
-    audited = any(r.audit and r.audit["passed"] for r in [*entry.runs, *entry.others])
-    hard = {"target token in a cache key", "validation data in training code", "per-token choice by the target"}
+    audited = _audited(entry)[0] == PASS
     grouped: dict[str, list[source.Finding]] = {}
     for finding in script.findings:
         grouped.setdefault(finding.pattern, []).append(finding)
     for pattern, found in grouped.items():
-        lines = ", ".join(str(f.line) for f in found[:5]) + (" ..." if len(found) > 5 else "")
-        excuse = (
-            "; the audit of the scored stage passed, so it takes no part in the score"
-            if audited and pattern in hard
-            else ""
-        )
-        status = FAIL if pattern in hard and not audited else WARN
-        yield status, f"code: {pattern}", f"line {lines}: {found[0].text}{excuse}"
+        where = f"line {', '.join(str(f.line) for f in found[:5])}{' ...' * (len(found) > 5)}: {found[0].text}"
+        if pattern in HARD and audited:
+            where += "; the audit of the scored stage passed, so it takes no part in the score"
+        yield FAIL if pattern in HARD and not audited else WARN, f"code: {pattern}", where
     if not grouped:
         yield PASS, "code patterns", "none of those that got entries rejected"
 

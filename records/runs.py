@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -10,6 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SCHEMA = 1
+STAGES = [
+    "roundtrip",
+    "sliding",
+    "ttt",
+    "normalized",
+    "table",
+    "ngram",
+]  # of our evaluation, in the order they are scored
+MAX_LOG_BYTES = 200_000_000
 STILL_WARM_S = 120  # a log without an end that was written to this recently belongs to a run still going
 BOOKKEEPING = {  # knobs that name, place or watch a run without touching its score
     *("SEED", "RUN_ID", "ARTIFACT", "FORCE", "RESUME", "CHECKPOINT_EVERY", "CHECKPOINT_KEEP", "PROFILE"),
@@ -38,7 +48,8 @@ class Run:
     train_end: dict | None = None
     quant: dict | None = None
     pack: dict | None = None
-    audit: dict | None = None
+    audit: dict | None = None  # of this log, or of the MODE=audit log that speaks for it (see adopt_audits)
+    audited_by: Path | None = None
     score: dict | None = None
     error: str | None = None
     ended: str | None = None
@@ -93,6 +104,12 @@ class Run:
         return next((e["total_bytes"] for e in (self.score, self.pack) if e and e.get("total_bytes")), None)
 
     @property
+    def artifact(self) -> str | None:
+        """Where the artifact was written, or for MODE=audit and eval the one that was read."""
+        place = (self.pack or {}).get("artifact") or self.config.get("ARTIFACT")
+        return place if isinstance(place, str) and place else None
+
+    @property
     def claimed(self) -> dict | None:
         return self.claims[-1] if self.claims else None
 
@@ -100,6 +117,8 @@ class Run:
         """`ok`, or the first thing that keeps this run out of a submission."""
         if self.damage and not self.ended:
             return self.damage
+        if self.audit and not self.audit["passed"]:
+            return "audit failed: " + ", ".join(name for name, passed in audit_checks(self) if not passed)
         if self.ended == "limit broken" or (self.score and not self.score.get("limits_ok", True)):
             return f"limit broken: {self.error or broken_limits(self)}"
         if self.error or self.ended not in (None, "ok"):
@@ -108,8 +127,8 @@ class Run:
             where = f"at step {self.last_step}" if self.last_step is not None else "before the first step"
             recent = time.time() - self.path.stat().st_mtime < STILL_WARM_S
             return f"{'still going' if recent else 'unfinished'}, {where}"
-        if self.audit and not self.audit["passed"]:
-            return "audit failed: " + ", ".join(name for name, passed in audit_checks(self) if not passed)
+        if self.score and not math.isfinite(self.score["val_bpb"]):
+            return f"diverged: val_bpb {self.score['val_bpb']}"
         if self.score and not self.score.get("complete", True):
             return "not the whole validation text: no score"
         return "ok"
@@ -117,13 +136,44 @@ class Run:
     @property
     def finished(self) -> bool:
         """It ran to its end and scored the whole validation text; a broken limit does not spoil the comparison."""
-        return self.ended in ("ok", "limit broken") and self.score is not None and self.score.get("complete", True)
+        whole = self.score is not None and self.score.get("complete", True) and math.isfinite(self.score["val_bpb"])
+        return self.ended in ("ok", "limit broken") and whole
+
+
+def stage_rank(name: str) -> int:
+    """Place of a stage in the evaluation; those of other scripts come first, in their logs' order."""
+    return STAGES.index(name) if name in STAGES else -1
 
 
 def audit_checks(run: Run) -> list[tuple[str, bool]]:
     """(name, passed) of each check of the run's audit."""
     checks = run.audit["checks"] if run.audit else []
     return [(str(c.get("name")), c.get("passed") is True) for c in checks if isinstance(c, dict)]
+
+
+def adopt_audits(runs: list[Run]) -> None:
+    """Gives each training run the audit among `runs` that speaks for it: a failed one if there is one, else the latest."""
+    logs = sorted((r for r in runs if r.mode == "audit" and r.audit), key=lambda r: str(r.info.get("started", "")))
+    for run in runs:
+        mine = [a for a in logs if run.mode == "train" and run.score and _speaks_for(a, run)]
+        if mine:
+            chosen = next((a for a in mine if not a.audit["passed"]), mine[-1])
+            run.audit, run.audited_by = chosen.audit, chosen.path
+
+
+def _speaks_for(audit: Run, run: Run) -> bool:
+    """Of this artifact, by the code that scored it, begun after it, and of the stage that is the score."""
+    same_file = (
+        None not in (audit.artifact, run.artifact) and Path(audit.artifact).resolve() == Path(run.artifact).resolve()
+    )
+    codes = {r.info.get("source_sha256") for r in (audit, run)} - {None}
+    in_order = str(audit.info.get("started") or "~") >= str(run.info.get("started") or "")
+    return (
+        same_file
+        and len(codes) < 2
+        and in_order
+        and any(n.startswith(f"{run.stage}: ") for n, _ in audit_checks(audit))
+    )
 
 
 def broken_limits(run: Run) -> str:
@@ -146,14 +196,8 @@ EVENT_FIELDS: dict[str, dict[str, tuple | type]] = {  # what this tool reads of 
     "val": {"step": int, "val_loss": _NUM, "val_bpb?": _NUM, "train_s?": _NUM},
     "train_end": {"steps": int, "train_s": _NUM},
     "quant": {"roles": dict},
-    "pack": {
-        "artifact_bytes": int,
-        "code_bytes": int,
-        "total_bytes": int,
-        "limit?": int,
-        "roles?": dict,
-        "artifact?": str,
-    },
+    "pack": {"artifact_bytes": int, "code_bytes": int, "total_bytes": int, "limit?": int, "roles?": dict}
+    | {"artifact?": str},
     "stage": {"stage": str, "val_loss": _NUM, "val_bpb": _NUM, "tokens?": int},
     "claim": {"claimed_bpb": _NUM, "z_mean?": _NUM},
     "audit": {"passed": bool, "checks": list},
@@ -171,7 +215,7 @@ def read_jsonl(path: Path) -> Run:
         try:
             event = json.loads(line)
             version, kind = event["v"], str(event["event"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             run.damage = f"truncated or damaged at line {number}"
             continue
         if version != SCHEMA:
@@ -191,6 +235,10 @@ def _take(run: Run, kind: str, event: dict) -> None:
         optional, value = name.endswith("?"), event.get(name.rstrip("?"))
         if not (optional and value is None) and (not isinstance(value, kinds) or (value is True and kinds is not bool)):
             raise TypeError(f"{name.rstrip('?')}={value!r}")
+    if kind == "pack" and not all(
+        isinstance(r, dict) and isinstance(r.get("bytes"), int) for r in (event.get("roles") or {}).values()
+    ):
+        raise TypeError(f"roles={event['roles']!r}")
     if kind in ("step", "val", "switch", "claim"):
         {"step": run.steps, "val": run.vals, "switch": run.switches, "claim": run.claims}[kind].append(event)
     elif kind == "run":
@@ -218,7 +266,10 @@ def _by_step(events: list[dict]) -> list[dict]:
 _NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 _STEP = re.compile(rf"^(?:step:)?(\d+)/(\d+) (train_loss|val_loss): ?{_NUMBER}(?: val_bpb: ?{_NUMBER})?(.*)$")
 _TRAIN_TIME = re.compile(rf"train_time: ?{_NUMBER}(ms|s|m)\b")
+_STOPPED = re.compile(rf"^stopping_early:.* train_time: ?{_NUMBER}(ms|s|m) step: ?(\d+)")
 _STAGE = re.compile(rf"^(\w[\w .+-]*?):? val_loss: ?{_NUMBER},? val_bpb: ?{_NUMBER}(.*)$")
+_WHOLE_EVAL = re.compile(rf"^total_eval_time: ?{_NUMBER}(ms|s|m)\b")
+_GATES = re.compile(r"(\w*gate)=(\d+)")
 _EVAL_TIME = re.compile(rf"eval_time: ?{_NUMBER}(ms|s|m)\b")
 _PAIR = re.compile(r"(?:^|[\s:])([a-z][a-z0-9_]*)[:=] ?([^\s:=]+)(?=\s|$)")
 _TOTAL = re.compile(r"^Total submission size[^:]*: (\d+) bytes")
@@ -254,7 +305,8 @@ def read_text_log(path: Path) -> Run:
     if final and not run.score:
         last = run.stages[final[-1]]
         evals = [e["seconds"] for e in run.stages.values() if e.get("seconds") is not None]
-        run.score = {**last, "train_s": run.train_s, "eval_s": max(evals, default=None), "complete": True}
+        whole = run.info.pop("total_eval_s", None) or max(evals, default=None)
+        run.score = {**last, "train_s": run.train_s, "eval_s": whole, "complete": True}
         run.ended = "ok"
     if run.pack and run.score:
         run.score.setdefault("total_bytes", run.pack.get("total_bytes"))
@@ -281,6 +333,10 @@ def _read_measure(run: Run, diagnostics: dict, line: str) -> bool:
         run.stages[name] = {"stage": name, "val_loss": float(match[2]), "val_bpb": float(match[3]), "seconds": seconds}
         if "diagnostic" in name or "pre-quant" in name or "prequant" in name:
             diagnostics[name] = True
+    elif match := _WHOLE_EVAL.match(line):
+        run.info["total_eval_s"] = float(match[1]) * _SECONDS[match[2]]
+    elif line.startswith("ngram_tilt:hints"):
+        run.info["target_gates"] = {name: int(n) for name, n in _GATES.findall(line) if int(n)}
     elif match := _TOTAL.match(line):
         run.pack = {**(run.pack or {}), "total_bytes": int(match[1])}
     elif match := _CODE.match(line):
@@ -289,12 +345,8 @@ def _read_measure(run: Run, diagnostics: dict, line: str) -> bool:
         run.pack = {**(run.pack or {}), "artifact_bytes": int(match[1])}
     elif line.startswith("score val_bpb:"):
         run.score, run.ended = _score_line(run, dict(_PAIR.findall(line))), "ok"
-    elif (
-        line.startswith("stopping_early:")
-        and (clock := _TRAIN_TIME.search(line))
-        and (at := re.search(r"step: ?(\d+)", line))
-    ):
-        run.train_end = {"steps": int(at[1]), "train_s": float(clock[1]) * _SECONDS[clock[2]], "reason": "wallclock"}
+    elif match := _STOPPED.match(line):
+        run.train_end = {"steps": int(match[3]), "train_s": float(match[1]) * _SECONDS[match[2]], "reason": "wallclock"}
     else:
         return False
     return True
@@ -359,6 +411,8 @@ def log_files(places: Iterable[str | Path]) -> list[Path]:
 
 
 def read_log(path: Path) -> Run:
+    if path.stat().st_size > MAX_LOG_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes; no log of a training run is that long")
     return read_jsonl(path) if path.suffix == ".jsonl" else read_text_log(path)
 
 
@@ -374,6 +428,7 @@ def load_runs(places: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
                 raise
             if path.suffix == ".jsonl" or path.stem.startswith("train"):  # a requirements.txt is no failed log
                 messages.append(str(error))
+    adopt_audits(runs)
     return runs, messages
 
 

@@ -72,6 +72,11 @@ def read_script(path: Path) -> Script:
     return script
 
 
+@functools.lru_cache(maxsize=8)
+def _nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree))
+
+
 def parse(data: bytes) -> ast.Module | None:
     try:
         return ast.parse(data)
@@ -84,13 +89,13 @@ def parse(data: bytes) -> ast.Module | None:
 
 def _literals(tree: ast.Module) -> Iterator[bytes]:
     """Large string and bytes constants, sums of constants joined, longest first."""
-    found = [_constant(node) for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.BinOp | ast.JoinedStr)]
+    found = [_constant(node) for node in _nodes(tree) if isinstance(node, ast.Constant | ast.BinOp | ast.JoinedStr)]
     return iter(sorted({f for f in found if f and len(f) >= LARGE_LITERAL}, key=len, reverse=True))
 
 
 def _constant(node: ast.AST) -> bytes | None:
     if isinstance(node, ast.Constant) and isinstance(node.value, bytes | str):
-        return node.value if isinstance(node.value, bytes) else node.value.encode("utf-8", "surrogateescape")
+        return node.value if isinstance(node.value, bytes) else node.value.encode("utf-8", "surrogatepass")
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         left, right = _constant(node.left), _constant(node.right)
         return left + right if left is not None and right is not None else None
@@ -202,7 +207,7 @@ def _unread(tree: ast.Module) -> str | None:
     blobs = [literal for literal in _literals(tree) if len(literal) > 4 * LARGE_LITERAL and b" " not in literal[:200]]
     if blobs and _calls(tree, {"exec", "eval", "runpy.run_path"}):
         return f"executes a literal of {len(blobs[0]):,} bytes that no known decoder opens"
-    if not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in ast.walk(tree)) and _calls(tree, {"exec"}):
+    if not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in _nodes(tree)) and _calls(tree, {"exec"}):
         return "executes code that is not in the file"
     return None
 
@@ -228,7 +233,13 @@ NETWORK = {"requests", "urllib", "socket", "http", "ftplib", "huggingface_hub", 
 def find_patterns(tree: ast.Module, source: str) -> list[Finding]:
     """Every finding in reading order, one a line and pattern."""
     lines = source.splitlines()
-    raw = [*_target_keys(tree), *_pickles(tree), *_validation_in_training(tree), *_oracle_choices(tree)]
+    raw = [
+        *_target_keys(tree),
+        *_pickles(tree),
+        *_validation_in_training(tree),
+        *_oracle_choices(tree),
+        *_target_gates(tree),
+    ]
     raw += [*_network(tree), *_rejected_names(tree)]
     seen = dict.fromkeys(sorted(raw, key=lambda f: (f[1], f[0])))
     return [Finding(p, n, lines[n - 1].strip()[:100] if 0 < n <= len(lines) else "") for p, n in seen]
@@ -242,7 +253,7 @@ def _names(node: ast.AST) -> set[str]:
 
 def _target_keys(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """`ctx_hash ^ tgt * P`, or `(ctx * P + tgt) % B`: a cell chosen by the token whose probability it is to give."""
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if not isinstance(node, ast.BinOp):
             continue
         mixed = node if isinstance(node.op, ast.BitXor) else None
@@ -269,7 +280,7 @@ def _pickles(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 def _validation_in_training(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """Validation tokens named inside a function that trains or calibrates, other than handed to an evaluation."""
-    for function in ast.walk(tree):
+    for function in _nodes(tree):
         if not isinstance(function, ast.FunctionDef) or not TRAINISH.search(function.name):
             continue
         if EVALISH.search(function.name):
@@ -285,7 +296,21 @@ def _validation_in_training(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 def _is_evaluation(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and bool(EVALISH.search(_dotted(node.func).rpartition(".")[2]))
+    """A call that evaluates or only reports: what is handed to it is not trained on."""
+    name = _dotted(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+    return bool(EVALISH.search(name)) or name in ("print", "log", "log0", "len", "info")
+
+
+GATES = re.compile(r"(^|_)(gate|gates|gated|tilt|alpha)(_|$)", re.I)
+
+
+def _target_gates(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """`gate = starts_word[targets]`: how much an n-gram counts is decided by the token that it is to predict."""
+    for node in _nodes(tree):
+        gated = isinstance(node, ast.Assign) and any(GATES.search(n) for t in node.targets for n in _names(t))
+        names = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)} if gated else set()
+        if any(TARGET.match(n) for n in names):  # plain names alone: `query.target` may well be a position
+            yield "n-gram gate that looks at the target", node.lineno
 
 
 def _oracle_choices(tree: ast.Module) -> Iterator[tuple[str, int]]:
@@ -298,7 +323,7 @@ def _oracle_choices(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 def _network(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         if any(m.split(".")[0] in NETWORK for m in modules):
@@ -308,7 +333,7 @@ def _network(tree: ast.Module) -> Iterator[tuple[str, int]]:
 def _rejected_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """First use of each name (or knob in a string) that belongs to a method ruled out."""
     found: dict[str, int] = {}
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         word = getattr(node, "id", getattr(node, "attr", getattr(node, "name", None)))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[A-Z_0-9]+", node.value):
             word = node.value
@@ -322,13 +347,13 @@ def _rejected_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
 def _calls(tree: ast.AST, names: set[str]) -> list[ast.Call]:
     """Calls of `names` (dotted), import aliases resolved."""
     aliases = {}
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Import):
             aliases |= {a.asname: a.name for a in node.names if a.asname}
         elif isinstance(node, ast.ImportFrom):
             aliases |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
     found = []
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Call):
             head, dot, rest = _dotted(node.func).partition(".")
             if aliases.get(head, head) + dot + rest in names:
@@ -350,7 +375,17 @@ def _keyword_is(call: ast.Call, name: str, value: object) -> bool:
 
 
 def helpers(script: Script, folder: Path) -> list[Path]:
-    """Files beside the script that it imports or names: their bytes count. Tokenizers and shards do not."""
+    """Files beside the script that it, or a helper of it, imports or names: their bytes count. Tokenizers do not."""
+    found, waiting = {}, [script]
+    while waiting:
+        for path in _brought_along(waiting.pop(), folder):
+            if path not in found:
+                found[path] = True
+                waiting += [Script(b"", tree=parse(path.read_bytes()))] if path.suffix == ".py" else []
+    return sorted(found)
+
+
+def _brought_along(script: Script, folder: Path) -> list[Path]:
     if script.tree is None:
         return []
     modules, words = set(), set()
@@ -374,7 +409,7 @@ def helpers(script: Script, folder: Path) -> list[Path]:
 def knob_docs(source: str) -> dict[str, dict]:
     """`NAME -> {default, unit, doc}` of every `knob(default, unit, doc, ...)` in a script's Config, read statically."""
     tree, docs = parse(source.encode("utf-8", "surrogateescape")), {}
-    for node in ast.walk(tree) if tree else ():
+    for node in _nodes(tree) if tree else ():
         if not (
             isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call)
         ):

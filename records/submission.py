@@ -25,7 +25,6 @@ from stats import Sample
 
 HERE = Path(__file__).resolve().parent
 TRACKS = {False: "track_10min_16mb", True: "track_non_record_16mb"}
-AUDIT_RULE = "audit (C1-C4)"
 MAX_LINES_BEFORE_SOURCE = 20  # a text log may say a few things before it prints the script
 
 
@@ -59,8 +58,11 @@ def submit(runs: list[Run], args: argparse.Namespace) -> int:
 
 def _target(args: argparse.Namespace) -> Path:
     date = args.date or datetime.date.today().isoformat()
-    if not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
-        raise UserError(f"--date {date}: expected YYYY-MM-DD")
+    try:
+        if datetime.date.fromisoformat(date).isoformat() != date:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--date {date}: expected YYYY-MM-DD") from None
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", args.name):
         raise UserError(f"--name {args.name!r}: letters, digits and _.+- only, it becomes a folder's name")
     target = Path(args.records) / TRACKS[args.non_record] / f"{date}_{args.name}"
@@ -80,8 +82,7 @@ def _system(key: str | None) -> dict | None:
 class Material(NamedTuple):
     """Logs sorted by their part in a submission."""
 
-    seeds: list[Run]
-    audits: list[Run]  # named, or lying beside the seeds' logs and of the same artifact
+    seeds: list[Run]  # with their audits, named or lying beside them
     left_out: list[Run]  # finished runs of the same configuration that lie beside them, not named
 
 
@@ -91,17 +92,11 @@ def _sort_out(runs: list[Run]) -> Material:
         raise UserError("none of the logs is a training run")
     if foreign := [str(r.path) for r in seeds if r.path.suffix != ".jsonl"]:
         raise UserError(f"{', '.join(foreign)}: name the .jsonl logs, text logs do not hold what a submission needs")
-    beside, _ = logs.load_runs({r.path.parent for r in seeds})
-    artifacts, known = {_artifact(r) for r in seeds}, {r.path.resolve() for r in runs}
-    audits = {r.path.resolve(): r for r in [*runs, *beside] if r.mode != "train" and r.audit}
-    others = [r for r in beside if r.mode == "train" and r.path.resolve() not in known and r.finished]
-    left_out = [r for r in others if logs.settings(r) == logs.settings(seeds[0])]
-    return Material(seeds, [r for r in audits.values() if _artifact(r) in artifacts], left_out)
-
-
-def _artifact(run: Run) -> str | None:
-    place = (run.pack or {}).get("artifact") or run.config.get("ARTIFACT")
-    return str(Path(place).resolve()) if place else None
+    known = {r.path.resolve() for r in seeds}
+    beside = [r for r in logs.load_runs({r.path.parent for r in seeds})[0] if r.path.resolve() not in known]
+    logs.adopt_audits([*runs, *beside])
+    others = [r for r in beside if r.mode == "train" and r.finished]
+    return Material(seeds, [r for r in others if logs.settings(r) == logs.settings(seeds[0])])
 
 
 def _fill(folder: Path, logged: Material, args: argparse.Namespace, system: dict | None) -> list[rules.Check]:
@@ -110,7 +105,7 @@ def _fill(folder: Path, logged: Material, args: argparse.Namespace, system: dict
     problems = [f"{r.run_id}: {status}" for r in seeds if (status := _unfit(r, args.non_record))]
     problems += [f"the runs differ in {line}" for line in logs.differences(seeds)]
     problems += _copy_code(folder, seeds, Path(args.script))
-    problems += _copy_logs(folder, seeds, logged.audits)
+    problems += _copy_logs(folder, seeds)
     problems += _copy_companions(folder, seeds)
     _refuse(problems)
     meta = describe(seeds, args, system)
@@ -118,16 +113,16 @@ def _fill(folder: Path, logged: Material, args: argparse.Namespace, system: dict
     (folder / "README.md").write_text(meta["name"] + "\n", encoding="utf-8")
     verdicts = [*rules.checks(rules.read_entry(folder)), _disclosure(logged)]
     problems = [f"{c.rule}: {c.detail}" for c in verdicts if c.status == rules.FAIL]
-    audited = {_artifact(a) for a in logged.audits}
-    bare = [r for r in seeds if _artifact(r) not in audited]
-    how = "MODE=audit ARTIFACT={} python train_gpt.py"
-    _refuse(problems + [f"{r.run_id}: no audit; {how.format(r.pack['artifact'])}" for r in bare])
+    _refuse(problems + [f"{r.run_id}: {_NO_AUDIT.format(r.stage, r.artifact)}" for r in seeds if not r.audit])
     meta["compliance"] = compliance(verdicts)
     meta["runs_left_out"] = {f"{r.run_id} (seed {r.seed})": r.bpb() for r in logged.left_out}
     _write_json(folder / "submission.json", meta)
     pictures = [p.name for p in plots.draw(seeds, folder)]
     (folder / "README.md").write_text(readme(seeds, meta, verdicts, pictures, args, system), encoding="utf-8")
     return verdicts
+
+
+_NO_AUDIT = "no audit of its stage {} by the script that ran: MODE=audit ARTIFACT={} python train_gpt.py"
 
 
 def _refuse(problems: list[str]) -> None:
@@ -162,7 +157,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _copy_code(folder: Path, seeds: list[Run], script: Path) -> list[str]:
-    """train_gpt.py in its counted form, by hash; a list of what is wrong with it otherwise."""
+    """train_gpt.py in its counted form, by hash, and what it imports or opens beside it; a list of what is wrong."""
     wanted = {r.info.get("source_sha256") for r in seeds}
     if len(wanted) > 1:
         return ["code: the seeds ran different scripts (source_sha256): " + ", ".join(str(w)[:12] for w in wanted)]
@@ -176,6 +171,8 @@ def _copy_code(folder: Path, seeds: list[Run], script: Path) -> list[str]:
             return ["code: packing the script again gives other bytes than the log's packed_sha256"]
         text = packed
     (folder / "train_gpt.py").write_bytes(text)
+    for helper in source.helpers(source.read_script(folder / "train_gpt.py"), script.parent):
+        shutil.copyfile(helper, folder / helper.name)
     return []
 
 
@@ -196,31 +193,30 @@ def _pack(text: bytes, script: Path) -> bytes:
     with tempfile.TemporaryDirectory() as room:
         copy, out = Path(room, "train_gpt.py"), Path(room, "packed.py")
         copy.write_bytes(text)
-        env = {
-            k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH")
-        }
-        env |= {"MODE": "pack_code", "OUTPUT": str(out)}
+        kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH")  # no knob of the caller's
+        env = {k: v for k, v in os.environ.items() if k in kept} | {"MODE": "pack_code", "OUTPUT": str(out)}
         done = subprocess.run([sys.executable, copy], env=env, cwd=room, capture_output=True, text=True)
         if done.returncode or not out.is_file():
             raise UserError(f"MODE=pack_code of {script} failed:\n{done.stderr[-500:]}")
         return out.read_bytes()
 
 
-def _copy_logs(folder: Path, seeds: list[Run], audits: list[Run]) -> list[str]:
+def _copy_logs(folder: Path, seeds: list[Run]) -> list[str]:
+    """Both logs of each seed, and the events of its audit."""
     problems = []
-    numbered = [(f"train_seed{r.seed}", r) for r in seeds]
-    by_artifact = {_artifact(r): r.seed for r in seeds}
-    numbered += [(f"audit_seed{by_artifact[_artifact(a)]}", a) for a in audits]
-    for name, run in numbered:
-        if (folder / f"{name}.jsonl").exists():
-            problems.append(f"{name}: two runs of one seed")
+    for run in seeds:
+        if (folder / f"train_seed{run.seed}.jsonl").exists():
+            problems.append(f"train_seed{run.seed}: two runs of one seed")
             continue
-        shutil.copyfile(run.path, folder / f"{name}.jsonl")
-        text = run.path.with_suffix(".txt")
-        if text.is_file():
-            shutil.copyfile(text, folder / f"{name}.log")
-        elif name.startswith("train"):
-            problems.append(f"{run.run_id}: the text log {text} is missing; reviewers read that one")
+        if not run.path.with_suffix(".txt").is_file():
+            problems.append(
+                f"{run.run_id}: the text log {run.path.with_suffix('.txt')} is missing; reviewers read that one"
+            )
+        else:
+            shutil.copyfile(run.path.with_suffix(".txt"), folder / f"train_seed{run.seed}.log")
+        shutil.copyfile(run.path, folder / f"train_seed{run.seed}.jsonl")
+        if run.audited_by:
+            shutil.copyfile(run.audited_by, folder / f"audit_seed{run.seed}.jsonl")
     return problems
 
 
@@ -248,7 +244,7 @@ def describe(seeds: list[Run], args: argparse.Namespace, system: dict | None) ->
     meta = {
         "author": args.author,
         "github_id": args.github_id,
-        "name": (system or {}).get("title") or args.name,
+        "name": _title(args.name, seeds[0], system),
         "blurb": args.blurb or _blurb(seeds[0], system),
         "date": args.date or datetime.date.today().isoformat(),
         "track": TRACKS[args.non_record].removeprefix("track_"),
@@ -294,6 +290,14 @@ def _figures(seeds: list[Run]) -> dict:
     }
 
 
+def _title(name: str, run: Run, system: dict | None) -> str:
+    """A system's folder says in its title what it is, so that no list of names takes it for the published result."""
+    if system is None:
+        return name
+    where = "shrunken, on the shipped sample" if run.info.get("data", {}).get("sample") else "run anew"
+    return f"PR #{system['pr']} ({system['title']}), {where}"
+
+
 def _blurb(run: Run, system: dict | None) -> str:
     if system is None:
         return _changes_in_words(run)
@@ -304,11 +308,8 @@ def _blurb(run: Run, system: dict | None) -> str:
 def seed_result(run: Run) -> dict:
     out = {"val_loss": run.loss(), "val_bpb": run.bpb(), "artifact_bytes": run.pack["artifact_bytes"]}
     out |= {"bytes_total": run.total_bytes, "steps": run.last_step, "step_avg_ms": run.ms_per_step}
-    out |= {
-        "train_time_s": run.train_s,
-        "eval_time_s": run.eval_s,
-        "target_tokens": run.stages[run.stage].get("tokens"),
-    }
+    out |= {"train_time_s": run.train_s, "eval_time_s": run.eval_s}
+    out |= {"target_tokens": run.stages.get(run.stage, {}).get("tokens")}
     return out | {"stages": {name: e["val_bpb"] for name, e in run.stages.items()}}
 
 
@@ -325,7 +326,7 @@ def compliance(verdicts: list[rules.Check]) -> dict[str, bool | None]:
         "eval_under_600s": holds("evaluation time"),
         "three_seeds": holds("seeds"),
         "full_validation_targets": holds("validation complete"),
-        "score_before_update": holds(AUDIT_RULE),
+        "score_before_update": holds(rules.AUDIT),
         "no_validation_training_leak": holds("validation documents in training"),
     }
 
@@ -367,7 +368,7 @@ def _notices(meta: dict, verdicts: list[rules.Check], non_record: bool) -> list[
         "> **Non-record submission.** It asks for no place in the 10-minute track. What that track would object to:"
     ]
     lines += [f"> - {line}" for line in relaxed]
-    if meta["data"] == "sample":
+    if meta["data"] == "sample" and "system" in meta:
         lines.append(
             "> - Trained and scored on the small corpus shipped with the repository, at a shrunken size: "
             "no figure here compares with the leaderboard or with the published system's."
@@ -383,11 +384,9 @@ def _result(seeds: list[Run], meta: dict) -> str:
         row = [r.seed, r.last_step, tables.fixed(r.ms_per_step, 1), *[tables.fixed(r.bpb(s), 4) for s in stages]]
         row += [tables.fixed(r.bpb(), 5), r.pack["artifact_bytes"], r.total_bytes]
         rows.append([*row, tables.fixed(r.train_s, 1), tables.fixed(r.eval_s, 1)])
-    spread = (
-        f" (standard deviation {meta['val_bpb_std']:.5f}, n = {len(seeds)})" if meta["val_bpb_std"] is not None else ""
-    )
+    spread = f" (standard deviation {meta['val_bpb_std']:.5f}, n = {len(seeds)})" if len(seeds) > 1 else ""
     text = f"## Result\n\n**val_bpb {meta['val_bpb']:.5f}**{spread}, val_loss {meta['val_loss']:.5f} nats/token, "
-    text += f"stage `{meta['score_stage']}`, on {meta['hardware']}.\n\n{tables.render(header, rows, 'markdown')}"
+    text += f"stage `{meta['score_stage']}`, on {meta['hardware']} with PyTorch {meta['pytorch_version']}.\n\n{tables.render(header, rows, 'markdown')}"
     if claim := meta.get("claimed_not_a_code_length"):
         z = "" if claim["z_mean"] is None else f", its probabilities sum to {claim['z_mean']:.1f} on average"
         text += f"\n\nThe published scorer, kept for comparison, prints claimed_bpb {claim['claimed_bpb']:.4f}{z}: "
@@ -399,7 +398,8 @@ def _system_text(system: dict) -> str:
     rows = [[p["figure"], p["kind"], p["what"]] for p in system["published"]]
     differences = "\n".join(f"- **{what}**: {why}." for what, why in system["differences"])
     return (
-        f"## The system: PR #{system['pr']} by {system['author']}\n\n{system['what']}\n\n### Published figures\n\n"
+        f"## The system: PR #{system['pr']} by {system['author']}\n\n{system['what']}\n\n"
+        f"### Published figures: {system['author']}'s, at full size, on FineWeb\n\n"
         f"{tables.render(['figure', 'kind', 'what'], rows, 'markdown')}\n\n"
         "A *valid* figure is a code length; a *claimed* one is not, since its probabilities do not sum to one.\n\n"
         f"### What ours does differently, and why\n\n{differences}\n\n"
@@ -407,38 +407,49 @@ def _system_text(system: dict) -> str:
     )
 
 
-def estimate(system: dict, run: Run) -> list[tuple[str, int, float, float, float | None]]:
-    """(role, full-size weights, bits/weight of the shrunken run, estimated bytes, bytes at fixed width or None).
+class Estimate(NamedTuple):
+    """One role of the full-size artifact, from its weights there and the bits a weight of it took in the shrunken run."""
 
-    A role that the shrunken run did not have takes that run's mean over all roles.
+    role: str
+    weights: int
+    bits: float
+    bytes: float
+    fixed: int  # bytes at the full size's fixed width
+
+
+def estimate(system: dict, run: Run) -> list[Estimate]:
+    """Every role of weights at full size; n-gram tables, container and code hold no weights and are not among them.
+
+    Bits are scaled by the ratio of the mean widths at both sizes: small matrices pass through as floats, and they are not the
+    same share of a role at both. A role that the shrunken run lacks takes its mean over all roles.
     """
-    roles = {name: r for name, r in run.pack["roles"].items() if r["params"]}  # the container holds no weights
-    overall = 8 * sum(r["bytes"] for r in roles.values()) / max(1, sum(r["params"] for r in roles.values()))
+    packed = {name: r for name, r in run.pack["roles"].items() if r["params"]}
+    overall = 8 * sum(r["bytes"] for r in packed.values()) / max(1, sum(r["params"] for r in packed.values()))
     rows = []
-    for role, count in system["roles"].items():
-        bits = roles.get(role, {}).get("bits_per_weight", overall)
-        width = run.config.get(f"{role.upper()}_BITS") or (run.quant or {}).get("roles", {}).get(role, {}).get("bits")
-        rows.append((role, count, bits, count * bits / 8, count * width / 8 if width else None))
+    for role, (count, fixed) in system["roles"].items():
+        width = (run.quant or {}).get("roles", {}).get(role, {}).get("bits")
+        bits = packed.get(role, {}).get("bits_per_weight", overall) * (8 * fixed / count / width if width else 1)
+        rows.append(Estimate(role, count, bits, count * bits / 8, fixed))
     return rows
 
 
 def _full_size(system: dict, run: Run) -> str:
     rows = estimate(system, run)
-    cells = [[role, n, f"{bits:.2f}", round(size), width and round(width)] for role, n, bits, size, width in rows]
-    weights, code = sum(r[3] for r in rows), run.pack["code_bytes"]
-    widths = [r[4] for r in rows]
-    fixed = sum(widths) if all(w is not None for w in widths) else None
-    cells += [
-        ["code", None, None, code, code],
-        ["**total**", None, None, round(weights) + code, fixed and round(fixed) + code],
-    ]
-    header = ["role", "weights at full size", "bits/weight, shrunken run", "estimated bytes", "bytes at fixed width"]
+    cells = [[r.role, r.weights, f"{r.bits:.2f}", round(r.bytes), r.fixed] for r in rows]
+    if table := system.get("ngram_table"):
+        cells.append(["ngram", None, None, table["bytes"], table["fixed"]])
+    code = run.pack["code_bytes"]
+    cells.append(["code", None, None, code, code])
+    estimated, fixed = ([c[column] for c in cells] for column in (3, 4))
+    cells.append(["**total**", None, None, sum(estimated), sum(fixed)])
+    header = ["role", "weights at full size", "bits/weight", "estimated bytes", "bytes at fixed width"]
     note = (
         "**An estimate**, not a measurement: the full-size weights of each role times the bits that a weight of that "
-        "role took in the shrunken run's artifact. Only storage at fixed width is an upper bound (row scales aside): "
+        "role took in the shrunken run's artifact (times the ratio of widths where small matrices stay floats at one size "
+        "alone). Only storage at fixed width is an upper bound (row scales aside): "
         "trained matrices of another size compress differently, and untrained ones that start at zero cost nothing."
     )
-    extra = f" {system['note']}" if "note" in system else ""
+    extra = "".join(f" {text}" for text in (system.get("note"), (table or {}).get("note")) if text)
     return f"### Artifact at full size (estimate)\n\n{tables.render(header, cells, 'markdown')}\n\n{note}{extra}"
 
 
@@ -500,7 +511,10 @@ def _reproduce(seeds: list[Run]) -> str:
     where = "the shipped sample (no DATA_PATH)" if data.get("sample") else f"`{Path(str(data.get('path'))).name}`"
     text = f"## Reproduce\n\n```bash\n{' '.join(words)} {launch}\n```\n\n"
     text += f"The other seeds: {others}. " if others else ""
-    return text + f"Data: {where}, validation tokens' sha256 {str(data.get('val_sha256'))[:16]}."
+    counts = ", ".join(f"{data[k]:,} {k.split('_')[0]}" for k in ("train_tokens", "val_tokens") if data.get(k))
+    return (
+        text + f"Data: {where}; tokens: {counts}; sha256 of the validation tokens {str(data.get('val_sha256'))[:16]}."
+    )
 
 
 # ---- The index of systems
@@ -537,7 +551,7 @@ def index_table(records: Path) -> str:
         title = f"#{system['pr']} {system['title']}"
         row = [f"[{title}]({place}/)" if place else title, system["claim"], system["valid_bpb"]]
         row += [_mean_stage(stages, ("sliding", "roundtrip")), _mean_stage(stages, ("ngram",))]
-        rows.append([*row, claim and f"{claim['claimed_bpb']:.4f} ({tables.cell(tables.fixed(claim['z_mean'], 0))})"])
+        rows.append([*row, claim and f"{claim['claimed_bpb']:.4f} ({tables.cell(tables.fixed(claim['z_mean'], 1))})"])
     return tables.render(header, rows, "markdown")
 
 

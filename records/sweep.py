@@ -15,7 +15,7 @@ import runs as logs
 from runs import UserError
 
 
-def run(list_file: str, launch: str, only: int | None, log_dir: Path) -> int:
+def run(list_file: str, launch: str, only: int | None) -> int:
     """Runs every line (or line `only`, counted from 0) and prints what became of each. 1 if any run failed."""
     jobs = read_list(list_file)
     if only is not None:
@@ -26,15 +26,15 @@ def run(list_file: str, launch: str, only: int | None, log_dir: Path) -> int:
     for number, knobs in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {knobs['RUN_ID']}", flush=True)
         try:
-            outcomes.append((knobs["RUN_ID"], _one(knobs, launch, log_dir)))
+            outcomes.append((knobs["RUN_ID"], _one(knobs, launch)))
         except KeyboardInterrupt:
             print(f"stopped by hand in {knobs['RUN_ID']}; the same command goes on from here", file=sys.stderr)
             return 1
         print(f"    {outcomes[-1][1]}", flush=True)
     failed = [name for name, outcome in outcomes if outcome.startswith("failed")]
-    print(
-        f"{len(outcomes) - len(failed)} of {len(outcomes)} done" + (f"; failed: {', '.join(failed)}" if failed else "")
-    )
+    going = [name for name, outcome in outcomes if outcome.startswith("skipped: still going")]
+    print(f"{len(outcomes) - len(failed) - len(going)} of {len(outcomes)} done", end="")
+    print(*[f"; {word}: {', '.join(names)}" for word, names in (("failed", failed), ("still going", going)) if names])
     return int(bool(failed))
 
 
@@ -75,16 +75,26 @@ def run_id(knobs: dict[str, str]) -> str:
     return name if len(name) <= 100 else f"{name[:88]}_{hashlib.sha256('_'.join(words).encode()).hexdigest()[:10]}"
 
 
-def _one(knobs: dict[str, str], launch: str, log_dir: Path) -> str:
-    before = _state(log_dir, knobs["RUN_ID"])
+AGAIN = {
+    "RESUME": "auto",
+    "FORCE": "1",
+}  # from the newest checkpoint if there is one, over whatever else was left behind
+
+
+def _one(knobs: dict[str, str], launch: str) -> str:
+    environment = os.environ | knobs
+    path = Path(environment.get("LOG_DIR") or "logs", f"{knobs['RUN_ID']}.jsonl")
+    before = _state(path)
     if before.startswith(("finished", "still going")):
         return f"skipped: {before}"
     began = time.monotonic()
+    if path.exists():
+        environment = AGAIN | environment
     try:
-        status = subprocess.run(shlex.split(launch), env=os.environ | knobs).returncode
+        status = subprocess.run(shlex.split(launch), env=environment).returncode
     except OSError as error:
         raise UserError(f"--launch {launch}: {error.strerror}") from None
-    after = _state(log_dir, knobs["RUN_ID"])
+    after = _state(path)
     if status != 0:
         return f"failed: exit status {status}; {after}"
     if not after.startswith("finished"):
@@ -92,12 +102,13 @@ def _one(knobs: dict[str, str], launch: str, log_dir: Path) -> str:
     return f"{after}, {time.monotonic() - began:.0f} s"
 
 
-def _state(log_dir: Path, name: str) -> str:
-    path = log_dir / f"{name}.jsonl"
+def _state(path: Path) -> str:
     if not path.is_file():
         return f"no log {path}"
     try:
         log = logs.read_jsonl(path)
     except UserError as error:
         return str(error)
-    return f"finished, {log.bpb():.4f} bpb" if log.finished else log.status()
+    if log.finished:
+        return f"finished, {log.bpb():.4f} bpb"
+    return "finished" if log.mode != "train" and log.status() == "ok" else log.status()

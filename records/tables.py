@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import sys
+from collections.abc import Sequence
 
 import runs as logs
 from runs import Run, UserError, show
@@ -70,9 +71,9 @@ def fixed(value: float | None, digits: int) -> str | None:
 
 def table(runs: list[Run], messages: list[str], form: str, sort: str) -> str:
     """All runs, best score first, with the knobs that differ between them; unreadable logs close the list."""
-    trained = [r for r in runs if r.mode == "train" or r.score]
+    trained = [r for r in runs if r.mode == "train" or r.score] or runs  # an audit shows as its run's status
     knobs = logs.telling(trained)
-    stages = list(dict.fromkeys(s for r in trained for s in r.stages))
+    stages = sorted(dict.fromkeys(s for r in trained for s in r.stages), key=logs.stage_rank)
     header = ["run", *knobs, "seed", "steps", "ms/step", *stages, "score bpb", "total bytes", "train s", "eval s"]
     claims = any(r.claims for r in trained)
     header += (["claimed (no code length)"] if claims else []) + ["status"]
@@ -116,13 +117,8 @@ def comparison(
     against = ref or samples[ref_name]
     entries = []
     for name, own in samples.items():
-        entry = {
-            "group": name,
-            "n": own.n,
-            "bpb_mean": own.mean,
-            "bpb_std": own.std,
-            "seeds": [r.seed for r in groups[name]],
-        }
+        entry = {"group": name, "n": own.n, "seeds": [r.seed for r in groups[name]]}
+        entry |= {"bpb_mean": own.mean, "bpb_std": own.std}
         entry |= {"nats_mean": factor and own.mean * factor, "nats_std": factor and own.std * factor}
         if ref or name != ref_name:
             entry |= _verdict(against, own, factor)
@@ -146,39 +142,20 @@ def nats_per_bpb(runs: list[Run], stage: str | None) -> float | None:
     return factors[0] if factors and max(factors) - min(factors) < 1e-3 * factors[0] else None
 
 
-def comparison_text(entries: list[dict], ref_name: str, form: str) -> str:
-    header = [
-        "configuration",
-        "n",
-        "bpb mean",
-        "std",
-        "nats/token",
-        "std",
-        "gain bpb",
-        "gain nats",
-        "t",
-        "df",
-        "p better",
-    ]
-    header += ["p 0.005 nats", "record rule"]
+def comparison_text(entries: list[dict], ref_name: str, form: str, cautions: Sequence[str] = ()) -> str:
+    header = ["configuration", "n", "bpb mean", "std", "nats/token", "std", "gain bpb", "gain nats", "t", "df"]
+    header += ["p better", "p 0.005 nats", "record rule"]
     rows = []
     for e in entries:
-        row = [e["group"], e["n"], fixed(e["bpb_mean"], 5), fixed(e["bpb_std"], 5), fixed(e["nats_mean"], 5)]
-        row += [fixed(e["nats_std"], 5), *([None] * 7 if "t" not in e else [])]
+        row = [e["group"], e["n"], *[fixed(e[k], 5) for k in ("bpb_mean", "bpb_std", "nats_mean", "nats_std")]]
+        tested = [None] * 7
         if "t" in e:
-            row += [
-                f"{e['gain_bpb']:+.5f}",
-                e["gain_nats"] and f"{e['gain_nats']:+.5f}",
-                fixed(e["t"], 2),
-                fixed(e["df"], 1),
-            ]
-            row += [small(e["p_better"]), small(e.get("p_record")), _met(e)]
-        rows.append(row)
-    notes = [f"Reference: {ref_name}. A positive gain is an improvement.", RULE]
+            tested = [f"{e['gain_bpb']:+.5f}", e["gain_nats"] and f"{e['gain_nats']:+.5f}", fixed(e["t"], 2)]
+            tested += [fixed(e["df"], 1), small(e["p_better"]), small(e.get("p_record")), _met(e)]
+        rows.append(row + tested)
+    notes = [f"Reference: {ref_name}. A positive gain is an improvement.", RULE, *cautions]
     if any(e["n"] < 2 for e in entries):
-        notes.append(
-            "A group of one seed has no spread: no test. Run it with 2 more values of SEED (a record shows 3)."
-        )
+        notes.append("A group of one seed has no spread: no test. Run it with more values of SEED (a record shows 3).")
     return render(header, rows, form) + ("" if form == "csv" else "\n\n" + "\n".join(notes))
 
 

@@ -16,6 +16,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+
+import train_gpt as tg
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "records"))
@@ -133,12 +136,15 @@ def write_run(
     return path
 
 
-def write_audit(world: dict, run_id: str, artifact: str, passed: bool = True) -> None:
+def write_audit(
+    world: dict, run_id: str, artifact: str, passed: bool = True, stage: str = "sliding", head: dict | None = None
+) -> None:
     checks = [
-        {"name": "sum to 1", "passed": passed, "detail": "1e-9"},
-        {"name": "future", "passed": True, "detail": ""},
+        {"name": f"{stage}: a distribution", "passed": passed, "detail": "1e-9"},
+        {"name": f"{stage}: prefix only: future", "passed": True, "detail": ""},
     ]
-    events = [{"event": "run", "run_id": f"audit-{run_id}", "mode": "audit"}, {"event": "end", "status": "ok"}]
+    head = {"source_sha256": sha(world["script"].read_bytes()), "started": "2026-04-01T01:00:00"} | (head or {})
+    events = [{"event": "run", "run_id": f"audit-{run_id}", "mode": "audit"} | head, {"event": "end", "status": "ok"}]
     events.insert(1, {"event": "config", "values": {"ARTIFACT": artifact}, "sources": {}})
     events.insert(2, {"event": "audit", "passed": passed, "checks": checks})
     path = world["logs"] / f"audit-{run_id}.jsonl"
@@ -307,6 +313,30 @@ def test_every_way_to_miss_a_score_is_a_status(world):
         assert message in logs.read_log(write_run(world, name, **over)).status()
 
 
+def test_a_diverged_run_is_no_score_and_its_picture_is_drawn(world, capsys):
+    write_run(world, "a", audit=False)
+    path = write_run(
+        world,
+        "b",
+        lr=9.0,
+        audit=False,
+        score={"val_bpb": math.nan},
+        stage={"val_bpb": math.nan},
+        val={"val_loss": math.nan},
+    )
+    path.write_text(
+        path.read_text().replace(
+            '"step": 95, "total": 100, "train_loss": 3.2', '"step": 95, "total": 100, "train_loss": NaN, "x": 3.2'
+        )
+    )
+    assert "NaN" in path.read_text().split("switch")[0]
+    assert run_cli("table", world["logs"]) == 0
+    assert "diverged: val_bpb nan" in capsys.readouterr().out
+    assert run_cli("plot", world["logs"], "--out", world["root"] / "pictures") == 0
+    assert run_cli("compare", world["logs"]) == 0
+    assert "left out: b: diverged" in capsys.readouterr().err
+
+
 # ---- table and compare
 
 
@@ -350,9 +380,21 @@ def test_a_published_mean_is_a_reference(world, capsys):
     sweep_of_two(world, gain=0.02)
     result = compared(world, capsys, "--published", "1.93,0.0005,3")
     assert all(g["meets_record_rule"] for g in result["groups"])
+    capsys.readouterr()
+    assert run_cli("compare", world["logs"], "--published", "1.93") == 0
+    assert "cannot be known here; these runs scored the shipped sample" in capsys.readouterr().out
     assert run_cli("compare", world["logs"], "--published", "1.93,0.0005") == 2
     assert run_cli("compare", world["logs"], "--ref", "MATRIX_LR=0.5") == 2
     assert "fits 0 of these configurations" in capsys.readouterr().err
+
+
+def test_scores_of_different_stages_are_compared_with_a_word_of_caution(world, capsys):
+    write_run(world, "a", audit=False)
+    write_run(world, "b", lr=0.02, audit=False, score={"stage": "roundtrip", "val_bpb": 1.95})
+    assert run_cli("compare", world["logs"]) == 0
+    assert "different stages: roundtrip, sliding" in capsys.readouterr().out
+    assert run_cli("compare", world["logs"], "--stage", "sliding") == 0
+    assert "different stages" not in capsys.readouterr().out
 
 
 def test_recipes_are_told_apart_by_name_not_by_every_knob_that_follows(world, capsys):
@@ -504,7 +546,27 @@ def test_missing_seeds_and_audits_are_named(world, capsys):
     for seed in (1, 2, 3):
         write_audit(world, f"s{seed}", str(world["logs"] / f"s{seed}.pgz"), passed=seed != 2)
     assert submit(world) == 1
-    assert "audit (C1-C4): failed" in capsys.readouterr().err
+    assert "s2: audit failed: sliding: a distribution" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("over", [
+    {"head": {"source_sha256": "0" * 64}},  # of another script
+    {"head": {"started": "2026-03-31T23:00:00"}},  # of an artifact that this run has replaced since
+    {"stage": "roundtrip"},  # of another stage than the score
+    {"artifact": "logs/other.pgz"},
+])  # fmt: skip
+def test_an_audit_speaks_for_its_artifact_code_and_stage_alone(world, capsys, over):
+    write_run(world, "s1", audit=False)
+    write_audit(world, "s1", over.pop("artifact", str(world["logs"] / "s1.pgz")), **over)
+    assert submit(world, "--non-record", runs=("s1",)) == 1
+    assert "s1: no audit of its stage sliding" in capsys.readouterr().err
+
+
+def test_a_failed_audit_is_the_status_of_its_run_whatever_passed_since(world, capsys):
+    write_run(world, "s1")
+    write_audit(world, "s1-first", str(world["logs"] / "s1.pgz"), passed=False)
+    assert run_cli("table", world["logs"]) == 0
+    assert "audit failed: sliding: a distribution" in capsys.readouterr().out
 
 
 def test_runs_that_were_left_out_are_disclosed(world):
@@ -527,11 +589,7 @@ def test_non_record_relaxes_hardware_time_and_seeds_and_says_so(world, capsys):
     write_run(world, "s1", lr=0.02, train_end={"train_s": 900.0})
     assert submit(world, "--non-record", runs=("s1",)) == 0
     readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
-    assert (
-        "Non-record submission" in readme
-        and "900.0 s" in readme
-        and "small corpus shipped with the repository" in readme
-    )
+    assert "Non-record submission" in readme and "900.0 s" in readme and "the shipped sample, not FineWeb" in readme
     assert re.search(r"`MATRIX_LR` +\| +0.02 \| +0.04 \| env", readme) and "learning rate of the matrices" in readme
     capsys.readouterr()
 
@@ -564,20 +622,68 @@ def test_a_systems_readme_tells_published_from_ours_and_estimates_full_size(worl
     assert submit(world, "--non-record", "--system", "pr164", runs=("s1",)) == 2  # another system's recipe ran
     assert submit(world, "--non-record", "--system", "pr850", runs=("s1",)) == 0
     readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
+    assert readme.startswith("# PR #850 (") and "shrunken, on the shipped sample\n" in readme
+    assert "small corpus shipped with the repository" in readme
     assert "PR #850 by callithyia" in readme and "| 0.3212" in readme and "claimed" in readme
     assert "RECIPE=pr850" in readme and "**An estimate**" in readme
     run = logs.read_log(world["logs"] / "s1.jsonl")
-    by_role = {r[0]: r for r in submission.estimate(submission._system("pr850"), run)}
-    assert by_role["mlp"][3] == pytest.approx(17_301_504 * 5.6 / 8) and by_role["mlp"][4] == 17_301_504 * 6 / 8
-    assert by_role["table"][2] == pytest.approx(8 * 2_170_000 / 3_062_144)  # a role the run lacks: the mean of all
+    by_role = {r.role: r for r in submission.estimate(submission._system("pr850"), run)}
+    assert by_role["mlp"].fixed == 17_301_504 * 5 / 8
+    assert by_role["mlp"].bytes == pytest.approx(17_301_504 * 5.6 / 8 * 5 / 6)  # six bits wide in this run, five there
+    assert by_role["table"].bits == pytest.approx(8 * 2_170_000 / 3_062_144)  # a role the run lacks: the mean of all
 
 
-def test_full_size_counts_add_up_to_the_published_parameters():
-    systems = json.loads((ROOT / "records" / "systems.json").read_text())
-    assert {k: sum(s["roles"].values()) for k, s in systems.items()} == {
-        "pr164": 22_368_841, "pr740": 17_650_248, "pr187": 25_254_992, "pr850": 27_301_064, "pr1095": 3_452_460,
-    }  # fmt: skip
-    assert all(sum(s["roles"].values()) == s["params"] for s in systems.values())
+def test_an_ngram_table_counts_as_bytes_without_weights(world, monkeypatch):
+    monkeypatch.setattr(submission, "plots", plots)
+    path = write_run(world, "s1", run={"recipe": "pr1095"})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    pack = next(e for e in lines if e["event"] == "pack")
+    pack["roles"]["ngram"] = {"params": 0, "bytes": 5_000_000, "bits_per_weight": 0.0}
+    pack["total_bytes"] = pack["artifact_bytes"] = 7_200_000
+    path.write_text("".join(json.dumps(e) + "\n" for e in lines))
+    assert submit(world, "--non-record", "--system", "pr1095", runs=("s1",)) == 0
+    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    assert (folder / "bytes.png").stat().st_size > 10_000
+    run = logs.read_log(path)
+    rows = submission.estimate(submission._system("pr1095"), run)
+    mean = 8 * 2_170_000 / 3_062_144  # of the weights alone
+    bits = {
+        "adapter": mean,
+        "embed": 7.02 * 8 / 6,
+        "table": mean,
+        "proj": mean,
+        "control": mean,
+    }  # of the weights alone
+    assert {r.role: r.bits for r in rows} == pytest.approx(bits)
+    readme = (folder / "README.md").read_text()
+    total = sum(round(r.bytes) for r in rows) + 10_692_380 + run.pack["code_bytes"]
+    assert re.search(r"\| ngram +\| +- \| +- \| +10,692,380 \| +14,680,064 \|", readme) and f"{total:,}" in readme
+
+
+def test_helper_files_of_the_script_go_into_the_folder(world, capsys):
+    world["script"].write_text("import kernels\n" + SCRIPT)
+    (world["root"] / "kernels.py").write_text("x = 1\n")
+    (world["root"] / "unrelated.py").write_text("x = 1\n")
+    write_run(world, "s1")
+    assert submit(world, "--non-record", runs=("s1",)) == 0
+    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    assert (folder / "kernels.py").read_text() == "x = 1\n" and not (folder / "unrelated.py").exists()
+    assert "kernels.py: 6 bytes; if not counted yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["pr164", "pr740", "pr187", "pr850", "pr1095"])
+def test_full_size_weights_and_widths_are_the_trainers(key):
+    system = json.loads((ROOT / "records" / "systems.json").read_text())[key]
+    cfg = tg.load_config({"RECIPE": key}, has_gpu=lambda: False).cfg
+    with torch.device("meta"):
+        params = list(tg.GPT(cfg).named_parameters())
+    policy = tg.Policy(cfg, {n: tuple(p.shape) for n, p in params}, {n: p.store for n, p in params})
+    roles: dict[str, list[float]] = {}
+    for name, p in params:
+        sums = roles.setdefault(p.store, [0, 0])
+        sums[0] += p.numel()
+        sums[1] += p.numel() * policy.bits(name) / 8
+    assert system["roles"] == roles and system["params"] == sum(n for n, _ in roles.values())
 
 
 def test_the_index_holds_a_row_a_system_and_the_figures_of_its_folder(world):
@@ -612,6 +718,33 @@ def test_the_script_is_found_in_the_text_log_when_the_file_has_changed_since(wor
     assert submit(world, "--non-record", runs=("s1",)) == 0
     folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
     assert (folder / "train_gpt.py").read_text() == SCRIPT
+
+
+# ---- the trainer's own logs
+
+
+def test_a_real_run_goes_from_its_logs_to_a_checked_folder(tiny, script, tmp_path, capsys):
+    tiny |= {"EVAL_STRIDE": "0", "NGRAM_SCORE": "exact"}
+    folder, records = Path(tiny["LOG_DIR"]), tmp_path / "records"
+    assert script(tiny).status == 0
+    auditing = {"MODE": "audit", "ARTIFACT": str(folder / "tiny.pgz"), "RUN_ID": "audit"}
+    assert script(auditing | {k: tiny[k] for k in ("LOG_DIR", "DATA_PATH", "DEVICE")}).status == 0
+    run_cli("table", folder)
+    header, row = capsys.readouterr().out.splitlines()
+    assert "ngram" in header and row.startswith("tiny ") and row.endswith(" ok")
+    words = ("--name", "tiny", "--records", records, "--script", ROOT / "train_gpt.py", "--non-record")
+    assert run_cli("submit", folder / "tiny.jsonl", *words) == 0
+    (made,) = (records / "track_non_record_16mb").iterdir()
+    assert {"curves.png", "stages.png", "bytes.png", "audit_seed1337.jsonl"} <= {p.name for p in made.iterdir()}
+    meta = json.loads((made / "submission.json").read_text())
+    assert meta["compliance"]["score_before_update"] is True
+    assert meta["val_bpb"] == logs.read_log(folder / "tiny.jsonl").stages["ngram"]["val_bpb"]
+    capsys.readouterr()
+    assert run_cli("check", made) == 0
+    text = capsys.readouterr().out
+    assert (
+        re.search("PASS  script that ran", text) and "ngram: a distribution" in text and "1 layer(s) of packing" in text
+    )
 
 
 # ---- leaked documents
@@ -712,6 +845,7 @@ PATTERNS = [
     ("import torch\nbest = torch.minimum(nll_model, nll_ngram)", "per-token choice by the target"),
     ("PREQUANT_TTT_ENABLED = 1", "name of a rejected method: pre-quantisation TTT on validation text"),
     ("import urllib.request", "network module"),
+    ("word_gate = starts_word[targets] & inside", "n-gram gate that looks at the target"),
 ]
 
 
@@ -726,6 +860,7 @@ def test_rejected_patterns_are_flagged_with_their_line(text, pattern):
     "def train(args):\n    return eval_val(model, val_tokens)",  # validation while training is no training on it
     "def train(args):\n    '''Never opens fineweb_val shards.'''",
     "key = (prev * 31 + cur) % rows",
+    "alpha = self.alpha(entropy, confidence(query.target))",  # a position
     "logits = F.cross_entropy(x, targets % vocab)",
     "def evaluate(val_tokens):\n    return val_tokens",
     "def ttt_train_chunk(val_tokens):\n    return val_tokens[:9]",  # learns what is scored already
@@ -797,10 +932,159 @@ def test_check_finds_what_got_entries_rejected(foreign):
     assert got["script that ran"].status == "FAIL"
 
 
+HEIR = """import os, torch
+import torch.nn.functional as F
+class Hyperparameters:
+    val_files = os.path.join("data", "fineweb_val_*.bin")
+    prequant_label = "diagnostic pre-quantization post-ema"
+def hash_bigrams(ids, vocab):
+    return torch.bitwise_xor(36313 * ids[..., 1:], 27191 * ids[..., :-1]) % (vocab - 1)
+def nll(model, x, targets):
+    return F.cross_entropy(model(x), targets, reduction="none")
+def train_model(h, device, val_data):
+    log(f"val_tokens: {val_data.val_tokens.numel() - 1}")
+    val_loss, val_bpb = eval_val(h, device, val_data)
+def eval_val_ttt(h, val_data):
+    for chunk in val_data.val_tokens.split(65536):
+        loss = nll(h, chunk[:-1], chunk[1:])
+def load(path):
+    return torch.load(path, weights_only=True)
+if __name__ == "__main__":
+    train_model(Hyperparameters(), "cuda", None)
+"""
+
+
+def packed_source(text: str, form: str) -> str:
+    """`text` as the records' self-extracting scripts hold it."""
+    data = text.encode()
+    if form == "plain":
+        return text
+    if form == "lzma":
+        raw = base64.b85encode(lzma.compress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])).decode()
+        head, tail = "import lzma as L,base64 as B", ',format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}])'
+        return f'{head}\nexec(L.decompress(B.b85decode("{raw}"){tail})\n'
+    brotli = pytest.importorskip("brotli")
+    raw = base64.b85encode(brotli.compress(data)).decode()
+    return f'import brotli,base64\nexec(brotli.decompress(base64.b85decode("{raw}")))\n'
+
+
+SCORES = {42: 1.05803, 0: 1.05771, 1234: 1.05845}
+
+
+def record_folder(tmp_path: Path, form: str = "plain", source_text: str = HEIR) -> Path:
+    """A clean record of three seeds, as the challenge's last weeks left them."""
+    folder = tmp_path / "track_10min_16mb" / "2026-04-27_Stack_1.0581"
+    (folder / "tokenizers").mkdir(parents=True)
+    (folder / "tokenizers" / "sp8192.model").write_bytes(b"model")
+    script = packed_source(source_text, form)
+    for seed, bpb in SCORES.items():
+        log = FRONTIER_LOG.replace("seed: 42", f"seed: {seed}").replace("val_bpb:1.05803761", f"val_bpb:{bpb}")
+        log = log.replace("val_loss:2.31538446", f"val_loss:{bpb * 2.18839:.8f}")
+        smi = "| NVIDIA H100 80GB HBM3          On  |\nworld_size: 8\n"
+        (folder / f"train_seed{seed}.log").write_text(f"{source_text}{'=' * 100}\n{smi}{log}total_eval_time: 594.1s\n")
+    results = {str(s): {"val_bpb": b, "artifact_bytes": 15_989_499, "train_time_s": 596.1} for s, b in SCORES.items()}
+    meta = {"author": "A", "github_id": "a", "name": "Stack", "date": "2026-04-27", "track": "10min_16mb"}
+    meta |= {"val_bpb": 1.05806, "val_loss": 2.31545, "seeds": [42, 0, 1234], "seed_results": results}
+    meta |= {
+        "comparison_baseline_bpb": 1.0629,
+        "bytes_total": 15_989_499,
+        "technique_summary": "a stack",
+        "attribution": [],
+    }
+    flags = dict.fromkeys(rules.RULED, True) | {"no_ngram_cache": False, "no_slot": True}
+    (folder / "submission.json").write_text(json.dumps(meta | {"compliance": flags}))
+    (folder / "README.md").write_text("# Stack\n")
+    (folder / "requirements.txt").write_text("torch\n")
+    (folder / "prepare_data.py").write_text("import urllib.request\nval = open('fineweb_val_000000.bin')\n")
+    (folder / "train_gpt.py").write_text(script)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["plain", "lzma", "brotli"])
+def test_a_clean_record_of_another_script_raises_no_alarm(tmp_path, form):
+    folder = record_folder(tmp_path, form)
+    got = verdicts(folder)
+    assert {c.rule for c in got.values() if c.status == "FAIL"} == set()
+    warned = {c.rule for c in got.values() if c.status == "WARN"}
+    assert warned == {"validation documents in training", "audit (C1-C4)", "own compliance list"}, got
+    assert got["gain"].status == "PASS" and got["code patterns"].status == "PASS" and got["hardware"].status == "PASS"
+
+
+def edit_log(seed: int, old: str, new: str):
+    def change(folder: Path) -> None:
+        path = folder / f"train_seed{seed}.log"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return change
+
+
+def edit_meta(**fields):
+    return lambda folder: edit(folder, **fields)
+
+
+def add_code(text: str):
+    return lambda folder: (folder / "train_gpt.py").write_text(HEIR + text)
+
+
+def only_seed(folder: Path) -> None:
+    for seed in (0, 1234):
+        (folder / f"train_seed{seed}.log").unlink()
+
+
+def uncounted_helper(folder: Path) -> None:
+    (folder / "train_gpt.py").write_text("import first\n" + HEIR)
+    (folder / "first.py").write_text("import second\n")  # a helper's helper counts too
+    (folder / "second.py").write_bytes(b"#" * 20_000)
+
+
+FAULTS = [  # what entries were rejected for
+    ("truncated validation", edit_log(42, "val_tokens: 47851520", "val_tokens: 9662464"), "validation text", "FAIL"),
+    ("bytes a token miscounted", edit_log(42, "val_loss:2.31538", "val_loss:2.01538"), "validation text", "FAIL"),
+    ("601.9 s of training", edit_log(0, "596137ms", "601937ms"), "training time", "FAIL"),
+    ("601.9 s by its own account", edit_meta(train_wallclock_ms_max=601_937), "training time", "FAIL"),
+    ("612 s of evaluation", edit_log(0, "total_eval_time: 594.1s", "total_eval_time: 612.0s"), "evaluation time", "FAIL"),
+    ("16 MiB", edit_meta(bytes_total=16_777_216), "bytes", "FAIL"),
+    ("one seed", only_seed, "seeds", "FAIL"),
+    ("seeds without logs", only_seed, "a log for each seed", "FAIL"),
+    ("a better seed in the logs than told", edit_meta(seeds=[42, 0], seed_results={}), "a log for each seed", "WARN"),
+    ("a figure no log shows", edit_meta(val_bpb=1.0412), "val_bpb", "FAIL"),
+    ("a seed's figure no log shows", edit_meta(seed_results={"0": {"val_bpb": 1.0512}}), "val_bpb of seed 0", "FAIL"),
+    ("gain within noise", edit_meta(comparison_baseline_bpb=1.0583), "gain", "WARN"),
+    ("late", edit_meta(date="2026-05-09"), "date", "WARN"),
+    ("mixed configurations", edit_log(0, "matrix_lr: 0.026", "matrix_lr: 0.024"), "one configuration", "WARN"),
+    ("self-made shards", edit_log(0, "train_shards: 80", "train_shards: 1499"), "training shards", "WARN"),
+    ("target-dependent gate", edit_log(0, "stopping", "ngram_tilt:hints 9 within_gate=31 word_gate=0\nstopping"), "n-gram gate", "FAIL"),
+    ("the same in code", add_code("within_gate = starts_word[targets]\n"), "code: n-gram gate that looks at the target", "WARN"),
+    ("hashed target", add_code("key = (ctx_hash ^ (tgt_np * 36313)) % buckets\n"), "code: target token in a cache key", "FAIL"),
+    ("validation in training", add_code("def train_on_it(h):\n    return load(h.val_files)\n"), "code: validation data in training code", "FAIL"),
+    ("another script", add_code("x = 1\n"), "script that ran", "FAIL"),
+    ("pickle", add_code("import pickle\nw = pickle.load(f)\n"), "code: pickle loading", "WARN"),
+    ("pre-quant TTT", add_code("prequant_ttt_epochs = 21\n"), "code: name of a rejected method: pre-quantisation TTT on validation text", "WARN"),
+    ("byte mixture", add_code("ppm_order = 4\n"), "code: name of a rejected method: byte-level PPM mixture (normalisation, denominator)", "WARN"),
+    ("hints outside the timer", add_code("ngram_hint_precompute_outside = True\n"), "code: name of a rejected method: hints computed outside the timer", "WARN"),
+    ("uncounted helpers", uncounted_helper, "helper files", "FAIL"),
+    ("an honest no", edit_meta(compliance={"eval_under_600s": False}), "own compliance list", "FAIL"),
+    ("unreadable JSON", lambda f: (f / "submission.json").write_text('{"a":' * 50_000), "submission.json", "FAIL"),
+    ("a bomb", lambda f: (f / "train_gpt.py").write_text(packed_source("import os\n" * 2_000_000, "lzma")), "code readable", "FAIL"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("_, fault, rule, status", FAULTS, ids=[f[0] for f in FAULTS])
+def test_each_fault_that_got_entries_rejected_is_found(tmp_path, _, fault, rule, status):
+    folder = record_folder(tmp_path)
+    assert verdicts(folder).get(rule, rules.Check("PASS", "", "")).status != status
+    fault(folder)
+    assert verdicts(folder)[rule].status == status
+
+
 def test_check_never_runs_the_folders_code(foreign, tmp_path):
     trap = tmp_path / "sprung"
     (foreign / "train_gpt.py").write_text(f"open({str(trap)!r}, 'w').write('x')\n")
     (foreign / "sitecustomize.py").write_text(f"open({str(trap)!r}, 'w').write('x')\n")
+    assert run_cli("check", foreign) == 1
+    text = packed_source(f"import os\nopen({str(trap)!r}, 'w').write('x')\n" + "# padding\n" * 60, "lzma")
+    (foreign / "train_gpt.py").write_text(text)
     assert run_cli("check", foreign) == 1
     assert not trap.exists()
 
@@ -826,19 +1110,29 @@ FAKE_TRAINER = """
 import json, os, pathlib, sys
 with open("calls", "a") as f:
     f.write(os.environ["RUN_ID"] + "\\n")
-if os.environ.get("MATRIX_LR") == "9":
+log = pathlib.Path("logs", os.environ["RUN_ID"] + ".jsonl")
+if log.exists() and (os.environ.get("FORCE"), os.environ.get("RESUME")) != ("1", "auto"):
+    sys.exit("the log exists")  # as train_gpt.py refuses it
+log.parent.mkdir(exist_ok=True)
+log.write_text(json.dumps({"v": 1, "event": "run", "run_id": os.environ["RUN_ID"]}) + "\\n")
+if os.environ.get("MATRIX_LR") == pathlib.Path("broken").read_text():
+    with log.open("a") as f:
+        f.write(json.dumps({"v": 1, "event": "end", "status": "stopped"}) + "\\n")
     sys.exit(1)
-lines = [{"event": "run", "run_id": os.environ["RUN_ID"]}, {"event": "end", "status": "ok"}]
-lines.insert(1, {"event": "score", "val_bpb": 1.5, "val_loss": 2.5, "stage": "sliding"})
-pathlib.Path("logs").mkdir(exist_ok=True)
-text = "".join(json.dumps({"v": 1, **line}) + "\\n" for line in lines)
-pathlib.Path("logs", os.environ["RUN_ID"] + ".jsonl").write_text(text)
+mode = os.environ.get("MODE", "train")
+lines = [{"event": "run", "run_id": os.environ["RUN_ID"], "mode": mode}, {"event": "end", "status": "ok"}]
+if mode == "train":
+    lines.insert(1, {"event": "score", "val_bpb": 1.5, "val_loss": 2.5, "stage": "sliding"})
+else:
+    lines.insert(1, {"event": "audit", "passed": True, "checks": []})
+log.write_text("".join(json.dumps({"v": 1, **line}) + "\\n" for line in lines))
 """
 
 
 def test_a_sweep_skips_the_finished_survives_the_failing_and_can_run_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("trainer.py").write_text(FAKE_TRAINER)
+    Path("broken").write_text("9")
     Path("list.txt").write_text("# two rates\nMATRIX_LR=0.02 SEED=1\nMATRIX_LR=9 SEED=1\n\nMATRIX_LR=0.04 SEED=1\n")
     words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
     assert run_cli(*words) == 1
@@ -851,6 +1145,23 @@ def test_a_sweep_skips_the_finished_survives_the_failing_and_can_run_one_line(tm
     ]
     assert run_cli(*words, "--only", "0") == 0
     assert run_cli(*words, "--only", "3") == 2
+    Path("broken").write_text("none")  # mended: what the failed run left behind is no obstacle
+    assert run_cli(*words) == 0
+    (Path("logs") / "matrix_lr-9_seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}\n')
+    capsys.readouterr()
+    assert run_cli(*words) == 0
+    assert "2 of 3 done; still going: matrix_lr-9_seed-1" in capsys.readouterr().out
+
+
+def test_a_sweep_runs_audits_too_and_looks_where_the_runs_write(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("trainer.py").write_text(FAKE_TRAINER.replace('"logs"', 'os.environ["LOG_DIR"]'))
+    Path("broken").write_text("none")
+    Path("list.txt").write_text("RUN_ID=a LOG_DIR=mine\nMODE=audit ARTIFACT=mine/a.pgz RUN_ID=a-audit LOG_DIR=mine\n")
+    words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
+    assert run_cli(*words) == 0 and run_cli(*words) == 0
+    assert capsys.readouterr().out.count("skipped: finished") == 2
+    assert Path("calls").read_text().split() == ["a", "a-audit"]
 
 
 @pytest.mark.parametrize("text, words", [
