@@ -5786,10 +5786,16 @@ class SymbolDecoder:
         self.coder = constriction.stream.queue.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
 
     def code(self, p_V: np.ndarray, symbol: int | None = None) -> int:  # noqa: ARG002
-        return int(self.coder.decode(self.model(p_V, lazy=True, perfect=False)))
+        try:
+            return int(self.coder.decode(self.model(p_V, lazy=True, perfect=False)))
+        except AssertionError:  # what the decoder raises on words that no encoder writes
+            raise ArtifactError("the file's streams do not decode") from None
 
 
 Coder = SymbolEncoder | SymbolDecoder
+
+
+MAX_SPELLED = 1 << 16  # bytes of one edit: a damaged stream cannot ask for more
 
 
 class MixedBits:
@@ -5814,24 +5820,28 @@ class MixedBits:
             counter[1] = min(counter[1] + 1, 255.0)
         return bit
 
-    def number(self, name: str, value: int | None) -> int:
-        """A non-negative integer: its bit length in unary, then its bits, the top three in context."""
+    def number(self, name: str, value: int | None, low: int, high: int) -> int:
+        """An integer, ArtifactError unless in low..high: its bit length in unary, then its bits, the top three in context."""
         width = 0
         while self.code(
             ((name, width),), ("width",), None if value is None else int((value + 1).bit_length() - 1 > width)
         ):
             width += 1
+            if width > (high + 1).bit_length():
+                break
         result = 1
         for i in reversed(range(width)):
             context = (name, width, result) if result < 8 else (name, i)
             result = 2 * result + self.code((context,), ("digit",), None if value is None else (value + 1) >> i & 1)
+        if not low <= result - 1 <= high:
+            raise ArtifactError("the restoration stream holds impossible numbers")
         return result - 1
 
     def string(self, name: str, text: str | None) -> str:
         """Text, bytes that are no UTF-8 included (as surrogates), under an adaptive order-1 byte model."""
         raw = None if text is None else text.encode("utf-8", "surrogateescape")
         out = bytearray()
-        for k in range(self.number(name, None if raw is None else len(raw))):
+        for k in range(self.number(name, None if raw is None else len(raw), 0, MAX_SPELLED)):
             byte, before = 1, out[-1] if out else -1
             for i in reversed(range(8)):
                 bit = None if raw is None else raw[k] >> i & 1
@@ -5919,8 +5929,8 @@ class Normalizer:
         if held:
             edits.append(Edit(length, END, held + END))
         whole, kinds = "".join(normal), Counter(e.old[0] for e in {e._replace(at=0) for e in edits})
-        sound = self.sp.decode(self.sp.encode(whole)) == whole
-        return (whole, edits) if sound and max(kinds.values(), default=0) <= MAX_KINDS else None
+        small = max(kinds.values(), default=0) <= MAX_KINDS and all(4 * len(e.new) <= MAX_SPELLED for e in edits)
+        return (whole, edits) if small and self.sp.decode(self.sp.encode(whole)) == whole else None
 
 
 def first_edits(edits: list[Edit]) -> list[int]:
@@ -5992,15 +6002,15 @@ def code_edits(coder: Coder, normal: str, edits: list[Edit] | None) -> list[Edit
     at = {e.at: e for e in edits or ()}
     fresh = first_edits(edits or [])
     positions = []
-    for i in range(bits.number("fresh", len(fresh) if writing else None)):
+    for i in range(bits.number("fresh", len(fresh) if writing else None, 0, len(framed))):
         before = positions[-1] + 1 if positions else 0
-        positions.append(before + bits.number("gap", fresh[i] - before if writing else None))
+        positions.append(before + bits.number("gap", fresh[i] - before if writing else None, 0, len(framed) - before))
     known = {c: [(c, c), *((c, new) for new in news)] for c, news in KNOWN_EDITS.items()}
     result, page, i, pending = [], Page(framed), 0, set(positions)
     while i < len(framed):
         edit, c = at.get(i), framed[i]
         if i in pending:
-            size = bits.number("old", len(edit.old) if writing else None)
+            size = bits.number("old", len(edit.old) if writing else None, 1, len(framed) - i)
             pair = (framed[i : i + size], bits.string("new", edit.new if writing else None))
             known.setdefault(c, [(c, c)]).insert(0, pair)
         elif c in known:
@@ -6279,6 +6289,8 @@ FORMS = ("text", "lzma", "stored")
 LANE_TOKENS = (
     1024  # a shorter lane saves seconds and costs a cold start: 13 instead of 3 lanes made 8 kB as large as xz does
 )
+MAX_THREADS = 1024
+MAX_TOKENS_A_BYTE = 256  # of the file; what compresses better than that goes to LZMA
 CODEC_KNOBS = tuple(n for n in FIELDS if n.startswith(("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_STAGES", "NGRAM_")))
 
 
@@ -6334,13 +6346,13 @@ def read_file(blob: bytes) -> tuple[CodecHeader, bytes]:
 
     def number() -> int:
         nonlocal at
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 56, 7):
             at += 1
             value |= (blob[at - 1] & 127) << shift
-            shift += 7
             if blob[at - 1] < 128:
                 return value
+        raise IndexError
 
     def string() -> bytes:
         nonlocal at
@@ -6353,9 +6365,25 @@ def read_file(blob: bytes) -> tuple[CodecHeader, bytes]:
         header = CodecHeader(*numbers, string().hex(), string().decode(), string().decode())
     except (IndexError, UnicodeDecodeError):
         raise ArtifactError("the file's header is inconsistent") from None
-    if header.form >= len(FORMS) or header.lanes > max(header.tokens, 1) or at + header.restoration > len(blob) - 4:
+    body = blob[at:-4]
+    if (
+        at > len(blob) - 4
+        or header.form >= len(FORMS)
+        or (FORMS[header.form] == "text" and not sound_text(header, body))
+    ):
         raise ArtifactError("the file's header is inconsistent")
-    return header, blob[at:-4]
+    return header, body
+
+
+def sound_text(header: CodecHeader, body: bytes) -> bool:
+    """Whether the header's numbers are ones that an encoder may write, so that none asks for the decoder's memory."""
+    words = header.restoration % 4 == len(body) % 4 == 0 and header.restoration <= len(body)
+    return (
+        words
+        and 1 <= header.lanes <= max(header.tokens, 1)
+        and 1 <= header.threads <= MAX_THREADS
+        and header.tokens <= MAX_TOKENS_A_BYTE * (len(body) + 64)
+    )
 
 
 def machine_name(run: Run) -> str:
@@ -6422,6 +6450,8 @@ class Codec:
         header = CodecHeader(0, len(data), zlib.crc32(data), len(tokens), len(counts), len(restored), torch.get_num_threads(),
                              self.artifact, self.machine, self.settings)  # fmt: skip
         coded = coder.finish()
+        if not sound_text(header, restored + coded):
+            return None
         return Packed(write_file(header, restored + coded), header, coder.bits, 8 * len(coded), 8 * len(restored))
 
     def decompress(self, blob: bytes) -> bytes:
@@ -6429,8 +6459,8 @@ class Codec:
         header, body = read_file(blob)
         data = self.decode_text(header, body) if FORMS[header.form] == "text" else self.decode_bytes(header, body)
         if len(data) != header.size or zlib.crc32(data) != header.check:
-            raise ArtifactError("the restored bytes differ from the original's checksum: this machine's arithmetic differs "
-                                f"from that of the machine that compressed ({header.machine})")  # fmt: skip
+            raise ArtifactError("the restored bytes differ from the original's checksum: the file was altered, or this machine's "
+                                f"arithmetic differs from that of the machine that compressed ({header.machine})")  # fmt: skip
         return data
 
     def decode_bytes(self, header: CodecHeader, body: bytes) -> bytes:
@@ -6456,6 +6486,8 @@ class Codec:
             torch.set_num_threads(threads)
         normal = self.sp.decode(out[np.arange(out.shape[1]) < counts[:, None]].tolist())
         edits = code_edits(SymbolDecoder(body[: header.restoration]), normal, None) if header.restoration else []
+        if sum(len(e.new) for e in edits) > header.size + len(START + END):
+            raise ArtifactError("the edits would make more bytes than the original has")
         return restore_bytes(normal, edits)
 
     def code(self, coder: Coder, counts: np.ndarray, given: np.ndarray | None, what: str) -> np.ndarray:
@@ -7046,7 +7078,7 @@ def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
     try:
         coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
         cfg = dataclasses.replace(loaded.cfg, **{n.lower(): v for n, v in coded.items()})
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ArtifactError("the file's header is inconsistent") from None
     for name in CODEC_KNOBS:
         mine, theirs = getattr(loaded.cfg, name.lower()), getattr(cfg, name.lower())
