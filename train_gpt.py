@@ -3758,27 +3758,29 @@ def predict_codes(rows: int, columns: int, code: Callable[[slice, slice, np.ndar
     `mean` (integers) is the regression of a chunk on all columns before it, fitted to the row blocks before. Encoder
     and decoder both are callbacks of this walk, so they cannot disagree.
     """
-    codes_RC = np.zeros((rows, columns))
+    codes_RC, moments_CC = np.zeros((rows, columns)), np.zeros((columns, columns))
     for block, chunk in regions((rows, columns), True):
         if chunk.start == 0:
-            factor_CC = regression(codes_RC[: block.start])
-            error_RC = np.zeros((block.stop - block.start, columns))  # codes less their prediction, in 1/64
+            factor_CC = regression(moments_CC, block.start)
+            error_CR = np.zeros((columns, block.stop - block.start))  # codes less their prediction, in 1/64
         # Integers below 2**53, so that these products are exact whatever the order of summation.
-        mean = error_RC[:, : chunk.start] @ factor_CC[chunk, : chunk.start].T
-        codes_RC[block, chunk] = code(block, chunk, np.round(mean / 2**18))
-        for j in range(chunk.start, chunk.stop):
-            within = error_RC[:, chunk.start : j] @ factor_CC[j, chunk.start : j]
-            error_RC[:, j] = codes_RC[block, j] * 64 - np.round((mean[:, j - chunk.start] + within) / 4096)
+        mean = factor_CC[chunk, : chunk.start] @ error_CR[: chunk.start]
+        codes_RC[block, chunk] = code(block, chunk, np.round(mean / 2**18).T)
+        codes_CR = codes_RC[block, chunk].T * 64
+        for i, j in enumerate(range(chunk.start, chunk.stop)):
+            within = factor_CC[j, chunk.start : j] @ error_CR[chunk.start : j]
+            error_CR[j] = codes_CR[i] - np.round((mean[i] + within) / 4096)
+        if chunk.stop == columns:
+            moments_CC += codes_RC[block].T @ codes_RC[block]
     return codes_RC
 
 
-def regression(seen_RC: np.ndarray) -> np.ndarray:
-    """`unit_factor` of the codes seen so far; zero before the first."""
-    columns = seen_RC.shape[1]
-    if len(seen_RC) == 0:
-        return np.zeros((columns, columns))
-    ridge = 32 * (np.square(seen_RC).sum() // seen_RC.size + 1)
-    return unit_factor(seen_RC.T @ seen_RC + ridge * np.eye(columns))
+def regression(moments_CC: np.ndarray, rows: int) -> np.ndarray:
+    """`unit_factor` of the codes seen so far, X^T X over `rows` of them; zero before the first."""
+    if rows == 0:
+        return np.zeros_like(moments_CC)
+    ridge = 32 * (np.trace(moments_CC) // (rows * len(moments_CC)) + 1)
+    return unit_factor(moments_CC + ridge * np.eye(len(moments_CC)))
 
 
 def octave_eighths() -> np.ndarray:
@@ -4002,7 +4004,7 @@ def decode_tensor(decoder: Any, model: CodeModel, spread: Spread) -> np.ndarray:
 
     def code(rows: slice, chunk: slice, mean: np.ndarray) -> np.ndarray:
         codes = model.decode(decoder, levels[rows, chunk]) + mean
-        if np.abs(codes).max(initial=0) > 127:
+        if not np.abs(codes).max(initial=0) <= 127:  # nor if it is no number
             raise ArtifactError("a stream of codes holds values beyond 8 bits")
         return codes
 
@@ -4024,6 +4026,9 @@ def decode_codes(stream: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarra
     predicted = fields.take(len(shapes), 0, 1)
     low, level_logs = fields.one(-999, 999), fields.take(fields.one(2, 999), 0, 254)
     tables = [read_table(fields) for _ in range(fields.one(1, 99))]
+    starts = [table.start for table in tables]
+    if starts[0] != LEVEL_BOUNDS[0] or starts != sorted(set(starts)):
+        raise ArtifactError("a stream of codes has no table for some level")
     decoder, model = constriction.stream.queue.RangeDecoder(words), CodeModel(tables)
     counts = [n if grid else 0 for (grid, _), n in zip(sides, itertools.chain(*shapes), strict=True)]
     try:
@@ -6617,17 +6622,22 @@ def explain_lanes(codec: Codec, split: list[tuple[list[int], list[str]]]) -> lis
 
 
 def explain(codec: Codec, documents: list[str], limit: int) -> list[list[TokenNote]]:
-    """Notes on every token of the documents, each coded on its own; at most `limit` tokens together."""
+    """Notes on every token of the documents, each coded on its own; at most `limit` tokens together, and a notice then."""
     split, left = [], limit
-    for document in documents:
+    for i, document in enumerate(documents):
         ids, texts = token_texts(codec.sp, document)
-        if ids and left:
+        if ids[:left]:
             split.append((ids[:left], texts[:left]))
-            left -= len(split[-1][0])
-    result, since, size = [], time.perf_counter(), codec.cfg.codec_lanes
+        if len(ids) > left:
+            codec.run.notice(
+                f"EXPLAIN_TOKENS={limit}: {left} of {len(ids)} tokens of document {i + 1} are explained, and nothing after them"
+            )
+            break
+        left -= len(ids)
+    result, since, size, total = [], time.perf_counter(), codec.cfg.codec_lanes, sum(len(ids) for ids, _ in split)
     for lo in range(0, len(split), size):
         result += explain_lanes(codec, split[lo : lo + size])
-        codec.run.progress("explaining", sum(map(len, result)), limit - left, since)
+        codec.run.progress("explaining", sum(map(len, result)), total, since)
     return result
 
 
@@ -6657,27 +6667,28 @@ PAGE_HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="
 @media(prefers-color-scheme:dark){:root{--bg:#15171c;--fg:#e4e6eb;--dim:#9aa1ad;--line:#2c3038;--card:#1c1f26}}
 body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.45 system-ui,sans-serif}
 main{max-width:62rem;margin:0 auto;padding:1.5rem 1.25rem 12rem}h1{font-size:1.35rem;margin:0 0 .2rem}
-h2{font-size:1rem;margin:2.2rem 0 .6rem}.dim,h2 small{color:var(--dim);font-weight:400}table{border-collapse:collapse;margin:1rem 0}
+h2{font-size:1rem;margin:2.2rem 0 .6rem;scroll-margin-top:4rem}.dim,h2 small{color:var(--dim);font-weight:400}table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.2rem 1.1rem .2rem 0;text-align:right;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
-th{font-weight:500;color:var(--dim)}td:first-child,th:first-child{text-align:left}a{color:inherit}
+th{font-weight:500;color:var(--dim)}td:first-child,th:first-child{text-align:left;white-space:nowrap}td:last-child,th:last-child{padding-right:0}a{color:inherit}
+@media(max-width:36rem){main{padding:1rem .8rem 12rem}table{font-size:.8rem}td,th{padding-right:.55rem}}
 nav{position:sticky;top:0;background:var(--bg);padding:.6rem 0;border-bottom:1px solid var(--line);display:flex;gap:1.2rem;align-items:center;flex-wrap:wrap}
 .scale{display:flex;font-size:.8rem}.scale span{padding:.1rem .55rem}
 .doc{white-space:pre-wrap;overflow-wrap:anywhere;font:15px/1.75 ui-monospace,Menlo,Consolas,monospace}.doc span{border-radius:2px;padding:.12em 0}
-.doc span:hover{outline:2px solid var(--fg)}
+.doc span:hover{outline:2px solid var(--fg)}.doc span:empty{padding:.12em .15em}
 #tip{position:fixed;display:none;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:8px;
-box-shadow:0 6px 24px #0003;padding:.7rem .9rem;width:19rem;font-size:.85rem}#tip b{font:600 .95rem ui-monospace,monospace;white-space:pre-wrap}
+box-shadow:0 6px 24px #0003;padding:.7rem .9rem;width:min(19rem,80vw);overflow-wrap:anywhere;font-size:.85rem}#tip b{font:600 .95rem ui-monospace,monospace;white-space:pre-wrap}
 #tip .row{display:flex;justify-content:space-between}#tip hr{border:0;border-top:1px solid var(--line);margin:.45rem 0}
 .bar{position:relative;display:flex;justify-content:space-between;padding:0 .3rem;font-family:ui-monospace,monospace;white-space:pre}
 .bar i{position:absolute;inset:1px auto 1px 0;background:#4c8dff44;border-radius:3px}.hit{font-weight:700}
 </style><main><h1>TITLE</h1><div class="dim">SUBTITLE</div><table id="totals"></table>
 <nav><label>Shade by <select id="by"><option value="0">bits of each token</option><option value="1">network alone</option>
-<option value="2">bits the n-gram saved</option></select></label><div class="scale" id="scale"></div><span class="dim">hover a token</span></nav>
+<option value="2">bits the n-gram saved</option></select></label><div class="scale" id="scale"></div><span class="dim">point at a token</span></nav>
 <div id="docs"></div></main><div id="tip"></div><script>
 const DOCS=DATA,$=i=>document.getElementById(i),el=(t,s,c)=>{const e=document.createElement(t);if(s!==undefined)e.textContent=s;if(c)e.className=c;return e};
 const heat=b=>{const x=Math.min(b/12,1);return x<.04?"":`hsl(${52-52*x} 95% 52% / ${.12+.63*x})`};
 const gain=g=>Math.abs(g)<.15?"":`hsl(${g>0?145:285} 75% 45% / ${Math.min(.12+Math.abs(g)/8,.75)})`;
 const shade=(n,by)=>by==0?heat(n[1]):by==1?heat(n[2]):gain(n[2]-n[1]);
-const bits=b=>b===null?"\\u221e":b.toFixed(2)+" bits",percent=p=>p<.0001?"<0.01%":(100*p).toFixed(p<.01?2:1)+"%";
+const bits=b=>b===null?"\\u221e":b.toFixed(2)+" bits",percent=p=>p==0?"0%":p<.0001?"<0.01%":(100*p).toFixed(p<.01?2:1)+"%";
 const visible=s=>s.replace(/\\n/g,"\\u23ce").replace(/\\t/g,"\\u21e5").replace(/ /g,"\\u00b7")||"(part of a character)";
 function row(t,cells,head){const r=t.appendChild(el("tr"));cells.forEach(c=>r.appendChild(c instanceof Node?c:el(head?"th":"td",c)))}
 row($("totals"),["document","tokens","bytes","bits","bits a byte","network alone"],1);
@@ -6691,7 +6702,7 @@ $("by").onchange=paint;paint();
 function tip(n){const [text,b,network,ngram,share,match,seen,likely]=n,t=$("tip");t.replaceChildren(el("b",visible(text)));
 const line=(k,v)=>{const r=t.appendChild(el("div",undefined,"row"));r.append(el("span",k,"dim"),el("span",v))};
 line("cost",bits(b));line("network alone",bits(network));line("n-gram alone",share==1?"no match":ngram===null?"gave it nothing":bits(ngram));
-line("weights",`network ${percent(share)}, n-gram ${percent(1-share)}`);line("longest match",match<0?"none":`${match} token${match==1?"":"s"}, seen ${seen} time${seen>1?"s":""}`);
+line("weights",`network ${percent(share)}, n-gram ${percent(1-share)}`);line("longest match",match<1?"none":`${match} token${match==1?"":"s"}, seen ${seen} time${seen>1?"s":""}`);
 t.appendChild(el("hr"));likely.forEach(([s,p])=>{const r=t.appendChild(el("div",undefined,"bar"+(s===n[8]?" hit":""))),f=r.appendChild(el("i"));f.style.width=100*p+"%";
 r.append(el("span",visible(s)),el("span",percent(p)))})}
 document.onmousemove=e=>{const s=e.target,t=$("tip");if(!s.note){t.style.display="none";return}tip(s.note);t.style.display="block";

@@ -436,6 +436,15 @@ def test_explained_text_is_the_original_with_its_newlines(codec):
     assert re.sub(r"\033\[[\d;]*m", "", tg.terminal_text(notes)) == data
 
 
+def test_what_is_not_explained_is_said(codec, monkeypatch):
+    said = []
+    monkeypatch.setattr(codec.run, "notice", said.append)
+    whole = len(tg.explain(codec, ["one two three four"], 10_000)[0])
+    assert not said and not tg.explain(codec, ["", " "], 9) and not said
+    assert [len(notes) for notes in tg.explain(codec, ["one two three four", "", "five", "six"], whole)] == [whole]
+    assert len(said) == 1 and re.match(rf"EXPLAIN_TOKENS={whole}: 0 of \d tokens of document 3 ", said[0])
+
+
 def test_the_page_stands_alone(artifact, tmp_path, capfd, sample_text):
     source = tmp_path / "two.jsonl"
     source.write_text("\n".join(json.dumps({"text": t}) for t in ("A <b>bold</b> </script> try.", sample_text[:300])))
