@@ -6674,7 +6674,7 @@ th{font-weight:500;color:var(--dim)}td:first-child,th:first-child{text-align:lef
 nav{position:sticky;top:0;background:var(--bg);padding:.6rem 0;border-bottom:1px solid var(--line);display:flex;gap:1.2rem;align-items:center;flex-wrap:wrap}
 .scale{display:flex;font-size:.8rem}.scale span{padding:.1rem .55rem}
 .doc{white-space:pre-wrap;overflow-wrap:anywhere;font:15px/1.75 ui-monospace,Menlo,Consolas,monospace}.doc span{border-radius:2px;padding:.12em 0}
-.doc span:hover{outline:2px solid var(--fg)}.doc span:empty{padding:.12em .15em}
+.doc span:hover{outline:2px solid var(--fg)}
 #tip{position:fixed;display:none;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:8px;
 box-shadow:0 6px 24px #0003;padding:.7rem .9rem;width:min(19rem,80vw);overflow-wrap:anywhere;font-size:.85rem}#tip b{font:600 .95rem ui-monospace,monospace;white-space:pre-wrap}
 #tip .row{display:flex;justify-content:space-between}#tip hr{border:0;border-top:1px solid var(--line);margin:.45rem 0}
@@ -6687,21 +6687,22 @@ box-shadow:0 6px 24px #0003;padding:.7rem .9rem;width:min(19rem,80vw);overflow-w
 const DOCS=DATA,$=i=>document.getElementById(i),el=(t,s,c)=>{const e=document.createElement(t);if(s!==undefined)e.textContent=s;if(c)e.className=c;return e};
 const heat=b=>{const x=Math.min(b/12,1);return x<.04?"":`hsl(${52-52*x} 95% 52% / ${.12+.63*x})`};
 const gain=g=>Math.abs(g)<.15?"":`hsl(${g>0?145:285} 75% 45% / ${Math.min(.12+Math.abs(g)/8,.75)})`;
-const shade=(n,by)=>by==0?heat(n[1]):by==1?heat(n[2]):gain(n[2]-n[1]);
+const shade=(n,by)=>by==0?heat(n.whole):by==1?heat(n[2]):gain(n[2]-n[1]);
 const bits=b=>b===null?"\\u221e":b.toFixed(2)+" bits",percent=p=>p==0?"0%":p<.0001?"<0.01%":(100*p).toFixed(p<.01?2:1)+"%";
-const visible=s=>s.replace(/\\n/g,"\\u23ce").replace(/\\t/g,"\\u21e5").replace(/ /g,"\\u00b7")||"(part of a character)";
+const visible=s=>s.replace(/\\n/g,"\\u23ce").replace(/\\t/g,"\\u21e5").replace(/ /g,"\\u00b7");
 function row(t,cells,head){const r=t.appendChild(el("tr"));cells.forEach(c=>r.appendChild(c instanceof Node?c:el(head?"th":"td",c)))}
 row($("totals"),["document","tokens","bytes","bits","bits a byte","network alone"],1);
 const spans=[];DOCS.forEach((d,i)=>{const t=d.totals,name=el("td"),a=name.appendChild(el(d.notes?"a":"span",d.name));a.href="#d"+i;
 row($("totals"),[name,t.tokens,t.bytes,t.bits.toFixed(0),t.bpb.toFixed(3),t.network_bpb.toFixed(3)]);if(!d.notes)return;
 const h=$("docs").appendChild(el("h2",d.name+" "));h.id="d"+i;h.appendChild(el("small",`${t.bpb.toFixed(3)} bits a byte`));
-const p=$("docs").appendChild(el("div",undefined,"doc"));d.notes.forEach(n=>{const s=p.appendChild(el("span",n[0]));s.note=n;spans.push(s)})});
+const p=$("docs").appendChild(el("div",undefined,"doc"));let held=0;
+d.notes.forEach(n=>{held+=n[1];if(!n[0])return;n.whole=held;held=0;const s=p.appendChild(el("span",n[0]));s.note=n;spans.push(s)})});
 function paint(){const by=$("by").value;spans.forEach(s=>s.style.background=shade(s.note,by));$("scale").replaceChildren(...
 (by==2?[-4,-2,-1,0,1,2,4,8]:[0,1,2,4,6,8,10,12]).map(b=>{const s=el("span",b+(b==12?"+":""));s.style.background=by==2?gain(b):heat(b);return s}))}
 $("by").onchange=paint;paint();
 function tip(n){const [text,b,network,ngram,share,match,seen,likely]=n,t=$("tip");t.replaceChildren(el("b",visible(text)));
 const line=(k,v)=>{const r=t.appendChild(el("div",undefined,"row"));r.append(el("span",k,"dim"),el("span",v))};
-line("cost",bits(b));line("network alone",bits(network));line("n-gram alone",share==1?"no match":ngram===null?"gave it nothing":bits(ngram));
+line("cost",bits(b));if(n.whole>b+.005)line("with the bytes before it",bits(n.whole));line("network alone",bits(network));line("n-gram alone",share==1?"no match":ngram===null?"gave it nothing":bits(ngram));
 line("weights",`network ${percent(share)}, n-gram ${percent(1-share)}`);line("longest match",match<1?"none":`${match} token${match==1?"":"s"}, seen ${seen} time${seen>1?"s":""}`);
 t.appendChild(el("hr"));likely.forEach(([s,p])=>{const r=t.appendChild(el("div",undefined,"bar"+(s===n[8]?" hit":""))),f=r.appendChild(el("i"));f.style.width=100*p+"%";
 r.append(el("span",visible(s)),el("span",percent(p)))})}
