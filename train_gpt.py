@@ -517,7 +517,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TTT_ENABLED": True, "TTT_POLYAK_DECAY": 0.998, "TTT_TEMPERATURE": 0.98,
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr850",
         "ATTN_BITS": 5, "MLP_BITS": 5, "QUANT_MIN_NUMEL": 65536, "CONTROL_BITS": 16, "QUANT_CLIP": "row", "PRUNE_FRAC": 0.03,
-        "GPTQ_ENABLED": True, "GPTQ_RESERVE_SECONDS": 8.0, "COMPRESSOR": "lzma",
+        "GPTQ_ENABLED": True, "GPTQ_VARIANT": "pr850", "GPTQ_ORDER": "ascending", "GPTQ_RESERVE_SECONDS": 8.0,
+        "COMPRESSOR": "lzma",
     },
     "pr1095": {
         **_MUON_99, **_BIGRAM, "NUM_LAYERS": 5, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": 5, "ROPE_DIMS": 16,
@@ -3696,8 +3697,8 @@ def on_grid(levels: np.ndarray, grid: int) -> np.ndarray:
     return (np.round(levels / grid) * grid).astype(np.int16)
 
 
-def fit_spread(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Row and column levels with the shortest description, levels included: (R,), (C,) int16, bits.
+def fit_spread(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column levels with the shortest description, levels included: (R,), (C,) int16.
 
     Spreads solve the maximum-likelihood equations of a Gaussian with variance row x column (two rounds from a flat
     start); every pair of grids is priced in closed form.
@@ -3720,9 +3721,8 @@ def fit_spread(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         for j, c in enumerate(columns):
             logs = (float(r.sum()) * len(c) + float(c.sum()) * len(r)) / LEVELS_PER_OCTAVE
             side = sum(entropy_bits(np.unique(x, return_counts=True)[1]) + 32 for x, on in ((r, i), (c, j)) if on)
-            bits = logs + energy[i, j] / (2 * math.log(2)) + 0.5 * math.log2(2 * math.pi) * codes_RC.size + side
-            best = min(best, (bits, i, j))
-    return rows[best[1]], columns[best[2]], best[0]
+            best = min(best, (logs + energy[i, j] / (2 * math.log(2)) + side, i, j))
+    return rows[best[1]], columns[best[2]]
 
 
 # Elementwise steps only: a BLAS may sum in any order, and the decoder's machine must find the very same factor.
@@ -3883,10 +3883,17 @@ class CodeModel:
         return values.reshape(levels.shape)
 
 
+def described_bits(spread: Spread, values: np.ndarray) -> float:
+    """Bits of a tensor's values under the frequencies of their levels, and of its levels."""
+    joint = count_levels(spread.levels(), values, int(np.abs(values).max(initial=0)) + 1)
+    sides = [np.unique(side, return_counts=True)[1] for side in (spread.rows, spread.columns)]
+    return sum(map(entropy_bits, [*joint, *sides])) + np.count_nonzero(values)  # a sign each
+
+
 def plan_codes(codes_RC: np.ndarray, predictable: bool) -> tuple[Spread, np.ndarray, float]:
     """The shorter of coding a tensor plainly or predicted: its spread, the values to code, the estimated bits."""
-    rows, columns, bits = fit_spread(codes_RC)
-    best = Spread(rows, columns, False), codes_RC, bits
+    spread = Spread(*fit_spread(codes_RC), False)
+    best = spread, codes_RC, described_bits(spread, codes_RC)
     if predictable and codes_RC.shape[1] <= MAX_PREDICTED_COLUMNS:
         errors_RC = np.zeros(codes_RC.shape, np.int32)
 
@@ -3895,9 +3902,10 @@ def plan_codes(codes_RC: np.ndarray, predictable: bool) -> tuple[Spread, np.ndar
             return codes_RC[rows, chunk]
 
         predict_codes(*codes_RC.shape, note)
-        rows, columns, bits = fit_spread(errors_RC)
+        spread = Spread(*fit_spread(errors_RC), True)
+        bits = described_bits(spread, errors_RC)
         if bits < best[2]:
-            best = Spread(rows, columns, True), errors_RC, bits
+            best = spread, errors_RC, bits
     return best
 
 
@@ -4227,11 +4235,12 @@ def restore(entry: Entry, parts: list[Tensor]) -> Stored:
 # ---- the byte budget
 #
 # A tensor's codes cost about log2(spread / step) bits each, its error about step^2 times its Fisher information. One
-# price of a byte for all tensors, found by bisection, sets every step; what the model of bytes missed is corrected once
-# or twice against the packed file.
+# price of a byte for all tensors, found by bisection, sets every step. What the curves missed is corrected against the
+# packed file, by a secant; two files do for models of millions of weights.
 
 STEP_GRID = np.exp2(np.arange(-9, 5) / 2)  # steps tried, in rms weights
 BUDGET_FLOOR, BUDGET_AIM = 0.995, 0.9975  # shares of TARGET_BYTES: accepted from, aimed at
+MAX_PACKS = 8  # four, unless none of those fits
 CURVE_ROWS = 256  # rows that a curve is measured on
 
 
@@ -4273,7 +4282,7 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
         scale = steps_by_row(w, step, factor)
         codes = round_rows(w, scale, largest_code(8))
         error = (codes.float() * scale.float()[:, None] - w).square().sum(dim=1)
-        bits.append(fit_spread(codes.cpu().numpy())[2] * len(w_RC) / len(w))
+        bits.append(plan_codes(codes.cpu().numpy(), False)[2] * len(w_RC) / len(w))
         harm.append(0.5 * gain * float(fisher @ error) * len(w_RC) / len(w) + 1e-30)
     saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * rms, factor_R)) if by_row else 0.0
     return Curve(name, rms, factor_R, np.maximum(np.array(bits) - saved, 0.02 * w_RC.numel()), np.array(harm))
@@ -4282,12 +4291,12 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
 def prediction_saving(w_RC: Tensor, scale_R: Tensor) -> float:
     """Bits that predicting a tensor's columns saves; nearly the same for all fine steps."""
     codes_RC = round_rows(w_RC, scale_R, largest_code(8)).cpu().numpy()
-    return fit_spread(codes_RC)[2] - plan_codes(codes_RC, predictable=True)[2]
+    return plan_codes(codes_RC, predictable=False)[2] - plan_codes(codes_RC, predictable=True)[2]
 
 
 def choose_steps(curves: list[Curve], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:
     """Steps (in rms weights) and predicted bits by name with the least harm within `budget_bits`."""
-    fine = np.arange(-72, 33) / 16  # octaves; sixteenths of one between the measured half octaves
+    fine = np.arange(-288, 129) / 64  # octaves, between the measured half octaves
     grid = np.log2(STEP_GRID)
     bits = np.stack([np.interp(fine, grid, c.bits) for c in curves])
     harm = np.exp(np.stack([np.interp(fine, grid, np.log(c.harm)) for c in curves]))
@@ -4298,6 +4307,11 @@ def choose_steps(curves: list[Curve], budget_bits: float) -> tuple[dict[str, flo
         chosen = (harm + 2.0**price * bits).argmin(axis=1)
         low, high = (price, high) if bits[index, chosen].sum() > budget_bits else (low, price)
     chosen = (harm + 2.0**high * bits).argmin(axis=1)
+    left = budget_bits - bits[index, chosen].sum()
+    for i in np.argsort(-harm[index, chosen]):  # one price leaves a gap where a curve is not convex
+        finer = np.where(bits[i] <= bits[i, chosen[i]] + left, harm[i], np.inf).argmin() if left > 0 else chosen[i]
+        left += bits[i, chosen[i]] - bits[i, finer]
+        chosen[i] = finer
     names = [c.name for c in curves]
     return (
         dict(zip(names, np.exp2(fine[chosen]).tolist(), strict=True)),
@@ -4321,24 +4335,28 @@ def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], s
     A model too small to fill it is packed at the finest steps. Raises ConfigError if the coarsest steps are too large.
     """
     curves = measure_curves(cfg, named, store, calibration)
-    finest, coarsest = sum(c.bits[0] for c in curves), sum(c.bits[-1] for c in curves)
-    fixed = code_bytes + 2000 + sum(w.numel() * 2 for name, w in named.items() if name not in {c.name for c in curves})
-    room = BUDGET_AIM * cfg.target_bytes - fixed
-    best = None
-    for _ in range(6):
-        room = max(room, coarsest / 8)
+    finest, coarsest = sum(c.bits[0] for c in curves) / 8, sum(c.bits[-1] for c in curves) / 8
+    passed = sum(2 * w.numel() for w in (named[n] for n in named.keys() - {c.name for c in curves}))
+    room, slope, best, before = BUDGET_AIM * cfg.target_bytes - code_bytes - 2000 - passed, 1.0, None, None
+    for attempt in range(MAX_PACKS):
+        room = max(room, coarsest)
         steps, bits = choose_steps(curves, 8 * room)
         scales = {c.name: steps_by_row(matrix_of(named[c.name]), steps[c.name] * c.rms, c.row_factor_R) for c in curves}
         stored = quantize(cfg, named, store, calibration.hessians, scales)
         blob = pack(cfg, header, stored)
         spent = len(blob) + code_bytes
-        predicted = {role: sum(b for n, b in bits.items() if store[n] == role) / 8 for role in set(store.values())}
-        if spent <= cfg.target_bytes and (best is None or spent > best.spent):
+        fits = spent <= cfg.target_bytes
+        if fits and (best is None or spent > best.spent):
+            predicted = {role: sum(b for n, b in bits.items() if store[n] == role) / 8 for role in set(store.values())}
             best = Budget(stored, blob, predicted, spent)
-        filled = BUDGET_FLOOR * cfg.target_bytes <= spent <= cfg.target_bytes
-        if filled or (spent <= cfg.target_bytes and 8 * room >= finest) or (best is None and 8 * room <= coarsest):
+        if (spent >= BUDGET_FLOOR * cfg.target_bytes or room >= finest) if fits else room <= coarsest:
             break
-        room += BUDGET_AIM * cfg.target_bytes - spent
+        if attempt >= 3 and best is not None:
+            break
+        if before is not None and room != before[0]:
+            slope = min(max((spent - before[1]) / (room - before[0]), 0.3), 2.0)
+        before = room, spent
+        room += (BUDGET_AIM * cfg.target_bytes - spent) / slope
     if best is None:
         sizes = ", ".join(f"{r} {s['bytes']:,}" for r, s in role_bytes(blob).items())
         raise ConfigError(f"TARGET_BYTES={cfg.target_bytes} cannot be met: the smallest total is {spent:,} bytes (code {code_bytes:,}, {sizes}); "

@@ -101,14 +101,26 @@ def test_stream_is_within_a_third_of_a_percent_of_the_model_s_entropy():
     assert 8 * len(tg.encode_codes([codes])) < 1.004 * entropy
 
 
+def test_streams_with_impossible_tables_are_refused():
+    """Levels without a table would decode to whatever lies in memory."""
+    codes = np.random.default_rng(0).integers(-9, 9, size=(70, 40)).astype(np.int8)
+    for starts in ([tg.LEVEL_BOUNDS[0] + 1], [tg.LEVEL_BOUNDS[0], 5, 5], [tg.LEVEL_BOUNDS[0], 9, 3]):
+        logs = tg.log_table(np.ones(10))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tg, "fit_tables", lambda _, s=starts, logs=logs: [tg.Table(start, logs) for start in s])
+            stream = tg.encode_codes([codes])
+        with pytest.raises(tg.ArtifactError, match="no table for some level"):
+            tg.decode_codes(stream, [codes.shape])
+
+
 def test_code_tables_are_the_same_numbers_on_every_machine():
     """Only square roots, products and floors: pin the result so that a change of arithmetic is noticed."""
     weights = tg.weights(np.arange(255))
     digest = hashlib.sha256(weights.astype("<f8").tobytes()).hexdigest()[:16]
     assert digest == "a2825a3060557fd6"
     rng = np.random.default_rng(0)
-    codes = rng.integers(-9, 10, size=(80, 40)).astype(float)
-    factor = tg.regression(codes @ np.triu(np.ones((40, 40))))
+    codes = rng.integers(-9, 10, size=(80, 40)).astype(float) @ np.triu(np.ones((40, 40)))
+    factor = tg.regression(codes.T @ codes, 80)
     assert (
         np.array_equal(factor, np.round(factor))
         and hashlib.sha256(factor.tobytes()).hexdigest()[:16] == "ea8ed5d2498be724"
@@ -243,18 +255,24 @@ def trained_stand_in() -> tuple[dict, dict, tg.Calibration]:
     return named, store, tg.Calibration({"blocks.1.mlp.up": x.T @ x}, fisher)
 
 
-@pytest.mark.parametrize("share", [0.35, 0.5, 0.7])
-def test_budget_is_filled_to_the_last_half_percent_and_never_exceeded(share):
+@pytest.mark.parametrize("compressor", ["entropy", "lzma"])
+@pytest.mark.parametrize("with_gptq", [False, True])
+@pytest.mark.parametrize("share", [0.25, 0.35, 0.5, 0.7])
+def test_budget_is_filled_to_the_last_half_percent_and_never_exceeded(share, with_gptq, compressor, monkeypatch):
+    """In a few packs, whatever the size, the rounding and the coder; a toy of 24,000 weights is the hardest case."""
     named, store, calibration = trained_stand_in()
-    code = 1000
-    target = code + int(share * sum(w.numel() for w in named.values()))
-    cfg = tg.Config(target_bytes=target, quant_min_numel=100)
+    calibration = calibration if with_gptq else calibration._replace(hessians={})
+    packs, pack, code = [], tg.pack, 1000
+    monkeypatch.setattr(tg, "pack", lambda *given: packs.append(0) or pack(*given))
+    target = code + 2000 + int(share * sum(w.numel() for w in named.values()))
+    cfg = tg.Config(target_bytes=target, quant_min_numel=100, compressor=compressor)
     budget = tg.fill_budget(cfg, {"config": {}}, named, store, calibration, code)
     assert budget.spent == len(budget.blob) + code
     assert 0.995 * target <= budget.spent <= target
+    assert len(packs) <= 4
     assert tg.unpack(budget.blob)[1].keys() == named.keys()
     real = tg.role_bytes(budget.blob)
-    assert abs(budget.predicted["mlp"] / real["mlp"]["bytes"] - 1) < 0.1
+    assert compressor == "lzma" or abs(budget.predicted["mlp"] / real["mlp"]["bytes"] - 1) < 0.1
     assert f"target:{target}" in tg.budget_table(budget, target)
 
 
