@@ -6946,6 +6946,9 @@ def score_artifact(job: Job, blob: bytes, train_s: float) -> int:
     """Reload the artifact, score it in every stage, print the score. Exit status."""
     started = time.perf_counter()
     model = load_model(job.cfg, job.run, blob)
+    job.run.log(
+        f"loaded the artifact load_time:{time.perf_counter() - started:.2f}s peak_memory:{job.run.peak_memory_mib():.0f}MiB"
+    )
     account = account_bytes(job, blob)
     results = evaluate(job.cfg, job.run, model, job.text)
     log_stages(job.run, results, job.text.complete)
