@@ -4,6 +4,7 @@ import ast
 import hashlib
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import events, process_env
 
 import train_gpt as tg
 
@@ -359,3 +361,27 @@ def test_packed_script_behaves_like_its_source(tmp_path):
     lines = "import train_gpt, traceback\ntry: train_gpt.parse_value('NO', '')\nexcept KeyError: print(traceback.format_exc())"
     trace = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True).stdout
     assert "FIELDS[name]" in trace, "a traceback quotes the unpacked line"
+    lines = "import train_gpt, inspect; print(inspect.getsource(train_gpt.as_text))"  # as Triton and torch.compile ask
+    shown = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert shown.startswith("def as_text(") and "return str(" in shown
+
+
+def test_packed_script_trains_the_same_artifact_to_the_same_score(tiny, script, tmp_path):
+    packed = tmp_path / "train_gpt.py"
+    packed.write_bytes(tg.pack_code(tg.source_text()))
+    torch.set_num_threads(1)
+    ours = {**tiny, "GPTQ_ENABLED": "1", "GPTQ_N_SAMPLES": "4"}
+    theirs = {**ours, "LOG_DIR": str(tmp_path / "packed")}
+    first = script(ours)
+    second = subprocess.run(
+        [sys.executable, packed], env=process_env(theirs), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (first.status, second.returncode) == (0, 0), second.stderr
+    outcomes = []
+    for env, out in ((ours, first.out), (theirs, second.stdout)):
+        hashed = events(env, "run")[0]["packed_sha256"]
+        outcomes.append(
+            (Path(env["LOG_DIR"], "tiny.pgz").read_bytes(), re.search(r"^score (.*) train_time", out, re.M)[1], hashed)
+        )
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][2] == hashlib.sha256(packed.read_bytes()).hexdigest()
