@@ -3148,6 +3148,16 @@ class Policy:
                 known = ", ".join(sorted(sites)[:3])
                 raise ConfigError(f"QUANT_OVERRIDES item {pattern}={bits} matches no parameter (they are {known}, ...)")
 
+    @classmethod
+    def of(cls, cfg: Config, model: nn.Module) -> Policy:
+        """The policy of a model's parameters; raises ConfigError for what can only be found wrong once there is a model."""
+        if cfg.target_bytes > cfg.artifact_limit:
+            raise ConfigError(
+                f"TARGET_BYTES={cfg.target_bytes} exceeds ARTIFACT_LIMIT={cfg.artifact_limit}: fill the limit at most"
+            )
+        params = dict(model.named_parameters())
+        return cls(cfg, {n: tuple(p.shape) for n, p in params.items()}, {n: p.store for n, p in params.items()})
+
     def bits(self, name: str) -> int:
         """Width of the tensor `name`."""
         for pattern, bits in self.overrides:
@@ -6985,6 +6995,7 @@ def run_train(loaded: Loaded) -> int:
     run.open_logs(append=cfg.resume != "")
     log_start(job, stream.total, len(shards))
     model = build_model(cfg, run)
+    Policy.of(cfg, model)  # a mistake in it is found now, not after the training
 
     def validate(model: GPT) -> tuple[float, float]:
         result = evaluate(cfg, run, model, job.text, ("roundtrip",))[0]
@@ -7029,8 +7040,7 @@ def run_plan(loaded: Loaded) -> int:
     cfg = loaded.cfg
     with torch.device("meta"):
         model = GPT(cfg)
-    params = list(model.named_parameters())
-    policy = Policy(cfg, {n: tuple(p.shape) for n, p in params}, {n: p.store for n, p in params})
+    params, policy = list(model.named_parameters()), Policy.of(cfg, model)
     print(f"recipe {cfg.recipe}: {count_parameters(model):,} trainable parameters")
     total = 0.0
     for role in sorted({p.store for _, p in params}):
