@@ -3681,6 +3681,7 @@ LEVEL_GRIDS = (0, 4, 2, 1)  # coarseness of a tensor's row or column levels; 0 i
 CHUNK = 16  # columns predicted at once
 RIDGE_ROWS = 192  # rows of uncorrelated codes that a regression starts from: 1.3 % less than 32 on a trained embedding
 PREDICTED_ROLES = ("embed", "table")  # rows of one space: their columns are correlated
+REGION_ROWS, REGION_CODES = 4096, 1 << 21  # most that are decoded at once: what bounds a decoder's memory
 MAX_PREDICTED_COLUMNS = 1024  # a regression takes C x C float64
 
 
@@ -3691,9 +3692,9 @@ class Spread(NamedTuple):
     columns: np.ndarray  # (C,) int16
     predicted: bool
 
-    def levels(self) -> np.ndarray:
-        """(R, C) int16 level of every code."""
-        return (self.rows[:, None] + self.columns).clip(*LEVEL_BOUNDS)
+    def levels(self, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
+        """(R, C) int16 level of every code, or of a part of them."""
+        return (self.rows[rows, None] + self.columns[columns]).clip(*LEVEL_BOUNDS)
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -3749,41 +3750,44 @@ def unit_factor(cov_CC: np.ndarray) -> np.ndarray:
 
 
 def row_blocks(rows: int) -> list[slice]:
-    """Blocks that double: few regressions to fit, little to lose by their age."""
+    """Blocks that double up to REGION_ROWS."""
     bounds = [0, min(rows, 48)]
     while bounds[-1] < rows:
-        bounds.append(min(rows, 2 * bounds[-1]))
+        bounds.append(min(rows, bounds[-1] + min(bounds[-1], REGION_ROWS)))
     return [slice(lo, hi) for lo, hi in itertools.pairwise(bounds)]
 
 
 def regions(shape: tuple[int, int], predicted: bool) -> list[tuple[slice, slice]]:
-    """Parts of a tensor in coding order: all at once, or chunks of columns within blocks of rows."""
+    """Parts of a tensor in coding order: whole rows, or chunks of columns within blocks of rows."""
     if not predicted:
-        return [(slice(0, shape[0]), slice(0, shape[1]))]
+        step = max(1, REGION_CODES // shape[1])
+        return [(slice(r, min(r + step, shape[0])), slice(0, shape[1])) for r in range(0, shape[0], step)]
     chunks = [slice(c, min(c + CHUNK, shape[1])) for c in range(0, shape[1], CHUNK)]
     return [(rows, chunk) for rows in row_blocks(shape[0]) for chunk in chunks]
 
 
 def predict_codes(rows: int, columns: int, code: Callable[[slice, slice, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Walk `regions` of a tensor; `code(rows, columns, mean)` gives the codes there. Returns all of them, float64.
+    """Walk `regions` of a tensor; `code(rows, columns, mean)` gives the codes there. Returns all of them, int8.
 
-    `mean` (integers) is the regression of a chunk on all columns before it, fitted to the row blocks before. Encoder
-    and decoder both are callbacks of this walk, so they cannot disagree.
+    `mean` (integers) is the regression of a chunk on all columns before it, fitted to the rows before its block whenever
+    these have doubled. Encoder and decoder both are callbacks of this walk, so they cannot disagree.
     """
-    codes_RC, moments_CC = np.zeros((rows, columns)), np.zeros((columns, columns))
+    codes_RC, moments_CC, fitted = np.zeros((rows, columns), np.int8), np.zeros((columns, columns)), 0
     for block, chunk in regions((rows, columns), True):
         if chunk.start == 0:
-            factor_CC = regression(moments_CC, block.start)
+            if block.start >= 2 * fitted:
+                factor_CC, fitted = regression(moments_CC, block.start), block.start
             error_CR = np.zeros((columns, block.stop - block.start))  # codes less their prediction, in 1/64
         # Integers below 2**53, so that these products are exact whatever the order of summation.
         mean = factor_CC[chunk, : chunk.start] @ error_CR[: chunk.start]
         codes_RC[block, chunk] = code(block, chunk, np.round(mean / 2**18).T)
-        codes_CR = codes_RC[block, chunk].T * 64
+        codes_CR = codes_RC[block, chunk].T * 64.0
         for i, j in enumerate(range(chunk.start, chunk.stop)):
             within = factor_CC[j, chunk.start : j] @ error_CR[chunk.start : j]
             error_CR[j] = codes_CR[i] - np.round((mean[i] + within) / 4096)
         if chunk.stop == columns:
-            moments_CC += codes_RC[block].T @ codes_RC[block]
+            seen_RC = codes_RC[block].astype(np.float64)
+            moments_CC += seen_RC.T @ seen_RC
     return codes_RC
 
 
@@ -3987,9 +3991,8 @@ def encode_codes(arrays: list[np.ndarray], predictable: bool = False) -> bytes:
     encoder, model = constriction.stream.queue.RangeEncoder(), CodeModel(tables)
     encoder.encode(symbols - low, table_model(level_logs))
     for spread, values, _ in plans:
-        levels = spread.levels()
-        for region in regions(levels.shape, spread.predicted):
-            model.encode(encoder, levels[region], values[region])
+        for region in regions(values.shape, spread.predicted):
+            model.encode(encoder, spread.levels(*region), values[region])
     return write_fields(fields) + encoder.get_compressed().astype("<u4").tobytes()
 
 
@@ -4020,21 +4023,19 @@ def read_spreads(
 
 def decode_tensor(decoder: Any, model: CodeModel, spread: Spread) -> np.ndarray:
     """Codes (R, C) int8 of one tensor; refuses what int8 cannot hold before anything is computed from it."""
-    levels = spread.levels()
+    shape = len(spread.rows), len(spread.columns)
 
-    def code(rows: slice, chunk: slice, mean: np.ndarray) -> np.ndarray:
-        codes = model.decode(decoder, levels[rows, chunk]) + mean
+    def code(rows: slice, columns: slice, mean: np.ndarray | int) -> np.ndarray:
+        codes = model.decode(decoder, spread.levels(rows, columns)) + mean
         if not np.abs(codes).max(initial=0) <= 127:  # nor if it is no number
             raise ArtifactError("a stream of codes holds values beyond 8 bits")
         return codes
 
-    if spread.predicted:
-        if levels.shape[1] > MAX_PREDICTED_COLUMNS:
-            raise ArtifactError(
-                f"a stream of codes predicts {levels.shape[1]} columns, {MAX_PREDICTED_COLUMNS} at most"
-            )
-        return predict_codes(*levels.shape, code).astype(np.int8)
-    return code(slice(None), slice(None), np.zeros((), np.int32)).astype(np.int8)
+    if not spread.predicted:
+        return np.concatenate([code(*region, 0).astype(np.int8) for region in regions(shape, False)])
+    if shape[1] > MAX_PREDICTED_COLUMNS:
+        raise ArtifactError(f"a stream of codes predicts {shape[1]} columns, {MAX_PREDICTED_COLUMNS} at most")
+    return predict_codes(*shape, code)
 
 
 def decode_codes(stream: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarray]:

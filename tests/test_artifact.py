@@ -85,6 +85,21 @@ def test_any_codes_survive_the_entropy_coder(seed):
             assert b.dtype == np.int8 and np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("shape", [(5000, 6), (9, 700), (1, 5000), (5000, 1)])
+def test_tensors_are_coded_in_regions_of_bounded_size(shape, monkeypatch):
+    """What bounds a decoder's memory must not change the codes: parts of 64 rows or 500 codes."""
+    monkeypatch.setattr(tg, "REGION_ROWS", 64)
+    monkeypatch.setattr(tg, "REGION_CODES", 500)
+    codes = np.random.default_rng(0).integers(-9, 9, size=shape).cumsum(axis=1).clip(-127, 127).astype(np.int8)
+    for predictable in (False, True):
+        assert all(
+            (r.stop - r.start) * (c.stop - c.start) <= max(64 * tg.CHUNK, 700, 5000 * (shape[0] == 1))
+            for r, c in tg.regions(shape, predictable)
+        )
+        (found,) = tg.decode_codes(tg.encode_codes([codes], predictable), [shape])
+        assert np.array_equal(found, codes)
+
+
 def test_correlated_columns_are_predicted_and_cost_less():
     rng = np.random.default_rng(0)
     codes = np.round(4 * rng.normal(size=(1024, 8)) @ rng.normal(size=(8, 64)) + rng.normal(size=(1024, 64)))
