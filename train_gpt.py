@@ -4251,7 +4251,7 @@ def restore(entry: Entry, parts: list[Tensor]) -> Stored:
 # price of a byte for all tensors, found by bisection, sets every step. What the curves missed is corrected against the
 # packed file, by a secant; two files do for models of millions of weights.
 
-STEP_GRID = np.exp2(np.arange(-9, 5) / 2)  # steps tried, in rms weights
+STEP_GRID = np.exp2(np.arange(-11, 5) / 2)  # steps tried, in rms weights
 BUDGET_FLOOR, BUDGET_AIM = 0.995, 0.9975  # shares of TARGET_BYTES: accepted from, aimed at
 MAX_PACKS = 8  # four, unless none of those fits
 CURVE_ROWS = 256  # rows that a curve is measured on
@@ -4309,7 +4309,7 @@ def prediction_saving(w_RC: Tensor, scale_R: Tensor) -> float:
 
 def choose_steps(curves: list[Curve], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:
     """Steps (in rms weights) and predicted bits by name with the least harm within `budget_bits`."""
-    fine = np.arange(-288, 129) / 64  # octaves, between the measured half octaves
+    fine = np.arange(-352, 129) / 64  # octaves, between the measured half octaves
     grid = np.log2(STEP_GRID)
     bits = np.stack([np.interp(fine, grid, c.bits) for c in curves])
     harm = np.exp(np.stack([np.interp(fine, grid, np.log(c.harm)) for c in curves]))
