@@ -392,6 +392,7 @@ def test_packed_script_trains_the_same_artifact_to_the_same_score(tiny, script, 
         [sys.executable, packed], env=process_env(theirs), cwd=tmp_path, capture_output=True, text=True
     )
     assert (first.status, second.returncode) == (0, 0), second.stderr
+    assert re.search(r"^loaded the artifact load_time:\d+\.\d\ds peak_memory:\d+MiB$", first.out, re.M)
     outcomes = []
     for env, out in ((ours, first.out), (theirs, second.stdout)):
         hashed = events(env, "run")[0]["packed_sha256"]
