@@ -35,7 +35,14 @@ GAP_TOKENS = 40_960
 BYTE_CODES = {
     "int6 by row maximum": {"attn_bits": 6, "mlp_bits": 6, "embed_bits": 6, "table_bits": 6, "quant_clip": "max"},
     "int5 by row maximum": {"attn_bits": 5, "mlp_bits": 5, "embed_bits": 5, "table_bits": 5, "quant_clip": "max"},
-    "int6 by deviation (11.5 to 14 sigmas)": {"attn_bits": 6, "mlp_bits": 6, "embed_bits": 7, "quant_clip": "sigma"},
+    "int6 by deviation (11.5 to 14 sigmas)": {
+        "attn_bits": 6,
+        "mlp_bits": 6,
+        "embed_bits": 7,
+        "table_bits": 6,
+        "proj_bits": 6,
+        "quant_clip": "sigma",
+    },
 }
 
 
