@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import bz2
 import contextlib
 import copy
 import ctypes
@@ -543,7 +544,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TTT_ENABLED": True, "TTT_POLYAK_DECAY": 0.998, "TTT_TEMPERATURE": 0.98,
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr850",
         "ATTN_BITS": 5, "MLP_BITS": 5, "QUANT_MIN_NUMEL": 65536, "CONTROL_BITS": 16, "QUANT_CLIP": "row", "PRUNE_FRAC": 0.03,
-        "GPTQ_ENABLED": True, "GPTQ_RESERVE_SECONDS": 8.0, "COMPRESSOR": "lzma",
+        "GPTQ_ENABLED": True, "GPTQ_VARIANT": "pr850", "GPTQ_ORDER": "ascending", "GPTQ_RESERVE_SECONDS": 8.0,
+        "COMPRESSOR": "lzma",
     },
     "pr1095": {
         **_MUON_99, **_BIGRAM, "NUM_LAYERS": 5, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": 5, "ROPE_DIMS": 16,
@@ -3271,6 +3273,16 @@ class Policy:
                 known = ", ".join(sorted(sites)[:3])
                 raise ConfigError(f"QUANT_OVERRIDES item {pattern}={bits} matches no parameter (they are {known}, ...)")
 
+    @classmethod
+    def of(cls, cfg: Config, model: nn.Module) -> Policy:
+        """The policy of a model's parameters; raises ConfigError for what can only be found wrong once there is a model."""
+        if cfg.target_bytes > cfg.artifact_limit:
+            raise ConfigError(
+                f"TARGET_BYTES={cfg.target_bytes} exceeds ARTIFACT_LIMIT={cfg.artifact_limit}: fill the limit at most"
+            )
+        params = dict(model.named_parameters())
+        return cls(cfg, {n: tuple(p.shape) for n, p in params.items()}, {n: p.store for n, p in params.items()})
+
     def bits(self, name: str) -> int:
         """Width of the tensor `name`."""
         for pattern, bits in self.overrides:
@@ -3642,7 +3654,7 @@ def quant_report(named: dict[str, Tensor], stored: dict[str, Stored]) -> dict[st
 # Streams are cut by storage role, so the account of bytes by role is exact. A section is whatever else a model needs,
 # under a name, with a coder of its own: n-grams of the training text.
 
-MAGIC, VERSION = b"PGLM", 1
+MAGIC, VERSION = b"PGLM", 2
 PREAMBLE = struct.Struct("<4sHQII")  # magic, version, bytes of the file, bytes of the header packed and unpacked
 CHECKSUM_BYTES = 32
 MAX_HEADER_BYTES = 1 << 24
@@ -3793,7 +3805,9 @@ LEVELS_PER_OCTAVE = 8
 LEVEL_BOUNDS = (-24, 63)  # spreads from 1/8 to 235 steps
 LEVEL_GRIDS = (0, 4, 2, 1)  # coarseness of a tensor's row or column levels; 0 is one level for all
 CHUNK = 16  # columns predicted at once
+RIDGE_ROWS = 192  # rows of uncorrelated codes that a regression starts from: 1.3 % less than 32 on a trained embedding
 PREDICTED_ROLES = ("embed", "table")  # rows of one space: their columns are correlated
+REGION_ROWS, REGION_CODES = 4096, 1 << 21  # most that are decoded at once: what bounds a decoder's memory
 MAX_PREDICTED_COLUMNS = 1024  # a regression takes C x C float64
 
 
@@ -3804,9 +3818,9 @@ class Spread(NamedTuple):
     columns: np.ndarray  # (C,) int16
     predicted: bool
 
-    def levels(self) -> np.ndarray:
-        """(R, C) int16 level of every code."""
-        return (self.rows[:, None] + self.columns).clip(*LEVEL_BOUNDS)
+    def levels(self, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
+        """(R, C) int16 level of every code, or of a part of them."""
+        return (self.rows[rows, None] + self.columns[columns]).clip(*LEVEL_BOUNDS)
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -3822,8 +3836,8 @@ def on_grid(levels: np.ndarray, grid: int) -> np.ndarray:
     return (np.round(levels / grid) * grid).astype(np.int16)
 
 
-def fit_spread(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Row and column levels with the shortest description, levels included: (R,), (C,) int16, bits.
+def fit_spread(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column levels with the shortest description, levels included: (R,), (C,) int16.
 
     Spreads solve the maximum-likelihood equations of a Gaussian with variance row x column (two rounds from a flat
     start); every pair of grids is priced in closed form.
@@ -3846,9 +3860,8 @@ def fit_spread(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         for j, c in enumerate(columns):
             logs = (float(r.sum()) * len(c) + float(c.sum()) * len(r)) / LEVELS_PER_OCTAVE
             side = sum(entropy_bits(np.unique(x, return_counts=True)[1]) + 32 for x, on in ((r, i), (c, j)) if on)
-            bits = logs + energy[i, j] / (2 * math.log(2)) + 0.5 * math.log2(2 * math.pi) * codes_RC.size + side
-            best = min(best, (bits, i, j))
-    return rows[best[1]], columns[best[2]], best[0]
+            best = min(best, (logs + energy[i, j] / (2 * math.log(2)) + side, i, j))
+    return rows[best[1]], columns[best[2]]
 
 
 # Elementwise steps only: a BLAS may sum in any order, and the decoder's machine must find the very same factor.
@@ -3863,48 +3876,53 @@ def unit_factor(cov_CC: np.ndarray) -> np.ndarray:
 
 
 def row_blocks(rows: int) -> list[slice]:
-    """Blocks that grow by half: few regressions to fit, little to lose by their age."""
+    """Blocks that double up to REGION_ROWS."""
     bounds = [0, min(rows, 48)]
     while bounds[-1] < rows:
-        bounds.append(min(rows, bounds[-1] + bounds[-1] // 2))
+        bounds.append(min(rows, bounds[-1] + min(bounds[-1], REGION_ROWS)))
     return [slice(lo, hi) for lo, hi in itertools.pairwise(bounds)]
 
 
 def regions(shape: tuple[int, int], predicted: bool) -> list[tuple[slice, slice]]:
-    """Parts of a tensor in coding order: all at once, or chunks of columns within blocks of rows."""
+    """Parts of a tensor in coding order: whole rows, or chunks of columns within blocks of rows."""
     if not predicted:
-        return [(slice(0, shape[0]), slice(0, shape[1]))]
+        step = max(1, REGION_CODES // shape[1])
+        return [(slice(r, min(r + step, shape[0])), slice(0, shape[1])) for r in range(0, shape[0], step)]
     chunks = [slice(c, min(c + CHUNK, shape[1])) for c in range(0, shape[1], CHUNK)]
     return [(rows, chunk) for rows in row_blocks(shape[0]) for chunk in chunks]
 
 
 def predict_codes(rows: int, columns: int, code: Callable[[slice, slice, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Walk `regions` of a tensor; `code(rows, columns, mean)` gives the codes there. Returns all of them, float64.
+    """Walk `regions` of a tensor; `code(rows, columns, mean)` gives the codes there. Returns all of them, int8.
 
-    `mean` (integers) is the regression of a chunk on all columns before it, fitted to the row blocks before. Encoder
-    and decoder both are callbacks of this walk, so they cannot disagree.
+    `mean` (integers) is the regression of a chunk on all columns before it, fitted to the rows before its block whenever
+    these have doubled. Encoder and decoder both are callbacks of this walk, so they cannot disagree.
     """
-    codes_RC = np.zeros((rows, columns))
+    codes_RC, moments_CC, fitted = np.zeros((rows, columns), np.int8), np.zeros((columns, columns)), 0
     for block, chunk in regions((rows, columns), True):
         if chunk.start == 0:
-            factor_CC = regression(codes_RC[: block.start])
-            error_RC = np.zeros((block.stop - block.start, columns))  # codes less their prediction, in 1/64
+            if block.start >= 2 * fitted:
+                factor_CC, fitted = regression(moments_CC, block.start), block.start
+            error_CR = np.zeros((columns, block.stop - block.start))  # codes less their prediction, in 1/64
         # Integers below 2**53, so that these products are exact whatever the order of summation.
-        mean = error_RC[:, : chunk.start] @ factor_CC[chunk, : chunk.start].T
-        codes_RC[block, chunk] = code(block, chunk, np.round(mean / 2**18))
-        for j in range(chunk.start, chunk.stop):
-            within = error_RC[:, chunk.start : j] @ factor_CC[j, chunk.start : j]
-            error_RC[:, j] = codes_RC[block, j] * 64 - np.round((mean[:, j - chunk.start] + within) / 4096)
+        mean = factor_CC[chunk, : chunk.start] @ error_CR[: chunk.start]
+        codes_RC[block, chunk] = code(block, chunk, np.round(mean / 2**18).T)
+        codes_CR = codes_RC[block, chunk].T * 64.0
+        for i, j in enumerate(range(chunk.start, chunk.stop)):
+            within = factor_CC[j, chunk.start : j] @ error_CR[chunk.start : j]
+            error_CR[j] = codes_CR[i] - np.round((mean[i] + within) / 4096)
+        if chunk.stop == columns:
+            seen_RC = codes_RC[block].astype(np.float64)
+            moments_CC += seen_RC.T @ seen_RC
     return codes_RC
 
 
-def regression(seen_RC: np.ndarray) -> np.ndarray:
-    """`unit_factor` of the codes seen so far; zero before the first."""
-    columns = seen_RC.shape[1]
-    if len(seen_RC) == 0:
-        return np.zeros((columns, columns))
-    ridge = 32 * (np.square(seen_RC).sum() // seen_RC.size + 1)
-    return unit_factor(seen_RC.T @ seen_RC + ridge * np.eye(columns))
+def regression(moments_CC: np.ndarray, rows: int) -> np.ndarray:
+    """`unit_factor` of the codes seen so far, X^T X over `rows` of them; zero before the first."""
+    if rows == 0:
+        return np.zeros_like(moments_CC)
+    ridge = RIDGE_ROWS * (np.trace(moments_CC) // (rows * len(moments_CC)) + 1)
+    return unit_factor(moments_CC + ridge * np.eye(len(moments_CC)))
 
 
 def octave_eighths() -> np.ndarray:
@@ -4007,10 +4025,17 @@ class CodeModel:
         return values.reshape(levels.shape)
 
 
+def described_bits(spread: Spread, values: np.ndarray) -> float:
+    """Bits of a tensor's values under the frequencies of their levels, and of its levels."""
+    joint = count_levels(spread.levels(), values, int(np.abs(values).max(initial=0)) + 1)
+    sides = [np.unique(side, return_counts=True)[1] for side in (spread.rows, spread.columns)]
+    return sum(map(entropy_bits, [*joint, *sides])) + np.count_nonzero(values)  # a sign each
+
+
 def plan_codes(codes_RC: np.ndarray, predictable: bool) -> tuple[Spread, np.ndarray, float]:
     """The shorter of coding a tensor plainly or predicted: its spread, the values to code, the estimated bits."""
-    rows, columns, bits = fit_spread(codes_RC)
-    best = Spread(rows, columns, False), codes_RC, bits
+    spread = Spread(*fit_spread(codes_RC), False)
+    best = spread, codes_RC, described_bits(spread, codes_RC)
     if predictable and codes_RC.shape[1] <= MAX_PREDICTED_COLUMNS:
         errors_RC = np.zeros(codes_RC.shape, np.int32)
 
@@ -4019,9 +4044,10 @@ def plan_codes(codes_RC: np.ndarray, predictable: bool) -> tuple[Spread, np.ndar
             return codes_RC[rows, chunk]
 
         predict_codes(*codes_RC.shape, note)
-        rows, columns, bits = fit_spread(errors_RC)
+        spread = Spread(*fit_spread(errors_RC), True)
+        bits = described_bits(spread, errors_RC)
         if bits < best[2]:
-            best = Spread(rows, columns, True), errors_RC, bits
+            best = spread, errors_RC, bits
     return best
 
 
@@ -4091,9 +4117,8 @@ def encode_codes(arrays: list[np.ndarray], predictable: bool = False) -> bytes:
     encoder, model = constriction.stream.queue.RangeEncoder(), CodeModel(tables)
     encoder.encode(symbols - low, table_model(level_logs))
     for spread, values, _ in plans:
-        levels = spread.levels()
-        for region in regions(levels.shape, spread.predicted):
-            model.encode(encoder, levels[region], values[region])
+        for region in regions(values.shape, spread.predicted):
+            model.encode(encoder, spread.levels(*region), values[region])
     return write_fields(fields) + encoder.get_compressed().astype("<u4").tobytes()
 
 
@@ -4124,21 +4149,19 @@ def read_spreads(
 
 def decode_tensor(decoder: Any, model: CodeModel, spread: Spread) -> np.ndarray:
     """Codes (R, C) int8 of one tensor; refuses what int8 cannot hold before anything is computed from it."""
-    levels = spread.levels()
+    shape = len(spread.rows), len(spread.columns)
 
-    def code(rows: slice, chunk: slice, mean: np.ndarray) -> np.ndarray:
-        codes = model.decode(decoder, levels[rows, chunk]) + mean
-        if np.abs(codes).max(initial=0) > 127:
+    def code(rows: slice, columns: slice, mean: np.ndarray | int) -> np.ndarray:
+        codes = model.decode(decoder, spread.levels(rows, columns)) + mean
+        if not np.abs(codes).max(initial=0) <= 127:  # nor if it is no number
             raise ArtifactError("a stream of codes holds values beyond 8 bits")
         return codes
 
-    if spread.predicted:
-        if levels.shape[1] > MAX_PREDICTED_COLUMNS:
-            raise ArtifactError(
-                f"a stream of codes predicts {levels.shape[1]} columns, {MAX_PREDICTED_COLUMNS} at most"
-            )
-        return predict_codes(*levels.shape, code).astype(np.int8)
-    return code(slice(None), slice(None), np.zeros((), np.int32)).astype(np.int8)
+    if not spread.predicted:
+        return np.concatenate([code(*region, 0).astype(np.int8) for region in regions(shape, False)])
+    if shape[1] > MAX_PREDICTED_COLUMNS:
+        raise ArtifactError(f"a stream of codes predicts {shape[1]} columns, {MAX_PREDICTED_COLUMNS} at most")
+    return predict_codes(*shape, code)
 
 
 def decode_codes(stream: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
@@ -4150,6 +4173,9 @@ def decode_codes(stream: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarra
     predicted = fields.take(len(shapes), 0, 1)
     low, level_logs = fields.one(-999, 999), fields.take(fields.one(2, 999), 0, 254)
     tables = [read_table(fields) for _ in range(fields.one(1, 99))]
+    starts = [table.start for table in tables]
+    if starts[0] != LEVEL_BOUNDS[0] or starts != sorted(set(starts)):
+        raise ArtifactError("a stream of codes has no table for some level")
     decoder, model = constriction.stream.queue.RangeDecoder(words), CodeModel(tables)
     counts = [n if grid else 0 for (grid, _), n in zip(sides, itertools.chain(*shapes), strict=True)]
     try:
@@ -4385,11 +4411,12 @@ def restore(entry: Entry, parts: list[Tensor]) -> Stored:
 # ---- the byte budget
 #
 # A tensor's codes cost about log2(spread / step) bits each, its error about step^2 times its Fisher information. One
-# price of a byte for all tensors, found by bisection, sets every step; what the model of bytes missed is corrected once
-# or twice against the packed file.
+# price of a byte for all tensors, found by bisection, sets every step. What the curves missed is corrected against the
+# packed file, by a secant; two files do for models of millions of weights.
 
-STEP_GRID = np.exp2(np.arange(-9, 5) / 2)  # steps tried, in rms weights
+STEP_GRID = np.exp2(np.arange(-11, 5) / 2)  # steps tried, in rms weights
 BUDGET_FLOOR, BUDGET_AIM = 0.995, 0.9975  # shares of TARGET_BYTES: accepted from, aimed at
+MAX_PACKS = 8  # four, unless none of those fits
 CURVE_ROWS = 256  # rows that a curve is measured on
 
 
@@ -4431,7 +4458,7 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
         scale = steps_by_row(w, step, factor)
         codes = round_rows(w, scale, largest_code(8))
         error = (codes.float() * scale.float()[:, None] - w).square().sum(dim=1)
-        bits.append(fit_spread(codes.cpu().numpy())[2] * len(w_RC) / len(w))
+        bits.append(plan_codes(codes.cpu().numpy(), False)[2] * len(w_RC) / len(w))
         harm.append(0.5 * gain * float(fisher @ error) * len(w_RC) / len(w) + 1e-30)
     saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * rms, factor_R)) if by_row else 0.0
     return Curve(name, rms, factor_R, np.maximum(np.array(bits) - saved, 0.02 * w_RC.numel()), np.array(harm))
@@ -4440,12 +4467,12 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
 def prediction_saving(w_RC: Tensor, scale_R: Tensor) -> float:
     """Bits that predicting a tensor's columns saves; nearly the same for all fine steps."""
     codes_RC = round_rows(w_RC, scale_R, largest_code(8)).cpu().numpy()
-    return fit_spread(codes_RC)[2] - plan_codes(codes_RC, predictable=True)[2]
+    return plan_codes(codes_RC, predictable=False)[2] - plan_codes(codes_RC, predictable=True)[2]
 
 
 def choose_steps(curves: list[Curve], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:
     """Steps (in rms weights) and predicted bits by name with the least harm within `budget_bits`."""
-    fine = np.arange(-72, 33) / 16  # octaves; sixteenths of one between the measured half octaves
+    fine = np.arange(-352, 129) / 64  # octaves, between the measured half octaves
     grid = np.log2(STEP_GRID)
     bits = np.stack([np.interp(fine, grid, c.bits) for c in curves])
     harm = np.exp(np.stack([np.interp(fine, grid, np.log(c.harm)) for c in curves]))
@@ -4456,6 +4483,11 @@ def choose_steps(curves: list[Curve], budget_bits: float) -> tuple[dict[str, flo
         chosen = (harm + 2.0**price * bits).argmin(axis=1)
         low, high = (price, high) if bits[index, chosen].sum() > budget_bits else (low, price)
     chosen = (harm + 2.0**high * bits).argmin(axis=1)
+    left = budget_bits - bits[index, chosen].sum()
+    for i in np.argsort(-harm[index, chosen]):  # one price leaves a gap where a curve is not convex
+        finer = np.where(bits[i] <= bits[i, chosen[i]] + left, harm[i], np.inf).argmin() if left > 0 else chosen[i]
+        left += bits[i, chosen[i]] - bits[i, finer]
+        chosen[i] = finer
     names = [c.name for c in curves]
     return (
         dict(zip(names, np.exp2(fine[chosen]).tolist(), strict=True)),
@@ -4479,29 +4511,29 @@ def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], s
     A model too small to fill it is packed at the finest steps. Raises ConfigError if the coarsest steps are too large.
     """
     curves = measure_curves(cfg, named, store, calibration)
-    finest, coarsest = sum(c.bits[0] for c in curves), sum(c.bits[-1] for c in curves)
-    fixed = (
-        code_bytes
-        + sum(map(len, sections.values()))
-        + 2000
-        + sum(w.numel() * 2 for name, w in named.items() if name not in {c.name for c in curves})
-    )
-    room = BUDGET_AIM * cfg.target_bytes - fixed
-    best = None
-    for _ in range(6):
-        room = max(room, coarsest / 8)
+    finest, coarsest = sum(c.bits[0] for c in curves) / 8, sum(c.bits[-1] for c in curves) / 8
+    passed = sum(2 * w.numel() for w in (named[n] for n in named.keys() - {c.name for c in curves}))
+    fixed = code_bytes + sum(map(len, sections.values())) + 2000 + passed
+    room, slope, best, before = BUDGET_AIM * cfg.target_bytes - fixed, 1.0, None, None
+    for attempt in range(MAX_PACKS):
+        room = max(room, coarsest)
         steps, bits = choose_steps(curves, 8 * room)
         scales = {c.name: steps_by_row(matrix_of(named[c.name]), steps[c.name] * c.rms, c.row_factor_R) for c in curves}
         stored = quantize(cfg, named, store, calibration.hessians, scales)
         blob = pack(cfg, header, stored, sections)
         spent = len(blob) + code_bytes
-        predicted = {role: sum(b for n, b in bits.items() if store[n] == role) / 8 for role in set(store.values())}
-        if spent <= cfg.target_bytes and (best is None or spent > best.spent):
+        fits = spent <= cfg.target_bytes
+        if fits and (best is None or spent > best.spent):
+            predicted = {role: sum(b for n, b in bits.items() if store[n] == role) / 8 for role in set(store.values())}
             best = Budget(stored, blob, predicted, spent)
-        filled = BUDGET_FLOOR * cfg.target_bytes <= spent <= cfg.target_bytes
-        if filled or (spent <= cfg.target_bytes and 8 * room >= finest) or (best is None and 8 * room <= coarsest):
+        if (spent >= BUDGET_FLOOR * cfg.target_bytes or room >= finest) if fits else room <= coarsest:
             break
-        room += BUDGET_AIM * cfg.target_bytes - spent
+        if attempt >= 3 and best is not None:
+            break
+        if before is not None and room != before[0]:
+            slope = min(max((spent - before[1]) / (room - before[0]), 0.3), 2.0)
+        before = room, spent
+        room += (BUDGET_AIM * cfg.target_bytes - spent) / slope
     if best is None:
         sizes = ", ".join(f"{r} {s['bytes']:,}" for r, s in role_bytes(blob).items())
         raise ConfigError(f"TARGET_BYTES={cfg.target_bytes} cannot be met: the smallest total is {spent:,} bytes (code {code_bytes:,}, {sizes}); "
@@ -4579,12 +4611,16 @@ def strip_source(source: str) -> str:
     return "\n".join([f'"""{head}\n\n"""', *body]) + "\n"
 
 
+@functools.cache
 def pack_code(source: str) -> bytes:
-    """A script that unpacks and runs the stripped `source`; it shows linecache its lines, for tracebacks and Triton."""
-    packed = lzma.compress(strip_source(source).encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    """A script that unpacks and runs the stripped `source`; it shows linecache its lines, for tracebacks and Triton.
+
+    bzip2 packs this much source 2 % smaller than LZMA does.
+    """
+    packed = bz2.compress(strip_source(source).encode())
     return (
-        "import base64,linecache,lzma\n"
-        f'__source__=lzma.decompress(base64.b85decode("{base64.b85encode(packed).decode()}")).decode()\n'
+        "import base64,bz2,linecache\n"
+        f'__source__=bz2.decompress(base64.b85decode("{base64.b85encode(packed).decode()}")).decode()\n'
         'n=__file__+" (unpacked)"\n'
         "linecache.cache[n]=(len(__source__),None,__source__.splitlines(True),n)\n"
         'exec(compile(__source__,n,"exec"))\n'
@@ -6393,10 +6429,16 @@ class SymbolDecoder:
         self.coder = constriction.stream.queue.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
 
     def code(self, p_V: np.ndarray, symbol: int | None = None) -> int:  # noqa: ARG002
-        return int(self.coder.decode(self.model(p_V, lazy=True, perfect=False)))
+        try:
+            return int(self.coder.decode(self.model(p_V, lazy=True, perfect=False)))
+        except AssertionError:  # what the decoder raises on words that no encoder writes
+            raise ArtifactError("the file's streams do not decode") from None
 
 
 Coder = SymbolEncoder | SymbolDecoder
+
+
+MAX_SPELLED = 1 << 16  # bytes of one edit: a damaged stream cannot ask for more
 
 
 class MixedBits:
@@ -6421,24 +6463,28 @@ class MixedBits:
             counter[1] = min(counter[1] + 1, 255.0)
         return bit
 
-    def number(self, name: str, value: int | None) -> int:
-        """A non-negative integer: its bit length in unary, then its bits, the top three in context."""
+    def number(self, name: str, value: int | None, low: int, high: int) -> int:
+        """An integer, ArtifactError unless in low..high: its bit length in unary, then its bits, the top three in context."""
         width = 0
         while self.code(
             ((name, width),), ("width",), None if value is None else int((value + 1).bit_length() - 1 > width)
         ):
             width += 1
+            if width > (high + 1).bit_length():
+                break
         result = 1
         for i in reversed(range(width)):
             context = (name, width, result) if result < 8 else (name, i)
             result = 2 * result + self.code((context,), ("digit",), None if value is None else (value + 1) >> i & 1)
+        if not low <= result - 1 <= high:
+            raise ArtifactError("the restoration stream holds impossible numbers")
         return result - 1
 
     def string(self, name: str, text: str | None) -> str:
         """Text, bytes that are no UTF-8 included (as surrogates), under an adaptive order-1 byte model."""
         raw = None if text is None else text.encode("utf-8", "surrogateescape")
         out = bytearray()
-        for k in range(self.number(name, None if raw is None else len(raw))):
+        for k in range(self.number(name, None if raw is None else len(raw), 0, MAX_SPELLED)):
             byte, before = 1, out[-1] if out else -1
             for i in reversed(range(8)):
                 bit = None if raw is None else raw[k] >> i & 1
@@ -6526,8 +6572,8 @@ class Normalizer:
         if held:
             edits.append(Edit(length, END, held + END))
         whole, kinds = "".join(normal), Counter(e.old[0] for e in {e._replace(at=0) for e in edits})
-        sound = self.sp.decode(self.sp.encode(whole)) == whole
-        return (whole, edits) if sound and max(kinds.values(), default=0) <= MAX_KINDS else None
+        small = max(kinds.values(), default=0) <= MAX_KINDS and all(4 * len(e.new) <= MAX_SPELLED for e in edits)
+        return (whole, edits) if small and self.sp.decode(self.sp.encode(whole)) == whole else None
 
 
 def first_edits(edits: list[Edit]) -> list[int]:
@@ -6599,15 +6645,15 @@ def code_edits(coder: Coder, normal: str, edits: list[Edit] | None) -> list[Edit
     at = {e.at: e for e in edits or ()}
     fresh = first_edits(edits or [])
     positions = []
-    for i in range(bits.number("fresh", len(fresh) if writing else None)):
+    for i in range(bits.number("fresh", len(fresh) if writing else None, 0, len(framed))):
         before = positions[-1] + 1 if positions else 0
-        positions.append(before + bits.number("gap", fresh[i] - before if writing else None))
+        positions.append(before + bits.number("gap", fresh[i] - before if writing else None, 0, len(framed) - before))
     known = {c: [(c, c), *((c, new) for new in news)] for c, news in KNOWN_EDITS.items()}
     result, page, i, pending = [], Page(framed), 0, set(positions)
     while i < len(framed):
         edit, c = at.get(i), framed[i]
         if i in pending:
-            size = bits.number("old", len(edit.old) if writing else None)
+            size = bits.number("old", len(edit.old) if writing else None, 1, len(framed) - i)
             pair = (framed[i : i + size], bits.string("new", edit.new if writing else None))
             known.setdefault(c, [(c, c)]).insert(0, pair)
         elif c in known:
@@ -6931,6 +6977,8 @@ FORMS = ("text", "lzma", "stored")
 LANE_TOKENS = (
     1024  # a shorter lane saves seconds and costs a cold start: 13 instead of 3 lanes made 8 kB as large as xz does
 )
+MAX_THREADS = 1024
+MAX_TOKENS_A_BYTE = 256  # of the file; what compresses better than that goes to LZMA
 CODEC_KNOBS = tuple(n for n in FIELDS if n.startswith(("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_STAGES", "NGRAM_")))
 
 
@@ -6986,13 +7034,13 @@ def read_file(blob: bytes) -> tuple[CodecHeader, bytes]:
 
     def number() -> int:
         nonlocal at
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 56, 7):
             at += 1
             value |= (blob[at - 1] & 127) << shift
-            shift += 7
             if blob[at - 1] < 128:
                 return value
+        raise IndexError
 
     def string() -> bytes:
         nonlocal at
@@ -7005,9 +7053,25 @@ def read_file(blob: bytes) -> tuple[CodecHeader, bytes]:
         header = CodecHeader(*numbers, string().hex(), string().decode(), string().decode())
     except (IndexError, UnicodeDecodeError):
         raise ArtifactError("the file's header is inconsistent") from None
-    if header.form >= len(FORMS) or header.lanes > max(header.tokens, 1) or at + header.restoration > len(blob) - 4:
+    body = blob[at:-4]
+    if (
+        at > len(blob) - 4
+        or header.form >= len(FORMS)
+        or (FORMS[header.form] == "text" and not sound_text(header, body))
+    ):
         raise ArtifactError("the file's header is inconsistent")
-    return header, blob[at:-4]
+    return header, body
+
+
+def sound_text(header: CodecHeader, body: bytes) -> bool:
+    """Whether the header's numbers are ones that an encoder may write, so that none asks for the decoder's memory."""
+    words = header.restoration % 4 == len(body) % 4 == 0 and header.restoration <= len(body)
+    return (
+        words
+        and 1 <= header.lanes <= max(header.tokens, 1)
+        and 1 <= header.threads <= MAX_THREADS
+        and header.tokens <= MAX_TOKENS_A_BYTE * (len(body) + 64)
+    )
 
 
 def machine_name(run: Run) -> str:
@@ -7070,6 +7134,8 @@ class Codec:
         header = CodecHeader(0, len(data), zlib.crc32(data), len(tokens), len(counts), len(restored), torch.get_num_threads(),
                              self.artifact, self.machine, self.settings)  # fmt: skip
         coded = coder.finish()
+        if not sound_text(header, restored + coded):
+            return None
         return Packed(write_file(header, restored + coded), header, coder.bits, 8 * len(coded), 8 * len(restored))
 
     def decompress(self, blob: bytes) -> bytes:
@@ -7077,8 +7143,8 @@ class Codec:
         header, body = read_file(blob)
         data = self.decode_text(header, body) if FORMS[header.form] == "text" else self.decode_bytes(header, body)
         if len(data) != header.size or zlib.crc32(data) != header.check:
-            raise ArtifactError("the restored bytes differ from the original's checksum: this machine's arithmetic differs "
-                                f"from that of the machine that compressed ({header.machine})")  # fmt: skip
+            raise ArtifactError("the restored bytes differ from the original's checksum: the file was altered, or this machine's "
+                                f"arithmetic differs from that of the machine that compressed ({header.machine})")  # fmt: skip
         return data
 
     def decode_bytes(self, header: CodecHeader, body: bytes) -> bytes:
@@ -7104,6 +7170,8 @@ class Codec:
             torch.set_num_threads(threads)
         normal = self.sp.decode(out[np.arange(out.shape[1]) < counts[:, None]].tolist())
         edits = code_edits(SymbolDecoder(body[: header.restoration]), normal, None) if header.restoration else []
+        if sum(len(e.new) for e in edits) > header.size + len(START + END):
+            raise ArtifactError("the edits would make more bytes than the original has")
         return restore_bytes(normal, edits)
 
     def lanes(self, lanes: int, length: int) -> Lanes:
@@ -7239,17 +7307,22 @@ def explain_lanes(codec: Codec, split: list[tuple[list[int], list[str]]]) -> lis
 
 
 def explain(codec: Codec, documents: list[str], limit: int) -> list[list[TokenNote]]:
-    """Notes on every token of the documents, each coded on its own; at most `limit` tokens together."""
+    """Notes on every token of the documents, each coded on its own; at most `limit` tokens together, and a notice then."""
     split, left = [], limit
-    for document in documents:
+    for i, document in enumerate(documents):
         ids, texts = token_texts(codec.sp, document)
-        if ids and left:
+        if ids[:left]:
             split.append((ids[:left], texts[:left]))
-            left -= len(split[-1][0])
-    result, since, size = [], time.perf_counter(), codec.cfg.codec_lanes
+        if len(ids) > left:
+            codec.run.notice(
+                f"EXPLAIN_TOKENS={limit}: {left} of {len(ids)} tokens of document {i + 1} are explained, and nothing after them"
+            )
+            break
+        left -= len(ids)
+    result, since, size, total = [], time.perf_counter(), codec.cfg.codec_lanes, sum(len(ids) for ids, _ in split)
     for lo in range(0, len(split), size):
         result += explain_lanes(codec, split[lo : lo + size])
-        codec.run.progress("explaining", sum(map(len, result)), limit - left, since)
+        codec.run.progress("explaining", sum(map(len, result)), total, since)
     return result
 
 
@@ -7279,41 +7352,43 @@ PAGE_HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="
 @media(prefers-color-scheme:dark){:root{--bg:#15171c;--fg:#e4e6eb;--dim:#9aa1ad;--line:#2c3038;--card:#1c1f26}}
 body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.45 system-ui,sans-serif}
 main{max-width:62rem;margin:0 auto;padding:1.5rem 1.25rem 12rem}h1{font-size:1.35rem;margin:0 0 .2rem}
-h2{font-size:1rem;margin:2.2rem 0 .6rem}.dim,h2 small{color:var(--dim);font-weight:400}table{border-collapse:collapse;margin:1rem 0}
+h2{font-size:1rem;margin:2.2rem 0 .6rem;scroll-margin-top:4rem}.dim,h2 small{color:var(--dim);font-weight:400}table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.2rem 1.1rem .2rem 0;text-align:right;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
-th{font-weight:500;color:var(--dim)}td:first-child,th:first-child{text-align:left}a{color:inherit}
+th{font-weight:500;color:var(--dim)}td:first-child,th:first-child{text-align:left;white-space:nowrap}td:last-child,th:last-child{padding-right:0}a{color:inherit}
+@media(max-width:36rem){main{padding:1rem .8rem 12rem}table{font-size:.8rem}td,th{padding-right:.55rem}}
 nav{position:sticky;top:0;background:var(--bg);padding:.6rem 0;border-bottom:1px solid var(--line);display:flex;gap:1.2rem;align-items:center;flex-wrap:wrap}
 .scale{display:flex;font-size:.8rem}.scale span{padding:.1rem .55rem}
 .doc{white-space:pre-wrap;overflow-wrap:anywhere;font:15px/1.75 ui-monospace,Menlo,Consolas,monospace}.doc span{border-radius:2px;padding:.12em 0}
 .doc span:hover{outline:2px solid var(--fg)}
 #tip{position:fixed;display:none;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:8px;
-box-shadow:0 6px 24px #0003;padding:.7rem .9rem;width:19rem;font-size:.85rem}#tip b{font:600 .95rem ui-monospace,monospace;white-space:pre-wrap}
+box-shadow:0 6px 24px #0003;padding:.7rem .9rem;width:min(19rem,80vw);overflow-wrap:anywhere;font-size:.85rem}#tip b{font:600 .95rem ui-monospace,monospace;white-space:pre-wrap}
 #tip .row{display:flex;justify-content:space-between}#tip hr{border:0;border-top:1px solid var(--line);margin:.45rem 0}
 .bar{position:relative;display:flex;justify-content:space-between;padding:0 .3rem;font-family:ui-monospace,monospace;white-space:pre}
 .bar i{position:absolute;inset:1px auto 1px 0;background:#4c8dff44;border-radius:3px}.hit{font-weight:700}
 </style><main><h1>TITLE</h1><div class="dim">SUBTITLE</div><table id="totals"></table>
 <nav><label>Shade by <select id="by"><option value="0">bits of each token</option><option value="1">network alone</option>
-<option value="2">bits the n-gram saved</option></select></label><div class="scale" id="scale"></div><span class="dim">hover a token</span></nav>
+<option value="2">bits the n-gram saved</option></select></label><div class="scale" id="scale"></div><span class="dim">point at a token</span></nav>
 <div id="docs"></div></main><div id="tip"></div><script>
 const DOCS=DATA,$=i=>document.getElementById(i),el=(t,s,c)=>{const e=document.createElement(t);if(s!==undefined)e.textContent=s;if(c)e.className=c;return e};
 const heat=b=>{const x=Math.min(b/12,1);return x<.04?"":`hsl(${52-52*x} 95% 52% / ${.12+.63*x})`};
 const gain=g=>Math.abs(g)<.15?"":`hsl(${g>0?145:285} 75% 45% / ${Math.min(.12+Math.abs(g)/8,.75)})`;
-const shade=(n,by)=>by==0?heat(n[1]):by==1?heat(n[2]):gain(n[2]-n[1]);
-const bits=b=>b===null?"\\u221e":b.toFixed(2)+" bits",percent=p=>p<.0001?"<0.01%":(100*p).toFixed(p<.01?2:1)+"%";
-const visible=s=>s.replace(/\\n/g,"\\u23ce").replace(/\\t/g,"\\u21e5").replace(/ /g,"\\u00b7")||"(part of a character)";
+const shade=(n,by)=>by==0?heat(n.whole):by==1?heat(n[2]):gain(n[2]-n[1]);
+const bits=b=>b===null?"\\u221e":b.toFixed(2)+" bits",percent=p=>p==0?"0%":p<.0001?"<0.01%":(100*p).toFixed(p<.01?2:1)+"%";
+const visible=s=>s.replace(/\\n/g,"\\u23ce").replace(/\\t/g,"\\u21e5").replace(/ /g,"\\u00b7");
 function row(t,cells,head){const r=t.appendChild(el("tr"));cells.forEach(c=>r.appendChild(c instanceof Node?c:el(head?"th":"td",c)))}
 row($("totals"),["document","tokens","bytes","bits","bits a byte","network alone"],1);
 const spans=[];DOCS.forEach((d,i)=>{const t=d.totals,name=el("td"),a=name.appendChild(el(d.notes?"a":"span",d.name));a.href="#d"+i;
 row($("totals"),[name,t.tokens,t.bytes,t.bits.toFixed(0),t.bpb.toFixed(3),t.network_bpb.toFixed(3)]);if(!d.notes)return;
 const h=$("docs").appendChild(el("h2",d.name+" "));h.id="d"+i;h.appendChild(el("small",`${t.bpb.toFixed(3)} bits a byte`));
-const p=$("docs").appendChild(el("div",undefined,"doc"));d.notes.forEach(n=>{const s=p.appendChild(el("span",n[0]));s.note=n;spans.push(s)})});
+const p=$("docs").appendChild(el("div",undefined,"doc"));let held=0;
+d.notes.forEach(n=>{held+=n[1];if(!n[0])return;n.whole=held;held=0;const s=p.appendChild(el("span",n[0]));s.note=n;spans.push(s)})});
 function paint(){const by=$("by").value;spans.forEach(s=>s.style.background=shade(s.note,by));$("scale").replaceChildren(...
 (by==2?[-4,-2,-1,0,1,2,4,8]:[0,1,2,4,6,8,10,12]).map(b=>{const s=el("span",b+(b==12?"+":""));s.style.background=by==2?gain(b):heat(b);return s}))}
 $("by").onchange=paint;paint();
 function tip(n){const [text,b,network,ngram,share,match,seen,likely]=n,t=$("tip");t.replaceChildren(el("b",visible(text)));
 const line=(k,v)=>{const r=t.appendChild(el("div",undefined,"row"));r.append(el("span",k,"dim"),el("span",v))};
-line("cost",bits(b));line("network alone",bits(network));line("n-gram alone",share==1?"no match":ngram===null?"gave it nothing":bits(ngram));
-line("weights",`network ${percent(share)}, n-gram ${percent(1-share)}`);line("longest match",match<0?"none":`${match} token${match==1?"":"s"}, seen ${seen} time${seen>1?"s":""}`);
+line("cost",bits(b));if(n.whole>b+.005)line("with the bytes before it",bits(n.whole));line("network alone",bits(network));line("n-gram alone",share==1?"no match":ngram===null?"gave it nothing":bits(ngram));
+line("weights",`network ${percent(share)}, n-gram ${percent(1-share)}`);line("longest match",match<1?"none":`${match} token${match==1?"":"s"}, seen ${seen} time${seen>1?"s":""}`);
 t.appendChild(el("hr"));likely.forEach(([s,p])=>{const r=t.appendChild(el("div",undefined,"bar"+(s===n[8]?" hit":""))),f=r.appendChild(el("i"));f.style.width=100*p+"%";
 r.append(el("span",visible(s)),el("span",percent(p)))})}
 document.onmousemove=e=>{const s=e.target,t=$("tip");if(!s.note){t.style.display="none";return}tip(s.note);t.style.display="block";
@@ -7565,6 +7640,9 @@ def score_artifact(job: Job, blob: bytes, train_s: float) -> int:
     """Reload the artifact, score it in every stage, print the score. Exit status."""
     started = time.perf_counter()
     model = load_model(job.cfg, job.run, blob)
+    job.run.log(
+        f"loaded the artifact load_time:{time.perf_counter() - started:.2f}s peak_memory:{job.run.peak_memory_mib():.0f}MiB"
+    )
     account = account_bytes(job, blob)
     results = evaluate(job.cfg, job.run, model, job.text, tables=load_tables(job.cfg, blob))
     log_stages(job.run, results, job.text.complete)
@@ -7595,6 +7673,7 @@ def run_train(loaded: Loaded) -> int:
     run.open_logs(append=cfg.resume != "")
     log_start(job, stream.total, len(shards))
     model = build_model(cfg, run)
+    Policy.of(cfg, model)  # a mistake in it is found now, not after the training
 
     def validate(model: GPT) -> tuple[float, float]:
         result = evaluate(cfg, run, model, job.text, ("roundtrip",))[0]
@@ -7639,8 +7718,7 @@ def run_plan(loaded: Loaded) -> int:
     cfg = loaded.cfg
     with torch.device("meta"):
         model = GPT(cfg)
-    params = list(model.named_parameters())
-    policy = Policy(cfg, {n: tuple(p.shape) for n, p in params}, {n: p.store for n, p in params})
+    params, policy = list(model.named_parameters()), Policy.of(cfg, model)
     print(f"recipe {cfg.recipe}: {count_parameters(model):,} trainable parameters")
     total = 0.0
     for role in sorted({p.store for _, p in params}):
@@ -7728,7 +7806,7 @@ def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
     try:
         coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
         cfg = dataclasses.replace(loaded.cfg, **{n.lower(): v for n, v in coded.items()})
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ArtifactError("the file's header is inconsistent") from None
     for name in CODEC_KNOBS:
         mine, theirs = getattr(loaded.cfg, name.lower()), getattr(cfg, name.lower())

@@ -1,9 +1,11 @@
 """Bytes for the same codes against byte compressors, quantisation gap against bytes, seconds of pack, unpack and GPTQ.
 
-    python benchmarks/artifact.py [--weights logs/weights.pgz] [--seconds 600] [--parts bytes gap speed]
+    python benchmarks/artifact.py [--weights logs/weights.pgz] [--data FOLDER] [--seconds 600] [--parts bytes gap speed]
 
-Without a file at --weights it trains the `cpu` recipe for --seconds first and keeps the weights there in fp32. Codes go to
-the byte compressors as row-major int8, and to lrzip also with rows sorted by similarity, the permutation counted.
+Without a file at --weights it trains the `cpu` recipe for --seconds first and keeps the weights there in fp32. --data holds
+shards and their tokenizer (default: the shipped sample): training and calibration read its training split, gaps are
+measured on its validation split and choose nothing. Codes go to the byte compressors as row-major int8, and to lrzip also
+with rows sorted by similarity, the permutation counted.
 """
 
 from __future__ import annotations
@@ -33,26 +35,34 @@ GAP_TOKENS = 40_960
 BYTE_CODES = {
     "int6 by row maximum": {"attn_bits": 6, "mlp_bits": 6, "embed_bits": 6, "table_bits": 6, "quant_clip": "max"},
     "int5 by row maximum": {"attn_bits": 5, "mlp_bits": 5, "embed_bits": 5, "table_bits": 5, "quant_clip": "max"},
-    "int6 by deviation (11.5 to 14 sigmas)": {"attn_bits": 6, "mlp_bits": 6, "embed_bits": 7, "quant_clip": "sigma"},
+    "int6 by deviation (11.5 to 14 sigmas)": {
+        "attn_bits": 6,
+        "mlp_bits": 6,
+        "embed_bits": 7,
+        "table_bits": 6,
+        "proj_bits": 6,
+        "quant_clip": "sigma",
+    },
 }
 
 
-def train_weights(path: Path, seconds: float) -> None:
+def train_weights(path: Path, data: Path, seconds: float) -> None:
     """Train the cpu recipe and store everything in fp32 at `path`."""
     env = {**os.environ, **FP32, "RECIPE": "cpu", "MAX_WALLCLOCK_SECONDS": str(seconds), "ARTIFACT": str(path)}
     env |= {"ARTIFACT_LIMIT": "100000000", "COMPRESSOR": "zstd", "ZSTD_LEVEL": "1", "EVAL_STRIDE": "0"}
+    env |= {"DATA_PATH": str(data), "NGRAM_SCORE": "off"}
     subprocess.run([sys.executable, tg.__file__], env=env, check=True)
 
 
 class Subject:
     """The trained model, its tensors, and validation text to measure gaps on."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, data: Path) -> None:
         blob = path.read_bytes()
         header = {
             k: v for k, v in tg.read_header(blob)[0]["config"].items() if k not in (*FP32, "COMPRESSOR", "ZSTD_LEVEL")
         }
-        self.cfg = tg.load_config({"VAL_TOKENS": str(GAP_TOKENS)}, header).cfg
+        self.cfg = tg.load_config({"VAL_TOKENS": str(GAP_TOKENS), "DATA_PATH": str(data)}, header).cfg
         self.cfg = dataclasses.replace(self.cfg, quant_min_numel=4096, control_bits=16, gptq_n_samples=64)
         paths = tg.find_data(self.cfg)
         self.text = tg.load_validation(self.cfg, paths.folder, tg.Tokenizer(paths.tokenizer, self.cfg.vocab_size))
@@ -82,6 +92,23 @@ class Subject:
 # ---- bytes for the same codes
 
 
+class CostedModel(tg.CodeModel):
+    """Adds up the cross-entropy of all that it encodes, in bits."""
+
+    bits = 0.0
+
+    def __init__(self, tables: list[tg.Table]) -> None:
+        super().__init__(tables)
+        self.costs = [-np.log2(table.frequencies()) for table in tables]
+
+    def encode(self, encoder: object, levels: np.ndarray, values: np.ndarray) -> None:
+        order, bounds = tg.by_table(levels, self.starts)
+        values_sorted = values.ravel()[order].astype(int)
+        for cost, top, lo, hi in zip(self.costs, self.tops, bounds, bounds[1:], strict=False):
+            CostedModel.bits += float(cost[values_sorted[lo:hi] + top].sum())
+        super().encode(encoder, levels, values)
+
+
 def sorted_rows(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Greedy chain of nearest rows (L1), from row 0."""
     left, order, at = np.ones(len(codes_RC), bool), [0], 0
@@ -105,19 +132,22 @@ def lrzip_bytes(raw: bytes) -> int:
 
 def compare_bytes(subject: Subject) -> None:
     """Our stream against each compressor that is installed, for each way of making codes."""
+    tg.CodeModel = CostedModel
     for label, knobs in BYTE_CODES.items():
         stored = tg.quantize(dataclasses.replace(subject.cfg, **knobs), subject.named, subject.store)
         coded = {n: s for n, s in stored.items() if s.codes is not None}
         arrays = [s.codes.numpy() for s in coded.values()]
         raw, count = b"".join(a.tobytes() for a in arrays), sum(a.size for a in arrays)
-        ours = 0
+        ours = CostedModel.bits = 0
         for role in {s.role for s in coded.values()}:
             group = [s.codes.numpy() for s in coded.values() if s.role == role]
             ours += len(tg.encode_codes(group, predictable=role in tg.PREDICTED_ROLES))
+        entropy = CostedModel.bits
         plain = len(tg.encode_codes(arrays))
         order0 = sum(tg.entropy_bits(np.unique(a, return_counts=True)[1]) for a in arrays) / 8
         print(f"{label}: {count:,} codes; ours {ours:,} bytes = {8 * ours / count:.4f} bits each "
-              f"(without prediction {8 * plain / count:.4f}), order-0 {8 * order0 / count:.4f}")  # fmt: skip
+              f"({8 * ours / entropy - 1:.3%} above its model's cross-entropy, levels and tables included; without prediction "
+              f"{8 * plain / count:.4f}), order-0 {8 * order0 / count:.4f}")  # fmt: skip
         others = {
             "zstd-22": len(tg.zstd_pack(raw, 22)),
             "lzma-9e": len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)),
@@ -142,6 +172,15 @@ def compare_bytes(subject: Subject) -> None:
 # ---- gap against bytes
 
 
+def timed_budget(cfg: tg.Config, named: dict, store: dict, calibration: tg.Calibration) -> tuple[tg.Budget, float, int]:
+    """fill_budget without code bytes, its seconds and how often it packed."""
+    packs, pack, started = [], tg.pack, time.perf_counter()
+    tg.pack = lambda *given: packs.append(0) or pack(*given)
+    budget = tg.fill_budget(cfg, {}, named, store, calibration, 0)
+    tg.pack = pack
+    return budget, time.perf_counter() - started, len(packs)
+
+
 def compare_gaps(subject: Subject) -> None:
     """For widths 3 to 8: rounding by row maximum, GPTQ at the same steps, and GPTQ + allocation in rounding's bytes."""
     before = subject.bpb(subject.named)
@@ -160,10 +199,10 @@ def compare_gaps(subject: Subject) -> None:
         gptq = tg.quantize(cfg, subject.named, subject.store, calibration.hessians)
         size, gptq_size = len(tg.pack(cfg, {}, nearest)), len(tg.pack(cfg, {}, gptq))
         aim = dataclasses.replace(cfg, target_bytes=size, gptq_enabled=True)
-        budget = tg.fill_budget(aim, {}, subject.named, subject.store, calibration, 0)
+        budget, seconds, packs = timed_budget(aim, subject.named, subject.store, calibration)
         gaps = [subject.gap(s, before) for s in (nearest, gptq, budget.stored)]
         print(f"{bits}   {size:>10,} {gaps[0]:+.6f}   {gptq_size:>10,} {gaps[1]:+.6f}   {budget.spent:>10,} {gaps[2]:+.6f}   "
-              f"{gaps[1] / gaps[0]:.3f} {gaps[2] / gaps[0]:.3f}", flush=True)  # fmt: skip
+              f"{gaps[1] / gaps[0]:.3f} {gaps[2] / gaps[0]:.3f}   budget {budget.spent / size:.2%} in {packs} packs, {seconds:.1f}s", flush=True)  # fmt: skip
 
 
 # ---- speed
@@ -177,9 +216,14 @@ def shapes_of(recipe: str) -> tuple[tg.Config, dict[str, torch.Size], dict[str, 
 
 
 def time_packing(label: str, shapes: dict[str, torch.Size], store: dict[str, str]) -> None:
-    """Seconds to pack and unpack Gaussian weights at about 3.4 bits."""
+    """Seconds to pack and unpack weights at about 3.4 bits: Gaussian, but embeddings of correlated columns."""
     cfg = tg.Config(quant_clip="sigma", control_bits=16)
     named = {n: torch.randn(shape) * 0.02 for n, shape in shapes.items()}
+    for n in named:
+        if store[n] in tg.PREDICTED_ROLES:
+            named[n] = named[n] @ (
+                torch.eye(shapes[n][1]) + torch.randn(shapes[n][1], shapes[n][1]) / shapes[n][1] ** 0.5
+            )
     stored = tg.quantize(cfg, named, store)
     t0 = time.perf_counter()
     c0 = time.process_time()
@@ -190,6 +234,18 @@ def time_packing(label: str, shapes: dict[str, torch.Size], store: dict[str, str
     total = sum(w.numel() for w in named.values())
     print(
         f"{label}: {total:,} weights, {len(blob):,} bytes; pack {t1 - t0:.2f}s ({c1 - c0:.2f}s of CPU), unpack {t2 - t1:.2f}s ({c2 - c1:.2f}s of CPU)"
+    )
+
+
+def time_budget(label: str, shapes: dict[str, torch.Size], store: dict[str, str]) -> None:
+    """Seconds to fill 16 MB with weights of uneven importance, without GPTQ."""
+    cfg = tg.Config(target_bytes=15_900_000, control_bits=16)
+    torch.manual_seed(0)
+    named = {n: torch.randn(shape) * 0.02 for n, shape in shapes.items()}
+    fisher = {n: torch.rand(tg.rows_and_columns(w.shape)[0]) * 10 ** (3 * torch.rand(())) for n, w in named.items()}
+    budget, seconds, packs = timed_budget(cfg, named, store, tg.Calibration({}, fisher))
+    print(
+        f"{label}: TARGET_BYTES={cfg.target_bytes} filled to {budget.spent / cfg.target_bytes:.2%} in {packs} packs, {seconds:.1f}s"
     )
 
 
@@ -216,22 +272,23 @@ def measure_speed() -> None:
     cfg = tg.Config(num_layers=11, mlp_mult=4.0, vocab_size=8192)
     with torch.device("meta"):
         large = tg.GPT(cfg)
-    time_packing(
-        "36 M", {n: p.shape for n, p in large.named_parameters()}, {n: p.store for n, p in large.named_parameters()}
-    )
+    shapes, store = {n: p.shape for n, p in large.named_parameters()}, {n: p.store for n, p in large.named_parameters()}
+    time_packing("36 M", shapes, store)
+    time_budget("36 M", shapes, store)
     time_gptq("pr850")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=Path("logs/weights.pgz"))
+    parser.add_argument("--data", type=Path, default=tg.SAMPLE_DIR)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--parts", nargs="+", choices=("bytes", "gap", "speed"), default=("bytes", "gap", "speed"))
     args = parser.parse_args()
     if set(args.parts) != {"speed"}:
         if not args.weights.exists():
-            train_weights(args.weights, args.seconds)
-        subject = Subject(args.weights)
+            train_weights(args.weights, args.data, args.seconds)
+        subject = Subject(args.weights, args.data)
         if "bytes" in args.parts:
             compare_bytes(subject)
         if "gap" in args.parts:

@@ -296,6 +296,67 @@ def test_damage_and_strangers_are_refused(codec, sample_text):
         other.decompress(blob)
 
 
+class FlatLanes:
+    """Lanes whose every token is as likely as any other: decoding costs nothing but the coder."""
+
+    def __init__(self, lanes: int) -> None:
+        self.p = torch.full((lanes, 1024), 1 / 1024, dtype=torch.float64)
+
+    def dist(self) -> torch.Tensor:
+        return self.p
+
+    def take(self, tokens: np.ndarray) -> None:
+        pass
+
+
+def forge(rng: random.Random, blob: bytes) -> bytes:
+    """An edited compressed file with a valid checksum: header fields, bytes of the body, bytes of anything, a cut."""
+    header, body = tg.read_file(blob)
+    kind, data = rng.random(), bytearray(body)
+    if kind < 0.3:
+        field = rng.choice(header._fields[:7])
+        header = header._replace(**{field: rng.choice([0, 1, 3, 255, 2**31, 2**55, 2**80, rng.randrange(900)])})
+    elif kind < 0.7:
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    blob = bytearray(tg.write_file(header, bytes(data))[:-4])
+    if kind >= 0.7:
+        blob[rng.randrange(5, len(blob))] = rng.choice([0, 127, 128, 255, rng.randrange(256)])
+    if kind > 0.95:
+        del blob[rng.randrange(5, len(blob)) :]
+    return bytes(blob) + tg.struct.pack("<I", tg.zlib.crc32(blob))
+
+
+@pytest.mark.parametrize("form", ["text", "lzma", "stored"])
+def test_forged_files_are_artifact_errors_and_nothing_else(form, codec, monkeypatch):
+    """Thousands of files whose checksum is right: whatever they claim, one kind of error, soon and in little memory."""
+    monkeypatch.setattr(tg, "lane_experts", lambda _cfg, _run, _model, lanes, *_: FlatLanes(lanes))
+    rng, data = random.Random(1), "  Ein Wort,\n\n\tｅin Satz\r\n und ﬁnis \xa0.\n".encode()
+    packed = codec.compress_text(data) if form == "text" else codec.compress_bytes(data * (9 if form == "lzma" else 1))
+    assert tg.FORMS[packed.header.form] == form
+    refused = 0
+    for _ in range(3000):
+        try:
+            codec.decompress(forge(rng, packed.blob))
+        except tg.ArtifactError:
+            refused += 1
+    assert refused > 2000
+
+
+def test_a_number_without_end_is_refused_at_once():
+    head = tg.CODEC_MAGIC + bytes([tg.CODEC_VERSION]) + b"\xff" * 1_000_000
+    with pytest.raises(tg.ArtifactError, match="inconsistent"):
+        tg.read_file(head + tg.struct.pack("<I", tg.zlib.crc32(head)))
+
+
+def test_settings_of_a_file_are_checked():
+    loaded = tg.load_config({"MODE": "decompress", "ARTIFACT": "x"}, {})
+    assert tg.adopt_settings(loaded, '{"EVAL_STRIDE":16}').cfg.eval_stride == 16
+    for bad in ("[1]", "{", "[" * 100_000, '{"EVAL_STRIDE":"x"}', '{"EVAL_STRIDE":[]}', '{"NGRAM_ORDER":1e99}', "7"):
+        with pytest.raises(tg.ArtifactError, match="inconsistent"):
+            tg.adopt_settings(loaded, bad)
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory, tokenizer) -> Path:
     """An artifact of random weights."""
@@ -411,6 +472,15 @@ def test_explained_text_is_the_original_with_its_newlines(codec):
     assert "".join(n.text for n in notes) == data
     assert len(tg.explain(codec, [data, data], 5)[0]) == 5 and len(tg.explain(codec, [data, data], 5)) == 1
     assert re.sub(r"\033\[[\d;]*m", "", tg.terminal_text(notes)) == data
+
+
+def test_what_is_not_explained_is_said(codec, monkeypatch):
+    said = []
+    monkeypatch.setattr(codec.run, "notice", said.append)
+    whole = len(tg.explain(codec, ["one two three four"], 10_000)[0])
+    assert not said and not tg.explain(codec, ["", " "], 9) and not said
+    assert [len(notes) for notes in tg.explain(codec, ["one two three four", "", "five", "six"], whole)] == [whole]
+    assert len(said) == 1 and re.match(rf"EXPLAIN_TOKENS={whole}: 0 of \d tokens of document 3 ", said[0])
 
 
 def test_the_page_stands_alone(artifact, tmp_path, capfd, sample_text):

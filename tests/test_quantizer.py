@@ -164,6 +164,20 @@ def test_bad_policies_get_one_clear_message(knobs, words):
         tg.quantize(cfg, *tensors(model))
 
 
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"QUANT_OVERRIDES": "attn"}, "QUANT_OVERRIDES item 'attn'"),
+        ({"QUANT_OVERRIDES": "nothing=5"}, "matches no parameter"),
+        ({"TARGET_BYTES": "900", "ARTIFACT_LIMIT": "800"}, "TARGET_BYTES=900 exceeds ARTIFACT_LIMIT=800"),
+    ],
+)
+def test_a_mistake_in_the_storage_is_found_before_the_training(script, tiny, knobs, words):
+    result = script(tiny, **knobs)
+    assert result.status == 2 and result.err.count("error:") == 1 and words in result.err
+    assert "step:1/" not in result.out
+
+
 def test_weights_that_cannot_be_stored_are_named():
     cfg, model = small_model()
     named, store = tensors(model)
