@@ -62,7 +62,7 @@ import uuid
 import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -241,9 +241,9 @@ class Config:
     gptq_order: str = knob("descending", "", "columns by input energy", choices=("descending", "ascending", "natural"))
     gptq_percdamp: float = knob(0.01, "", "damping of the Hessian, times its mean diagonal", lo=1e-6, hi=10)
     gptq_block_size: int = knob(128, "columns", "lazy block of GPTQ; changes speed, not results", lo=1)
-    gptq_n_samples: int = knob(256, "sequences", "calibration sequences of TRAIN_SEQ_LEN", lo=1)
+    gptq_n_samples: int = knob(256, "sequences", "most calibration sequences of TRAIN_SEQ_LEN; fewer where the time runs out, one a rank at least", lo=1)
     gptq_calibration: str = knob("train", "", "calibrate on windows of the training stream or on text sampled from the model", choices=("train", "self"))
-    gptq_reserve_seconds: float = knob(0.0, "s", "part of MAX_WALLCLOCK_SECONDS kept for calibration", lo=0)
+    gptq_reserve_seconds: float = knob(8.0, "s", "part of MAX_WALLCLOCK_SECONDS kept for calibration, where there is one (GPTQ_ENABLED, TARGET_BYTES)", lo=0)
     lqer_top_k: int = knob(0, "tensors", "low-rank correction of the tensors with the largest residual; 0: none", lo=0)
     lqer_rank: int = knob(4, "", "rank of the correction", lo=1, hi=256)
     lqer_factor_bits: int = knob(4, "bits", "width of its factors", lo=2, hi=8)
@@ -423,6 +423,9 @@ class Config:
             yield "SWA_SOURCE=ema needs EMA_DECAY above 0"
         if self.mode == "train" and not self.max_wallclock_seconds and not self.iterations:
             yield "MAX_WALLCLOCK_SECONDS=0 and ITERATIONS=0: one of them must end the training"
+        if self.mode == "train" and self.calibrates and 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds:
+            yield (f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
+                   f"{self.max_wallclock_seconds:g} to train in: lower the one or raise the other")  # fmt: skip
         if self.resume == "auto" and not self.run_id:
             yield "RESUME=auto needs RUN_ID, the name of the run to continue"
 
@@ -517,7 +520,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TTT_ENABLED": True, "TTT_POLYAK_DECAY": 0.998, "TTT_TEMPERATURE": 0.98,
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr850",
         "ATTN_BITS": 5, "MLP_BITS": 5, "QUANT_MIN_NUMEL": 65536, "CONTROL_BITS": 16, "QUANT_CLIP": "row", "PRUNE_FRAC": 0.03,
-        "GPTQ_ENABLED": True, "GPTQ_RESERVE_SECONDS": 8.0, "COMPRESSOR": "lzma",
+        "GPTQ_ENABLED": True, "COMPRESSOR": "lzma",
     },
     "pr1095": {
         **_MUON_99, **_BIGRAM, "NUM_LAYERS": 5, "MLP_MULT": 3.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": 5, "ROPE_DIMS": 16,
@@ -764,7 +767,10 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
             notices.append(f"{name}={text} has no effect: {dead[name]}")
         elif name in aliases:
             try:
-                ours = {**aliases[name](text), **ours}  # an explicit knob of ours wins over a published name
+                converted = aliases[name](text)
+                for knob_name, value in converted.items():
+                    parse_value(knob_name, value)
+                ours = {**converted, **ours}  # an explicit knob of ours wins over a published name
             except ConfigError as e:
                 errors.append(f"{name}={text!r}: {e}")
         elif name in FIELDS:
@@ -2589,8 +2595,6 @@ class Checkpoints:
         """Write `state` as the checkpoint of `step`; all ranks call it, rank 0 writes."""
         path = self.folder / f"step_{step:06d}.pt"
         if self.run.rank == 0:
-            import io
-
             buffer = io.BytesIO()
             torch.save({**state, "config": binding_values(self.cfg)}, buffer)
             for stale in self.folder.glob(".step_*.partial"):  # of a process killed while it wrote
@@ -2814,18 +2818,20 @@ class Watch:
 
 
 class TrainResult(NamedTuple):
-    """What training leaves behind for the log and the account."""
+    """What training leaves behind for calibration, the log and the account."""
 
     steps: int
     seconds: float
     reason: str
+    micro_tokens: int  # tokens of a forward and backward pass that fitted
 
 
 def training_budget(cfg: Config) -> float:
     """Seconds the loop may use (0: no limit): calibration is training too, so its reserve comes off."""
-    if not cfg.max_wallclock_seconds:
-        return 0.0
-    return max(1.0, cfg.max_wallclock_seconds - (cfg.gptq_reserve_seconds if cfg.calibrates else 0.0))
+    return cfg.max_wallclock_seconds - (cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds and cfg.calibrates else 0)
+
+
+RECENT_STEPS = 20  # whose slowest tells how long the next may take
 
 
 class TrainingLoop:
@@ -2840,12 +2846,14 @@ class TrainingLoop:
         self.peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
         self.was = (cfg.seq_curriculum[0][1], False, False)
         self.epoch = 0
+        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds of the last steps
 
     def run_until_done(self, elapsed: float) -> TrainResult:
         """Step until the time or the steps are used up, or a signal asks to stop."""
         cfg, run, trainer = self.cfg, self.run, self.trainer
         self.clock = Clock(run, elapsed)
-        self.first_step, self.first_elapsed = trainer.step, elapsed
+        self.first_step = trainer.step
+        self.first_elapsed = self.last_elapsed = elapsed
         self.run.graceful, reason = True, "iterations"
         self.profiler = self.start_profiler()
         scale = 1.0
@@ -2868,15 +2876,18 @@ class TrainingLoop:
             self.stop_profiler()
         self.stop_for_signal(seconds)
         run.end_graceful()
-        return TrainResult(trainer.step, seconds, reason)
+        return TrainResult(trainer.step, seconds, reason, trainer.micro_tokens)
 
     def out_of_time(self) -> bool:
-        """True if one more step (two, where flags are read a step late) would cross the limit."""
-        if not self.budget:
-            return False
-        now, done = self.clock.seconds(), self.trainer.step - self.first_step
-        pace = (now - self.first_elapsed) / done
-        return now + pace * (1 if self.run.device.type == "cpu" else 2) > self.budget
+        """True if the training must end here so as not to cross the limit, were all steps as slow as the slowest recent one.
+
+        On a CPU not to stop means one step more. Where flags are read a step late, the device has two steps to finish
+        now, and a stop asked for after the next step comes after another two.
+        """
+        now = self.clock.seconds()
+        self.recent.append(now - self.last_elapsed)
+        self.last_elapsed = now
+        return self.budget > 0 and now + max(self.recent) * (4 if self.watch.late else 1) > self.budget
 
     def after_step(self, loss: Tensor, scale: float) -> None:
         """Step line, validation, checkpoint, trace, progress: whatever is due after this step."""
@@ -3192,8 +3203,9 @@ class Hessians:
             return
         flat_NC = x.detach().reshape(-1, x.shape[-1]).float()
         owner = self.owner.setdefault(site, site)
-        total = self.sums.setdefault(owner, flat_NC.new_zeros(flat_NC.shape[1], flat_NC.shape[1]))
-        total.addmm_(flat_NC.T, flat_NC)
+        if owner not in self.sums:
+            self.sums[owner] = flat_NC.new_zeros(flat_NC.shape[1], flat_NC.shape[1])
+        self.sums[owner].addmm_(flat_NC.T, flat_NC)
         self.last = (owner, x)
 
     def reduced(self, all_reduce: Callable[[Tensor], None]) -> dict[str, Tensor]:
@@ -3288,13 +3300,18 @@ def own_text(model: GPT, batch: int, length: int, seed: int, temperature: float 
     return torch.cat(ids, dim=1)
 
 
-def calibration_inputs(cfg: Config, run: Run, model: GPT, stream: TokenStream) -> Iterator[Tensor]:
-    """This rank's share of GPTQ_N_SAMPLES sequences (B, TRAIN_SEQ_LEN): even windows of the training data, or own text."""
-    length, mine = cfg.train_seq_len, run.share(cfg.gptq_n_samples)
+def calibration_inputs(
+    cfg: Config, run: Run, model: GPT, stream: TokenStream, most_tokens: int = 2**16
+) -> Iterator[Tensor]:
+    """This rank's share of GPTQ_N_SAMPLES sequences (B, TRAIN_SEQ_LEN): even windows of the training data, or own text.
+
+    A batch has at most `most_tokens` tokens or one sequence; a rank without a share takes the first sequence.
+    """
+    length, mine = cfg.train_seq_len, run.share(cfg.gptq_n_samples) or range(1)
     if stream.total < length:
         raise ConfigError(f"calibration needs {length} training tokens, DATA_PATH holds {stream.total}: GPTQ_ENABLED=0, "
                           "TARGET_BYTES=0 or more data")  # fmt: skip
-    rows = max(1, (2**16 if run.device.type == "cuda" else 2**12) // length)
+    rows = max(1, min(most_tokens, 2**16 if run.device.type == "cuda" else 2**12) // length)
     for lo in range(mine.start, mine.stop, rows):
         batch = range(lo, min(lo + rows, mine.stop))
         if cfg.gptq_calibration == "self":
@@ -3304,11 +3321,27 @@ def calibration_inputs(cfg: Config, run: Run, model: GPT, stream: TokenStream) -
             yield torch.from_numpy(np.stack([stream.read(start, length) for start in starts])).to(run.device)
 
 
+def while_time(batches: Iterable[Tensor], seconds: float, run: Run) -> Iterator[Tensor]:
+    """`batches` until one more, as slow as the slowest so far, would end after `seconds`; the first always comes."""
+    started, slowest, source = time.perf_counter(), 0.0, iter(batches)
+    while True:
+        used = time.perf_counter() - started
+        if slowest and used + slowest > seconds:
+            return
+        batch = next(source, None)
+        if batch is None:
+            return
+        yield batch
+        run.sync()
+        slowest = max(slowest, time.perf_counter() - started - used)
+
+
 class Calibration(NamedTuple):
     """What quantisation learns from calibration text, summed over all ranks."""
 
     hessians: dict[str, Tensor]  # site -> (C, C) second moments of its input
     fisher: dict[str, Tensor]  # parameter -> (R,) trace of its Fisher information by row, a token
+    tokens: int = 0  # of the text
 
 
 def add_squares_(fisher: dict[str, Tensor], model: GPT) -> None:
@@ -3325,8 +3358,9 @@ def calibrate(cfg: Config, run: Run, model: GPT, batches: Iterable[Tensor]) -> C
     Fisher information (only for TARGET_BYTES) is the squared gradient of log p(y) with y drawn from the model itself:
     such scores of different tokens are uncorrelated, so the square of a whole batch's gradient estimates their sum.
     """
-    tap, tokens = Hessians(), torch.zeros((), device=run.device)
-    fisher = {n: torch.zeros(rows_and_columns(p.shape)[0], device=run.device) for n, p in model.named_parameters()}
+    tap, tokens = Hessians(), torch.zeros((), dtype=torch.int64, device=run.device)
+    asked = model.named_parameters() if cfg.target_bytes else ()
+    fisher = {n: torch.zeros(rows_and_columns(p.shape)[0], device=run.device) for n, p in asked}
     generator = torch.Generator(run.device).manual_seed(derive_seed(cfg.seed, "fisher", run.rank))
     ctx = Ctx(tap=tap if cfg.gptq_enabled else None)
     for inputs in batches:
@@ -3340,7 +3374,7 @@ def calibrate(cfg: Config, run: Run, model: GPT, batches: Iterable[Tensor]) -> C
     for total in (tokens, *fisher.values()):
         run.all_reduce(total)
     hessians = tap.reduced(run.all_reduce)
-    return Calibration(hessians, {n: total / tokens for n, total in fisher.items()} if cfg.target_bytes else {})
+    return Calibration(hessians, {n: total / tokens for n, total in fisher.items()}, int(tokens))
 
 
 def compensation_gain(h_CC: Tensor, damp: float, order: str) -> float:
@@ -6813,15 +6847,26 @@ def pack_model(job: Job, model: GPT, calibration: Calibration | None, calibratio
     return blob
 
 
-def write_artifact(job: Job, model: GPT, stream: TokenStream) -> tuple[bytes, float]:
+def calibrate_in_time(job: Job, model: GPT, stream: TokenStream, result: TrainResult) -> Calibration:
+    """Calibrate with what the training loop left of MAX_WALLCLOCK_SECONDS, a tenth of it kept to sum over the ranks."""
+    cfg, run = job.cfg, job.run
+    left = cfg.max_wallclock_seconds - result.seconds if cfg.max_wallclock_seconds else math.inf
+    # An eager backward pass keeps up to twice what the compiled one of training kept.
+    batches = calibration_inputs(cfg, run, model, stream, result.micro_tokens // 2)
+    calibration = calibrate(cfg, run, model, while_time(batches, 0.9 * left, run))
+    done = calibration.tokens // cfg.train_seq_len
+    if done < cfg.gptq_n_samples:
+        run.notice(f"calibrated on {done} of GPTQ_N_SAMPLES={cfg.gptq_n_samples} sequences, as many as the {left:.1f}s left of "
+                   "MAX_WALLCLOCK_SECONDS allow; GPTQ_RESERVE_SECONDS keeps more")  # fmt: skip
+    return calibration
+
+
+def write_artifact(job: Job, model: GPT, stream: TokenStream, result: TrainResult) -> tuple[bytes, float]:
     """Calibrate, quantise, pack and write the artifact (rank 0): its bytes on every rank, as read back from the file, and
     the seconds of calibration."""
-    cfg, run = job.cfg, job.run
-    started = time.perf_counter()
-    calibration = None
-    if cfg.calibrates:
-        calibration = calibrate(cfg, run, model, calibration_inputs(cfg, run, model, stream))
-        run.sync()
+    run, started = job.run, time.perf_counter()
+    calibration = calibrate_in_time(job, model, stream, result) if job.cfg.calibrates else None
+    run.sync()
     calibration_s = time.perf_counter() - started
     return run.on_first(lambda: pack_model(job, model, calibration, calibration_s)), calibration_s
 
@@ -6863,9 +6908,14 @@ def report_score(job: Job, results: list[StageResult], account: Account, train_s
     """The last line; False (and why) if a limit did not hold."""
     cfg, run = job.cfg, job.run
     r = next(r for r in results if r.stage == cfg.final_stage)
-    broken = (
-        [f"total {account.total} bytes exceed ARTIFACT_LIMIT={account.limit}"] if account.total > account.limit else []
-    )
+    broken = []
+    if account.total > account.limit:
+        broken.append(f"total {account.total} bytes exceed ARTIFACT_LIMIT={account.limit}")
+    if cfg.max_wallclock_seconds and train_s > cfg.max_wallclock_seconds:
+        remedy = "; raise GPTQ_RESERVE_SECONDS" if cfg.calibrates else ""
+        broken.append(
+            f"training and calibration took {train_s:.1f}s, MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}{remedy}"
+        )
     if cfg.eval_wallclock_seconds and eval_s > cfg.eval_wallclock_seconds:
         broken.append(f"evaluation took {eval_s:.1f}s, EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}")
     for text in broken:
@@ -6923,7 +6973,7 @@ def run_train(loaded: Loaded) -> int:
     if run.rank == 0:
         text = "".join(sample_text(cfg, run, model.eval(), job.tokenizer.sp, "", 48))
         run.log(f"sample: {text!r}")
-    blob, calibration_s = write_artifact(job, model, stream)
+    blob, calibration_s = write_artifact(job, model, stream, result)
     return score_artifact(job, blob, result.seconds + calibration_s)
 
 

@@ -195,6 +195,36 @@ def test_over_the_limit_the_run_fails_after_writing_everything(tiny, script):
     )
 
 
+def test_training_and_calibration_over_the_time_limit_fail_the_run(tiny, script, monkeypatch):
+    train, calibrate = tg.train, tg.calibrate
+    limits = {"MAX_WALLCLOCK_SECONDS": 100, "GPTQ_ENABLED": 1, "GPTQ_N_SAMPLES": 2}
+    monkeypatch.setattr(tg, "train", lambda *args: train(*args)._replace(seconds=92.0))
+    in_time = script(tiny, **limits)
+    assert in_time.status == 0 and events(tiny, "score")[0]["limits_ok"] and "calibrated on" not in in_time.out
+
+    def slow(*args):
+        wait[0] += 9
+        return calibrate(*args)
+
+    wait, now = [0.0], time.perf_counter
+    monkeypatch.setattr(tg, "calibrate", slow)
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now() + wait[0])
+    late = script(tiny, RUN_ID="late", **limits)
+    assert late.status == 1 and not events({**tiny, "RUN_ID": "late"}, "score")[0]["limits_ok"]
+    assert re.search(
+        r"limit broken: training and calibration took 101\.\ds, MAX_WALLCLOCK_SECONDS=100; raise GPTQ_RESERVE", late.out
+    )
+    assert re.search(r"^score .* train_time:101\.\ds", late.out, re.M)
+
+
+def test_calibration_that_runs_out_of_time_says_how_far_it_came(tiny, script, monkeypatch):
+    train = tg.train
+    monkeypatch.setattr(tg, "train", lambda *args: train(*args)._replace(seconds=99.9999, micro_tokens=2 * SEQ))
+    result = script(tiny, MAX_WALLCLOCK_SECONDS=100, GPTQ_ENABLED=1, GPTQ_N_SAMPLES=6)
+    assert "notice: calibrated on 1 of GPTQ_N_SAMPLES=6 sequences, as many as the 0.0s left of" in result.out
+    assert result.status == 1  # one batch is always taken, and here it was too much
+
+
 def test_plan_tells_sizes_without_data_or_training(script, tmp_path):
     text = script({"MODE": "plan", "RECIPE": "baseline", "DATA_PATH": str(tmp_path / "absent")}).out
     assert "recipe baseline: 17,059,912 trainable parameters" in text

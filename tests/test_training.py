@@ -268,6 +268,46 @@ def test_the_training_ends_before_the_limit_not_after_it(tiny, data, monkeypatch
     assert (result.steps, result.seconds, result.reason) == (5, 50.0, "wallclock")
 
 
+def test_a_noisy_machine_does_not_push_the_training_over_the_limit(tiny, data, monkeypatch):
+    """Every fifth step takes three times as long: by the mean pace, one would start at 670 s and end at 700 s."""
+    trainer, passed = make(tiny, data, ITERATIONS=0, MAX_WALLCLOCK_SECONDS=690), [0.0]
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: passed[0])
+
+    def forward(*args):
+        passed[0] += 30 if trainer.step % 5 == 4 else 10
+        return trainer.model(*args)
+
+    result, _ = train(trainer, forward=forward)
+    assert result.seconds == 670
+
+
+def test_flags_that_are_read_late_are_allowed_for(tiny, data, monkeypatch):
+    """A device that works 10 s a step behind a host that waits only for the flags of the step before."""
+    trainer, now, device = make(tiny, data, ITERATIONS=0, MAX_WALLCLOCK_SECONDS=200), [0.0], [0.0]
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
+    run, done = trainer.run, {}
+
+    def forward(*args):
+        now[0] += 0.01
+        device[0] = max(device[0], now[0]) + 10
+        done[trainer.step + 1] = device[0]
+        return trainer.model(*args)
+
+    read = tg.Watch.read
+
+    def wait_and_read(watch):
+        now[0] = max(now[0], done[watch.pending[0][0]])
+        return read(watch)
+
+    monkeypatch.setattr(tg.Watch, "read", wait_and_read)
+    monkeypatch.setattr(run, "sync", lambda: now.__setitem__(0, max(now[0], device[0])))
+    monkeypatch.setattr(
+        tg.Watch, "__init__", lambda self, run: self.__dict__.update(run=run, late=1, pending=[], good=[])
+    )
+    result, _ = train(trainer, forward=forward)
+    assert 200 - 10 <= result.seconds <= 200
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(tiny, data):
     trainer = make(tiny, data)
 
