@@ -567,13 +567,18 @@ def computed(convert: Callable[[float], dict[str, Any]]) -> Converter:
     return read
 
 
+class Off(dict[str, str]):
+    """Our knobs where a published switch is off: what it switches off stays off, however it is set."""
+
+
 def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
     """Published 0/1 switch -> our knobs when on and when off."""
 
     def convert(value: str) -> dict[str, str]:
         if value not in ("0", "1"):
             raise ConfigError(f"expected 0 or 1, got {value!r}")
-        return {k: str(v) for k, v in (on if value == "1" else off).items()}
+        kind, knobs = (dict, on) if value == "1" else (Off, off)
+        return kind({k: str(v) for k, v in knobs.items()})
 
     return convert
 
@@ -666,9 +671,11 @@ ALIASES: dict[str, dict[str, Converter]] = {
 NO_EFFECT: dict[str, dict[str, str]] = {
     "*": {
         "MUON_BETA2": "read by no published update rule",
-        "MTP_NUM_HEADS": "multi-token heads were off in every published run and are not part of this script",
+        "MTP_NUM_HEADS": "multi-token heads were off in every published run; they are left out because they need heads and a loss "
+        "of their own, which no artifact holds and no other technique uses",
         "MTP_LOSS_WEIGHT": "belongs to MTP_NUM_HEADS",
-        "DTG_ENABLED": "the per-token gate was off in every published run and is not part of this script",
+        "DTG_ENABLED": "the per-token gate on block outputs was off in every published run; it is left out because nothing shows "
+        "that it helps, and every block would carry its branch",
     },
     "pr850": {
         "WARMDOWN_ITERS": "the published schedule is WSD, which never reads it",
@@ -762,6 +769,7 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
     aliases = {**ALIASES["*"], **ALIASES.get(recipe, {})}
     dead = {**NO_EFFECT["*"], **NO_EFFECT.get(recipe, {})}
     ours: dict[str, str] = {}
+    off: dict[str, str] = {}
     for name, text in env.items():
         if name in NO_EFFECT.get(recipe, {}) or (name in dead and name not in aliases):
             notices.append(f"{name}={text} has no effect: {dead[name]}")
@@ -770,7 +778,10 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
                 converted = aliases[name](text)
                 for knob_name, value in converted.items():
                     parse_value(knob_name, value)
-                ours = {**converted, **ours}  # an explicit knob of ours wins over a published name
+                if isinstance(converted, Off):
+                    off.update(converted)
+                else:
+                    ours = {**converted, **ours}  # an explicit knob of ours wins over a published name
             except ConfigError as e:
                 errors.append(f"{name}={text!r}: {e}")
         elif name in FIELDS:
@@ -779,7 +790,7 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
             errors.append(f"{name} is no knob; did you mean {guess}?")
         elif guess := related(name):
             notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
-    return ours
+    return {**ours, **off}
 
 
 def choose_recipe(env: Mapping[str, str], has_gpu: Callable[[], bool]) -> tuple[str, str]:
@@ -998,7 +1009,7 @@ class Run:
     current: Run | None = None  # for main, which closes the logs whatever happens
 
     def __init__(self, cfg: Config, rank: int, local_rank: int, world: int, local_world: int) -> None:
-        self.cfg, self.rank, self.local_rank, self.world = cfg, rank, local_rank, world
+        self.cfg, self.rank, self.world = cfg, rank, world
         self.device = pick_device(cfg.device, local_rank)
         self.started = time.perf_counter()
         self.run_id = ""
@@ -1655,7 +1666,10 @@ def attend_blocks(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
     return BlockedAttention.apply(q_BTHK, k_BSGK, v_BSGK)
 
 
-def attend_flash(module: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attend_flash(module: str) -> AttentionKernel:
     """FlashAttention from `module` (flash_attn_interface is version 3, flash_attn version 2)."""
     kernel = __import__(module, fromlist=["flash_attn_func"]).flash_attn_func
 
@@ -1669,7 +1683,7 @@ def attend_flash(module: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 PLAIN_ATTENTION = {"sdpa": attend_sdpa, "blocks": attend_blocks}  # run wherever PyTorch does
 
 
-def choose_attention(name: str, device: torch.device) -> tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def choose_attention(name: str, device: torch.device) -> tuple[str, AttentionKernel]:
     """(name, kernel) of ATTENTION on this device; `auto`: blocks on a CPU, else FlashAttention 3, then 2, then SDPA.
 
     Raises ConfigError if a kernel is forced that is not installed or cannot run here.
@@ -1912,11 +1926,10 @@ class Attention(nn.Module):
 
     def keys_values(self, x_BTD: Tensor, s: Stream) -> tuple[Tensor, Tensor]:
         """Raw keys and values (B, T, G K), value embedding added."""
-        k, v = (
-            self.kv(x_BTD, s.ctx).chunk(2, dim=-1)
-            if self.kv is not None
-            else (self.k(x_BTD, s.ctx), self.v(x_BTD, s.ctx))
-        )
+        if self.kv is not None:
+            k, v = self.kv(x_BTD, s.ctx).chunk(2, dim=-1)
+        else:
+            k, v = self.k(x_BTD, s.ctx), self.v(x_BTD, s.ctx)
         return k, v + s.values[self.layer] if self.layer in s.values else v
 
     def forward(self, x_BTD: Tensor, v0_BTGK: Tensor | None, s: Stream, slot: int) -> tuple[Tensor, Tensor]:
@@ -2056,9 +2069,7 @@ class GPT(nn.Module):
         """Every projection's site and the shape (out, in) of its effective matrix."""
         return {m.site: m.shape for m in self.modules() if isinstance(m, Linear)}
 
-    def place(
-        self, device: torch.device, attend: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: str = "auto"
-    ) -> GPT:
+    def place(self, device: torch.device, attend: AttentionKernel, dtype: str = "auto") -> GPT:
         """Move to the device and choose attention kernel and dtype (TRAIN_DTYPE's words); parameters stay fp32."""
         self.compute_dtype = compute_dtype(dtype, device)
         for block in self.blocks:
@@ -2325,12 +2336,8 @@ class SmallParameters:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Adam's buffers by parameter name; empty before the first step."""
-        pairs = zip(self.names, self.params, strict=True)
-        return {
-            name: {key: value.clone() for key, value in self.adam.state[p].items()}
-            for name, p in pairs
-            if self.adam.state[p]
-        }
+        states = {name: self.adam.state[p] for name, p in zip(self.names, self.params, strict=True)}
+        return {name: {key: value.clone() for key, value in state.items()} for name, state in states.items() if state}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Takes over what state_dict gave."""
@@ -2377,9 +2384,8 @@ class Optimizers:
         if cfg.grad_clip_norm > 0:
             self.clip(cfg.grad_clip_norm)
         self.small.step(lr_scale)
-        momentum = muon_momentum(
-            step, cfg.muon_momentum_warmup_start, cfg.muon_momentum, cfg.muon_momentum_warmup_steps
-        )
+        start, warmup = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps
+        momentum = muon_momentum(step, start, cfg.muon_momentum, warmup)
         for bank, previous in zip([*self.banks, None], [None, *self.banks], strict=True):
             if bank is not None:
                 bank.update(momentum, cfg.muon_backend_steps)
@@ -2390,10 +2396,9 @@ class Optimizers:
         """Scales the reduced gradient down to a global norm of `limit`; returns the norm it had (0-dim, on device)."""
         for part in (self.small, *self.banks):
             part.wait()
-        squares = sum(
-            (torch.linalg.vector_norm(bank.shard).square() for bank in self.banks),
-            torch.zeros((), device=self.run.device),
-        )
+        squares = torch.zeros((), device=self.run.device)
+        for bank in self.banks:
+            squares += torch.linalg.vector_norm(bank.shard).square()
         if self.run.world > 1:
             dist.all_reduce(squares)
         norm = (squares + torch.linalg.vector_norm(self.small.flat).square()).sqrt()
@@ -2507,7 +2512,7 @@ class WeightAverage:
         if self.swa:
             base = torch._foreach_lerp(base, self.swa, self.cfg.swa_blend)
         torch._foreach_copy_(self.params, base)
-        name = f"ema({self.cfg.ema_decay})" if self.ema else "weights"
+        name = f"ema({self.cfg.ema_decay})" if self.ema else "last"
         return f"{1 - self.cfg.swa_blend:g} {name} + {self.cfg.swa_blend:g} swa({self.swa_n})" if self.swa else name
 
     def state_dict(self) -> dict[str, Any]:
@@ -2627,9 +2632,8 @@ class Checkpoints:
         except Exception as e:
             raise ConfigError(f"RESUME={path}: not a checkpoint of this script ({type(e).__name__})") from None
         here = binding_values(self.cfg)
-        changed = [
-            f"{k} was {as_text(v)}, is {as_text(here[k])}" for k, v in made_with.items() if k in here and here[k] != v
-        ]
+        other = [k for k, v in made_with.items() if k in here and here[k] != v]
+        changed = [f"{k} was {as_text(made_with[k])}, is {as_text(here[k])}" for k in other]
         if changed:
             raise ConfigError(f"RESUME={path}: made with another configuration: {'; '.join(changed)}")
         return state
@@ -2768,9 +2772,8 @@ class Trainer:
             self.counts = BigramCounts(self.cfg, self.run)
         self.step, self.batcher.stream.position = 0, 0
         if steps:
-            self.run.log(
-                f"primed: {steps} steps undone, {time.perf_counter() - started:.1f}s, micro-batch {self.micro_tokens} tokens"
-            )
+            seconds = time.perf_counter() - started
+            self.run.log(f"primed: {steps} steps undone, {seconds:.1f}s, micro-batch {self.micro_tokens} tokens")
 
     def halve_micro_batch(self) -> None:
         """After an out-of-memory: half the micro-batch, on this rank alone (the data of a step do not change)."""
@@ -2963,16 +2966,13 @@ class TrainingLoop:
 
     def stop_for_signal(self, elapsed: float) -> None:
         """If a signal ended the loop: checkpoint if CHECKPOINT_EVERY asked for checkpoints, then leave."""
-        asked = self.run.all_reduce(
-            torch.tensor(float(self.run.signal or 0), device=self.run.device), dist.ReduceOp.MAX
-        )
+        number = torch.tensor(float(self.run.signal or 0), device=self.run.device)
+        asked = self.run.all_reduce(number, dist.ReduceOp.MAX)
         if not asked:
             return
-        where = (
-            f"; saved {self.save(elapsed)}, go on with RESUME=auto"
-            if self.cfg.checkpoint_every
-            else "; no checkpoint was asked for"
-        )
+        where = "; no checkpoint was asked for"
+        if self.cfg.checkpoint_every:
+            where = f"; saved {self.save(elapsed)}, go on with RESUME=auto"
         raise Interrupted(f"stopped by {signal.Signals(int(asked)).name} at step {self.trainer.step}{where}")
 
     def start_profiler(self) -> Any:
@@ -3007,6 +3007,8 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, resumed: dict[
         elapsed = resumed["elapsed"]
         run.notice(f"resumed {resumed['path']} at step {trainer.step} after {elapsed:.1f}s of training")
     loop = TrainingLoop(cfg, run, trainer, Checkpoints(cfg, run), validate)
+    steps = f"{cfg.iterations} steps" if cfg.iterations else ""
+    run.log("training ends after " + " or ".join(filter(None, (steps, f"{loop.budget:g}s" if loop.budget else ""))))
     result = loop.run_until_done(elapsed)
     what = trainer.average.apply()
     run.log(f"train_end steps:{result.steps} train_time:{1000 * result.seconds:.0f}ms reason:{result.reason} "
@@ -6773,11 +6775,9 @@ def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     run.log(source, to_terminal=False)
     run.log("=" * 100, to_terminal=False)
     run.log(dump_config(job.loaded), to_terminal=False)
-    device = (
-        torch.cuda.get_device_name(run.device)
-        if run.device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    device = platform.processor() or platform.machine()
+    if run.device.type == "cuda":
+        device = torch.cuda.get_device_name(run.device)
     run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({job.loaded.recipe_reason}) mode:{cfg.mode} seed:{cfg.seed}")
     run.log(
         f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} threads:{torch.get_num_threads()}"

@@ -80,6 +80,18 @@ class Ours:
         self.trainer.train_step(0.0, 1.0).item()
         return time.perf_counter() - start
 
+    def ema(self) -> float:
+        """Seconds that an EMA of the weights costs a step, on any recipe."""
+        import train_gpt as t
+
+        average = t.WeightAverage(t.dataclasses.replace(self.trainer.cfg, ema_decay=0.997), self.trainer.model)
+        times = []
+        for step in range(21):  # the first copies the weights
+            start = time.perf_counter()
+            average.update(step, 1.0, 1.0)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
     def breakdown(self) -> list[tuple[str, float]]:
         """[(kind of operation, seconds in one profiled step)], largest first."""
         kinds = {"mm": "products", "bmm": "products", "addmm": "products", "baddbmm": "products"}
@@ -154,6 +166,7 @@ def compare(knobs: dict[str, str], rounds: int) -> None:
     print(f"ratio {statistics.median(ratios):.2f} (best steps {min(reference.times) / min(ours.times):.2f})")
     floor = ours.facts["flops"] / ours.rate / 1e9
     print(f"floor {floor:.3f} s/step: {ours.facts['flops'] / 1e9:.0f} GFLOP at that rate, without the optimizer")
+    print(f"EMA: {1000 * ours.ask('ema'):.2f} ms a step")
     print("one profiled step: " + ", ".join(f"{kind} {s:.3f}" for kind, s in ours.ask("breakdown")[:9]))
     for worker in workers:
         worker.close()
