@@ -1227,7 +1227,10 @@ def find_data(cfg: Config) -> DataPaths:
             (p for p in (FINEWEB_DIR, SCRIPT.parent / FINEWEB_DIR) if any(p.glob("fineweb_val_*.bin"))), None
         )
         folder, sample = fineweb or SAMPLE_DIR, fineweb is None
-    guesses = [*sorted(folder.glob("tokenizer*.model")), folder.parent.parent / "tokenizers" / "fineweb_1024_bpe.model"]
+    # The downloader's folders: datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model.
+    pieces = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.resolve().name)
+    named = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
+    guesses = [*sorted(folder.glob("tokenizer*.model")), folder.resolve().parent.parent / "tokenizers" / named]
     tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else next((g for g in guesses if g.is_file()), None)
     if tokenizer is None and not any(folder.glob("fineweb_*.bin")):
         raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
@@ -3007,6 +3010,10 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, resumed: dict[
         elapsed = resumed["elapsed"]
         run.notice(f"resumed {resumed['path']} at step {trainer.step} after {elapsed:.1f}s of training")
     loop = TrainingLoop(cfg, run, trainer, Checkpoints(cfg, run), validate)
+    if cfg.lr_schedule == "warmdown" and 0 < cfg.iterations < cfg.warmdown_iters:
+        run.notice(
+            f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: rates fall from the first step on"
+        )
     steps = f"{cfg.iterations} steps" if cfg.iterations else ""
     run.log("training ends after " + " or ".join(filter(None, (steps, f"{loop.budget:g}s" if loop.budget else ""))))
     result = loop.run_until_done(elapsed)

@@ -69,6 +69,12 @@ def test_warmdown_by_time_uses_the_measured_pace(tiny):
     assert [tg.lr_scale(cfg, n, n * 2.0, 100) for n in (40, 45, 50)] == [1, 0.5, 0]
 
 
+def test_a_warmdown_longer_than_the_training_is_noticed(tiny, script):
+    fitting, long = (script(tiny, ITERATIONS=4, WARMDOWN_ITERS=n, RUN_ID=f"w{n}", EVAL_STRIDE=0).out for n in (4, 5))
+    assert "training ends after 4 steps" in fitting and "rates fall" not in fitting
+    assert "notice: WARMDOWN_ITERS=5 is longer than ITERATIONS=4: rates fall from the first step on" in long
+
+
 def test_wsd_is_flat_then_a_cosine(tiny):
     cfg = config(tiny, LR_SCHEDULE="wsd", WSD_STABLE_FRAC=0.5, ITERATIONS=8)
     scales = [tg.lr_scale(cfg, step, 0.0, 0.0) for step in range(9)]
