@@ -2690,6 +2690,8 @@ class Trainer:
         """Switch to the compiled forward, or say why not."""
         on, why = wants_compile(self.cfg, self.run.device)
         self.run.log(f"compile: {'on' if on else 'off'} ({why})")
+        # A graph for each sequence length, size of micro-batch and state of QAT: beyond 8 they would run eager unnoticed.
+        torch._dynamo.config.recompile_limit = 64
         self.forward = torch.compile(self.model, dynamic=False) if on else self.model
 
     def context(self, frac: float) -> Ctx:
@@ -2866,6 +2868,7 @@ class TrainingLoop:
         self.clock = Clock(run, elapsed)
         self.first_step = trainer.step
         self.first_elapsed = self.last_elapsed = elapsed
+        self.first_frac = budget_frac(cfg, trainer.step, elapsed, self.budget)
         self.run.graceful, reason = True, "iterations"
         self.profiler = self.start_profiler()
         scale = 1.0
@@ -2926,7 +2929,7 @@ class TrainingLoop:
         rate = cfg.train_batch_tokens / pace
         mfu = rate * self.flops / (self.peak * self.run.world) if self.peak else None
         frac = budget_frac(cfg, step, now, self.budget)
-        eta = (now - self.first_elapsed) * (1 - frac) / max(frac - self.first_elapsed / (self.budget or math.inf), 1e-6)
+        eta = (now - self.first_elapsed) * (1 - frac) / max(frac - self.first_frac, 1e-6)
         line = (f"step:{step}/{cfg.iterations} train_loss:{mean:.4f} lr_scale:{scale:.3f} train_time:{1000 * now:.0f}ms "
                 f"step_avg:{1000 * pace:.2f}ms tokens_per_s:{rate:.0f} mfu:{'n/a' if mfu is None else f'{mfu:.3f}'} eta:{eta:.0f}s")  # fmt: skip
         counts, extra = self.trainer.counts, {}

@@ -356,6 +356,24 @@ def test_one_rank_that_wants_to_stop_stops_all_and_a_bad_rank_is_named(tiny):
             watch.read()
 
 
+def test_a_resumed_run_tells_the_time_that_is_left(tiny, data, monkeypatch):
+    """Ten seconds a step, 30 of 40 steps done: 100 s are left, not the 33 that this process alone would suggest."""
+    trainer, passed = make(tiny, data, ITERATIONS=40), [0.0]
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: passed[0])
+    trainer.step = 30
+
+    def forward(*args):
+        passed[0] += 10
+        return trainer.model(*args)
+
+    trainer.forward = forward
+    text, run = Text(trainer.run), trainer.run
+    tg.TrainingLoop(trainer.cfg, run, trainer, tg.Checkpoints(trainer.cfg, run), lambda _: (1.0, 2.0)).run_until_done(
+        300.0
+    )
+    assert [line.split("eta:")[1] for line in text.lines if "eta:" in line][:2] == ["90s", "80s"]
+
+
 def test_a_second_pass_over_the_data_is_announced(tiny, data):
     batch = 64 * SEQ
     _, lines = train(make(tiny, data, TRAIN_BATCH_TOKENS=batch, ITERATIONS=len(data.train) // batch + 3))
