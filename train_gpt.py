@@ -7105,6 +7105,8 @@ def run_plan(loaded: Loaded) -> int:
 
     DEVICE=cuda plans for a GPU that need not be there.
     """
+    if not is_first_rank():
+        return 0
     cfg = loaded.cfg
     device = torch.device("cuda") if cfg.device == "cuda" else pick_device(cfg.device, 0)
     with torch.device("meta"):
