@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,13 +61,15 @@ class Reference:
 
 
 class Ours:
-    """train_gpt.py at `knobs`, without logs; eager or compiled as COMPILE says."""
+    """train_gpt.py at `knobs`, without logs; eager or compiled as COMPILE says. `quiet` says nothing of its choices."""
 
-    def __init__(self, knobs: dict[str, str]) -> None:
+    def __init__(self, knobs: dict[str, str], quiet: bool = False) -> None:
         import train_gpt as t
 
         cfg = t.load_config({**knobs, "LOG_DIR": os.devnull}, has_gpu=lambda: False).cfg
         run = t.Run(cfg, 0, 0, 1, 1)
+        if quiet:
+            run.log = lambda *_: None
         torch.manual_seed(cfg.seed)
         stream = t.TokenStream(t.load_split(t.find_data(cfg).folder, "train"), cfg.vocab_size)
         self.trainer = t.Trainer(cfg, run, t.build_model(cfg, run), stream)
@@ -79,6 +82,18 @@ class Ours:
         start = time.perf_counter()
         self.trainer.train_step(0.0, 1.0).item()
         return time.perf_counter() - start
+
+    def ema(self) -> float:
+        """Seconds that an EMA of the weights costs a step, on any recipe."""
+        import train_gpt as t
+
+        average = t.WeightAverage(t.dataclasses.replace(self.trainer.cfg, ema_decay=0.997), self.trainer.model)
+        times = []
+        for step in range(21):  # the first copies the weights
+            start = time.perf_counter()
+            average.update(step, 1.0, 1.0)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
 
     def breakdown(self) -> list[tuple[str, float]]:
         """[(kind of operation, seconds in one profiled step)], largest first."""
@@ -105,7 +120,7 @@ def serve(pipe: Connection, make: Callable, arguments: tuple) -> None:
 class Worker:
     """A trainer in its own process; `first_step` is the time from its start to the end of its first step, in seconds."""
 
-    def __init__(self, make: Callable, *arguments: dict) -> None:
+    def __init__(self, make: Callable, *arguments: Any) -> None:
         start = time.perf_counter()
         self.pipe, child = multiprocessing.Pipe()
         self.process = multiprocessing.get_context("spawn").Process(target=serve, args=(child, make, arguments))
@@ -154,6 +169,7 @@ def compare(knobs: dict[str, str], rounds: int) -> None:
     print(f"ratio {statistics.median(ratios):.2f} (best steps {min(reference.times) / min(ours.times):.2f})")
     floor = ours.facts["flops"] / ours.rate / 1e9
     print(f"floor {floor:.3f} s/step: {ours.facts['flops'] / 1e9:.0f} GFLOP at that rate, without the optimizer")
+    print(f"EMA: {1000 * ours.ask('ema'):.2f} ms a step")
     print("one profiled step: " + ", ".join(f"{kind} {s:.3f}" for kind, s in ours.ask("breakdown")[:9]))
     for worker in workers:
         worker.close()
@@ -173,17 +189,21 @@ def shrink(recipe: str) -> dict[str, str]:
 
 
 def compare_recipes(rounds: int) -> None:
-    """Seconds and theoretical FLOPs of each recipe as multiples of the baseline's."""
+    """Tokens a second of each recipe; its time and its theoretical FLOPs as multiples of the baseline's, and their ratio."""
     import train_gpt as t
 
-    workers = {recipe: Worker(Ours, shrink(recipe)) for recipe in t.RECIPES}
+    workers = {recipe: Worker(Ours, shrink(recipe), True) for recipe in t.RECIPES}
     alternate(list(workers.values()), rounds)
     base = workers["baseline"]
-    print(f"{'recipe':10s} {'s/step':>7s} {'x baseline':>11s} {'FLOPs x baseline':>17s}")
+    print(
+        f"{'recipe':10s} {'s/step':>7s} {'tokens/s':>9s} {'x baseline':>11s} {'FLOPs x baseline':>17s} {'time/FLOPs':>11s}"
+    )
     for recipe, worker in workers.items():
         ratio = statistics.median(a / b for a, b in zip(worker.times, base.times, strict=True))
         flops = worker.facts["flops"] / base.facts["flops"]
-        print(f"{recipe:10s} {statistics.median(worker.times):7.3f} {ratio:11.2f} {flops:17.2f}")
+        median = statistics.median(worker.times)
+        rate = worker.facts["tokens"] / median
+        print(f"{recipe:10s} {median:7.3f} {rate:9.0f} {ratio:11.2f} {flops:17.2f} {ratio / flops:11.2f}")
         worker.close()
 
 

@@ -380,7 +380,9 @@ def report(choice: Choice, files: dict[str, Remote], fetched: int, out: Path) ->
         print(f"{extra} more training shard(s) from earlier downloads are in the folder and will be used too")
     models = [local for local in files if local.endswith((".model", ".json", ".vocab")) and "tokenizers/" in local]
     if models:
-        print(f"DATA_PATH={folder} TOKENIZER_PATH={out / min(models, key=lambda m: not m.endswith('.model'))}")
+        pieces = re.match(r"sp(\d+)", variant.name)
+        size = f" VOCAB_SIZE={pieces[1]}" if pieces else ""
+        print(f"DATA_PATH={folder} TOKENIZER_PATH={out / min(models, key=lambda m: not m.endswith('.model'))}{size}")
     else:
         print(f"DATA_PATH={folder}; {choice.repo} holds no tokenizer of {variant.name}, take it from its author")
 

@@ -123,7 +123,8 @@ def test_every_recipe_sets_only_known_knobs_to_values_in_bounds():
     ({"EVAL_STRIDE": "2048"}, ["EVAL_STRIDE=2048 exceeds", "1024"]),
     ({"EVAL_STAGES": "roundtrip,slding"}, ["EVAL_STAGES='roundtrip,slding'", "unknown stage slding"]),
     ({"SCORE_STAGE": "sliding"}, ["SCORE_STAGE=sliding", "switched on: roundtrip"]),
-    ({"GATED_ATTN_BIAS_INIT": "x"}, ["ATTN_GATE_INIT='x'", "a number"]),
+    ({"GATED_ATTN_BIAS_INIT": "x"}, ["GATED_ATTN_BIAS_INIT='x': ATTN_GATE_INIT='x'", "a number"]),
+    ({"TARGET_BYTES": "1", "MAX_WALLCLOCK_SECONDS": "8"}, ["GPTQ_RESERVE_SECONDS=8", "MAX_WALLCLOCK_SECONDS=8", "lower"]),
     ({"VE_ENABLED": "yes"}, ["VE_ENABLED='yes'", "expected 0 or 1"]),
 ])  # fmt: skip
 def test_a_bad_value_is_named_with_what_would_do(env, words):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -64,6 +66,23 @@ def test_the_sample_is_the_default_and_is_marked(monkeypatch, tmp_path, tiny):
     monkeypatch.setattr(tg, "FINEWEB_DIR", tmp_path / "absent")
     paths = tg.find_data(config({**tiny, "DATA_PATH": ""}))
     assert paths.sample and paths.folder == tg.SAMPLE_DIR and paths.tokenizer.parent == tg.SAMPLE_DIR
+
+
+def test_a_downloaded_folder_finds_the_tokenizer_of_its_own_vocabulary(monkeypatch, tmp_path, tiny, data):
+    tokenizers = tmp_path / "tokenizers"
+    tokenizers.mkdir()
+    for variant, stem in (("sp1024", "1024_bpe"), ("sp8192", "8192_bpe"), ("sp8192_caps", "8192_bpe_caps")):
+        folder = tmp_path / "datasets" / f"fineweb10B_{variant}"
+        folder.mkdir(parents=True)
+        shutil.copy(data.folder / "fineweb_val_000000.bin", folder)
+        (tokenizers / f"fineweb_{stem}.model").touch()
+        assert tg.find_data(config(tiny, DATA_PATH=folder)).tokenizer == tokenizers / f"fineweb_{stem}.model"
+        monkeypatch.chdir(folder)
+        assert tg.find_data(config(tiny, DATA_PATH=".")).tokenizer == tokenizers / f"fineweb_{stem}.model"
+    (tokenizers / "fineweb_8192_bpe.model").unlink()
+    assert "TOKENIZER_PATH=none beside" in message(
+        tg.find_data, config(tiny, DATA_PATH=tmp_path / "datasets" / "fineweb10B_sp8192")
+    )
 
 
 def test_a_tokenizer_of_another_size_is_refused(data, tmp_path):

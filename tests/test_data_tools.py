@@ -551,7 +551,7 @@ def test_the_published_command_fills_the_published_folders(hub, tmp_path, capsys
     out = capsys.readouterr().out
     assert "8,000 training tokens, 8,000 validation tokens" in out
     assert (
-        f"DATA_PATH={tmp_path}/datasets/fineweb10B_sp1024 TOKENIZER_PATH={tmp_path}/tokenizers/fineweb_1024_bpe.model"
+        f"DATA_PATH={tmp_path}/datasets/fineweb10B_sp1024 TOKENIZER_PATH={tmp_path}/tokenizers/fineweb_1024_bpe.model VOCAB_SIZE=1024"
         in out
     )
 

@@ -1,5 +1,6 @@
 """Section 7: codes are what the decoder multiplies, GPTQ is the algorithm, and bad input gets a message."""
 
+import math
 import types
 
 import numpy as np
@@ -263,3 +264,44 @@ def test_calibration_without_enough_training_text_says_so():
 def test_calibration_time_is_part_of_the_training_budget():
     assert tg.training_budget(tg.Config(max_wallclock_seconds=600, gptq_enabled=True, gptq_reserve_seconds=12)) == 588
     assert tg.training_budget(tg.Config(max_wallclock_seconds=600, gptq_reserve_seconds=12)) == 600
+    assert tg.training_budget(tg.Config(max_wallclock_seconds=600, target_bytes=1)) == 592  # what the field keeps
+    assert tg.training_budget(tg.Config(max_wallclock_seconds=0, target_bytes=1)) == 0
+
+
+@pytest.mark.parametrize("seconds, taken", [(math.inf, 8), (80, 8), (79, 7), (30, 3), (29, 2), (5, 1), (-1, 1)])
+def test_calibration_takes_no_batch_that_would_end_too_late_but_always_one(monkeypatch, seconds, taken):
+    now = [0.0]
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
+    run = types.SimpleNamespace(sync=lambda: None)
+    got = []
+    for batch in tg.while_time(iter(range(8)), seconds, run):
+        got.append(batch)
+        now[0] += 10
+    assert got == list(range(taken))
+
+
+def test_a_slow_batch_makes_the_next_ones_expected_as_slow(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
+    got = []
+    for batch in tg.while_time(iter(range(8)), 60, types.SimpleNamespace(sync=lambda: None)):
+        got.append(batch)
+        now[0] += 30 if batch == 1 else 5
+    assert got == [0, 1]  # 35 s used and 30 s for one more are above 60
+
+
+def test_every_rank_calibrates_even_if_there_are_more_ranks_than_sequences():
+    cfg, model = small_model(gptq_enabled=True, gptq_n_samples=1)
+    for rank in range(3):
+        run = alone()
+        run.share = lambda n, rank=rank: range(rank * n // 3, (rank + 1) * n // 3)
+        batches = list(tg.calibration_inputs(cfg, run, model, stream()))
+        assert [b.shape[0] for b in batches] == [1]
+        assert tg.calibrate(cfg, run, model, batches).tokens == batches[0].numel()
+
+
+def test_calibration_batches_stay_within_the_tokens_that_fitted():
+    cfg, model = small_model(gptq_enabled=True, gptq_n_samples=10)
+    length = cfg.train_seq_len
+    for most, rows in ((2**16, [10]), (4 * length, [4, 4, 2]), (1, [1] * 10)):
+        assert [len(b) for b in tg.calibration_inputs(cfg, alone(), model, stream(), most)] == rows

@@ -228,13 +228,40 @@ def test_our_knob_wins_over_a_published_name_in_either_order():
         assert load("pr740", **env).cfg.muon_wd == 2.0
 
 
+@pytest.mark.parametrize("recipe, line, values", [
+    ("pr164", "SWA_ENABLED=0 SWA_EVERY=200", {"swa_every": 0}),
+    ("pr164", "SWA_EVERY=200 SWA_ENABLED=0", {"swa_every": 0}),
+    ("pr164", "SWA_EVERY=100 SWA_ENABLED=1", {"swa_every": 100, "swa_blend": 1.0}),
+    ("pr740", "EMA_ENABLED=0 EMA_DECAY=.997", {"ema_decay": 0.0}),
+    ("pr850", "VE_ENABLED=0 VE_DIM=128 VE_LAYERS=9,10", {"ve_dim": 0, "value_layers": ()}),
+    ("pr850", "VE_DIM=64 VE_ENABLED=1", {"ve_dim": 64, "value_layers": (9, 10)}),
+    ("pr850", "GATED_ATTN_ENABLED=0 GATED_ATTN_BIAS_INIT=4.0", {"attn_gate": "none"}),
+])  # fmt: skip
+def test_what_a_published_switch_turns_off_stays_off_however_it_is_set(recipe, line, values):
+    cfg = load(recipe, **dict(word.split("=") for word in line.split())).cfg
+    assert {k: getattr(cfg, k) for k in values} == values
+
+
+@pytest.mark.parametrize("recipe", KNOBS)
+def test_all_published_knobs_of_a_system_load_together(recipe):
+    """Their switches are those of the record run here, so that they hide nothing."""
+    env = dict(word.split("=") for word in KNOBS[recipe].split())
+    loaded = load(recipe, **env)
+    assert {n.split("=")[0] for n in loaded.notices} == env.keys() & {*tg.NO_EFFECT["*"], *tg.NO_EFFECT.get(recipe, {})}
+
+
+def test_what_is_left_out_says_why():
+    for name in ("MTP_NUM_HEADS", "DTG_ENABLED"):
+        assert "left out because" in load("pr850", **{name: 1}).notices[0]
+
+
 # ---- at a small size
 
 SMALL = {
     "NUM_LAYERS": 4, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "XSA_LAST_N": 2, "ROPE_DIMS": 4, "ROPE_TRAIN_LEN": 16,
     "VE_DIM": 8, "VE_LAYERS": "2,3", "PRE_ENRICH_DIM": 24, "BIGRAM_VOCAB_SIZE": 60, "BIGRAM_DIM": 8, "ADAPTER_RANK": 4,
     "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 128, "EVAL_STRIDE": 16, "MUON_MOMENTUM_WARMUP_STEPS": 20, "WARMDOWN_ITERS": 60,
-    "QUANT_MIN_NUMEL": 100, "GPTQ_N_SAMPLES": 4, "TTT_CHUNK_TOKENS": 256, "SWA_EVERY": 1, "VAL_LOSS_EVERY": 0, "GPTQ_RESERVE_SECONDS": 0,
+    "QUANT_MIN_NUMEL": 100, "GPTQ_N_SAMPLES": 4, "TTT_CHUNK_TOKENS": 256, "SWA_EVERY": 1, "VAL_LOSS_EVERY": 0,
 }  # fmt: skip
 ALWAYS = (
     "NUM_LAYERS",

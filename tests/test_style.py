@@ -103,6 +103,22 @@ def test_no_pickle_is_loaded():
     }
 
 
+def test_the_quick_start_is_two_lines_that_install_what_is_there():
+    text = (SCRIPT.parent / "README.md").read_text()
+    start = text[text.index("## Quick start") :]
+    blocks = re.findall(r"^```bash\n(.*?)^```", start[: start.index("\n## ", 1)], re.M | re.S)
+    assert len(blocks) == 2 and all(block.count("\n") == 1 for block in blocks)
+    assert "python train_gpt.py" in blocks[0] and "pytest" in blocks[1]
+    named = re.findall(r"-r (\S+)", text) + re.findall(r"python ((?:data|records|benchmarks)/\S+\.py)", text)
+    assert named and all((SCRIPT.parent / name).is_file() for name in named)
+
+
+def test_every_knob_the_readme_sets_exists():
+    text = (SCRIPT.parent / "README.md").read_text()
+    knobs = set(re.findall(r"\b([A-Z][A-Z0-9_]{3,})=", text)) - {"HOST"}
+    assert len(knobs) > 10 and knobs <= tg.FIELDS.keys(), knobs - tg.FIELDS.keys()
+
+
 def functions():
     return [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
 

@@ -123,7 +123,7 @@ def ema(values: list[float], decay: float) -> list[float]:
 
 
 def test_without_averaging_the_last_weights_stay():
-    assert averaged(VALUES) == (7.0, "weights")
+    assert averaged(VALUES) == (7.0, "last")
 
 
 def test_ema_is_the_recursion_and_may_start_late():
@@ -134,10 +134,10 @@ def test_ema_is_the_recursion_and_may_start_late():
 
 def test_swa_is_the_plain_mean_of_every_nth_late_step():
     scales = [1.0, 0.5, 0.19, 0.15, 0.1, 0.0]
-    assert averaged(VALUES, scales, swa_every=2, swa_blend=1.0) == (pytest.approx((8 + 7) / 2), "0 weights + 1 swa(2)")
+    assert averaged(VALUES, scales, swa_every=2, swa_blend=1.0) == (pytest.approx((8 + 7) / 2), "0 last + 1 swa(2)")
     assert averaged(VALUES, scales, swa_every=1, swa_blend=1.0)[0] == pytest.approx((2 + 8 + 5 + 7) / 4)
     assert averaged(VALUES, scales, swa_every=1, swa_start_scale=0.6, swa_blend=1.0)[0] == pytest.approx(26 / 5)
-    assert averaged(VALUES, swa_every=1) == (7.0, "weights")  # the scale never fell
+    assert averaged(VALUES, swa_every=1) == (7.0, "last")  # the scale never fell
 
 
 def test_the_published_blends():

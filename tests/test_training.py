@@ -69,6 +69,12 @@ def test_warmdown_by_time_uses_the_measured_pace(tiny):
     assert [tg.lr_scale(cfg, n, n * 2.0, 100) for n in (40, 45, 50)] == [1, 0.5, 0]
 
 
+def test_a_warmdown_longer_than_the_training_is_noticed(tiny, script):
+    fitting, long = (script(tiny, ITERATIONS=4, WARMDOWN_ITERS=n, RUN_ID=f"w{n}", EVAL_STRIDE=0).out for n in (4, 5))
+    assert "training ends after 4 steps" in fitting and "rates fall" not in fitting
+    assert "notice: WARMDOWN_ITERS=5 is longer than ITERATIONS=4: rates fall from the first step on" in long
+
+
 def test_wsd_is_flat_then_a_cosine(tiny):
     cfg = config(tiny, LR_SCHEDULE="wsd", WSD_STABLE_FRAC=0.5, ITERATIONS=8)
     scales = [tg.lr_scale(cfg, step, 0.0, 0.0) for step in range(9)]
@@ -268,6 +274,46 @@ def test_the_training_ends_before_the_limit_not_after_it(tiny, data, monkeypatch
     assert (result.steps, result.seconds, result.reason) == (5, 50.0, "wallclock")
 
 
+def test_a_noisy_machine_does_not_push_the_training_over_the_limit(tiny, data, monkeypatch):
+    """Every fifth step takes three times as long: by the mean pace, one would start at 670 s and end at 700 s."""
+    trainer, passed = make(tiny, data, ITERATIONS=0, MAX_WALLCLOCK_SECONDS=690), [0.0]
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: passed[0])
+
+    def forward(*args):
+        passed[0] += 30 if trainer.step % 5 == 4 else 10
+        return trainer.model(*args)
+
+    result, _ = train(trainer, forward=forward)
+    assert result.seconds == 670
+
+
+def test_flags_that_are_read_late_are_allowed_for(tiny, data, monkeypatch):
+    """A device that works 10 s a step behind a host that waits only for the flags of the step before."""
+    trainer, now, device = make(tiny, data, ITERATIONS=0, MAX_WALLCLOCK_SECONDS=200), [0.0], [0.0]
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
+    run, done = trainer.run, {}
+
+    def forward(*args):
+        now[0] += 0.01
+        device[0] = max(device[0], now[0]) + 10
+        done[trainer.step + 1] = device[0]
+        return trainer.model(*args)
+
+    read = tg.Watch.read
+
+    def wait_and_read(watch):
+        now[0] = max(now[0], done[watch.pending[0][0]])
+        return read(watch)
+
+    monkeypatch.setattr(tg.Watch, "read", wait_and_read)
+    monkeypatch.setattr(run, "sync", lambda: now.__setitem__(0, max(now[0], device[0])))
+    monkeypatch.setattr(
+        tg.Watch, "__init__", lambda self, run: self.__dict__.update(run=run, late=1, pending=[], good=[])
+    )
+    result, _ = train(trainer, forward=forward)
+    assert 200 - 10 <= result.seconds <= 200
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(tiny, data):
     trainer = make(tiny, data)
 
@@ -308,6 +354,24 @@ def test_one_rank_that_wants_to_stop_stops_all_and_a_bad_rank_is_named(tiny):
         assert watch.read() is True
         with pytest.raises(tg.BrokenRun, match="step 8 on rank 1; last good: step 7 loss 6"):
             watch.read()
+
+
+def test_a_resumed_run_tells_the_time_that_is_left(tiny, data, monkeypatch):
+    """Ten seconds a step, 30 of 40 steps done: 100 s are left, not the 33 that this process alone would suggest."""
+    trainer, passed = make(tiny, data, ITERATIONS=40), [0.0]
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: passed[0])
+    trainer.step = 30
+
+    def forward(*args):
+        passed[0] += 10
+        return trainer.model(*args)
+
+    trainer.forward = forward
+    text, run = Text(trainer.run), trainer.run
+    tg.TrainingLoop(trainer.cfg, run, trainer, tg.Checkpoints(trainer.cfg, run), lambda _: (1.0, 2.0)).run_until_done(
+        300.0
+    )
+    assert [line.split("eta:")[1] for line in text.lines if "eta:" in line][:2] == ["90s", "80s"]
 
 
 def test_a_second_pass_over_the_data_is_announced(tiny, data):
