@@ -280,6 +280,7 @@ class Config:
     ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8)
     ngram_table_tokens: int = knob(2**24, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1)
     ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade", "mixture", "chain", "fixed", "pr740", "pr187", "pr850", "tilt"))
+    ngram_base: str = knob("network", "", "what the n-grams of stages table and ngram correct: the network, or nothing at all", choices=("network", "uniform"))
     ngram_order: int = knob(12, "tokens", "longest n-gram, the target included; the tilt's only one", lo=2, hi=64)
     ngram_first: int = knob(1, "tokens", "shortest context that corrects the network", lo=0, hi=63)
     ngram_update_tokens: int = knob(0, "tokens", "targets between updates of the mixing weights; 0: 1024, or 1/4096 of the stream if more", lo=0)
@@ -479,8 +480,8 @@ class Config:
             yield f"NGRAM_CLAIM=pr1095 scores with a table of the training text: NGRAM_TABLE={self.ngram_table} lacks pr1095"
         if "table" in self.stages and "exact" not in self.ngram_tables:
             yield f"EVAL_STAGES={self.eval_stages}: stage table needs NGRAM_TABLE=exact"
-        if self.ngram_mix == "tilt" and "exact" in self.ngram_tables:
-            yield "NGRAM_MIX=tilt tilts the network itself and does not go with NGRAM_TABLE=exact; choose another NGRAM_MIX"
+        if self.ngram_mix == "tilt" and ("exact" in self.ngram_tables or self.ngram_base != "network"):
+            yield "NGRAM_MIX=tilt tilts the network itself and goes neither with NGRAM_TABLE=exact nor with NGRAM_BASE=uniform; choose another NGRAM_MIX"
         if self.ngram_first >= self.ngram_order:
             yield f"NGRAM_FIRST={self.ngram_first} leaves no context: NGRAM_ORDER={self.ngram_order} has at most {self.ngram_order - 1} tokens"
         if self.ngram_buckets & (self.ngram_buckets - 1):
@@ -5229,16 +5230,19 @@ class TestTimeNetwork(NetworkExpert):
 
     def learn_batch(self, tokens: Tensor, spans: list[tuple[int, int]]) -> None:
         """One optimizer step on the weighted mean nll of the targets in `spans`."""
-        total = sum(float(self.byte_weights[lo:hi].sum()) for lo, hi in spans)
+        total, rows = sum(float(self.byte_weights[lo:hi].sum()) for lo, hi in spans), max(1, self.rows // 4)
         self.optimizer.zero_grad(set_to_none=True)
         frozen = [p for p in self.model.parameters() if p.requires_grad]
         for p in frozen:
             p.requires_grad_(False)
-        for i in self.run.share(len(spans)):
-            lo, hi = spans[i]
-            row = tokens[lo - 1 : hi].to(self.run.device)[None]
-            nll = self.model.nll(row[:, :-1], row[:, 1:], Ctx(lora=self.live))
-            (nll[0] * self.byte_weights[lo:hi].to(nll.device)).sum().div(total).backward()
+        mine = [spans[i] for i in self.run.share(len(spans))]
+        for _, same in itertools.groupby(mine, lambda span: span[1] - span[0]):
+            equal = list(same)
+            for at in range(0, len(equal), rows):
+                ids, weights = (torch.stack([x[lo - shift : hi] for lo, hi in equal[at : at + rows]]).to(self.run.device)
+                                for x, shift in ((tokens, 1), (self.byte_weights, 0)))  # fmt: skip
+                nll = self.model.nll(ids[:, :-1], ids[:, 1:], Ctx(lora=self.live))
+                (nll * weights).sum().div(total).backward()
         for p in frozen:
             p.requires_grad_(True)
         for p in self.params:
@@ -5525,6 +5529,8 @@ class NgramTable:
 
 class Uniform:
     """log V nats a token: the base of a pure n-gram model. Like every base it offers prefix-only features, by position."""
+
+    enrichment = None
 
     def __init__(self, vocab_size: int, n_tokens: int, device: torch.device | str = "cpu"):
         self.vocab_size = vocab_size
@@ -6263,9 +6269,9 @@ class Evaluation:
             scorer, span = self.published(stage, network)
             return scorer, [network, scorer], span
         if stage in ("table", "ngram"):
-            chain = [network]
+            chain = [Uniform(cfg.vocab_size, n, self.device) if cfg.ngram_base == "uniform" else network]
             if self.packed is not None:
-                chain.append(PackedCascade(self.packed, network, 1, cfg.ngram_rate))
+                chain.append(PackedCascade(self.packed, chain[0], 1, cfg.ngram_rate))
             if stage == "ngram":
                 chain.append(NGRAM_MIXES[cfg.ngram_mix](cfg, self.table, chain[-1]))
             return chain[-1], chain, span
@@ -6315,13 +6321,33 @@ def claim(evaluation: Evaluation, deadline: float) -> None:
               note="not a code length")  # fmt: skip
 
 
+class StageLog:
+    """The table of stages, a line as each is scored: bits a byte, gain over the stage before, seconds."""
+
+    def __init__(self, run: Run, complete: bool) -> None:
+        self.run, self.complete, self.before = run, complete, None
+
+    def __call__(self, r: StageResult) -> None:
+        gain = "" if self.before is None else f" gain:{self.before - r.val_bpb:.6f}"
+        self.run.log(
+            f"final_{r.stage}_exact val_loss:{r.val_loss:.8f} val_bpb:{r.val_bpb:.8f}{gain} eval_time:{1000 * r.seconds:.0f}ms"
+        )
+        self.run.event("stage", **r._asdict(), complete=self.complete)
+        self.before = r.val_bpb
+
+
 def evaluate(cfg: Config, run: Run, model: GPT, text: ValidationText, stages: tuple[str, ...] | None = None,
-             tables: Tables = NO_TABLES) -> list[StageResult]:  # fmt: skip
-    """Score the validation text in every stage that is switched on (or in `stages`), in order; all ranks get the results."""
+             tables: Tables = NO_TABLES, report: Callable[[StageResult], None] = lambda r: None) -> list[StageResult]:  # noqa: ARG005  # fmt: skip
+    """Score the validation text in every stage that is switched on (or in `stages`), in order; all ranks get the results.
+
+    `report` is called with each as soon as it is there.
+    """
     model.eval()
     deadline = time.perf_counter() + (cfg.eval_wallclock_seconds or math.inf)
-    evaluation = Evaluation(cfg, run, model, text, tables)
-    results = [evaluation.score(stage, *evaluation.scorer(stage), deadline) for stage in stages or cfg.stages]
+    evaluation, results = Evaluation(cfg, run, model, text, tables), []
+    for stage in stages or cfg.stages:
+        results.append(evaluation.score(stage, *evaluation.scorer(stage), deadline))
+        report(results[-1])
     if stages is None and "claimed" in cfg.ngram_scores:
         claim(evaluation, deadline)
     model.train()
@@ -6419,8 +6445,8 @@ def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Chec
     return Check("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
 
 
-def audit(cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables) -> bool:
-    """Audit every stage that is switched on and log each check; False if one failed."""
+def audit(cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, artifact: str) -> bool:
+    """Audit every stage that is switched on and log each check; False if one failed. `artifact` is its SHA-256."""
     model.eval()
     evaluation = Evaluation(cfg, run, model, text, tables)
     named = [("counts", replay_check(evaluation.text, evaluation.table))]
@@ -6430,20 +6456,8 @@ def audit(cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Table
         run.log(f"audit {part}: {check.name}: {'passed' if check.passed else 'FAILED'} ({check.detail})")
     passed = all(check.passed for _, check in named)
     rows = [{"name": f"{part}: {c.name}", "passed": c.passed, "detail": c.detail} for part, c in named]
-    run.event("audit", passed=passed, checks=rows)
+    run.event("audit", passed=passed, artifact_sha256=artifact, checks=rows)
     return passed
-
-
-def log_stages(run: Run, results: list[StageResult], complete: bool) -> None:
-    """The table of stages: bits a byte, gain over the stage before, seconds."""
-    before = None
-    for r in results:
-        gain = "" if before is None else f" gain:{before - r.val_bpb:.6f}"
-        run.log(
-            f"final_{r.stage}_exact val_loss:{r.val_loss:.8f} val_bpb:{r.val_bpb:.8f}{gain} eval_time:{1000 * r.seconds:.0f}ms"
-        )
-        run.event("stage", **r._asdict(), complete=complete)
-        before = r.val_bpb
 
 
 # ---- codec: any bytes become the tokens of their normalised text, coded with the evaluator's own distribution, and the
@@ -6904,6 +6918,7 @@ class LaneMixture:
 
     def __init__(self, cfg: Config, network: LaneNetwork, length: int, trie: list[Level] | None, online: bool) -> None:
         self.network, lanes = network, len(network.tokens)
+        self.uniform = cfg.ngram_base == "uniform"
         self.whole = cfg.ngram_mix == "tilt"  # asks for the probability of a token that need not be a candidate
         self.first = min(cfg.ngram_first, 1)
         self.span = cfg.ngram_update_tokens or max(1024, (length + 1) // 4096)
@@ -6926,12 +6941,13 @@ class LaneMixture:
     def dist(self) -> Tensor:
         """(L, V) float64: the mixed distribution of the next token of each lane."""
         self.network_p = self.network.dist()
-        self.entropy[:, self.t] = -torch.xlogy(self.network_p, self.network_p).sum(1)
-        return torch.stack([self.mixed(lane, p) for lane, p in enumerate(self.network_p)])
+        base = torch.full_like(self.network_p, 1 / self.network_p.shape[1]) if self.uniform else self.network_p
+        self.entropy[:, self.t] = -torch.xlogy(base, base).sum(1)
+        return torch.stack([self.mixed(lane, p) for lane, p in enumerate(base)])
 
     def mixed(self, lane: int, p_V: Tensor) -> Tensor:
         """One correction after the other."""
-        self.shares[lane], self.bases[lane] = 1.0, []
+        self.shares[lane], self.bases[lane] = float(not self.uniform), []
         for stage in self.stages[lane]:
             self.bases[lane].append(p_V)
             p_V = self.corrected(lane, stage, p_V)
@@ -7266,9 +7282,12 @@ def sample_text(
     for token in ids:
         lanes.dist()
         lanes.take(np.array([token]))
-    shown = sp.decode(ids)
+    shown, control = sp.decode(ids), torch.tensor([sp.is_control(i) for i in range(cfg.vocab_size)])
     for _ in range(tokens):
-        token = choose_token(lanes.dist()[0], cfg.temperature, cfg.top_p, generator)
+        p_V = lanes.dist()[0]
+        if not ids:  # an empty document says nothing
+            p_V = p_V.masked_fill(control, 0.0)
+        token = choose_token(p_V, cfg.temperature, cfg.top_p, generator)
         if sp.is_control(token):
             return
         lanes.take(np.array([token]))
@@ -7508,6 +7527,16 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def device_name(device: torch.device) -> str:
+    """What computes, in its maker's words where they can be read."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
 def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     """The head of every log: source, configuration with sources, versions, data, parameters."""
     cfg, run, source = job.cfg, job.run, source_text()
@@ -7519,9 +7548,7 @@ def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     run.log(source, to_terminal=False)
     run.log("=" * 100, to_terminal=False)
     run.log(dump_config(job.loaded), to_terminal=False)
-    device = platform.processor() or platform.machine()
-    if run.device.type == "cuda":
-        device = torch.cuda.get_device_name(run.device)
+    device = device_name(run.device)
     run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({job.loaded.recipe_reason}) mode:{cfg.mode} seed:{cfg.seed}")
     run.log(
         f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} threads:{torch.get_num_threads()}"
@@ -7675,7 +7702,7 @@ def account_bytes(job: Job, blob: bytes) -> Account:
     job.run.log(
         f"Total submission size: {account.total} bytes = artifact {account.artifact_bytes} + code {account.code_bytes}, limit {account.limit}"
     )
-    job.run.event("pack", artifact=str(job.run.artifact_path), artifact_bytes=account.artifact_bytes, code_bytes=account.code_bytes,
+    job.run.event("pack", artifact=str(job.run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), artifact_bytes=account.artifact_bytes, code_bytes=account.code_bytes,
                   code_form=job.cfg.code_form, total_bytes=account.total, limit=account.limit, roles=role_bytes(blob))  # fmt: skip
     return account
 
@@ -7714,8 +7741,8 @@ def score_artifact(job: Job, blob: bytes, train_s: float) -> int:
         f"loaded the artifact load_time:{time.perf_counter() - started:.2f}s peak_memory:{job.run.peak_memory_mib():.0f}MiB"
     )
     account = account_bytes(job, blob)
-    results = evaluate(job.cfg, job.run, model, job.text, tables=load_tables(job.cfg, blob))
-    log_stages(job.run, results, job.text.complete)
+    report = StageLog(job.run, job.text.complete)
+    results = evaluate(job.cfg, job.run, model, job.text, tables=load_tables(job.cfg, blob), report=report)
     return 0 if report_score(job, results, account, train_s, time.perf_counter() - started) else 1
 
 
@@ -7781,7 +7808,8 @@ def run_audit(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     check_tokenizer(job.tokenizer, header, loaded.cfg)
     job.run.open_logs(append=False)
     log_start(job, 0, 0)
-    return 0 if audit(job.cfg, job.run, load_model(job.cfg, job.run, blob), job.text, load_tables(job.cfg, blob)) else 1
+    model, tables = load_model(job.cfg, job.run, blob), load_tables(job.cfg, blob)
+    return 0 if audit(job.cfg, job.run, model, job.text, tables, hashlib.sha256(blob).hexdigest()) else 1
 
 
 class FlashFootprint(torch.autograd.Function):

@@ -163,9 +163,12 @@ def adopt_audits(runs: list[Run]) -> None:
 
 def _speaks_for(audit: Run, run: Run) -> bool:
     """Of this artifact, by the code that scored it, begun after it, and of the stage that is the score."""
-    same_file = (
-        None not in (audit.artifact, run.artifact) and Path(audit.artifact).resolve() == Path(run.artifact).resolve()
-    )
+    hashes = (audit.audit.get("artifact_sha256"), (run.pack or {}).get("artifact_sha256"))
+    if None in hashes:
+        paths = (audit.artifact, run.artifact)
+        same_file = None not in paths and Path(paths[0]).resolve() == Path(paths[1]).resolve()
+    else:
+        same_file = hashes[0] == hashes[1]
     codes = {r.info.get("source_sha256") for r in (audit, run)} - {None}
     in_order = str(audit.info.get("started") or "~") >= str(run.info.get("started") or "")
     return (
@@ -197,10 +200,10 @@ EVENT_FIELDS: dict[str, dict[str, tuple | type]] = {  # what this tool reads of 
     "train_end": {"steps": int, "train_s": _NUM},
     "quant": {"roles": dict},
     "pack": {"artifact_bytes": int, "code_bytes": int, "total_bytes": int, "limit?": int, "roles?": dict}
-    | {"artifact?": str},
+    | {"artifact?": str, "artifact_sha256?": str},
     "stage": {"stage": str, "val_loss": _NUM, "val_bpb": _NUM, "tokens?": int},
     "claim": {"claimed_bpb": _NUM, "z_mean?": _NUM},
-    "audit": {"passed": bool, "checks": list},
+    "audit": {"passed": bool, "checks": list, "artifact_sha256?": str},
     "score": {"val_bpb": _NUM, "val_loss": _NUM, "stage": str, "total_bytes?": int, "limit?": int, "train_s?": _NUM}
     | {"eval_s?": _NUM, "complete?": bool, "limits_ok?": bool},
     "error": {"message": str},

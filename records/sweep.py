@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -81,6 +82,21 @@ AGAIN = {
 }  # from the newest checkpoint if there is one, over whatever else was left behind
 
 
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    """Exit status of the command; a SIGTERM to the sweep ends it too."""
+    with subprocess.Popen(command, env=environment) as child:
+
+        def stop(*_: object) -> None:
+            child.terminate()
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            return child.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
 def _one(knobs: dict[str, str], launch: str) -> str:
     environment = os.environ | knobs
     path = Path(environment.get("LOG_DIR") or "logs", f"{knobs['RUN_ID']}.jsonl")
@@ -91,7 +107,7 @@ def _one(knobs: dict[str, str], launch: str) -> str:
     if path.exists():
         environment = AGAIN | environment
     try:
-        status = subprocess.run(shlex.split(launch), env=environment).returncode
+        status = _run(shlex.split(launch), environment)
     except OSError as error:
         raise UserError(f"--launch {launch}: {error.strerror}") from None
     after = _state(path)

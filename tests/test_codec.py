@@ -181,6 +181,16 @@ def test_every_mixture_codes_as_it_scores(mix, tokenizer, sample_text):
     assert packed.ideal < alone.compress_text(data).ideal
 
 
+def test_a_pure_ngram_model_codes_as_it_scores(tokenizer, sample_text):
+    cfg = load(NGRAM_BASE="uniform", NGRAM_FIRST=0, NGRAM_ORDER=5, NGRAM_UPDATE_TOKENS=64, CODEC_LANES=2)
+    codec, data = tg.Codec(cfg, make_run(cfg), tiny_model(cfg), tokenizer.sp, ""), sample_text[:1500].encode()
+    packed, tokens = codec.compress_text(data), np.array(tokenizer.sp.encode(data.decode()))
+    assert (
+        packed.ideal == pytest.approx(evaluator_bits(codec, tokens, 2), rel=1e-3)
+        and codec.decompress(packed.blob) == data
+    )
+
+
 @pytest.mark.parametrize("score", ["off", "exact"])
 def test_the_artifacts_ngrams_code_as_they_score(score, tokenizer, sample_text):
     """A table of the training text, alone and below the text's own statistics."""
@@ -435,6 +445,10 @@ def test_samples_follow_the_seed(artifact, capfd):
     assert call(artifact, capfd, **env, SEED=6)[1] != first
     greedy = [call(artifact, capfd, **env, TEMPERATURE=0, SEED=s)[1] for s in (1, 2)]
     assert greedy[0] == greedy[1]
+
+
+def test_a_sample_from_nothing_writes_something(artifact, capfd):
+    assert len(call(artifact, capfd, MODE="sample", PROMPT="", SAMPLE_TOKENS=8, SEED=3)[1].strip()) > 0
 
 
 def test_samples_may_use_their_own_ngrams(artifact, capfd):

@@ -372,6 +372,11 @@ def test_the_audit_passes_the_other_valid_stages(stage):
     assert all(checks.values()), checks
 
 
+def test_the_audit_passes_a_pure_ngram_model():
+    checks = tiny_audit("ngram", NGRAM_BASE="uniform", NGRAM_FIRST=0)
+    assert all(checks.values()), checks
+
+
 def test_the_audit_passes_counts_over_a_network_that_learns():
     checks = tiny_audit("ngram", TTT_ENABLED=1, TTT_CHUNK_TOKENS=256, NGRAM_CROSS_DOC=0)
     assert all(checks.values()), checks

@@ -67,7 +67,7 @@ SHAPES = {
 STORAGE = {
     "attn_bits": (6, 8, 6, 5, 8), "mlp_bits": (6, 8, 6, 5, 8), "embed_bits": (8, 8, 16, 8, 8), "table_bits": (8, 8, 6, 8, 8),
     "control_bits": (16, 32, 32, 16, 32), "quant_min_numel": (65536,) * 5, "compressor": ("zstd", "zstd", "lzma", "lzma", "lzma"),
-    "ngram_score": ("off", "exact,claimed", "exact,claimed", "exact,claimed", "exact"),
+    "ngram_score": ("off", "exact,claimed", "exact,claimed", "exact,claimed", "exact,claimed"),
 }  # fmt: skip
 TRAINING = {
     "train_batch_tokens": (786432, 786432, 524288, 786432, 524288), "train_seq_len": (2048,) * 5, "eval_len": (2048,) * 5,
@@ -96,6 +96,8 @@ ONLY = {  # where another system has no such thing
     ("pr850", "prune_frac"): 0.03, ("pr850", "prune_scope"): "tensor", ("pr850", "lzma_preset"): 9, ("pr187", "lzma_preset"): 6,
     ("pr1095", "lzma_preset"): 6, ("pr1095", "adapter_bits"): 8, ("pr164", "zstd_level"): 22, ("pr740", "zstd_level"): 22,
     ("pr740", "ngram_claim"): "pr740", ("pr187", "ngram_claim"): "pr187", ("pr850", "ngram_claim"): "pr850",
+    ("pr1095", "ngram_claim"): "pr1095", ("pr1095", "ngram_table"): "pr1095", ("pr850", "ngram_table"): "none",
+    ("pr850", "gptq_variant"): "pr850", ("pr850", "gptq_order"): "ascending",
 }  # fmt: skip
 
 

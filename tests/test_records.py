@@ -9,7 +9,9 @@ import math
 import random
 import re
 import shutil
+import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -1162,6 +1164,20 @@ def test_a_sweep_runs_audits_too_and_looks_where_the_runs_write(tmp_path, monkey
     assert run_cli(*words) == 0 and run_cli(*words) == 0
     assert capsys.readouterr().out.count("skipped: finished") == 2
     assert Path("calls").read_text().split() == ["a", "a-audit"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM")
+def test_a_sweep_told_to_end_ends_its_run(tmp_path):
+    (tmp_path / "trainer.py").write_text("import time\nopen('started', 'w').close()\ntime.sleep(60)\n")
+    (tmp_path / "list.txt").write_text("SEED=1\nSEED=2\n")
+    tool = Path(__file__).parent.parent / "records" / "report.py"
+    command = [sys.executable, str(tool), "sweep", "list.txt", "--launch", f"{sys.executable} trainer.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as sweep:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.05)
+        sweep.terminate()
+        _, err = sweep.communicate(timeout=30)  # the pipe closes only once the trainer has ended too
+    assert sweep.returncode == 1 and "stopped by hand in seed-1" in err
 
 
 @pytest.mark.parametrize("text, words", [
