@@ -92,12 +92,10 @@ ONLY = {  # where another system has no such thing
     ("pr850", "ttt_chunk_tokens"): 65536, ("pr850", "ttt_polyak_decay"): 0.998, ("pr850", "ttt_temperature"): 0.98,
     ("pr850", "ttt_grad_clip"): 1, ("pr850", "ttt_enabled"): True, ("pr1095", "ttt_enabled"): False, ("pr187", "quant_clip"): "tensor", ("pr850", "quant_clip"): "row",
     ("pr850", "gptq_enabled"): True, ("pr850", "gptq_n_samples"): 256, ("pr850", "gptq_block_size"): 128, ("pr850", "gptq_percdamp"): 0.01,
-    ("pr850", "gptq_variant"): "pr850", ("pr850", "gptq_order"): "ascending",
     ("pr850", "prune_frac"): 0.03, ("pr850", "prune_scope"): "tensor", ("pr850", "lzma_preset"): 9, ("pr187", "lzma_preset"): 6,
     ("pr1095", "lzma_preset"): 6, ("pr1095", "adapter_bits"): 8, ("pr164", "zstd_level"): 22, ("pr740", "zstd_level"): 22,
     ("pr740", "ngram_claim"): "pr740", ("pr187", "ngram_claim"): "pr187", ("pr850", "ngram_claim"): "pr850",
     ("pr1095", "ngram_claim"): "pr1095", ("pr1095", "ngram_table"): "pr1095", ("pr850", "ngram_table"): "none",
-    ("pr850", "gptq_variant"): "pr850", ("pr850", "gptq_order"): "ascending",
 }  # fmt: skip
 
 
