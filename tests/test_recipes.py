@@ -96,6 +96,7 @@ ONLY = {  # where another system has no such thing
     ("pr1095", "lzma_preset"): 6, ("pr1095", "adapter_bits"): 8, ("pr164", "zstd_level"): 22, ("pr740", "zstd_level"): 22,
     ("pr740", "ngram_claim"): "pr740", ("pr187", "ngram_claim"): "pr187", ("pr850", "ngram_claim"): "pr850",
     ("pr1095", "ngram_claim"): "pr1095", ("pr1095", "ngram_table"): "pr1095", ("pr850", "ngram_table"): "none",
+    ("pr850", "gptq_variant"): "pr850", ("pr850", "gptq_order"): "ascending",
 }  # fmt: skip
 
 
