@@ -5651,12 +5651,8 @@ class Cascade(NgramExpert):
     with a learned discount. Weights depend on k, C, U, the age of the last occurrence and the base's entropy.
     """
 
-    PRIOR = [
-        0.05,
-        0.15,
-        0.8,
-        0.02,
-    ]  # leans to the shorter context: a strong network is not spoilt while the gate is young
+    # Leans to the shorter context: a strong network is not spoilt while the gate is young.
+    PRIOR = [0.05, 0.15, 0.8, 0.02]  # fmt: skip
 
     def __init__(self, table: NgramTable, base: Any, first: int, rate: float = 0.8, caution: float = 3.0) -> None:
         super().__init__(table, base)
@@ -6106,24 +6102,25 @@ class HashedTable:
         self.cells = {n: torch.from_numpy(cells[n].astype(np.int32)).to(device) for n in sorted(cells, reverse=True)}
         self.base, self.vocab_size, self.length, self.normalize, self.least = base, vocab_size, length, normalize, least
 
+    def _counts(self, tokens: Tensor, target: Tensor, token: Tensor, n: int) -> Tensor:
+        """(n, m) float64: cells of the n-grams that end in each `token` at each `target`."""
+        before = hash_sequence(tokens[(target - k).clamp_min(0)] for k in range(n - 1, 0, -1))[:, None]
+        h = (before * HASHED_MULTIPLIERS[n - 1] + token) & 0xFFFFFFFF
+        return self.cells[n][h & (len(self.cells[n]) - 1)].double()
+
     def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor) -> Tensor:
         """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
         result, todo = p.clone(), torch.ones_like(token, dtype=torch.bool)
         room = (target - 1) % self.length + 1  # tokens before the target in its sequence
-        for n, cells in self.cells.items():
-            before = hash_sequence(tokens[(target - k).clamp_min(0)] for k in range(n - 1, 0, -1))[:, None]
-            count = lambda v, h=before, c=cells, n=n: c[(h * HASHED_MULTIPLIERS[n - 1] + v) % 2**32 & (len(c) - 1)]  # noqa: E731
-            c = count(token).double()
-            C = (
-                count(torch.arange(self.vocab_size, device=tokens.device)[None]).double().sum(1, keepdim=True)
-                if self.normalize
-                else c
-            )
+        every = torch.arange(self.vocab_size, device=tokens.device)[None]
+        for n in self.cells:
+            c = self._counts(tokens, target, token, n)
+            C = self._counts(tokens, target, every, n).sum(1, keepdim=True) if self.normalize else c
             hit = todo & (self.least <= C) & (room >= n - 1)[:, None]
             alpha = (torch.log1p(C) / 10).clamp_max(0.95)
             share = c / C.clamp_min(1) if self.normalize else c / (c + 1024)
             result = torch.where(hit, alpha * share + (1 - alpha) * p, result)
-            todo &= ~hit
+            todo = todo & ~hit
         return result if self.normalize else result.clamp_min(1e-10)
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
