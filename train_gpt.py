@@ -5282,14 +5282,6 @@ class Columns(NamedTuple):
     )  # x_t if the gram that ends at t occurs twice or more, else -1: longer ones are unique too
 
 
-def _vocabulary_spans(tokens: np.ndarray, vocab_size: int, pieces: int = 16) -> list[tuple[int, int]]:
-    """Cut the vocabulary into spans that hold about equally many of the stream's tokens."""
-    cumulative = np.cumsum(np.bincount(tokens, minlength=vocab_size))
-    inner = np.searchsorted(cumulative, np.arange(1, pieces) * len(tokens) / pieces)
-    edges = np.unique(np.concatenate([[0], inner, [len(cumulative)]])).tolist()
-    return list(zip(edges[:-1], edges[1:], strict=True))
-
-
 def _group_runs(grams: Grams, size: int = 1 << 17) -> list[Grams]:
     """Cut the grams between groups into runs of about `size`: they sort in the processor's cache, and each in its own thread."""
     heads = np.flatnonzero(grams.rank == 0)
@@ -5312,16 +5304,14 @@ def _ranked(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return key & ((1 << bits) - 1), rank, np.flatnonzero(~(head[:-1] & head[1:]))
 
 
-def _sort_tokens(tokens: np.ndarray, lo: int, hi: int, columns: Columns) -> Grams:
-    """Groups of the single tokens lo .. hi-1."""
-    end = np.flatnonzero((tokens >= lo) & (tokens < hi)).astype(np.int32)
-    bits = max(len(end) - 1, 1).bit_length()
-    key = tokens[end].astype(np.int64) << bits
-    key |= np.arange(len(end))
-    key.sort()
-    index, rank, again = _ranked(key, bits)
-    end = end[index]
+def _sort_tokens(tokens: np.ndarray, vocab_size: int, columns: Columns) -> Grams:
+    """Groups of the single tokens."""
+    end = np.argsort(tokens.astype(np.uint16), kind="stable").astype(np.int32)  # NumPy sorts 16 bits by radix
+    sizes = np.bincount(tokens, minlength=vocab_size)
+    rank = np.arange(len(tokens), dtype=np.int32)
+    rank -= np.repeat((np.cumsum(sizes) - sizes).astype(np.int32), sizes)
     columns.count[end] = rank
+    again = np.repeat(sizes > 1, sizes)
     end, rank = end[again], rank[again]
     columns.symbol[end] = tokens[end]
     return Grams(end, rank)
@@ -5387,16 +5377,14 @@ def _lengthen(tokens_N: Tensor, vocab_size: int, grams: Grams | None, symbol) ->
         return _lengthen_torch(tokens_N, vocab_size, grams, symbol)
     tokens, threads = tokens_N.numpy(), torch.get_num_threads()
     columns = Columns(*(np.full(len(tokens) + 1, fill, np.int32) for fill in (0, 0, -1, -1)))
+    if grams is None:
+        grams = _sort_tokens(tokens, vocab_size, columns)
+        np.cumsum(columns.count[:-1] == 0, dtype=np.int32, out=columns.kinds[1:])
+        columns.last[:-1] = np.arange(-1, len(tokens) - 1)
+        return grams, columns
+    bits = max(vocab_size - 1, 1).bit_length()
     with ThreadPoolExecutor(threads) as pool:
-        if grams is None:
-            parts = list(
-                pool.map(lambda span: _sort_tokens(tokens, *span, columns), _vocabulary_spans(tokens, vocab_size))
-            )
-            np.cumsum(columns.count[:-1] == 0, dtype=np.int32, out=columns.kinds[1:])
-            columns.last[:-1] = np.arange(-1, len(tokens) - 1)
-        else:
-            bits = max(vocab_size - 1, 1).bit_length()
-            parts = list(pool.map(lambda run: _sort_longer(run, symbol, bits, columns), _group_runs(grams)))
+        parts = list(pool.map(lambda run: _sort_longer(run, symbol, bits, columns), _group_runs(grams)))
     return Grams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
 
 
