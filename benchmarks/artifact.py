@@ -253,15 +253,17 @@ def time_gptq(recipe: str) -> None:
     """Seconds of GPTQ for every matrix of a recipe."""
     cfg, shapes, store = shapes_of(recipe)
     cfg = dataclasses.replace(cfg, gptq_enabled=True, gptq_variant="cholesky", gptq_order="descending")
-    named = {n: torch.randn(shape) * 0.02 for n, shape in shapes.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    named = {n: torch.randn(shape, device=device) * 0.02 for n, shape in shapes.items()}
     matrices = {n: w for n, w in named.items() if w.dim() == 2 and store[n] in ("attn", "mlp", "embed")}
     hessians = {
-        n.removesuffix(".weight"): (x := torch.randn(2 * w.shape[1], w.shape[1])).T @ x for n, w in matrices.items()
+        n.removesuffix(".weight"): (x := torch.randn(2 * w.shape[1], w.shape[1], device=device)).T @ x
+        for n, w in matrices.items()
     }
     started, cpu = time.perf_counter(), time.process_time()
     tg.quantize(cfg, matrices, store, hessians)
     print(
-        f"GPTQ of the {len(matrices)} matrices of {recipe}: {time.perf_counter() - started:.1f}s ({time.process_time() - cpu:.1f}s of CPU)"
+        f"GPTQ of the {len(matrices)} matrices of {recipe} on {device.type}: {time.perf_counter() - started:.1f}s ({time.process_time() - cpu:.1f}s of CPU)"
     )
 
 

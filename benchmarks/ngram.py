@@ -1,6 +1,6 @@
 """N-gram statistics and mixing against the published caches, on one text, in one process; prints ratios.
 
-    python benchmarks/ngram.py TEXT.jsonl.zst [--tokens 5000000] [--parts speed,growth,mix]
+    python benchmarks/ngram.py TEXT.jsonl.zst [--tokens 5000000] [--parts speed,growth,mix] [--device cuda]
 
 TEXT holds one {"text": ...} object a line. The caches are our own plain NumPy, in the style of pull requests #850
 (orders 9 to 2, one table for everyone, refreshed every 65,536 tokens) and #740 (orders 7 to 2, refreshed every window of
@@ -94,6 +94,8 @@ def cost(work: Callable[[], object], repeats: int = 1) -> Cost:
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         costs.append(Cost(time.perf_counter() - wall, time.process_time() - cpu))
     return Cost(*map(min, zip(*costs, strict=True)))
 
@@ -104,37 +106,39 @@ def count_all(tokens: torch.Tensor, order: int) -> None:
         pass
 
 
-def speed(tokens: np.ndarray) -> None:
+def speed(tokens: np.ndarray, device: str) -> None:
     """Engine against both caches."""
     n = len(tokens)
     caches = {
         "#850 style, orders 9-2": NumpyCache(tokens, range(9, 1, -1), tg.MULTIPLIERS_850, 65536),
         "#740 style, orders 7-2": NumpyCache(tokens, range(7, 1, -1), tg.MULTIPLIERS_740, 128),
     }
-    engine = cost(lambda: count_all(torch.from_numpy(tokens), 9), 3)
+    stream = torch.from_numpy(tokens).to(device)
+    engine = cost(lambda: count_all(stream, 9), 3)
     print(f"  {n:,} tokens, {torch.get_num_threads()} threads")
     for name, c in {"engine, orders 1-9": engine, **{name: cost(cache.run) for name, cache in caches.items()}}.items():
         print(f"  {name:<24} wall {c.wall:7.2f} s {n / c.wall / 1e6:6.2f} M tokens/s (engine {c.wall / engine.wall:4.1f}x)   "
               f"cpu {c.cpu:7.2f} s (engine {c.cpu / engine.cpu:4.1f}x)")  # fmt: skip
 
 
-def growth(tokens: np.ndarray) -> None:
+def growth(tokens: np.ndarray, device: str) -> None:
     """Time a token from 1 M tokens to all of them."""
     for n in sorted({1_000_000, 5_000_000, len(tokens)}):
         if n <= len(tokens):
-            c = cost(lambda n=n: count_all(torch.from_numpy(tokens[:n]), 9), 2)
+            stream = torch.from_numpy(tokens[:n]).to(device)
+            c = cost(lambda stream=stream: count_all(stream, 9), 2)
             print(
                 f"  {n:>12,} tokens  wall {c.wall:7.2f} s {c.wall / n * 1e9:6.0f} ns a token   cpu {c.cpu / n * 1e9:6.0f} ns a token"
             )
 
 
-def mix(tokens: np.ndarray, bytes_per_token: float, order: int = 12) -> None:
+def mix(tokens: np.ndarray, bytes_per_token: float, device: str, order: int = 12) -> None:
     """The pure n-gram model of each combiner: bits a byte and time against the update interval."""
-    stream = torch.from_numpy(tokens)
-    table = tg.NgramTable(VOCAB, order)
+    stream = torch.from_numpy(tokens).to(device)
+    table = tg.NgramTable(VOCAB, order, None, device)
     c = cost(lambda: table.load(stream))
     print(f"  statistics of orders 1-{order} for {len(tokens):,} tokens: wall {c.wall:.2f} s, cpu {c.cpu:.2f} s")
-    base = tg.Uniform(VOCAB, len(tokens))
+    base = tg.Uniform(VOCAB, len(tokens), device)
     experts = {
         "discount 0.9": lambda: tg.Chain(table, base, 0, 0.9),
         "learned discounts": lambda: tg.Chain(table, base, 0, "learned"),
@@ -144,14 +148,16 @@ def mix(tokens: np.ndarray, bytes_per_token: float, order: int = 12) -> None:
         "cascade": lambda: tg.Cascade(table, base, 0),
     }
     for name, build in experts.items():
-        for interval in (512, 1024, 4096, 16384):
-            expert, nats, started = build(), 0.0, time.process_time()
+        for interval in sorted({512, 1024, 4096, 16384, max(1024, len(tokens) // 4096)}):
+            expert, nats, started = build(), torch.zeros((), dtype=torch.float64, device=device), time.perf_counter()
             for lo in range(1, len(tokens), interval):
                 hi = min(lo + interval, len(tokens))
-                nats -= expert.score(stream, lo, hi).sum().item()
+                nats -= expert.score(stream, lo, hi).sum()
                 expert.update(stream, lo, hi)
-            bpb = nats / math.log(2) / (len(tokens) - 1) / bytes_per_token
-            print(f"  {name:<18} update every {interval:>6}: {bpb:.4f} bpb  cpu {time.process_time() - started:6.2f} s")
+            bpb = nats.item() / math.log(2) / (len(tokens) - 1) / bytes_per_token
+            print(
+                f"  {name:<18} update every {interval:>6}: {bpb:.4f} bpb  wall {time.perf_counter() - started:6.2f} s"
+            )
 
 
 def main() -> None:
@@ -160,14 +166,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=5_000_000)
     parser.add_argument("--mix-tokens", type=int, default=1_000_000)
     parser.add_argument("--parts", default="speed,growth,mix")
+    parser.add_argument(
+        "--device", default="cpu", help="where the engine and the combiners run; the NumPy caches stay on the CPU"
+    )
     args = parser.parse_args()
     tokens, bytes_per_token = read_tokens(args.text, args.tokens)
     for part in args.parts.split(","):
         print(f"{part}:")
         if part == "mix":
-            mix(tokens[: args.mix_tokens], bytes_per_token)
+            mix(tokens[: args.mix_tokens], bytes_per_token, args.device)
         else:
-            {"speed": speed, "growth": growth}[part](tokens)
+            {"speed": speed, "growth": growth}[part](tokens, args.device)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                  the cpu recipe; any knob may be set: ATTENTION=sdpa python benchmarks/step.py
     python benchmarks/step.py --recipes        every recipe shrunk to that size, beside the FLOPs it should cost
+    python benchmarks/step.py --full pr164 pr850    recipes as they are, on the GPU: compile time, ms a step, MFU, memory
 
 Both train on real text (DATA_PATH or the shipped sample). Each trainer lives in a process of its own, since settings such
 as the matmul precision belong to the process, and the other sleeps while one works. Medians; the machine may be shared, so
@@ -207,12 +208,47 @@ def compare_recipes(rounds: int) -> None:
         worker.close()
 
 
+def full_size(recipe: str, rounds: int) -> None:
+    """One line of a recipe as it is (but for knobs in the environment), on the device that a run would use."""
+    import train_gpt as t
+
+    cfg = t.load_config({**os.environ, "RECIPE": recipe, "LOG_DIR": os.devnull, "WARMUP_STEPS": "3"}).cfg
+    run = t.Run(cfg, 0, 0, 1, 1)
+    run.log = lambda *_: None
+    torch.manual_seed(cfg.seed)
+    stream = t.TokenStream(t.load_split(t.find_data(cfg).folder, "train"), cfg.vocab_size)
+    trainer, start = t.Trainer(cfg, run, t.build_model(cfg, run), stream), time.perf_counter()
+    trainer.compile()
+    trainer.prime()  # compiles, finds the micro-batch, and is undone
+    primed, times = time.perf_counter() - start, []
+    for _ in range(rounds):
+        run.sync()
+        start = time.perf_counter()
+        trainer.train_step(0.0, 1.0)
+        run.sync()
+        times.append(time.perf_counter() - start)
+    seconds, tokens = statistics.median(times), cfg.train_batch_tokens
+    name = t.device_name(run.device)
+    peak = next((rate for word, rate in t.PEAK_FLOPS.items() if word in name), None)
+    mfu = f"{t.flops_per_token(trainer.model, cfg.train_seq_len) * tokens / seconds / peak:.3f}" if peak else "n/a"
+    print(
+        f"{recipe} on one {name}, attention {t.choose_attention(cfg.attention, run.device)[0]}: {1000 * seconds:.1f} ms a step of {tokens:,} tokens "
+        f"({1000 * seconds * 786432 / tokens:.1f} ms for 786,432), {tokens / seconds:,.0f} tokens/s, MFU {mfu}, micro-batch {trainer.micro_tokens:,}, "
+        f"peak memory {run.peak_memory_mib():,.0f} MiB, primed in {primed:.1f} s",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each trainer")
     parser.add_argument("--recipes", action="store_true", help="compare the recipes instead")
+    parser.add_argument("--full", nargs="+", metavar="RECIPE", help="measure these recipes at full size instead")
     args = parser.parse_args()
-    if args.recipes:
+    if args.full:
+        for recipe in args.full:
+            full_size(recipe, args.rounds)
+    elif args.recipes:
         compare_recipes(args.rounds)
     else:
         compare({"RECIPE": "cpu", **os.environ}, args.rounds)
