@@ -278,7 +278,7 @@ class Config:
     ngram_table: str = knob("none", "", "n-grams of the training text that the artifact carries, comma-separated: pr1095 (hashed, counted while training, for its claim), exact (an expert); or none")
     ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones", lo=1000, hi=2**28)
     ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8)
-    ngram_table_tokens: int = knob(2**24, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1)
+    ngram_table_tokens: int = knob(2**23, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1)
     ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade", "mixture", "chain", "fixed", "pr740", "pr187", "pr850", "tilt"))
     ngram_base: str = knob("network", "", "what the n-grams of stages table and ngram correct: the network, or nothing at all", choices=("network", "uniform"))
     ngram_order: int = knob(12, "tokens", "longest n-gram, the target included; the tilt's only one", lo=2, hi=64)
@@ -514,7 +514,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 512,
         "TRAIN_BATCH_TOKENS": 8192, "MAX_WALLCLOCK_SECONDS": 240, "WARMUP_STEPS": 1, "WARMDOWN_ITERS": 250,
         "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 20, "EVAL_STRIDE": 128, "TRAIN_DTYPE": "fast", "SMEAR": True,
-        "BIGRAM_VOCAB_SIZE": 8192, "BIGRAM_DIM": 128, "LEAKY_SLOPE": 0.5, "TIED_EMBED_LR": 0.03,
+        "BIGRAM_VOCAB_SIZE": 8192, "BIGRAM_DIM": 128, "LEAKY_SLOPE": 0.5, "TIED_EMBED_LR": 0.03, "NGRAM_TABLE": "exact",
     },
     "pr164": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 3.0, "ITERATIONS": 9000, "MATRIX_LR": 0.02, "SCALAR_LR": 0.02,

@@ -1,6 +1,6 @@
 """What n-grams of the training text are worth in the artifact: bytes spent against bits per byte gained, size by size.
 
-    python benchmarks/table.py ARTIFACT [--data FOLDER] [--bytes 50000 200000 800000] [--order 5] [--tokens 16777216]
+    python benchmarks/table.py ARTIFACT [--data FOLDER] [--bytes 50000 200000 800000] [--order 5] [--tokens 8388608]
 
 ARTIFACT is any finished run's; FOLDER (default: its own data) holds the training shards that are counted and the validation
 split that is scored. A line a size of NGRAM_TABLE=exact: the n-grams kept, seconds to count, choose and pack them and to
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--data", default="")
     parser.add_argument("--bytes", type=int, nargs="+", default=[50_000, 200_000, 800_000])
     parser.add_argument("--order", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=2**24)
+    parser.add_argument("--tokens", type=int, default=2**23)
     args = parser.parse_args()
     blob = args.artifact.read_bytes()
     env = {

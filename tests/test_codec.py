@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def load(recipe: str = "cpu", **knobs) -> tg.Config:
-    env = {"RECIPE": recipe, **SMALL, **knobs}
+    env = {"RECIPE": recipe, **SMALL, **({"NGRAM_TABLE": "none"} if recipe == "cpu" else {}), **knobs}
     return tg.load_config({k: str(v) for k, v in env.items()}).cfg
 
 
