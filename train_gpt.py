@@ -5692,7 +5692,11 @@ class PackedTable:
     def __init__(self, levels: list[Level], vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.vocab_size, self.order, self.device = vocab_size, len(levels), device
         put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
-        self.keys = [put(level.parent * vocab_size + level.token) for level in levels]
+        self.walk = [
+            level.parent * vocab_size + level.token for level in levels
+        ]  # NumPy's side answers one target at a time
+        self.walked, self.counted, self.of_context = [level.token for level in levels], [], []
+        self.keys = [put(keys) for keys in self.walk]
         self.tokens = [put(level.token) for level in levels]
         occurrences = np.array([(math.isqrt(4 << size) + 1) // 2 for size in range(82)])  # round(2^(size / 2)), exactly
         counts = [np.append(occurrences[level.size], 0) for level in levels]  # what is found nowhere has row -1
@@ -5705,6 +5709,9 @@ class PackedTable:
             for rows, values in zip((self.totals, self.kinds, self.likeliest), of_parent, strict=True):
                 rows.append(put(np.append(values, 0).astype(np.int32)))
             self.starts.append(start)
+            self.counted.append(count[:-1].astype(np.int32))
+            totals, kinds, likeliest = (np.append(values, 0) for values in of_parent)
+            self.of_context.append(np.stack([totals, np.zeros_like(totals), kinds, likeliest]).astype(np.int32))
 
     def rows(self, tokens: Tensor) -> list[Tensor]:
         """[k] -> (n,) row of the gram of k tokens that ends at each position, -1 where it is not kept or starts before."""
@@ -5734,24 +5741,43 @@ class PackedTable:
         return self.stats([cut(x, 1) for x in rows[:-1]], [cut(x, 0) for x in rows[1:]])
 
     def contexts(self, tokens: Tensor, t: int) -> list[int]:
-        """[k] -> row of the context of k tokens before target t."""
-        return [int(x[-1]) for x in self.rows(tokens[max(0, t - self.order) : t].to(self.device))[:-1]]
+        """[k] -> row of the context of k tokens before target t, -1 where it is not kept: then no longer one is."""
+        recent, rows = tokens[max(0, t - self.order + 1) : t].tolist(), [0]
+        while len(rows) < self.order and len(rows) <= len(recent) and rows[-1] >= 0:
+            row = 0
+            for keys, token in zip(self.walk, recent[-len(rows) :], strict=False):
+                key = row * self.vocab_size + token
+                row = int(keys.searchsorted(key))
+                if row == len(keys) or keys[row] != key:
+                    row = -1
+                    break
+            rows.append(row)
+        return rows + [-1] * (self.order - len(rows))
+
+    def kept(self, k: int, row: int) -> slice:
+        """Rows, in the next level, of what followed a context of k tokens."""
+        return slice(*self.starts[k][row : row + 2].tolist()) if row >= 0 else slice(0, 0)
 
     def followers(self, contexts: list[int], k: int) -> Tensor:  # noqa: ARG002
         """Tokens kept after the last token: whatever is kept after a longer context is among them."""
-        if self.order < 2 or contexts[1] < 0:
-            return torch.zeros(0, dtype=torch.int64, device=self.device)
-        lo, hi = self.starts[1][contexts[1] : contexts[1] + 2].tolist()
-        return self.tokens[1][lo:hi]
+        return self.tokens[1][self.kept(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
 
     def asked(self, contexts: list[int], tokens: Tensor) -> NgramStats:
         """Statistics of one target for each of `tokens` (-1: one that is not kept), (order, n)."""
-        rows = [torch.full_like(tokens, row) for row in contexts]
-        return self.stats(rows, [self.find(keys, row, tokens) for keys, row in zip(self.keys, rows, strict=True)])
+        asked = tokens.cpu().numpy()
+        stats = np.zeros((4, self.order, len(asked)), np.int32)
+        slot = np.full(self.vocab_size, len(asked))
+        slot[asked[asked >= 0]] = np.flatnonzero(asked >= 0)
+        for k, row in enumerate(contexts):
+            span, found = self.kept(k, row), np.zeros(len(asked) + 1, np.int32)
+            found[slot[self.walked[k][span]]] = self.counted[k][span]
+            stats[:, k] = self.of_context[k][:, row, None]
+            stats[1, k] = found[:-1]
+        return NgramStats(*torch.from_numpy(stats).to(self.device))
 
     def candidates(self, tokens: Tensor, t: int) -> NgramStats:
         """Statistics of target t for every token of the vocabulary, (order, V) each."""
-        return self.asked(self.contexts(tokens, t), torch.arange(self.vocab_size, device=self.device))
+        return self.asked(self.contexts(tokens, t), torch.arange(self.vocab_size))
 
 
 class PackedCascade(Cascade):
