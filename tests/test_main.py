@@ -45,22 +45,8 @@ def log_text(env: dict[str, str]) -> str:
 
 # ---- one run, seen from all sides
 
-SCHEMA = {
-    "run": "run_id recipe recipe_reason mode seed world_size device device_name torch python started source_sha256 packed_sha256 source_bytes packed_bytes data tokenizer params",
-    "config": "values sources",
-    "step": "step total train_loss lr_scale train_s step_ms tokens_per_s mfu eta_s",
-    "switch": "step frac name value",
-    "val": "step val_loss val_bpb train_s",
-    "checkpoint": "step path",
-    "train_end": "steps train_s reason weights peak_memory_mib",
-    "quant": "seconds roles",
-    "pack": "artifact artifact_bytes code_bytes code_form total_bytes limit roles",
-    "stage": "stage val_loss val_bpb tokens bytes seconds complete",
-    "score": "val_bpb val_loss stage artifact_bytes code_bytes total_bytes limit train_s eval_s complete limits_ok",
-    "notice": "text",
-    "error": "message",
-    "end": "status",
-}  # fmt: skip
+# event -> its fields, as the README tells them
+SCHEMA = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([\w ]+) \|$", (SCRIPT.parent / "README.md").read_text(), re.M))
 
 
 def base_env(folder: Path, data) -> dict[str, str]:
