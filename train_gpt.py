@@ -7754,7 +7754,10 @@ def score_artifact(job: Job, blob: bytes, train_s: float) -> int:
     account = account_bytes(job, blob)
     report = StageLog(job.run, job.text.complete)
     results = evaluate(job.cfg, job.run, model, job.text, tables=load_tables(job.cfg, blob), report=report)
-    return 0 if report_score(job, results, account, train_s, time.perf_counter() - started) else 1
+    held = report_score(job, results, account, train_s, time.perf_counter() - started)
+    return (
+        0 if job.run.broadcast(held) else 1
+    )  # clocks differ by rank, and ranks that end differently keep torchrun waiting
 
 
 def check_artifact_path(run: Run, continuing: bool) -> None:
