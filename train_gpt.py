@@ -85,14 +85,8 @@ SCRIPT = Path(__file__).resolve()
 # ==== 1 CONFIG ========================================================================================================
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)  # bits a weight may be stored in: codes up to 8, floats above
-STAGES = (
-    "roundtrip",
-    "sliding",
-    "ttt",
-    "normalized",
-    "table",
-    "ngram",
-)  # of the evaluation, in the order they are scored
+# Of the evaluation, in the order they are scored.
+STAGES = ("roundtrip", "sliding", "ttt", "normalized", "table", "ngram")
 NGRAM_SCORES = ("exact", "normalized", "claimed")
 NGRAM_TABLES = ("pr1095", "exact")
 
@@ -5537,11 +5531,6 @@ class Uniform:
 def bucket_sums(bucket_M: Tensor, values_JM: Tensor, size: int) -> Tensor:
     """Sum each row's values by bucket, (J, size)."""
     return torch.stack([torch.bincount(bucket_M, row, size) for row in values_JM])
-
-
-def entropy_of(p_V: Tensor) -> Tensor:
-    """Entropy of one distribution in nats."""
-    return -torch.xlogy(p_V, p_V).sum()
 
 
 def log2_floor(x: Tensor) -> Tensor:

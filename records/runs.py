@@ -11,14 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SCHEMA = 1
-STAGES = [
-    "roundtrip",
-    "sliding",
-    "ttt",
-    "normalized",
-    "table",
-    "ngram",
-]  # of our evaluation, in the order they are scored
+STAGES = ["roundtrip", "sliding", "ttt", "normalized", "table", "ngram"]  # of our evaluation, as they are scored
 MAX_LOG_BYTES = 200_000_000
 STILL_WARM_S = 120  # a log without an end that was written to this recently belongs to a run still going
 BOOKKEEPING = {  # knobs that name, place or watch a run without touching its score

@@ -300,6 +300,21 @@ def test_a_claim_keeps_its_ranks_apart():
     assert torch.equal(a[:900], b[:900]) and b[1100:1200].mean() < a[1100:1200].mean()
 
 
+def test_the_published_confidence_looks_ahead_within_its_rank_and_ours_never_does():
+    tokens = make_text(400)
+    base, target = ToyNetwork(tokens), torch.arange(1, 301)
+    scale, rank = tg.EnrichmentScale(base), (target // 64) % 2
+    published = scale.of_batch(target, rank, 2)
+    for r in (0, 1):
+        mine = rank == r
+        steps = base.enrichment[target[mine]]
+        assert torch.allclose(published[mine], steps / steps.max()) and published[mine].max() == 1
+    assert (scale.confidence(target) == 0.5).all(), "nothing is scored yet"
+    scale.learn(target[:100])
+    largest = base.enrichment[1:101].max()
+    assert torch.allclose(scale.confidence(target), (base.enrichment[target] / largest).clamp_max(1))
+
+
 def test_alphas_take_their_published_values():
     H, order, half = torch.tensor([4.0, 3.5, 2.5], dtype=torch.float64), torch.tensor([5, 5, 9]), torch.full((3,), 0.5)
     assert tg.alpha_pr740(H, order, half)[0].item() == pytest.approx(0.05 + 0.275)
