@@ -67,9 +67,9 @@ class Text(NamedTuple):
 
 def configure(seed: int, data: str, knobs: dict[str, str]) -> tg.Config:
     """RECIPE=cpu without techniques but `knobs`; the budget is counted in steps by `train`."""
-    env = {"RECIPE": "cpu", "SEED": str(seed), "DATA_PATH": data, "MAX_WALLCLOCK_SECONDS": "0", "COMPILE": "0",
-           "LOG_DIR": "logs", **PLAIN, **knobs}  # fmt: skip
-    return tg.load_config({k: v for k, v in env.items() if v or k != "DATA_PATH"}).cfg
+    env = {"RECIPE": "cpu", "DEVICE": "cpu", "SEED": str(seed), "DATA_PATH": data, "MAX_WALLCLOCK_SECONDS": "0",
+           "COMPILE": "0", "NGRAM_TABLE": "none", "LOG_DIR": "logs", **PLAIN, **knobs}  # fmt: skip
+    return tg.load_config(env).cfg
 
 
 def load_text(cfg: tg.Config, held_out: int) -> Text:
@@ -133,7 +133,7 @@ def main() -> None:
     )
     budget.add_argument("--steps", type=int, default=0, help="the steps themselves")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--data", default="", help="folder of shards and tokenizer")
+    parser.add_argument("--data", default=str(tg.SAMPLE_DIR), help="folder of shards and tokenizer")
     parser.add_argument("--held-out", type=int, default=200_000, help="tokens scored")
     parser.add_argument("--only", nargs="+", choices=list(TECHNIQUES), default=list(TECHNIQUES))
     args = parser.parse_args()

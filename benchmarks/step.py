@@ -4,7 +4,7 @@
     python benchmarks/step.py --recipes        every recipe shrunk to that size, beside the FLOPs it should cost
     python benchmarks/step.py --full pr164 pr850    recipes as they are, on the GPU: compile time, ms a step, MFU, memory
 
-Both train on real text (DATA_PATH or the shipped sample). Each trainer lives in a process of its own, since settings such
+All train on real text (DATA_PATH or the shipped sample), all but --full on the CPU. Each trainer lives in a process of its own, since settings such
 as the matmul precision belong to the process, and the other sleeps while one works. Medians; the machine may be shared, so
 the ratios mean more than the seconds.
 """
@@ -26,6 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+SAMPLE = str(ROOT / "data" / "sample")  # also where FineWeb was downloaded
 
 # The size at which recipes are compared: the cpu recipe's.
 SHRUNK = {
@@ -49,9 +50,9 @@ class Reference:
     """benchmarks/reference.py as it stands."""
 
     def __init__(self) -> None:
-        from benchmarks.reference import SAMPLE, Settings, Trainer
+        from benchmarks.reference import Settings, Trainer
 
-        self.trainer = Trainer(Settings(), Path(os.environ.get("DATA_PATH", SAMPLE)))
+        self.trainer = Trainer(Settings(), Path(os.environ["DATA_PATH"]))
         self.tokens = self.trainer.s.batch_tokens
 
     def step(self) -> float:
@@ -67,7 +68,7 @@ class Ours:
     def __init__(self, knobs: dict[str, str], quiet: bool = False) -> None:
         import train_gpt as t
 
-        cfg = t.load_config({**knobs, "LOG_DIR": os.devnull}, has_gpu=lambda: False).cfg
+        cfg = t.load_config({**knobs, "DEVICE": "cpu", "DATA_PATH": os.environ["DATA_PATH"], "LOG_DIR": os.devnull}).cfg
         run = t.Run(cfg, 0, 0, 1, 1)
         if quiet:
             run.log = lambda *_: None
@@ -245,6 +246,7 @@ def main() -> None:
     parser.add_argument("--recipes", action="store_true", help="compare the recipes instead")
     parser.add_argument("--full", nargs="+", metavar="RECIPE", help="measure these recipes at full size instead")
     args = parser.parse_args()
+    os.environ.setdefault("DATA_PATH", SAMPLE)
     if args.full:
         for recipe in args.full:
             full_size(recipe, args.rounds)
