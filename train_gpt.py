@@ -67,7 +67,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -263,7 +262,7 @@ class Config:
     eval_stride: int = knob(0, "tokens", "targets that each sliding window scores; 0: no sliding pass", lo=0)
     val_batch_tokens: int = knob(0, "tokens", "tokens of one evaluation forward on one rank; 0: by device, halved until it fits", lo=0)
     eval_wallclock_seconds: float = knob(600.0, "s", "evaluation time limit; 0: none", lo=0)
-    eval_stages: str = knob("auto", "", "stages to score, of roundtrip,sliding,ttt,normalized,ngram; auto: all that are switched on")
+    eval_stages: str = knob("auto", "", f"stages to score, of {','.join(STAGES)}; auto: all that are switched on")
     score_stage: str = knob("auto", "", "the stage that is the score, fixed before scoring; auto: the last valid one switched on")
     ngram_score: str = knob("exact", "", "n-gram passes, comma-separated: exact, normalized, claimed; or off")
     ngram_claim: str = knob("pr850", "", "published scorer that normalized and claimed run", choices=("pr740", "pr740b", "pr187", "pr850", "pr1095"))
@@ -501,7 +500,7 @@ _INT8 = {"ATTN_BITS": 8, "MLP_BITS": 8, "QUANT_MIN_NUMEL": 65536, "QUANT_CLIP": 
 _INT6_ZSTD = {"QUANT_MIN_NUMEL": 65536, "CONTROL_BITS": 16, "COMPRESSOR": "zstd"}
 _SEQ_2048 = {"TRAIN_SEQ_LEN": 2048, "TRAIN_BATCH_TOKENS": 786432}
 
-# What each published system sets, as its record run did (specs of #164, #740, #187, #850, #1095). The defaults are `baseline`.
+# What each published system sets, as its record run did (pull requests #164, #740, #187, #850, #1095). The defaults are `baseline`.
 RECIPES: dict[str, dict[str, Any]] = {
     "baseline": {"NGRAM_SCORE": "off"},
     "cpu": {
@@ -1459,7 +1458,7 @@ class UnitRMS(torch.autograd.Function):
         squares = torch.linalg.vector_norm(
             x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
         ).square_()
-        inverse = squares.div_(x.shape[-1]).add_(torch.finfo(x.dtype).eps).rsqrt_().to(x.dtype)
+        inverse = squares.div_(x.shape[-1]).add_(torch.finfo(squares.dtype).eps).rsqrt_().to(x.dtype)
         y = x * inverse
         ctx.save_for_backward(y, inverse)
         return y
@@ -1473,7 +1472,7 @@ class UnitRMS(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, no learned weight, eps = the dtype's."""
+    """x / rms(x) over the last axis, no learned weight; eps is fp32's, also in bf16, whose own .0078 would swallow embeddings."""
     return UnitRMS.apply(x) if x.device.type in ("cpu", "meta") else F.rms_norm(x, (x.shape[-1],))
 
 
@@ -2234,6 +2233,10 @@ def flops_per_token(model: GPT, seq_len: int) -> float:
 # (c) orthogonalises each matrix on the one rank that owns it, (d) applies a bank's updates while the next computes.
 # One process is the same code in a world of one rank, where nothing travels.
 
+# PyTorch renamed these; FlashAttention's wheels often lag behind its newest version.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steep at zero, so that small singular values rise within few iterations
 
 
@@ -2291,7 +2294,7 @@ class MatrixBank:
         """Starts summing the gradients over the ranks; each rank receives the matrices it owns."""
         copy_grads(self.params, list(self.grads.unbind()[: len(self.params)]))
         if self.run.world > 1:
-            self.work = dist.reduce_scatter_single(self.shard, self.grads, async_op=True)
+            self.work = reduce_scatter(self.shard, self.grads, async_op=True)
 
     def wait(self) -> None:
         """Returns (on a GPU: lets the stream go on) when the last reduction or gathering of this bank is complete."""
@@ -2307,7 +2310,7 @@ class MatrixBank:
         self.updates = orthogonalize(self.shard, steps, self.dtype)
         if self.run.world > 1:
             owned, self.updates = self.updates, self.updates.new_empty(self.grads.shape)
-            self.work = dist.all_gather_single(self.updates, owned, async_op=True)
+            self.work = all_gather(self.updates, owned, async_op=True)
 
     def apply(self, lr: float, weight_decay: float, order: str) -> None:
         """W <- W (1 - lr wd) - lr sqrt(max(1, R/C)) U, or with order "after" the decay acts on the sum of both."""
@@ -2326,7 +2329,7 @@ class MatrixBank:
         stack = self.momentum.clone()
         if self.run.world > 1:
             stack = torch.empty_like(self.grads)
-            dist.all_gather_single(stack, self.momentum)
+            all_gather(stack, self.momentum)
         return dict(zip(self.names, stack.unbind(), strict=False))  # the rest is padding
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -2782,6 +2785,11 @@ def wants_compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
     return True, "it pays at this training time"
 
 
+def notice_failed_compile(run: Run, error: Exception) -> None:
+    """Say that the compiler failed; the plain forward gives the same numbers."""
+    run.notice(f"torch.compile failed ({str(error).splitlines()[0][:120]}); running eager")
+
+
 def first_micro_batch(cfg: Config, device: torch.device) -> int:
     """Tokens of one forward on one rank that are tried first; out of memory halves them."""
     # A CPU gains nothing from more, and where it runs out of memory the system kills the process instead of telling it.
@@ -2847,7 +2855,8 @@ class Trainer:
             except torch.OutOfMemoryError:
                 retry = self.halve_micro_batch
             except torch._dynamo.exc.BackendCompilerFailed as e:
-                retry = partial(self.give_up_compiling, str(e))
+                notice_failed_compile(self.run, e)
+                retry = self.run_eager
             retry()  # out here, where the exception no longer holds the memory of the failed pass
 
     def train_step(self, frac: float, scale: float) -> Tensor:
@@ -2915,9 +2924,8 @@ class Trainer:
         if self.run.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def give_up_compiling(self, reason: str) -> None:
-        """Train with the plain forward after a failure of torch.compile."""
-        self.run.notice(f"torch.compile failed ({reason.splitlines()[0][:120]}); running eager")
+    def run_eager(self) -> None:
+        """Train with the plain forward."""
         self.forward = self.model
 
 
@@ -5053,8 +5061,8 @@ class NetworkExpert:
         self.logp, self.entropy, self.max_prob, self.hint_prob = torch.zeros(4, self.n_tokens, device=device)
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
         self.done = 1  # targets below are scored
-        compiled = run.device.type == "cuda" and cfg.compile != "0"
-        self.forward = torch.compile(score_windows, dynamic=False) if compiled else score_windows
+        wanted = run.device.type == "cuda" and cfg.compile != "0"
+        self.compiled = torch.compile(score_windows, dynamic=False) if wanted else None
 
     @functools.cached_property
     def enrichment(self) -> Tensor | None:
@@ -5117,6 +5125,22 @@ class NetworkExpert:
             buffer[self.done : end] = values
         self.done = end
 
+    def forward(self, ids: Tensor, hints: Tensor, n: int) -> Tensor | None:
+        """`score_windows` of the last n targets of each row; None where memory runs out.
+
+        Compiled for full batches of full windows alone: each odd shape, at the end of a chunk, would compile anew.
+        """
+        usual = n == self.stride and ids.shape == (self.rows, self.seq_len + 1)
+        kernel = self.compiled if usual and self.compiled is not None else score_windows
+        try:
+            return kernel(self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, self.ctx, self.temperature)
+        except torch.OutOfMemoryError:
+            return None
+        except torch._dynamo.exc.BackendCompilerFailed as e:
+            notice_failed_compile(self.run, e)
+            self.compiled = None
+        return self.forward(ids, hints, n)
+
     def score_batch(self, tokens: Tensor, batch: list[Window], fresh: Tensor) -> None:
         """Score windows of equal shape; halves the batch for good when memory runs out."""
         if len(batch) > (rows := self.rows):  # a name for it: self.rows may shrink on the way
@@ -5124,9 +5148,7 @@ class NetworkExpert:
                 self.score_batch(tokens, batch[i : i + rows], fresh)
             return
         ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints))
-        values, n = None, batch[0].hi - batch[0].lo
-        with contextlib.suppress(torch.OutOfMemoryError):
-            values = self.forward(self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, self.ctx, self.temperature)
+        values = self.forward(ids, hints, batch[0].hi - batch[0].lo)
         if values is None:
             if len(batch) == 1:
                 raise ConfigError(f"EVAL_SEQ_LEN={self.seq_len}: one window does not fit in memory; use a shorter one")
@@ -5182,25 +5204,31 @@ class TestTimeNetwork(NetworkExpert):
             self.starts = set((torch.nonzero(text.tokens[1:] == model.bos_id).flatten() + 2).tolist())
         self.edges = sorted({e for e in edges | self.starts if e < self.n_tokens} | {self.n_tokens})
         self.learned = 1  # targets below are learned
+        generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "ttt"))  # the same on every rank
+        shapes = lora_sites(cfg, model)
+        self.live = {site: Lora(shape, cfg.ttt_lora_rank, generator).to(run.device) for site, shape in shapes.items()}
+        self.averaged = copy.deepcopy(self.live)
+        self.params, self.mean = (
+            [p for lora in side.values() for p in lora.parameters()] for side in (self.live, self.averaged)
+        )
+        self.initial = [p.detach().clone() for p in self.params]
+        self.ctx = Ctx(lora=self.averaged)
         self.reset()
 
     def learns_at(self, t: int) -> int:
         """The end of the chunk that holds target `t`."""
         return self.edges[min(bisect_right(self.edges, t), len(self.edges) - 1)]
 
+    @torch.no_grad()
     def reset(self) -> None:
-        """A fresh LoRA, the same on every rank, and its optimizer."""
-        cfg, device = self.cfg, self.run.device
-        generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "ttt"))
-        shapes = lora_sites(cfg, self.model)
-        self.live = {site: Lora(shape, cfg.ttt_lora_rank, generator).to(device) for site, shape in shapes.items()}
-        self.averaged = copy.deepcopy(self.live)
-        self.params = [p for lora in self.live.values() for p in lora.parameters()]
+        """The LoRA as it began, in place (a compiled forward stays valid), and a fresh optimizer."""
+        cfg = self.cfg
+        for side in (self.params, self.mean):
+            torch._foreach_copy_(side, self.initial)
         if cfg.ttt_optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(self.params, cfg.ttt_lr, betas=(0.9, 0.999), weight_decay=cfg.ttt_wd)
         else:
             self.optimizer = torch.optim.SGD(self.params, cfg.ttt_lr, momentum=cfg.ttt_momentum)
-        self.ctx = Ctx(lora=self.averaged)
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
         """Targets below `hi` are scored: learn every chunk that is now complete, but not after the last one."""
@@ -5219,8 +5247,7 @@ class TestTimeNetwork(NetworkExpert):
             for i in range(0, len(starts), size):
                 self.learn_batch(tokens, [(s, min(s + self.seq_len, hi)) for s in starts[i : i + size]])
         with torch.no_grad():
-            mine = [p for lora in self.averaged.values() for p in lora.parameters()]
-            torch._foreach_lerp_(mine, [p.detach() for p in self.params], 1 - self.cfg.ttt_polyak_decay)
+            torch._foreach_lerp_(self.mean, self.params, 1 - self.cfg.ttt_polyak_decay)
 
     def learn_batch(self, tokens: Tensor, spans: list[tuple[int, int]]) -> None:
         """One optimizer step on the weighted mean nll of the targets in `spans`."""
@@ -5530,6 +5557,8 @@ class Uniform:
 
 def bucket_sums(bucket_M: Tensor, values_JM: Tensor, size: int) -> Tensor:
     """Sum each row's values by bucket, (J, size)."""
+    if values_JM.is_cuda:  # where a bincount waits for the device
+        return values_JM.new_zeros(len(values_JM), size).index_add_(1, bucket_M, values_JM)
     return torch.stack([torch.bincount(bucket_M, row, size) for row in values_JM])
 
 

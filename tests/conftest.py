@@ -74,16 +74,21 @@ def data(tmp_path_factory) -> Data:
     return Data(folder, model, train, val, val_texts)
 
 
-@pytest.fixture
-def tiny(data: Data, tmp_path: Path) -> dict[str, str]:
-    """Environment of a run of seconds: 2 blocks of width 32, 4 sequences of 32 tokens a step, 6 steps."""
+def tiny_env(data: Data, folder: Path, **changes) -> dict[str, str]:
+    """Environment of a run of seconds in `folder`: 2 blocks of width 32, 4 sequences of 32 tokens a step, 6 steps."""
     values = {
-        "RECIPE": "baseline", "DEVICE": "cpu", "TRAIN_DTYPE": "fp32", "COMPILE": 0, "ATTENTION": "sdpa", "DATA_PATH": data.folder, "LOG_DIR": tmp_path / "logs",
+        "RECIPE": "baseline", "DEVICE": "cpu", "TRAIN_DTYPE": "fp32", "COMPILE": 0, "ATTENTION": "sdpa", "DATA_PATH": data.folder, "LOG_DIR": folder,
         "RUN_ID": "tiny", "VOCAB_SIZE": VOCAB, "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 2, "NUM_KV_HEADS": 1,
         "TRAIN_SEQ_LEN": SEQ, "TRAIN_BATCH_TOKENS": 4 * SEQ, "ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 0,
-        "WARMUP_STEPS": 1, "WARMDOWN_ITERS": 3, "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 1, "EVAL_STRIDE": 8,
+        "WARMUP_STEPS": 1, "WARMDOWN_ITERS": 3, "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 1, "EVAL_STRIDE": 8, **changes,
     }  # fmt: skip
     return {name: str(value) for name, value in values.items()}
+
+
+@pytest.fixture
+def tiny(data: Data, tmp_path: Path) -> dict[str, str]:
+    """`tiny_env` in the test's own folder."""
+    return tiny_env(data, tmp_path / "logs")
 
 
 def config(env: dict[str, str], **more) -> tg.Config:

@@ -392,7 +392,7 @@ def test_files_go_through_the_command_line_and_back(artifact, tmp_path, capfd, s
     source, packed, back = tmp_path / "a.txt", tmp_path / "a.txt.pgz", tmp_path / "b.txt"
     source.write_bytes(data)
     status, text = call(artifact, capfd, MODE="compress", INPUT=source, EVAL_STRIDE=16)
-    assert status == 0 and "form:text" in text or "form:lzma" in text
+    assert status == 0 and ("form:text" in text or "form:lzma" in text)
     assert packed.stat().st_size == int(re.search(r"compressed_bytes:(\d+)", text)[1])
     status, text = call(artifact, capfd, MODE="compress", INPUT=source)
     assert status == 2 and "exists" in text and "FORCE=1" in text

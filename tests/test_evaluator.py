@@ -99,22 +99,53 @@ def test_the_score_does_not_depend_on_the_batch_or_the_order_of_asking(tiny, mod
     assert stride == SEQ or single.ahead < n, "the buffer was filled in several goes"
 
 
-def test_out_of_memory_halves_the_batch_and_changes_no_score(tiny, model, text):
-    n = len(text.tokens)
+def test_out_of_memory_halves_the_batch_and_changes_no_score(tiny, model, text, monkeypatch):
+    n, score_windows, room = len(text.tokens), tg.score_windows, 10**9
     plain, small = (expert(config(tiny), model, text, 8) for _ in range(2))
 
     def forward(model, inputs, *rest):
-        if len(inputs) > 3:
+        if len(inputs) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return tg.score_windows(model, inputs, *rest)
+        return score_windows(model, inputs, *rest)
 
-    small.forward = forward
+    monkeypatch.setattr(tg, "score_windows", forward)
+    plain.score(text.tokens, 1, n)
+    room = 3
     torch.testing.assert_close(small.score(text.tokens, 1, n), plain.score(text.tokens, 1, n), rtol=1e-5, atol=1e-5)
     assert small.rows <= 3 and small.ahead == plain.ahead
-    small.forward = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
-    small.done = 1
+    small.done, room = 1, 0
     with pytest.raises(tg.ConfigError, match="EVAL_SEQ_LEN=32: one window does not fit in memory"):
         small.score(text.tokens, 1, n)
+
+
+@pytest.mark.parametrize("stride", [8, SEQ])
+def test_only_full_batches_of_full_windows_are_compiled(tiny, model, text, stride):
+    n, shapes = len(text.tokens), set()
+    plain, compiled = (expert(config(tiny, VAL_BATCH_TOKENS=4 * SEQ), model, text, stride) for _ in range(2))
+
+    def kernel(model, inputs, targets, hints, last, *rest):
+        shapes.add((tuple(inputs.shape), last))
+        return tg.score_windows(model, inputs, targets, hints, last, *rest)
+
+    compiled.compiled = kernel
+    assert torch.equal(compiled.score(text.tokens, 1, n), plain.score(text.tokens, 1, n))
+    assert shapes == {((4, SEQ), stride)}  # each other shape would cost a compilation
+
+
+def test_an_evaluation_outlives_a_failing_compiler(tiny, model, text, capsys):
+    n = len(text.tokens)
+    plain, broken = (expert(config(tiny, VAL_BATCH_TOKENS=4 * SEQ), model, text, 8) for _ in range(2))
+
+    class Failed(torch._dynamo.exc.BackendCompilerFailed):
+        def __init__(self) -> None:
+            RuntimeError.__init__(self, "no compiler\nand a long tail")
+
+    def kernel(*_):
+        raise Failed
+
+    broken.compiled = kernel
+    assert torch.equal(broken.score(text.tokens, 1, n), plain.score(text.tokens, 1, n))
+    assert capsys.readouterr().out.count("torch.compile failed (no compiler); running eager") == 1
 
 
 # ---- the law

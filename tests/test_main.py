@@ -30,6 +30,7 @@ from conftest import (
     losses,
     score_of,
     spawn,
+    tiny_env,
     torchrun,
     write_shard,
 )
@@ -51,13 +52,7 @@ SCHEMA = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([\w ]+) \|$", (SCRIPT.parent /
 
 def base_env(folder: Path, data) -> dict[str, str]:
     """The tiny run of conftest with every step logged, a validation on the way and a clipped gradient, in `folder`."""
-    values = {
-        "RECIPE": "baseline", "DEVICE": "cpu", "TRAIN_DTYPE": "fp32", "COMPILE": 0, "ATTENTION": "sdpa", "DATA_PATH": data.folder,
-        "LOG_DIR": folder, "RUN_ID": "tiny", "VOCAB_SIZE": VOCAB, "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 2, "NUM_KV_HEADS": 1,
-        "TRAIN_SEQ_LEN": SEQ, "TRAIN_BATCH_TOKENS": 4 * SEQ, "ITERATIONS": 8, "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": 1,
-        "WARMDOWN_ITERS": 3, "VAL_LOSS_EVERY": 4, "TRAIN_LOG_EVERY": 1, "EVAL_STRIDE": 8, "GRAD_CLIP_NORM": 0.5, "MUON_WD": 0.1,
-    }  # fmt: skip
-    return {name: str(value) for name, value in values.items()}
+    return tiny_env(data, folder, ITERATIONS=8, VAL_LOSS_EVERY=4, GRAD_CLIP_NORM=0.5, MUON_WD=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -446,19 +441,44 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(tmp_path, data, scr
 
 # ---- with a GPU
 
+ON_GPU = {"DEVICE": "cuda", "ATTENTION": "auto", "TRAIN_DTYPE": "auto", "MODEL_DIM": "128", "ITERATIONS": "3"}
+
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"COMPILE": "1"}, {"ATTENTION": "sdpa", "QAT": "ste", "EMA_DECAY": "0.9"}])
+def test_a_gpu_goes_on_from_its_checkpoint(tiny, script):
+    env = {**tiny, **ON_GPU, "ITERATIONS": "6", "CHECKPOINT_EVERY": "2", "NGRAM_TABLE": "pr1095"}
+    assert script(env).status == 0
+    whole, kept = losses(env), Path(env["LOG_DIR"]) / "tiny.ckpt" / "step_000004.pt"
+    again = {**env, "RUN_ID": "again", "RESUME": str(kept)}
+    assert script(again).status == 0
+    assert losses(again)[6] == pytest.approx(whole[6], abs=1e-3)  # sums on a GPU have no fixed order
+
+
+@pytest.mark.gpu
+def test_gpus_train_over_nccl(tiny, script):
+    ranks = torch.cuda.device_count()
+    env = {**tiny, **ON_GPU, "TRAIN_BATCH_TOKENS": str(8 * ranks * SEQ), "NGRAM_SCORE": "exact"}
+    result = torchrun({**env, "RUN_ID": "all"}, ranks)
+    assert result.status == 0, result.err
+    assert script({**env, "RUN_ID": "one"}).status == 0
+    assert losses({**env, "RUN_ID": "all"})[3] == pytest.approx(losses({**env, "RUN_ID": "one"})[3], abs=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"COMPILE": "1"},
+        {"ATTENTION": "sdpa", "QAT": "ste", "EMA_DECAY": "0.9"},
+        {"GPTQ_ENABLED": "1", "COMPLEMENT_ALPHA": "0.5", "PROG_SEQ_ENABLED": "1", "PROG_SEQ_LENS": "16,16"},
+        {"NGRAM_SCORE": "exact,normalized,claimed", "NGRAM_TABLE": "pr1095,exact", "TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "256"},
+        {"COMPILE": "1", "TTT_ENABLED": "1", "TTT_RESET": "document", "NGRAM_SCORE": "exact", "NGRAM_MIX": "mixture"},
+        {"TARGET_BYTES": "150000", "CODE_FORM": "packed", "NGRAM_SCORE": "exact", "NGRAM_MIX": "tilt"},
+    ],
+)  # fmt: skip
 def test_a_gpu_trains_packs_and_scores(tiny, script, changes):
-    env = {
-        **tiny,
-        "DEVICE": "cuda",
-        "ATTENTION": "auto",
-        "TRAIN_DTYPE": "auto",
-        "MODEL_DIM": "128",
-        "ITERATIONS": "3",
-        **changes,
-    }
+    env = {**tiny, **ON_GPU, **changes}
     result = script(env)
     assert result.status == 0, result.err
     assert losses(env)[3] < losses(env)[1] and events(env, "train_end")[0]["peak_memory_mib"] > 0

@@ -27,10 +27,7 @@ ADAM_RATES = {"table": 0.03, "head": 0.03, "gain": 0.02, "mix": 0.01}  # of TIED
 @pytest.fixture(autouse=True)
 def one_thread():
     """Toy matrices gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Toy(nn.Module):

@@ -11,7 +11,7 @@ import train_gpt as tg
 
 
 def second_moments(power: float, columns: int = 512, seed: int = 0) -> torch.Tensor:
-    """H of inputs whose components decay as k**-power before a random mixing (specs of the synthetic GPTQ cases)."""
+    """H of inputs whose components decay as k**-power before a random mixing."""
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(2 * columns, columns, generator=g, dtype=torch.float64)
     z *= torch.arange(1, columns + 1, dtype=torch.float64) ** -power

@@ -1,4 +1,4 @@
-"""Section 4's own kernels for CPUs against PyTorch's: values and gradients."""
+"""Section 4's attention and norm kernels against PyTorch's: values and gradients."""
 
 import pytest
 import torch
@@ -35,6 +35,28 @@ def test_blocked_attention_without_gradients_keeps_no_probabilities():
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x), lambda x: x):
         y = t.attend_blocks(*random_heads(300, 4, 2, torch.float32))
     assert y.shape == (2, 300, 4, 8) and not saved
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["fa3", "fa2"])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (2, 2)])
+def test_flash_attention_is_the_same_attention(kernel, heads, groups):
+    device = torch.device("cuda")
+    try:
+        _, attend = t.choose_attention(kernel, device)
+    except t.ConfigError as e:
+        pytest.skip(str(e))
+    q, k, v = (
+        torch.randn(2, 300, n, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for n in (heads, groups, groups)
+    )
+    y, expected = attend(q, k, v), t.attend_sdpa(q, k, v)
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    dy = torch.randn_like(y)
+    for got, want in zip(
+        *(torch.autograd.grad(out, (q, k, v), dy, retain_graph=True) for out in (y, expected)), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
 
 def test_attention_after_a_cache_equals_attention_over_everything():
