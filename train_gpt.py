@@ -217,7 +217,7 @@ class Config:
     complement_alpha: float = knob(0.0, "", "complementary training: weight 1 - alpha p_bigram on each token (#803); 0: off", lo=0, hi=1)
     complement_normalized: bool = knob(False, "", "divide the weighted loss by the weights' sum instead of the token count")
     complement_sync: bool = knob(True, "", "sum the bigram counts over ranks; 0: each rank counts its own tokens, as published")
-    checkpoint_every: int = knob(0, "steps", "save a checkpoint; 0: only when stopped by a signal and never before", lo=0)
+    checkpoint_every: int = knob(0, "steps", "save a checkpoint, and one when stopped by a signal; 0: never", lo=0)
     checkpoint_keep: int = knob(2, "files", "how many checkpoints stay", lo=1)
     resume: str = knob("", "", "auto: the newest checkpoint of RUN_ID if there is one; or a checkpoint file")
     # ---- 7 QUANTIZER
@@ -269,7 +269,7 @@ class Config:
     ngram_claim_ranks: int = knob(8, "ranks", "caches that #740 and #187 kept apart; the claimed pass emulates them", lo=1, hi=1024)
     ngram_buckets: int = knob(2**22, "cells", "size of a published hash table, a power of two", lo=2, hi=2**28)
     ngram_table: str = knob("none", "", "n-grams of the training text that the artifact carries, comma-separated: pr1095 (hashed, counted while training, for its claim), exact (an expert); or none")
-    ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones", lo=1000, hi=2**28)
+    ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones and all single tokens", lo=1000, hi=2**28)
     ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8)
     ngram_table_tokens: int = knob(2**23, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1)
     ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade", "mixture", "chain", "fixed", "pr740", "pr187", "pr850", "tilt"))
@@ -277,10 +277,10 @@ class Config:
     ngram_order: int = knob(12, "tokens", "longest n-gram, the target included; the tilt's only one", lo=2, hi=64)
     ngram_first: int = knob(1, "tokens", "shortest context that corrects the network", lo=0, hi=63)
     ngram_update_tokens: int = knob(0, "tokens", "targets between updates of the mixing weights; 0: 1024, or 1/4096 of the stream if more", lo=0)
-    ngram_cross_doc: bool = knob(True, "", "contexts may run over the start of a document")
+    ngram_cross_doc: bool = knob(True, "", "contexts of the scored text's own n-grams may run over the start of a document")
     ngram_rate: float = knob(0.8, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
     ngram_discount: str = knob("learned", "", "NGRAM_MIX=chain: discount between 0 and 1, learned, or witten-bell")
-    ngram_alpha: float = knob(0.2, "", "NGRAM_MIX=fixed: share of the n-gram distribution", lo=0, hi=1)
+    ngram_alpha: float = knob(0.2, "", "NGRAM_MIX=fixed: share of the n-gram distribution", lo=0, hi=0.999)
     ngram_min_count: int = knob(2, "", "occurrences a context needs in the alpha and published combiners", lo=1)
     ngram_tilt_beta: float = knob(2.625, "nats", "NGRAM_MIX=tilt: push on the hinted token", lo=0, hi=20)
     ngram_tilt_threshold: float = knob(0.8, "", "NGRAM_MIX=tilt: share of its context's successors a hint needs", lo=0, hi=1)
@@ -417,6 +417,8 @@ class Config:
             yield "BIGRAM_VOCAB_SIZE=1: expected 0 (off) or at least 2 rows"
         if self.adapter_b_init != "zero" and not self.adapter_rank:
             yield f"ADAPTER_B_INIT={self.adapter_b_init} has no adapters to act on: set ADAPTER_RANK above 0"
+        if self.adapter_rank and self.out_init != "zero":
+            yield f"OUT_INIT={self.out_init} has no matrices to act on with ADAPTER_RANK={self.adapter_rank}: unset one of them"
         if self.encoder_recurrence and self.encoder_layers == 0:
             yield f"ENCODER_RECURRENCE=1 needs an encoder block: NUM_LAYERS={self.num_layers} has none"
         if self.value_residual != "none" and self.num_layers < 2:
@@ -438,6 +440,8 @@ class Config:
                 yield f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of the sequence length {t}; nearest: {n}"
             if t > self.train_seq_len:
                 yield f"PROG_SEQ_LENS={self.prog_seq_lens}: {t} exceeds TRAIN_SEQ_LEN={self.train_seq_len}"
+        if self.complement_alpha and self.vocab_size > 16384:
+            yield f"COMPLEMENT_ALPHA={self.complement_alpha} counts all pairs of tokens, too many at VOCAB_SIZE={self.vocab_size}: set it to 0"
         if self.swa_every and self.swa_source == "ema" and not self.ema_decay:
             yield "SWA_SOURCE=ema needs EMA_DECAY above 0"
         if self.mode == "train" and not self.max_wallclock_seconds and not self.iterations:
@@ -556,6 +560,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TRAIN_BATCH_TOKENS": 524288, "WARMDOWN_ITERS": 5000, "TIED_EMBED_LR": 0.035, "MATRIX_LR": 0.04,
         "SCALAR_LR": 0.025, "MUON_WD": 0.04, "ADAM_WD": 0.04, "GRAD_CLIP_NORM": 0.1, "EMA_DECAY": 0.997,
         "QAT": "ste", "QAT_START_FRAC": 0.75, "VAL_LOSS_EVERY": 4000, "EVAL_STRIDE": 64,
+        "TTT_LORA_SITES": "q,kv", "TTT_OPTIMIZER": "sgd", "TTT_LR": 0.002, "TTT_EPOCHS": 3, "TTT_CHUNK_TOKENS": 32768,
+        "TTT_BATCH_SEQS": 32,
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr1095", "NGRAM_TABLE": "pr1095",
         **_INT8, "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
@@ -725,6 +731,9 @@ NO_EFFECT: dict[str, dict[str, str]] = {
     },
 }
 
+# What gives a dead name its meaning back, where it is a knob of ours too.
+REVIVED_BY = {"WARMDOWN_ITERS": ("LR_SCHEDULE", "warmdown"), "TTT_MOMENTUM": ("TTT_OPTIMIZER", "sgd")}
+
 # Names that torchrun, Slurm and the shell own; never mistaken for a misspelt knob.
 FOREIGN = frozenset(
     "PROMPT_COMMAND RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT NODE_RANK "
@@ -746,9 +755,9 @@ def check_value(name: str, value: Any) -> Any:
     """The same value if it is of the knob's type and within its bounds; else ConfigError says what would do."""
     meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
     if type(value) is not kind and not (kind is float and type(value) is int):
-        raise ConfigError(f"{name}={value!r}: expected {TYPE_WORDS[kind]}")
+        raise ConfigError(f"{name}={str(value)[:80]!r}: expected {TYPE_WORDS[kind]}")
     if meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(f"{name}={str(value)!r}: expected one of {', '.join(map(str, meta['choices']))}")
+        raise ConfigError(f"{name}={str(value)[:80]!r}: expected one of {', '.join(map(str, meta['choices']))}")
     if kind in (int, float) and not (math.isfinite(value) and meta["lo"] <= value <= meta["hi"]):
         raise ConfigError(f"{name}={value}: expected {bounds(name) or 'a finite number'}")
     return value
@@ -798,11 +807,13 @@ class Loaded(NamedTuple):
 def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: list[str]) -> dict[str, str]:
     """Environment -> {knob: text}: published names become ours, dead ones are reported, misspelt ones are errors."""
     aliases = {**ALIASES["*"], **ALIASES.get(recipe, {})}
-    dead = {**NO_EFFECT["*"], **NO_EFFECT.get(recipe, {})}
+    revived = {name for name, (by, value) in REVIVED_BY.items() if env.get(by) == value}
+    own = {name: why for name, why in NO_EFFECT.get(recipe, {}).items() if name not in revived}
+    dead = {**NO_EFFECT["*"], **own}
     ours: dict[str, str] = {}
     off: dict[str, str] = {}
     for name, text in env.items():
-        if name in NO_EFFECT.get(recipe, {}) or (name in dead and name not in aliases):
+        if name in own or (name in dead and name not in aliases):
             notices.append(f"{name}={text} has no effect: {dead[name]}")
         elif name in aliases:
             try:
@@ -836,6 +847,12 @@ def choose_recipe(env: Mapping[str, str], has_gpu: Callable[[], bool]) -> tuple[
     return "cpu", "RECIPE is not set and there is no GPU"
 
 
+# Knobs that belong to one machine or one call, not to the artifact.
+LOCAL_KNOBS = frozenset("INPUT OUTPUT EXPLAIN_TOKENS CODEC_LANES PROMPT SAMPLE_TOKENS SAMPLE_NGRAM TEMPERATURE TOP_P "
+                        "MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS ATTENTION COMPILE ARTIFACT ARTIFACT_LIMIT "
+                        "RESUME CHECKPOINT_EVERY CHECKPOINT_KEEP MICRO_BATCH_TOKENS VAL_BATCH_TOKENS".split())  # fmt: skip
+
+
 def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]) -> dict[str, Any]:
     """What stands between defaults and environment: the recipe's values, or those that an artifact's header names."""
     if header is None:
@@ -843,9 +860,13 @@ def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]
     values = {}
     for name, value in header.items():
         try:
-            if name not in FIELDS:
-                raise ConfigError(f"{name[:40]} is no knob of this script; use the script that wrote the artifact")
+            if name not in FIELDS or (name in LOCAL_KNOBS and name != "RECIPE"):
+                raise ConfigError(
+                    f"{name[:40]} is no knob that an artifact of this script names; use the script that wrote it"
+                )
             values[name] = check_value(name, value)
+            if name == "RECIPE" and value not in RECIPES:
+                raise ConfigError(f"RECIPE={value[:40]!r} is no recipe of this script; use the script that wrote it")
         except ConfigError as e:
             errors.append(f"the artifact's configuration: {e}")
     return values
@@ -971,12 +992,22 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_here() -> bool:
+    """True on one rank of each machine: who speaks before the ranks have met."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def pick_device(name: str, local_rank: int) -> torch.device:
     """DEVICE -> torch.device of this rank; raises ConfigError if the device is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto":  # no backend joins several ranks on Apple's GPUs
+        mps = torch.backends.mps.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu or DEVICE=auto")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; lower --nproc_per_node to as many"
+        )
     if name == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("DEVICE=mps: no Apple GPU is visible; use DEVICE=cpu or DEVICE=auto")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
@@ -998,8 +1029,10 @@ def tune_cpu(local_world: int) -> None:
             mallopt(-4, 0)  # M_MMAP_MAX: no allocation beside the heap
 
 
-def leave_group() -> None:
+def leave_group(broken: bool = False) -> None:
     """Leave the process group, if there is one, in a state in which the interpreter can end.
+
+    After a failure NCCL's is left as it is: destroying it would wait for collectives that the other ranks never join.
 
     A Gloo thread lets go of a collective's tensors after the collective is complete, and needs the interpreter's lock for
     that. Where it gets the lock only while the interpreter is ending, the process aborts (1 run of 46 on 2 CPU ranks with
@@ -1008,6 +1041,8 @@ def leave_group() -> None:
     """
     if dist.is_initialized():
         threads = dist.get_backend() == "gloo"
+        if broken and not threads:
+            return
         dist.destroy_process_group()
         if threads:
             time.sleep(0.2)
@@ -1053,6 +1088,8 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
+            # A graph for each sequence length, size of micro-batch, state of QAT and stage: beyond 8 they would run eager unnoticed.
+            torch._dynamo.config.recompile_limit = 64
         elif self.device.type == "cpu":
             tune_cpu(local_world)
 
@@ -1141,7 +1178,7 @@ class Run:
             if f:
                 f.close()
         self._text = self._events = None
-        leave_group()
+        leave_group(broken=status not in ("ok", "limit broken"))
 
     # ---- signals
 
@@ -1310,6 +1347,7 @@ def check_ids(tokens: np.ndarray, vocab_size: int, what: str) -> np.ndarray:
     return tokens
 
 
+BOS = 1  # the id of BOS in every export of this challenge
 CHECKED_TOKENS = 2**20  # of each training shard before the start: all 8 B tokens would take longer than a run may wait
 
 
@@ -1381,7 +1419,10 @@ class Tokenizer:
             raise ConfigError(
                 f"TOKENIZER_PATH={path} has {self.sp.vocab_size()} pieces but VOCAB_SIZE={vocab_size}; set them equal"
             )
-        self.bos = self.sp.bos_id()
+        if self.sp.bos_id() != BOS:
+            raise ConfigError(
+                f"TOKENIZER_PATH={path} has BOS at {self.sp.bos_id()}; documents begin with id {BOS} here, as in every published export"
+            )
         pieces = [self.sp.id_to_piece(i) for i in range(vocab_size)]
         self.boundary = np.array(
             [self.sp.is_control(i) or self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)]
@@ -1625,6 +1666,15 @@ def rotate(x_BTHK: Tensor, rope_2TC: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What TRAIN_DTYPE `name` means on this device. A CPU without bf16 units multiplies bf16 several times slower."""
+    if name == "fast" and device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+    bf16 = name == "bf16" or (name != "fp32" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 # ---- attention kernels: (B, T, H, K), (B, S, G, K), (B, S, G, K) -> (B, T, H, K), causal, aligned at the last position
 
 
@@ -1717,23 +1767,24 @@ def attend_flash(module: str) -> AttentionKernel:
 PLAIN_ATTENTION = {"sdpa": attend_sdpa, "blocks": attend_blocks}  # run wherever PyTorch does
 
 
-def choose_attention(name: str, device: torch.device) -> tuple[str, AttentionKernel]:
+def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
     """(name, kernel) of ATTENTION on this device; `auto`: blocks on a CPU, else FlashAttention 3, then 2, then SDPA.
 
     Raises ConfigError if a kernel is forced that is not installed or cannot run here.
     """
-    if name == "auto" and device.type == "cpu":
-        name = "blocks"
+    name = "blocks" if cfg.attention == "auto" and device.type == "cpu" else cfg.attention
     if name in PLAIN_ATTENTION:
         return name, PLAIN_ATTENTION[name]
-    modules = {"fa3": ("flash_attn_interface", 9), "fa2": ("flash_attn", 8)}
+    modules = {"fa3": ("flash_attn_interface", (9,)), "fa2": ("flash_attn", range(8, 99))}
     for candidate in modules if name == "auto" else (name,):
-        module, capability = modules[candidate]
-        able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= capability
+        module, capabilities = modules[candidate]
         try:
-            if able:
+            if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in capabilities:
+                reason = f"it needs a CUDA device of compute capability {capabilities[0]}.0, this is {device.type}"
+            elif cfg.head_dim > 256 or compute_dtype(cfg.train_dtype, device) == torch.float32:
+                reason = "it computes in bf16 on heads of up to 256 dims"
+            else:
                 return candidate, attend_flash(module)
-            reason = f"it needs a CUDA device of compute capability {capability}.0, this is {device.type}"
         except ImportError as e:
             reason = f"{module} cannot be imported ({e})"
         if name != "auto":
@@ -2067,15 +2118,6 @@ class KVCache:
         return self.slots[slot][0][:, :end], self.slots[slot][1][:, :end]
 
 
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What TRAIN_DTYPE `name` means on this device. A CPU without bf16 units multiplies bf16 several times slower."""
-    if name == "fast" and device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
-    bf16 = name == "bf16" or (name != "fp32" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
-
-
 class GPT(nn.Module):
     """The language model. One forward path: `features` -> `logits`, `nll`; callers differ only by their `Ctx`."""
 
@@ -2083,7 +2125,6 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.plan = cfg, layer_plan(cfg)
         self.compute_dtype = torch.float32
-        self.bos_id = 1  # the id of BOS in every export of this challenge
         self.tok_emb = Embedding(cfg.vocab_size, cfg.model_dim, cfg.embed_init_std, "embed", "embed")
         if cfg.overtone_init and self.tok_emb.weight.device.type != "meta":
             overtone_(self.tok_emb.weight.data)
@@ -2123,7 +2164,7 @@ class GPT(nn.Module):
         if ctx.cache is not None:
             before = before if ctx.cache.last_embedding is None else ctx.cache.last_embedding
             ctx.cache.last_embedding = x[:, -1:]
-        return self.smear(x, before, ids == self.bos_id)
+        return self.smear(x, before, ids == BOS)
 
     def embed_plain(self, ids: Tensor, ctx: Ctx) -> Tensor:
         """ids (B, T) -> (B, T, D): token (+ bigram), smeared where that comes before the norm."""
@@ -2269,7 +2310,19 @@ def copy_grads(params: list[nn.Parameter], places: list[Tensor]) -> None:
     torch._foreach_copy_(places, [torch.zeros_like(p) if p.grad is None else p.grad for p in params])
 
 
-class MatrixBank:
+class Travelling:
+    """Parameters whose gradients, or updates, are on their way between the ranks."""
+
+    work: Any = None
+
+    def wait(self) -> None:
+        """Returns (on a GPU: lets the stream go on) when the last reduction or gathering is complete."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+
+class MatrixBank(Travelling):
     """Muon for matrices of one shape (R, C), stacked and dealt out whole: rank r owns slots r*share .. (r+1)*share.
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
@@ -2288,19 +2341,13 @@ class MatrixBank:
         aspect = math.sqrt(max(1.0, rows / cols))
         self.lr_mults = [p.lr_mult for p in self.params]
         self.scale = torch.tensor([m * aspect for m in self.lr_mults], device=run.device)[:, None, None]
-        self.updates = self.work = None
+        self.updates: Tensor | None = None
 
     def reduce(self) -> None:
         """Starts summing the gradients over the ranks; each rank receives the matrices it owns."""
         copy_grads(self.params, list(self.grads.unbind()[: len(self.params)]))
         if self.run.world > 1:
             self.work = reduce_scatter(self.shard, self.grads, async_op=True)
-
-    def wait(self) -> None:
-        """Returns (on a GPU: lets the stream go on) when the last reduction or gathering of this bank is complete."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
 
     def update(self, momentum: float, steps: int) -> None:
         """Orthogonalises the owned matrices' Nesterov momentum and starts gathering the updates of all owners."""
@@ -2339,11 +2386,11 @@ class MatrixBank:
             slot.copy_(state[name])
 
 
-class SmallParameters:
+class SmallParameters(Travelling):
     """AdamW for all that is no matrix: gradients travel in one flat fp32 buffer, every rank makes the same step."""
 
     def __init__(self, named: dict[str, nn.Parameter], rates: dict[str, float], cfg: Config, run: Run):
-        self.names, self.params, self.run, self.work = list(named), list(named.values()), run, None
+        self.names, self.params, self.run = list(named), list(named.values()), run
         sizes = [p.numel() for p in self.params]
         self.flat = torch.zeros(sum(sizes), device=run.device)
         self.grads = [g.view_as(p) for g, p in zip(self.flat.split(sizes), self.params, strict=True)]
@@ -2363,12 +2410,6 @@ class SmallParameters:
         copy_grads(self.params, self.grads)
         if self.run.world > 1:
             self.work = dist.all_reduce(self.flat, async_op=True)
-
-    def wait(self) -> None:
-        """Returns when the reduction is complete."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
 
     def step(self, lr_scale: float) -> None:
         """One AdamW step on the reduced gradients."""
@@ -2502,7 +2543,7 @@ def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
     if not cfg.warmdown_iters:
         return 1.0
     left = (cfg.iterations - step) / cfg.warmdown_iters if cfg.iterations else 1.0
-    if budget and step:
+    if budget and step and elapsed:
         left = min(left, (budget - elapsed) / (cfg.warmdown_iters * elapsed / step))
     return min(max(left, 0.0), 1.0)
 
@@ -2598,8 +2639,7 @@ class BigramCounts:
         keys = (inputs * self.vocab + targets).flatten()
         ones = torch.ones_like(keys)
         if self.cfg.complement_sync and self.run.world > 1:
-            fresh = torch.zeros_like(self.pairs).index_add_(0, keys, ones)
-            self.pairs += self.run.all_reduce(fresh)
+            self.pairs += self.run.all_reduce(torch.zeros_like(self.pairs).index_add_(0, keys, ones))
             self.totals = self.pairs.view(self.vocab, self.vocab).sum(1)
         else:
             self.pairs.index_add_(0, keys, ones)
@@ -2672,23 +2712,19 @@ class HashedNgrams:
 
     def step_ms(self) -> float:
         """Mean milliseconds that counting took a step (on a GPU: of its own stream, beside the step)."""
-        done = [pair for pair in self.timers if pair[1].query()]
-        self.timers = [pair for pair in self.timers if not pair[1].query()]
+        done = list(takewhile(lambda pair: pair[1].query(), self.timers))  # they end in the order they were started
+        self.timers = self.timers[len(done) :]
         self.seconds += sum(start.elapsed_time(end) for start, end in done) / 1000
         return 1000 * self.seconds / max(self.steps - len(self.timers), 1)
 
     def total(self) -> dict[int, np.ndarray]:
         """Order -> counts of all ranks, saturated to uint16; every rank must call it."""
-        self.run.sync()
-        return {
-            n: self.run.all_reduce(c.long()).clamp(max=65535).cpu().numpy().astype(np.uint16)
-            for n, c in self.cells.items()
-        }
+        return {n: c.clamp(max=65535).cpu().numpy().astype(np.uint16) for n, c in self.state_dict().items()}
 
     def state_dict(self) -> dict[int, Tensor]:
         """Counts of all ranks; every rank must call it."""
         self.run.sync()
-        return {n: self.run.all_reduce(cells.clone()) for n, cells in self.cells.items()}
+        return {n: self.run.all_reduce(cells.long()) for n, cells in self.cells.items()}
 
     def load_state_dict(self, state: dict[int, Tensor]) -> None:
         """Rank 0 goes on from all counts so far, the others from none: the sum is the same."""
@@ -2700,10 +2736,7 @@ class HashedNgrams:
 
 
 # Knobs that may change between a checkpoint and its continuation: they do not change what is learned.
-FREE_ON_RESUME = frozenset(
-    "RECIPE MODE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS VAL_DROP_TAIL ATTENTION COMPILE "
-    "MICRO_BATCH_TOKENS WARMUP_STEPS VAL_LOSS_EVERY TRAIN_LOG_EVERY CHECKPOINT_EVERY CHECKPOINT_KEEP RESUME".split()
-)
+FREE_ON_RESUME = LOCAL_KNOBS | {"VAL_DROP_TAIL", "WARMUP_STEPS", "VAL_LOSS_EVERY", "TRAIN_LOG_EVERY"}
 
 
 def binding_values(cfg: Config) -> dict[str, Any]:
@@ -2728,15 +2761,21 @@ class Checkpoints:
             for stale in self.folder.glob(".step_*.partial"):  # of a process killed while it wrote
                 stale.unlink(missing_ok=True)
             atomic_write(path, buffer.getvalue())
-            for old in sorted(self.folder.glob("step_*.pt"))[: -self.cfg.checkpoint_keep]:
+            saved = self.saved()
+            here = saved.index(path)
+            # Later steps are of a run that was taken back, or that this one overwrites.
+            for old in (*saved[: max(0, here + 1 - self.cfg.checkpoint_keep)], *saved[here + 1 :]):
                 old.unlink(missing_ok=True)
         return path
+
+    def saved(self) -> list[Path]:
+        """The checkpoints there are, by step."""
+        return sorted(self.folder.glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
 
     def find(self) -> Path | None:
         """The checkpoint that RESUME names, the newest for `auto` (None if there is none yet)."""
         if self.cfg.resume == "auto":
-            found = sorted(self.folder.glob("step_*.pt"))
-            return found[-1] if found else None
+            return next(reversed(self.saved()), None)
         if self.cfg.resume and not Path(self.cfg.resume).is_file():
             raise ConfigError(f"RESUME={self.cfg.resume}: no such checkpoint; RESUME=auto takes the newest of RUN_ID")
         return Path(self.cfg.resume) if self.cfg.resume else None
@@ -2808,6 +2847,8 @@ class Trainer:
         self.counts = BigramCounts(cfg, run) if cfg.complement_alpha else None
         self.ngrams = HashedNgrams(run) if "pr1095" in cfg.ngram_tables else None
         self.fake_quant = FakeQuant(cfg.qat, cfg.qat_bits).to(run.device) if cfg.qat != "none" else None
+        for p in model.parameters() if run.world > 1 else ():  # an initial QR or SVD may differ between machines
+            dist.broadcast(p.data, src=0)
         self.forward: Callable[..., Tensor] = model
         self.micro_tokens = first_micro_batch(cfg, run.device)
         self.step = 0
@@ -2816,8 +2857,6 @@ class Trainer:
         """Switch to the compiled forward, or say why not."""
         on, why = wants_compile(self.cfg, self.run.device)
         self.run.log(f"compile: {'on' if on else 'off'} ({why})")
-        # A graph for each sequence length, size of micro-batch and state of QAT: beyond 8 they would run eager unnoticed.
-        torch._dynamo.config.recompile_limit = 64
         self.forward = torch.compile(self.model, dynamic=False) if on else self.model
 
     def context(self, frac: float) -> Ctx:
@@ -2854,7 +2893,7 @@ class Trainer:
                 return self.accumulate(inputs, targets, ctx, weights, total)
             except torch.OutOfMemoryError:
                 retry = self.halve_micro_batch
-            except torch._dynamo.exc.BackendCompilerFailed as e:
+            except torch._dynamo.exc.TorchDynamoException as e:
                 notice_failed_compile(self.run, e)
                 retry = self.run_eager
             retry()  # out here, where the exception no longer holds the memory of the failed pass
@@ -2932,26 +2971,27 @@ class Trainer:
 class Watch:
     """Decides on all ranks alike, without stalling the device: off the CPU each step's flags are read one step later.
 
-    Flags: [whether to stop, loss, and for each rank whether its loss is bad], summed over the ranks.
+    Flags: [whether to stop, loss, rank 0's clock, and for each rank whether its loss is bad], summed over the ranks.
+    `seconds` is that clock as last read: what several ranks schedule by, since their own clocks differ.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.late = run, int(run.device.type != "cpu")
+    def __init__(self, run: Run, seconds: float = 0.0) -> None:
+        self.run, self.late, self.seconds = run, int(run.device.type != "cpu"), seconds
         self.pending: list[tuple[int, Tensor]] = []
         self.good: list[tuple[int, float]] = []  # the last (step, mean loss) that were finite
 
-    def exchange(self, step: int, stop: bool, loss: Tensor) -> bool:
+    def exchange(self, step: int, stop: bool, loss: Tensor, seconds: float) -> bool:
         """Send the flags of `step` with this rank's part of the mean loss; True if all ranks stop now."""
-        flags = torch.zeros(2 + self.run.world, device=self.run.device)
-        flags[0], flags[1] = float(stop), loss
-        flags[2 + self.run.rank] = (~torch.isfinite(loss)).float()
+        flags = torch.zeros(3 + self.run.world, device=self.run.device)
+        flags[0], flags[1], flags[2] = float(stop), loss, 0.0 if self.run.rank else seconds
+        flags[3 + self.run.rank] = (~torch.isfinite(loss)).float()
         self.pending.append((step, self.run.all_reduce(flags)))
         return self.read() if len(self.pending) > self.late else False
 
     def read(self) -> bool:
         """Whether the oldest flags not read yet ask to stop; BrokenRun names the step and ranks of a loss that is not finite."""
         step, flags = self.pending.pop(0)
-        stop, loss, *bad = flags.tolist()
+        stop, loss, self.seconds, *bad = flags.tolist()
         if any(bad):
             ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag)
             good = ", ".join(f"step {s} loss {v:.4f}" for s, v in self.good) or "none"
@@ -2986,7 +3026,7 @@ class TrainingLoop:
     def __init__(self, cfg: Config, run: Run, trainer: Trainer, checkpoints: Checkpoints,
                  validate: Callable[[GPT], tuple[float, float]]) -> None:  # fmt: skip
         self.cfg, self.run, self.trainer, self.checkpoints, self.validate = cfg, run, trainer, checkpoints, validate
-        self.budget, self.watch = training_budget(cfg), Watch(run)
+        self.budget = training_budget(cfg)
         self.flops = flops_per_token(trainer.model, cfg.train_seq_len)
         name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
@@ -2997,7 +3037,7 @@ class TrainingLoop:
     def run_until_done(self, elapsed: float) -> TrainResult:
         """Step until the time or the steps are used up, or a signal asks to stop."""
         cfg, run, trainer = self.cfg, self.run, self.trainer
-        self.clock = Clock(run, elapsed)
+        self.clock, self.watch = Clock(run, elapsed), Watch(run, elapsed)
         self.first_step = trainer.step
         self.first_elapsed = self.last_elapsed = elapsed
         self.first_frac = budget_frac(cfg, trainer.step, elapsed, self.budget)
@@ -3005,12 +3045,13 @@ class TrainingLoop:
         self.profiler = self.start_profiler()
         scale = 1.0
         while not cfg.iterations or trainer.step < cfg.iterations:
-            now = self.clock.seconds()
+            now = self.clock.seconds() if run.world == 1 else self.watch.seconds
             frac = budget_frac(cfg, trainer.step, now, self.budget)
             scale = lr_scale(cfg, trainer.step, now, self.budget)
             self.announce_switches(frac)
             loss = trainer.train_step(frac, scale)
-            stop = self.watch.exchange(trainer.step, self.out_of_time() or run.signal is not None, loss)
+            stop = self.out_of_time() or run.signal is not None
+            stop = self.watch.exchange(trainer.step, stop, loss, self.last_elapsed)
             self.after_step(loss, scale)
             if stop:
                 reason = "signal" if run.signal is not None else "wallclock"
@@ -3128,6 +3169,9 @@ class TrainingLoop:
     def stop_profiler(self) -> None:
         """Write the trace beside the log."""
         self.profiler.stop()
+        if self.profiler.profiler is None:
+            self.run.notice(f"PROFILE=1: {self.trainer.step} steps are too few for a trace")
+            return
         path = self.run.log_path.with_suffix(".trace.json")
         self.profiler.export_chrome_trace(str(path))
         self.run.log(f"profile: {path} (open it in a Chrome trace viewer)")
@@ -3211,6 +3255,11 @@ def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+def matrix_of(w: Tensor) -> Tensor:
+    """A tensor as the (R, C) fp32 that is quantised."""
+    return w.detach().float().reshape(rows_and_columns(w.shape))
+
+
 def largest_code(bits: int) -> int:
     """Codes of `bits` bits run from -top to top: symmetric, so that zero is a code and signs cost the same."""
     return 2 ** (bits - 1) - 1
@@ -3236,43 +3285,36 @@ def row_quantiles(w_RC: Tensor, quantiles: tuple[float, ...]) -> Tensor:
     return torch.lerp(sorted_RC[:, low_Q.to(w_RC.device)], sorted_RC[:, high_Q.to(w_RC.device)], share_Q).T
 
 
-def search_errors(w_RC: Tensor, clips_QR: Tensor, top: int) -> Tensor:
-    """(Q, R) squared error of each row when it is rounded under each candidate clip."""
-    errors = []
+def searched_clip(w_RC: Tensor, top: int, quantiles: tuple[float, ...], whole: bool) -> Tensor:
+    """The quantile with the least squared error: each row its own (GPTQ-lite, PR #414), or one for the `whole` tensor (PR #187)."""
+    clips_QR, errors = row_quantiles(w_RC, quantiles), []
     for clip_R in clips_QR:
         scale_R = row_scale(clip_R, top)
         errors.append((round_rows(w_RC, scale_R, top) * scale_R.float()[:, None] - w_RC).square().sum(dim=1))
-    return torch.stack(errors)
-
-
-def clip_by_row(w_RC: Tensor, top: int, clip: Clip) -> Tensor:
-    """The quantile with the least squared error, for each row its own (GPTQ-lite, PR #414)."""
-    clips_QR = row_quantiles(w_RC, clip.quantiles)
-    best_R = search_errors(w_RC, clips_QR, top).argmin(dim=0)
-    return clips_QR.gather(0, best_R[None])[0]
-
-
-def clip_by_tensor(w_RC: Tensor, top: int, clip: Clip) -> Tensor:
-    """The one quantile with the least squared error over the tensor (PR #187)."""
-    clips_QR = row_quantiles(w_RC, clip.quantiles)
-    return clips_QR[search_errors(w_RC, clips_QR, top).sum(dim=1).argmin()]
+    errors_QR = torch.stack(errors)
+    return clips_QR[errors_QR.sum(1).argmin()] if whole else clips_QR.gather(0, errors_QR.argmin(0)[None])[0]
 
 
 # At 11 to 14 deviations nothing is clipped: sigmas / top is the step, and an entropy coder makes it a rate (PR #1394).
 CLIP_RULES: dict[str, Callable[[Tensor, int, Clip], Tensor]] = {
     "max": lambda w_RC, _top, _clip: w_RC.abs().amax(dim=1),
     "quantile": lambda w_RC, _top, clip: row_quantiles(w_RC, clip.quantiles[-1:])[0],
-    "row": clip_by_row,
-    "tensor": clip_by_tensor,
+    "row": lambda w_RC, top, clip: searched_clip(w_RC, top, clip.quantiles, whole=False),
+    "tensor": lambda w_RC, top, clip: searched_clip(w_RC, top, clip.quantiles, whole=True),
     "sigma": lambda w_RC, _top, clip: clip.sigmas * w_RC.square().mean(dim=1).sqrt(),
 }
 
 
+def clipped_scale(w_RC: Tensor, bits: int, clip: Clip) -> Tensor:
+    """Step of each row (R,) fp16 under a clip rule."""
+    top = largest_code(bits)
+    return row_scale(CLIP_RULES[clip.rule](w_RC, top, clip), top)
+
+
 def quantize_rows(w_RC: Tensor, bits: int, clip: Clip) -> tuple[Tensor, Tensor]:
     """Round each row to signed `bits`-bit codes: codes (R, C) int8, scale (R,) fp16, w ~ codes * scale."""
-    top = largest_code(bits)
-    scale_R = row_scale(CLIP_RULES[clip.rule](w_RC, top, clip), top)
-    return round_rows(w_RC, scale_R, top), scale_R
+    scale_R = clipped_scale(w_RC, bits, clip)
+    return round_rows(w_RC, scale_R, largest_code(bits)), scale_R
 
 
 def parse_overrides(text: str) -> list[tuple[str, int]]:
@@ -3300,11 +3342,11 @@ def parse_quantiles(text: str) -> tuple[float, ...]:
 class Policy:
     """Bits and clip of every tensor: QUANT_OVERRIDES by name, else fp16 where small, else <ROLE>_BITS by its role."""
 
-    def __init__(self, cfg: Config, shapes: dict[str, tuple[int, ...]], store: dict[str, str]):
-        self.cfg, self.shapes, self.store = cfg, shapes, store
+    def __init__(self, cfg: Config, named: Mapping[str, Tensor], store: Mapping[str, str]):
+        self.cfg, self.named, self.store = cfg, named, store
         self.overrides = parse_overrides(cfg.quant_overrides)
         self.quantiles = parse_quantiles(cfg.quant_quantiles)
-        sites = [name.removesuffix(".weight") for name in shapes]
+        sites = [name.removesuffix(".weight") for name in named]
         for pattern, bits in self.overrides:
             if not fnmatch.filter(sites, pattern):
                 known = ", ".join(sorted(sites)[:3])
@@ -3318,7 +3360,16 @@ class Policy:
                 f"TARGET_BYTES={cfg.target_bytes} exceeds ARTIFACT_LIMIT={cfg.artifact_limit}: fill the limit at most"
             )
         params = dict(model.named_parameters())
-        return cls(cfg, {n: tuple(p.shape) for n, p in params.items()}, {n: p.store for n, p in params.items()})
+        policy = cls(cfg, params, {n: p.store for n, p in params.items()})
+        if cfg.target_bytes:
+            floats = sum(p.numel() * policy.bits(n) // 8 for n, p in params.items() if policy.bits(n) > 8)
+            if all(policy.bits(n) > 8 for n in params):
+                raise ConfigError(f"TARGET_BYTES={cfg.target_bytes} finds no tensor to code: all are kept as floats "
+                                  f"(*_BITS, or QUANT_MIN_NUMEL={cfg.quant_min_numel})")  # fmt: skip
+            if floats > cfg.target_bytes:
+                raise ConfigError(f"TARGET_BYTES={cfg.target_bytes}: tensors that are kept as floats take {floats} bytes alone; "
+                                  f"lower their *_BITS or QUANT_MIN_NUMEL={cfg.quant_min_numel}")  # fmt: skip
+        return policy
 
     def bits(self, name: str) -> int:
         """Width of the tensor `name`."""
@@ -3326,9 +3377,7 @@ class Policy:
             if fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern):
                 return bits
         bits = getattr(self.cfg, f"{self.store[name]}_bits")
-        if math.prod(self.shapes[name]) <= self.cfg.quant_min_numel:
-            return max(bits, 16)
-        return bits
+        return max(bits, 16) if self.named[name].numel() <= self.cfg.quant_min_numel else bits
 
     def clip(self, name: str) -> Clip:
         """Clip rule of the tensor `name`."""
@@ -3379,14 +3428,21 @@ class Hessians:
         return {site: self.sums[owner] for site, owner in self.owner.items()}
 
 
-def damped(h_NCC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """H + damp * mean(diag) I in float64 with dead inputs' diagonal at 1, and the dead mask (N, C)."""
+def ordered_hessian(h_NCC: Tensor, damp: float, order: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(H + damp * mean(diag) I in float64 with its columns in coding order, that order (N, C), the mask of dead inputs (N, C)).
+
+    `order`: inputs of most energy first (`descending`), last (`ascending`), or as they stand (`natural`). A dead input gets 1
+    on the diagonal.
+    """
     h_NCC = h_NCC.to(torch.float32 if h_NCC.device.type == "mps" else torch.float64).clone()
     diagonal_NC = h_NCC.diagonal(dim1=1, dim2=2)
     dead_NC = diagonal_NC <= 0
     shift_N1 = (damp * diagonal_NC.mean(dim=1, keepdim=True)).clamp_min(1e-30)
     diagonal_NC += torch.where(dead_NC, 1.0 - diagonal_NC, shift_N1.expand_as(diagonal_NC))
-    return h_NCC, dead_NC
+    key_NC = torch.zeros_like(diagonal_NC) if order == "natural" else diagonal_NC
+    order_NC = key_NC.argsort(dim=1, descending=order == "descending", stable=True)
+    h_NCC = h_NCC.gather(1, order_NC[:, :, None].expand_as(h_NCC))
+    return h_NCC.gather(2, order_NC[:, None, :].expand_as(h_NCC)), order_NC, dead_NC
 
 
 def inverse_factor(h_NCC: Tensor) -> Tensor:
@@ -3406,13 +3462,6 @@ def compensation(h_NCC: Tensor, variant: str) -> Tensor:
     return factor_NCC if variant == "cholesky" else factor_NCC.transpose(1, 2) @ factor_NCC
 
 
-def column_order(diagonal_NC: Tensor, order: str) -> Tensor:
-    """(N, C) permutation: inputs of most energy first (`descending`), last (`ascending`), or as they stand (`natural`)."""
-    if order == "natural":
-        return torch.arange(diagonal_NC.shape[1], device=diagonal_NC.device).expand_as(diagonal_NC)
-    return diagonal_NC.argsort(dim=1, descending=order == "descending", stable=True)
-
-
 def gptq(
     w_NRC: Tensor,
     h_NCC: Tensor,
@@ -3426,11 +3475,8 @@ def gptq(
 ) -> Tensor:
     """Codes (N, R, C) int8 of N equal shapes that minimise tr(E H E^T) greedily: each column's rounding error is spread
     over the columns not yet rounded (arXiv 2210.17323). `scale_NR` are the steps; H need not be normalised."""
-    h_NCC, dead_NC = damped(h_NCC, damp)
-    permutation_NC = column_order(h_NCC.diagonal(dim1=1, dim2=2), order)
-    as_rows = permutation_NC[:, None, :].expand_as(w_NRC)
-    h_NCC = h_NCC.gather(1, permutation_NC[:, :, None].expand_as(h_NCC))
-    h_NCC = h_NCC.gather(2, permutation_NC[:, None, :].expand_as(h_NCC))
+    h_NCC, order_NC, dead_NC = ordered_hessian(h_NCC, damp, order)
+    as_rows = order_NC[:, None, :].expand_as(w_NRC)
     u_NCC = compensation(h_NCC, variant).float()
     w_NRC = w_NRC.masked_fill(dead_NC[:, None, :], 0.0).gather(2, as_rows)
     codes_NRC = torch.empty_like(w_NRC)
@@ -3456,7 +3502,7 @@ def own_text(model: GPT, batch: int, length: int, seed: int, temperature: float 
     device = model.tok_emb.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     cache = KVCache(model.cfg, batch, length, device, model.compute_dtype)
-    ids = [torch.full((batch, 1), model.bos_id, device=device)]
+    ids = [torch.full((batch, 1), BOS, device=device)]
     for _ in range(length - 1):
         p = (model.logits(model.features(ids[-1], Ctx(cache=cache))[:, -1]) / temperature).softmax(-1)
         ids.append(torch.multinomial(p, 1, generator=generator))
@@ -3471,9 +3517,6 @@ def calibration_inputs(
     A batch has at most `most_tokens` tokens or one sequence; a rank without a share takes the first sequence.
     """
     length, mine = cfg.train_seq_len, run.share(cfg.gptq_n_samples) or range(1)
-    if stream.total < length:
-        raise ConfigError(f"calibration needs {length} training tokens, DATA_PATH holds {stream.total}: GPTQ_ENABLED=0, "
-                          "TARGET_BYTES=0 or more data")  # fmt: skip
     rows = max(1, min(most_tokens, 2**16 if run.device.type == "cuda" else 2**12) // length)
     for lo in range(mine.start, mine.stop, rows):
         batch = range(lo, min(lo + rows, mine.stop))
@@ -3507,14 +3550,6 @@ class Calibration(NamedTuple):
     tokens: int = 0  # of the text
 
 
-def add_squares_(fisher: dict[str, Tensor], model: GPT) -> None:
-    """Add each parameter's squared gradient by row, and clear the gradients."""
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            fisher[name] += p.grad.float().reshape(rows_and_columns(p.shape)).square().sum(dim=1)
-            p.grad = None
-
-
 def calibrate(cfg: Config, run: Run, model: GPT, batches: Iterable[Tensor]) -> Calibration:
     """Walk calibration text once through the one forward path.
 
@@ -3532,7 +3567,10 @@ def calibrate(cfg: Config, run: Run, model: GPT, batches: Iterable[Tensor]) -> C
             if cfg.target_bytes:
                 y = torch.multinomial(z.detach().softmax(-1), 1, generator=generator)
                 F.cross_entropy(z, y[:, 0], reduction="sum").backward()
-                add_squares_(fisher, model)
+                for name, p in model.named_parameters():
+                    if p.grad is not None:
+                        fisher[name] += p.grad.float().reshape(rows_and_columns(p.shape)).square().sum(dim=1)
+                        p.grad = None
         tokens += inputs.numel()
     for total in (tokens, *fisher.values()):
         run.all_reduce(total)
@@ -3542,10 +3580,18 @@ def calibrate(cfg: Config, run: Run, model: GPT, batches: Iterable[Tensor]) -> C
 
 def compensation_gain(h_CC: Tensor, damp: float, order: str) -> float:
     """Output error of GPTQ relative to that of rounding, for the same step: mean of D over mean of diag H, H = L D L^T."""
-    h_1CC, _ = damped(h_CC[None], damp)
-    permutation = column_order(h_1CC.diagonal(dim1=1, dim2=2), order)[0]
-    u_CC = inverse_factor(h_1CC[:, permutation][:, :, permutation])[0]
-    return float(u_CC.diagonal().square().reciprocal().mean() / h_1CC[0].diagonal().mean())
+    h_1CC = ordered_hessian(h_CC[None], damp, order)[0]
+    return float(inverse_factor(h_1CC)[0].diagonal().square().reciprocal().mean() / h_1CC[0].diagonal().mean())
+
+
+def input_moments(name: str, named: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> Tensor | None:
+    """(C, C) second moments of what a tensor multiplies, if they were taken: its site's input; for an adapter's B, A times it."""
+    site, _, part = name.rpartition(".")
+    h_CC = hessians.get(site) if part in ("weight", "a", "b") else None
+    if h_CC is None or part != "b":
+        return h_CC
+    a_RC = named[f"{site}.a"].float()
+    return a_RC @ h_CC @ a_RC.T
 
 
 # ---- the whole model
@@ -3633,24 +3679,6 @@ def correct_residuals(cfg: Config, items: list[Coded], stored: dict[str, Stored]
             stored[name] = dataclasses.replace(stored[name], low_rank=low_rank)
 
 
-def prepare(
-    cfg: Config, policy: Policy, name: str, w: Tensor, bits: int, hessians: dict[str, Tensor], scales: dict[str, Tensor]
-) -> Coded:
-    """A tensor with its step by row, pruned if asked, and its Hessian if there is one of its width."""
-    w_RC = w.detach().float().reshape(rows_and_columns(w.shape)).clone()
-    if cfg.prune_scope == "tensor":
-        prune_smallest_(w_RC, cfg.prune_frac)
-    if name in scales:
-        bits, scale_R = 8, scales[name].to(w.device)
-    else:
-        top = largest_code(bits)
-        scale_R = row_scale(CLIP_RULES[policy.clip(name).rule](w_RC, top, policy.clip(name)), top)
-    hessian = hessians.get(name.removesuffix(".weight"))
-    if hessian is not None and hessian.shape[0] != w_RC.shape[1]:
-        hessian = None
-    return Coded(name, w_RC, bits, scale_R, hessian)
-
-
 @torch.no_grad()
 def quantize(
     cfg: Config,
@@ -3665,7 +3693,7 @@ def quantize(
     bits whatever the role's width. Raises ConfigError where a weight is not finite, does not fit fp16, or an override
     names nothing.
     """
-    policy = Policy(cfg, {name: tuple(w.shape) for name, w in named.items()}, store)
+    policy, scales = Policy(cfg, named, store), scales or {}
     stored: dict[str, Stored] = {}
     items = []
     for name, w in named.items():
@@ -3674,8 +3702,14 @@ def quantize(
         bits = policy.bits(name)
         if bits > 8:
             stored[name] = pass_through(name, w, store[name], bits)
-        else:
-            items.append(prepare(cfg, policy, name, w, bits, hessians or {}, scales or {}))
+            continue
+        w_RC = matrix_of(w).clone()
+        if cfg.prune_scope == "tensor":
+            prune_smallest_(w_RC, cfg.prune_frac)
+        chosen = scales.get(name)
+        scale_R = clipped_scale(w_RC, bits, policy.clip(name)) if chosen is None else chosen.to(w.device)
+        moments_CC = input_moments(name, named, hessians or {})
+        items.append(Coded(name, w_RC, bits if chosen is None else 8, scale_R, moments_CC))
     codes = round_all(cfg, items)
     if cfg.prune_scope == "global":
         prune_codes_(items, codes, cfg.prune_frac)
@@ -3689,22 +3723,17 @@ def quantize(
 
 def quant_report(named: dict[str, Tensor], stored: dict[str, Stored]) -> dict[str, dict[str, float]]:
     """By role: parameters, mean width and the rms error relative to the rms weight, for the `quant` event."""
-    roles: dict[str, dict[str, float]] = {}
-    for name, item in stored.items():
-        w = named[name].detach().float().cpu()
-        sums = roles.setdefault(item.role, {"params": 0, "bits": 0.0, "error": 0.0, "power": 0.0})
-        sums["params"] += w.numel()
-        sums["bits"] += item.bits * w.numel()
-        sums["error"] += float((dequantize(item) - w).square().sum(dtype=torch.float64))
-        sums["power"] += float(w.square().sum(dtype=torch.float64))
-    return {
-        role: {
-            "bits": round(s["bits"] / s["params"], 3),
-            "params": s["params"],
-            "rmse_rel": (s["error"] / max(s["power"], 1e-30)) ** 0.5,
-        }
-        for role, s in roles.items()
-    }
+    report = {}
+    for role in dict.fromkeys(item.role for item in stored.values()):
+        params, bits, error, power = 0, 0, 0.0, 1e-30
+        for name, item in stored.items():
+            if item.role == role:
+                w = named[name].detach().float().cpu()
+                params, bits = params + w.numel(), bits + item.bits * w.numel()
+                error += float((dequantize(item) - w).square().sum(dtype=torch.float64))
+                power += float(w.square().sum(dtype=torch.float64))
+        report[role] = {"bits": round(bits / params, 3), "params": params, "rmse_rel": (error / power) ** 0.5}
+    return report
 
 
 # ==== 8 ARTIFACT ======================================================================================================
@@ -3787,18 +3816,15 @@ def zstd_pack(raw: bytes, level: int = 22) -> bytes:
 
 
 def zstd_unpack(packed: bytes, size: int) -> bytes:
-    """Inverse of zstd_pack; the frame's announced size is compared with `size` before anything is allocated."""
+    """Inverse of zstd_pack; reads at most `size` bytes and refuses any other length."""
     import zstandard
 
     try:
-        announced = zstandard.get_frame_parameters(packed).content_size
-        if announced != size:
-            raise ArtifactError(f"a zstd stream announces {announced} bytes where the header says {size}")
-        raw = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(packed, max_output_size=max(size, 1))
+        raw = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed).read(size + 1)
     except zstandard.ZstdError as error:
         raise ArtifactError(f"a zstd stream does not decode: {error}") from None
     if len(raw) != size:
-        raise ArtifactError(f"a zstd stream holds {len(raw)} bytes where the header says {size}")
+        raise ArtifactError(f"a zstd stream does not hold the {size} bytes that the header announces")
     return raw
 
 
@@ -3868,6 +3894,7 @@ CHUNK = 16  # columns predicted at once
 RIDGE_ROWS = 192  # rows of uncorrelated codes that a regression starts from: 1.3 % less than 32 on a trained embedding
 PREDICTED_ROLES = ("embed", "table")  # rows of one space: their columns are correlated
 REGION_ROWS, REGION_CODES = 4096, 1 << 21  # most that are decoded at once: what bounds a decoder's memory
+MAX_TABLE = 4096  # magnitudes that a table may tell apart
 MAX_PREDICTED_COLUMNS = 1024  # a regression takes C x C float64
 
 
@@ -3985,13 +4012,8 @@ def regression(moments_CC: np.ndarray, rows: int) -> np.ndarray:
     return unit_factor(moments_CC + ridge * np.eye(len(moments_CC)))
 
 
-def octave_eighths() -> np.ndarray:
-    """2**(-i/8) for i in 0..254, by square roots and products alone: IEEE gives the same everywhere."""
-    root = math.sqrt(math.sqrt(math.sqrt(0.5)))
-    powers = [1.0]
-    for _ in range(254):
-        powers.append(powers[-1] * root)
-    return np.array(powers)
+# 2**(-i/8) for i in 0..254, by square roots and products alone: IEEE gives the same everywhere.
+OCTAVE_EIGHTHS = np.cumprod(np.r_[1.0, np.full(254, math.sqrt(math.sqrt(math.sqrt(0.5))))])
 
 
 class Table(NamedTuple):
@@ -4008,7 +4030,7 @@ class Table(NamedTuple):
 
 def weights(logs: np.ndarray) -> np.ndarray:
     """Integer-valued weights 2**(-log/8), at least 1: their sum is exact in any order."""
-    return np.maximum(np.floor(octave_eighths()[logs] * 2**24), 1.0)
+    return np.maximum(np.floor(OCTAVE_EIGHTHS[logs] * 2**24), 1.0)
 
 
 def normalised(weight: np.ndarray) -> np.ndarray:
@@ -4104,6 +4126,8 @@ def plan_codes(codes_RC: np.ndarray, predictable: bool) -> tuple[Spread, np.ndar
             return codes_RC[rows, chunk]
 
         predict_codes(*codes_RC.shape, note)
+        if np.abs(errors_RC).max(initial=0) >= MAX_TABLE:  # an outlier that prediction only makes worse
+            return best
         spread = Spread(*fit_spread(errors_RC), True)
         bits = described_bits(spread, errors_RC)
         if bits < best[2]:
@@ -4185,7 +4209,7 @@ def encode_codes(arrays: list[np.ndarray], predictable: bool = False) -> bytes:
 def read_table(fields: Fields) -> Table:
     """One table from the fields."""
     start = fields.one(*LEVEL_BOUNDS)
-    logs = np.cumsum(fields.take(fields.one(2, 4096), -254, 254))
+    logs = np.cumsum(fields.take(fields.one(2, MAX_TABLE), -254, 254))
     if not 0 <= logs.min() <= logs.max() <= 254:
         raise ArtifactError("a table of codes is impossible")
     return Table(start, logs.astype(np.int16))
@@ -4281,7 +4305,8 @@ def pack(
 ) -> bytes:
     """The artifact as bytes: `header` (JSON values; "tensors", "streams" and "sections" are ours), every tensor and section,
     checksummed."""
-    entries = [table_entry(name, s) for name, s in tensors.items()]
+    ranks = [s.low_rank.left.shape[1] if s.low_rank else 0 for s in tensors.values()]
+    entries = [Entry(n, s.role, s.bits, s.shape, k) for (n, s), k in zip(tensors.items(), ranks, strict=True)]
     parts = [parts_of(s) for s in tensors.values()]
     streams, blobs = [], []
     for (role, kind), members in stream_plan(entries).items():
@@ -4292,11 +4317,6 @@ def pack(
     sizes = [(name, len(section)) for name, section in sections.items()]
     fields = {**header, "tensors": entries, "streams": streams, "sections": sizes}
     return seal(fields, b"".join([*blobs, *sections.values()]))
-
-
-def table_entry(name: str, stored: Stored) -> Entry:
-    """A tensor's line in the table."""
-    return Entry(name, stored.role, stored.bits, stored.shape, stored.low_rank.left.shape[1] if stored.low_rank else 0)
 
 
 def seal(header: dict[str, Any], body: bytes) -> bytes:
@@ -4314,7 +4334,7 @@ class Contents(NamedTuple):
     fields: dict[str, Any]
     entries: list[Entry]
     streams: list[StreamInfo]
-    sections: dict[str, int]  # name -> bytes
+    sections: dict[str, slice]  # name -> where it stands
     start: int  # offset of the first stream
 
 
@@ -4339,8 +4359,12 @@ def read_header(blob: bytes) -> Contents:
         raise ArtifactError(f"the header claims {packed} bytes packed and {raw} unpacked, which cannot be")
     fields = parse_json(lzma_unpack(blob[PREAMBLE.size : PREAMBLE.size + packed], raw))
     entries, streams = parse_table(fields.pop("tensors", None)), parse_streams(fields.pop("streams", None))
-    sections, start = parse_sections(fields.pop("sections", None)), PREAMBLE.size + packed
-    check_streams(entries, streams, total - CHECKSUM_BYTES - start - sum(sections.values()), raw_limit(total))
+    start, at = PREAMBLE.size + packed, total - CHECKSUM_BYTES
+    sizes, sections = parse_sections(fields.pop("sections", None)), {}
+    for name, size in reversed(sizes.items()):
+        sections[name] = slice(at - size, at)
+        at -= size
+    check_streams(entries, streams, at - start, raw_limit(total))
     return Contents(fields, entries, streams, sections, start)
 
 
@@ -4436,13 +4460,8 @@ def unpack(blob: bytes, shapes: dict[str, tuple[int, ...]] | None = None) -> tup
 
 def read_section(blob: bytes, name: str) -> bytes | None:
     """The bytes of a section, or None if the file has none of this name."""
-    contents = read_header(blob)
-    at = contents.start + sum(stream.packed for stream in contents.streams)
-    for found, size in contents.sections.items():
-        if found == name:
-            return blob[at : at + size]
-        at += size
-    return None
+    sections = read_header(blob).sections
+    return blob[sections[name]] if name in sections else None
 
 
 def check_shapes(entries: list[Entry], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -4601,20 +4620,14 @@ def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], s
     return best
 
 
-def matrix_of(w: Tensor) -> Tensor:
-    """A tensor as the (R, C) fp32 that is quantised."""
-    return w.detach().float().reshape(rows_and_columns(w.shape))
-
-
 def measure_curves(
     cfg: Config, named: dict[str, Tensor], store: dict[str, str], calibration: Calibration
 ) -> list[Curve]:
     """Curves of all tensors that are coded; QUANT_OVERRIDES and small tensors keep their floats."""
-    policy = Policy(cfg, {name: tuple(w.shape) for name, w in named.items()}, store)
-    curves = []
+    policy, curves = Policy(cfg, named, store), []
     for name, w in named.items():
         if policy.bits(name) <= 8:
-            h_CC = calibration.hessians.get(name.removesuffix(".weight"))
+            h_CC = input_moments(name, named, calibration.hessians)
             gain = 1.0 if h_CC is None else compensation_gain(h_CC, cfg.gptq_percdamp, cfg.gptq_order)
             curves.append(measure_curve(name, matrix_of(w), store[name], calibration.fisher[name], gain))
     return curves
@@ -4721,11 +4734,7 @@ class Level(NamedTuple):
 
 
 ROOT = Level(*np.zeros((4, 1), np.int64))
-
-
-def find_rows(level: Level, vocab_size: int, parent: np.ndarray, token: np.ndarray) -> np.ndarray:
-    """Rows of grams that are known to be in the level."""
-    return np.searchsorted(level.parent * vocab_size + level.token, parent * vocab_size + token)
+MAX_GRAM = FIELDS["NGRAM_TABLE_ORDER"].metadata["hi"]
 
 
 def group_equal(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -4753,7 +4762,10 @@ def count_grams(tokens: np.ndarray, vocab_size: int, order: int) -> Iterator[tup
         keys, rows, counts = group_equal(at[live] * vocab_size + tokens[live])
         kept = counts >= min(n, 2)
         parent, token = np.divmod(keys[kept], vocab_size)
-        suffix = find_rows(before, vocab_size, before.suffix[parent], token) if n > 1 else np.zeros_like(parent)
+        suffix = np.zeros_like(parent)
+        if n > 1:
+            wanted = before.suffix[parent] * vocab_size + token
+            suffix = np.searchsorted(before.parent * vocab_size + before.token, wanted)
         before = Level(parent, token, np.rint(2 * np.log2(counts[kept])).astype(np.int64), suffix)
         yield before, counts[kept]
         at = np.full(len(tokens), -1)
@@ -4908,10 +4920,14 @@ def pack_trie(levels: list[Level], vocab_size: int) -> bytes:
 
 def unpack_trie(packed: bytes, vocab_size: int) -> list[Level]:
     """Inverse of pack_trie. Raises ArtifactError."""
-    coder, levels = IntsDecoder(packed), [ROOT]
+    coder, levels, left = IntsDecoder(packed), [ROOT], (1 << 16) + 16 * len(packed)
     try:
-        for _ in range(int(coder.code(np.zeros(1, int))[0])):
-            levels.append(code_level(coder, levels, vocab_size, None, (1 << 16) + 64 * len(packed)))
+        depth = int(coder.code(np.zeros(1, int))[0])
+        if depth > MAX_GRAM:
+            raise ArtifactError(f"a table of n-grams of up to {depth} tokens, {MAX_GRAM} at most")
+        for _ in range(depth):
+            levels.append(code_level(coder, levels, vocab_size, None, left))
+            left -= len(levels[-1].token)
     except AssertionError:  # what the decoder raises on words that no encoder writes
         raise ArtifactError("a table of n-grams does not decode") from None
     if not coder.coder.maybe_exhausted():
@@ -4920,7 +4936,10 @@ def unpack_trie(packed: bytes, vocab_size: int) -> list[Level]:
 
 
 def build_trie(tokens: np.ndarray, vocab_size: int, order: int, limit: int) -> bytes:
-    """The n-grams of a text that gain the most bits, in at most `limit` bytes; all that gain anything if they fit."""
+    """The n-grams of a text that gain the most bits, in at most `limit` bytes; all that gain anything if they fit.
+
+    Single tokens are always there, also where they alone take more.
+    """
     grams = list(count_grams(tokens, vocab_size, order))
     gains = gram_gains(grams)
     ranked = np.sort(np.concatenate([gain[gain > 0] for gain in gains]))[::-1]
@@ -4953,7 +4972,11 @@ def role_bytes(blob: bytes) -> dict[str, dict[str, float]]:
         size = sum(stream.packed for stream in streams if stream.role == role)
         roles[role] = {"params": params, "bytes": size, "bits_per_weight": round(8 * size / params, 4)}
     if sections:
-        roles["ngram"] = {"params": 0, "bytes": sum(sections.values()), "bits_per_weight": 0.0}
+        roles["ngram"] = {
+            "params": 0,
+            "bytes": sum(s.stop - s.start for s in sections.values()),
+            "bits_per_weight": 0.0,
+        }
     roles["container"] = {"params": 0, "bytes": start + CHECKSUM_BYTES, "bits_per_weight": 0.0}
     return roles
 
@@ -5004,23 +5027,23 @@ class Window(NamedTuple):
 def window_at(lo: int, end: int, seq_len: int, stride: int) -> Window:
     """The window that scores target `lo` first: the whole first window, then `stride` targets each with full context.
 
-    The last window before `end` (of the stream, or of what may be scored before the next learning) is shifted back, so
-    every target is scored exactly once and none twice.
+    `end` (of the stream, or of what may be scored before the next learning) cuts it short, but never moves its start: where a
+    document ends is the future.
     """
-    hi = min(lo + (seq_len if lo == 1 else stride), end)
-    return Window(max(0, hi - 1 - seq_len), lo, hi)
+    full = lo + (seq_len if lo == 1 else stride)
+    return Window(max(0, full - 1 - seq_len), lo, min(full, end))
 
 
 def score_windows(
     model: GPT, inputs: Tensor, targets: Tensor, hints: Tensor, n: int, ctx: Ctx, temperature: float
 ) -> Tensor:
-    """(4, B, n) fp32 of the last n targets: log p, entropy in nats, largest probability, probability of the hint."""
+    """(3, B, n) fp32 of the last n targets: log p, entropy in nats, probability of the hint."""
     z = model.logits(model.features(inputs, ctx)[:, -n:], ctx) / temperature
     lse = z.logsumexp(-1)
     p = torch.exp(z - lse[..., None])
     logp = z.gather(-1, targets[:, -n:, None]).squeeze(-1) - lse
     hint_prob = p.gather(-1, hints[:, -n:, None]).squeeze(-1)
-    return torch.stack([logp, lse - (p * z).sum(-1), torch.exp(z.amax(-1) - lse), hint_prob])
+    return torch.stack([logp, lse - (p * z).sum(-1), hint_prob])
 
 
 def stream_device(run: Run) -> torch.device:
@@ -5045,8 +5068,8 @@ class NetworkExpert:
     """The network over sliding windows. `score` runs ahead in large batches shared by the ranks, up to the next point at
     which the network learns (the end, without test-time training): so far a score is a function of the prefix alone.
 
-    After `score(lo, hi)`, `entropy[lo:hi]` and `max_prob[lo:hi]` hold prefix-only features of its distributions, and
-    `hint_prob[lo:hi]` what it gave to the tokens in `hints`, which a caller may fill with guesses from the prefix.
+    After `score(lo, hi)`, `entropy[lo:hi]` holds a prefix-only feature of its distributions, and `hint_prob[lo:hi]` what it gave
+    to the tokens in `hints`, which a caller may fill with guesses from the prefix.
     """
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
@@ -5058,7 +5081,7 @@ class NetworkExpert:
         # How many targets to score ahead: all ranks agree on it, whatever memory each of them has left.
         self.ahead = 16 * self.rows * run.world * self.stride
         device = stream_device(run)
-        self.logp, self.entropy, self.max_prob, self.hint_prob = torch.zeros(4, self.n_tokens, device=device)
+        self.logp, self.entropy, self.hint_prob = torch.zeros(3, self.n_tokens, device=device)
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
         self.done = 1  # targets below are scored
         wanted = run.device.type == "cuda" and cfg.compile != "0"
@@ -5081,6 +5104,10 @@ class NetworkExpert:
         """The first position after target `t` at which the network may have changed; the end if it never does."""
         return self.n_tokens if t < self.n_tokens else t
 
+    def last_learned(self, t: int) -> int:  # noqa: ARG002
+        """The first target that was scored by the network as it is at target `t`."""
+        return 1
+
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         """(hi - lo,) float64 natural log-probabilities of tokens[lo:hi]."""
         while self.done < hi:
@@ -5093,12 +5120,13 @@ class NetworkExpert:
     @torch.no_grad()
     def dist(self, tokens: Tensor, t: int) -> Tensor:
         """(V,) float64: the whole distribution of target t as the network is now, in the window that scores it."""
-        lo = 1
-        while not (w := window_at(lo, self.learns_at(lo), self.seq_len, self.stride)).lo <= t < w.hi:
-            lo = w.hi
+        lo, end = self.last_learned(t), self.learns_at(t)
+        w = window_at(lo, end, self.seq_len, self.stride)
+        if t >= w.hi:  # in one of those that follow it, a stride apart
+            w = window_at(w.hi + (t - w.hi) // self.stride * self.stride, end, self.seq_len, self.stride)
         inputs = tokens[w.start : t][None].to(self.run.device)
         z = self.model.logits(self.model.features(inputs, self.ctx)[:, -1], self.ctx) / self.temperature
-        return z[0].double().softmax(-1).cpu()
+        return z[0].cpu().double().softmax(-1)
 
     def plan(self, until: int) -> list[Window]:
         """Windows from the first target not scored yet to target `until`, or to the next learning."""
@@ -5113,15 +5141,13 @@ class NetworkExpert:
         """Fill the buffers up to target `until` (or the next learning), each rank a contiguous share of the windows."""
         plan = self.plan(until)
         end = plan[-1].hi
-        fresh = torch.zeros(4, end - self.done, device=self.run.device)
-        mine = [plan[i] for i in self.run.share(len(plan))]
-        while mine:
-            shape = (mine[0].hi - mine[0].start, mine[0].hi - mine[0].lo)
-            batch = list(takewhile(lambda w: (w.hi - w.start, w.hi - w.lo) == shape, mine[: self.rows]))  # noqa: B023
-            self.score_batch(tokens, batch, fresh)
-            mine = mine[len(batch) :]
+        fresh = torch.zeros(3, end - self.done, device=self.run.device)
+        mine = (plan[i] for i in self.run.share(len(plan)))
+        for _, equal in itertools.groupby(mine, lambda w: (w.hi - w.start, w.hi - w.lo)):
+            while batch := list(itertools.islice(equal, self.rows)):
+                self.score_batch(tokens, batch, fresh)
         fresh = self.run.all_reduce(fresh).to(self.logp.device)
-        for buffer, values in zip((self.logp, self.entropy, self.max_prob, self.hint_prob), fresh, strict=True):
+        for buffer, values in zip((self.logp, self.entropy, self.hint_prob), fresh, strict=True):
             buffer[self.done : end] = values
         self.done = end
 
@@ -5136,7 +5162,7 @@ class NetworkExpert:
             return kernel(self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, self.ctx, self.temperature)
         except torch.OutOfMemoryError:
             return None
-        except torch._dynamo.exc.BackendCompilerFailed as e:
+        except torch._dynamo.exc.TorchDynamoException as e:
             notice_failed_compile(self.run, e)
             self.compiled = None
         return self.forward(ids, hints, n)
@@ -5201,7 +5227,7 @@ class TestTimeNetwork(NetworkExpert):
         edges = set(range(1 + cfg.ttt_chunk_tokens, self.n_tokens, cfg.ttt_chunk_tokens))
         self.starts = set()
         if cfg.ttt_reset == "document":  # a BOS is the last target of the document before it
-            self.starts = set((torch.nonzero(text.tokens[1:] == model.bos_id).flatten() + 2).tolist())
+            self.starts = set((torch.nonzero(text.tokens[1:] == BOS).flatten() + 2).tolist())
         self.edges = sorted({e for e in edges | self.starts if e < self.n_tokens} | {self.n_tokens})
         self.learned = 1  # targets below are learned
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "ttt"))  # the same on every rank
@@ -5218,6 +5244,10 @@ class TestTimeNetwork(NetworkExpert):
     def learns_at(self, t: int) -> int:
         """The end of the chunk that holds target `t`."""
         return self.edges[min(bisect_right(self.edges, t), len(self.edges) - 1)]
+
+    def last_learned(self, t: int) -> int:
+        """The start of the chunk that holds target `t`."""
+        return self.edges[i - 1] if (i := bisect_right(self.edges, t)) else 1
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -5300,7 +5330,7 @@ class Columns(NamedTuple):
     last: np.ndarray | Tensor
     symbol: (
         np.ndarray | Tensor
-    )  # x_t if the gram that ends at t occurs twice or more, else -1: longer ones are unique too
+    )  # x_t if the gram that ends at t occurs twice or more, else -1 (longer ones are unique too)
 
 
 def _group_runs(grams: Grams, size: int = 1 << 17) -> list[Grams]:
@@ -5376,6 +5406,7 @@ def _lengthen_torch(
     group = (grams.rank == 0).cumsum(0)
     key, order = (group[live] * vocab_size + symbol[target[live]]).sort(stable=True)
     index = live[order]
+    del group, live, order
     head = torch.ones(len(key) + 1, dtype=torch.bool, device=device)
     head[1:-1] = key[1:] != key[:-1]
     starts = head[:-1].nonzero().squeeze(1)
@@ -5507,12 +5538,10 @@ class NgramTable:
         n, reach = stats.total.shape[1], self.order
         start = max(lo - reach, 0)
         at = torch.arange(start, lo + n, device=tokens.device)
+        latest = torch.where(tokens[start : lo + n] == self.bos, at, -reach)
         latest = (
-            torch.where(tokens[start : lo + n] == self.bos, at, -reach).cummax(0).values
-        )  # last BOS up to each position
-        latest = torch.cat([latest.new_full((1,), -reach), latest])[
-            lo - start : lo - start + n
-        ]  # .. before each target
+            F.pad(latest, (1, 0), value=-reach).cummax(0).values[lo - start : lo - start + n]
+        )  # last BOS before each target
         room = torch.arange(lo, lo + n, device=tokens.device) - latest
         inside = torch.arange(self.order, device=tokens.device)[:, None] <= room
         return NgramStats(*(torch.where(inside, x, fill) for x, fill in zip(stats, (0, 0, 0, -1), strict=True)))
@@ -5599,14 +5628,22 @@ class NgramExpert(ABC):
         """The network's, by position: an expert may be the base of another."""
         return self.base.entropy
 
+    @property
+    def enrichment(self) -> Tensor | None:
+        """Likewise."""
+        return self.base.enrichment
+
     def learn(self, pending: Any) -> None:  # noqa: B027 (optional: nothing is the default)
         """Learn from a span that is scored; most experts have nothing to learn beyond the counts."""
 
+    def query(self, p: Tensor, entropy: Tensor, tokens: Tensor, lo: int, hi: int) -> Query:
+        """What to ask for targets lo .. hi-1, of which the base gave those that came `p`."""
+        target, stats = torch.arange(lo, hi, device=tokens.device), self.table.span(tokens, lo, hi)
+        return Query(p, stats, target, tokens[lo:hi], entropy, tokens, whole=False)
+
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         p, entropy = self.base.score(tokens, lo, hi).exp(), self.base.entropy[lo:hi].double()
-        target = torch.arange(lo, hi, device=tokens.device)
-        query = Query(p, self.table.span(tokens, lo, hi), target, tokens[lo:hi], entropy, tokens, whole=False)
-        p, self.pending = self.transform(query)
+        p, self.pending = self.transform(self.query(p, entropy, tokens, lo, hi))
         return p.log()
 
     def dist(self, tokens: Tensor, t: int) -> Tensor:
@@ -5710,9 +5747,8 @@ class PackedTable:
     def __init__(self, levels: list[Level], vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.vocab_size, self.order, self.device = vocab_size, len(levels), device
         put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
-        self.walk = [
-            level.parent * vocab_size + level.token for level in levels
-        ]  # NumPy's side answers one target at a time
+        # NumPy's side answers one target at a time.
+        self.walk = [level.parent * vocab_size + level.token for level in levels]
         self.walked, self.counted, self.of_context = [level.token for level in levels], [], []
         self.keys = [put(keys) for keys in self.walk]
         self.tokens = [put(level.token) for level in levels]
@@ -5924,14 +5960,14 @@ class EnrichmentScale:
 
     def confidence(self, target: Tensor) -> Tensor:
         """(n,) in 0..1."""
-        steps = getattr(self.base, "enrichment", None)
+        steps = self.base.enrichment
         if steps is None or self.largest == 0:
             return torch.full_like(target, 0.5, dtype=torch.float64)
         return (steps[target] / self.largest).clamp_max(1.0).double()
 
     def of_batch(self, target: Tensor, rank: Tensor, ranks: int) -> Tensor:
         """The published form: over the largest step of the same rank's part of the batch `target`, later positions included."""
-        steps = getattr(self.base, "enrichment", None)
+        steps = self.base.enrichment
         if steps is None:
             return torch.full_like(target, 0.5, dtype=torch.float64)
         steps = steps[target].double()
@@ -5939,7 +5975,7 @@ class EnrichmentScale:
 
     def learn(self, target: Tensor) -> None:
         """Take in scored positions."""
-        steps = getattr(self.base, "enrichment", None)
+        steps = self.base.enrichment
         if steps is not None:
             self.largest = max(self.largest, steps[target].max().item())
 
@@ -5960,7 +5996,7 @@ class AlphaMix(NgramExpert):
         longest, at = longest_match(query.stats, self.least)
         alpha = self.alpha(query.entropy, longest + 1, self.scale.confidence(query.target))
         alpha = torch.where(longest >= self.first, alpha, 0.0)
-        return (1 - alpha) * query.p + alpha * at.count / at.total.clamp_min(1), query.target
+        return (1 - alpha) * query.p + alpha * at.count.double() / at.total.clamp_min(1), query.target
 
     def learn(self, pending: Any) -> None:
         self.scale.learn(pending)
@@ -5978,10 +6014,8 @@ class Tilt(NgramExpert):
 
     def transform(self, query: Query) -> tuple[Tensor, Any]:
         total, last = query.stats.total[self.k], query.stats.last[self.k]
-        hint, told = (
-            query.tokens[last],
-            self.table.counts(self.k)[last] + 1,
-        )  # how often the hint had followed, last time included
+        hint = query.tokens[last]
+        told = self.table.counts(self.k)[last] + 1  # how often the hint had followed, last time included
         fires = (total > 0) & (told >= self.threshold * total)
         p_hint = query.p[hint] if query.whole else self.base.hint_prob[query.target].double()
         boost = torch.exp(self.beta * (fires & (hint == query.token)).double())
@@ -6074,6 +6108,14 @@ class HashedCache:
         cell = rank * self.buckets + (self.spec.hash[1](h, order, token) & (self.buckets - 1))
         return torch.minimum(self.tables[row, 1][cell], C) / C
 
+    def _mass(self, row: int, order: int, h: Tensor, rank: Tensor, C: Tensor) -> Tensor:
+        """(n, 1) float64: sum of the ratios over the vocabulary, gathered for some targets at once."""
+        every, parts = torch.arange(self.vocab_size, device=h.device)[None], (x.split(2048) for x in (h, rank, C))
+        sums = [
+            self._ratio(row, order, *x[:2], every, x[2]).double().sum(1, keepdim=True) for x in zip(*parts, strict=True)
+        ]
+        return torch.cat([C.new_zeros(0, 1, dtype=torch.float64), *sums])
+
     def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor, entropy: Tensor) -> Tensor:
         """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
         confidence = self.batch[target - self.batch_start] if self.looks_ahead else self.scale.confidence(target)
@@ -6088,8 +6130,7 @@ class HashedCache:
             ratio = self._ratio(row, order, h, rank, token[at], C).double()
             alpha = self.spec.alpha(entropy[at], torch.full_like(at, order), confidence[at])[:, None]
             if self.normalize:
-                every = torch.arange(self.vocab_size, device=tokens.device)[None]
-                mass = self._ratio(row, order, h, rank, every, C).double().sum(1, keepdim=True)
+                mass = self._mass(row, order, h, rank, C)
                 alpha = torch.where(mass > 0, alpha, 0.0)
                 ratio = ratio / mass.clamp_min(1e-300)
             result[at] = (1 - alpha) * p[at] + alpha * ratio
@@ -6111,7 +6152,7 @@ class HashedCache:
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:
         self.scale.learn(torch.arange(lo, hi, device=tokens.device))
         for row, order in enumerate(self.spec.orders):
-            target = torch.arange(max(lo, order - 1), hi, device=tokens.device)
+            target = torch.arange(min(max(lo, order - 1), hi), hi, device=tokens.device)
             h, cell = self._cells(tokens, target, order)
             full = self.spec.hash[1](h, order, tokens[target]) & (self.buckets - 1)
             for table, index in ((0, cell), (1, self._rank(target, tokens) * self.buckets + full)):
@@ -6185,29 +6226,28 @@ NO_TABLES = Tables()
 
 
 def score_first(
-    network: NetworkExpert, text: ValidationText, scorers: dict[str, Any], parts: list[Any], chunk: int, deadline: float
-) -> dict[str, BpbMeter]:
-    """The one driver: for each chunk, every scorer scores its targets, then every part may learn from them.
+    network: NetworkExpert, text: ValidationText, scorer: Any, parts: list[Any], chunk: int, deadline: float
+) -> BpbMeter:
+    """The one driver: for each chunk, the scorer scores its targets, then every part may learn from them.
 
-    A chunk never crosses a point at which `network` learns. `deadline` is a reading of time.perf_counter(); BrokenRun if
-    it passes, since a score of a part is no score.
+    A chunk never crosses a point at which `network` learns. `deadline` is a reading of time.perf_counter(), rank 0's counts;
+    BrokenRun if it passes, since a score of a part is no score.
     """
-    run = network.run
-    meters = {name: BpbMeter() for name in scorers}
+    run, meter = network.run, BpbMeter()
     n, since = len(text.tokens), time.perf_counter()
     lo = 1
     while lo < n:
         hi = min(lo + chunk, network.learns_at(lo))
-        for name, scorer in scorers.items():
-            meters[name].add(scorer.score(text.tokens, lo, hi), text.bytes[lo:hi])
+        meter.add(scorer.score(text.tokens, lo, hi), text.bytes[lo:hi])
         for part in parts:
             part.update(text.tokens, lo, hi)
-        lo = hi
         run.progress("evaluating", hi, n, since)
-        if hi < n and time.perf_counter() > deadline:
+        due = 256 * lo // n < 256 * hi // n < 256 and deadline < math.inf  # now and then, since the ranks must agree
+        lo = hi
+        if due and run.broadcast(time.perf_counter() > deadline):
             raise BrokenRun(f"EVAL_WALLCLOCK_SECONDS={run.cfg.eval_wallclock_seconds:g} passed after {hi} of {n} tokens; "
                             "raise EVAL_STRIDE or switch a stage off: a score of a part is no score")  # fmt: skip
-    return meters
+    return meter
 
 
 class StageResult(NamedTuple):
@@ -6258,24 +6298,30 @@ class Evaluation:
         self.cfg, self.run, self.model, self.tables, self.device = cfg, run, model, tables, stream_device(run)
         self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
         self.networks: dict[str, NetworkExpert] = {}
-        bos = None if cfg.ngram_cross_doc else model.bos_id
+        bos = None if cfg.ngram_cross_doc else BOS
         self.table = NgramTable(cfg.vocab_size, cfg.ngram_order, bos, self.device)
         self.packed = PackedTable(tables.trie, cfg.vocab_size, self.device) if tables.trie else None
 
+    @property
+    def best_network(self) -> str:
+        """The stage of the network that n-grams build on."""
+        return "ttt" if self.cfg.ttt_enabled else "sliding" if self.cfg.eval_stride else "roundtrip"
+
     def network(self, stage: str) -> NetworkExpert:
         """The network of a stage; n-gram stages build on the best one that is switched on."""
-        cfg, n = self.cfg, len(self.text.tokens)
+        cfg = self.cfg
         if stage in ("normalized", "claimed") and cfg.ngram_claim == "pr1095":
             stage = "roundtrip"
         if stage not in ("roundtrip", "sliding", "ttt"):
-            stage = "ttt" if cfg.ttt_enabled else "sliding" if cfg.eval_stride else "roundtrip"
+            stage = self.best_network
         if stage not in self.networks:
             stride = cfg.eval_len if stage == "roundtrip" else cfg.eval_stride or cfg.eval_len
             network = (TestTimeNetwork if stage == "ttt" else NetworkExpert)(
                 cfg, self.run, self.model, self.text, stride
             )
-            if cfg.ngram_mix == "tilt" and "ngram" in cfg.stages:  # a hint depends on its prefix alone
-                network.hints = self.text.tokens[self.table.span(self.text.tokens, 0, n).last[-1]]
+            if cfg.ngram_mix == "tilt" and "ngram" in cfg.stages and stage == self.best_network:
+                self.table.load(self.text.tokens)  # a hint depends on its prefix alone
+                network.hints = self.text.tokens[self.table.columns[2][-1]]
             self.networks[stage] = network
         return self.networks[stage]
 
@@ -6304,12 +6350,12 @@ class Evaluation:
             if stage == "ngram":
                 chain.append(NGRAM_MIXES[cfg.ngram_mix](cfg, self.table, chain[-1]))
             return chain[-1], chain, span
-        return network, [network], n
+        return network, [network], network.ahead
 
     def score(self, stage: str, scorer: Any, parts: list[Any], span: int, deadline: float) -> StageResult:
         """Score the whole text with one expert."""
         started = time.perf_counter()
-        meter = score_first(self.network(stage), self.text, {stage: scorer}, parts, span, deadline)[stage]
+        meter = score_first(self.network(stage), self.text, scorer, parts, span, deadline)
         self.run.sync()
         seconds = time.perf_counter() - started
         return StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds)
@@ -6336,13 +6382,15 @@ class Watched:
 CLAIM_SAMPLES = 64  # targets at which Z is measured
 
 
-def claim(evaluation: Evaluation, deadline: float) -> None:
-    """Run NGRAM_CLAIM as published and log what it claims beside the measured Z. It is no stage and never the score."""
+def claim(evaluation: Evaluation) -> None:
+    """Run NGRAM_CLAIM as published and log what it claims beside the measured Z. It is no stage and never the score, so its
+    time is not the evaluation's."""
     cfg, run = evaluation.cfg, evaluation.run
+    evaluation.model.eval()
     scorer, parts, span = evaluation.scorer("claimed")
     n = len(evaluation.text.tokens)
     watched = Watched(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
-    r = evaluation.score("claimed", watched, parts, span, deadline)
+    r = evaluation.score("claimed", watched, parts, span, math.inf)
     sums = [p.sum().item() for p in watched.dists.values()]
     z_mean, z_max = sum(sums) / len(sums), max(sums)
     run.log(f"{cfg.ngram_claim} claimed_bpb:{r.val_bpb:.8f} z_mean:{z_mean:.3f} z_max:{z_max:.3f} (not a code length)")
@@ -6365,21 +6413,15 @@ class StageLog:
         self.before = r.val_bpb
 
 
-def evaluate(cfg: Config, run: Run, model: GPT, text: ValidationText, stages: tuple[str, ...] | None = None,
-             tables: Tables = NO_TABLES, report: Callable[[StageResult], None] = lambda r: None) -> list[StageResult]:  # noqa: ARG005  # fmt: skip
-    """Score the validation text in every stage that is switched on (or in `stages`), in order; all ranks get the results.
-
-    `report` is called with each as soon as it is there.
-    """
-    model.eval()
-    deadline = time.perf_counter() + (cfg.eval_wallclock_seconds or math.inf)
-    evaluation, results = Evaluation(cfg, run, model, text, tables), []
-    for stage in stages or cfg.stages:
+def evaluate(evaluation: Evaluation, stages: tuple[str, ...],
+             report: Callable[[StageResult], None] = lambda r: None) -> list[StageResult]:  # noqa: ARG005  # fmt: skip
+    """Score the validation text in `stages`, in order; all ranks get the results. `report` is called with each at once."""
+    evaluation.model.eval()
+    deadline, results = time.perf_counter() + (evaluation.cfg.eval_wallclock_seconds or math.inf), []
+    for stage in stages:
         results.append(evaluation.score(stage, *evaluation.scorer(stage), deadline))
         report(results[-1])
-    if stages is None and "claimed" in cfg.ngram_scores:
-        claim(evaluation, deadline)
-    model.train()
+    evaluation.model.train()
     return results
 
 
@@ -6403,13 +6445,19 @@ class Audit:
     def __init__(
         self, cfg: Config, run: Run, model: GPT, text: ValidationText, stage: str, tables: Tables = NO_TABLES
     ) -> None:
-        self.cfg, self.run, self.model, self.stage, self.tables = cfg, run, model, stage, tables
         n = min(len(text.tokens), max(AUDIT_TOKENS, cfg.eval_len + 2))
+        self.often = max(
+            1, n // 8
+        )  # what learns from scored text does so within the prefix, or nothing would be seen of it
+        self.cfg = dataclasses.replace(cfg, ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, self.often))
+        self.run, self.model, self.stage, self.tables = run, model, stage, tables
+        # Learning on a GPU sums in no fixed order.
+        self.noise_floor = 1e-3 if run.device.type == "cuda" and cfg.ttt_enabled else 1e-6
         self.text = text._replace(tokens=text.tokens[:n], bytes=text.bytes[:n])
         self.noise = torch.randint(
             cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "audit"))
         )
-        after_bos = (self.text.tokens[: n - 1] == model.bos_id).nonzero().flatten()[: AUDIT_SAMPLES // 4] + 1
+        after_bos = (self.text.tokens[: n - 1] == BOS).nonzero().flatten()[: AUDIT_SAMPLES // 4] + 1
         self.at = sorted({1, 2, n // 2, n - 1, *range(1, n, n // AUDIT_SAMPLES), *after_bos.tolist()})
 
     def walk(self, tokens: Tensor, at: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor], BpbMeter]:
@@ -6417,7 +6465,7 @@ class Audit:
         evaluation = Evaluation(self.cfg, self.run, self.model, self.text._replace(tokens=tokens), self.tables)
         scorer, parts, span = evaluation.scorer(self.stage)
         network, watched = evaluation.network(self.stage), Watched(scorer, at)
-        meter = score_first(network, evaluation.text, {self.stage: watched}, parts, span, math.inf)[self.stage]
+        meter = score_first(network, evaluation.text, watched, parts, min(span, self.often), math.inf)
         return torch.cat(watched.scores).cpu(), {t: p.cpu() for t, p in watched.dists.items()}, meter
 
     def checks(self) -> Iterator[Check]:
@@ -6441,22 +6489,28 @@ class Audit:
 
     def scores_are_of_the_distribution(self, scores: Tensor, dists: dict[int, Tensor]) -> Check:
         gaps = {t: abs(p[self.text.tokens[t]].log().item() - scores[t - 1].item()) for t, p in dists.items()}
-        t = max(gaps, key=gaps.get)
-        limit = 1e-4 if self.model.compute_dtype == torch.float32 else 0.1  # another batch shape rounds differently
-        return Check("the score is the distribution's", gaps[t] <= limit, f"gap at target {t}: {gaps[t]:.2e} nats")
+        t, mean = max(gaps, key=gaps.get), sum(gaps.values()) / len(gaps)
+        # Another batch shape rounds differently: logits above 16 are an eighth apart in bf16.
+        largest, on_average = (1e-4, 1e-4) if self.model.compute_dtype == torch.float32 else (0.3, 0.03)
+        passed = gaps[t] <= largest and mean <= on_average
+        return Check(
+            "the score is the distribution's", passed, f"gap at target {t}: {gaps[t]:.2e} nats, mean {mean:.1e}"
+        )
 
     def future_is_unseen(self, scores: Tensor) -> Check:
         t = len(scores) // 2
         gap = (self.walk(torch.cat([self.text.tokens[: t + 1], self.noise[t + 1 :]]))[0][:t] - scores[:t]).abs()
         return Check(
-            "prefix only: future", gap.max().item() <= 1e-6, f"largest change up to target {t}: {gap.max():.2e}"
+            "prefix only: future",
+            gap.max().item() <= self.noise_floor,
+            f"largest change up to target {t}: {gap.max():.2e}",
         )
 
     def target_is_unseen(self, dists: dict[int, Tensor]) -> Check:
         t, other = self.at[-2], self.text.tokens.clone()
         other[t] = (other[t] + 1) % self.cfg.vocab_size
         gap = (self.walk(other, [t])[1][t] - dists[t]).abs().max().item()
-        return Check("prefix only: target", gap <= 1e-6, f"largest change at target {t}: {gap:.2e}")
+        return Check("prefix only: target", gap <= self.noise_floor, f"largest change at target {t}: {gap:.2e}")
 
 
 def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Check:
@@ -6503,11 +6557,8 @@ class SymbolEncoder:
     def __init__(self) -> None:
         import constriction
 
-        self.model, self.coder, self.bits = (
-            constriction.stream.model.Categorical,
-            constriction.stream.queue.RangeEncoder(),
-            0.0,
-        )
+        self.model, self.coder = constriction.stream.model.Categorical, constriction.stream.queue.RangeEncoder()
+        self.bits = 0.0
 
     def code(self, p_V: np.ndarray, symbol: int) -> int:
         self.coder.encode(symbol, self.model(p_V, lazy=True, perfect=False))
@@ -6694,11 +6745,11 @@ class Page:
         self.framed, self.column, self.indent, self.last = framed, 0, "", ""
 
     def take(self, text: str) -> None:
-        head, newline, tail = text.rpartition("\n")
+        _, newline, tail = text.rpartition("\n")
         if newline:
             self.column, self.indent = len(tail), tail
         else:
-            self.column += len(head) + len(tail)
+            self.column += len(text)
         if not text.isalnum():
             self.last = text
 
@@ -6790,16 +6841,15 @@ class LaneNetwork:
     def __init__(self, cfg: Config, run: Run, model: GPT, lanes: int, length: int) -> None:
         self.run, self.model, self.seq_len = run, model, cfg.eval_len
         self.stride = min(cfg.eval_stride or cfg.eval_len, cfg.eval_len)
-        self.tokens = torch.full((lanes, length + 1), model.bos_id, device=run.device)
+        self.tokens = torch.full((lanes, length + 1), BOS, device=run.device)
         self.enrichment = torch.zeros(lanes, length + 1)
         self.fresh_cache = lambda: KVCache(cfg, lanes, min(self.seq_len, length), run.device, model.compute_dtype)
         self.t, self.window = 1, Window(0, 0, 0)  # t: the next target
 
-    def features(self) -> list[Any]:
+    def features(self, uniform: bool) -> list[Any]:
         """What the experts of each lane ask their base for beside its distributions: pre-enrichment's steps, filled as they come."""
-        if self.model.pre_enrich is None:
-            return [None] * len(self.tokens)
-        return [SimpleNamespace(enrichment=row) for row in self.enrichment]
+        known = self.model.pre_enrich is not None and not uniform
+        return [SimpleNamespace(enrichment=row if known else None) for row in self.enrichment]
 
     @torch.no_grad()
     def dist(self) -> Tensor:
@@ -6813,7 +6863,7 @@ class LaneNetwork:
             self.cache = self.fresh_cache()
         ctx = Ctx(cache=self.cache)
         z = self.model.logits(self.model.features(self.tokens[:, start : self.t], ctx)[:, -1], ctx)
-        self.network_p = z.double().softmax(-1).cpu()
+        self.network_p = z.cpu().double().softmax(-1)
         return self.network_p
 
     def mixture(self, lane: int) -> tuple[float, int, int]:  # noqa: ARG002
@@ -6833,9 +6883,7 @@ class Context:
 
     def __init__(self) -> None:
         self.counts: dict[int, int] = {}
-        self.longer: dict[
-            int, Context | int
-        ] = {}  # an int stands for a context seen once: the position that followed it
+        self.longer: dict[int, Context | int] = {}  # an int: seen once, it is the position that followed
         self.total, self.last = 0, -1
 
     def add(self, token: int, position: int) -> None:
@@ -6951,18 +6999,18 @@ class LaneMixture:
         self.whole = cfg.ngram_mix == "tilt"  # asks for the probability of a token that need not be a candidate
         self.first = min(cfg.ngram_first, 1)
         self.span = cfg.ngram_update_tokens or max(1024, (length + 1) // 4096)
-        self.tokens = torch.full((lanes, length + 1), network.model.bos_id)
+        self.tokens = torch.full((lanes, length + 1), BOS)
         self.entropy = torch.zeros(lanes, length + 1, dtype=torch.float64)
         self.shares = [1.0] * lanes
         packed = PackedTable(trie, cfg.vocab_size) if trie else None
         blank = lambda: torch.zeros(length + 1, dtype=torch.float64)  # noqa: E731
         self.stages: list[list[LaneStage]] = [[] for _ in range(lanes)]
-        for features, stages in zip(network.features(), self.stages, strict=True):
+        for features, stages in zip(network.features(self.uniform), self.stages, strict=True):
             if packed is not None:
                 stages.append(LaneStage(PackedCascade(packed, None, 1, cfg.ngram_rate), packed, blank()))
             if online:
                 table = GrowingTable(cfg.vocab_size, cfg.ngram_order, length + 1)
-                table.add(network.model.bos_id)
+                table.add(BOS)
                 stages.append(LaneStage(NGRAM_MIXES[cfg.ngram_mix](cfg, table, features), table, blank()))
         self.bases: list[list[Tensor]] = [[] for _ in range(lanes)]  # what each stage started from at the last `dist`
         self.t = self.learned = 1
@@ -7020,13 +7068,9 @@ class LaneMixture:
 
     def learn(self, lane: int, lo: int, hi: int) -> None:
         """What the evaluator's experts do after they have scored targets lo .. hi-1."""
-        tokens = self.tokens[lane]
-        for expert, table, base in self.stages[lane]:
+        for expert, _, base in self.stages[lane]:
             if type(expert).learn is not NgramExpert.learn:
-                entropy, target = self.entropy[lane, lo:hi], torch.arange(lo, hi)
-                query = Query(
-                    base[lo:hi], table.span(tokens, lo, hi), target, tokens[lo:hi], entropy, tokens, whole=False
-                )
+                query = expert.query(base[lo:hi], self.entropy[lane, lo:hi], self.tokens[lane], lo, hi)
                 expert.learn(expert.transform(query)[1])
 
 
@@ -7076,9 +7120,8 @@ def to_lanes(tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 CODEC_MAGIC, CODEC_VERSION = b"PGTX", 1
 FORMS = ("text", "lzma", "stored")
-LANE_TOKENS = (
-    1024  # a shorter lane saves seconds and costs a cold start: 13 instead of 3 lanes made 8 kB as large as xz does
-)
+# A shorter lane saves seconds and costs a cold start: 13 instead of 3 lanes made 8 kB as large as xz does.
+LANE_TOKENS = 1024
 MAX_THREADS = 1024
 MAX_TOKENS_A_BYTE = 256  # of the file; what compresses better than that goes to LZMA
 CODEC_KNOBS = tuple(n for n in FIELDS if n.startswith(("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_STAGES", "NGRAM_")))
@@ -7176,12 +7219,13 @@ def sound_text(header: CodecHeader, body: bytes) -> bool:
     )
 
 
-def machine_name(run: Run) -> str:
-    """What floats depend on besides the number of threads: torch build and device."""
-    name = (
-        torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    )
-    return f"{torch.__version__} {run.device.type} {name}"
+def machine_name(cfg: Config, run: Run) -> str:
+    """What floats depend on besides the number of threads: torch build, device, attention kernel."""
+    if run.device.type == "cuda":
+        name = torch.cuda.get_device_name(run.device)
+    else:
+        name = torch.backends.cpu.get_cpu_capability() + " AMX" * bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return f"{torch.__version__} {run.device.type} {name} {choose_attention(cfg, run.device)[0]}"
 
 
 class Packed(NamedTuple):
@@ -7202,7 +7246,7 @@ class Codec:
     ) -> None:
         self.cfg, self.run, self.model, self.sp, self.tables = cfg, run, model.eval(), sp, tables
         self.artifact, self.settings = artifact, settings
-        self.machine = machine_name(run)
+        self.machine = machine_name(cfg, run)
 
     def compress(self, data: bytes) -> Packed:
         """The smaller of two forms: text, or plain bytes where data is no text worth that form."""
@@ -7348,8 +7392,8 @@ def read_documents(path: str, data: bytes, sp: Any) -> list[str]:
     """Documents of a token shard (.bin, split at BOS), of a .jsonl with "text" fields, or the file as one document."""
     if path.endswith(".bin"):
         tokens = check_ids(np.asarray(load_shard(Path(path))), sp.vocab_size(), path)
-        parts = np.split(tokens, np.flatnonzero(tokens == sp.bos_id()))
-        return [sp.decode(part[part != sp.bos_id()].tolist()) for part in parts if len(part) > 1]
+        parts = np.split(tokens, np.flatnonzero(tokens == BOS))
+        return [sp.decode(part[part != BOS].tolist()) for part in parts if len(part) > 1]
     try:
         text = data.decode()
         return (
@@ -7551,11 +7595,6 @@ def shown_path(path: Path) -> str:
     return str(resolved.relative_to(here)) if resolved.is_relative_to(here) else str(path)
 
 
-def sha256_text(text: str) -> str:
-    """Hex digest of the text's UTF-8 bytes."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def device_name(device: torch.device) -> str:
     """What computes, in its maker's words where they can be read."""
     if device.type == "cuda":
@@ -7574,6 +7613,7 @@ def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     with torch.device("meta"):
         params = count_parameters(GPT(cfg))
     packed = pack_code(source)
+    source_sha256, packed_sha256 = (hashlib.sha256(code).hexdigest() for code in (source.encode(), packed))
     run.log(source, to_terminal=False)
     run.log("=" * 100, to_terminal=False)
     run.log(dump_config(job.loaded), to_terminal=False)
@@ -7585,9 +7625,7 @@ def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     run.log(
         f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(job.text.tokens) - 1} val_bytes:{int(job.text.bytes.sum())}"
     )
-    run.log(
-        f"model_params:{params} source_sha256:{sha256_text(source)} packed_sha256:{hashlib.sha256(packed).hexdigest()}"
-    )
+    run.log(f"model_params:{params} source_sha256:{source_sha256} packed_sha256:{packed_sha256}")
     if job.paths.sample:
         run.notice("training and scoring the sample that ships with the script; its numbers are no challenge results")
     for text in job.loaded.notices:
@@ -7596,8 +7634,7 @@ def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=job.loaded.recipe_reason, mode=cfg.mode,
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
               python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-              source_sha256=sha256_text(source), source_bytes=len(source.encode()),
-              packed_sha256=hashlib.sha256(packed).hexdigest(), packed_bytes=len(packed), params=params,
+              source_sha256=source_sha256, source_bytes=len(source.encode()), packed_sha256=packed_sha256, packed_bytes=len(packed), params=params,
               data={"path": shown_path(job.paths.folder), "sample": job.paths.sample, "train_shards": train_shards,
                     "train_tokens": train_tokens, "val_tokens": len(job.text.tokens) - 1,
                     "val_sha256": hashlib.sha256(job.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
@@ -7607,16 +7644,10 @@ def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
 
 def build_model(cfg: Config, run: Run) -> GPT:
     """The model on its device, with the attention kernel that ATTENTION names; the same weights on every rank."""
-    name, attend = choose_attention(cfg.attention, run.device)
+    name, attend = choose_attention(cfg, run.device)
     model = GPT(cfg).place(run.device, attend, cfg.train_dtype)
     run.log(f"attention:{name} dtype:{str(model.compute_dtype).removeprefix('torch.')}")
     return model
-
-
-# Knobs that belong to one machine or one call, not to the artifact.
-LOCAL_KNOBS = frozenset("INPUT OUTPUT EXPLAIN_TOKENS CODEC_LANES PROMPT SAMPLE_TOKENS SAMPLE_NGRAM TEMPERATURE TOP_P "
-                        "MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS ATTENTION COMPILE ARTIFACT "
-                        "RESUME CHECKPOINT_EVERY CHECKPOINT_KEEP MICRO_BATCH_TOKENS VAL_BATCH_TOKENS".split())  # fmt: skip
 
 
 def artifact_header(cfg: Config, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -7694,11 +7725,14 @@ def write_artifact(job: Job, model: GPT, stream: TokenStream, result: TrainResul
 def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
     """The model that the artifact holds, and nothing else, on the device."""
     with torch.device("meta"):  # shapes alone: nothing is allocated for a file that does not fit them
-        shapes = {n: tuple(p.shape) for n, p in GPT(cfg).named_parameters()}
-    _, stored = unpack(blob, shapes)
+        skeleton = GPT(cfg)
+    held = 4 * sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
+    if held > 4 * raw_limit(len(blob)):
+        raise ArtifactError(f"its configuration asks for {held} bytes of model, too much for a file of {len(blob)}")
+    _, stored = unpack(blob, {n: tuple(p.shape) for n, p in skeleton.named_parameters()})
     model = GPT(cfg)
     model.load_state_dict({n: dequantize(s) for n, s in stored.items()}, strict=True)
-    return model.place(run.device, choose_attention(cfg.attention, run.device)[1])
+    return model.place(run.device, choose_attention(cfg, run.device)[1])
 
 
 def load_tables(cfg: Config, blob: bytes) -> Tables:
@@ -7713,36 +7747,32 @@ def load_tables(cfg: Config, blob: bytes) -> Tables:
                   unpack_trie(packed["exact"], cfg.vocab_size) if "exact" in packed else None)  # fmt: skip
 
 
-class Account(NamedTuple):
-    """The size account."""
-
-    artifact_bytes: int
-    code_bytes: int
-    limit: int
-
-    @property
-    def total(self) -> int:
-        return self.artifact_bytes + self.code_bytes
-
-
-def account_bytes(job: Job, blob: bytes) -> Account:
+def account_bytes(job: Job, blob: bytes) -> dict[str, int]:
     """Count artifact and code against ARTIFACT_LIMIT, and log it."""
-    account = Account(len(blob), code_bytes(job.cfg), job.cfg.artifact_limit)
+    cfg, code = job.cfg, code_bytes(job.cfg)
+    sizes = {
+        "artifact_bytes": len(blob),
+        "code_bytes": code,
+        "total_bytes": len(blob) + code,
+        "limit": cfg.artifact_limit,
+    }
     job.run.log(
-        f"Total submission size: {account.total} bytes = artifact {account.artifact_bytes} + code {account.code_bytes}, limit {account.limit}"
+        f"Total submission size: {len(blob) + code} bytes = artifact {len(blob)} + code {code}, limit {cfg.artifact_limit}"
     )
-    job.run.event("pack", artifact=str(job.run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), artifact_bytes=account.artifact_bytes, code_bytes=account.code_bytes,
-                  code_form=job.cfg.code_form, total_bytes=account.total, limit=account.limit, roles=role_bytes(blob))  # fmt: skip
-    return account
+    job.run.event("pack", artifact=str(job.run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), **sizes,
+                  code_form=cfg.code_form, roles=role_bytes(blob))  # fmt: skip
+    return sizes
 
 
-def report_score(job: Job, results: list[StageResult], account: Account, train_s: float, eval_s: float) -> bool:
+def report_score(job: Job, results: list[StageResult], sizes: dict[str, int], train_s: float, eval_s: float) -> bool:
     """The last line; False (and why) if a limit did not hold."""
     cfg, run = job.cfg, job.run
     r = next(r for r in results if r.stage == cfg.final_stage)
     broken = []
-    if account.total > account.limit:
-        broken.append(f"total {account.total} bytes exceed ARTIFACT_LIMIT={account.limit}")
+    if not math.isfinite(r.val_bpb):
+        broken.append(f"stage {r.stage} scored {r.val_bpb}")
+    if sizes["total_bytes"] > sizes["limit"]:
+        broken.append(f"total {sizes['total_bytes']} bytes exceed ARTIFACT_LIMIT={sizes['limit']}")
     if cfg.max_wallclock_seconds and train_s > cfg.max_wallclock_seconds:
         remedy = "; raise GPTQ_RESERVE_SECONDS" if cfg.reserved_seconds else ""
         broken.append(
@@ -7754,11 +7784,12 @@ def report_score(job: Job, results: list[StageResult], account: Account, train_s
         run.log(f"limit broken: {text}")
         run.event("error", message=text)
     word = "score" if job.text.complete else f"no_score (VAL_TOKENS={cfg.val_tokens} scored a prefix only)"
-    run.log(f"{word} val_bpb:{r.val_bpb:.8f} stage:{r.stage} artifact_bytes:{account.artifact_bytes} code_bytes:{account.code_bytes} "
-            f"total_bytes:{account.total} limit:{account.limit} train_time:{train_s:.1f}s eval_time:{eval_s:.1f}s")  # fmt: skip
-    run.event("score", val_bpb=r.val_bpb, val_loss=r.val_loss, stage=r.stage, artifact_bytes=account.artifact_bytes,
-              code_bytes=account.code_bytes, total_bytes=account.total, limit=account.limit, train_s=train_s,
-              eval_s=eval_s, complete=job.text.complete, limits_ok=not broken)  # fmt: skip
+    counted = " ".join(f"{name}:{size}" for name, size in sizes.items())
+    run.log(
+        f"{word} val_bpb:{r.val_bpb:.8f} stage:{r.stage} {counted} train_time:{train_s:.1f}s eval_time:{eval_s:.1f}s"
+    )
+    run.event("score", val_bpb=r.val_bpb, val_loss=r.val_loss, stage=r.stage, **sizes, train_s=train_s, eval_s=eval_s,
+              complete=job.text.complete, limits_ok=not broken)  # fmt: skip
     return not broken
 
 
@@ -7769,13 +7800,15 @@ def score_artifact(job: Job, blob: bytes, train_s: float) -> int:
     job.run.log(
         f"loaded the artifact load_time:{time.perf_counter() - started:.2f}s peak_memory:{job.run.peak_memory_mib():.0f}MiB"
     )
-    account = account_bytes(job, blob)
-    report = StageLog(job.run, job.text.complete)
-    results = evaluate(job.cfg, job.run, model, job.text, tables=load_tables(job.cfg, blob), report=report)
-    held = report_score(job, results, account, train_s, time.perf_counter() - started)
-    return (
-        0 if job.run.broadcast(held) else 1
-    )  # clocks differ by rank, and ranks that end differently keep torchrun waiting
+    sizes = account_bytes(job, blob)
+    evaluation = Evaluation(job.cfg, job.run, model, job.text, load_tables(job.cfg, blob))
+    results = evaluate(evaluation, job.cfg.stages, StageLog(job.run, job.text.complete))
+    eval_s = time.perf_counter() - started
+    if "claimed" in job.cfg.ngram_scores:
+        claim(evaluation)
+    held = report_score(job, results, sizes, train_s, eval_s)
+    # Clocks differ by rank, and ranks that end differently keep torchrun waiting.
+    return 0 if job.run.broadcast(held) else 1
 
 
 def check_artifact_path(run: Run, continuing: bool) -> None:
@@ -7796,19 +7829,25 @@ def run_train(loaded: Loaded) -> int:
     shards = load_split(job.paths.folder, "train")
     stream = TokenStream(shards, cfg.vocab_size)
     check_batch(cfg, run.world)
-    choose_attention(cfg.attention, run.device)
+    if cfg.calibrates and stream.total < cfg.train_seq_len:
+        raise ConfigError(f"calibration needs {cfg.train_seq_len} training tokens, DATA_PATH={job.paths.folder} holds {stream.total}: "
+                          "GPTQ_ENABLED=0, TARGET_BYTES=0 or more data")  # fmt: skip
+    choose_attention(cfg, run.device)
+    with torch.device("meta"):
+        Policy.of(cfg, GPT(cfg))  # a mistake in it is found now, not after the training
     resumed = Checkpoints(cfg, run).load()
     run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
     run.open_logs(append=cfg.resume != "")
     log_start(job, stream.total, len(shards))
     model = build_model(cfg, run)
-    Policy.of(cfg, model)  # a mistake in it is found now, not after the training
 
     def validate(model: GPT) -> tuple[float, float]:
-        result = evaluate(cfg, run, model, job.text, ("roundtrip",))[0]
+        result = evaluate(Evaluation(cfg, run, model, job.text), ("roundtrip",))[0]
         return result.val_loss, result.val_bpb
 
     result = train(cfg, run, model, stream, resumed, validate)
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise BrokenRun("the last update left NaN or Inf in the weights; lower the learning rates")
     if run.rank == 0:
         text = "".join(sample_text(cfg, run, model.eval(), job.tokenizer.sp, "", 48))
         run.log(f"sample: {text!r}")
@@ -7824,22 +7863,24 @@ def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -
         )
 
 
-def run_eval(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
-    """MODE=eval: score an existing artifact with no training state and no training data."""
+def open_scoring(loaded: Loaded, header: dict[str, Any]) -> Job:
+    """A job that scores an artifact, its logs open."""
     job = open_job(loaded)
     check_tokenizer(job.tokenizer, header, loaded.cfg)
-    choose_attention(loaded.cfg.attention, job.run.device)
+    choose_attention(loaded.cfg, job.run.device)
     job.run.open_logs(append=False)
     log_start(job, 0, 0)
-    return score_artifact(job, blob, 0.0)
+    return job
+
+
+def run_eval(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=eval: score an existing artifact with no training state and no training data."""
+    return score_artifact(open_scoring(loaded, header), blob, 0.0)
 
 
 def run_audit(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=audit: is the score of this artifact a code length?"""
-    job = open_job(loaded)
-    check_tokenizer(job.tokenizer, header, loaded.cfg)
-    job.run.open_logs(append=False)
-    log_start(job, 0, 0)
+    job = open_scoring(loaded, header)
     model, tables = load_model(job.cfg, job.run, blob), load_tables(job.cfg, blob)
     return 0 if audit(job.cfg, job.run, model, job.text, tables, hashlib.sha256(blob).hexdigest()) else 1
 
@@ -7861,9 +7902,7 @@ def activation_bytes(cfg: Config, model: GPT, device: torch.device, tokens: int)
     """
     model.compute_dtype = compute_dtype(cfg.train_dtype, device)
     for block in model.blocks:
-        block.attn.attend = (
-            FlashFootprint.apply if device.type == "cuda" else choose_attention(cfg.attention, device)[1]
-        )
+        block.attn.attend = FlashFootprint.apply if device.type == "cuda" else choose_attention(cfg, device)[1]
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -7901,8 +7940,7 @@ def predicted_bytes(policy: Policy, name: str, p: Tensor) -> float:
 def plan_bytes(cfg: Config, model: GPT) -> None:
     """Print parameters and predicted bytes by role, and the total against the limit."""
     params = dict(model.named_parameters())
-    policy = Policy(cfg, {n: tuple(p.shape) for n, p in params.items()}, {n: p.store for n, p in params.items()})
-    artifact = 0.0
+    policy, artifact = Policy.of(cfg, model), 0.0
     for role in sorted({p.store for p in params.values()}):
         mine = {n: p for n, p in params.items() if p.store == role}
         count, fixed = (
@@ -7912,6 +7950,11 @@ def plan_bytes(cfg: Config, model: GPT) -> None:
         size = sum(predicted_bytes(policy, n, p) for n, p in mine.items())
         artifact += size
         print(f"  {role:<8} {count:>12,} parameters  {fixed:>12,.0f} bytes at fixed width  {size:>12,.0f} predicted")
+    grams = cfg.ngram_table_bytes if "exact" in cfg.ngram_tables else 0
+    grams += 2 * sum(HASHED_SIZES.values()) if "pr1095" in cfg.ngram_tables else 0
+    if grams:
+        artifact += grams
+        print(f"  ngram    {'':>12} n-grams of the training text {grams:>14,} bytes at most")
     if cfg.target_bytes:
         print(
             f"size: TARGET_BYTES={cfg.target_bytes:,} is filled, by widths chosen after training; limit {cfg.artifact_limit:,}"
@@ -7957,6 +8000,16 @@ def run_plan(loaded: Loaded) -> int:
     return 0
 
 
+def read_named(name: str, path: str, purpose: str) -> bytes:
+    """The bytes of the file that a knob names; ConfigError if it cannot be read."""
+    try:
+        if not path:
+            raise ConfigError(f"{name} is not set; {purpose}")
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise ConfigError(f"{name}={path!r}: {(e.strerror or str(e)).lower()}; {purpose}") from None
+
+
 def open_codec(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> Codec:
     """The artifact's model and tokenizer, ready to code: one process, no data, no logs."""
     cfg = loaded.cfg
@@ -7976,16 +8029,6 @@ def open_codec(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> Codec:
     return Codec(cfg, run, load_model(cfg, run, blob), tokenizer.sp, name, text, load_tables(cfg, blob))
 
 
-def read_input(cfg: Config) -> bytes:
-    """The bytes of INPUT."""
-    try:
-        return Path(cfg.input).read_bytes()
-    except OSError as e:
-        raise ConfigError(
-            f"INPUT={cfg.input!r}: cannot read it ({e.strerror}); name the file that MODE={cfg.mode} works on"
-        ) from e
-
-
 def output_path(cfg: Config, default: str) -> Path:
     """OUTPUT or its default; refuses to overwrite without FORCE=1, before any work is done."""
     path = Path(cfg.output or default)
@@ -7997,7 +8040,10 @@ def output_path(cfg: Config, default: str) -> Path:
 def run_compress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=compress: INPUT -> OUTPUT (default INPUT.pgz), and the account."""
     cfg = loaded.cfg
-    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.pgz")
+    data, path = (
+        read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on"),
+        output_path(cfg, f"{cfg.input}.pgz"),
+    )
     codec = open_codec(loaded, blob, header)
     started = time.perf_counter()
     packed = codec.compress(data)
@@ -8034,7 +8080,7 @@ def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
 def run_decompress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=decompress: INPUT -> OUTPUT (default INPUT without .pgz)."""
     cfg = loaded.cfg
-    packed = read_input(cfg)
+    packed = read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on")
     if not cfg.output and not cfg.input.endswith(".pgz"):
         raise ConfigError(f"INPUT={cfg.input} does not end in .pgz: name the file to write with OUTPUT")
     path = output_path(cfg, cfg.input.removesuffix(".pgz"))
@@ -8067,7 +8113,10 @@ def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
 def run_explain(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=explain: INPUT, shaded by what each token cost, on the terminal and as the page OUTPUT (default INPUT.html)."""
     cfg = loaded.cfg
-    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.html")
+    data, path = (
+        read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on"),
+        output_path(cfg, f"{cfg.input}.html"),
+    )
     codec = open_codec(loaded, blob, header)
     documents = explain(codec, read_documents(cfg.input, data, codec.sp), cfg.explain_tokens)
     for i, notes in enumerate(documents):
@@ -8106,9 +8155,7 @@ ARTIFACT_MODES = {
 def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
     """(bytes, header) of the file that ARTIFACT names; raises ConfigError if it is missing or no artifact."""
     path = env.get("ARTIFACT", "")
-    if not path or not Path(path).is_file():
-        raise ConfigError(f"ARTIFACT={path!r}: no such file; this mode needs the artifact of a finished run")
-    blob = Path(path).read_bytes()
+    blob = read_named("ARTIFACT", path, "this mode needs the artifact of a finished run")
     try:
         header = read_header(blob)[0]
     except ArtifactError as e:
@@ -8141,7 +8188,7 @@ def show_toc() -> str:
 def finish(outcome: str, message: str, told: bool) -> None:
     """Say what went wrong, once over all ranks unless it is already `told`, and close the logs."""
     run = Run.current
-    if message and not told and (is_first_rank() if run is None else run.speaks_first()):
+    if message and not told and (is_first_here() if run is None else run.speaks_first()):
         print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
     if run is not None:
         if message:

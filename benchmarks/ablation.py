@@ -99,7 +99,7 @@ def train(cfg: tg.Config, text: Text, steps: int, seconds: float = 0.0) -> Outco
     """Train `steps` steps, or with `seconds` as many as they hold; the last 40 % of either are the warmdown."""
     run = tg.Run(cfg, rank=0, local_rank=0, world=1, local_world=1)
     torch.manual_seed(tg.derive_seed(cfg.seed, "init"))
-    model = tg.GPT(cfg).place(run.device, tg.choose_attention(cfg.attention, run.device)[1], cfg.train_dtype)
+    model = tg.GPT(cfg).place(run.device, tg.choose_attention(cfg, run.device)[1], cfg.train_dtype)
     trainer = tg.Trainer(cfg, run, model, tg.TokenStream(text.shards, cfg.vocab_size))
     # Every seed reads its own stretch of the stream: the noise is that of data and of init.
     trainer.batcher.stream.position = cfg.seed * 7919 * cfg.train_seq_len % trainer.batcher.stream.total

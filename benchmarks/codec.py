@@ -29,7 +29,7 @@ def network(lanes: int, length: int, threads: int, ngram: bool) -> tuple[tg.Conf
     run = tg.Run(cfg, 0, 0, 1, 1)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = tg.GPT(cfg).place(run.device, tg.choose_attention(cfg.attention, run.device)[1]).eval()
+    model = tg.GPT(cfg).place(run.device, tg.choose_attention(cfg, run.device)[1]).eval()
     return cfg, run, model, tg.lane_experts(cfg, run, model, lanes, length, ngram)
 
 

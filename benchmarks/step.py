@@ -233,7 +233,7 @@ def full_size(recipe: str, rounds: int) -> None:
     peak = next((rate for word, rate in t.PEAK_FLOPS.items() if word in name), None)
     mfu = f"{t.flops_per_token(trainer.model, cfg.train_seq_len) * tokens / seconds / peak:.3f}" if peak else "n/a"
     print(
-        f"{recipe} on one {name}, attention {t.choose_attention(cfg.attention, run.device)[0]}: {1000 * seconds:.1f} ms a step of {tokens:,} tokens "
+        f"{recipe} on one {name}, attention {t.choose_attention(cfg, run.device)[0]}: {1000 * seconds:.1f} ms a step of {tokens:,} tokens "
         f"({1000 * seconds * 786432 / tokens:.1f} ms for 786,432), {tokens / seconds:,.0f} tokens/s, MFU {mfu}, micro-batch {trainer.micro_tokens:,}, "
         f"peak memory {run.peak_memory_mib():,.0f} MiB, primed in {primed:.1f} s",
         flush=True,

@@ -67,7 +67,8 @@ def test_what_shapes_the_model_cannot_be_changed_under_an_artifact(header, text)
 @pytest.mark.parametrize("name, value", [
     ("NUM_LAYERS", "9"), ("NUM_LAYERS", 9.5), ("NUM_LAYERS", 10**9), ("NUM_LAYERS", True), ("NUM_LAYERS", None),
     ("MLP_MULT", float("nan")), ("MLP_MULT", [2]), ("SMEAR", 1), ("LN_SCALE", "sideways"), ("VE_LAYERS", 3),
-    ("RECIPE", ["cpu"]),
+    ("RECIPE", ["cpu"]), ("RECIPE", "../elsewhere"), ("OUTPUT", "train_gpt.py"), ("FORCE", True), ("LOG_DIR", "elsewhere"),
+    ("RUN_ID", "other"), ("DATA_PATH", "elsewhere"), ("ARTIFACT_LIMIT", 10**9),
 ])  # fmt: skip
 def test_a_hostile_header_is_refused_by_name(name, value):
     with pytest.raises(tg.ConfigError, match=name):

@@ -42,8 +42,9 @@ def test_blocked_attention_without_gradients_keeps_no_probabilities():
 @pytest.mark.parametrize(("heads", "groups"), [(4, 2), (2, 2)])
 def test_flash_attention_is_the_same_attention(kernel, heads, groups):
     device = torch.device("cuda")
+    cfg = t.load_config({"RECIPE": "baseline", "ATTENTION": kernel}).cfg
     try:
-        _, attend = t.choose_attention(kernel, device)
+        _, attend = t.choose_attention(cfg, device)
     except t.ConfigError as e:
         pytest.skip(str(e))
     q, k, v = (

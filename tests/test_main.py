@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -121,7 +122,7 @@ def test_every_event_has_the_fields_of_the_schema(done):
         assert e["v"] == tg.LOG_SCHEMA == 1 and e["t"] >= 0
         assert set(SCHEMA[e["event"]].split()) <= set(e), e["event"]
     run, config = seen[:2]
-    assert run["source_sha256"] == tg.sha256_text(SCRIPT.read_text())
+    assert run["source_sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
     assert set(run["data"]) == {"path", "sample", "train_shards", "train_tokens", "val_tokens", "val_sha256"}
     assert set(config["values"]) == set(config["sources"]) == set(tg.FIELDS)
 
@@ -268,7 +269,7 @@ def test_predicted_bytes_are_those_of_normal_weights_packed(tiny, bits):
     named = {n: torch.randn(p.shape) * 0.02 for n, p in tg.GPT(cfg).named_parameters() if p.store in ("attn", "mlp")}
     store = {n: n.split(".")[2] for n in named}
     blob = tg.pack(cfg, {}, tg.quantize(cfg, named, store))
-    policy = tg.Policy(cfg, {n: tuple(w.shape) for n, w in named.items()}, store)
+    policy = tg.Policy(cfg, named, store)
     predicted = sum(tg.predicted_bytes(policy, n, w) for n, w in named.items())
     assert predicted == pytest.approx(len(blob), rel=0.03)
 
@@ -311,6 +312,13 @@ def bad_inputs(data, tmp: Path) -> list[tuple[dict, str]]:
             {"DATA_PATH": shards_in(tmp / "short", data, val=[BOS] * 20)},
             f"20 validation tokens are fewer than one window of {SEQ}",
         ),
+        (
+            {"DATA_PATH": shards_in(tmp / "few", data, train=[BOS] * 20), "GPTQ_ENABLED": 1},
+            f"calibration needs {SEQ} training tokens",
+        ),
+        ({"TARGET_BYTES": 99999, "QUANT_MIN_NUMEL": 10**6}, "TARGET_BYTES=99999 finds no tensor to code"),
+        ({"TARGET_BYTES": 999, "EMBED_BITS": 16, "QUANT_MIN_NUMEL": 100}, "tensors that are kept as floats take"),
+        ({"QUANT_OVERRIDES": "nowhere=5"}, "QUANT_OVERRIDES item nowhere=5 matches no parameter"),
         ({"VOCAB_SIZE": 301}, "has 300 pieces but VOCAB_SIZE=301"),
         ({"TOKENIZER_PATH": tmp / "file"}, "not a SentencePiece model"),
         ({"NUM_HEADS": 5}, "MODEL_DIM=32 is not a multiple of NUM_HEADS=5"),

@@ -205,6 +205,11 @@ CONVERSIONS = [
 ]  # fmt: skip
 
 
+def test_a_dead_name_lives_again_where_our_knob_of_that_name_has_an_effect():
+    cfg = load("pr850", LR_SCHEDULE="warmdown", WARMDOWN_ITERS="3000", TTT_OPTIMIZER="sgd", TTT_MOMENTUM="0.8").cfg
+    assert (cfg.warmdown_iters, cfg.ttt_momentum) == (3000, 0.8)
+
+
 @pytest.mark.parametrize("recipe, word, values", CONVERSIONS, ids=[f"{r} {w}" for r, w, _ in CONVERSIONS])
 def test_published_values_are_converted(recipe, word, values):
     cfg = load(recipe, **dict([word.split("=")])).cfg

@@ -116,6 +116,13 @@ def test_counted_grams_are_all_that_repeat(n, vocab, order):
         assert level.size.tolist() == [round(2 * math.log2(c)) for c in counts.tolist()]
 
 
+def test_a_small_section_cannot_ask_for_many_levels():
+    coder = tg.IntsEncoder()
+    coder.code(np.zeros(1, int), np.array([10**6]))
+    with pytest.raises(tg.ArtifactError, match="n-grams of up to 1000000 tokens, 8 at most"):
+        tg.unpack_trie(coder.finish(), 50)
+
+
 def test_grouping_equals_unique_for_narrow_and_wide_keys():
     for top in (50, 2**60):
         keys = np.random.default_rng(top % 97).integers(0, top, 300)

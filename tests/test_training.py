@@ -308,7 +308,7 @@ def test_flags_that_are_read_late_are_allowed_for(tiny, data, monkeypatch):
     monkeypatch.setattr(tg.Watch, "read", wait_and_read)
     monkeypatch.setattr(run, "sync", lambda: now.__setitem__(0, max(now[0], device[0])))
     monkeypatch.setattr(
-        tg.Watch, "__init__", lambda self, run: self.__dict__.update(run=run, late=1, pending=[], good=[])
+        tg.Watch, "__init__", lambda self, run, _: self.__dict__.update(run=run, late=1, pending=[], good=[])
     )
     result, _ = train(trainer, forward=forward)
     assert 200 - 10 <= result.seconds <= 200
@@ -330,11 +330,9 @@ def test_flags_read_late_name_the_step_they_belong_to(run):
     watch = tg.Watch(run)
     watch.late = 1  # as on a GPU
     good, bad = torch.tensor(2.0), torch.tensor(math.inf)
-    assert [watch.exchange(1, False, good), watch.exchange(2, True, good), watch.exchange(3, False, bad)] == [
-        False,
-        False,
-        True,
-    ]
+    sent = ((1, False, good, 1.5), (2, True, good, 2.5), (3, False, bad, 3.5))
+    assert [watch.exchange(*flags) for flags in sent] == [False, False, True]
+    assert watch.seconds == 2.5
     with pytest.raises(tg.BrokenRun, match=r"step 3 on rank 0; last good: step 1 loss 2\.0000, step 2 loss 2\.0000"):
         watch.read()
 
@@ -347,11 +345,12 @@ def test_one_rank_that_wants_to_stop_stops_all_and_a_bad_rank_is_named(tiny):
     watches = [tg.Watch(run) for run in runs]
     for watch, stop, loss in zip(watches, (False, True, False), (1.0, 2.0, 3.0), strict=True):
         watch.late = 1
-        watch.exchange(7, stop, torch.tensor(loss))
+        watch.exchange(7, stop, torch.tensor(loss), 10.0 + watch.run.rank)
     total = sum(sent)
     for watch in watches:
-        watch.pending = [(7, total), (8, total + torch.tensor([0.0, math.nan, 0.0, 1.0, 0.0]))]
+        watch.pending = [(7, total), (8, total + torch.tensor([0.0, math.nan, 0.0, 0.0, 1.0, 0.0]))]
         assert watch.read() is True
+        assert watch.seconds == 10.0, "all ranks schedule by the clock of the first"
         with pytest.raises(tg.BrokenRun, match="step 8 on rank 1; last good: step 7 loss 6"):
             watch.read()
 
@@ -403,6 +402,20 @@ def test_the_last_checkpoints_stay(tiny, script, tmp_path):
     assert script(tiny, CHECKPOINT_EVERY=1, CHECKPOINT_KEEP=3).status == 0
     folder = tmp_path / "logs" / "tiny.ckpt"
     assert sorted(p.name for p in folder.iterdir()) == [f"step_{n:06d}.pt" for n in (4, 5, 6)]
+
+
+def test_checkpoints_of_a_run_that_is_taken_back_go(tiny, script, tmp_path):
+    assert script(tiny, CHECKPOINT_EVERY=1, CHECKPOINT_KEEP=4).status == 0
+    folder = tmp_path / "logs" / "tiny.ckpt"
+    assert (
+        script(
+            tiny, RESUME=folder / "step_000003.pt", FORCE=1, CHECKPOINT_EVERY=4, ITERATIONS=4, WARMDOWN_ITERS=3
+        ).status
+        == 2
+    )
+    taken_back = script(tiny, RESUME=folder / "step_000003.pt", FORCE=1, CHECKPOINT_EVERY=5)
+    assert taken_back.status == 0, taken_back.err
+    assert sorted(p.name for p in folder.iterdir()) == ["step_000004.pt", "step_000005.pt"]
 
 
 def test_a_checkpoint_of_another_configuration_or_kind_is_refused(tiny, script, tmp_path):

@@ -25,7 +25,7 @@ def learner(tiny, model, text, **knobs) -> tg.TestTimeNetwork:
 
 def walk(network: tg.NetworkExpert, text: tg.ValidationText) -> torch.Tensor:
     """Log-probabilities of targets 1 .. N-1 under the driver."""
-    tg.score_first(network, text, {"ttt": network}, [network], len(text.tokens), math.inf)
+    tg.score_first(network, text, network, [network], len(text.tokens), math.inf)
     return network.logp[1:].clone()
 
 
@@ -36,6 +36,15 @@ def test_without_a_learning_rate_it_is_the_network_to_the_bit(tiny, model, text)
     scores = walk(frozen, text)
     plain.learns_at = frozen.learns_at
     assert torch.equal(scores, walk(plain, text))
+
+
+def test_where_a_document_ends_is_the_future(tiny, model, text):
+    n, t = len(text.tokens), 150
+    other = text._replace(tokens=text.tokens.clone())
+    other.tokens[t + 1 :: 3] = tg.BOS  # documents now end everywhere, from just after target t on
+    one, two = (walk(learner(tiny, model, x, TTT_RESET="document"), x) for x in (text, other))
+    torch.testing.assert_close(one[:t], two[:t], rtol=0, atol=1e-4)  # batches of other shapes round differently
+    assert n > t + 30 and (one[t:] - two[t:]).abs().max() > 0.1
 
 
 def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
@@ -149,7 +158,7 @@ def test_with_reset_each_document_starts_anew(tiny, model, text, monkeypatch):
     )
     network = learner(tiny, model, text, TTT_RESET="document", TTT_CHUNK_TOKENS=16)
     walk(network, text)
-    starts = (text.tokens[1:] == model.bos_id).nonzero()[:, 0] + 2  # the first target after a BOS
+    starts = (text.tokens[1:] == tg.BOS).nonzero()[:, 0] + 2  # the first target after a BOS
     inside = [t for t in starts.tolist() if t < len(text.tokens)]
     assert fresh == [True] * (1 + len(inside)) and learned
     assert not any(lo < t < hi for lo, hi in learned for t in inside), "nothing is learned across a document's start"
