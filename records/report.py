@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -30,26 +31,30 @@ from runs import Run, UserError
 # ---- Commands
 
 
-def _load(places: list[str]) -> list[Run]:
-    """Runs of the logs named, or of logs/; messages about unreadable neighbours go to stderr."""
+def _load(places: list[str]) -> tuple[list[Run], list[str]]:
+    """Runs of the logs named, or of logs/, and messages about unreadable neighbours; `UserError` if there is neither."""
     runs, messages = logs.load_runs(places or ["logs"])
+    if not runs and not messages:
+        raise UserError(f"no logs in {', '.join(places or ['logs'])}")
+    return runs, messages
+
+
+def _runs(places: list[str]) -> list[Run]:
+    """The same with the messages on stderr."""
+    runs, messages = _load(places)
     for message in messages:
         print(f"left out: {message}", file=sys.stderr)
-    if not runs:
-        raise UserError(f"no logs in {', '.join(map(str, places or ['logs']))}")
     return runs
 
 
 def run_table(args: argparse.Namespace) -> int:
-    runs, messages = logs.load_runs(args.logs or ["logs"])
-    if not runs and not messages:
-        raise UserError(f"no logs in {', '.join(args.logs or ['logs'])}")
+    runs, messages = _load(args.logs)
     print(tables.table(runs, messages, args.format, args.sort))
     return 0
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    runs = tables.scored_runs(_load(args.logs), args.stage)
+    runs = tables.scored_runs(_runs(args.logs), args.stage)
     differing = logs.differences(runs)
     if differing and not args.anyway:
         raise UserError(
@@ -88,7 +93,7 @@ def _cautions(runs: list[Run], published: bool, stage: str | None) -> list[str]:
 def run_plot(args: argparse.Namespace) -> int:
     import plots
 
-    for path in plots.draw(_load(args.logs), Path(args.out), args.force):
+    for path in plots.draw(_runs(args.logs), Path(args.out), args.force):
         print(path)
     return 0
 
@@ -102,7 +107,7 @@ def run_sweep(args: argparse.Namespace) -> int:
 def run_submit(args: argparse.Namespace) -> int:
     import submission
 
-    return submission.submit(_load(args.logs), args)
+    return submission.submit(_runs(args.logs), args)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -161,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("list", help="file with KNOB=value words a line (# comments), or - for stdin")
     sub.add_argument(
-        "--launch", default=f"{sys.executable} train_gpt.py", help="command that each configuration starts"
+        "--launch", default=f"{shlex.quote(sys.executable)} train_gpt.py", help="command that each configuration starts"
     )
     sub.add_argument("--only", type=int, metavar="N", help="run only configuration N, from 0 (a Slurm array index)")
 
@@ -194,11 +199,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.function(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         return 0
+    except (UserError, OSError) as error:  # a file that cannot be read or written: the system's words and its name
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

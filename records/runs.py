@@ -407,9 +407,13 @@ def log_files(places: Iterable[str | Path]) -> list[Path]:
 
 
 def read_log(path: Path) -> Run:
-    if path.stat().st_size > MAX_LOG_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes; no log of a training run is that long")
-    return read_jsonl(path) if path.suffix == ".jsonl" else read_text_log(path)
+    """One run from either kind of log; a `UserError` if it cannot be read or is none."""
+    try:
+        if (size := path.stat().st_size) > MAX_LOG_BYTES:
+            raise UserError(f"{path}: {size:,} bytes; no log of a training run is that long")
+        return read_jsonl(path) if path.suffix == ".jsonl" else read_text_log(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def load_runs(places: Iterable[str | Path]) -> tuple[list[Run], list[str]]:

@@ -45,6 +45,8 @@ def read_list(list_file: str) -> list[dict[str, str]]:
         text = sys.stdin.read() if list_file == "-" else Path(list_file).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{list_file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{list_file}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     jobs, ids = [], {}
     for number, line in enumerate(text.splitlines(), 1):
         try:

@@ -191,6 +191,8 @@ def published(text: str) -> Sample:
         numbers = [float(w) for w in words]
     except ValueError:
         numbers = []
+    if not all(map(math.isfinite, numbers)):
+        numbers = []
     if len(numbers) == 1:
         return Sample(numbers[0], math.nan, 0)
     if len(numbers) != 3 or numbers[2] < 2 or numbers[1] < 0:

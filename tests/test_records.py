@@ -8,6 +8,7 @@ import lzma
 import math
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -388,6 +389,9 @@ def test_a_published_mean_is_a_reference(world, capsys):
     assert run_cli("compare", world["logs"], "--published", "1.93,0.0005") == 2
     assert run_cli("compare", world["logs"], "--ref", "MATRIX_LR=0.5") == 2
     assert "fits 0 of these configurations" in capsys.readouterr().err
+    for figure in ("inf", "nan", "1,0.1,inf", "1,nan,3"):
+        assert run_cli("compare", world["logs"], "--published", figure) == 2
+        assert f"--published {figure}: expected MEAN, or MEAN,STD,N" in capsys.readouterr().err
 
 
 def test_scores_of_different_stages_are_compared_with_a_word_of_caution(world, capsys):
@@ -439,6 +443,32 @@ def test_incomparable_runs_are_refused_with_the_difference(world, capsys, over, 
     assert run_cli("compare", world["logs"], "--anyway") == 0
     text = capsys.readouterr().out
     assert "NOT COMPARABLE" in text and "MET" not in text.replace("NOT COMPARABLE", "")
+
+
+# ---- mistakes and the machine's refusals
+
+
+def test_files_that_cannot_be_read_or_written_are_one_message_and_status_two(world, capsys, monkeypatch):
+    path = write_run(world, "a")
+    (world["root"] / "file").write_bytes(b"SEED=1 # \xe9\n")
+    cases = {
+        "file: not UTF-8 (invalid continuation byte at byte 9)": ("sweep", world["root"] / "file"),
+        "File exists: ": ("plot", path, "--out", world["root"] / "file"),
+        "Not a directory: ": ("submit", path, "--name", "x", "--records", world["root"] / "file"),
+    }
+    for words, call in cases.items():
+        assert run_cli(*call) == 2, words
+        error = capsys.readouterr().err
+        assert words in error and str(world["root"] / "file") in error and error.count("\n") == 1
+
+    def refuse(path: Path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert run_cli("table", path) == 2
+    assert f"{path}: Permission denied" in capsys.readouterr().err
+    assert run_cli("table", world["logs"]) == 0  # beside others it is a row of the table
+    assert "unreadable: Permission denied" in capsys.readouterr().out
 
 
 # ---- pictures
@@ -1190,6 +1220,12 @@ def test_a_wrong_sweep_list_names_its_line(tmp_path, text, words):
     (tmp_path / "list").write_text(text)
     with pytest.raises(logs.UserError, match=words.replace("'", ".")):
         sweep.read_list(str(tmp_path / "list"))
+
+
+def test_the_default_command_of_a_sweep_is_this_python_wherever_it_lies(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/a folder/it's/python")
+    launch = report.parser().parse_args(["sweep", "list"]).launch
+    assert shlex.split(launch) == ["/a folder/it's/python", "train_gpt.py"]
 
 
 def test_a_run_id_does_not_depend_on_the_order_of_knobs_and_stays_a_file_name():
