@@ -183,10 +183,12 @@ def broken_limits(run: Run) -> str:
 # ---- JSON logs
 
 _NUM = (int, float)
-EVENT_FIELDS: dict[str, dict[str, tuple | type]] = {  # what this tool reads of schema 1; a name with ? may be missing
-    "run": {"run_id": str, "mode?": str, "seed?": int, "data?": dict, "tokenizer?": dict, "source_sha256?": str}
-    | {"packed_sha256?": str, "device_name?": str, "world_size?": int, "recipe?": str, "started?": str},
-    "config": {"values": dict, "sources?": dict},
+_DATA = {"path?": str, "val_sha256?": str, "val_tokens?": int, "train_tokens?": int}
+EVENT_FIELDS: dict[str, dict] = {  # what this tool reads of schema 1; a name with ? may be missing
+    "run": {"run_id": str, "mode?": str, "seed?": int, "source_sha256?": str, "packed_sha256?": str}
+    | {"device_name?": str, "world_size?": int, "recipe?": str, "started?": str}
+    | {"data?": _DATA, "tokenizer?": {"path?": str, "sha256?": str}},
+    "config": {"values": {"EVAL_SEQ_LEN?": int, "TRAIN_SEQ_LEN?": int}, "sources?": dict},
     "step": {"step": int, "train_loss": _NUM, "lr_scale?": _NUM, "train_s?": _NUM},
     "switch": {"step": int, "name": str},
     "val": {"step": int, "val_loss": _NUM, "val_bpb?": _NUM, "train_s?": _NUM},
@@ -221,16 +223,31 @@ def read_jsonl(path: Path) -> Run:
         except TypeError as wrong:
             run.damage = f"damaged at line {number}: {kind} event with {wrong}"
     if not run.info:
-        raise UserError(f"{path}: no run event; not a log of this trainer, or cut before its first line")
+        why = run.damage or "not a log of this trainer, or cut before its first line"
+        raise UserError(f"{path}: no run event; {why}")
     run.steps, run.vals = _by_step(run.steps), _by_step(run.vals)
+    first = {}
+    for event in run.switches:  # a resumed run reports again what is switched on
+        first.setdefault((event["name"], json.dumps(event.get("value"))), event)
+    run.switches = list(first.values())
     return run
 
 
+def _check(event: dict, fields: dict) -> None:
+    """Raises TypeError for a field that is missing or of another type; an optional one that is None is dropped."""
+    for name, kinds in fields.items():
+        key, value = name.rstrip("?"), event.get(name.rstrip("?"))
+        inner = kinds if isinstance(kinds, dict) else {}
+        if value is None and name.endswith("?"):
+            event.pop(key, None)
+        elif not isinstance(value, dict if inner else kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise TypeError(f"{key}={value!r}")
+        elif inner:
+            _check(value, inner)
+
+
 def _take(run: Run, kind: str, event: dict) -> None:
-    for name, kinds in EVENT_FIELDS.get(kind, {}).items():
-        optional, value = name.endswith("?"), event.get(name.rstrip("?"))
-        if not (optional and value is None) and (not isinstance(value, kinds) or (value is True and kinds is not bool)):
-            raise TypeError(f"{name.rstrip('?')}={value!r}")
+    _check(event, EVENT_FIELDS.get(kind, {}))
     if kind == "pack" and not all(
         isinstance(r, dict) and isinstance(r.get("bytes"), int) for r in (event.get("roles") or {}).values()
     ):

@@ -296,6 +296,20 @@ def test_no_damage_to_a_log_gets_past_the_reader(world, capsys):
     capsys.readouterr()
 
 
+def test_a_field_that_says_nothing_is_a_missing_one_and_one_of_another_type_is_damage(world, capsys):
+    empty = {"run": {"data": None, "tokenizer": None}, "config": {"sources": None}}
+    write_run(world, "a", audit=False)
+    assert logs.read_log(write_run(world, "b", audit=False, **empty)).damage is None
+    write_run(world, "c", audit=False, config={"values": {"EVAL_SEQ_LEN": [512]}})
+    for name, over in {"d": {"data": {"val_sha256": ["x"]}}, "e": {"tokenizer": {"sha256": {}}}}.items():
+        write_run(world, name, audit=False, run=over)
+    assert "config event with EVAL_SEQ_LEN=[512]" in logs.read_log(world["logs"] / "c.jsonl").damage
+    for command in ("table", "compare"):
+        assert run_cli(command, world["logs"]) == 0
+        out, err = capsys.readouterr()
+        assert "run event with val_sha256=['x']" in out + err and "run event with sha256={}" in out + err
+
+
 def test_a_resumed_run_counts_each_step_once_and_is_finished_by_its_last_end(world):
     path = write_run(world, "a")
     lines = path.read_text().splitlines(keepends=True)
@@ -303,6 +317,14 @@ def test_a_resumed_run_counts_each_step_once_and_is_finished_by_its_last_end(wor
     path.write_text("".join(cut + lines))
     run = logs.read_log(path)
     assert run.finished and [e["step"] for e in run.steps] == list(range(0, 100, 5))
+
+
+def test_a_resumed_run_switches_once_where_it_first_did(world):
+    path = write_run(world, "a")
+    again = [{"name": "qat", "step": 80, "value": 1}, {"name": "seq_len", "step": 80, "value": 1024}]
+    more = "".join(json.dumps({"v": 1, "t": 0.0, "event": "switch"} | event) + "\n" for event in again)
+    path.write_text(path.read_text() + more)
+    assert [(e["name"], e["step"]) for e in logs.read_log(path).switches] == [("qat", 60), ("seq_len", 80)]
 
 
 def test_every_way_to_miss_a_score_is_a_status(world):
