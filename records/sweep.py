@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shlex
 import signal
@@ -11,13 +12,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import runs as logs
 from runs import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def run(list_file: str, launch: str, only: int | None) -> int:
-    """Runs every line (or line `only`, counted from 0) and prints what became of each. 1 if any run failed."""
+    """Runs every line (or line `only`, counted from 0) and prints what became of each. 1 if any failed or still goes."""
     jobs = read_list(list_file)
     if only is not None:
         if not 0 <= only < len(jobs):
@@ -36,7 +43,7 @@ def run(list_file: str, launch: str, only: int | None) -> int:
     going = [name for name, outcome in outcomes if outcome.startswith("skipped: still going")]
     print(f"{len(outcomes) - len(failed) - len(going)} of {len(outcomes)} done", end="")
     print(*[f"; {word}: {', '.join(names)}" for word, names in (("failed", failed), ("still going", going)) if names])
-    return int(bool(failed))
+    return int(bool(failed or going))
 
 
 def read_list(list_file: str) -> list[dict[str, str]]:
@@ -84,9 +91,19 @@ AGAIN = {
 }  # from the newest checkpoint if there is one, over whatever else was left behind
 
 
-def _run(command: list[str], environment: dict[str, str]) -> int:
-    """Exit status of the command; a SIGTERM to the sweep ends it too."""
-    with subprocess.Popen(command, env=environment) as child:
+def _lock(file: IO) -> bool | None:
+    """Whether the lock is ours now, to be held until sweep and run have ended, however they end. None: no locks here."""
+    try:
+        return fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+    except BlockingIOError:
+        return False
+    except OSError:  # of the file system
+        return None
+
+
+def _run(command: list[str], environment: dict[str, str], lock: IO) -> int:
+    """Exit status of the command, which inherits the lock; a SIGTERM to the sweep ends it too."""
+    with subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()] if fcntl else []) as child:
 
         def stop(*_: object) -> None:
             child.terminate()
@@ -100,16 +117,37 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
 
 
 def _one(knobs: dict[str, str], launch: str) -> str:
+    """What became of one configuration. Its lock tells whether a run of it lives; without one, the age of its log."""
     environment = os.environ | knobs
     path = Path(environment.get("LOG_DIR") or "logs", f"{knobs['RUN_ID']}.jsonl")
-    before = _state(path)
-    if before.startswith(("finished", "still going")):
-        return f"skipped: {before}"
+    lock_file = path.with_suffix(".lock")
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file.open("a+", encoding="utf-8") as lock:
+        ours, before = _lock(lock), _state(path)
+        lock.seek(0)
+        owner = lock.read().strip()  # the sweep that ran it last; none if a hand did
+        if before.startswith("finished"):
+            outcome = f"skipped: {before}"
+        elif ours is False:
+            outcome = f"skipped: still going, held by {owner}"
+        elif before.startswith("still going") and not (ours and owner):
+            outcome = f"skipped: {before}"
+        else:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}\n")
+            lock.flush()
+            outcome = _start(environment, path, launch, lock)
+    if outcome.removeprefix("skipped: ").startswith("finished"):
+        lock_file.unlink(missing_ok=True)
+    return outcome
+
+
+def _start(environment: dict[str, str], path: Path, launch: str, lock: IO) -> str:
     began = time.monotonic()
     if path.exists():
         environment = AGAIN | environment
     try:
-        status = _run(shlex.split(launch), environment)
+        status = _run(shlex.split(launch), environment, lock)
     except OSError as error:
         raise UserError(f"--launch {launch}: {error.strerror}") from None
     after = _state(path)
@@ -124,7 +162,7 @@ def _state(path: Path) -> str:
     if not path.is_file():
         return f"no log {path}"
     try:
-        log = logs.read_jsonl(path)
+        log = logs.read_log(path)
     except UserError as error:
         return str(error)
     if log.finished:

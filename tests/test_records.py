@@ -6,10 +6,12 @@ import hashlib
 import json
 import lzma
 import math
+import os
 import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -1203,8 +1205,9 @@ def test_a_sweep_skips_the_finished_survives_the_failing_and_can_run_one_line(tm
     assert run_cli(*words) == 0
     (Path("logs") / "matrix_lr-9_seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}\n')
     capsys.readouterr()
-    assert run_cli(*words) == 0
+    assert run_cli(*words) == 1
     assert "2 of 3 done; still going: matrix_lr-9_seed-1" in capsys.readouterr().out
+    assert not list(Path("logs").glob("matrix_lr-0.0*.lock"))
 
 
 def test_a_sweep_runs_audits_too_and_looks_where_the_runs_write(tmp_path, monkeypatch, capsys):
@@ -1230,6 +1233,58 @@ def test_a_sweep_told_to_end_ends_its_run(tmp_path):
         sweep.terminate()
         _, err = sweep.communicate(timeout=30)  # the pipe closes only once the trainer has ended too
     assert sweep.returncode == 1 and "stopped by hand in seed-1" in err
+
+
+SILENT_TRAINER = """
+import os, pathlib, time
+pathlib.Path("logs/seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}')
+pathlib.Path("pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not sweep.fcntl, reason="locks")
+def test_a_run_of_a_killed_sweep_is_left_alone_while_it_lives_and_started_again_once_it_is_dead(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text("SEED=1\n")
+    Path("broken").write_text("none")
+    Path("trainer.py").write_text(SILENT_TRAINER)
+    words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
+    with subprocess.Popen([sys.executable, str(ROOT / "records" / "report.py"), *words]) as process:
+        while not (Path("pid").exists() and Path("pid").read_text()):
+            time.sleep(0.05)
+        process.kill()
+    hour_ago = time.time() - 3600
+    os.utime("logs/seed-1.jsonl", (hour_ago, hour_ago))  # silent, and alive
+    assert run_cli(*words) == 1
+    assert f"skipped: still going, held by process {process.pid} on" in capsys.readouterr().out
+    os.kill(int(Path("pid").read_text()), signal.SIGKILL)
+    Path("trainer.py").write_text(FAKE_TRAINER)
+    os.utime("logs/seed-1.jsonl")  # heard of just now, and dead
+    for _ in range(100):  # the system ends it when it gets to it
+        if run_cli(*words) != 1:
+            break
+        time.sleep(0.05)
+    assert "1 of 1 done" in capsys.readouterr().out and not Path("logs/seed-1.lock").exists()
+
+
+@pytest.mark.skipif(not sweep.fcntl, reason="locks")
+def test_without_locks_the_age_of_the_log_tells(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep.fcntl, "flock", no_locks)
+    for name, text in {"trainer.py": FAKE_TRAINER, "list.txt": "SEED=1\n", "broken": "none"}.items():
+        Path(name).write_text(text)
+    words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
+    assert run_cli(*words) == 0
+    Path("logs/seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}\n')
+    Path("logs/seed-1.lock").write_text("process 1 on elsewhere\n")
+    assert run_cli(*words) == 1
+    assert "still going: seed-1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, words", [
