@@ -505,7 +505,7 @@ def show(value: object) -> str:
         return "-"
     if isinstance(value, bool):
         return str(int(value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def yardstick(run: Run) -> dict[str, object]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -388,9 +389,10 @@ def _result(seeds: list[Run], meta: dict) -> str:
     text = f"## Result\n\n**val_bpb {meta['val_bpb']:.5f}**{spread}, val_loss {meta['val_loss']:.5f} nats/token, "
     text += f"stage `{meta['score_stage']}`, on {meta['hardware']} with PyTorch {meta['pytorch_version']}.\n\n{tables.render(header, rows, 'markdown')}"
     if claim := meta.get("claimed_not_a_code_length"):
-        z = "" if claim["z_mean"] is None else f", its probabilities sum to {claim['z_mean']:.1f} on average"
+        z = "" if claim["z_mean"] is None else f", its probabilities sum to {claim['z_mean']:.3f} on average"
         text += f"\n\nThe published scorer, kept for comparison, prints claimed_bpb {claim['claimed_bpb']:.4f}{z}: "
         text += "**not a code length**, and not the score."
+        text += " On so short a text its n-grams barely fire." if meta["data"] == "sample" else ""
     return text
 
 
@@ -450,7 +452,21 @@ def _full_size(system: dict, run: Run) -> str:
         "trained matrices of another size compress differently, and untrained ones that start at zero cost nothing."
     )
     extra = "".join(f" {text}" for text in (system.get("note"), (table or {}).get("note")) if text)
-    return f"### Artifact at full size (estimate)\n\n{tables.render(header, cells, 'markdown')}\n\n{note}{extra}"
+    limit = _against_limit(sum(estimated), system)
+    return f"### Artifact at full size (estimate)\n\n{tables.render(header, cells, 'markdown')}\n\n{note}{extra}\n\n{limit}"
+
+
+def _against_limit(estimated: int, system: dict) -> str:
+    gap = estimated - rules.LIMIT_BYTES
+    text = f"The estimate is {abs(gap):,} bytes {'**over**' if gap > 0 else 'under'} the limit of {rules.LIMIT_BYTES:,}"
+    for known in system["published"]:
+        if known["kind"] == "bytes":
+            text += f"; published were {known['figure']} ({known['what']})"
+    if gap > 0:
+        text += (
+            ". Whether a full-size run fits shows when it is packed: over the limit it says so and ends with status 1"
+        )
+    return f"{text}."
 
 
 def _method(run: Run, args: argparse.Namespace) -> str:
@@ -492,7 +508,7 @@ def _pictures(names: list[str]) -> str:
 
 
 def _compliance_text(verdicts: list[rules.Check]) -> str:
-    rows = [[c.status, c.rule, c.detail.replace("|", "\\|")] for c in verdicts]
+    rows = [[c.status, c.rule, c.detail] for c in verdicts]
     return (
         "## Compliance\n\nFrom the logs, the audit and the files of this folder "
         "(`python records/report.py check` on it says it again). WARN: a person must look.\n\n"
@@ -502,14 +518,16 @@ def _compliance_text(verdicts: list[rules.Check]) -> str:
 
 def _reproduce(seeds: list[Run]) -> str:
     run = seeds[0]
-    words = [f"RECIPE={run.info.get('recipe')}", f"SEED={run.seed}"]
+    data, others = run.info.get("data", {}), ", ".join(str(r.seed) for r in seeds[1:])
     asked = {k: v for k, v in run.config.items() if run.sources.get(k) == "env"}
-    words += [f"{k}={logs.show(v)}" for k, v in asked.items() if k not in logs.BOOKKEEPING and not k.endswith("_PATH")]
+    asked = {k: v for k, v in asked.items() if k not in logs.BOOKKEEPING and not k.endswith("_PATH")}
+    data_path = {"DATA_PATH": "data/sample"} if data.get("sample") else {}  # without it, downloaded FineWeb is used
+    words = {"RECIPE": run.info.get("recipe"), "SEED": run.seed} | data_path | asked
+    line = " ".join(f"{k}={shlex.quote(logs.show(v))}" for k, v in words.items())
     ranks = run.info.get("world_size") or 1
     launch = "python train_gpt.py" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks} train_gpt.py"
-    data, others = run.info.get("data", {}), ", ".join(str(r.seed) for r in seeds[1:])
-    where = "the shipped sample (no DATA_PATH)" if data.get("sample") else f"`{Path(str(data.get('path'))).name}`"
-    text = f"## Reproduce\n\n```bash\n{' '.join(words)} {launch}\n```\n\n"
+    where = "the shipped sample" if data.get("sample") else f"`{Path(str(data.get('path'))).name}`"
+    text = f"## Reproduce\n\n```bash\n{line} {launch}\n```\n\n"
     text += f"The other seeds: {others}. " if others else ""
     counts = ", ".join(f"{data[k]:,} {k.split('_')[0]}" for k in ("train_tokens", "val_tokens") if data.get(k))
     return (
@@ -529,7 +547,9 @@ def write_index(records: Path = HERE) -> int:
         raise UserError(f"{page}: without the markers {begin} and {end}")
     head, _, rest = text.partition(begin)
     tail = rest.partition(end)[2]
-    page.write_text(f"{head}{begin}\n{index_table(records)}\n{end}{tail}", encoding="utf-8")
+    aside = page.with_suffix(".partial")
+    aside.write_text(f"{head}{begin}\n{index_table(records)}\n{end}{tail}", encoding="utf-8")
+    os.replace(aside, page)
     print(page)
     return 0
 
@@ -551,7 +571,7 @@ def index_table(records: Path) -> str:
         title = f"#{system['pr']} {system['title']}"
         row = [f"[{title}]({place}/)" if place else title, system["claim"], system["valid_bpb"]]
         row += [_mean_stage(stages, ("sliding", "roundtrip")), _mean_stage(stages, ("ngram",))]
-        rows.append([*row, claim and f"{claim['claimed_bpb']:.4f} ({tables.cell(tables.fixed(claim['z_mean'], 1))})"])
+        rows.append([*row, claim and f"{claim['claimed_bpb']:.4f} ({tables.cell(tables.fixed(claim['z_mean'], 3))})"])
     return tables.render(header, rows, "markdown")
 
 

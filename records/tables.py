@@ -23,21 +23,19 @@ RULE = (
 
 
 def render(header: list[str], rows: list[list[object]], form: str) -> str:
-    """A table as aligned text, Markdown or CSV. Cells are printed with `cell`."""
+    """A table as aligned text, Markdown (bars escaped) or CSV. Cells are printed with `cell`."""
     if form == "csv":
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows(
             [header, *[["" if c is None else c for c in row] for row in rows]]
         )
         return out.getvalue().rstrip("\n")
-    cells = [[cell(c) for c in row] for row in rows]
+    bar = "\\|" if form == "markdown" else "|"
+    cells = [[cell(c).replace("|", bar) for c in row] for row in [header, *rows]]
     least = 3 if form == "markdown" else 1  # a Markdown rule has at least three characters
-    widths = [max(least, *[len(r[i]) for r in [header, *cells]]) for i in range(len(header))]
-    right = [all(_numeric(r[i]) for r in cells) for i in range(len(header))]
-    lines = [
-        [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
-        for row in [header, *cells]
-    ]
+    widths = [max(least, *map(len, column)) for column in zip(*cells, strict=True)]
+    right = [all(map(_numeric, column[1:])) for column in zip(*cells, strict=True)]
+    lines = [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)] for row in cells]
     if form == "markdown":
         lines.insert(1, ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)])
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import config, write_shard
 
 import train_gpt as tg
 
@@ -37,6 +38,7 @@ import source  # noqa: E402
 import stats  # noqa: E402
 import submission  # noqa: E402
 import sweep  # noqa: E402
+import tables  # noqa: E402
 
 NATS_PER_BPB = 1.6885  # sp1024 on FineWeb
 SCRIPT = '''"""A script."""
@@ -62,10 +64,7 @@ def write_shards(path: Path, train_docs: list[list[int]], val_docs: list[list[in
     for kind, docs in (("train", train_docs), ("val", val_docs)):
         stream = [t for doc in docs for t in (1, *doc)]
         for index, start in enumerate(range(0, len(stream), split)):
-            part = np.array(stream[start : start + split], dtype="<u2")
-            header = np.zeros(256, dtype="<i4")
-            header[:3] = 20240520, 1, len(part)
-            (path / f"fineweb_{kind}_{index:06d}.bin").write_bytes(header.tobytes() + part.tobytes())
+            write_shard(path / f"fineweb_{kind}_{index:06d}.bin", stream[start : start + split])
     return path
 
 
@@ -381,6 +380,23 @@ def test_table_shows_changed_knobs_only_sorted_by_score_in_three_forms(world, ca
     assert run_cli("table", world["logs"], "--sort", "beauty") == 2
 
 
+def test_bars_are_escaped_in_markdown_alone_where_they_would_split_a_cell():
+    rows = [["quantiles of |row|", 1]]
+    header, _, row = tables.render(["a|b", "n"], rows, "markdown").splitlines()
+    assert header.startswith("| a\\|b  ") and row.startswith("| quantiles of \\|row\\| |") and len(header) == len(row)
+    assert "quantiles of |row|" in tables.render(["a", "n"], rows, "text")
+    assert "quantiles of |row|,1" in tables.render(["a", "n"], rows, "csv")
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "records").glob("track_*/*")), ids=lambda f: f.name)
+def test_every_row_of_the_shelfs_tables_has_as_many_cells_as_its_header(folder):
+    columns = None
+    for line in (folder / "README.md").read_text().splitlines():
+        cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else None
+        assert None in (cells, columns) or cells == columns, line
+        columns = cells
+
+
 def sweep_of_two(world, gain: float) -> None:
     for seed, noise in ((1, -0.0003), (2, 0.0), (3, 0.0004)):
         write_run(world, f"a{seed}", seed=seed, bpb=1.9 + noise, lr=0.04, audit=False)
@@ -656,6 +672,28 @@ def test_non_record_does_not_relax_bytes(world, capsys):
     assert "16,000,001 bytes" in capsys.readouterr().err
 
 
+def test_the_line_that_reproduces_a_run_is_the_run(world):
+    values = {"MATRIX_LR": 0.0123456789, "MUON_BETA": 0.95, "MAX_WALLCLOCK_SECONDS": 0.0, "PROMPT": "it's two words"}
+    values |= {"SMEAR": True, "SEED": 1, "EVAL_SEQ_LEN": 512}
+    sources = dict.fromkeys(("MATRIX_LR", "MAX_WALLCLOCK_SECONDS", "PROMPT", "SMEAR"), "env")
+    write_run(world, "s1", config={"values": values, "sources": sources})
+    assert submit(world, "--non-record", runs=("s1",)) == 0
+    readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
+    line = readme.partition("## Reproduce\n\n```bash\n")[2].partition("\n")[0]
+    knobs = ["MATRIX_LR=0.0123456789", "MAX_WALLCLOCK_SECONDS=0", "PROMPT=it's two words", "SMEAR=1"]
+    words = ["RECIPE=cpu", "SEED=1", "DATA_PATH=data/sample", *knobs, "python", "train_gpt.py"]
+    assert shlex.split(line) == words
+
+
+def test_a_named_sample_is_the_sample_and_every_line_of_the_shelf_names_it(tiny, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert tg.find_data(config(tiny, DATA_PATH="data/sample")).sample
+    jobs = sweep.read_list("records/shelf.txt")
+    assert len(jobs) == 10 and {job["DATA_PATH"] for job in jobs} == {"data/sample"}
+    for path in (ROOT / "records").glob("track_*/*_sample/README.md"):
+        assert " DATA_PATH=data/sample " in path.read_text().partition("## Reproduce")[2]
+
+
 def test_a_claimed_figure_never_becomes_val_bpb(world, capsys):
     path = write_run(world, "s1")
     claim = {"v": 1, "t": 0, "event": "claim", "name": "pr850", "claimed_bpb": 0.3212, "z_mean": 734.0, "z_max": 853.0}
@@ -665,7 +703,8 @@ def test_a_claimed_figure_never_becomes_val_bpb(world, capsys):
     folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
     meta = json.loads((folder / "submission.json").read_text())
     assert meta["val_bpb"] == 1.9 and meta["claimed_not_a_code_length"]["claimed_bpb"] == 0.3212
-    assert "not a code length" in (folder / "README.md").read_text()
+    readme = (folder / "README.md").read_text()
+    assert "sum to 734.000 on average: **not a code length**" in readme and "its n-grams barely fire" in readme
     meta["val_bpb"] = 0.3212
     (folder / "submission.json").write_text(json.dumps(meta))
     capsys.readouterr()
@@ -678,6 +717,12 @@ def test_a_systems_readme_tells_published_from_ours_and_estimates_full_size(worl
     assert submit(world, "--non-record", "--system", "pr164", runs=("s1",)) == 2  # another system's recipe ran
     assert submit(world, "--non-record", "--system", "pr850", runs=("s1",)) == 0
     readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
+    assert "bytes **over** the limit of 16,000,000; published were 14,922,124 (artifact and script" in readme
+    over, under = (submission._against_limit(16_000_000 + gap, submission._system("pr164")) for gap in (1, 0))
+    assert over.startswith("The estimate is 1 bytes **over**") and "ends with status 1" in over
+    assert under == (
+        "The estimate is 0 bytes under the limit of 16,000,000; published were 15,401,594 (artifact and script, zstd-22)."
+    )
     assert readme.startswith("# PR #850 (") and "shrunken, on the shipped sample\n" in readme
     assert "small corpus shipped with the repository" in readme
     assert "PR #850 by callithyia" in readme and "| 0.3212" in readme and "claimed" in readme
@@ -742,7 +787,7 @@ def test_full_size_weights_and_widths_are_the_trainers(key):
     assert system["roles"] == roles and system["params"] == sum(n for n, _ in roles.values())
 
 
-def test_the_index_holds_a_row_a_system_and_the_figures_of_its_folder(world):
+def test_the_index_holds_a_row_a_system_and_the_figures_of_its_folder(world, monkeypatch):
     write_run(world, "s1", run={"recipe": "pr164"})
     assert submit(world, "--non-record", "--system", "pr164", runs=("s1",)) == 0
     records = world["root"] / "records"
@@ -753,6 +798,25 @@ def test_the_index_holds_a_row_a_system_and_the_figures_of_its_folder(world):
     row = next(line for line in text.splitlines() if "#164" in line)
     assert "track_non_record_16mb/2026-04-02_idea/" in row and "1.9000" in row
     assert all(f"#{n}" in text for n in (740, 187, 850, 1095))
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(submission.os, "replace", full_disk)
+    shutil.rmtree(records / "track_non_record_16mb")
+    with pytest.raises(OSError):
+        submission.write_index(records)
+    assert (records / "README.md").read_text() == text  # whole, as it was
+
+
+def test_the_index_shows_the_sum_of_a_claims_probabilities_to_three_digits():
+    text = (ROOT / "records" / "README.md").read_text()
+    assert submission.index_table(ROOT / "records") in text
+    assert "2.1633 (1.000)" in text and "2.6467 (1.005)" in text and "2.0912 (1.639)" in text
+
+
+def test_what_the_readmes_commands_write_is_ignored_by_git():
+    assert {"/logs/", "/sweep.txt", "/pictures/"} <= set((ROOT / ".gitignore").read_text().splitlines())
 
 
 def test_the_counted_form_is_packed_anew_and_must_have_the_logged_hash(world, capsys):
