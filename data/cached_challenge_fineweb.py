@@ -269,7 +269,7 @@ class Record:
     def add(self, local: str, digest: str) -> None:
         with self.lock:
             self.digests[local] = digest
-            aside = self.path.with_suffix(".partial")
+            aside = self.path.with_suffix(f".{os.getpid()}.partial")  # other downloads may run beside this one
             write_synced(aside, json.dumps(self.digests, indent=1).encode())
             os.replace(aside, self.path)
 
@@ -327,11 +327,11 @@ def check_space(out: Path, missing: dict[str, Remote]) -> None:
         )
 
 
-def fetch_all(hub: HfApi, repo: str, files: dict[str, Remote], args: argparse.Namespace) -> int:
+def fetch_all(hub: HfApi, choice: Choice, files: dict[str, Remote], args: argparse.Namespace) -> int:
     """Fetch what is missing, several files at a time; returns how many were fetched."""
     (args.out / "datasets").mkdir(parents=True, exist_ok=True)
     record = Record(args.out / "datasets" / ".verified.json")
-    staging = args.out / "datasets" / ".download.partial"
+    staging = args.out / "datasets" / f".{choice.variant.name}.partial"
     checked = tqdm(files.items(), desc="checking files", unit="file", disable=None, leave=False)
     missing = {k: file for k, file in checked if not is_good(args.out, k, file, record, args.verify)}
     check_space(args.out, missing)
@@ -339,7 +339,7 @@ def fetch_all(hub: HfApi, repo: str, files: dict[str, Remote], args: argparse.Na
         ThreadPoolExecutor(args.jobs) as pool,
         tqdm(total=len(missing), desc="files", unit="file", disable=None) as bar,
     ):
-        tasks = {pool.submit(fetch, hub, repo, file, args.out / k, staging): k for k, file in missing.items()}
+        tasks = {pool.submit(fetch, hub, choice.repo, file, args.out / k, staging): k for k, file in missing.items()}
         try:
             for task in as_completed(tasks):
                 task.result()
@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None, hub: HfApi | None = None) -> None:
         return
     choice = choose(hub, args)
     files = wanted_files(choice, args)
-    fetched = fetch_all(hub, choice.repo, files, args)
+    fetched = fetch_all(hub, choice, files, args)
     report(choice, files, fetched, args.out)
 
 

