@@ -1301,6 +1301,7 @@ def test_a_sweep_told_to_end_ends_its_run(tmp_path):
 
 SILENT_TRAINER = """
 import os, pathlib, time
+os.makedirs("logs", exist_ok=True)
 pathlib.Path("logs/seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}')
 pathlib.Path("pid").write_text(str(os.getpid()))
 time.sleep(60)
@@ -1317,7 +1318,7 @@ def test_a_run_of_a_killed_sweep_is_left_alone_while_it_lives_and_started_again_
     Path("trainer.py").write_text(SILENT_TRAINER)
     words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
     with subprocess.Popen([sys.executable, str(ROOT / "records" / "report.py"), *words]) as process:
-        while not (Path("pid").exists() and Path("pid").read_text()):
+        while process.poll() is None and not (Path("pid").exists() and Path("pid").read_text()):
             time.sleep(0.05)
         process.kill()
     hour_ago = time.time() - 3600
