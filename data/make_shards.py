@@ -256,13 +256,15 @@ def vocabulary_error(vocab_size: int, reason: str) -> InputError:
 
 
 def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model that has a BOS piece and fits uint16; anything else raises InputError."""
+    """A SentencePiece model with BOS at the id that train_gpt.py knows, fit for uint16; anything else raises InputError."""
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
         raise InputError(f"{name}: not a SentencePiece model") from None
-    if tokenizer.bos_id() < 0:
-        raise InputError(f"{name}: the tokenizer has no BOS piece, and documents start with one")
+    if tokenizer.bos_id() != 1:
+        raise InputError(
+            f"{name}: documents start with BOS, id 1, and this tokenizer has it at {tokenizer.bos_id()} (-1: nowhere)"
+        )
     if tokenizer.vocab_size() > 1 << 16:
         raise InputError(f"{name}: {tokenizer.vocab_size():,} pieces do not fit the shards' uint16 (65,536)")
     return tokenizer

@@ -420,7 +420,7 @@ def test_the_file_says_which_settings_it_was_coded_with(artifact, tmp_path, capf
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ({"MODE": "compress", "INPUT": "/nowhere/a"}, "cannot read it"),
+        ({"MODE": "compress", "INPUT": "/nowhere/a"}, "no such file"),
         ({"MODE": "compress"}, "INPUT"),
         ({"MODE": "decompress", "INPUT": __file__}, "does not end in .pgz"),
         ({"MODE": "compress", "INPUT": __file__, "OUTPUT": __file__}, "exists"),

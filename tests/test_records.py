@@ -778,7 +778,7 @@ def test_full_size_weights_and_widths_are_the_trainers(key):
     cfg = tg.load_config({"RECIPE": key}, has_gpu=lambda: False).cfg
     with torch.device("meta"):
         params = list(tg.GPT(cfg).named_parameters())
-    policy = tg.Policy(cfg, {n: tuple(p.shape) for n, p in params}, {n: p.store for n, p in params})
+    policy = tg.Policy(cfg, dict(params), {n: p.store for n, p in params})
     roles: dict[str, list[float]] = {}
     for name, p in params:
         sums = roles.setdefault(p.store, [0, 0])
