@@ -2128,9 +2128,9 @@ class GPT(nn.Module):
         self.tok_emb = Embedding(cfg.vocab_size, cfg.model_dim, cfg.embed_init_std, "embed", "embed")
         if cfg.overtone_init and self.tok_emb.weight.device.type != "meta":
             overtone_(self.tok_emb.weight.data)
-        self.head = (
-            None if cfg.tie_embeddings else Linear("head", cfg.model_dim, cfg.vocab_size, "embed", "zero", role="head")
-        )
+        self.head = None
+        if not cfg.tie_embeddings:
+            self.head = Linear("head", cfg.model_dim, cfg.vocab_size, "embed", "zero", role="head")
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
         self.smear = Smear(cfg) if cfg.smear else None
         self.pre_enrich = PreEnrich(cfg) if cfg.pre_enrich_dim else None
@@ -3640,9 +3640,8 @@ def round_all(cfg: Config, items: list[Coded]) -> list[Tensor]:
         else:
             groups.setdefault((item.w_RC.shape, item.top), []).append(i)
     for (_, top), members in groups.items():
-        w, h, scale = (
-            torch.stack([getattr(items[i], field) for i in members]) for field in ("w_RC", "hessian", "scale_R")
-        )
+        columns = ([getattr(items[i], field) for i in members] for field in ("w_RC", "hessian", "scale_R"))
+        w, h, scale = map(torch.stack, columns)
         found = gptq(w, h, scale, top, damp=cfg.gptq_percdamp, block=cfg.gptq_block_size, order=cfg.gptq_order,
                      variant=cfg.gptq_variant)  # fmt: skip
         for i, codes_RC in zip(members, found, strict=True):
@@ -4871,9 +4870,9 @@ def code_level(
     and their sizes as what they lack of the smaller of prefix and suffix. `limit` is the most grams that may be read.
     """
     parents, first = levels[-1], len(levels) == 1
-    order, start = (
-        (np.arange(vocab_size), np.array([0, vocab_size])) if first else parents.siblings(len(levels[-2].token))
-    )
+    order, start = np.arange(vocab_size), np.array([0, vocab_size])
+    if not first:
+        order, start = parents.siblings(len(levels[-2].token))
     room = np.diff(start)[parents.suffix]
     kids = coder.code(
         parents.size.clip(max=40), None if level is None else np.bincount(level.parent, minlength=len(room))
@@ -5234,9 +5233,8 @@ class TestTimeNetwork(NetworkExpert):
         shapes = lora_sites(cfg, model)
         self.live = {site: Lora(shape, cfg.ttt_lora_rank, generator).to(run.device) for site, shape in shapes.items()}
         self.averaged = copy.deepcopy(self.live)
-        self.params, self.mean = (
-            [p for lora in side.values() for p in lora.parameters()] for side in (self.live, self.averaged)
-        )
+        sides = (self.live, self.averaged)
+        self.params, self.mean = ([p for lora in side.values() for p in lora.parameters()] for side in sides)
         self.initial = [p.detach().clone() for p in self.params]
         self.ctx = Ctx(lora=self.averaged)
         self.reset()
@@ -5328,9 +5326,7 @@ class Columns(NamedTuple):
     count: np.ndarray | Tensor
     kinds: np.ndarray | Tensor
     last: np.ndarray | Tensor
-    symbol: (
-        np.ndarray | Tensor
-    )  # x_t if the gram that ends at t occurs twice or more, else -1 (longer ones are unique too)
+    symbol: np.ndarray | Tensor  # x_t if the gram that ends at t repeats, else -1: longer ones are unique too
 
 
 def _group_runs(grams: Grams, size: int = 1 << 17) -> list[Grams]:
@@ -5539,9 +5535,7 @@ class NgramTable:
         start = max(lo - reach, 0)
         at = torch.arange(start, lo + n, device=tokens.device)
         latest = torch.where(tokens[start : lo + n] == self.bos, at, -reach)
-        latest = (
-            F.pad(latest, (1, 0), value=-reach).cummax(0).values[lo - start : lo - start + n]
-        )  # last BOS before each target
+        latest = F.pad(latest, (1, 0), value=-reach).cummax(0).values[lo - start :][:n]  # last BOS before each target
         room = torch.arange(lo, lo + n, device=tokens.device) - latest
         inside = torch.arange(self.order, device=tokens.device)[:, None] <= room
         return NgramStats(*(torch.where(inside, x, fill) for x, fill in zip(stats, (0, 0, 0, -1), strict=True)))
@@ -6446,9 +6440,7 @@ class Audit:
         self, cfg: Config, run: Run, model: GPT, text: ValidationText, stage: str, tables: Tables = NO_TABLES
     ) -> None:
         n = min(len(text.tokens), max(AUDIT_TOKENS, cfg.eval_len + 2))
-        self.often = max(
-            1, n // 8
-        )  # what learns from scored text does so within the prefix, or nothing would be seen of it
+        self.often = max(1, n // 8)  # learning comes within the prefix, or nothing would be seen of it
         self.cfg = dataclasses.replace(cfg, ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, self.often))
         self.run, self.model, self.stage, self.tables = run, model, stage, tables
         # Learning on a GPU sums in no fixed order.
@@ -7943,10 +7935,8 @@ def plan_bytes(cfg: Config, model: GPT) -> None:
     policy, artifact = Policy.of(cfg, model), 0.0
     for role in sorted({p.store for p in params.values()}):
         mine = {n: p for n, p in params.items() if p.store == role}
-        count, fixed = (
-            sum(p.numel() for p in mine.values()),
-            sum(p.numel() * policy.bits(n) for n, p in mine.items()) / 8,
-        )
+        count = sum(p.numel() for p in mine.values())
+        fixed = sum(p.numel() * policy.bits(n) for n, p in mine.items()) / 8
         size = sum(predicted_bytes(policy, n, p) for n, p in mine.items())
         artifact += size
         print(f"  {role:<8} {count:>12,} parameters  {fixed:>12,.0f} bytes at fixed width  {size:>12,.0f} predicted")
@@ -8010,6 +8000,11 @@ def read_named(name: str, path: str, purpose: str) -> bytes:
         raise ConfigError(f"{name}={path!r}: {(e.strerror or str(e)).lower()}; {purpose}") from None
 
 
+def read_input(cfg: Config) -> bytes:
+    """The bytes of INPUT."""
+    return read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on")
+
+
 def open_codec(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> Codec:
     """The artifact's model and tokenizer, ready to code: one process, no data, no logs."""
     cfg = loaded.cfg
@@ -8040,10 +8035,7 @@ def output_path(cfg: Config, default: str) -> Path:
 def run_compress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=compress: INPUT -> OUTPUT (default INPUT.pgz), and the account."""
     cfg = loaded.cfg
-    data, path = (
-        read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on"),
-        output_path(cfg, f"{cfg.input}.pgz"),
-    )
+    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.pgz")
     codec = open_codec(loaded, blob, header)
     started = time.perf_counter()
     packed = codec.compress(data)
@@ -8080,7 +8072,7 @@ def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
 def run_decompress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=decompress: INPUT -> OUTPUT (default INPUT without .pgz)."""
     cfg = loaded.cfg
-    packed = read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on")
+    packed = read_input(cfg)
     if not cfg.output and not cfg.input.endswith(".pgz"):
         raise ConfigError(f"INPUT={cfg.input} does not end in .pgz: name the file to write with OUTPUT")
     path = output_path(cfg, cfg.input.removesuffix(".pgz"))
@@ -8113,10 +8105,7 @@ def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
 def run_explain(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=explain: INPUT, shaded by what each token cost, on the terminal and as the page OUTPUT (default INPUT.html)."""
     cfg = loaded.cfg
-    data, path = (
-        read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on"),
-        output_path(cfg, f"{cfg.input}.html"),
-    )
+    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.html")
     codec = open_codec(loaded, blob, header)
     documents = explain(codec, read_documents(cfg.input, data, codec.sp), cfg.explain_tokens)
     for i, notes in enumerate(documents):
