@@ -2310,8 +2310,8 @@ def copy_grads(params: list[nn.Parameter], places: list[Tensor]) -> None:
     torch._foreach_copy_(places, [torch.zeros_like(p) if p.grad is None else p.grad for p in params])
 
 
-class Travelling:
-    """Parameters whose gradients, or updates, are on their way between the ranks."""
+class Collective:
+    """Parameters with a collective under way: their gradients, or updates, travel between the ranks."""
 
     work: Any = None
 
@@ -2322,7 +2322,7 @@ class Travelling:
             self.work = None
 
 
-class MatrixBank(Travelling):
+class MatrixBank(Collective):
     """Muon for matrices of one shape (R, C), stacked and dealt out whole: rank r owns slots r*share .. (r+1)*share.
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
@@ -2386,7 +2386,7 @@ class MatrixBank(Travelling):
             slot.copy_(state[name])
 
 
-class SmallParameters(Travelling):
+class SmallParameters(Collective):
     """AdamW for all that is no matrix: gradients travel in one flat fp32 buffer, every rank makes the same step."""
 
     def __init__(self, named: dict[str, nn.Parameter], rates: dict[str, float], cfg: Config, run: Run):
@@ -4971,11 +4971,8 @@ def role_bytes(blob: bytes) -> dict[str, dict[str, float]]:
         size = sum(stream.packed for stream in streams if stream.role == role)
         roles[role] = {"params": params, "bytes": size, "bits_per_weight": round(8 * size / params, 4)}
     if sections:
-        roles["ngram"] = {
-            "params": 0,
-            "bytes": sum(s.stop - s.start for s in sections.values()),
-            "bits_per_weight": 0.0,
-        }
+        size = sum(where.stop - where.start for where in sections.values())
+        roles["ngram"] = {"params": 0, "bytes": size, "bits_per_weight": 0.0}
     roles["container"] = {"params": 0, "bytes": start + CHECKSUM_BYTES, "bits_per_weight": 0.0}
     return roles
 
@@ -5150,7 +5147,7 @@ class NetworkExpert:
             buffer[self.done : end] = values
         self.done = end
 
-    def forward(self, ids: Tensor, hints: Tensor, n: int) -> Tensor | None:
+    def score_rows(self, ids: Tensor, hints: Tensor, n: int) -> Tensor | None:
         """`score_windows` of the last n targets of each row; None where memory runs out.
 
         Compiled for full batches of full windows alone: each odd shape, at the end of a chunk, would compile anew.
@@ -5164,7 +5161,7 @@ class NetworkExpert:
         except torch._dynamo.exc.TorchDynamoException as e:
             notice_failed_compile(self.run, e)
             self.compiled = None
-        return self.forward(ids, hints, n)
+        return self.score_rows(ids, hints, n)
 
     def score_batch(self, tokens: Tensor, batch: list[Window], fresh: Tensor) -> None:
         """Score windows of equal shape; halves the batch for good when memory runs out."""
@@ -5173,7 +5170,7 @@ class NetworkExpert:
                 self.score_batch(tokens, batch[i : i + rows], fresh)
             return
         ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints))
-        values = self.forward(ids, hints, batch[0].hi - batch[0].lo)
+        values = self.score_rows(ids, hints, batch[0].hi - batch[0].lo)
         if values is None:
             if len(batch) == 1:
                 raise ConfigError(f"EVAL_SEQ_LEN={self.seq_len}: one window does not fit in memory; use a shorter one")
@@ -6067,6 +6064,9 @@ PUBLISHED = {
 }
 
 
+WHOLE_ROWS = 2048  # targets whose whole vocabulary is gathered at once
+
+
 class HashedCache:
     """A published cache: per order a table of context cells and one of context-with-target cells, mixed into the base by alpha.
 
@@ -6104,11 +6104,11 @@ class HashedCache:
 
     def _mass(self, row: int, order: int, h: Tensor, rank: Tensor, C: Tensor) -> Tensor:
         """(n, 1) float64: sum of the ratios over the vocabulary, gathered for some targets at once."""
-        every, parts = torch.arange(self.vocab_size, device=h.device)[None], (x.split(2048) for x in (h, rank, C))
-        sums = [
-            self._ratio(row, order, *x[:2], every, x[2]).double().sum(1, keepdim=True) for x in zip(*parts, strict=True)
-        ]
-        return torch.cat([C.new_zeros(0, 1, dtype=torch.float64), *sums])
+        every = torch.arange(self.vocab_size, device=h.device)[None]
+        sums = [C.new_zeros(0, 1, dtype=torch.float64)]
+        for h_n, rank_n, C_n in zip(*(x.split(WHOLE_ROWS) for x in (h, rank, C)), strict=True):
+            sums.append(self._ratio(row, order, h_n, rank_n, every, C_n).double().sum(1, keepdim=True))
+        return torch.cat(sums)
 
     def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor, entropy: Tensor) -> Tensor:
         """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
@@ -6162,8 +6162,6 @@ class HashedTable:
     order and alpha from C. Contexts start anew every `length` targets.
     """
 
-    ROWS = 2048  # targets whose whole vocabulary is gathered at once
-
     def __init__(self, cells: dict[int, np.ndarray], base: Any, vocab_size: int, length: int, *, normalize: bool, least: int = 2,
                  device: torch.device | str = "cpu") -> None:  # fmt: skip
         self.cells = {n: torch.from_numpy(cells[n].astype(np.int32)).to(device) for n in sorted(cells, reverse=True)}
@@ -6192,7 +6190,7 @@ class HashedTable:
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         p, target = self.base.score(tokens, lo, hi).exp(), torch.arange(lo, hi, device=tokens.device)
-        parts = zip(p.split(self.ROWS), target.split(self.ROWS), strict=True)
+        parts = zip(p.split(WHOLE_ROWS), target.split(WHOLE_ROWS), strict=True)
         return torch.cat([self._mixed(tokens, t, q[:, None], tokens[t][:, None])[:, 0] for q, t in parts]).log()
 
     def dist(self, tokens: Tensor, t: int) -> Tensor:
@@ -6444,7 +6442,7 @@ class Audit:
         self.cfg = dataclasses.replace(cfg, ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, self.often))
         self.run, self.model, self.stage, self.tables = run, model, stage, tables
         # Learning on a GPU sums in no fixed order.
-        self.noise_floor = 1e-3 if run.device.type == "cuda" and cfg.ttt_enabled else 1e-6
+        self.tolerance = 1e-3 if run.device.type == "cuda" and cfg.ttt_enabled else 1e-6
         self.text = text._replace(tokens=text.tokens[:n], bytes=text.bytes[:n])
         self.noise = torch.randint(
             cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "audit"))
@@ -6494,7 +6492,7 @@ class Audit:
         gap = (self.walk(torch.cat([self.text.tokens[: t + 1], self.noise[t + 1 :]]))[0][:t] - scores[:t]).abs()
         return Check(
             "prefix only: future",
-            gap.max().item() <= self.noise_floor,
+            gap.max().item() <= self.tolerance,
             f"largest change up to target {t}: {gap.max():.2e}",
         )
 
@@ -6502,7 +6500,7 @@ class Audit:
         t, other = self.at[-2], self.text.tokens.clone()
         other[t] = (other[t] + 1) % self.cfg.vocab_size
         gap = (self.walk(other, [t])[1][t] - dists[t]).abs().max().item()
-        return Check("prefix only: target", gap <= self.noise_floor, f"largest change at target {t}: {gap:.2e}")
+        return Check("prefix only: target", gap <= self.tolerance, f"largest change at target {t}: {gap:.2e}")
 
 
 def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Check:
