@@ -115,6 +115,13 @@ def undisturbed():
     tg.Run.current = None
 
 
+class NoCompiler(torch._dynamo.exc.BackendCompilerFailed):
+    """What torch.compile raises where it cannot compile."""
+
+    def __init__(self) -> None:
+        RuntimeError.__init__(self, "no compiler\nand a long tail")
+
+
 # ---- running the script
 
 

@@ -212,6 +212,12 @@ def test_a_small_file_cannot_claim_a_large_model():
         tg.unpack(hostile(grow))
 
 
+def test_a_small_file_cannot_ask_for_a_large_random_base():
+    cfg = tg.Config(model_dim=8192, num_layers=2, adapter_rank=1)
+    with pytest.raises(tg.ArtifactError, match="asks for .* bytes of model, too much for a file of 1000"):
+        tg.load_model(cfg, None, bytes(1000))
+
+
 def fuzz_one(rng: random.Random, blob: bytes) -> bytes:
     """A few random edits of a file, most of them with a valid checksum so that they reach the inner checks."""
     data = bytearray(blob[:-32])

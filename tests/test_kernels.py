@@ -37,6 +37,17 @@ def test_blocked_attention_without_gradients_keeps_no_probabilities():
     assert y.shape == (2, 300, 4, 8) and not saved
 
 
+@pytest.mark.parametrize("major, knobs, chosen", [
+    (9, {}, "fa3"), (8, {}, "fa2"), (12, {}, "fa2"), (7, {}, "sdpa"), (9, {"TRAIN_DTYPE": "fp32"}, "sdpa"),
+    (9, {"MODEL_DIM": "1024", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"}, "sdpa"),
+])  # fmt: skip
+def test_flash_attention_is_chosen_only_where_it_can_compute(monkeypatch, major, knobs, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+    monkeypatch.setattr(t, "attend_flash", lambda module: module)
+    cfg = t.load_config({"RECIPE": "baseline", **knobs}).cfg
+    assert t.choose_attention(cfg, torch.device("cuda"))[0] == chosen
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["fa3", "fa2"])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 2), (2, 2)])

@@ -465,6 +465,8 @@ def test_a_gpu_goes_on_from_its_checkpoint(tiny, script):
 @pytest.mark.gpu
 def test_gpus_train_over_nccl(tiny, script):
     ranks = torch.cuda.device_count()
+    if ranks < 2:
+        pytest.skip("one GPU has nobody to talk to")
     env = {**tiny, **ON_GPU, "TRAIN_BATCH_TOKENS": str(8 * ranks * SEQ), "NGRAM_SCORE": "exact"}
     result = torchrun({**env, "RUN_ID": "all"}, ranks)
     assert result.status == 0, result.err

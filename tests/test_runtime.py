@@ -125,6 +125,14 @@ def test_cores_are_shared_by_the_ranks_of_a_machine(tiny):
     assert torch.get_num_threads() == cores
 
 
+def test_more_ranks_than_gpus_is_a_mistake_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert tg.pick_device("auto", 3) == torch.device("cuda", 3)
+    with pytest.raises(tg.ConfigError, match="finds 4 GPUs; lower --nproc_per_node"):
+        tg.pick_device("auto", 4)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(tg.ConfigError, match="DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu"):

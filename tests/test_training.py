@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SEQ, VOCAB, Data, config, events, finished, losses, score_of, spawn
+from conftest import SEQ, VOCAB, Data, NoCompiler, config, events, finished, losses, score_of, spawn
 
 import train_gpt as tg
 
@@ -197,12 +197,8 @@ def test_compiling_where_it_pays_and_the_log_says_why(tiny, monkeypatch, changes
 
 
 def test_a_failing_compiler_is_left_out_with_a_notice(tiny, data, capsys):
-    class Failed(torch._dynamo.exc.BackendCompilerFailed):
-        def __init__(self) -> None:
-            RuntimeError.__init__(self, "no compiler\nand a long tail")
-
     def forward(*_):
-        raise Failed
+        raise NoCompiler
 
     broken, plain = make(tiny, data), make(tiny, data)
     broken.forward = forward

@@ -47,6 +47,17 @@ def test_where_a_document_ends_is_the_future(tiny, model, text):
     assert n > t + 30 and (one[t:] - two[t:]).abs().max() > 0.1
 
 
+def test_the_audit_sees_what_learns_whatever_the_chunk(tiny, model, text, monkeypatch):
+    learned, learn = [], tg.TestTimeNetwork.learn
+    monkeypatch.setattr(
+        tg.TestTimeNetwork, "learn", lambda self, x, lo, hi: (learned.append((lo, hi)), learn(self, x, lo, hi))
+    )
+    cfg = config(tiny, **{**TTT, "TTT_CHUNK_TOKENS": 65536, "NGRAM_SCORE": "off"})
+    checks = list(tg.Audit(cfg, tg.Run(cfg, 0, 0, 1, 1), model, text, "ttt").checks())
+    assert all(check.passed for check in checks), checks
+    assert len(learned) >= 4 * 6, "every walk learns several times within the prefix"
+
+
 def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
     """The definition, a window and a sequence at a time, with torch's own optimizer."""
     cfg = config(tiny, **{**TTT, **knobs})
