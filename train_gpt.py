@@ -601,7 +601,7 @@ def computed(convert: Callable[[float], dict[str, Any]]) -> Converter:
     return read
 
 
-class Off(dict[str, str]):
+class SwitchedOff(dict[str, str]):
     """Our knobs where a published switch is off: what it switches off stays off, however it is set."""
 
 
@@ -611,7 +611,7 @@ def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
     def convert(value: str) -> dict[str, str]:
         if value not in ("0", "1"):
             raise ConfigError(f"expected 0 or 1, got {value!r}")
-        kind, knobs = (dict, on) if value == "1" else (Off, off)
+        kind, knobs = (dict, on) if value == "1" else (SwitchedOff, off)
         return kind({k: str(v) for k, v in knobs.items()})
 
     return convert
@@ -795,7 +795,7 @@ def related(name: str) -> str | None:
     return max(hits, key=lambda k: len(words & set(k.split("_"))), default=None)
 
 
-class Loaded(NamedTuple):
+class LoadedConfig(NamedTuple):
     """A configuration with the source of every value ("default", "recipe NAME", "artifact", "env") and its notices."""
 
     cfg: Config
@@ -820,7 +820,7 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
                 converted = aliases[name](text)
                 for knob_name, value in converted.items():
                     parse_value(knob_name, value)
-                if isinstance(converted, Off):
+                if isinstance(converted, SwitchedOff):
                     off.update(converted)
                 else:
                     ours = {**converted, **ours}  # an explicit knob of ours wins over a published name
@@ -873,7 +873,7 @@ def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]
 
 
 def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
-                has_gpu: Callable[[], bool] = torch.cuda.is_available) -> Loaded:  # fmt: skip
+                has_gpu: Callable[[], bool] = torch.cuda.is_available) -> LoadedConfig:  # fmt: skip
     """Resolve every knob: defaults < recipe < environment, or with an artifact's `header`: defaults < header < environment.
 
     The only reader of the environment but for torchrun's ranks. Raises ConfigError with one line for each bad knob.
@@ -907,7 +907,7 @@ def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
         errors.append(str(e))
     if errors:
         raise ConfigError("\n".join(errors))
-    return Loaded(cfg, why, source, notices)
+    return LoadedConfig(cfg, why, source, notices)
 
 
 def source_text() -> str:
@@ -942,7 +942,7 @@ def describe_knobs() -> str:
     return "\n".join(lines)
 
 
-def dump_config(loaded: Loaded) -> str:
+def dump_config(loaded: LoadedConfig) -> str:
     """One `NAME=value  # source` line a knob."""
     return "\n".join(f"{n}={as_text(getattr(loaded.cfg, n.lower()))}  # {loaded.source[n]}" for n in FIELDS)
 
@@ -992,7 +992,7 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_first_here() -> bool:
+def is_first_on_node() -> bool:
     """True on one rank of each machine: who speaks before the ranks have met."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -1029,7 +1029,7 @@ def tune_cpu(local_world: int) -> None:
             mallopt(-4, 0)  # M_MMAP_MAX: no allocation beside the heap
 
 
-def leave_group(broken: bool = False) -> None:
+def end_process_group(broken: bool = False) -> None:
     """Leave the process group, if there is one, in a state in which the interpreter can end.
 
     After a failure NCCL's is left as it is: destroying it would wait for collectives that the other ranks never join.
@@ -1178,7 +1178,7 @@ class Run:
             if f:
                 f.close()
         self._text = self._events = None
-        leave_group(broken=status not in ("ok", "limit broken"))
+        end_process_group(broken=status not in ("ok", "limit broken"))
 
     # ---- signals
 
@@ -1225,7 +1225,7 @@ class Run:
             raise ConfigError(error)
         return value
 
-    def speaks_first(self) -> bool:
+    def reports_first(self) -> bool:
         """True on exactly one rank: the first that asks. A mistake that all ranks see is told once, and one rank's own too."""
         return self.world == 1 or dist.distributed_c10d._get_default_store().add("said", 1) == 1
 
@@ -2968,7 +2968,7 @@ class Trainer:
         self.forward = self.model
 
 
-class Watch:
+class StopConsensus:
     """Decides on all ranks alike, without stalling the device: off the CPU each step's flags are read one step later.
 
     Flags: [whether to stop, loss, rank 0's clock, and for each rank whether its loss is bad], summed over the ranks.
@@ -3037,7 +3037,7 @@ class TrainingLoop:
     def run_until_done(self, elapsed: float) -> TrainResult:
         """Step until the time or the steps are used up, or a signal asks to stop."""
         cfg, run, trainer = self.cfg, self.run, self.trainer
-        self.clock, self.watch = Clock(run, elapsed), Watch(run, elapsed)
+        self.clock, self.stop = Clock(run, elapsed), StopConsensus(run, elapsed)
         self.first_step = trainer.step
         self.first_elapsed = self.last_elapsed = elapsed
         self.first_frac = budget_frac(cfg, trainer.step, elapsed, self.budget)
@@ -3045,21 +3045,21 @@ class TrainingLoop:
         self.profiler = self.start_profiler()
         scale = 1.0
         while not cfg.iterations or trainer.step < cfg.iterations:
-            now = self.clock.seconds() if run.world == 1 else self.watch.seconds
+            now = self.clock.seconds() if run.world == 1 else self.stop.seconds
             frac = budget_frac(cfg, trainer.step, now, self.budget)
             scale = lr_scale(cfg, trainer.step, now, self.budget)
             self.announce_switches(frac)
             loss = trainer.train_step(frac, scale)
             stop = self.out_of_time() or run.signal is not None
-            stop = self.watch.exchange(trainer.step, stop, loss, self.last_elapsed)
+            stop = self.stop.exchange(trainer.step, stop, loss, self.last_elapsed)
             self.after_step(loss, scale)
             if stop:
                 reason = "signal" if run.signal is not None else "wallclock"
                 break
         run.sync()
         seconds = self.clock.seconds()
-        while self.watch.pending:
-            self.watch.read()
+        while self.stop.pending:
+            self.stop.read()
         if self.profiler:
             self.stop_profiler()
         self.stop_for_signal(seconds)
@@ -3075,7 +3075,7 @@ class TrainingLoop:
         now = self.clock.seconds()
         self.recent.append(now - self.last_elapsed)
         self.last_elapsed = now
-        return self.budget > 0 and now + max(self.recent) * (4 if self.watch.late else 1) > self.budget
+        return self.budget > 0 and now + max(self.recent) * (4 if self.stop.late else 1) > self.budget
 
     def after_step(self, loss: Tensor, scale: float) -> None:
         """Step line, validation, checkpoint, trace, progress: whatever is due after this step."""
@@ -3228,7 +3228,7 @@ class LowRank(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stored:
+class QuantizedTensor:
     """One tensor as the artifact keeps it: floats in `values`, or `codes * scale` by row. All parts lie on the CPU."""
 
     role: str
@@ -3386,13 +3386,13 @@ class Policy:
         return Clip(self.cfg.quant_clip, self.quantiles, sigmas)
 
 
-def pass_through(name: str, w: Tensor, role: str, bits: int) -> Stored:
+def pass_through(name: str, w: Tensor, role: str, bits: int) -> QuantizedTensor:
     """Keep a tensor as fp16 or fp32; a value that fp16 cannot hold is an error, not an infinity."""
     values = w.to(torch.float16 if bits == 16 else torch.float32).cpu()
     if not torch.isfinite(values).all():
         site = name.removesuffix(".weight")
         raise ConfigError(f"{name} has values that fp16 cannot hold: store it with QUANT_OVERRIDES={site}=32")
-    return Stored(role, bits, tuple(w.shape), values=values.contiguous())
+    return QuantizedTensor(role, bits, tuple(w.shape), values=values.contiguous())
 
 
 # ---- GPTQ
@@ -3497,7 +3497,7 @@ def gptq(
 
 
 @torch.no_grad()
-def own_text(model: GPT, batch: int, length: int, seed: int, temperature: float = 0.8) -> Tensor:
+def sample_calibration_text(model: GPT, batch: int, length: int, seed: int, temperature: float = 0.8) -> Tensor:
     """(batch, length) ids that the model writes after BOS; its own text calibrates about as well as real text (PR #1019)."""
     device = model.tok_emb.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -3521,7 +3521,7 @@ def calibration_inputs(
     for lo in range(mine.start, mine.stop, rows):
         batch = range(lo, min(lo + rows, mine.stop))
         if cfg.gptq_calibration == "self":
-            yield own_text(model, len(batch), length, derive_seed(cfg.seed, "calibration", lo))
+            yield sample_calibration_text(model, len(batch), length, derive_seed(cfg.seed, "calibration", lo))
         else:
             starts = [i * (stream.total - length) // cfg.gptq_n_samples - stream.position for i in batch]
             yield torch.from_numpy(np.stack([stream.read(start, length) for start in starts])).to(run.device)
@@ -3657,7 +3657,7 @@ def low_rank_codes(residual_RC: Tensor, rank: int, bits: int) -> LowRank:
     return LowRank(left.T.contiguous().cpu(), left_scale.cpu(), right.cpu(), right_scale.cpu())
 
 
-def dequantize(stored: Stored) -> Tensor:
+def dequantize(stored: QuantizedTensor) -> Tensor:
     """The fp32 tensor that `stored` stands for, exactly as training-side checks and the reloaded model see it."""
     if stored.values is not None:
         return stored.values.float()
@@ -3667,7 +3667,7 @@ def dequantize(stored: Stored) -> Tensor:
     return w_RC.reshape(stored.shape)
 
 
-def correct_residuals(cfg: Config, items: list[Coded], stored: dict[str, Stored]) -> None:
+def correct_residuals(cfg: Config, items: list[Coded], stored: dict[str, QuantizedTensor]) -> None:
     """Give the LQER_TOP_K tensors with the largest residual a low-rank correction, where it lowers the error."""
     residuals = {item.name: item.w_RC.cpu() - dequantize(stored[item.name]).reshape(item.w_RC.shape) for item in items}
     worst = sorted(residuals, key=lambda name: -float(residuals[name].norm()))[: cfg.lqer_top_k]
@@ -3685,7 +3685,7 @@ def quantize(
     store: dict[str, str],
     hessians: dict[str, Tensor] | None = None,
     scales: dict[str, Tensor] | None = None,
-) -> dict[str, Stored]:
+) -> dict[str, QuantizedTensor]:
     """Store every tensor of `named` at the width its role in `store` and QUANT_OVERRIDES ask for.
 
     `hessians` (C, C) by site turn rounding into GPTQ; `scales` (R,) fp16 by name are steps already chosen, coded in 8
@@ -3693,7 +3693,7 @@ def quantize(
     names nothing.
     """
     policy, scales = Policy(cfg, named, store), scales or {}
-    stored: dict[str, Stored] = {}
+    stored: dict[str, QuantizedTensor] = {}
     items = []
     for name, w in named.items():
         if not torch.isfinite(w).all():
@@ -3714,13 +3714,15 @@ def quantize(
         prune_codes_(items, codes, cfg.prune_frac)
     for item, codes_RC in zip(items, codes, strict=True):
         shape = tuple(named[item.name].shape)
-        stored[item.name] = Stored(store[item.name], item.bits, shape, codes=codes_RC.cpu(), scale=item.scale_R.cpu())
+        stored[item.name] = QuantizedTensor(
+            store[item.name], item.bits, shape, codes=codes_RC.cpu(), scale=item.scale_R.cpu()
+        )
     if cfg.lqer_top_k:
         correct_residuals(cfg, items, stored)
     return {name: stored[name] for name in named}
 
 
-def quant_report(named: dict[str, Tensor], stored: dict[str, Stored]) -> dict[str, dict[str, float]]:
+def quant_report(named: dict[str, Tensor], stored: dict[str, QuantizedTensor]) -> dict[str, dict[str, float]]:
     """By role: parameters, mean width and the rms error relative to the rms weight, for the `quant` event."""
     report = {}
     for role in dict.fromkeys(item.role for item in stored.values()):
@@ -3849,7 +3851,7 @@ def part_shapes(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
     return parts
 
 
-def parts_of(stored: Stored) -> list[Tensor]:
+def parts_of(stored: QuantizedTensor) -> list[Tensor]:
     """The arrays of a stored tensor in the order of part_shapes."""
     if stored.values is not None:
         return [stored.values]
@@ -4299,7 +4301,7 @@ def decode_stream(stream: StreamInfo, packed: bytes, shapes: list[tuple[int, ...
 def pack(
     cfg: Config,
     header: dict[str, Any],
-    tensors: dict[str, Stored],
+    tensors: dict[str, QuantizedTensor],
     sections: Mapping[str, bytes] = MappingProxyType({}),
 ) -> bytes:
     """The artifact as bytes: `header` (JSON values; "tensors", "streams" and "sections" are ours), every tensor and section,
@@ -4438,7 +4440,9 @@ def check_streams(entries: list[Entry], streams: list[StreamInfo], body: int, li
         raise ArtifactError("streams and sections do not fill the file")
 
 
-def unpack(blob: bytes, shapes: dict[str, tuple[int, ...]] | None = None) -> tuple[dict[str, Any], dict[str, Stored]]:
+def unpack(
+    blob: bytes, shapes: dict[str, tuple[int, ...]] | None = None
+) -> tuple[dict[str, Any], dict[str, QuantizedTensor]]:
     """Inverse of pack: (header, tensors in file order). Data only, nothing in the file is executed.
 
     `shapes`, when given, are the model's own (name -> shape): any difference is refused before a tensor is allocated.
@@ -4472,18 +4476,18 @@ def check_shapes(entries: list[Entry], shapes: dict[str, tuple[int, ...]]) -> No
             raise ArtifactError(f"tensor {name[:80]!r} is {theirs} in the file and {ours} in the model of its config")
 
 
-def restore(entry: Entry, parts: list[Tensor]) -> Stored:
+def restore(entry: Entry, parts: list[Tensor]) -> QuantizedTensor:
     """Put a tensor's parts together again; codes beyond its width and numbers that are not finite are refused."""
     if not all(torch.isfinite(part).all() for part in parts if part.is_floating_point()):
         raise ArtifactError(f"tensor {entry.name[:80]!r} holds NaN or Inf")
     if entry.bits > 8:
-        return Stored(entry.role, entry.bits, entry.shape, values=parts[0])
+        return QuantizedTensor(entry.role, entry.bits, entry.shape, values=parts[0])
     codes, scale, *correction = parts
     top = largest_code(entry.bits)
     if codes.min() < -top or codes.max() > top:
         raise ArtifactError(f"tensor {entry.name[:80]!r} holds codes beyond {entry.bits} bits")
     low_rank = LowRank(*correction) if correction else None
-    return Stored(entry.role, entry.bits, entry.shape, codes=codes, scale=scale, low_rank=low_rank)
+    return QuantizedTensor(entry.role, entry.bits, entry.shape, codes=codes, scale=scale, low_rank=low_rank)
 
 
 # ---- the byte budget
@@ -4576,7 +4580,7 @@ def choose_steps(curves: list[Curve], budget_bits: float) -> tuple[dict[str, flo
 class Budget(NamedTuple):
     """A packed model with the prediction that led to it."""
 
-    stored: dict[str, Stored]
+    stored: dict[str, QuantizedTensor]
     blob: bytes
     predicted: dict[str, float]  # role -> bytes of codes
     spent: int  # artifact and code
@@ -6353,7 +6357,7 @@ class Evaluation:
         return StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds)
 
 
-class Watched:
+class RecordingScorer:
     """A scorer whose scores are kept, and at targets `at` the whole distribution as it stands before the target is learned.
 
     It does not learn: what it watches is a part of its own.
@@ -6381,7 +6385,7 @@ def claim(evaluation: Evaluation) -> None:
     evaluation.model.eval()
     scorer, parts, span = evaluation.scorer("claimed")
     n = len(evaluation.text.tokens)
-    watched = Watched(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
+    watched = RecordingScorer(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
     r = evaluation.score("claimed", watched, parts, span, math.inf)
     sums = [p.sum().item() for p in watched.dists.values()]
     z_mean, z_max = sum(sums) / len(sums), max(sums)
@@ -6420,7 +6424,7 @@ def evaluate(evaluation: Evaluation, stages: tuple[str, ...],
 # ---- the audit: is the score a code length?
 
 
-class Check(NamedTuple):
+class AuditCheck(NamedTuple):
     """One answer of the audit."""
 
     name: str
@@ -6454,56 +6458,56 @@ class Audit:
         """Scores of targets 1 .. n-1, distributions, and the driver's account, of a stream in the text's place."""
         evaluation = Evaluation(self.cfg, self.run, self.model, self.text._replace(tokens=tokens), self.tables)
         scorer, parts, span = evaluation.scorer(self.stage)
-        network, watched = evaluation.network(self.stage), Watched(scorer, at)
+        network, watched = evaluation.network(self.stage), RecordingScorer(scorer, at)
         meter = score_first(network, evaluation.text, watched, parts, min(span, self.often), math.inf)
         return torch.cat(watched.scores).cpu(), {t: p.cpu() for t, p in watched.dists.items()}, meter
 
-    def checks(self) -> Iterator[Check]:
+    def checks(self) -> Iterator[AuditCheck]:
         """All checks of this stage; the first walk serves three of them."""
         tokens = self.text.tokens
         scores, dists, meter = self.walk(tokens, self.at)
         yield self.sums_to_one(dists)
         yield self.scores_are_of_the_distribution(scores, dists)
         counted = (meter.tokens, meter.bytes) == (len(tokens) - 1, int(self.text.bytes[1:].sum()))
-        yield Check("every target once", counted, f"{meter.tokens} targets, {meter.bytes} bytes")
+        yield AuditCheck("every target once", counted, f"{meter.tokens} targets, {meter.bytes} bytes")
         yield self.future_is_unseen(scores)
         yield self.target_is_unseen(dists)
         cost = -self.walk(self.noise)[0].mean().item() / math.log(2)
         floor = math.log2(self.cfg.vocab_size)
-        yield Check("noise costs its entropy", cost >= floor - 0.01, f"{cost:.3f} bits a token of {floor:.3f}")
+        yield AuditCheck("noise costs its entropy", cost >= floor - 0.01, f"{cost:.3f} bits a token of {floor:.3f}")
 
-    def sums_to_one(self, dists: dict[int, Tensor]) -> Check:
+    def sums_to_one(self, dists: dict[int, Tensor]) -> AuditCheck:
         t, z = max(((t, p.sum().item()) for t, p in dists.items()), key=lambda item: abs(item[1] - 1))
         positive = all(bool((p >= 0).all()) for p in dists.values())
-        return Check("a distribution", positive and abs(z - 1) <= 1e-6, f"sum at target {t}: {z:.9f}")
+        return AuditCheck("a distribution", positive and abs(z - 1) <= 1e-6, f"sum at target {t}: {z:.9f}")
 
-    def scores_are_of_the_distribution(self, scores: Tensor, dists: dict[int, Tensor]) -> Check:
+    def scores_are_of_the_distribution(self, scores: Tensor, dists: dict[int, Tensor]) -> AuditCheck:
         gaps = {t: abs(p[self.text.tokens[t]].log().item() - scores[t - 1].item()) for t, p in dists.items()}
         t, mean = max(gaps, key=gaps.get), sum(gaps.values()) / len(gaps)
         # Another batch shape rounds differently: logits above 16 are an eighth apart in bf16.
         largest, on_average = (1e-4, 1e-4) if self.model.compute_dtype == torch.float32 else (0.3, 0.03)
         passed = gaps[t] <= largest and mean <= on_average
-        return Check(
+        return AuditCheck(
             "the score is the distribution's", passed, f"gap at target {t}: {gaps[t]:.2e} nats, mean {mean:.1e}"
         )
 
-    def future_is_unseen(self, scores: Tensor) -> Check:
+    def future_is_unseen(self, scores: Tensor) -> AuditCheck:
         t = len(scores) // 2
         gap = (self.walk(torch.cat([self.text.tokens[: t + 1], self.noise[t + 1 :]]))[0][:t] - scores[:t]).abs()
-        return Check(
+        return AuditCheck(
             "prefix only: future",
             gap.max().item() <= self.tolerance,
             f"largest change up to target {t}: {gap.max():.2e}",
         )
 
-    def target_is_unseen(self, dists: dict[int, Tensor]) -> Check:
+    def target_is_unseen(self, dists: dict[int, Tensor]) -> AuditCheck:
         t, other = self.at[-2], self.text.tokens.clone()
         other[t] = (other[t] + 1) % self.cfg.vocab_size
         gap = (self.walk(other, [t])[1][t] - dists[t]).abs().max().item()
-        return Check("prefix only: target", gap <= self.tolerance, f"largest change at target {t}: {gap:.2e}")
+        return AuditCheck("prefix only: target", gap <= self.tolerance, f"largest change at target {t}: {gap:.2e}")
 
 
-def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Check:
+def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> AuditCheck:
     """The engine's statistics against dictionaries fed one token at a time."""
     tokens = text.tokens[:n]
     stats = [x.tolist() for x in table.span(text.tokens, 0, len(tokens))]  # of the whole stream, cut after counting
@@ -6513,9 +6517,9 @@ def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Chec
             counter = replay.counter(k)
             expected = (sum(counter.values()), counter.get(x, 0), len(counter), replay.last(k))
             if tuple(column[k][t] for column in stats) != expected:
-                return Check("replay", False, f"target {t}, context of {k} tokens: expected {expected}")
+                return AuditCheck("replay", False, f"target {t}, context of {k} tokens: expected {expected}")
         replay.add(x)
-    return Check("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
+    return AuditCheck("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
 
 
 def audit(cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, artifact: str) -> bool:
@@ -7556,10 +7560,10 @@ def page_html(title: str, subtitle: str, documents: list[list[TokenNote]]) -> st
 # ==== 10 MAIN =========================================================================================================
 
 
-class Job(NamedTuple):
+class OpenRun(NamedTuple):
     """What every mode that touches text needs."""
 
-    loaded: Loaded
+    loaded: LoadedConfig
     run: Run
     paths: DataPaths
     tokenizer: Tokenizer
@@ -7570,13 +7574,13 @@ class Job(NamedTuple):
         return self.loaded.cfg
 
 
-def open_job(loaded: Loaded) -> Job:
+def open_run(loaded: LoadedConfig) -> OpenRun:
     """Read tokenizer and validation text and start the run; its logs are opened once nothing more can be found wrong."""
     cfg = loaded.cfg
     paths = find_data(cfg)
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size)
     text = load_validation(cfg, paths.folder, tokenizer)
-    return Job(loaded, Run.start(cfg), paths, tokenizer, text)
+    return OpenRun(loaded, Run.start(cfg), paths, tokenizer, text)
 
 
 def shown_path(path: Path) -> str:
@@ -7595,9 +7599,9 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
+def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
     """The head of every log: source, configuration with sources, versions, data, parameters."""
-    cfg, run, source = job.cfg, job.run, source_text()
+    cfg, run, source = opened.cfg, opened.run, source_text()
     if run.rank:
         return
     with torch.device("meta"):
@@ -7606,30 +7610,30 @@ def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     source_sha256, packed_sha256 = (hashlib.sha256(code).hexdigest() for code in (source.encode(), packed))
     run.log(source, to_terminal=False)
     run.log("=" * 100, to_terminal=False)
-    run.log(dump_config(job.loaded), to_terminal=False)
+    run.log(dump_config(opened.loaded), to_terminal=False)
     device = device_name(run.device)
-    run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({job.loaded.recipe_reason}) mode:{cfg.mode} seed:{cfg.seed}")
+    run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({opened.loaded.recipe_reason}) mode:{cfg.mode} seed:{cfg.seed}")
     run.log(
         f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} threads:{torch.get_num_threads()}"
     )
     run.log(
-        f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(job.text.tokens) - 1} val_bytes:{int(job.text.bytes.sum())}"
+        f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(opened.text.tokens) - 1} val_bytes:{int(opened.text.bytes.sum())}"
     )
     run.log(f"model_params:{params} source_sha256:{source_sha256} packed_sha256:{packed_sha256}")
-    if job.paths.sample:
+    if opened.paths.sample:
         run.notice("training and scoring the sample that ships with the script; its numbers are no challenge results")
-    for text in job.loaded.notices:
+    for text in opened.loaded.notices:
         run.notice(text)
     values = {n: getattr(cfg, n.lower()) for n in FIELDS}
-    run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=job.loaded.recipe_reason, mode=cfg.mode,
+    run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=opened.loaded.recipe_reason, mode=cfg.mode,
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
               python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
               source_sha256=source_sha256, source_bytes=len(source.encode()), packed_sha256=packed_sha256, packed_bytes=len(packed), params=params,
-              data={"path": shown_path(job.paths.folder), "sample": job.paths.sample, "train_shards": train_shards,
-                    "train_tokens": train_tokens, "val_tokens": len(job.text.tokens) - 1,
-                    "val_sha256": hashlib.sha256(job.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
-              tokenizer={"path": shown_path(job.paths.tokenizer), "sha256": job.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
-    run.event("config", values=values, sources=job.loaded.source)
+              data={"path": shown_path(opened.paths.folder), "sample": opened.paths.sample, "train_shards": train_shards,
+                    "train_tokens": train_tokens, "val_tokens": len(opened.text.tokens) - 1,
+                    "val_sha256": hashlib.sha256(opened.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
+              tokenizer={"path": shown_path(opened.paths.tokenizer), "sha256": opened.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
+    run.event("config", values=values, sources=opened.loaded.source)
 
 
 def build_model(cfg: Config, run: Run) -> GPT:
@@ -7657,13 +7661,13 @@ def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
 
 
 def pack_model(
-    job: Job, model: GPT, calibration: Calibration | None, calibration_s: float, sections: dict[str, bytes]
+    opened: OpenRun, model: GPT, calibration: Calibration | None, calibration_s: float, sections: dict[str, bytes]
 ) -> bytes:
     """Quantise, pack, write and log the account; the file's bytes."""
-    cfg, run = job.cfg, job.run
+    cfg, run = opened.cfg, opened.run
     named = {n: p.detach() for n, p in model.named_parameters()}
     store = {n: p.store for n, p in model.named_parameters()}
-    header = artifact_header(cfg, job.tokenizer)
+    header = artifact_header(cfg, opened.tokenizer)
     started = time.perf_counter()
     if cfg.target_bytes:
         budget = fill_budget(cfg, header, named, store, calibration, code_bytes(cfg), sections)
@@ -7682,10 +7686,12 @@ def pack_model(
     return blob
 
 
-def calibrate_in_time(job: Job, model: GPT, stream: TokenStream, result: TrainResult, counted: float) -> Calibration:
+def calibrate_in_time(
+    opened: OpenRun, model: GPT, stream: TokenStream, result: TrainResult, counted: float
+) -> Calibration:
     """Calibrate with what the training loop and counting n-grams left of MAX_WALLCLOCK_SECONDS, a tenth of it kept to sum over
     the ranks."""
-    cfg, run = job.cfg, job.run
+    cfg, run = opened.cfg, opened.run
     left = cfg.max_wallclock_seconds - result.seconds - counted if cfg.max_wallclock_seconds else math.inf
     # An eager backward pass keeps up to twice what the compiled one of training kept.
     batches = calibration_inputs(cfg, run, model, stream, result.micro_tokens // 2)
@@ -7697,19 +7703,19 @@ def calibrate_in_time(job: Job, model: GPT, stream: TokenStream, result: TrainRe
     return calibration
 
 
-def write_artifact(job: Job, model: GPT, stream: TokenStream, result: TrainResult) -> tuple[bytes, float]:
+def write_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: TrainResult) -> tuple[bytes, float]:
     """Calibrate, quantise, pack and write the artifact (rank 0): its bytes on every rank, as read back from the file, and
     the seconds of calibration and of counting the training text's n-grams."""
-    cfg, run, started, sections = job.cfg, job.run, time.perf_counter(), {}
+    cfg, run, started, sections = opened.cfg, opened.run, time.perf_counter(), {}
     if "exact" in cfg.ngram_tables and run.rank == 0:
         sections["exact"] = count_training_text(cfg, stream)
     counted = run.broadcast(time.perf_counter() - started)
-    calibration = calibrate_in_time(job, model, stream, result, counted) if cfg.calibrates else None
+    calibration = calibrate_in_time(opened, model, stream, result, counted) if cfg.calibrates else None
     run.sync()
     calibration_s = run.broadcast(time.perf_counter() - started)
     if result.cells is not None and run.rank == 0:
         sections["pr1095"] = pack_hashed(result.cells, cfg.lzma_preset)
-    return run.on_first(lambda: pack_model(job, model, calibration, calibration_s, sections)), calibration_s
+    return run.on_first(lambda: pack_model(opened, model, calibration, calibration_s, sections)), calibration_s
 
 
 def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
@@ -7737,26 +7743,28 @@ def load_tables(cfg: Config, blob: bytes) -> Tables:
                   unpack_trie(packed["exact"], cfg.vocab_size) if "exact" in packed else None)  # fmt: skip
 
 
-def account_bytes(job: Job, blob: bytes) -> dict[str, int]:
+def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
     """Count artifact and code against ARTIFACT_LIMIT, and log it."""
-    cfg, code = job.cfg, code_bytes(job.cfg)
+    cfg, code = opened.cfg, code_bytes(opened.cfg)
     sizes = {
         "artifact_bytes": len(blob),
         "code_bytes": code,
         "total_bytes": len(blob) + code,
         "limit": cfg.artifact_limit,
     }
-    job.run.log(
+    opened.run.log(
         f"Total submission size: {len(blob) + code} bytes = artifact {len(blob)} + code {code}, limit {cfg.artifact_limit}"
     )
-    job.run.event("pack", artifact=str(job.run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), **sizes,
+    opened.run.event("pack", artifact=str(opened.run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), **sizes,
                   code_form=cfg.code_form, roles=role_bytes(blob))  # fmt: skip
     return sizes
 
 
-def report_score(job: Job, results: list[StageResult], sizes: dict[str, int], train_s: float, eval_s: float) -> bool:
+def report_score(
+    opened: OpenRun, results: list[StageResult], sizes: dict[str, int], train_s: float, eval_s: float
+) -> bool:
     """The last line; False (and why) if a limit did not hold."""
-    cfg, run = job.cfg, job.run
+    cfg, run = opened.cfg, opened.run
     r = next(r for r in results if r.stage == cfg.final_stage)
     broken = []
     if not math.isfinite(r.val_bpb):
@@ -7773,32 +7781,32 @@ def report_score(job: Job, results: list[StageResult], sizes: dict[str, int], tr
     for text in broken:
         run.log(f"limit broken: {text}")
         run.event("error", message=text)
-    word = "score" if job.text.complete else f"no_score (VAL_TOKENS={cfg.val_tokens} scored a prefix only)"
+    word = "score" if opened.text.complete else f"no_score (VAL_TOKENS={cfg.val_tokens} scored a prefix only)"
     counted = " ".join(f"{name}:{size}" for name, size in sizes.items())
     run.log(
         f"{word} val_bpb:{r.val_bpb:.8f} stage:{r.stage} {counted} train_time:{train_s:.1f}s eval_time:{eval_s:.1f}s"
     )
     run.event("score", val_bpb=r.val_bpb, val_loss=r.val_loss, stage=r.stage, **sizes, train_s=train_s, eval_s=eval_s,
-              complete=job.text.complete, limits_ok=not broken)  # fmt: skip
+              complete=opened.text.complete, limits_ok=not broken)  # fmt: skip
     return not broken
 
 
-def score_artifact(job: Job, blob: bytes, train_s: float) -> int:
+def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
     """Reload the artifact, score it in every stage, print the score. Exit status."""
     started = time.perf_counter()
-    model = load_model(job.cfg, job.run, blob)
-    job.run.log(
-        f"loaded the artifact load_time:{time.perf_counter() - started:.2f}s peak_memory:{job.run.peak_memory_mib():.0f}MiB"
+    model = load_model(opened.cfg, opened.run, blob)
+    opened.run.log(
+        f"loaded the artifact load_time:{time.perf_counter() - started:.2f}s peak_memory:{opened.run.peak_memory_mib():.0f}MiB"
     )
-    sizes = account_bytes(job, blob)
-    evaluation = Evaluation(job.cfg, job.run, model, job.text, load_tables(job.cfg, blob))
-    results = evaluate(evaluation, job.cfg.stages, StageLog(job.run, job.text.complete))
+    sizes = account_bytes(opened, blob)
+    evaluation = Evaluation(opened.cfg, opened.run, model, opened.text, load_tables(opened.cfg, blob))
+    results = evaluate(evaluation, opened.cfg.stages, StageLog(opened.run, opened.text.complete))
     eval_s = time.perf_counter() - started
-    if "claimed" in job.cfg.ngram_scores:
+    if "claimed" in opened.cfg.ngram_scores:
         claim(evaluation)
-    held = report_score(job, results, sizes, train_s, eval_s)
+    held = report_score(opened, results, sizes, train_s, eval_s)
     # Clocks differ by rank, and ranks that end differently keep torchrun waiting.
-    return 0 if job.run.broadcast(held) else 1
+    return 0 if opened.run.broadcast(held) else 1
 
 
 def check_artifact_path(run: Run, continuing: bool) -> None:
@@ -7811,16 +7819,16 @@ def check_artifact_path(run: Run, continuing: bool) -> None:
     probe.unlink()
 
 
-def run_train(loaded: Loaded) -> int:
+def run_train(loaded: LoadedConfig) -> int:
     """MODE=train: train -> quantize -> pack -> reload from the file -> score."""
     cfg = loaded.cfg
-    job = open_job(loaded)
-    run = job.run
-    shards = load_split(job.paths.folder, "train")
+    opened = open_run(loaded)
+    run = opened.run
+    shards = load_split(opened.paths.folder, "train")
     stream = TokenStream(shards, cfg.vocab_size)
     check_batch(cfg, run.world)
     if cfg.calibrates and stream.total < cfg.train_seq_len:
-        raise ConfigError(f"calibration needs {cfg.train_seq_len} training tokens, DATA_PATH={job.paths.folder} holds {stream.total}: "
+        raise ConfigError(f"calibration needs {cfg.train_seq_len} training tokens, DATA_PATH={opened.paths.folder} holds {stream.total}: "
                           "GPTQ_ENABLED=0, TARGET_BYTES=0 or more data")  # fmt: skip
     choose_attention(cfg, run.device)
     with torch.device("meta"):
@@ -7828,21 +7836,21 @@ def run_train(loaded: Loaded) -> int:
     resumed = Checkpoints(cfg, run).load()
     run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
     run.open_logs(append=cfg.resume != "")
-    log_start(job, stream.total, len(shards))
+    log_start(opened, stream.total, len(shards))
     model = build_model(cfg, run)
 
     def validate(model: GPT) -> tuple[float, float]:
-        result = evaluate(Evaluation(cfg, run, model, job.text), ("roundtrip",))[0]
+        result = evaluate(Evaluation(cfg, run, model, opened.text), ("roundtrip",))[0]
         return result.val_loss, result.val_bpb
 
     result = train(cfg, run, model, stream, resumed, validate)
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise BrokenRun("the last update left NaN or Inf in the weights; lower the learning rates")
     if run.rank == 0:
-        text = "".join(sample_text(cfg, run, model.eval(), job.tokenizer.sp, "", 48))
+        text = "".join(sample_text(cfg, run, model.eval(), opened.tokenizer.sp, "", 48))
         run.log(f"sample: {text!r}")
-    blob, calibration_s = write_artifact(job, model, stream, result)
-    return score_artifact(job, blob, result.seconds + calibration_s)
+    blob, calibration_s = write_artifact(opened, model, stream, result)
+    return score_artifact(opened, blob, result.seconds + calibration_s)
 
 
 def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -> None:
@@ -7853,26 +7861,26 @@ def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -
         )
 
 
-def open_scoring(loaded: Loaded, header: dict[str, Any]) -> Job:
+def open_scoring(loaded: LoadedConfig, header: dict[str, Any]) -> OpenRun:
     """A job that scores an artifact, its logs open."""
-    job = open_job(loaded)
-    check_tokenizer(job.tokenizer, header, loaded.cfg)
-    choose_attention(loaded.cfg, job.run.device)
-    job.run.open_logs(append=False)
-    log_start(job, 0, 0)
-    return job
+    opened = open_run(loaded)
+    check_tokenizer(opened.tokenizer, header, loaded.cfg)
+    choose_attention(loaded.cfg, opened.run.device)
+    opened.run.open_logs(append=False)
+    log_start(opened, 0, 0)
+    return opened
 
 
-def run_eval(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_eval(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=eval: score an existing artifact with no training state and no training data."""
     return score_artifact(open_scoring(loaded, header), blob, 0.0)
 
 
-def run_audit(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_audit(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=audit: is the score of this artifact a code length?"""
-    job = open_scoring(loaded, header)
-    model, tables = load_model(job.cfg, job.run, blob), load_tables(job.cfg, blob)
-    return 0 if audit(job.cfg, job.run, model, job.text, tables, hashlib.sha256(blob).hexdigest()) else 1
+    opened = open_scoring(loaded, header)
+    model, tables = load_model(opened.cfg, opened.run, blob), load_tables(opened.cfg, blob)
+    return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, hashlib.sha256(blob).hexdigest()) else 1
 
 
 class FlashFootprint(torch.autograd.Function):
@@ -7956,7 +7964,7 @@ def plan_bytes(cfg: Config, model: GPT) -> None:
     print("  as if weights were normally distributed; in five published runs trained ones took up to 17 % less")
 
 
-def run_plan(loaded: Loaded) -> int:
+def run_plan(loaded: LoadedConfig) -> int:
     """MODE=plan: parameters, predicted bytes, memory and FLOPs of a step, without data or training.
 
     DEVICE=cuda plans for a GPU that need not be there.
@@ -8003,7 +8011,7 @@ def read_input(cfg: Config) -> bytes:
     return read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on")
 
 
-def open_codec(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> Codec:
+def open_codec(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> Codec:
     """The artifact's model and tokenizer, ready to code: one process, no data, no logs."""
     cfg = loaded.cfg
     tokenizer = Tokenizer(find_data(cfg).tokenizer, cfg.vocab_size)
@@ -8030,7 +8038,7 @@ def output_path(cfg: Config, default: str) -> Path:
     return path
 
 
-def run_compress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_compress(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=compress: INPUT -> OUTPUT (default INPUT.pgz), and the account."""
     cfg = loaded.cfg
     data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.pgz")
@@ -8053,7 +8061,7 @@ def run_compress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
-def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
+def adopt_settings(loaded: LoadedConfig, settings: str) -> LoadedConfig:
     """The configuration with the scoring knobs that the compressed file was coded with."""
     try:
         coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
@@ -8067,7 +8075,7 @@ def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
     return loaded._replace(cfg=cfg)
 
 
-def run_decompress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_decompress(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=decompress: INPUT -> OUTPUT (default INPUT without .pgz)."""
     cfg = loaded.cfg
     packed = read_input(cfg)
@@ -8089,7 +8097,7 @@ def run_decompress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
-def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_sample(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=sample: continue PROMPT on the terminal."""
     cfg = loaded.cfg
     codec = open_codec(loaded, blob, header)
@@ -8100,7 +8108,7 @@ def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
-def run_explain(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_explain(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=explain: INPUT, shaded by what each token cost, on the terminal and as the page OUTPUT (default INPUT.html)."""
     cfg = loaded.cfg
     data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.html")
@@ -8119,7 +8127,7 @@ def run_explain(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
-def run_pack_code(loaded: Loaded) -> int:
+def run_pack_code(loaded: LoadedConfig) -> int:
     """MODE=pack_code: write the self-extracting form of this script."""
     packed, path = pack_code(source_text()), output_path(loaded.cfg, f"{loaded.cfg.log_dir}/train_gpt_packed.py")
     atomic_write(path, packed)
@@ -8175,7 +8183,7 @@ def show_toc() -> str:
 def finish(outcome: str, message: str, told: bool) -> None:
     """Say what went wrong, once over all ranks unless it is already `told`, and close the logs."""
     run = Run.current
-    if message and not told and (is_first_here() if run is None else run.speaks_first()):
+    if message and not told and (is_first_on_node() if run is None else run.reports_first()):
         print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
     if run is not None:
         if message:

@@ -15,7 +15,7 @@ NO_GPU = {"has_gpu": lambda: False}
 BASE = {"RECIPE": "baseline"}
 
 
-def load(**env: str) -> tg.Loaded:
+def load(**env: str) -> tg.LoadedConfig:
     return tg.load_config(env, **NO_GPU)
 
 
