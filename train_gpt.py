@@ -2866,7 +2866,9 @@ class Trainer:
         self.fake_quant.sharpness.fill_(qat_sharpness(self.cfg, frac))
         return Ctx(fake_quant=self.fake_quant)
 
-    def accumulate(self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None, total: Tensor) -> Tensor:
+    def accumulate(
+        self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None, total: float | Tensor
+    ) -> Tensor:
         """Gradient and value of sum(weights * nll) / total, one micro-batch after the other."""
         rows = max(1, self.micro_tokens // inputs.shape[1])
         loss = torch.zeros((), device=self.run.device)
@@ -2884,7 +2886,7 @@ class Trainer:
         another in here, so each may do so by itself.
         """
         weights = None if self.counts is None else self.counts.weights(inputs, targets)
-        total = torch.tensor(float(self.cfg.train_batch_tokens), device=self.run.device)
+        total: float | Tensor = float(self.cfg.train_batch_tokens)
         if weights is not None and self.cfg.complement_normalized:
             total = self.run.all_reduce(weights.sum())
         while True:
@@ -2971,13 +2973,15 @@ class Trainer:
 class StopConsensus:
     """Decides on all ranks alike, without stalling the device: off the CPU each step's flags are read one step later.
 
+    Their copy to the host is queued right behind their step, and reading waits for that copy alone, not for the next step.
+
     Flags: [whether to stop, loss, rank 0's clock, and for each rank whether its loss is bad], summed over the ranks.
     `seconds` is that clock as last read: what several ranks schedule by, since their own clocks differ.
     """
 
     def __init__(self, run: Run, seconds: float = 0.0) -> None:
         self.run, self.late, self.seconds = run, int(run.device.type != "cpu"), seconds
-        self.pending: list[tuple[int, Tensor]] = []
+        self.pending: list[tuple[int, Tensor, Any]] = []  # step, flags on the host, the event that completes their copy
         self.good: list[tuple[int, float]] = []  # the last (step, mean loss) that were finite
 
     def exchange(self, step: int, stop: bool, loss: Tensor, seconds: float) -> bool:
@@ -2985,12 +2989,16 @@ class StopConsensus:
         flags = torch.zeros(3 + self.run.world, device=self.run.device)
         flags[0], flags[1], flags[2] = float(stop), loss, 0.0 if self.run.rank else seconds
         flags[3 + self.run.rank] = (~torch.isfinite(loss)).float()
-        self.pending.append((step, self.run.all_reduce(flags)))
+        host = self.run.all_reduce(flags).to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if flags.is_cuda else None
+        self.pending.append((step, host, copied))
         return self.read() if len(self.pending) > self.late else False
 
     def read(self) -> bool:
         """Whether the oldest flags not read yet ask to stop; BrokenRun names the step and ranks of a loss that is not finite."""
-        step, flags = self.pending.pop(0)
+        step, flags, copied = self.pending.pop(0)
+        if copied is not None:
+            copied.synchronize()
         stop, loss, self.seconds, *bad = flags.tolist()
         if any(bad):
             ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag)
@@ -3590,8 +3598,8 @@ def input_moments(name: str, named: Mapping[str, Tensor], hessians: Mapping[str,
     h_CC = hessians.get(site) if part in ("weight", "a", "b") else None
     if h_CC is None or part != "b":
         return h_CC
-    a_RC = named[f"{site}.a"].float()
-    return a_RC @ h_CC @ a_RC.T
+    a_RC = named[f"{site}.a"].double()  # TF32 would leave a matrix that Cholesky refuses
+    return (a_RC @ h_CC.double() @ a_RC.T).float()
 
 
 # ---- the whole model
@@ -5046,9 +5054,18 @@ def score_windows(
     return torch.stack([logp, lse - (p * z).sum(-1), hint_prob])
 
 
-def stream_device(run: Run) -> torch.device:
-    """Where the stream and what is known by position live: integer sorts and float64 want a CUDA device or the CPU."""
-    return run.device if run.device.type == "cuda" else torch.device("cpu")
+def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
+    """Where the stream of `n_tokens` and what is known by position live: the GPU if the n-gram statistics fit on all of them.
+
+    Integer sorts and float64 want a CUDA device or the CPU. The statistics keep 12 bytes a token and order, and one order's
+    sort needs 132 more while it runs (measured).
+    """
+    host = torch.device("cpu")
+    if run.device.type != "cuda":
+        return host
+    free = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    fits = torch.tensor(float(n_tokens * (12 * cfg.ngram_order + 132) < 0.8 * free), device=run.device)
+    return run.device if run.all_reduce(fits, dist.ReduceOp.MIN) else host  # on every rank alike
 
 
 class Expert(Protocol):
@@ -5080,7 +5097,7 @@ class NetworkExpert:
         self.rows = max(1, (cfg.val_batch_tokens or default) // self.seq_len)
         # How many targets to score ahead: all ranks agree on it, whatever memory each of them has left.
         self.ahead = 16 * self.rows * run.world * self.stride
-        device = stream_device(run)
+        device = text.tokens.device
         self.logp, self.entropy, self.hint_prob = torch.zeros(3, self.n_tokens, device=device)
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
         self.done = 1  # targets below are scored
@@ -6291,7 +6308,8 @@ class Evaluation:
     """The experts of one evaluation. A network pass is made once and shared by the n-gram stages that build on it."""
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables = NO_TABLES) -> None:
-        self.cfg, self.run, self.model, self.tables, self.device = cfg, run, model, tables, stream_device(run)
+        self.cfg, self.run, self.model, self.tables = cfg, run, model, tables
+        self.device = stream_device(cfg, run, len(text.tokens))
         self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
         self.networks: dict[str, NetworkExpert] = {}
         bos = None if cfg.ngram_cross_doc else BOS
