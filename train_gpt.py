@@ -6658,11 +6658,15 @@ def bytes_check(text: ValidationText, tokenizer: Tokenizer) -> AuditCheck:
     for lo, hi in itertools.pairwise([*starts, len(tokens)]):
         total += len(tokenizer.decode(tokens[lo:hi]).encode())
         if total != (counted := int(counts[:hi].sum())):
-            return AuditCheck("bytes are the text's", False, f"up to target {hi - 1}: {counted} counted, {total} in the text")
+            return AuditCheck(
+                "bytes are the text's", False, f"up to target {hi - 1}: {counted} counted, {total} in the text"
+            )
     return AuditCheck("bytes are the text's", True, f"{total} bytes in the text of {len(tokens)} tokens")
 
 
-def audit(cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, tokenizer: Tokenizer, artifact: str) -> bool:
+def audit(
+    cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, tokenizer: Tokenizer, artifact: str
+) -> bool:
     """Audit every stage that is switched on and log each check; False if one failed. `artifact` is its SHA-256."""
     model.eval()
     evaluation = Evaluation(cfg, run, model, text, tables)
