@@ -1276,6 +1276,59 @@ FINEWEB_DIR = Path("data/datasets/fineweb10B_sp1024")
 HOW_TO_GET_SHARDS = "download them with data/cached_challenge_fineweb.py or make them with data/make_shards.py"
 
 
+MANIFEST_FORMAT = "parameter-golf shards, version 1"  # what data/make_shards.py writes into manifest.json
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What data/make_shards.py says of the shards in `folder`; None where it did not make them. ConfigError if damaged."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not str(manifest.get("format")).startswith("parameter-golf shards"):
+            return None  # of another tool
+        tokenizer = manifest["tokenizer"]
+        sound = isinstance(tokenizer["sha256"], str) and Path(tokenizer["file"]).name == tokenizer["file"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        manifest, sound = {}, False
+    if not sound or manifest["format"] != MANIFEST_FORMAT:
+        raise ConfigError(f"{path}: not a manifest that this script reads ({MANIFEST_FORMAT}); make the shards again")
+    return manifest
+
+
+def find_tokenizer(cfg: Config, folder: Path) -> Path:
+    """TOKENIZER_PATH, or the SentencePiece model that belongs to the shards in `folder`: that of their manifest.json, the only
+    one beside them, or the download's. ConfigError if there is none, more than one, or not the manifest's."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        named, sha256 = folder / manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
+        path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else named
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            remedy = "unset it" if cfg.tokenizer_path else "make the shards again"
+            raise ConfigError(f"TOKENIZER_PATH={path}: the shards in {folder} were made with another tokenizer, says their manifest.json "
+                              f"({named.name}, sha256 {sha256[:16]}); {remedy}")  # fmt: skip
+    elif cfg.tokenizer_path:
+        path = Path(cfg.tokenizer_path)
+    else:
+        # The downloader's folders: datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model.
+        pieces = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.resolve().name)
+        name = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
+        beside = sorted(folder.glob("*.model"))
+        if len(beside) > 1:
+            raise ConfigError(f"TOKENIZER_PATH is unset and {folder} holds {', '.join(p.name for p in beside)}; name the one "
+                              "that the shards were made with")  # fmt: skip
+        path = beside[0] if beside else folder.resolve().parent.parent / "tokenizers" / name
+    if not path.is_file():
+        if not any(folder.glob("fineweb_*.bin")):
+            raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
+        named = path if cfg.tokenizer_path or manifest else f"none beside {folder}"
+        raise ConfigError(
+            f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
+        )
+    return path
+
+
 class DataPaths(NamedTuple):
     """Where the data are; `sample` marks the shipped sample, whose results are no challenge results."""
 
@@ -1295,19 +1348,7 @@ def find_data(cfg: Config) -> DataPaths:
             (p for p in (FINEWEB_DIR, SCRIPT.parent / FINEWEB_DIR) if any(p.glob("fineweb_val_*.bin"))), None
         )
         folder, sample = fineweb or SAMPLE_DIR, fineweb is None
-    # The downloader's folders: datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model.
-    pieces = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.resolve().name)
-    named = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
-    guesses = [*sorted(folder.glob("tokenizer*.model")), folder.resolve().parent.parent / "tokenizers" / named]
-    tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else next((g for g in guesses if g.is_file()), None)
-    if tokenizer is None and not any(folder.glob("fineweb_*.bin")):
-        raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
-    if tokenizer is None or not tokenizer.is_file():
-        named = cfg.tokenizer_path or f"none beside {folder}"
-        raise ConfigError(
-            f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
-        )
-    return DataPaths(folder, tokenizer, sample)
+    return DataPaths(folder, find_tokenizer(cfg, folder), sample)
 
 
 def load_shard(path: Path) -> np.ndarray:
@@ -1331,11 +1372,15 @@ def load_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
 
 
+def shard_paths(folder: Path, kind: str) -> list[Path]:
+    """The files fineweb_<kind>_<digits>.bin of `folder`, by name: fineweb_val_bytes_000000.bin is not of kind "val"."""
+    return sorted(p for p in folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\d+\.bin", p.name))
+
+
 def load_split(folder: Path, split: str) -> list[np.ndarray]:
     """Shards of `split` ("train" or "val") in name order."""
-    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-    if not paths:
-        raise ConfigError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; {HOW_TO_GET_SHARDS}")
+    if not (paths := shard_paths(folder, split)):
+        raise ConfigError(f"DATA_PATH={folder}: no fineweb_{split}_<digits>.bin there; {HOW_TO_GET_SHARDS}")
     return [load_shard(p) for p in paths]
 
 
@@ -1347,19 +1392,33 @@ def check_ids(tokens: np.ndarray, vocab_size: int, what: str) -> np.ndarray:
     return tokens
 
 
+SPACE = "▁"  # how SentencePiece writes a space in a piece
 BOS = 1  # the id of BOS in every export of this challenge
 CHECKED_TOKENS = 2**20  # of each training shard before the start: all 8 B tokens would take longer than a run may wait
 
 
 class TokenStream:
-    """The training shards as one endless stream: sequential, wrapping to the first shard at the end."""
+    """The training shards as one endless stream: sequential, wrapping to the first shard at the end.
 
-    def __init__(self, shards: list[np.ndarray], vocab_size: int) -> None:
+    `tokenizer_sha256` is that of the tokenizer they were made with, a part of the stream's identity.
+    """
+
+    def __init__(self, shards: list[np.ndarray], vocab_size: int, tokenizer_sha256: str = "") -> None:
         self.shards, self.vocab_size, self.position = shards, vocab_size, 0
+        self.tokenizer_sha256 = tokenizer_sha256
         self.starts = np.cumsum([0, *(len(s) for s in shards)])
         self.total = int(self.starts[-1])
         for shard in shards:  # a wrong tokenizer shows at once; a lone bad token deeper in is found when it is read
             check_ids(shard[:CHECKED_TOKENS], vocab_size, str(getattr(shard, "filename", "training shard")))
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must find again, wherever it lies: hashes of the shards (their lengths and both ends of each) and of
+        the tokenizer."""
+        digest = hashlib.sha256(self.starts.astype("<i8").tobytes())
+        for shard in self.shards:
+            digest.update(shard[: 2**16].tobytes() + shard[-(2**16) :].tobytes())
+        return {"DATA_PATH": digest.hexdigest(), "TOKENIZER_PATH": self.tokenizer_sha256}
 
     def read(self, offset: int, n: int) -> np.ndarray:
         """Tokens [position + offset, position + offset + n) of the stream, (n,) int64; does not move."""
@@ -1403,6 +1462,65 @@ class Batcher:
         return t[:-1].view(-1, seq_len), t[1:].view(-1, seq_len)
 
 
+def proto_field(message: bytes, number: int) -> bytes:
+    """The bytes of field `number` of a serialized protocol buffer, b"" where it is absent (the last one where it repeats)."""
+    at, found = 0, b""
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            at, value, shift = at + 1, value | (message[at] & 127) << shift, shift + 7
+            if message[at - 1] < 128:
+                return value
+
+    while at < len(message):
+        tag = varint()
+        if tag & 7 == 0:
+            varint()
+            continue
+        size = varint() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
+        found = message[at : at + size] if tag >> 3 == number else found
+        at += size
+    return found
+
+
+def piece_bytes(sp: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(bytes (V,) int64, spaced (V,) bool, boundary (V,) bool): the bytes of text that each piece of a SentencePiece model adds.
+
+    A piece adds its `bytes`, and one more if it is `spaced` and does not follow a `boundary` piece: decoding drops one space
+    at the start of a text (a model that keeps it has no spaced piece). Control, unknown and unused pieces are boundaries and
+    add nothing; a byte piece adds 1. All is read off what decoding does with a piece alone and behind another. Raises
+    ConfigError, beginning with `name`, for a model whose decoded text is not the sum of its pieces.
+    """
+    ids = range(sp.vocab_size())
+    boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+    first = next((i for i in ids if not boundary[i] and sp.decode([i]).strip(" ")), None)
+    remedy = "so its bytes cannot be counted piece by piece; train another with data/make_shards.py"
+    if first is None:
+        raise ConfigError(f"{name}: no piece stands for text, {remedy}")
+    if proto_field(proto_field(sp.serialized_model_proto(), 5), 2):  # ModelProto.denormalizer_spec.precompiled_charsmap
+        raise ConfigError(f"{name}: its denormalization rules rewrite decoded text, {remedy}")
+    text = [i for i in ids if not boundary[i] and not sp.is_byte(i)]
+    alone, behind = (
+        np.array([len(t.encode()) for t in sp.decode([[*before, i] for i in text])], dtype=np.int64)
+        for before in ([], [first])
+    )
+    behind -= len(sp.decode([first]).encode())
+    surface = [len(sp.id_to_piece(i).replace(SPACE, " ").encode()) for i in text]
+    odd = np.flatnonzero((behind != surface) | ((behind - alone) >> 1 != 0))
+    if len(odd):
+        raise ConfigError(f"{name}: its piece {sp.id_to_piece(text[odd[0]])!r} does not decode to itself, {remedy}")
+    lengths = np.array([int(sp.is_byte(i)) for i in ids], dtype=np.int64)
+    spaced = np.zeros(len(ids), dtype=bool)
+    lengths[text], spaced[text] = alone, behind > alone
+    added = sp.normalize("a")
+    if added.endswith(SPACE) or (added[:1] in (SPACE, " ") and not spaced.any()):
+        raise ConfigError(f"{name}: decoding leaves the space that encoding adds to each document (a dummy prefix with "
+                          f"treat_whitespace_as_suffix), {remedy}")  # fmt: skip
+    return lengths, spaced, boundary
+
+
 class Tokenizer:
     """The SentencePiece model of the data, and the bytes of text that each token stands for."""
 
@@ -1423,22 +1541,17 @@ class Tokenizer:
             raise ConfigError(
                 f"TOKENIZER_PATH={path} has BOS at {self.sp.bos_id()}; documents begin with id {BOS} here, as in every published export"
             )
-        pieces = [self.sp.id_to_piece(i) for i in range(vocab_size)]
-        self.boundary = np.array(
-            [self.sp.is_control(i) or self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)]
-        )
-        self.spaced = np.array([p.startswith("▁") for p in pieces]) & ~self.boundary
-        lengths = [1 if self.sp.is_byte(i) else len(p.removeprefix("▁").encode()) for i, p in enumerate(pieces)]
-        self.lengths = np.where(self.boundary, 0, lengths)
+        self.lengths, self.spaced, self.boundary = piece_bytes(self.sp, f"TOKENIZER_PATH={path}")
+        self.lost = np.array([self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)])
 
     def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of text that each target tokens[1:] adds, (n - 1,) int64.
-
-        A piece counts its UTF-8 length without the leading ▁, a byte piece 1, control pieces 0; the space that ▁ stands
-        for counts 1 unless the previous token is a boundary (the space at the start of a document is not text).
-        """
+        """Bytes of text that each target tokens[1:] adds, (n - 1,) int64: see `piece_bytes`."""
         prev, target = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
         return self.lengths[target] + (self.spaced[target] & ~self.boundary[prev])
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of one document's tokens."""
+        return self.sp.decode(tokens.tolist())
 
 
 class ValidationText(NamedTuple):
@@ -1451,8 +1564,14 @@ class ValidationText(NamedTuple):
 
 def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> ValidationText:
     """All validation shards as one stream, cut only by VAL_TOKENS and VAL_DROP_TAIL."""
+    if sidecars := shard_paths(folder, "val_bytes"):
+        raise ConfigError(f"{sidecars[0]}: these data bring the bytes of each token, since their text was rewritten; counted by the "
+                          "tokenizer, which this script does, the score would be about a tenth too good; take other data")  # fmt: skip
     shards = [check_ids(s, cfg.vocab_size, str(s.filename)) for s in load_split(folder, "val")]
     tokens = np.concatenate([np.asarray(s) for s in shards]).astype(np.int64)
+    if len(at := np.flatnonzero(tokenizer.lost[tokens])):
+        raise ConfigError(f"DATA_PATH={folder}: validation token {at[0]} is {tokenizer.sp.id_to_piece(int(tokens[at[0]]))!r}, whose "
+                          "text is lost, so it cannot be scored; take a tokenizer with byte fallback")  # fmt: skip
     if len(tokens) - 1 < cfg.eval_len:
         raise ConfigError(
             f"DATA_PATH={folder}: {len(tokens)} validation tokens are fewer than one window of {cfg.eval_len} + 1; lower EVAL_SEQ_LEN"
@@ -1463,6 +1582,9 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
     if cfg.val_drop_tail:
         tokens = tokens[: (len(tokens) - 1) // cfg.eval_len * cfg.eval_len + 1]
     counts = np.concatenate([[0], tokenizer.count_bytes(tokens)])
+    if not counts.any():
+        raise ConfigError(f"DATA_PATH={folder}: the {len(tokens)} validation tokens hold no byte of text, so there are no bits a byte; "
+                          "give it documents")  # fmt: skip
     return ValidationText(torch.from_numpy(tokens), torch.from_numpy(counts.astype(np.int64)), complete)
 
 
@@ -2748,8 +2870,8 @@ def binding_values(cfg: Config) -> dict[str, Any]:
 class Checkpoints:
     """Files logs/RUN_ID.ckpt/step_NNNNNN.pt, written whole by rank 0, the last CHECKPOINT_KEEP of them kept."""
 
-    def __init__(self, cfg: Config, run: Run) -> None:
-        self.cfg, self.run = cfg, run
+    def __init__(self, cfg: Config, run: Run, identity: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.cfg, self.run, self.identity = cfg, run, dict(identity)  # of the training stream
         self.folder = run.log_path.with_suffix(".ckpt")
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
@@ -2757,7 +2879,7 @@ class Checkpoints:
         path = self.folder / f"step_{step:06d}.pt"
         if self.run.rank == 0:
             buffer = io.BytesIO()
-            torch.save({**state, "config": binding_values(self.cfg)}, buffer)
+            torch.save({**state, "config": binding_values(self.cfg), "identity": self.identity}, buffer)
             for stale in self.folder.glob(".step_*.partial"):  # of a process killed while it wrote
                 stale.unlink(missing_ok=True)
             atomic_write(path, buffer.getvalue())
@@ -2798,6 +2920,10 @@ class Checkpoints:
         changed = [f"{k} was {as_text(made_with[k])}, is {as_text(here[k])}" for k in other]
         if changed:
             raise ConfigError(f"RESUME={path}: made with another configuration: {'; '.join(changed)}")
+        for name, sha256 in state.get("identity", {}).items():
+            if self.identity.get(name, sha256) != sha256:
+                raise ConfigError(f"RESUME={path}: made with other data: sha256 {sha256[:16]}, {name} has {self.identity[name][:16]}; "
+                                  f"set {name} to what the run began with")  # fmt: skip
         return state
 
 
@@ -3199,7 +3325,7 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, resumed: dict[
         trainer.load_state_dict(resumed)
         elapsed = resumed["elapsed"]
         run.notice(f"resumed {resumed['path']} at step {trainer.step} after {elapsed:.1f}s of training")
-    loop = TrainingLoop(cfg, run, trainer, Checkpoints(cfg, run), validate)
+    loop = TrainingLoop(cfg, run, trainer, Checkpoints(cfg, run, stream.identity), validate)
     if cfg.lr_schedule == "warmdown" and 0 < cfg.iterations < cfg.warmdown_iters:
         run.notice(
             f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: rates fall from the first step on"
@@ -6540,11 +6666,29 @@ def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Audi
     return AuditCheck("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
 
 
-def audit(cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, artifact: str) -> bool:
+def bytes_check(text: ValidationText, tokenizer: Tokenizer) -> AuditCheck:
+    """The bytes counted of each document of the audited prefix against the length of its decoded text."""
+    tokens, counts = text.tokens[:AUDIT_TOKENS].cpu().numpy(), text.bytes[:AUDIT_TOKENS].cpu().numpy()
+    starts = [0, *np.flatnonzero(tokenizer.boundary[tokens[1:]]) + 1]
+    while len(tokens) > 1 and tokenizer.sp.is_byte(int(tokens[-1])):  # the cut may lie within a character
+        tokens = tokens[:-1]
+    total = -len(tokenizer.decode(tokens[:1]).encode())  # the first token is no target
+    for lo, hi in itertools.pairwise([*starts, len(tokens)]):
+        total += len(tokenizer.decode(tokens[lo:hi]).encode())
+        if total != (counted := int(counts[:hi].sum())):
+            return AuditCheck(
+                "bytes are the text's", False, f"up to target {hi - 1}: {counted} counted, {total} in the text"
+            )
+    return AuditCheck("bytes are the text's", True, f"{total} bytes in the text of {len(tokens)} tokens")
+
+
+def audit(
+    cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, tokenizer: Tokenizer, artifact: str
+) -> bool:
     """Audit every stage that is switched on and log each check; False if one failed. `artifact` is its SHA-256."""
     model.eval()
     evaluation = Evaluation(cfg, run, model, text, tables)
-    named = [("counts", replay_check(evaluation.text, evaluation.table))]
+    named = [("text", bytes_check(text, tokenizer)), ("counts", replay_check(evaluation.text, evaluation.table))]
     for stage in cfg.stages:
         named += [(stage, check) for check in Audit(cfg, run, model, text, stage, tables).checks()]
     for part, check in named:
@@ -7843,7 +7987,7 @@ def run_train(loaded: LoadedConfig) -> int:
     opened = open_run(loaded)
     run = opened.run
     shards = load_split(opened.paths.folder, "train")
-    stream = TokenStream(shards, cfg.vocab_size)
+    stream = TokenStream(shards, cfg.vocab_size, opened.tokenizer.sha256)
     check_batch(cfg, run.world)
     if cfg.calibrates and stream.total < cfg.train_seq_len:
         raise ConfigError(f"calibration needs {cfg.train_seq_len} training tokens, DATA_PATH={opened.paths.folder} holds {stream.total}: "
@@ -7851,7 +7995,7 @@ def run_train(loaded: LoadedConfig) -> int:
     choose_attention(cfg, run.device)
     with torch.device("meta"):
         Policy.of(cfg, GPT(cfg))  # a mistake in it is found now, not after the training
-    resumed = Checkpoints(cfg, run).load()
+    resumed = Checkpoints(cfg, run, stream.identity).load()
     run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
     run.open_logs(append=cfg.resume != "")
     log_start(opened, stream.total, len(shards))
@@ -7898,7 +8042,8 @@ def run_audit(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=audit: is the score of this artifact a code length?"""
     opened = open_scoring(loaded, header)
     model, tables = load_model(opened.cfg, opened.run, blob), load_tables(opened.cfg, blob)
-    return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, hashlib.sha256(blob).hexdigest()) else 1
+    artifact = hashlib.sha256(blob).hexdigest()
+    return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, opened.tokenizer, artifact) else 1
 
 
 class FlashFootprint(torch.autograd.Function):

@@ -270,19 +270,17 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     return tokenizer
 
 
-def byte_counts(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a scorer counts, per piece: bytes (V,) int64 without a leading space, has that space (V,), is boundary (V,).
+def byte_counts(
+    tokenizer: sentencepiece.SentencePieceProcessor, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the trainer counts, per piece: its own rule, `train_gpt.piece_bytes`; InputError where it refuses the tokenizer."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    import train_gpt
 
-    Boundary pieces (control, unknown, unused) stand for no bytes and swallow the space of the piece after them.
-    """
-    size = tokenizer.vocab_size()
-    pieces = [tokenizer.id_to_piece(i) for i in range(size)]
-    byte = np.array([tokenizer.is_byte(i) for i in range(size)])
-    silent = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
-    boundary = np.array([any(test(i) for test in silent) for i in range(size)])
-    length = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces], dtype=np.int64)
-    spaced = np.array([piece.startswith(SPACE) for piece in pieces]) & ~byte & ~boundary
-    return np.where(boundary, 0, np.where(byte, 1, length)), spaced, boundary
+    try:
+        return train_gpt.piece_bytes(tokenizer, name)
+    except train_gpt.ConfigError as error:
+        raise InputError(str(error)) from None
 
 
 class Encoder:
@@ -290,7 +288,7 @@ class Encoder:
 
     def __init__(self, model: bytes, name: str):
         self.name, self.tokenizer = name, load_tokenizer(model, name)
-        self.length, self.spaced, self.boundary = byte_counts(self.tokenizer)
+        self.length, self.spaced, self.boundary = byte_counts(self.tokenizer, name)
 
     def normalise(self, text: str) -> str:
         return self.tokenizer.normalize(text).replace(SPACE, " ")
@@ -490,7 +488,9 @@ def obtain_tokenizer(corpus: Corpus, args: argparse.Namespace) -> tuple[bytes, s
         model = train_tokenizer(lines, args.vocab_size, args.character_coverage)
         name = f"tokenizer_{args.vocab_size}.model"
         how = {"trained_here": True, **TRAINER, "character_coverage": args.character_coverage}
-    size = load_tokenizer(model, name).vocab_size()
+    tokenizer = load_tokenizer(model, name)
+    byte_counts(tokenizer, name)
+    size = tokenizer.vocab_size()
     return model, name, {"file": name, "sha256": hashlib.sha256(model).hexdigest(), "vocab_size": size, **how}
 
 
