@@ -111,7 +111,7 @@ class Config:
     mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit", "plan", "compress", "decompress", "sample", "explain", "pack_code"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
-    run_id: str = knob("", "", "names the logs; empty: time-recipe-seed")
+    run_id: str = knob("", "", "names the logs; empty: time-recipe-seed, and -2, -3 ... where that is taken")
     log_dir: str = knob("logs", "folder", "where logs, checkpoints and artifacts go")
     device: str = knob("auto", "", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     force: bool = knob(False, "", "overwrite finished files")
@@ -449,6 +449,8 @@ class Config:
         if self.mode == "train" and 0 < self.max_wallclock_seconds <= self.reserved_seconds:
             yield (f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
                    f"{self.max_wallclock_seconds:g} to train in: lower the one or raise the other")  # fmt: skip
+        if re.search(r"[/\x00-\x1f]", self.run_id):
+            yield f"RUN_ID={self.run_id!r}: expected a name, which becomes LOG_DIR/NAME.txt; name folders with LOG_DIR"
         if self.resume == "auto" and not self.run_id:
             yield "RESUME=auto needs RUN_ID, the name of the run to continue"
 
@@ -576,9 +578,14 @@ def renamed(*names: str) -> Converter:
     return lambda value: dict.fromkeys(names, value)
 
 
+def as_digit(text: str) -> str:
+    """true and false, in any case, as 1 and 0; any other text unchanged."""
+    return {"false": "0", "true": "1"}.get(text.lower(), text)
+
+
 def mapped(name: str, table: dict[str, str]) -> Converter:
     """Published value -> our word for it; other values pass through unchanged."""
-    return lambda value: {name: table.get(value, value)}
+    return lambda value: {name: table.get(as_digit(value), value)}
 
 
 def float_or_none(text: str) -> float | None:
@@ -609,6 +616,7 @@ def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
     """Published 0/1 switch -> our knobs when on and when off."""
 
     def convert(value: str) -> dict[str, str]:
+        value = as_digit(value)
         if value not in ("0", "1"):
             raise ConfigError(f"expected 0 or 1, got {value!r}")
         kind, knobs = (dict, on) if value == "1" else (SwitchedOff, off)
@@ -734,13 +742,29 @@ NO_EFFECT: dict[str, dict[str, str]] = {
 # What gives a dead name its meaning back, where it is a knob of ours too.
 REVIVED_BY = {"WARMDOWN_ITERS": ("LR_SCHEDULE", "warmdown"), "TTT_MOMENTUM": ("TTT_OPTIMIZER", "sgd")}
 
-# Names that torchrun, Slurm and the shell own; never mistaken for a misspelt knob.
-FOREIGN = frozenset(
-    "PROMPT_COMMAND RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT NODE_RANK "
-    "OMP_NUM_THREADS PATH HOME SHELL TERM USER LANG PWD OLDPWD SHLVL LOGNAME MAIL EDITOR PAGER TMPDIR HOSTNAME".split()
-)
-FOREIGN_PREFIXES = ("TORCH", "NCCL_", "GLOO_", "CUDA_", "SLURM_", "GITHUB_", "LC_", "XDG_", "PYTHON", "PYTEST_", "PIP_",
-                    "VIRTUAL_ENV", "GROUP_", "ROLE_", "SSH_", "HF_", "MKL_", "OMP_", "KMP_", "TRITON_", "CONDA_")  # fmt: skip
+# Variables of other programs whose names are like those of knobs: never taken for a misspelt one.
+FOREIGN = frozenset("ARTIFACTS CODE COMPILER DEVICES FORCE_COLOR INPUTRC INPUTS LMOD_DIR LOGDIR MODEL MODEL_DIR MORE NODE OUTPUTS PAT "
+                    "PRE_COMMIT PROFILER PROFILES PROJ_DATA PROJ_LIB PROMPTS RPROMPT RUNID SPEED SPROMPT TOP_K".split())  # fmt: skip
+# Beginnings of names that torch, its launchers, shells, clusters, CI systems and editors set.
+FOREIGN_PREFIXES = tuple("TORCH NCCL_ GLOO_ CUDA_ NVIDIA_ NV_ SLURM_ SM_ PBS_ LSB_ OMPI_ PMI KUBERNETES_ AWS_ AZURE_ AGENT_ CI_ GITHUB_ "
+                         "GITLAB_ RUNNER_ BUILD_ SYSTEM_ JENKINS_ CIRCLE_ VSCODE_ CONDA_ VIRTUAL_ENV PYTHON PYTEST_ PIP_ UV_ HF_ WANDB_ "
+                         "MLFLOW_ OMP_ MKL_ KMP_ TRITON_ LC_ XDG_ SSH_ GROUP_ ROLE_ PROMPT_ LOG_LEVEL".split())  # fmt: skip
+
+# What other trainers call a knob of ours, or what comes nearest to theirs.
+ELSEWHERE = {name: ours for ours, names in {
+    "MATRIX_LR": "LR LEARNING_RATE MAX_LR MUON_LR", "TIED_EMBED_LR": "ADAM_LR",
+    "TRAIN_BATCH_TOKENS": "BATCH BATCH_SIZE TRAIN_BATCH_SIZE GLOBAL_BATCH_SIZE TOTAL_BATCH_SIZE BATCH_TOKENS",
+    "MICRO_BATCH_TOKENS": "MICRO_BATCH_SIZE DEVICE_BATCH_SIZE GRAD_ACCUM_STEPS GRADIENT_ACCUMULATION_STEPS",
+    "ITERATIONS": "EPOCHS NUM_EPOCHS STEPS NUM_STEPS MAX_STEPS TRAIN_STEPS NUM_ITERATIONS MAX_ITERS",
+    "MAX_WALLCLOCK_SECONDS": "MAX_SECONDS TIME_LIMIT MAX_TIME", "WARMDOWN_ITERS": "WARMDOWN WARMDOWN_STEPS COOLDOWN_STEPS",
+    "TRAIN_SEQ_LEN": "SEQ_LEN MAX_SEQ_LEN SEQUENCE_LENGTH BLOCK_SIZE CONTEXT_LENGTH",
+    "MODEL_DIM": "DIM D_MODEL HIDDEN_SIZE HIDDEN_DIM N_EMBD EMBED_DIM", "NUM_LAYERS": "LAYERS N_LAYER N_LAYERS DEPTH",
+    "NUM_HEADS": "HEADS N_HEAD N_HEADS", "MUON_MOMENTUM": "MOMENTUM", "GRAD_CLIP_NORM": "GRAD_CLIP MAX_GRAD_NORM",
+    "TRAIN_DTYPE": "DTYPE PRECISION BF16 FP16 AMP", "SEED": "RANDOM_SEED", "DATA_PATH": "DATA DATASET DATA_DIR DATASET_PATH",
+    "TOKENIZER_PATH": "TOKENIZER", "LOG_DIR": "OUT_DIR OUTPUT_DIR", "RUN_ID": "RUN_NAME EXPERIMENT EXPERIMENT_NAME",
+    "RESUME": "CHECKPOINT CHECKPOINT_PATH RESUME_FROM", "CHECKPOINT_EVERY": "SAVE_EVERY SAVE_INTERVAL SAVE_STEPS",
+    "VAL_LOSS_EVERY": "EVAL_EVERY EVAL_INTERVAL EVAL_STEPS", "TRAIN_LOG_EVERY": "LOG_EVERY LOG_INTERVAL LOGGING_STEPS",
+}.items() for name in names.split()}  # fmt: skip
 
 
 def bounds(name: str) -> str:
@@ -763,11 +787,25 @@ def check_value(name: str, value: Any) -> Any:
     return value
 
 
+def expand_home(name: str, path: str) -> str:
+    """The path with a leading ~ or ~user replaced by that home folder, which a shell does only to an unquoted word."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"{name}={path!r}: no such home folder; write the whole path, or ./~ for a folder of that name"
+        )
+    return expanded
+
+
 def parse_value(name: str, text: str) -> Any:
     """Text of one knob -> its typed value; raises ConfigError naming knob, value and what would do."""
-    kind = TYPES[FIELDS[name].type]
+    meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
+    if kind is bool or "0" in meta["choices"]:
+        text = as_digit(text)
+    elif meta["unit"] in ("file", "folder") or name == "RESUME":
+        text = expand_home(name, text)
     try:
-        value = {"0": False, "1": True, "False": False, "True": True}[text] if kind is bool else kind(text)
+        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (KeyError, ValueError):
         raise ConfigError(f"{name}={text!r}: expected {TYPE_WORDS[kind]}") from None
     return check_value(name, value)
@@ -778,21 +816,29 @@ def as_text(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def misspelt(name: str) -> str | None:
-    """The knob or published name that `name` most resembles (ratio >= 0.8), or None."""
+def one_edit_apart(a: str, b: str) -> bool:
+    """True if one insertion, deletion, substitution or swap of neighbours makes `b` of `a`."""
+    i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest_a, rest_b = a[i:], b[i:]
+    swapped = rest_a[1:2] + rest_a[:1] + rest_a[2:]
+    return a != b and (rest_b in (rest_a[1:], swapped) or rest_b[1:] in (rest_a, rest_a[1:]))
+
+
+def nearest_knob(name: str) -> tuple[str | None, bool]:
+    """(the knob or published name that `name` may stand for, or None; whether it is misspelt rather than merely alike)."""
+    if name in ELSEWHERE:
+        return ELSEWHERE[name], False
     if name in FOREIGN or name.startswith(FOREIGN_PREFIXES):
-        return None
+        return None, False
     known = [*FIELDS, *(a for table in (*ALIASES.values(), *NO_EFFECT.values()) for a in table)]
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
-
-
-def related(name: str) -> str | None:
-    """A knob that shares at least half of the words of `name`: worth a warning, since shells have names like it."""
-    if name in FOREIGN or name.startswith(FOREIGN_PREFIXES):
-        return None
-    words = set(name.split("_"))
-    hits = [k for k in FIELDS if len(words) > 1 and 2 * len(words & set(k.split("_"))) >= len(words)]
-    return max(hits, key=lambda k: len(words & set(k.split("_"))), default=None)
+    if misspelt := next((k for k in known if one_edit_apart(name, k)), None):
+        return misspelt, True
+    if alike := difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8):
+        return alike[0], False
+    first, *rest = name.split("_")
+    shared = {k: 1 + len({*rest} & {*k.split("_")}) for k in FIELDS if k.split("_")[0] == first}
+    best = max(shared, key=shared.__getitem__, default="")  # with its first word and at least half of all words
+    return (best if rest and best and 2 * shared[best] > len(rest) else None), False
 
 
 class LoadedConfig(NamedTuple):
@@ -828,10 +874,12 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
                 errors.append(f"{name}={text!r}: {e}")
         elif name in FIELDS:
             ours[name] = text
-        elif guess := misspelt(name):
-            errors.append(f"{name} is no knob; did you mean {guess}?")
-        elif guess := related(name):
-            notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
+        else:
+            guess, misspelt = nearest_knob(name)
+            if misspelt:
+                errors.append(f"{name} is no knob; did you mean {guess}?")
+            elif guess:
+                notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
     return {**ours, **off}
 
 
@@ -8312,7 +8360,7 @@ ARTIFACT_MODES = {
 
 def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
     """(bytes, header) of the file that ARTIFACT names; raises ConfigError if it is missing or no artifact."""
-    path = env.get("ARTIFACT", "")
+    path = expand_home("ARTIFACT", env.get("ARTIFACT", ""))
     blob = read_named("ARTIFACT", path, "this mode needs the artifact of a finished run")
     try:
         header = read_header(blob)[0]
