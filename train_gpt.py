@@ -1514,7 +1514,7 @@ def proto_field(message: bytes, number: int) -> bytes:
     """The bytes of field `number` of a serialized protocol buffer, b"" where it is absent (the last one where it repeats)."""
     at, found = 0, b""
 
-    def varint() -> int:
+    def number_at() -> int:
         nonlocal at
         value = shift = 0
         while True:
@@ -1523,11 +1523,11 @@ def proto_field(message: bytes, number: int) -> bytes:
                 return value
 
     while at < len(message):
-        tag = varint()
+        tag = number_at()
         if tag & 7 == 0:
-            varint()
+            number_at()
             continue
-        size = varint() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
+        size = number_at() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
         found = message[at : at + size] if tag >> 3 == number else found
         at += size
     return found
