@@ -106,7 +106,7 @@ class Config:
     mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit", "pack_code"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
-    run_id: str = knob("", "", "names the logs; empty: time-recipe-seed")
+    run_id: str = knob("", "", "names the logs; empty: time-recipe-seed, and -2, -3 ... where that is taken")
     log_dir: str = knob("logs", "folder", "where logs, checkpoints and artifacts go")
     device: str = knob("auto", "", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     force: bool = knob(False, "", "overwrite finished files")
@@ -435,6 +435,8 @@ class Config:
         if self.mode == "train" and 0 < self.max_wallclock_seconds <= self.reserved_seconds:
             yield (f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
                    f"{self.max_wallclock_seconds:g} to train in: lower the one or raise the other")  # fmt: skip
+        if re.search(r"[/\x00-\x1f]", self.run_id):
+            yield f"RUN_ID={self.run_id!r}: expected a name, which becomes LOG_DIR/NAME.txt; name folders with LOG_DIR"
         if self.resume == "auto" and not self.run_id:
             yield "RESUME=auto needs RUN_ID, the name of the run to continue"
 
@@ -562,9 +564,14 @@ def renamed(*names: str) -> Converter:
     return lambda value: dict.fromkeys(names, value)
 
 
+def as_digit(text: str) -> str:
+    """true and false, in any case, as 1 and 0; any other text unchanged."""
+    return {"false": "0", "true": "1"}.get(text.lower(), text)
+
+
 def mapped(name: str, table: dict[str, str]) -> Converter:
     """Published value -> our word for it; other values pass through unchanged."""
-    return lambda value: {name: table.get(value, value)}
+    return lambda value: {name: table.get(as_digit(value), value)}
 
 
 def float_or_none(text: str) -> float | None:
@@ -595,6 +602,7 @@ def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
     """Published 0/1 switch -> our knobs when on and when off."""
 
     def convert(value: str) -> dict[str, str]:
+        value = as_digit(value)
         if value not in ("0", "1"):
             raise ConfigError(f"expected 0 or 1, got {value!r}")
         kind, knobs = (dict, on) if value == "1" else (SwitchedOff, off)
@@ -724,27 +732,38 @@ MOVED_MODES = {
     "explain": "tools/explain.py FILE --artifact FILE.pgz",
 }  # fmt: skip
 MOVED_KNOBS = {
-    "INPUT": "",
-    "OUTPUT": "",
-    "PROMPT": "",
-    "CODEC_LANES": "tools/codec.py --lanes",
-    "EXPLAIN_TOKENS": "tools/explain.py --tokens",
-    "SAMPLE_TOKENS": "tools/sample.py --tokens",
-    "SAMPLE_NGRAM": "tools/sample.py --ngram",
-    "TEMPERATURE": "tools/sample.py --temperature",
-    "TOP_P": "tools/sample.py --top-p",
-}  # fmt: skip  (common names are passed over in silence)
+    "INPUT": "", "OUTPUT": "", "PROMPT": "",  # common names: passed over in silence
+    "CODEC_LANES": "tools/codec.py --lanes", "EXPLAIN_TOKENS": "tools/explain.py --tokens",
+    "SAMPLE_TOKENS": "tools/sample.py --tokens", "SAMPLE_NGRAM": "tools/sample.py --ngram",
+    "TEMPERATURE": "tools/sample.py --temperature", "TOP_P": "tools/sample.py --top-p",
+}  # fmt: skip
 
 # What gives a dead name its meaning back, where it is a knob of ours too.
 REVIVED_BY = {"WARMDOWN_ITERS": ("LR_SCHEDULE", "warmdown"), "TTT_MOMENTUM": ("TTT_OPTIMIZER", "sgd")}
 
-# Names that torchrun, Slurm and the shell own; never mistaken for a misspelt knob.
-FOREIGN = frozenset(
-    "PROMPT_COMMAND RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT NODE_RANK "
-    "OMP_NUM_THREADS PATH HOME SHELL TERM USER LANG PWD OLDPWD SHLVL LOGNAME MAIL EDITOR PAGER TMPDIR HOSTNAME".split()
-)
-FOREIGN_PREFIXES = ("TORCH", "NCCL_", "GLOO_", "CUDA_", "SLURM_", "GITHUB_", "LC_", "XDG_", "PYTHON", "PYTEST_", "PIP_",
-                    "VIRTUAL_ENV", "GROUP_", "ROLE_", "SSH_", "HF_", "MKL_", "OMP_", "KMP_", "TRITON_", "CONDA_")  # fmt: skip
+# Variables of other programs whose names are like those of knobs: never taken for a misspelt one.
+FOREIGN = frozenset("ARTIFACTS CODE COMPILER DEVICES FORCE_COLOR INPUTRC INPUTS LMOD_DIR LOGDIR MODEL MODEL_DIR MORE NODE OUTPUTS PAT "
+                    "PRE_COMMIT PROFILER PROFILES PROJ_DATA PROJ_LIB PROMPTS RPROMPT RUNID SPEED SPROMPT TOP_K".split())  # fmt: skip
+# Beginnings of names that torch, its launchers, shells, clusters, CI systems and editors set.
+FOREIGN_PREFIXES = tuple("TORCH NCCL_ GLOO_ CUDA_ NVIDIA_ NV_ SLURM_ SM_ PBS_ LSB_ OMPI_ PMI KUBERNETES_ AWS_ AZURE_ AGENT_ CI_ GITHUB_ "
+                         "GITLAB_ RUNNER_ BUILD_ SYSTEM_ JENKINS_ CIRCLE_ VSCODE_ CONDA_ VIRTUAL_ENV PYTHON PYTEST_ PIP_ UV_ HF_ WANDB_ "
+                         "MLFLOW_ OMP_ MKL_ KMP_ TRITON_ LC_ XDG_ SSH_ GROUP_ ROLE_ PROMPT_ LOG_LEVEL".split())  # fmt: skip
+
+# What other trainers call a knob of ours, or what comes nearest to theirs.
+ELSEWHERE = {name: ours for ours, names in {
+    "MATRIX_LR": "LR LEARNING_RATE MAX_LR MUON_LR", "TIED_EMBED_LR": "ADAM_LR",
+    "TRAIN_BATCH_TOKENS": "BATCH BATCH_SIZE TRAIN_BATCH_SIZE GLOBAL_BATCH_SIZE TOTAL_BATCH_SIZE BATCH_TOKENS",
+    "MICRO_BATCH_TOKENS": "MICRO_BATCH_SIZE DEVICE_BATCH_SIZE GRAD_ACCUM_STEPS GRADIENT_ACCUMULATION_STEPS",
+    "ITERATIONS": "EPOCHS NUM_EPOCHS STEPS NUM_STEPS MAX_STEPS TRAIN_STEPS NUM_ITERATIONS MAX_ITERS",
+    "MAX_WALLCLOCK_SECONDS": "MAX_SECONDS TIME_LIMIT MAX_TIME", "WARMDOWN_ITERS": "WARMDOWN WARMDOWN_STEPS COOLDOWN_STEPS",
+    "TRAIN_SEQ_LEN": "SEQ_LEN MAX_SEQ_LEN SEQUENCE_LENGTH BLOCK_SIZE CONTEXT_LENGTH",
+    "MODEL_DIM": "DIM D_MODEL HIDDEN_SIZE HIDDEN_DIM N_EMBD EMBED_DIM", "NUM_LAYERS": "LAYERS N_LAYER N_LAYERS DEPTH",
+    "NUM_HEADS": "HEADS N_HEAD N_HEADS", "MUON_MOMENTUM": "MOMENTUM", "GRAD_CLIP_NORM": "GRAD_CLIP MAX_GRAD_NORM",
+    "TRAIN_DTYPE": "DTYPE PRECISION BF16 FP16 AMP", "SEED": "RANDOM_SEED", "DATA_PATH": "DATA DATASET DATA_DIR DATASET_PATH",
+    "TOKENIZER_PATH": "TOKENIZER", "LOG_DIR": "OUT_DIR OUTPUT_DIR", "RUN_ID": "RUN_NAME EXPERIMENT EXPERIMENT_NAME",
+    "RESUME": "CHECKPOINT CHECKPOINT_PATH RESUME_FROM", "CHECKPOINT_EVERY": "SAVE_EVERY SAVE_INTERVAL SAVE_STEPS",
+    "VAL_LOSS_EVERY": "EVAL_EVERY EVAL_INTERVAL EVAL_STEPS", "TRAIN_LOG_EVERY": "LOG_EVERY LOG_INTERVAL LOGGING_STEPS",
+}.items() for name in names.split()}  # fmt: skip
 
 
 def bounds(name: str) -> str:
@@ -769,11 +788,25 @@ def check_value(name: str, value: Any) -> Any:
     return value
 
 
+def expand_home(name: str, path: str) -> str:
+    """The path with a leading ~ or ~user replaced by that home folder, which a shell does only to an unquoted word."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"{name}={path!r}: no such home folder; write the whole path, or ./~ for a folder of that name"
+        )
+    return expanded
+
+
 def parse_value(name: str, text: str) -> Any:
     """Text of one knob -> its typed value; raises ConfigError naming knob, value and what would do."""
-    kind = TYPES[FIELDS[name].type]
+    meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
+    if kind is bool or "0" in meta["choices"]:
+        text = as_digit(text)
+    elif meta["unit"] in ("file", "folder") or name == "RESUME":
+        text = expand_home(name, text)
     try:
-        value = {"0": False, "1": True, "False": False, "True": True}[text] if kind is bool else kind(text)
+        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (KeyError, ValueError):
         raise ConfigError(f"{name}={text!r}: expected {TYPE_WORDS[kind]}") from None
     return check_value(name, value)
@@ -784,21 +817,29 @@ def as_text(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def misspelt(name: str) -> str | None:
-    """The knob or published name that `name` most resembles (ratio >= 0.8), or None."""
+def one_edit_apart(a: str, b: str) -> bool:
+    """True if one insertion, deletion, substitution or swap of neighbours makes `b` of `a`."""
+    i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest_a, rest_b = a[i:], b[i:]
+    swapped = rest_a[1:2] + rest_a[:1] + rest_a[2:]
+    return a != b and (rest_b in (rest_a[1:], swapped) or rest_b[1:] in (rest_a, rest_a[1:]))
+
+
+def nearest_knob(name: str) -> tuple[str | None, bool]:
+    """(the knob or published name that `name` may stand for, or None; whether it is misspelt rather than merely alike)."""
+    if name in ELSEWHERE:
+        return ELSEWHERE[name], False
     if name in FOREIGN or name.startswith(FOREIGN_PREFIXES):
-        return None
+        return None, False
     known = [*FIELDS, *(a for table in (*ALIASES.values(), *NO_EFFECT.values()) for a in table)]
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
-
-
-def related(name: str) -> str | None:
-    """A knob that shares at least half of the words of `name`: worth a warning, since shells have names like it."""
-    if name in FOREIGN or name.startswith(FOREIGN_PREFIXES):
-        return None
-    words = set(name.split("_"))
-    hits = [k for k in FIELDS if len(words) > 1 and 2 * len(words & set(k.split("_"))) >= len(words)]
-    return max(hits, key=lambda k: len(words & set(k.split("_"))), default=None)
+    if misspelt := next((k for k in known if one_edit_apart(name, k)), None):
+        return misspelt, True
+    if alike := difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8):
+        return alike[0], False
+    first, *rest = name.split("_")
+    shared = {k: 1 + len({*rest} & {*k.split("_")}) for k in FIELDS if k.split("_")[0] == first}
+    best = max(shared, key=shared.__getitem__, default="")  # with its first word and at least half of all words
+    return (best if rest and best and 2 * shared[best] > len(rest) else None), False
 
 
 class LoadedConfig(NamedTuple):
@@ -837,10 +878,12 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
         elif name in MOVED_KNOBS:
             if MOVED_KNOBS[name]:
                 notices.append(f"{name} is no knob and is ignored: it is an argument, python {MOVED_KNOBS[name]}")
-        elif guess := misspelt(name):
-            errors.append(f"{name} is no knob; did you mean {guess}?")
-        elif guess := related(name):
-            notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
+        else:
+            guess, misspelt = nearest_knob(name)
+            if misspelt:
+                errors.append(f"{name} is no knob; did you mean {guess}?")
+            elif guess:
+                notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
     return {**ours, **off}
 
 
@@ -1284,6 +1327,59 @@ FINEWEB_DIR = Path("data/datasets/fineweb10B_sp1024")
 HOW_TO_GET_SHARDS = "download them with data/cached_challenge_fineweb.py or make them with data/make_shards.py"
 
 
+MANIFEST_FORMAT = "parameter-golf shards, version 1"  # what data/make_shards.py writes into manifest.json
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What data/make_shards.py says of the shards in `folder`; None where it did not make them. ConfigError if damaged."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not str(manifest.get("format")).startswith("parameter-golf shards"):
+            return None  # of another tool
+        tokenizer = manifest["tokenizer"]
+        sound = isinstance(tokenizer["sha256"], str) and Path(tokenizer["file"]).name == tokenizer["file"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        manifest, sound = {}, False
+    if not sound or manifest["format"] != MANIFEST_FORMAT:
+        raise ConfigError(f"{path}: not a manifest that this script reads ({MANIFEST_FORMAT}); make the shards again")
+    return manifest
+
+
+def find_tokenizer(cfg: Config, folder: Path) -> Path:
+    """TOKENIZER_PATH, or the SentencePiece model that belongs to the shards in `folder`: that of their manifest.json, the only
+    one beside them, or the download's. ConfigError if there is none, more than one, or not the manifest's."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        named, sha256 = folder / manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
+        path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else named
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            remedy = "unset it" if cfg.tokenizer_path else "make the shards again"
+            raise ConfigError(f"TOKENIZER_PATH={path}: the shards in {folder} were made with another tokenizer, says their manifest.json "
+                              f"({named.name}, sha256 {sha256[:16]}); {remedy}")  # fmt: skip
+    elif cfg.tokenizer_path:
+        path = Path(cfg.tokenizer_path)
+    else:
+        # The downloader's folders: datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model.
+        pieces = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.resolve().name)
+        name = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
+        beside = sorted(folder.glob("*.model"))
+        if len(beside) > 1:
+            raise ConfigError(f"TOKENIZER_PATH is unset and {folder} holds {', '.join(p.name for p in beside)}; name the one "
+                              "that the shards were made with")  # fmt: skip
+        path = beside[0] if beside else folder.resolve().parent.parent / "tokenizers" / name
+    if not path.is_file():
+        if not any(folder.glob("fineweb_*.bin")):
+            raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
+        named = path if cfg.tokenizer_path or manifest else f"none beside {folder}"
+        raise ConfigError(
+            f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
+        )
+    return path
+
+
 class DataPaths(NamedTuple):
     """Where the data are; `sample` marks the shipped sample, whose results are no challenge results."""
 
@@ -1303,19 +1399,7 @@ def find_data(cfg: Config) -> DataPaths:
             (p for p in (FINEWEB_DIR, SCRIPT.parent / FINEWEB_DIR) if any(p.glob("fineweb_val_*.bin"))), None
         )
         folder, sample = fineweb or SAMPLE_DIR, fineweb is None
-    # The downloader's folders: datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model.
-    pieces = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.resolve().name)
-    named = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
-    guesses = [*sorted(folder.glob("tokenizer*.model")), folder.resolve().parent.parent / "tokenizers" / named]
-    tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else next((g for g in guesses if g.is_file()), None)
-    if tokenizer is None and not any(folder.glob("fineweb_*.bin")):
-        raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
-    if tokenizer is None or not tokenizer.is_file():
-        named = cfg.tokenizer_path or f"none beside {folder}"
-        raise ConfigError(
-            f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
-        )
-    return DataPaths(folder, tokenizer, sample)
+    return DataPaths(folder, find_tokenizer(cfg, folder), sample)
 
 
 def load_shard(path: Path) -> np.ndarray:
@@ -1339,11 +1423,15 @@ def load_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
 
 
+def shard_paths(folder: Path, kind: str) -> list[Path]:
+    """The files fineweb_<kind>_<digits>.bin of `folder`, by name: fineweb_val_bytes_000000.bin is not of kind "val"."""
+    return sorted(p for p in folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\d+\.bin", p.name))
+
+
 def load_split(folder: Path, split: str) -> list[np.ndarray]:
     """Shards of `split` ("train" or "val") in name order."""
-    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-    if not paths:
-        raise ConfigError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; {HOW_TO_GET_SHARDS}")
+    if not (paths := shard_paths(folder, split)):
+        raise ConfigError(f"DATA_PATH={folder}: no fineweb_{split}_<digits>.bin there; {HOW_TO_GET_SHARDS}")
     return [load_shard(p) for p in paths]
 
 
@@ -1355,19 +1443,33 @@ def check_ids(tokens: np.ndarray, vocab_size: int, what: str) -> np.ndarray:
     return tokens
 
 
+SPACE = "▁"  # how SentencePiece writes a space in a piece
 BOS = 1  # the id of BOS in every export of this challenge
 CHECKED_TOKENS = 2**20  # of each training shard before the start: all 8 B tokens would take longer than a run may wait
 
 
 class TokenStream:
-    """The training shards as one endless stream: sequential, wrapping to the first shard at the end."""
+    """The training shards as one endless stream: sequential, wrapping to the first shard at the end.
 
-    def __init__(self, shards: list[np.ndarray], vocab_size: int) -> None:
+    `tokenizer_sha256` is that of the tokenizer they were made with, a part of the stream's identity.
+    """
+
+    def __init__(self, shards: list[np.ndarray], vocab_size: int, tokenizer_sha256: str = "") -> None:
         self.shards, self.vocab_size, self.position = shards, vocab_size, 0
+        self.tokenizer_sha256 = tokenizer_sha256
         self.starts = np.cumsum([0, *(len(s) for s in shards)])
         self.total = int(self.starts[-1])
         for shard in shards:  # a wrong tokenizer shows at once; a lone bad token deeper in is found when it is read
             check_ids(shard[:CHECKED_TOKENS], vocab_size, str(getattr(shard, "filename", "training shard")))
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must find again, wherever it lies: hashes of the shards (their lengths and both ends of each) and of
+        the tokenizer."""
+        digest = hashlib.sha256(self.starts.astype("<i8").tobytes())
+        for shard in self.shards:
+            digest.update(shard[: 2**16].tobytes() + shard[-(2**16) :].tobytes())
+        return {"DATA_PATH": digest.hexdigest(), "TOKENIZER_PATH": self.tokenizer_sha256}
 
     def read(self, offset: int, n: int) -> np.ndarray:
         """Tokens [position + offset, position + offset + n) of the stream, (n,) int64; does not move."""
@@ -1411,6 +1513,65 @@ class Batcher:
         return t[:-1].view(-1, seq_len), t[1:].view(-1, seq_len)
 
 
+def proto_field(message: bytes, number: int) -> bytes:
+    """The bytes of field `number` of a serialized protocol buffer, b"" where it is absent (the last one where it repeats)."""
+    at, found = 0, b""
+
+    def number_at() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            at, value, shift = at + 1, value | (message[at] & 127) << shift, shift + 7
+            if message[at - 1] < 128:
+                return value
+
+    while at < len(message):
+        tag = number_at()
+        if tag & 7 == 0:
+            number_at()
+            continue
+        size = number_at() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
+        found = message[at : at + size] if tag >> 3 == number else found
+        at += size
+    return found
+
+
+def piece_bytes(sp: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(bytes (V,) int64, spaced (V,) bool, boundary (V,) bool): the bytes of text that each piece of a SentencePiece model adds.
+
+    A piece adds its `bytes`, and one more if it is `spaced` and does not follow a `boundary` piece: decoding drops one space
+    at the start of a text (a model that keeps it has no spaced piece). Control, unknown and unused pieces are boundaries and
+    add nothing; a byte piece adds 1. All is read off what decoding does with a piece alone and behind another. Raises
+    ConfigError, beginning with `name`, for a model whose decoded text is not the sum of its pieces.
+    """
+    ids = range(sp.vocab_size())
+    boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+    first = next((i for i in ids if not boundary[i] and sp.decode([i]).strip(" ")), None)
+    remedy = "so its bytes cannot be counted piece by piece; train another with data/make_shards.py"
+    if first is None:
+        raise ConfigError(f"{name}: no piece stands for text, {remedy}")
+    if proto_field(proto_field(sp.serialized_model_proto(), 5), 2):  # ModelProto.denormalizer_spec.precompiled_charsmap
+        raise ConfigError(f"{name}: its denormalization rules rewrite decoded text, {remedy}")
+    text = [i for i in ids if not boundary[i] and not sp.is_byte(i)]
+    alone, behind = (
+        np.array([len(t.encode()) for t in sp.decode([[*before, i] for i in text])], dtype=np.int64)
+        for before in ([], [first])
+    )
+    behind -= len(sp.decode([first]).encode())
+    surface = [len(sp.id_to_piece(i).replace(SPACE, " ").encode()) for i in text]
+    odd = np.flatnonzero((behind != surface) | ((behind - alone) >> 1 != 0))
+    if len(odd):
+        raise ConfigError(f"{name}: its piece {sp.id_to_piece(text[odd[0]])!r} does not decode to itself, {remedy}")
+    lengths = np.array([int(sp.is_byte(i)) for i in ids], dtype=np.int64)
+    spaced = np.zeros(len(ids), dtype=bool)
+    lengths[text], spaced[text] = alone, behind > alone
+    added = sp.normalize("a")
+    if added.endswith(SPACE) or (added[:1] in (SPACE, " ") and not spaced.any()):
+        raise ConfigError(f"{name}: decoding leaves the space that encoding adds to each document (a dummy prefix with "
+                          f"treat_whitespace_as_suffix), {remedy}")  # fmt: skip
+    return lengths, spaced, boundary
+
+
 class Tokenizer:
     """The SentencePiece model of the data, and the bytes of text that each token stands for."""
 
@@ -1431,22 +1592,17 @@ class Tokenizer:
             raise ConfigError(
                 f"TOKENIZER_PATH={path} has BOS at {self.sp.bos_id()}; documents begin with id {BOS} here, as in every published export"
             )
-        pieces = [self.sp.id_to_piece(i) for i in range(vocab_size)]
-        self.boundary = np.array(
-            [self.sp.is_control(i) or self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)]
-        )
-        self.spaced = np.array([p.startswith("▁") for p in pieces]) & ~self.boundary
-        lengths = [1 if self.sp.is_byte(i) else len(p.removeprefix("▁").encode()) for i, p in enumerate(pieces)]
-        self.lengths = np.where(self.boundary, 0, lengths)
+        self.lengths, self.spaced, self.boundary = piece_bytes(self.sp, f"TOKENIZER_PATH={path}")
+        self.lost = np.array([self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)])
 
     def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of text that each target tokens[1:] adds, (n - 1,) int64.
-
-        A piece counts its UTF-8 length without the leading ▁, a byte piece 1, control pieces 0; the space that ▁ stands
-        for counts 1 unless the previous token is a boundary (the space at the start of a document is not text).
-        """
+        """Bytes of text that each target tokens[1:] adds, (n - 1,) int64: see `piece_bytes`."""
         prev, target = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
         return self.lengths[target] + (self.spaced[target] & ~self.boundary[prev])
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of one document's tokens."""
+        return self.sp.decode(tokens.tolist())
 
 
 class ValidationText(NamedTuple):
@@ -1459,8 +1615,14 @@ class ValidationText(NamedTuple):
 
 def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> ValidationText:
     """All validation shards as one stream, cut only by VAL_TOKENS and VAL_DROP_TAIL."""
+    if sidecars := shard_paths(folder, "val_bytes"):
+        raise ConfigError(f"{sidecars[0]}: these data bring the bytes of each token, since their text was rewritten; counted by the "
+                          "tokenizer, which this script does, the score would be about a tenth too good; take other data")  # fmt: skip
     shards = [check_ids(s, cfg.vocab_size, str(s.filename)) for s in load_split(folder, "val")]
     tokens = np.concatenate([np.asarray(s) for s in shards]).astype(np.int64)
+    if len(at := np.flatnonzero(tokenizer.lost[tokens])):
+        raise ConfigError(f"DATA_PATH={folder}: validation token {at[0]} is {tokenizer.sp.id_to_piece(int(tokens[at[0]]))!r}, whose "
+                          "text is lost, so it cannot be scored; take a tokenizer with byte fallback")  # fmt: skip
     if len(tokens) - 1 < cfg.eval_len:
         raise ConfigError(
             f"DATA_PATH={folder}: {len(tokens)} validation tokens are fewer than one window of {cfg.eval_len} + 1; lower EVAL_SEQ_LEN"
@@ -1471,6 +1633,9 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
     if cfg.val_drop_tail:
         tokens = tokens[: (len(tokens) - 1) // cfg.eval_len * cfg.eval_len + 1]
     counts = np.concatenate([[0], tokenizer.count_bytes(tokens)])
+    if not counts.any():
+        raise ConfigError(f"DATA_PATH={folder}: the {len(tokens)} validation tokens hold no byte of text, so there are no bits a byte; "
+                          "give it documents")  # fmt: skip
     return ValidationText(torch.from_numpy(tokens), torch.from_numpy(counts.astype(np.int64)), complete)
 
 
@@ -2756,8 +2921,8 @@ def binding_values(cfg: Config) -> dict[str, Any]:
 class Checkpoints:
     """Files logs/RUN_ID.ckpt/step_NNNNNN.pt, written whole by rank 0, the last CHECKPOINT_KEEP of them kept."""
 
-    def __init__(self, cfg: Config, run: Run) -> None:
-        self.cfg, self.run = cfg, run
+    def __init__(self, cfg: Config, run: Run, identity: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.cfg, self.run, self.identity = cfg, run, dict(identity)  # of the training stream
         self.folder = run.log_path.with_suffix(".ckpt")
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
@@ -2765,7 +2930,7 @@ class Checkpoints:
         path = self.folder / f"step_{step:06d}.pt"
         if self.run.rank == 0:
             buffer = io.BytesIO()
-            torch.save({**state, "config": binding_values(self.cfg)}, buffer)
+            torch.save({**state, "config": binding_values(self.cfg), "identity": self.identity}, buffer)
             for stale in self.folder.glob(".step_*.partial"):  # of a process killed while it wrote
                 stale.unlink(missing_ok=True)
             atomic_write(path, buffer.getvalue())
@@ -2806,6 +2971,10 @@ class Checkpoints:
         changed = [f"{k} was {as_text(made_with[k])}, is {as_text(here[k])}" for k in other]
         if changed:
             raise ConfigError(f"RESUME={path}: made with another configuration: {'; '.join(changed)}")
+        for name, sha256 in state.get("identity", {}).items():
+            if self.identity.get(name, sha256) != sha256:
+                raise ConfigError(f"RESUME={path}: made with other data: sha256 {sha256[:16]}, {name} has {self.identity[name][:16]}; "
+                                  f"set {name} to what the run began with")  # fmt: skip
         return state
 
 
@@ -2874,7 +3043,9 @@ class Trainer:
         self.fake_quant.sharpness.fill_(qat_sharpness(self.cfg, frac))
         return Ctx(fake_quant=self.fake_quant)
 
-    def accumulate(self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None, total: Tensor) -> Tensor:
+    def accumulate(
+        self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None, total: float | Tensor
+    ) -> Tensor:
         """Gradient and value of sum(weights * nll) / total, one micro-batch after the other."""
         rows = max(1, self.micro_tokens // inputs.shape[1])
         loss = torch.zeros((), device=self.run.device)
@@ -2892,7 +3063,7 @@ class Trainer:
         another in here, so each may do so by itself.
         """
         weights = None if self.counts is None else self.counts.weights(inputs, targets)
-        total = torch.tensor(float(self.cfg.train_batch_tokens), device=self.run.device)
+        total: float | Tensor = float(self.cfg.train_batch_tokens)
         if weights is not None and self.cfg.complement_normalized:
             total = self.run.all_reduce(weights.sum())
         while True:
@@ -2979,13 +3150,15 @@ class Trainer:
 class StopConsensus:
     """Decides on all ranks alike, without stalling the device: off the CPU each step's flags are read one step later.
 
+    Their copy to the host is queued right behind their step, and reading waits for that copy alone, not for the next step.
+
     Flags: [whether to stop, loss, rank 0's clock, and for each rank whether its loss is bad], summed over the ranks.
     `seconds` is that clock as last read: what several ranks schedule by, since their own clocks differ.
     """
 
     def __init__(self, run: Run, seconds: float = 0.0) -> None:
         self.run, self.late, self.seconds = run, int(run.device.type != "cpu"), seconds
-        self.pending: list[tuple[int, Tensor]] = []
+        self.pending: list[tuple[int, Tensor, Any]] = []  # step, flags on the host, the event that completes their copy
         self.good: list[tuple[int, float]] = []  # the last (step, mean loss) that were finite
 
     def exchange(self, step: int, stop: bool, loss: Tensor, seconds: float) -> bool:
@@ -2993,12 +3166,16 @@ class StopConsensus:
         flags = torch.zeros(3 + self.run.world, device=self.run.device)
         flags[0], flags[1], flags[2] = float(stop), loss, 0.0 if self.run.rank else seconds
         flags[3 + self.run.rank] = (~torch.isfinite(loss)).float()
-        self.pending.append((step, self.run.all_reduce(flags)))
+        host = self.run.all_reduce(flags).to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if flags.is_cuda else None
+        self.pending.append((step, host, copied))
         return self.read() if len(self.pending) > self.late else False
 
     def read(self) -> bool:
         """Whether the oldest flags not read yet ask to stop; BrokenRun names the step and ranks of a loss that is not finite."""
-        step, flags = self.pending.pop(0)
+        step, flags, copied = self.pending.pop(0)
+        if copied is not None:
+            copied.synchronize()
         stop, loss, self.seconds, *bad = flags.tolist()
         if any(bad):
             ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag)
@@ -3199,7 +3376,7 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, resumed: dict[
         trainer.load_state_dict(resumed)
         elapsed = resumed["elapsed"]
         run.notice(f"resumed {resumed['path']} at step {trainer.step} after {elapsed:.1f}s of training")
-    loop = TrainingLoop(cfg, run, trainer, Checkpoints(cfg, run), validate)
+    loop = TrainingLoop(cfg, run, trainer, Checkpoints(cfg, run, stream.identity), validate)
     if cfg.lr_schedule == "warmdown" and 0 < cfg.iterations < cfg.warmdown_iters:
         run.notice(
             f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: rates fall from the first step on"
@@ -3598,8 +3775,8 @@ def input_moments(name: str, named: Mapping[str, Tensor], hessians: Mapping[str,
     h_CC = hessians.get(site) if part in ("weight", "a", "b") else None
     if h_CC is None or part != "b":
         return h_CC
-    a_RC = named[f"{site}.a"].float()
-    return a_RC @ h_CC @ a_RC.T
+    a_RC = named[f"{site}.a"].double()  # TF32 would leave a matrix that Cholesky refuses
+    return (a_RC @ h_CC.double() @ a_RC.T).float()
 
 
 # ---- the whole model
@@ -5054,9 +5231,18 @@ def score_windows(
     return torch.stack([logp, lse - (p * z).sum(-1), hint_prob])
 
 
-def stream_device(run: Run) -> torch.device:
-    """Where the stream and what is known by position live: integer sorts and float64 want a CUDA device or the CPU."""
-    return run.device if run.device.type == "cuda" else torch.device("cpu")
+def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
+    """Where the stream of `n_tokens` and what is known by position live: the GPU if the n-gram statistics fit on all of them.
+
+    Integer sorts and float64 want a CUDA device or the CPU. The statistics keep 12 bytes a token and order, and one order's
+    sort needs 132 more while it runs (measured).
+    """
+    host = torch.device("cpu")
+    if run.device.type != "cuda":
+        return host
+    free = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    fits = torch.tensor(float(n_tokens * (12 * cfg.ngram_order + 132) < 0.8 * free), device=run.device)
+    return run.device if run.all_reduce(fits, dist.ReduceOp.MIN) else host  # on every rank alike
 
 
 class Expert(Protocol):
@@ -5088,7 +5274,7 @@ class NetworkExpert:
         self.rows = max(1, (cfg.val_batch_tokens or default) // self.seq_len)
         # How many targets to score ahead: all ranks agree on it, whatever memory each of them has left.
         self.ahead = 16 * self.rows * run.world * self.stride
-        device = stream_device(run)
+        device = text.tokens.device
         self.logp, self.entropy, self.hint_prob = torch.zeros(3, self.n_tokens, device=device)
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
         self.done = 1  # targets below are scored
@@ -6299,7 +6485,8 @@ class Evaluation:
     """The experts of one evaluation. A network pass is made once and shared by the n-gram stages that build on it."""
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables = NO_TABLES) -> None:
-        self.cfg, self.run, self.model, self.tables, self.device = cfg, run, model, tables, stream_device(run)
+        self.cfg, self.run, self.model, self.tables = cfg, run, model, tables
+        self.device = stream_device(cfg, run, len(text.tokens))
         self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
         self.networks: dict[str, NetworkExpert] = {}
         bos = None if cfg.ngram_cross_doc else BOS
@@ -6530,11 +6717,29 @@ def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Audi
     return AuditCheck("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
 
 
-def audit(cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, artifact: str) -> bool:
+def bytes_check(text: ValidationText, tokenizer: Tokenizer) -> AuditCheck:
+    """The bytes counted of each document of the audited prefix against the length of its decoded text."""
+    tokens, counts = text.tokens[:AUDIT_TOKENS].cpu().numpy(), text.bytes[:AUDIT_TOKENS].cpu().numpy()
+    starts = [0, *np.flatnonzero(tokenizer.boundary[tokens[1:]]) + 1]
+    while len(tokens) > 1 and tokenizer.sp.is_byte(int(tokens[-1])):  # the cut may lie within a character
+        tokens = tokens[:-1]
+    total = -len(tokenizer.decode(tokens[:1]).encode())  # the first token is no target
+    for lo, hi in itertools.pairwise([*starts, len(tokens)]):
+        total += len(tokenizer.decode(tokens[lo:hi]).encode())
+        if total != (counted := int(counts[:hi].sum())):
+            return AuditCheck(
+                "bytes are the text's", False, f"up to target {hi - 1}: {counted} counted, {total} in the text"
+            )
+    return AuditCheck("bytes are the text's", True, f"{total} bytes in the text of {len(tokens)} tokens")
+
+
+def audit(
+    cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, tokenizer: Tokenizer, artifact: str
+) -> bool:
     """Audit every stage that is switched on and log each check; False if one failed. `artifact` is its SHA-256."""
     model.eval()
     evaluation = Evaluation(cfg, run, model, text, tables)
-    named = [("counts", replay_check(evaluation.text, evaluation.table))]
+    named = [("text", bytes_check(text, tokenizer)), ("counts", replay_check(evaluation.text, evaluation.table))]
     for stage in cfg.stages:
         named += [(stage, check) for check in Audit(cfg, run, model, text, stage, tables).checks()]
     for part, check in named:
@@ -6813,7 +7018,7 @@ def run_train(loaded: LoadedConfig) -> int:
     opened = open_run(loaded)
     run = opened.run
     shards = load_split(opened.paths.folder, "train")
-    stream = TokenStream(shards, cfg.vocab_size)
+    stream = TokenStream(shards, cfg.vocab_size, opened.tokenizer.sha256)
     check_batch(cfg, run.world)
     if cfg.calibrates and stream.total < cfg.train_seq_len:
         raise ConfigError(f"calibration needs {cfg.train_seq_len} training tokens, DATA_PATH={opened.paths.folder} holds {stream.total}: "
@@ -6821,7 +7026,7 @@ def run_train(loaded: LoadedConfig) -> int:
     choose_attention(cfg, run.device)
     with torch.device("meta"):
         Policy.of(cfg, GPT(cfg))  # a mistake in it is found now, not after the training
-    resumed = Checkpoints(cfg, run).load()
+    resumed = Checkpoints(cfg, run, stream.identity).load()
     run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
     run.open_logs(append=cfg.resume != "")
     log_start(opened, stream.total, len(shards))
@@ -6868,7 +7073,8 @@ def run_audit(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=audit: is the score of this artifact a code length?"""
     opened = open_scoring(loaded, header)
     model, tables = load_model(opened.cfg, opened.run, blob), load_tables(opened.cfg, blob)
-    return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, hashlib.sha256(blob).hexdigest()) else 1
+    artifact = hashlib.sha256(blob).hexdigest()
+    return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, opened.tokenizer, artifact) else 1
 
 
 def read_named(name: str, path: str, purpose: str) -> bytes:
@@ -6896,6 +7102,7 @@ def run_pack_code(loaded: LoadedConfig) -> int:
 
 def open_artifact(named: str, path: str) -> tuple[bytes, dict[str, Any]]:
     """(bytes, header) of the file that the knob or argument `named` names; ConfigError if it is missing or no artifact."""
+    path = expand_home(named, path)
     blob = read_named(named, path, "it takes the artifact of a finished run")
     try:
         header = read_header(blob)[0]

@@ -4,9 +4,9 @@
     python data/make_shards.py corpus.jsonl.zst --out data/datasets/mine --vocab-size 1024 --val-docs 500
     python data/make_shards.py corpus.jsonl --out data/datasets/mine --tokenizer data/tokenizers/fineweb_1024_bpe.model
 
-Inputs, in the order given: .jsonl, .jsonl.gz, .jsonl.zst (one {"text": ...} a line is one document) and .txt (one
-document, or one between blank lines with --blank-line-docs). The first --val-docs documents are the validation split.
-A new tokenizer is trained on the other documents only.
+Inputs, in the order given: .jsonl (one {"text": ...} a line is one document) and .txt (one document; with
+--blank-line-docs one between blank lines, with --doc-bytes one every so many bytes), plain, .gz or .zst. The first
+--val-docs documents are the validation split. A new tokenizer is trained on the other documents only.
 
 DIR receives fineweb_val_*.bin, fineweb_train_*.bin, the tokenizer and manifest.json, all of them or none. Each document
 is its BOS and its pieces; every one is checked to decode to its normalised text, byte for byte as a scorer counts them.
@@ -16,9 +16,7 @@ Point DATA_PATH at DIR and TOKENIZER_PATH at the tokenizer. The same input and s
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
-import gzip
 import hashlib
 import io
 import json
@@ -26,21 +24,31 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
-import zstandard
-from shards import SPACE, InputError, run_tool, sha256_of, shard_header, shard_name, sync_folder, write_synced
+from shards import SPACE, Failure, locked, run_tool, sha256_of, shard_header, shard_name, sync_folder, write_synced
+from text import Document, InputError, is_jsonl, read_documents
 from tqdm import tqdm
 
 OFFICIAL_VAL_DOCS = 50_000
 BATCH_CHARS = 1 << 19  # text handed to a worker at a time: large enough to hide the hand-over, small enough to share
-SETTINGS = ("val_docs", "shard_tokens", "blank_line_docs", "drop_copies")  # what decides the bytes, for the manifest
+SETTINGS = (
+    "val_docs",
+    "shard_tokens",
+    "blank_line_docs",
+    "doc_bytes",
+    "drop_copies",
+)  # what decides the bytes, for the manifest
 STAGING = ".make_shards.partial"
 # What published tokenizers of the challenge are trained with: all text is representable (bytes), digits stand alone.
 TRAINER = {
@@ -59,123 +67,33 @@ TRAINER = {
 # ---- documents
 
 
-class Document(NamedTuple):
-    """One text and where it came from ("file:line"), for messages."""
-
-    text: str
-    where: str
-
-
-def zstd_blocks(file: io.BufferedIOBase, name: str) -> Iterator[bytes]:
-    """Decompressed bytes of all frames; unlike the library's stream reader it notices a file cut short."""
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    fresh = True
-    while block := file.read(1 << 18):
-        while block:
-            yield frame.decompress(block)
-            fresh, block = False, b""
-            if frame.eof:
-                block, fresh = frame.unused_data, True
-                frame = zstandard.ZstdDecompressor().decompressobj()
-    if not fresh:
-        raise InputError(f"{name}: the zstd stream ends early; the file is cut short")
-
-
-def blocks(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
-    """Decompressed bytes of an open file by its name's ending; damage raises InputError."""
-    try:
-        if path.suffix == ".zst":
-            yield from zstd_blocks(file, str(path))
-            return
-        plain = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-        while block := plain.read(1 << 20):
-            yield block
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise InputError(f"{path}: cannot be decompressed ({error})") from None
-
-
-def text_of(path: Path, parts: Iterable[bytes]) -> Iterator[str]:
-    """UTF-8 text of byte blocks, a byte-order mark removed; other encodings raise InputError."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    try:
-        for part in parts:
-            yield decoder.decode(part)
-        yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason}); convert it first") from None
-
-
-def lines_of(parts: Iterable[str]) -> Iterator[str]:
-    """Lines ended by newline alone: str.splitlines would also cut inside a JSON string at U+2028."""
-    rest = ""
-    for part in parts:
-        *full, rest = (rest + part).split("\n")
-        yield from full
-    if rest:
-        yield rest
-
-
-def parse_line(line: str, where: str) -> Document:
-    """The document on one JSON line; raises InputError where there is none."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error}); each line must be an object with a string under text") from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise InputError(f'{where}: no string under "text"; each line must be {{"text": "..."}}')
-    if re.search(r"\\u[dD]", line) and re.search(r"[\ud800-\udfff]", text):
-        raise InputError(f"{where}: the text holds half a surrogate pair, which is no character")
-    return Document(text, where)
-
-
-def paragraphs(path: Path, lines: Iterable[str]) -> Iterator[Document]:
-    """Documents between blank lines of a .txt file."""
-    held: list[str] = []
-    start = 1
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            held.append(line)
-            continue
-        if held:
-            yield Document("\n".join(held), f"{path}:{start}")
-        held, start = [], number + 1
-    if held:
-        yield Document("\n".join(held), f"{path}:{start}")
-
-
-def file_documents(path: Path, blank_line_docs: bool, progress: Callable[[int], object]) -> Iterator[Document]:
-    """Documents of one file in order; `progress` is told how many bytes of the file were consumed since the last."""
-    with path.open("rb") as file:
-        seen = 0
-        text = text_of(path, blocks(path, file))
-        if path.suffix == ".txt" and not blank_line_docs:
-            found: Iterable[Document] = [Document("".join(text), str(path))]
-        elif path.suffix == ".txt":
-            found = paragraphs(path, lines_of(text))
-        else:
-            numbered = enumerate(lines_of(text), 1)
-            found = (parse_line(line, f"{path}:{number}") for number, line in numbered if line.strip())
-        for document in found:
-            yield document
-            progress(file.tell() - seen)
-            seen = file.tell()
-
-
 class Corpus(NamedTuple):
     """The input files, read anew by each pass."""
 
     paths: list[Path]
     blank_line_docs: bool
+    doc_bytes: int
 
     def documents(self, label: str) -> Iterator[Document]:
         """Documents that are more than white space, in order, under a progress bar (on a terminal)."""
         total = sum(path.stat().st_size for path in self.paths)
         with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None) as bar:
             for path in self.paths:
-                for document in file_documents(path, self.blank_line_docs, bar.update):
+                for document in read_documents(path, self.blank_line_docs, self.doc_bytes, bar.update):
                     if document.text.strip():
                         yield document
+
+    def too_few(self, count: int, val_docs: int) -> InputError:
+        """The complaint of `count` documents that the validation split uses up."""
+        remedy = f"choose fewer (the official split is {OFFICIAL_VAL_DOCS:,})"
+        whole = not (self.blank_line_docs or self.doc_bytes) and not all(map(is_jsonl, self.paths))
+        if whole:
+            remedy = (
+                "a text file is one document; --blank-line-docs makes one of what stands between blank lines, "
+                f"--doc-bytes 4000 one of every 4,000 bytes; then {remedy}"
+            )
+        documents = f"{count:,} document{'s' * (count != 1)}"
+        return InputError(f"--val-docs {val_docs}: the input has {documents}, so none is left for training; {remedy}")
 
 
 def check_inputs(paths: list[Path]) -> None:
@@ -183,17 +101,17 @@ def check_inputs(paths: list[Path]) -> None:
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: no such file")
-        if not re.search(r"\.(txt|jsonl|jsonl\.gz|jsonl\.zst)$", path.name):
-            raise InputError(f"{path}: unknown ending; expected .txt, .jsonl, .jsonl.gz or .jsonl.zst")
+        if not re.search(r"\.(txt|jsonl)(\.gz|\.zst)?$", path.name):
+            raise InputError(f"{path}: unknown ending; expected .txt or .jsonl, or one of them with .gz or .zst")
 
 
 # ---- tokenizer
 
 
-def training_lines(documents: Iterable[Document], val_docs: int, limit: int) -> Iterator[str]:
+def training_lines(corpus: Corpus, val_docs: int, limit: int) -> Iterator[str]:
     """Lines of the documents after the validation split, up to `limit` bytes: the tokenizer never sees validation."""
     used = count = 0
-    for count, document in enumerate(documents, 1):
+    for count, document in enumerate(corpus.documents("tokenizer"), 1):
         if count <= val_docs:
             continue
         for line in document.text.split("\n"):
@@ -203,15 +121,7 @@ def training_lines(documents: Iterable[Document], val_docs: int, limit: int) -> 
         if used >= limit:
             return
     if not used:
-        raise too_few_documents(count, val_docs)
-
-
-def too_few_documents(count: int, val_docs: int) -> InputError:
-    """The complaint of a corpus that the validation split would use up."""
-    return InputError(
-        f"--val-docs {val_docs}: the input has {count:,} documents, so none is left for training; "
-        f"choose fewer (the official split is {OFFICIAL_VAL_DOCS:,})"
-    )
+        raise corpus.too_few(count, val_docs)
 
 
 def train_tokenizer(lines: Iterator[str], vocab_size: int, coverage: float) -> bytes:
@@ -249,7 +159,10 @@ def vocabulary_error(vocab_size: int, reason: str) -> InputError:
     if most:
         remedy = f"this text fills at most {most[1]} pieces; give fewer, or more text"
     elif least:
-        remedy = f"the special pieces, 256 bytes and single characters need {least[1]} already; give more"
+        remedy = (
+            f"the special pieces, 256 bytes and single characters need {least[1]} already; give more, or fewer characters "
+            "pieces of their own by a lower --character-coverage"
+        )
     else:
         remedy = f"the tokenizer could not be trained ({reason.strip()})"
     return InputError(f"--vocab-size {vocab_size}: {remedy}")
@@ -270,19 +183,17 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     return tokenizer
 
 
-def byte_counts(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a scorer counts, per piece: bytes (V,) int64 without a leading space, has that space (V,), is boundary (V,).
+def byte_counts(
+    tokenizer: sentencepiece.SentencePieceProcessor, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the trainer counts, per piece: its own rule, `train_gpt.piece_bytes`; InputError where it refuses the tokenizer."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    import train_gpt
 
-    Boundary pieces (control, unknown, unused) stand for no bytes and swallow the space of the piece after them.
-    """
-    size = tokenizer.vocab_size()
-    pieces = [tokenizer.id_to_piece(i) for i in range(size)]
-    byte = np.array([tokenizer.is_byte(i) for i in range(size)])
-    silent = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
-    boundary = np.array([any(test(i) for test in silent) for i in range(size)])
-    length = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces], dtype=np.int64)
-    spaced = np.array([piece.startswith(SPACE) for piece in pieces]) & ~byte & ~boundary
-    return np.where(boundary, 0, np.where(byte, 1, length)), spaced, boundary
+    try:
+        return train_gpt.piece_bytes(tokenizer, name)
+    except train_gpt.ConfigError as error:
+        raise InputError(str(error)) from None
 
 
 class Encoder:
@@ -290,7 +201,7 @@ class Encoder:
 
     def __init__(self, model: bytes, name: str):
         self.name, self.tokenizer = name, load_tokenizer(model, name)
-        self.length, self.spaced, self.boundary = byte_counts(self.tokenizer)
+        self.length, self.spaced, self.boundary = byte_counts(self.tokenizer, name)
 
     def normalise(self, text: str) -> str:
         return self.tokenizer.normalize(text).replace(SPACE, " ")
@@ -344,6 +255,15 @@ _encoder: Encoder  # one a worker process, set by start_worker
 def start_worker(model: bytes, name: str) -> None:
     global _encoder
     _encoder = Encoder(model, name)
+    if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+        threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
+
+
+def leave_with(parent: Any) -> None:
+    """End this process when its parent does, even a killed one: an orphan would go on holding the folder's lock."""
+    parent.join()
+    os._exit(1)
 
 
 def encode_batch(batch: list[Document]) -> list[Encoded] | InputError:
@@ -370,29 +290,33 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def encode_all(documents: Iterable[Document], model: bytes, name: str, workers: int) -> Iterator[Encoded]:
-    """Tokens of all documents in their order, by `workers` processes; only a few batches are in flight at a time."""
-    with contextlib.ExitStack() as stack:
-        if workers == 1:
-            start_worker(model, name)
-            results = map(encode_batch, batched(documents))
-        else:
-            pool = stack.enter_context(multiprocessing.Pool(workers, start_worker, (model, name)))
-            results = windowed(pool, batched(documents), 3 * workers)
-        for result in results:
-            if isinstance(result, InputError):
-                raise result
-            yield from result
+    """Tokens of all documents in their order, by `workers` processes."""
+    if workers == 1:
+        start_worker(model, name)
+        results = map(encode_batch, batched(documents))
+    else:
+        results = in_processes(documents, model, name, workers)
+    for result in results:
+        if isinstance(result, InputError):
+            raise result
+        yield from result
 
 
-def windowed(pool: Any, batches: Iterable[list[Document]], width: int) -> Iterator[Any]:
-    """Ordered results with at most `width` batches submitted: Pool.imap would read the whole corpus into memory."""
-    pending: deque[Any] = deque()
-    for batch in batches:
-        pending.append(pool.apply_async(encode_batch, (batch,)))
-        if len(pending) >= width:
-            yield pending.popleft().get()
-    while pending:
-        yield pending.popleft().get()
+def in_processes(documents: Iterable[Document], model: bytes, name: str, workers: int) -> Iterator[Any]:
+    """Ordered results of `encode_batch`; only a few batches are in flight, or the whole corpus would be in memory."""
+    pending: deque[Future] = deque()
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(model, name))
+    try:
+        for batch in batched(documents):
+            pending.append(pool.submit(encode_batch, batch))
+            if len(pending) >= 3 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise Failure(f"--workers {workers}: one was killed, often for want of memory; try fewer") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- shards
@@ -434,7 +358,7 @@ class Split:
         return {"documents": self.documents, "tokens": tokens, "bytes": self.text_bytes, "shards": self.shards}
 
 
-def write_splits(encoded: Iterable[Encoded], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def write_splits(encoded: Iterable[Encoded], folder: Path, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     """Write both splits into `folder`; returns their summaries and how many training documents copy validation ones."""
     val, train = (Split(folder, name, args.shard_tokens) for name in ("val", "train"))
     val_digests: set[bytes] = set()
@@ -449,33 +373,50 @@ def write_splits(encoded: Iterable[Encoded], folder: Path, args: argparse.Namesp
         if not (copied and args.drop_copies):
             train.add(item)
     if not train.documents:
-        raise too_few_documents(val.documents + copies, args.val_docs)
-    val.flush()
-    train.flush()
+        raise corpus.too_few(val.documents + copies, args.val_docs)
+    for split in (val, train):
+        split.flush()
+        if not split.text_bytes:
+            raise InputError(
+                f"--val-docs {args.val_docs}: the {split.name} split has no byte of text after normalisation, so nothing "
+                "could be scored; put other documents there"
+            )
     return {"val": val.summary(), "train": train.summary(), "copies_of_validation": copies}
+
+
+def files_of_set(out: Path) -> list[Path]:
+    """Files in `out` that an earlier call left: shards, tokenizers, the manifest (first, so that no set is half valid)."""
+    try:
+        named = json.loads((out / "manifest.json").read_text())["tokenizer"]["file"]
+    except (OSError, ValueError, LookupError, TypeError):
+        named = None
+    patterns = ("manifest.json", "fineweb_*.bin", "tokenizer*.model")
+    found = [path for pattern in patterns for path in sorted(out.glob(pattern))]
+    return found + [path for path in out.glob("*.model") if path.name == named and path not in found]
 
 
 @contextlib.contextmanager
 def staged(out: Path, force: bool) -> Iterator[Path]:
-    """A folder aside whose files move into `out` together at the end, or vanish on any failure."""
-    old = [path for pattern in ("fineweb_*.bin", "manifest.json") for path in sorted(out.glob(pattern))]
-    if old and not force:
-        raise InputError(f"--out {out}: {old[0].name} is there already; name another folder, or --force to replace it")
-    created = not out.exists()
-    folder = out / STAGING
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        for path in old:
-            path.unlink()
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.json"):  # the manifest comes last
-            os.replace(path, out / path.name)
-        sync_folder(out)
-    except BaseException:
-        shutil.rmtree(out if created else folder, ignore_errors=True)
-        raise
-    folder.rmdir()
+    """A folder aside whose files take the place of the old set in `out` at the end, or vanish on any failure."""
+    with locked(out) as created:
+        if (old := files_of_set(out)) and not force:
+            raise InputError(
+                f"--out {out}: {old[0].name} is there already; name another folder, or --force to replace it"
+            )
+        folder = out / STAGING
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+            for path in old:
+                path.unlink()
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.json"):  # the manifest last
+                os.replace(path, out / path.name)
+            sync_folder(out)
+        except BaseException:
+            shutil.rmtree(out if created else folder, ignore_errors=True)
+            raise
+        folder.rmdir()
 
 
 # ---- the tool
@@ -484,24 +425,27 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
 def obtain_tokenizer(corpus: Corpus, args: argparse.Namespace) -> tuple[bytes, str, dict[str, Any]]:
     """(serialised model, file name, manifest entry) of the tokenizer that was named, or of one trained now."""
     if args.tokenizer:
-        model, name, how = args.tokenizer.read_bytes(), args.tokenizer.name, {"trained_here": False}
+        model, name, how = args.tokenizer.read_bytes(), f"{args.tokenizer.stem}.model", {"trained_here": False}
     else:
-        lines = training_lines(corpus.documents("tokenizer"), args.val_docs, args.tokenizer_bytes)
+        lines = training_lines(corpus, args.val_docs, args.tokenizer_bytes)
         model = train_tokenizer(lines, args.vocab_size, args.character_coverage)
         name = f"tokenizer_{args.vocab_size}.model"
         how = {"trained_here": True, **TRAINER, "character_coverage": args.character_coverage}
-    size = load_tokenizer(model, name).vocab_size()
+    tokenizer = load_tokenizer(model, name)
+    byte_counts(tokenizer, name)
+    size = tokenizer.vocab_size()
     return model, name, {"file": name, "sha256": hashlib.sha256(model).hexdigest(), "vocab_size": size, **how}
 
 
 def make_shards(args: argparse.Namespace) -> dict[str, Any]:
     """Do the whole job and return the manifest that was written."""
     check_inputs(args.inputs)
-    corpus = Corpus(args.inputs, args.blank_line_docs)
+    corpus = Corpus(args.inputs, args.blank_line_docs, args.doc_bytes)
     with staged(args.out, args.force) as folder:
         model, name, about_tokenizer = obtain_tokenizer(corpus, args)
         write_synced(folder / name, model)
-        splits = write_splits(encode_all(corpus.documents("shards"), model, name, args.workers), folder, args)
+        encoded = encode_all(corpus.documents("shards"), model, name, args.workers)
+        splits = write_splits(encoded, folder, corpus, args)
         manifest = {
             "format": "parameter-golf shards, version 1",
             "inputs": [{"file": p.name, "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in args.inputs],
@@ -542,7 +486,7 @@ def positive(text: str) -> int:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".txt, .jsonl, .jsonl.gz or .jsonl.zst")
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".txt or .jsonl, plain, .gz or .zst")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for shards, tokenizer and manifest.json")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--vocab-size", type=positive, default=1024, help="pieces of the tokenizer to train (1024)")
@@ -550,17 +494,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--val-docs", type=positive, default=OFFICIAL_VAL_DOCS, metavar="N",
         help="the first N documents are validation (official split, and default: 50,000)")  # fmt: skip
     add("--shard-tokens", type=positive, default=100_000_000, help="tokens a shard (100,000,000)")
-    add("--blank-line-docs", action="store_true", help="blank lines separate the documents of a .txt file")
+    cut = parser.add_mutually_exclusive_group()
+    cut.add_argument("--blank-line-docs", action="store_true", help="blank lines separate the documents of a .txt file")
+    cut.add_argument("--doc-bytes", type=positive, default=0, metavar="BYTES",
+        help="cut a .txt file into documents of about so many bytes, at the ends of lines")  # fmt: skip
     add("--drop-copies", action="store_true", help="leave out training documents that equal a validation document")
     add("--tokenizer-bytes", type=positive, default=500_000_000, metavar="BYTES",
         help="train the tokenizer on the first so many bytes of training text (500,000,000)")  # fmt: skip
     add("--character-coverage", type=float, default=0.999,
-        help="share of characters that get pieces of their own, the rest are bytes (0.999)")  # fmt: skip
+        help="share of characters that get pieces of their own, the rest are bytes; 0.98 to 1 (0.999)")  # fmt: skip
     add("--workers", type=positive, default=os.cpu_count() or 1, help="processes that tokenise (all cores)")
     add("--force", action="store_true", help="replace the shards in DIR")
     args = parser.parse_args(argv)
-    if not 0.9 <= args.character_coverage <= 1.0:
-        parser.error(f"--character-coverage {args.character_coverage}: expected 0.9 to 1.0")
+    if not 0.98 <= args.character_coverage <= 1.0:
+        parser.error(
+            f"--character-coverage {args.character_coverage}: expected 0.98 to 1.0, SentencePiece's own bounds"
+        )
+    if args.shard_tokens >= 1 << 31:
+        parser.error(f"--shard-tokens {args.shard_tokens}: a shard's header counts in 32 bits, so at most 2147483647")
+    if args.doc_bytes >= 1 << 31:
+        parser.error(f"--doc-bytes {args.doc_bytes}: expected at most 2147483647")
     if args.vocab_size > 1 << 16:
         parser.error(f"--vocab-size {args.vocab_size}: shards hold uint16, so at most 65536")
     return args

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import http.server
@@ -253,12 +254,15 @@ def bad_inputs(folder: Path) -> dict[str, list]:
         "field.jsonl": b'{"text": "fine"}\n{"body": "x"}\n',
         "array.jsonl": b"[1, 2]\n",
         "half.jsonl": b'{"text": "fine"}\n{"text": "half a pair \\ud800"}\n',
-        "latin.txt": "déjà vu".encode("latin-1"),
+        "latin.txt": "plain\ndéjà vu".encode("latin-1"),
         "short.jsonl.zst": zstandard.compress(content)[:-5],
         "short.jsonl.gz": gzip.compress(content)[:-12],
         "notgz.jsonl.gz": content,
         "notzst.jsonl.zst": content,
         "empty.jsonl": b"",
+        "han.txt": "\n\n".join("".join(map(chr, range(i, i + 40))) * 3 for i in range(0x4E00, 0x5A00, 40)).encode(),
+        "mute.jsonl": b'{"text": "\\u0001\\u200b"}\n' + content,
+        "dumb.jsonl": b'{"text": "fine"}\n{"text": "\\u200b"}\n',
         "blank.txt": b" \n \n",
         "a.parquet": b"PAR1",
         "fake.model": b"not a model",
@@ -271,7 +275,7 @@ def bad_inputs(folder: Path) -> dict[str, list]:
         'field.jsonl:2: no string under "text"': [folder / "field.jsonl", *few],
         'array.jsonl:1: no string under "text"': [folder / "array.jsonl", *few],
         "half.jsonl:2: the text holds half a surrogate pair": [good, folder / "half.jsonl", *few],
-        "latin.txt: not UTF-8": [folder / "latin.txt", *few],
+        "latin.txt:2: not UTF-8 text (byte 0xe9 at offset 7": [folder / "latin.txt", *few],
         "short.jsonl.zst: the zstd stream ends early": [folder / "short.jsonl.zst", *few],
         "short.jsonl.gz: cannot be decompressed": [folder / "short.jsonl.gz", *few],
         "notgz.jsonl.gz: cannot be decompressed": [folder / "notgz.jsonl.gz", *few],
@@ -283,6 +287,20 @@ def bad_inputs(folder: Path) -> dict[str, list]:
         "the input has 60 documents, so none is left": [good, "--val-docs", 60, "--vocab-size", 300],
         "--vocab-size 20000: this text fills at most": [good, "--val-docs", 1, "--vocab-size", 20000],
         "--vocab-size 100: the special pieces": [good, "--val-docs", 1, "--vocab-size", 100],
+        "already; give more, or fewer characters": [folder / "han.txt", *few[:2], "--blank-line-docs"],
+        "1 document, so none is left for training; a text file is one document; --blank-line-docs makes one": [
+            folder / "han.txt",
+            "--vocab-size",
+            300,
+        ],
+        "--val-docs 1: the val split has no byte of text": [folder / "mute.jsonl", *few],
+        "the train split has no byte of text": [
+            folder / "dumb.jsonl",
+            "--val-docs",
+            1,
+            "--tokenizer",
+            SAMPLE / "tokenizer_1024.model",
+        ],
         "fake.model: not a SentencePiece model": [good, "--val-docs", 1, "--tokenizer", folder / "fake.model"],
     }
 
@@ -319,6 +337,131 @@ def test_a_tokenizer_that_loses_text_is_refused_by_document(tmp_path, capsys):
     argv = [source, "--out", tmp_path / "out", "--tokenizer", tmp_path / "lossy.model", "--val-docs", 1]
     assert run(make_shards.main, argv) == 2
     assert "a.jsonl:3: the tokenizer lossy.model does not give this document back" in capsys.readouterr().err
+
+
+def test_force_leaves_nothing_of_the_old_set(tmp_path, corpus):
+    """The trainer would take the first tokenizer by name: shards of another one would be scored wrongly."""
+    out, mine = tmp_path / "out", tmp_path / "my own.model"
+    shutil.copytree(corpus / "out", out)
+    (out / "fineweb_val_bytes_000000.bin").write_bytes(b"of an older set")
+    (out / "notes.txt").write_text("the user's")
+    shutil.copy(corpus / "out" / "tokenizer_400.model", mine)
+    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", out, "--val-docs", 5, "--force"]
+    assert run(make_shards.main, [*argv, "--tokenizer", mine]) == 0
+    names = {"fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json", "notes.txt", "my own.model"}
+    assert {path.name for path in out.iterdir()} == names
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["tokenizer"]["file"] == mine.name and manifest["tokenizer"]["sha256"] == shards.sha256_of(mine)
+    assert run(make_shards.main, [*argv, "--vocab-size", 300]) == 0
+    assert {path.name for path in out.iterdir()} == names - {mine.name} | {"tokenizer_300.model"}
+
+
+def start_tool(script: Path, *argv) -> subprocess.Popen:
+    """A tool in a process of its own."""
+    command = [sys.executable, str(script), *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_of_two_calls_into_one_folder_the_second_is_refused(tmp_path, corpus, capsys):
+    """Also while the first, killed, has left workers behind, nobody waits: they end with it."""
+    model, out = corpus / "out" / "tokenizer_400.model", tmp_path / "out"
+    source = write_jsonl(tmp_path / "a.jsonl", [" ".join(PLAIN)] * 8000)
+    argv = ["--out", out, "--tokenizer", model, "--val-docs", 5]
+    with start_tool(DATA / "make_shards.py", source, *argv, "--workers", 2) as process:
+        deadline = time.monotonic() + 20
+        while not (out / make_shards.STAGING / model.name).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        small = write_jsonl(tmp_path / "b.jsonl", PLAIN)
+        assert run(make_shards.main, [small, *argv, "--force"]) == 2
+        error = capsys.readouterr().err
+        assert f"{out}: another process is writing into this folder" in error and error.count("\n") == 1
+        assert process.poll() is None  # and the first goes on
+        process.kill()
+    while run(make_shards.main, [small, *argv]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert json.loads((out / "manifest.json").read_text())["train"]["documents"] == len(PLAIN) - 5
+    assert not (out / make_shards.STAGING).exists()
+
+
+@pytest.mark.skipif(shards.fcntl is None, reason="no locks here")
+def test_a_lock_is_on_the_folder_ends_with_its_holder_and_can_be_held_twice(tmp_path, hub, capsys):
+    folder = tmp_path / "datasets" / "fineweb10B_sp1024"
+    hold = "import sys; sys.path.insert(0, sys.argv[1]); import pathlib, shards, time\n" \
+           "with shards.locked(pathlib.Path(sys.argv[2])): print('held', file=sys.stderr, flush=True); time.sleep(60)"  # fmt: skip
+    with shards.locked(folder) as created, shards.locked(folder) as again:
+        assert created and not again
+        with start_tool("-c", hold, DATA, folder) as process:
+            assert "another process is writing into this folder" in process.communicate()[1]
+    assert not folder.exists()  # it was made for the lock, and nothing came
+    with start_tool("-c", hold, DATA, folder) as process:
+        assert process.stderr.readline() == "held\n"
+        assert fetch(hub, tmp_path) == 2
+        assert "fineweb10B_sp1024: another process is writing" in capsys.readouterr().err and not hub.served
+        process.kill()
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 0
+
+
+@pytest.mark.parametrize("number, status", [
+    (errno.ENOSPC, 1), (errno.EIO, 1), (errno.EDQUOT, 1), (errno.EACCES, 2), (errno.ENOTDIR, 2), (errno.ENAMETOOLONG, 2),
+])  # fmt: skip
+def test_exit_status_2_is_for_mistakes_and_1_for_a_full_disk(tmp_path, corpus, capsys, monkeypatch, number, status):
+    def fails(path: Path, _: bytes) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(make_shards, "write_synced", fails)
+    model = corpus / "out" / "tokenizer_400.model"
+    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", tmp_path / "out", "--tokenizer", model, "--val-docs", 5]
+    assert run(make_shards.main, [*argv, "--workers", 1]) == status
+    error = capsys.readouterr().err
+    assert os.strerror(number) in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ["--character-coverage", "0.97"], ["--character-coverage", "1.01"], ["--character-coverage", "nan"],
+    ["--shard-tokens", str(1 << 31)], ["--vocab-size", "65537"], ["--vocab-size", "0"], ["--doc-bytes", "0"],
+    ["--doc-bytes", "9", "--blank-line-docs"], ["--val-docs", "none"], ["--workers", "0"],
+])  # fmt: skip
+def test_values_that_could_not_work_are_refused_before_any_work(tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        make_shards.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), *words])
+    assert stop.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_coverage_at_the_bounds_that_are_allowed_trains(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", PLAIN)
+    for coverage in ("0.98", "1"):
+        argv = [source, "--out", tmp_path / coverage, "--val-docs", 5, "--vocab-size", 300, "--workers", 1]
+        assert run(make_shards.main, [*argv, "--character-coverage", coverage]) == 0
+
+
+def test_a_single_text_file_is_cut_by_bytes(tmp_path, corpus):
+    text = "\n".join(PLAIN) + "\n" + " ".join(PLAIN)  # many lines, then one long one
+    (tmp_path / "a.txt").write_text(text)
+    model, out = corpus / "out" / "tokenizer_400.model", tmp_path / "out"
+    argv = [tmp_path / "a.txt", "--out", out, "--tokenizer", model, "--val-docs", 3, "--doc-bytes", 200, "--workers", 1]
+    assert run(make_shards.main, argv) == 0
+    decode = sentencepiece.SentencePieceProcessor(str(model)).decode
+    documents = [decode(tokens) for split in ("val", "train") for tokens in split_documents(out, split)]
+    assert " ".join(documents) == text.replace("\n", " ")
+    assert len(documents) > 30 and all(180 <= len(document) <= 420 for document in documents[:-1])
+    assert json.loads((out / "manifest.json").read_text())["settings"]["doc_bytes"] == 200
+
+
+def die(_) -> None:
+    os._exit(1)
+
+
+def test_a_worker_that_is_killed_is_named_instead_of_waited_for(tmp_path, corpus, capsys, monkeypatch):
+    monkeypatch.setattr(make_shards, "encode_batch", die)
+    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", tmp_path / "out", "--val-docs", 5, "--workers", 2]
+    assert run(make_shards.main, [*argv, "--tokenizer", corpus / "out" / "tokenizer_400.model"]) == 1
+    assert "--workers 2: one was killed" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_help_into_a_closed_pipe_ends_quietly():
+    command = f"{sys.executable} {DATA / 'make_shards.py'} --help | head -c 10"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert not done.stderr, done.stderr
 
 
 def test_shard_headers_are_refused_when_they_lie(tmp_path):
@@ -647,7 +790,7 @@ def test_a_damaged_file_is_fetched_again_once_and_then_reported(hub, tmp_path, c
     assert (tmp_path / "once/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").read_bytes() == shard(0)
     hub.faults[path] = ["corrupt", "corrupt"]
     capsys.readouterr()
-    assert fetch(hub, tmp_path / "twice", "--train-shards", 1) == 2
+    assert fetch(hub, tmp_path / "twice", "--train-shards", 1) == 1
     assert "arrived damaged twice: its sha256 hash is not the hub's" in capsys.readouterr().err
     assert not (tmp_path / "twice/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").exists()
 
@@ -655,7 +798,7 @@ def test_a_damaged_file_is_fetched_again_once_and_then_reported(hub, tmp_path, c
 def test_a_shard_whose_header_lies_on_the_hub_is_refused(hub, tmp_path, capsys):
     path = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
     hub.repos["willdepueoai/parameter-golf"][path] = shards.shard_header(5000) + bytes(8000)
-    assert fetch(hub, tmp_path, "--train-shards", 1) == 2
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 1
     assert "header claims 5,000 tokens" in capsys.readouterr().err
 
 
