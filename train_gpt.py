@@ -111,7 +111,7 @@ class Config:
     mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit", "plan", "compress", "decompress", "sample", "explain", "pack_code"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
-    run_id: str = knob("", "", "names the logs; empty: time-recipe-seed")
+    run_id: str = knob("", "", "names the logs; empty: time-recipe-seed, and -2, -3 ... where that is taken")
     log_dir: str = knob("logs", "folder", "where logs, checkpoints and artifacts go")
     device: str = knob("auto", "", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     force: bool = knob(False, "", "overwrite finished files")
@@ -449,6 +449,8 @@ class Config:
         if self.mode == "train" and 0 < self.max_wallclock_seconds <= self.reserved_seconds:
             yield (f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
                    f"{self.max_wallclock_seconds:g} to train in: lower the one or raise the other")  # fmt: skip
+        if re.search(r"[/\x00-\x1f]", self.run_id):
+            yield f"RUN_ID={self.run_id!r}: expected a name, which becomes LOG_DIR/NAME.txt; name folders with LOG_DIR"
         if self.resume == "auto" and not self.run_id:
             yield "RESUME=auto needs RUN_ID, the name of the run to continue"
 
@@ -576,9 +578,14 @@ def renamed(*names: str) -> Converter:
     return lambda value: dict.fromkeys(names, value)
 
 
+def as_digit(text: str) -> str:
+    """true and false, in any case, as 1 and 0; any other text unchanged."""
+    return {"false": "0", "true": "1"}.get(text.lower(), text)
+
+
 def mapped(name: str, table: dict[str, str]) -> Converter:
     """Published value -> our word for it; other values pass through unchanged."""
-    return lambda value: {name: table.get(value, value)}
+    return lambda value: {name: table.get(as_digit(value), value)}
 
 
 def float_or_none(text: str) -> float | None:
@@ -601,7 +608,7 @@ def computed(convert: Callable[[float], dict[str, Any]]) -> Converter:
     return read
 
 
-class Off(dict[str, str]):
+class SwitchedOff(dict[str, str]):
     """Our knobs where a published switch is off: what it switches off stays off, however it is set."""
 
 
@@ -609,9 +616,10 @@ def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
     """Published 0/1 switch -> our knobs when on and when off."""
 
     def convert(value: str) -> dict[str, str]:
+        value = as_digit(value)
         if value not in ("0", "1"):
             raise ConfigError(f"expected 0 or 1, got {value!r}")
-        kind, knobs = (dict, on) if value == "1" else (Off, off)
+        kind, knobs = (dict, on) if value == "1" else (SwitchedOff, off)
         return kind({k: str(v) for k, v in knobs.items()})
 
     return convert
@@ -734,13 +742,29 @@ NO_EFFECT: dict[str, dict[str, str]] = {
 # What gives a dead name its meaning back, where it is a knob of ours too.
 REVIVED_BY = {"WARMDOWN_ITERS": ("LR_SCHEDULE", "warmdown"), "TTT_MOMENTUM": ("TTT_OPTIMIZER", "sgd")}
 
-# Names that torchrun, Slurm and the shell own; never mistaken for a misspelt knob.
-FOREIGN = frozenset(
-    "PROMPT_COMMAND RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT NODE_RANK "
-    "OMP_NUM_THREADS PATH HOME SHELL TERM USER LANG PWD OLDPWD SHLVL LOGNAME MAIL EDITOR PAGER TMPDIR HOSTNAME".split()
-)
-FOREIGN_PREFIXES = ("TORCH", "NCCL_", "GLOO_", "CUDA_", "SLURM_", "GITHUB_", "LC_", "XDG_", "PYTHON", "PYTEST_", "PIP_",
-                    "VIRTUAL_ENV", "GROUP_", "ROLE_", "SSH_", "HF_", "MKL_", "OMP_", "KMP_", "TRITON_", "CONDA_")  # fmt: skip
+# Variables of other programs whose names are like those of knobs: never taken for a misspelt one.
+FOREIGN = frozenset("ARTIFACTS CODE COMPILER DEVICES FORCE_COLOR INPUTRC INPUTS LMOD_DIR LOGDIR MODEL MODEL_DIR MORE NODE OUTPUTS PAT "
+                    "PRE_COMMIT PROFILER PROFILES PROJ_DATA PROJ_LIB PROMPTS RPROMPT RUNID SPEED SPROMPT TOP_K".split())  # fmt: skip
+# Beginnings of names that torch, its launchers, shells, clusters, CI systems and editors set.
+FOREIGN_PREFIXES = tuple("TORCH NCCL_ GLOO_ CUDA_ NVIDIA_ NV_ SLURM_ SM_ PBS_ LSB_ OMPI_ PMI KUBERNETES_ AWS_ AZURE_ AGENT_ CI_ GITHUB_ "
+                         "GITLAB_ RUNNER_ BUILD_ SYSTEM_ JENKINS_ CIRCLE_ VSCODE_ CONDA_ VIRTUAL_ENV PYTHON PYTEST_ PIP_ UV_ HF_ WANDB_ "
+                         "MLFLOW_ OMP_ MKL_ KMP_ TRITON_ LC_ XDG_ SSH_ GROUP_ ROLE_ PROMPT_ LOG_LEVEL".split())  # fmt: skip
+
+# What other trainers call a knob of ours, or what comes nearest to theirs.
+ELSEWHERE = {name: ours for ours, names in {
+    "MATRIX_LR": "LR LEARNING_RATE MAX_LR MUON_LR", "TIED_EMBED_LR": "ADAM_LR",
+    "TRAIN_BATCH_TOKENS": "BATCH BATCH_SIZE TRAIN_BATCH_SIZE GLOBAL_BATCH_SIZE TOTAL_BATCH_SIZE BATCH_TOKENS",
+    "MICRO_BATCH_TOKENS": "MICRO_BATCH_SIZE DEVICE_BATCH_SIZE GRAD_ACCUM_STEPS GRADIENT_ACCUMULATION_STEPS",
+    "ITERATIONS": "EPOCHS NUM_EPOCHS STEPS NUM_STEPS MAX_STEPS TRAIN_STEPS NUM_ITERATIONS MAX_ITERS",
+    "MAX_WALLCLOCK_SECONDS": "MAX_SECONDS TIME_LIMIT MAX_TIME", "WARMDOWN_ITERS": "WARMDOWN WARMDOWN_STEPS COOLDOWN_STEPS",
+    "TRAIN_SEQ_LEN": "SEQ_LEN MAX_SEQ_LEN SEQUENCE_LENGTH BLOCK_SIZE CONTEXT_LENGTH",
+    "MODEL_DIM": "DIM D_MODEL HIDDEN_SIZE HIDDEN_DIM N_EMBD EMBED_DIM", "NUM_LAYERS": "LAYERS N_LAYER N_LAYERS DEPTH",
+    "NUM_HEADS": "HEADS N_HEAD N_HEADS", "MUON_MOMENTUM": "MOMENTUM", "GRAD_CLIP_NORM": "GRAD_CLIP MAX_GRAD_NORM",
+    "TRAIN_DTYPE": "DTYPE PRECISION BF16 FP16 AMP", "SEED": "RANDOM_SEED", "DATA_PATH": "DATA DATASET DATA_DIR DATASET_PATH",
+    "TOKENIZER_PATH": "TOKENIZER", "LOG_DIR": "OUT_DIR OUTPUT_DIR", "RUN_ID": "RUN_NAME EXPERIMENT EXPERIMENT_NAME",
+    "RESUME": "CHECKPOINT CHECKPOINT_PATH RESUME_FROM", "CHECKPOINT_EVERY": "SAVE_EVERY SAVE_INTERVAL SAVE_STEPS",
+    "VAL_LOSS_EVERY": "EVAL_EVERY EVAL_INTERVAL EVAL_STEPS", "TRAIN_LOG_EVERY": "LOG_EVERY LOG_INTERVAL LOGGING_STEPS",
+}.items() for name in names.split()}  # fmt: skip
 
 
 def bounds(name: str) -> str:
@@ -763,11 +787,25 @@ def check_value(name: str, value: Any) -> Any:
     return value
 
 
+def expand_home(name: str, path: str) -> str:
+    """The path with a leading ~ or ~user replaced by that home folder, which a shell does only to an unquoted word."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"{name}={path!r}: no such home folder; write the whole path, or ./~ for a folder of that name"
+        )
+    return expanded
+
+
 def parse_value(name: str, text: str) -> Any:
     """Text of one knob -> its typed value; raises ConfigError naming knob, value and what would do."""
-    kind = TYPES[FIELDS[name].type]
+    meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
+    if kind is bool or "0" in meta["choices"]:
+        text = as_digit(text)
+    elif meta["unit"] in ("file", "folder") or name == "RESUME":
+        text = expand_home(name, text)
     try:
-        value = {"0": False, "1": True, "False": False, "True": True}[text] if kind is bool else kind(text)
+        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (KeyError, ValueError):
         raise ConfigError(f"{name}={text!r}: expected {TYPE_WORDS[kind]}") from None
     return check_value(name, value)
@@ -778,24 +816,32 @@ def as_text(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def misspelt(name: str) -> str | None:
-    """The knob or published name that `name` most resembles (ratio >= 0.8), or None."""
+def one_edit_apart(a: str, b: str) -> bool:
+    """True if one insertion, deletion, substitution or swap of neighbours makes `b` of `a`."""
+    i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest_a, rest_b = a[i:], b[i:]
+    swapped = rest_a[1:2] + rest_a[:1] + rest_a[2:]
+    return a != b and (rest_b in (rest_a[1:], swapped) or rest_b[1:] in (rest_a, rest_a[1:]))
+
+
+def nearest_knob(name: str) -> tuple[str | None, bool]:
+    """(the knob or published name that `name` may stand for, or None; whether it is misspelt rather than merely alike)."""
+    if name in ELSEWHERE:
+        return ELSEWHERE[name], False
     if name in FOREIGN or name.startswith(FOREIGN_PREFIXES):
-        return None
+        return None, False
     known = [*FIELDS, *(a for table in (*ALIASES.values(), *NO_EFFECT.values()) for a in table)]
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
+    if misspelt := next((k for k in known if one_edit_apart(name, k)), None):
+        return misspelt, True
+    if alike := difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8):
+        return alike[0], False
+    first, *rest = name.split("_")
+    shared = {k: 1 + len({*rest} & {*k.split("_")}) for k in FIELDS if k.split("_")[0] == first}
+    best = max(shared, key=shared.__getitem__, default="")  # with its first word and at least half of all words
+    return (best if rest and best and 2 * shared[best] > len(rest) else None), False
 
 
-def related(name: str) -> str | None:
-    """A knob that shares at least half of the words of `name`: worth a warning, since shells have names like it."""
-    if name in FOREIGN or name.startswith(FOREIGN_PREFIXES):
-        return None
-    words = set(name.split("_"))
-    hits = [k for k in FIELDS if len(words) > 1 and 2 * len(words & set(k.split("_"))) >= len(words)]
-    return max(hits, key=lambda k: len(words & set(k.split("_"))), default=None)
-
-
-class Loaded(NamedTuple):
+class LoadedConfig(NamedTuple):
     """A configuration with the source of every value ("default", "recipe NAME", "artifact", "env") and its notices."""
 
     cfg: Config
@@ -820,7 +866,7 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
                 converted = aliases[name](text)
                 for knob_name, value in converted.items():
                     parse_value(knob_name, value)
-                if isinstance(converted, Off):
+                if isinstance(converted, SwitchedOff):
                     off.update(converted)
                 else:
                     ours = {**converted, **ours}  # an explicit knob of ours wins over a published name
@@ -828,10 +874,12 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
                 errors.append(f"{name}={text!r}: {e}")
         elif name in FIELDS:
             ours[name] = text
-        elif guess := misspelt(name):
-            errors.append(f"{name} is no knob; did you mean {guess}?")
-        elif guess := related(name):
-            notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
+        else:
+            guess, misspelt = nearest_knob(name)
+            if misspelt:
+                errors.append(f"{name} is no knob; did you mean {guess}?")
+            elif guess:
+                notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
     return {**ours, **off}
 
 
@@ -873,7 +921,7 @@ def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]
 
 
 def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
-                has_gpu: Callable[[], bool] = torch.cuda.is_available) -> Loaded:  # fmt: skip
+                has_gpu: Callable[[], bool] = torch.cuda.is_available) -> LoadedConfig:  # fmt: skip
     """Resolve every knob: defaults < recipe < environment, or with an artifact's `header`: defaults < header < environment.
 
     The only reader of the environment but for torchrun's ranks. Raises ConfigError with one line for each bad knob.
@@ -907,7 +955,7 @@ def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
         errors.append(str(e))
     if errors:
         raise ConfigError("\n".join(errors))
-    return Loaded(cfg, why, source, notices)
+    return LoadedConfig(cfg, why, source, notices)
 
 
 def source_text() -> str:
@@ -942,7 +990,7 @@ def describe_knobs() -> str:
     return "\n".join(lines)
 
 
-def dump_config(loaded: Loaded) -> str:
+def dump_config(loaded: LoadedConfig) -> str:
     """One `NAME=value  # source` line a knob."""
     return "\n".join(f"{n}={as_text(getattr(loaded.cfg, n.lower()))}  # {loaded.source[n]}" for n in FIELDS)
 
@@ -992,7 +1040,7 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_first_here() -> bool:
+def is_first_on_node() -> bool:
     """True on one rank of each machine: who speaks before the ranks have met."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -1029,7 +1077,7 @@ def tune_cpu(local_world: int) -> None:
             mallopt(-4, 0)  # M_MMAP_MAX: no allocation beside the heap
 
 
-def leave_group(broken: bool = False) -> None:
+def end_process_group(broken: bool = False) -> None:
     """Leave the process group, if there is one, in a state in which the interpreter can end.
 
     After a failure NCCL's is left as it is: destroying it would wait for collectives that the other ranks never join.
@@ -1178,7 +1226,7 @@ class Run:
             if f:
                 f.close()
         self._text = self._events = None
-        leave_group(broken=status not in ("ok", "limit broken"))
+        end_process_group(broken=status not in ("ok", "limit broken"))
 
     # ---- signals
 
@@ -1225,7 +1273,7 @@ class Run:
             raise ConfigError(error)
         return value
 
-    def speaks_first(self) -> bool:
+    def reports_first(self) -> bool:
         """True on exactly one rank: the first that asks. A mistake that all ranks see is told once, and one rank's own too."""
         return self.world == 1 or dist.distributed_c10d._get_default_store().add("said", 1) == 1
 
@@ -1276,6 +1324,59 @@ FINEWEB_DIR = Path("data/datasets/fineweb10B_sp1024")
 HOW_TO_GET_SHARDS = "download them with data/cached_challenge_fineweb.py or make them with data/make_shards.py"
 
 
+MANIFEST_FORMAT = "parameter-golf shards, version 1"  # what data/make_shards.py writes into manifest.json
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What data/make_shards.py says of the shards in `folder`; None where it did not make them. ConfigError if damaged."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not str(manifest.get("format")).startswith("parameter-golf shards"):
+            return None  # of another tool
+        tokenizer = manifest["tokenizer"]
+        sound = isinstance(tokenizer["sha256"], str) and Path(tokenizer["file"]).name == tokenizer["file"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        manifest, sound = {}, False
+    if not sound or manifest["format"] != MANIFEST_FORMAT:
+        raise ConfigError(f"{path}: not a manifest that this script reads ({MANIFEST_FORMAT}); make the shards again")
+    return manifest
+
+
+def find_tokenizer(cfg: Config, folder: Path) -> Path:
+    """TOKENIZER_PATH, or the SentencePiece model that belongs to the shards in `folder`: that of their manifest.json, the only
+    one beside them, or the download's. ConfigError if there is none, more than one, or not the manifest's."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        named, sha256 = folder / manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
+        path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else named
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            remedy = "unset it" if cfg.tokenizer_path else "make the shards again"
+            raise ConfigError(f"TOKENIZER_PATH={path}: the shards in {folder} were made with another tokenizer, says their manifest.json "
+                              f"({named.name}, sha256 {sha256[:16]}); {remedy}")  # fmt: skip
+    elif cfg.tokenizer_path:
+        path = Path(cfg.tokenizer_path)
+    else:
+        # The downloader's folders: datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model.
+        pieces = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.resolve().name)
+        name = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
+        beside = sorted(folder.glob("*.model"))
+        if len(beside) > 1:
+            raise ConfigError(f"TOKENIZER_PATH is unset and {folder} holds {', '.join(p.name for p in beside)}; name the one "
+                              "that the shards were made with")  # fmt: skip
+        path = beside[0] if beside else folder.resolve().parent.parent / "tokenizers" / name
+    if not path.is_file():
+        if not any(folder.glob("fineweb_*.bin")):
+            raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
+        named = path if cfg.tokenizer_path or manifest else f"none beside {folder}"
+        raise ConfigError(
+            f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
+        )
+    return path
+
+
 class DataPaths(NamedTuple):
     """Where the data are; `sample` marks the shipped sample, whose results are no challenge results."""
 
@@ -1295,19 +1396,7 @@ def find_data(cfg: Config) -> DataPaths:
             (p for p in (FINEWEB_DIR, SCRIPT.parent / FINEWEB_DIR) if any(p.glob("fineweb_val_*.bin"))), None
         )
         folder, sample = fineweb or SAMPLE_DIR, fineweb is None
-    # The downloader's folders: datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model.
-    pieces = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.resolve().name)
-    named = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
-    guesses = [*sorted(folder.glob("tokenizer*.model")), folder.resolve().parent.parent / "tokenizers" / named]
-    tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else next((g for g in guesses if g.is_file()), None)
-    if tokenizer is None and not any(folder.glob("fineweb_*.bin")):
-        raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
-    if tokenizer is None or not tokenizer.is_file():
-        named = cfg.tokenizer_path or f"none beside {folder}"
-        raise ConfigError(
-            f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
-        )
-    return DataPaths(folder, tokenizer, sample)
+    return DataPaths(folder, find_tokenizer(cfg, folder), sample)
 
 
 def load_shard(path: Path) -> np.ndarray:
@@ -1331,11 +1420,15 @@ def load_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
 
 
+def shard_paths(folder: Path, kind: str) -> list[Path]:
+    """The files fineweb_<kind>_<digits>.bin of `folder`, by name: fineweb_val_bytes_000000.bin is not of kind "val"."""
+    return sorted(p for p in folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\d+\.bin", p.name))
+
+
 def load_split(folder: Path, split: str) -> list[np.ndarray]:
     """Shards of `split` ("train" or "val") in name order."""
-    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-    if not paths:
-        raise ConfigError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; {HOW_TO_GET_SHARDS}")
+    if not (paths := shard_paths(folder, split)):
+        raise ConfigError(f"DATA_PATH={folder}: no fineweb_{split}_<digits>.bin there; {HOW_TO_GET_SHARDS}")
     return [load_shard(p) for p in paths]
 
 
@@ -1347,19 +1440,33 @@ def check_ids(tokens: np.ndarray, vocab_size: int, what: str) -> np.ndarray:
     return tokens
 
 
+SPACE = "▁"  # how SentencePiece writes a space in a piece
 BOS = 1  # the id of BOS in every export of this challenge
 CHECKED_TOKENS = 2**20  # of each training shard before the start: all 8 B tokens would take longer than a run may wait
 
 
 class TokenStream:
-    """The training shards as one endless stream: sequential, wrapping to the first shard at the end."""
+    """The training shards as one endless stream: sequential, wrapping to the first shard at the end.
 
-    def __init__(self, shards: list[np.ndarray], vocab_size: int) -> None:
+    `tokenizer_sha256` is that of the tokenizer they were made with, a part of the stream's identity.
+    """
+
+    def __init__(self, shards: list[np.ndarray], vocab_size: int, tokenizer_sha256: str = "") -> None:
         self.shards, self.vocab_size, self.position = shards, vocab_size, 0
+        self.tokenizer_sha256 = tokenizer_sha256
         self.starts = np.cumsum([0, *(len(s) for s in shards)])
         self.total = int(self.starts[-1])
         for shard in shards:  # a wrong tokenizer shows at once; a lone bad token deeper in is found when it is read
             check_ids(shard[:CHECKED_TOKENS], vocab_size, str(getattr(shard, "filename", "training shard")))
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must find again, wherever it lies: hashes of the shards (their lengths and both ends of each) and of
+        the tokenizer."""
+        digest = hashlib.sha256(self.starts.astype("<i8").tobytes())
+        for shard in self.shards:
+            digest.update(shard[: 2**16].tobytes() + shard[-(2**16) :].tobytes())
+        return {"DATA_PATH": digest.hexdigest(), "TOKENIZER_PATH": self.tokenizer_sha256}
 
     def read(self, offset: int, n: int) -> np.ndarray:
         """Tokens [position + offset, position + offset + n) of the stream, (n,) int64; does not move."""
@@ -1403,6 +1510,65 @@ class Batcher:
         return t[:-1].view(-1, seq_len), t[1:].view(-1, seq_len)
 
 
+def proto_field(message: bytes, number: int) -> bytes:
+    """The bytes of field `number` of a serialized protocol buffer, b"" where it is absent (the last one where it repeats)."""
+    at, found = 0, b""
+
+    def number_at() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            at, value, shift = at + 1, value | (message[at] & 127) << shift, shift + 7
+            if message[at - 1] < 128:
+                return value
+
+    while at < len(message):
+        tag = number_at()
+        if tag & 7 == 0:
+            number_at()
+            continue
+        size = number_at() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
+        found = message[at : at + size] if tag >> 3 == number else found
+        at += size
+    return found
+
+
+def piece_bytes(sp: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(bytes (V,) int64, spaced (V,) bool, boundary (V,) bool): the bytes of text that each piece of a SentencePiece model adds.
+
+    A piece adds its `bytes`, and one more if it is `spaced` and does not follow a `boundary` piece: decoding drops one space
+    at the start of a text (a model that keeps it has no spaced piece). Control, unknown and unused pieces are boundaries and
+    add nothing; a byte piece adds 1. All is read off what decoding does with a piece alone and behind another. Raises
+    ConfigError, beginning with `name`, for a model whose decoded text is not the sum of its pieces.
+    """
+    ids = range(sp.vocab_size())
+    boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+    first = next((i for i in ids if not boundary[i] and sp.decode([i]).strip(" ")), None)
+    remedy = "so its bytes cannot be counted piece by piece; train another with data/make_shards.py"
+    if first is None:
+        raise ConfigError(f"{name}: no piece stands for text, {remedy}")
+    if proto_field(proto_field(sp.serialized_model_proto(), 5), 2):  # ModelProto.denormalizer_spec.precompiled_charsmap
+        raise ConfigError(f"{name}: its denormalization rules rewrite decoded text, {remedy}")
+    text = [i for i in ids if not boundary[i] and not sp.is_byte(i)]
+    alone, behind = (
+        np.array([len(t.encode()) for t in sp.decode([[*before, i] for i in text])], dtype=np.int64)
+        for before in ([], [first])
+    )
+    behind -= len(sp.decode([first]).encode())
+    surface = [len(sp.id_to_piece(i).replace(SPACE, " ").encode()) for i in text]
+    odd = np.flatnonzero((behind != surface) | ((behind - alone) >> 1 != 0))
+    if len(odd):
+        raise ConfigError(f"{name}: its piece {sp.id_to_piece(text[odd[0]])!r} does not decode to itself, {remedy}")
+    lengths = np.array([int(sp.is_byte(i)) for i in ids], dtype=np.int64)
+    spaced = np.zeros(len(ids), dtype=bool)
+    lengths[text], spaced[text] = alone, behind > alone
+    added = sp.normalize("a")
+    if added.endswith(SPACE) or (added[:1] in (SPACE, " ") and not spaced.any()):
+        raise ConfigError(f"{name}: decoding leaves the space that encoding adds to each document (a dummy prefix with "
+                          f"treat_whitespace_as_suffix), {remedy}")  # fmt: skip
+    return lengths, spaced, boundary
+
+
 class Tokenizer:
     """The SentencePiece model of the data, and the bytes of text that each token stands for."""
 
@@ -1423,22 +1589,17 @@ class Tokenizer:
             raise ConfigError(
                 f"TOKENIZER_PATH={path} has BOS at {self.sp.bos_id()}; documents begin with id {BOS} here, as in every published export"
             )
-        pieces = [self.sp.id_to_piece(i) for i in range(vocab_size)]
-        self.boundary = np.array(
-            [self.sp.is_control(i) or self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)]
-        )
-        self.spaced = np.array([p.startswith("▁") for p in pieces]) & ~self.boundary
-        lengths = [1 if self.sp.is_byte(i) else len(p.removeprefix("▁").encode()) for i, p in enumerate(pieces)]
-        self.lengths = np.where(self.boundary, 0, lengths)
+        self.lengths, self.spaced, self.boundary = piece_bytes(self.sp, f"TOKENIZER_PATH={path}")
+        self.lost = np.array([self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)])
 
     def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of text that each target tokens[1:] adds, (n - 1,) int64.
-
-        A piece counts its UTF-8 length without the leading ▁, a byte piece 1, control pieces 0; the space that ▁ stands
-        for counts 1 unless the previous token is a boundary (the space at the start of a document is not text).
-        """
+        """Bytes of text that each target tokens[1:] adds, (n - 1,) int64: see `piece_bytes`."""
         prev, target = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
         return self.lengths[target] + (self.spaced[target] & ~self.boundary[prev])
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of one document's tokens."""
+        return self.sp.decode(tokens.tolist())
 
 
 class ValidationText(NamedTuple):
@@ -1451,8 +1612,14 @@ class ValidationText(NamedTuple):
 
 def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> ValidationText:
     """All validation shards as one stream, cut only by VAL_TOKENS and VAL_DROP_TAIL."""
+    if sidecars := shard_paths(folder, "val_bytes"):
+        raise ConfigError(f"{sidecars[0]}: these data bring the bytes of each token, since their text was rewritten; counted by the "
+                          "tokenizer, which this script does, the score would be about a tenth too good; take other data")  # fmt: skip
     shards = [check_ids(s, cfg.vocab_size, str(s.filename)) for s in load_split(folder, "val")]
     tokens = np.concatenate([np.asarray(s) for s in shards]).astype(np.int64)
+    if len(at := np.flatnonzero(tokenizer.lost[tokens])):
+        raise ConfigError(f"DATA_PATH={folder}: validation token {at[0]} is {tokenizer.sp.id_to_piece(int(tokens[at[0]]))!r}, whose "
+                          "text is lost, so it cannot be scored; take a tokenizer with byte fallback")  # fmt: skip
     if len(tokens) - 1 < cfg.eval_len:
         raise ConfigError(
             f"DATA_PATH={folder}: {len(tokens)} validation tokens are fewer than one window of {cfg.eval_len} + 1; lower EVAL_SEQ_LEN"
@@ -1463,6 +1630,9 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
     if cfg.val_drop_tail:
         tokens = tokens[: (len(tokens) - 1) // cfg.eval_len * cfg.eval_len + 1]
     counts = np.concatenate([[0], tokenizer.count_bytes(tokens)])
+    if not counts.any():
+        raise ConfigError(f"DATA_PATH={folder}: the {len(tokens)} validation tokens hold no byte of text, so there are no bits a byte; "
+                          "give it documents")  # fmt: skip
     return ValidationText(torch.from_numpy(tokens), torch.from_numpy(counts.astype(np.int64)), complete)
 
 
@@ -2748,8 +2918,8 @@ def binding_values(cfg: Config) -> dict[str, Any]:
 class Checkpoints:
     """Files logs/RUN_ID.ckpt/step_NNNNNN.pt, written whole by rank 0, the last CHECKPOINT_KEEP of them kept."""
 
-    def __init__(self, cfg: Config, run: Run) -> None:
-        self.cfg, self.run = cfg, run
+    def __init__(self, cfg: Config, run: Run, identity: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.cfg, self.run, self.identity = cfg, run, dict(identity)  # of the training stream
         self.folder = run.log_path.with_suffix(".ckpt")
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
@@ -2757,7 +2927,7 @@ class Checkpoints:
         path = self.folder / f"step_{step:06d}.pt"
         if self.run.rank == 0:
             buffer = io.BytesIO()
-            torch.save({**state, "config": binding_values(self.cfg)}, buffer)
+            torch.save({**state, "config": binding_values(self.cfg), "identity": self.identity}, buffer)
             for stale in self.folder.glob(".step_*.partial"):  # of a process killed while it wrote
                 stale.unlink(missing_ok=True)
             atomic_write(path, buffer.getvalue())
@@ -2798,6 +2968,10 @@ class Checkpoints:
         changed = [f"{k} was {as_text(made_with[k])}, is {as_text(here[k])}" for k in other]
         if changed:
             raise ConfigError(f"RESUME={path}: made with another configuration: {'; '.join(changed)}")
+        for name, sha256 in state.get("identity", {}).items():
+            if self.identity.get(name, sha256) != sha256:
+                raise ConfigError(f"RESUME={path}: made with other data: sha256 {sha256[:16]}, {name} has {self.identity[name][:16]}; "
+                                  f"set {name} to what the run began with")  # fmt: skip
         return state
 
 
@@ -2866,7 +3040,9 @@ class Trainer:
         self.fake_quant.sharpness.fill_(qat_sharpness(self.cfg, frac))
         return Ctx(fake_quant=self.fake_quant)
 
-    def accumulate(self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None, total: Tensor) -> Tensor:
+    def accumulate(
+        self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None, total: float | Tensor
+    ) -> Tensor:
         """Gradient and value of sum(weights * nll) / total, one micro-batch after the other."""
         rows = max(1, self.micro_tokens // inputs.shape[1])
         loss = torch.zeros((), device=self.run.device)
@@ -2884,7 +3060,7 @@ class Trainer:
         another in here, so each may do so by itself.
         """
         weights = None if self.counts is None else self.counts.weights(inputs, targets)
-        total = torch.tensor(float(self.cfg.train_batch_tokens), device=self.run.device)
+        total: float | Tensor = float(self.cfg.train_batch_tokens)
         if weights is not None and self.cfg.complement_normalized:
             total = self.run.all_reduce(weights.sum())
         while True:
@@ -2968,8 +3144,10 @@ class Trainer:
         self.forward = self.model
 
 
-class Watch:
+class StopConsensus:
     """Decides on all ranks alike, without stalling the device: off the CPU each step's flags are read one step later.
+
+    Their copy to the host is queued right behind their step, and reading waits for that copy alone, not for the next step.
 
     Flags: [whether to stop, loss, rank 0's clock, and for each rank whether its loss is bad], summed over the ranks.
     `seconds` is that clock as last read: what several ranks schedule by, since their own clocks differ.
@@ -2977,7 +3155,7 @@ class Watch:
 
     def __init__(self, run: Run, seconds: float = 0.0) -> None:
         self.run, self.late, self.seconds = run, int(run.device.type != "cpu"), seconds
-        self.pending: list[tuple[int, Tensor]] = []
+        self.pending: list[tuple[int, Tensor, Any]] = []  # step, flags on the host, the event that completes their copy
         self.good: list[tuple[int, float]] = []  # the last (step, mean loss) that were finite
 
     def exchange(self, step: int, stop: bool, loss: Tensor, seconds: float) -> bool:
@@ -2985,12 +3163,16 @@ class Watch:
         flags = torch.zeros(3 + self.run.world, device=self.run.device)
         flags[0], flags[1], flags[2] = float(stop), loss, 0.0 if self.run.rank else seconds
         flags[3 + self.run.rank] = (~torch.isfinite(loss)).float()
-        self.pending.append((step, self.run.all_reduce(flags)))
+        host = self.run.all_reduce(flags).to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if flags.is_cuda else None
+        self.pending.append((step, host, copied))
         return self.read() if len(self.pending) > self.late else False
 
     def read(self) -> bool:
         """Whether the oldest flags not read yet ask to stop; BrokenRun names the step and ranks of a loss that is not finite."""
-        step, flags = self.pending.pop(0)
+        step, flags, copied = self.pending.pop(0)
+        if copied is not None:
+            copied.synchronize()
         stop, loss, self.seconds, *bad = flags.tolist()
         if any(bad):
             ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag)
@@ -3037,7 +3219,7 @@ class TrainingLoop:
     def run_until_done(self, elapsed: float) -> TrainResult:
         """Step until the time or the steps are used up, or a signal asks to stop."""
         cfg, run, trainer = self.cfg, self.run, self.trainer
-        self.clock, self.watch = Clock(run, elapsed), Watch(run, elapsed)
+        self.clock, self.stop = Clock(run, elapsed), StopConsensus(run, elapsed)
         self.first_step = trainer.step
         self.first_elapsed = self.last_elapsed = elapsed
         self.first_frac = budget_frac(cfg, trainer.step, elapsed, self.budget)
@@ -3045,21 +3227,21 @@ class TrainingLoop:
         self.profiler = self.start_profiler()
         scale = 1.0
         while not cfg.iterations or trainer.step < cfg.iterations:
-            now = self.clock.seconds() if run.world == 1 else self.watch.seconds
+            now = self.clock.seconds() if run.world == 1 else self.stop.seconds
             frac = budget_frac(cfg, trainer.step, now, self.budget)
             scale = lr_scale(cfg, trainer.step, now, self.budget)
             self.announce_switches(frac)
             loss = trainer.train_step(frac, scale)
             stop = self.out_of_time() or run.signal is not None
-            stop = self.watch.exchange(trainer.step, stop, loss, self.last_elapsed)
+            stop = self.stop.exchange(trainer.step, stop, loss, self.last_elapsed)
             self.after_step(loss, scale)
             if stop:
                 reason = "signal" if run.signal is not None else "wallclock"
                 break
         run.sync()
         seconds = self.clock.seconds()
-        while self.watch.pending:
-            self.watch.read()
+        while self.stop.pending:
+            self.stop.read()
         if self.profiler:
             self.stop_profiler()
         self.stop_for_signal(seconds)
@@ -3075,7 +3257,7 @@ class TrainingLoop:
         now = self.clock.seconds()
         self.recent.append(now - self.last_elapsed)
         self.last_elapsed = now
-        return self.budget > 0 and now + max(self.recent) * (4 if self.watch.late else 1) > self.budget
+        return self.budget > 0 and now + max(self.recent) * (4 if self.stop.late else 1) > self.budget
 
     def after_step(self, loss: Tensor, scale: float) -> None:
         """Step line, validation, checkpoint, trace, progress: whatever is due after this step."""
@@ -3191,7 +3373,7 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, resumed: dict[
         trainer.load_state_dict(resumed)
         elapsed = resumed["elapsed"]
         run.notice(f"resumed {resumed['path']} at step {trainer.step} after {elapsed:.1f}s of training")
-    loop = TrainingLoop(cfg, run, trainer, Checkpoints(cfg, run), validate)
+    loop = TrainingLoop(cfg, run, trainer, Checkpoints(cfg, run, stream.identity), validate)
     if cfg.lr_schedule == "warmdown" and 0 < cfg.iterations < cfg.warmdown_iters:
         run.notice(
             f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: rates fall from the first step on"
@@ -3228,7 +3410,7 @@ class LowRank(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stored:
+class QuantizedTensor:
     """One tensor as the artifact keeps it: floats in `values`, or `codes * scale` by row. All parts lie on the CPU."""
 
     role: str
@@ -3386,13 +3568,13 @@ class Policy:
         return Clip(self.cfg.quant_clip, self.quantiles, sigmas)
 
 
-def pass_through(name: str, w: Tensor, role: str, bits: int) -> Stored:
+def pass_through(name: str, w: Tensor, role: str, bits: int) -> QuantizedTensor:
     """Keep a tensor as fp16 or fp32; a value that fp16 cannot hold is an error, not an infinity."""
     values = w.to(torch.float16 if bits == 16 else torch.float32).cpu()
     if not torch.isfinite(values).all():
         site = name.removesuffix(".weight")
         raise ConfigError(f"{name} has values that fp16 cannot hold: store it with QUANT_OVERRIDES={site}=32")
-    return Stored(role, bits, tuple(w.shape), values=values.contiguous())
+    return QuantizedTensor(role, bits, tuple(w.shape), values=values.contiguous())
 
 
 # ---- GPTQ
@@ -3497,7 +3679,7 @@ def gptq(
 
 
 @torch.no_grad()
-def own_text(model: GPT, batch: int, length: int, seed: int, temperature: float = 0.8) -> Tensor:
+def sample_calibration_text(model: GPT, batch: int, length: int, seed: int, temperature: float = 0.8) -> Tensor:
     """(batch, length) ids that the model writes after BOS; its own text calibrates about as well as real text (PR #1019)."""
     device = model.tok_emb.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -3521,7 +3703,7 @@ def calibration_inputs(
     for lo in range(mine.start, mine.stop, rows):
         batch = range(lo, min(lo + rows, mine.stop))
         if cfg.gptq_calibration == "self":
-            yield own_text(model, len(batch), length, derive_seed(cfg.seed, "calibration", lo))
+            yield sample_calibration_text(model, len(batch), length, derive_seed(cfg.seed, "calibration", lo))
         else:
             starts = [i * (stream.total - length) // cfg.gptq_n_samples - stream.position for i in batch]
             yield torch.from_numpy(np.stack([stream.read(start, length) for start in starts])).to(run.device)
@@ -3590,8 +3772,8 @@ def input_moments(name: str, named: Mapping[str, Tensor], hessians: Mapping[str,
     h_CC = hessians.get(site) if part in ("weight", "a", "b") else None
     if h_CC is None or part != "b":
         return h_CC
-    a_RC = named[f"{site}.a"].float()
-    return a_RC @ h_CC @ a_RC.T
+    a_RC = named[f"{site}.a"].double()  # TF32 would leave a matrix that Cholesky refuses
+    return (a_RC @ h_CC.double() @ a_RC.T).float()
 
 
 # ---- the whole model
@@ -3657,7 +3839,7 @@ def low_rank_codes(residual_RC: Tensor, rank: int, bits: int) -> LowRank:
     return LowRank(left.T.contiguous().cpu(), left_scale.cpu(), right.cpu(), right_scale.cpu())
 
 
-def dequantize(stored: Stored) -> Tensor:
+def dequantize(stored: QuantizedTensor) -> Tensor:
     """The fp32 tensor that `stored` stands for, exactly as training-side checks and the reloaded model see it."""
     if stored.values is not None:
         return stored.values.float()
@@ -3667,7 +3849,7 @@ def dequantize(stored: Stored) -> Tensor:
     return w_RC.reshape(stored.shape)
 
 
-def correct_residuals(cfg: Config, items: list[Coded], stored: dict[str, Stored]) -> None:
+def correct_residuals(cfg: Config, items: list[Coded], stored: dict[str, QuantizedTensor]) -> None:
     """Give the LQER_TOP_K tensors with the largest residual a low-rank correction, where it lowers the error."""
     residuals = {item.name: item.w_RC.cpu() - dequantize(stored[item.name]).reshape(item.w_RC.shape) for item in items}
     worst = sorted(residuals, key=lambda name: -float(residuals[name].norm()))[: cfg.lqer_top_k]
@@ -3685,7 +3867,7 @@ def quantize(
     store: dict[str, str],
     hessians: dict[str, Tensor] | None = None,
     scales: dict[str, Tensor] | None = None,
-) -> dict[str, Stored]:
+) -> dict[str, QuantizedTensor]:
     """Store every tensor of `named` at the width its role in `store` and QUANT_OVERRIDES ask for.
 
     `hessians` (C, C) by site turn rounding into GPTQ; `scales` (R,) fp16 by name are steps already chosen, coded in 8
@@ -3693,7 +3875,7 @@ def quantize(
     names nothing.
     """
     policy, scales = Policy(cfg, named, store), scales or {}
-    stored: dict[str, Stored] = {}
+    stored: dict[str, QuantizedTensor] = {}
     items = []
     for name, w in named.items():
         if not torch.isfinite(w).all():
@@ -3714,13 +3896,15 @@ def quantize(
         prune_codes_(items, codes, cfg.prune_frac)
     for item, codes_RC in zip(items, codes, strict=True):
         shape = tuple(named[item.name].shape)
-        stored[item.name] = Stored(store[item.name], item.bits, shape, codes=codes_RC.cpu(), scale=item.scale_R.cpu())
+        stored[item.name] = QuantizedTensor(
+            store[item.name], item.bits, shape, codes=codes_RC.cpu(), scale=item.scale_R.cpu()
+        )
     if cfg.lqer_top_k:
         correct_residuals(cfg, items, stored)
     return {name: stored[name] for name in named}
 
 
-def quant_report(named: dict[str, Tensor], stored: dict[str, Stored]) -> dict[str, dict[str, float]]:
+def quant_report(named: dict[str, Tensor], stored: dict[str, QuantizedTensor]) -> dict[str, dict[str, float]]:
     """By role: parameters, mean width and the rms error relative to the rms weight, for the `quant` event."""
     report = {}
     for role in dict.fromkeys(item.role for item in stored.values()):
@@ -3849,7 +4033,7 @@ def part_shapes(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
     return parts
 
 
-def parts_of(stored: Stored) -> list[Tensor]:
+def parts_of(stored: QuantizedTensor) -> list[Tensor]:
     """The arrays of a stored tensor in the order of part_shapes."""
     if stored.values is not None:
         return [stored.values]
@@ -4299,7 +4483,7 @@ def decode_stream(stream: StreamInfo, packed: bytes, shapes: list[tuple[int, ...
 def pack(
     cfg: Config,
     header: dict[str, Any],
-    tensors: dict[str, Stored],
+    tensors: dict[str, QuantizedTensor],
     sections: Mapping[str, bytes] = MappingProxyType({}),
 ) -> bytes:
     """The artifact as bytes: `header` (JSON values; "tensors", "streams" and "sections" are ours), every tensor and section,
@@ -4438,7 +4622,9 @@ def check_streams(entries: list[Entry], streams: list[StreamInfo], body: int, li
         raise ArtifactError("streams and sections do not fill the file")
 
 
-def unpack(blob: bytes, shapes: dict[str, tuple[int, ...]] | None = None) -> tuple[dict[str, Any], dict[str, Stored]]:
+def unpack(
+    blob: bytes, shapes: dict[str, tuple[int, ...]] | None = None
+) -> tuple[dict[str, Any], dict[str, QuantizedTensor]]:
     """Inverse of pack: (header, tensors in file order). Data only, nothing in the file is executed.
 
     `shapes`, when given, are the model's own (name -> shape): any difference is refused before a tensor is allocated.
@@ -4472,18 +4658,18 @@ def check_shapes(entries: list[Entry], shapes: dict[str, tuple[int, ...]]) -> No
             raise ArtifactError(f"tensor {name[:80]!r} is {theirs} in the file and {ours} in the model of its config")
 
 
-def restore(entry: Entry, parts: list[Tensor]) -> Stored:
+def restore(entry: Entry, parts: list[Tensor]) -> QuantizedTensor:
     """Put a tensor's parts together again; codes beyond its width and numbers that are not finite are refused."""
     if not all(torch.isfinite(part).all() for part in parts if part.is_floating_point()):
         raise ArtifactError(f"tensor {entry.name[:80]!r} holds NaN or Inf")
     if entry.bits > 8:
-        return Stored(entry.role, entry.bits, entry.shape, values=parts[0])
+        return QuantizedTensor(entry.role, entry.bits, entry.shape, values=parts[0])
     codes, scale, *correction = parts
     top = largest_code(entry.bits)
     if codes.min() < -top or codes.max() > top:
         raise ArtifactError(f"tensor {entry.name[:80]!r} holds codes beyond {entry.bits} bits")
     low_rank = LowRank(*correction) if correction else None
-    return Stored(entry.role, entry.bits, entry.shape, codes=codes, scale=scale, low_rank=low_rank)
+    return QuantizedTensor(entry.role, entry.bits, entry.shape, codes=codes, scale=scale, low_rank=low_rank)
 
 
 # ---- the byte budget
@@ -4576,7 +4762,7 @@ def choose_steps(curves: list[Curve], budget_bits: float) -> tuple[dict[str, flo
 class Budget(NamedTuple):
     """A packed model with the prediction that led to it."""
 
-    stored: dict[str, Stored]
+    stored: dict[str, QuantizedTensor]
     blob: bytes
     predicted: dict[str, float]  # role -> bytes of codes
     spent: int  # artifact and code
@@ -5042,9 +5228,18 @@ def score_windows(
     return torch.stack([logp, lse - (p * z).sum(-1), hint_prob])
 
 
-def stream_device(run: Run) -> torch.device:
-    """Where the stream and what is known by position live: integer sorts and float64 want a CUDA device or the CPU."""
-    return run.device if run.device.type == "cuda" else torch.device("cpu")
+def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
+    """Where the stream of `n_tokens` and what is known by position live: the GPU if the n-gram statistics fit on all of them.
+
+    Integer sorts and float64 want a CUDA device or the CPU. The statistics keep 12 bytes a token and order, and one order's
+    sort needs 132 more while it runs (measured).
+    """
+    host = torch.device("cpu")
+    if run.device.type != "cuda":
+        return host
+    free = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    fits = torch.tensor(float(n_tokens * (12 * cfg.ngram_order + 132) < 0.8 * free), device=run.device)
+    return run.device if run.all_reduce(fits, dist.ReduceOp.MIN) else host  # on every rank alike
 
 
 class Expert(Protocol):
@@ -5076,7 +5271,7 @@ class NetworkExpert:
         self.rows = max(1, (cfg.val_batch_tokens or default) // self.seq_len)
         # How many targets to score ahead: all ranks agree on it, whatever memory each of them has left.
         self.ahead = 16 * self.rows * run.world * self.stride
-        device = stream_device(run)
+        device = text.tokens.device
         self.logp, self.entropy, self.hint_prob = torch.zeros(3, self.n_tokens, device=device)
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
         self.done = 1  # targets below are scored
@@ -6287,7 +6482,8 @@ class Evaluation:
     """The experts of one evaluation. A network pass is made once and shared by the n-gram stages that build on it."""
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables = NO_TABLES) -> None:
-        self.cfg, self.run, self.model, self.tables, self.device = cfg, run, model, tables, stream_device(run)
+        self.cfg, self.run, self.model, self.tables = cfg, run, model, tables
+        self.device = stream_device(cfg, run, len(text.tokens))
         self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
         self.networks: dict[str, NetworkExpert] = {}
         bos = None if cfg.ngram_cross_doc else BOS
@@ -6353,7 +6549,7 @@ class Evaluation:
         return StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds)
 
 
-class Watched:
+class RecordingScorer:
     """A scorer whose scores are kept, and at targets `at` the whole distribution as it stands before the target is learned.
 
     It does not learn: what it watches is a part of its own.
@@ -6381,7 +6577,7 @@ def claim(evaluation: Evaluation) -> None:
     evaluation.model.eval()
     scorer, parts, span = evaluation.scorer("claimed")
     n = len(evaluation.text.tokens)
-    watched = Watched(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
+    watched = RecordingScorer(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
     r = evaluation.score("claimed", watched, parts, span, math.inf)
     sums = [p.sum().item() for p in watched.dists.values()]
     z_mean, z_max = sum(sums) / len(sums), max(sums)
@@ -6420,7 +6616,7 @@ def evaluate(evaluation: Evaluation, stages: tuple[str, ...],
 # ---- the audit: is the score a code length?
 
 
-class Check(NamedTuple):
+class AuditCheck(NamedTuple):
     """One answer of the audit."""
 
     name: str
@@ -6454,56 +6650,56 @@ class Audit:
         """Scores of targets 1 .. n-1, distributions, and the driver's account, of a stream in the text's place."""
         evaluation = Evaluation(self.cfg, self.run, self.model, self.text._replace(tokens=tokens), self.tables)
         scorer, parts, span = evaluation.scorer(self.stage)
-        network, watched = evaluation.network(self.stage), Watched(scorer, at)
+        network, watched = evaluation.network(self.stage), RecordingScorer(scorer, at)
         meter = score_first(network, evaluation.text, watched, parts, min(span, self.often), math.inf)
         return torch.cat(watched.scores).cpu(), {t: p.cpu() for t, p in watched.dists.items()}, meter
 
-    def checks(self) -> Iterator[Check]:
+    def checks(self) -> Iterator[AuditCheck]:
         """All checks of this stage; the first walk serves three of them."""
         tokens = self.text.tokens
         scores, dists, meter = self.walk(tokens, self.at)
         yield self.sums_to_one(dists)
         yield self.scores_are_of_the_distribution(scores, dists)
         counted = (meter.tokens, meter.bytes) == (len(tokens) - 1, int(self.text.bytes[1:].sum()))
-        yield Check("every target once", counted, f"{meter.tokens} targets, {meter.bytes} bytes")
+        yield AuditCheck("every target once", counted, f"{meter.tokens} targets, {meter.bytes} bytes")
         yield self.future_is_unseen(scores)
         yield self.target_is_unseen(dists)
         cost = -self.walk(self.noise)[0].mean().item() / math.log(2)
         floor = math.log2(self.cfg.vocab_size)
-        yield Check("noise costs its entropy", cost >= floor - 0.01, f"{cost:.3f} bits a token of {floor:.3f}")
+        yield AuditCheck("noise costs its entropy", cost >= floor - 0.01, f"{cost:.3f} bits a token of {floor:.3f}")
 
-    def sums_to_one(self, dists: dict[int, Tensor]) -> Check:
+    def sums_to_one(self, dists: dict[int, Tensor]) -> AuditCheck:
         t, z = max(((t, p.sum().item()) for t, p in dists.items()), key=lambda item: abs(item[1] - 1))
         positive = all(bool((p >= 0).all()) for p in dists.values())
-        return Check("a distribution", positive and abs(z - 1) <= 1e-6, f"sum at target {t}: {z:.9f}")
+        return AuditCheck("a distribution", positive and abs(z - 1) <= 1e-6, f"sum at target {t}: {z:.9f}")
 
-    def scores_are_of_the_distribution(self, scores: Tensor, dists: dict[int, Tensor]) -> Check:
+    def scores_are_of_the_distribution(self, scores: Tensor, dists: dict[int, Tensor]) -> AuditCheck:
         gaps = {t: abs(p[self.text.tokens[t]].log().item() - scores[t - 1].item()) for t, p in dists.items()}
         t, mean = max(gaps, key=gaps.get), sum(gaps.values()) / len(gaps)
         # Another batch shape rounds differently: logits above 16 are an eighth apart in bf16.
         largest, on_average = (1e-4, 1e-4) if self.model.compute_dtype == torch.float32 else (0.3, 0.03)
         passed = gaps[t] <= largest and mean <= on_average
-        return Check(
+        return AuditCheck(
             "the score is the distribution's", passed, f"gap at target {t}: {gaps[t]:.2e} nats, mean {mean:.1e}"
         )
 
-    def future_is_unseen(self, scores: Tensor) -> Check:
+    def future_is_unseen(self, scores: Tensor) -> AuditCheck:
         t = len(scores) // 2
         gap = (self.walk(torch.cat([self.text.tokens[: t + 1], self.noise[t + 1 :]]))[0][:t] - scores[:t]).abs()
-        return Check(
+        return AuditCheck(
             "prefix only: future",
             gap.max().item() <= self.tolerance,
             f"largest change up to target {t}: {gap.max():.2e}",
         )
 
-    def target_is_unseen(self, dists: dict[int, Tensor]) -> Check:
+    def target_is_unseen(self, dists: dict[int, Tensor]) -> AuditCheck:
         t, other = self.at[-2], self.text.tokens.clone()
         other[t] = (other[t] + 1) % self.cfg.vocab_size
         gap = (self.walk(other, [t])[1][t] - dists[t]).abs().max().item()
-        return Check("prefix only: target", gap <= self.tolerance, f"largest change at target {t}: {gap:.2e}")
+        return AuditCheck("prefix only: target", gap <= self.tolerance, f"largest change at target {t}: {gap:.2e}")
 
 
-def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Check:
+def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> AuditCheck:
     """The engine's statistics against dictionaries fed one token at a time."""
     tokens = text.tokens[:n]
     stats = [x.tolist() for x in table.span(text.tokens, 0, len(tokens))]  # of the whole stream, cut after counting
@@ -6513,16 +6709,34 @@ def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Chec
             counter = replay.counter(k)
             expected = (sum(counter.values()), counter.get(x, 0), len(counter), replay.last(k))
             if tuple(column[k][t] for column in stats) != expected:
-                return Check("replay", False, f"target {t}, context of {k} tokens: expected {expected}")
+                return AuditCheck("replay", False, f"target {t}, context of {k} tokens: expected {expected}")
         replay.add(x)
-    return Check("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
+    return AuditCheck("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
 
 
-def audit(cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, artifact: str) -> bool:
+def bytes_check(text: ValidationText, tokenizer: Tokenizer) -> AuditCheck:
+    """The bytes counted of each document of the audited prefix against the length of its decoded text."""
+    tokens, counts = text.tokens[:AUDIT_TOKENS].cpu().numpy(), text.bytes[:AUDIT_TOKENS].cpu().numpy()
+    starts = [0, *np.flatnonzero(tokenizer.boundary[tokens[1:]]) + 1]
+    while len(tokens) > 1 and tokenizer.sp.is_byte(int(tokens[-1])):  # the cut may lie within a character
+        tokens = tokens[:-1]
+    total = -len(tokenizer.decode(tokens[:1]).encode())  # the first token is no target
+    for lo, hi in itertools.pairwise([*starts, len(tokens)]):
+        total += len(tokenizer.decode(tokens[lo:hi]).encode())
+        if total != (counted := int(counts[:hi].sum())):
+            return AuditCheck(
+                "bytes are the text's", False, f"up to target {hi - 1}: {counted} counted, {total} in the text"
+            )
+    return AuditCheck("bytes are the text's", True, f"{total} bytes in the text of {len(tokens)} tokens")
+
+
+def audit(
+    cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, tokenizer: Tokenizer, artifact: str
+) -> bool:
     """Audit every stage that is switched on and log each check; False if one failed. `artifact` is its SHA-256."""
     model.eval()
     evaluation = Evaluation(cfg, run, model, text, tables)
-    named = [("counts", replay_check(evaluation.text, evaluation.table))]
+    named = [("text", bytes_check(text, tokenizer)), ("counts", replay_check(evaluation.text, evaluation.table))]
     for stage in cfg.stages:
         named += [(stage, check) for check in Audit(cfg, run, model, text, stage, tables).checks()]
     for part, check in named:
@@ -7556,10 +7770,10 @@ def page_html(title: str, subtitle: str, documents: list[list[TokenNote]]) -> st
 # ==== 10 MAIN =========================================================================================================
 
 
-class Job(NamedTuple):
+class OpenRun(NamedTuple):
     """What every mode that touches text needs."""
 
-    loaded: Loaded
+    loaded: LoadedConfig
     run: Run
     paths: DataPaths
     tokenizer: Tokenizer
@@ -7570,13 +7784,13 @@ class Job(NamedTuple):
         return self.loaded.cfg
 
 
-def open_job(loaded: Loaded) -> Job:
+def open_run(loaded: LoadedConfig) -> OpenRun:
     """Read tokenizer and validation text and start the run; its logs are opened once nothing more can be found wrong."""
     cfg = loaded.cfg
     paths = find_data(cfg)
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size)
     text = load_validation(cfg, paths.folder, tokenizer)
-    return Job(loaded, Run.start(cfg), paths, tokenizer, text)
+    return OpenRun(loaded, Run.start(cfg), paths, tokenizer, text)
 
 
 def shown_path(path: Path) -> str:
@@ -7595,9 +7809,9 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
+def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
     """The head of every log: source, configuration with sources, versions, data, parameters."""
-    cfg, run, source = job.cfg, job.run, source_text()
+    cfg, run, source = opened.cfg, opened.run, source_text()
     if run.rank:
         return
     with torch.device("meta"):
@@ -7606,30 +7820,30 @@ def log_start(job: Job, train_tokens: int, train_shards: int) -> None:
     source_sha256, packed_sha256 = (hashlib.sha256(code).hexdigest() for code in (source.encode(), packed))
     run.log(source, to_terminal=False)
     run.log("=" * 100, to_terminal=False)
-    run.log(dump_config(job.loaded), to_terminal=False)
+    run.log(dump_config(opened.loaded), to_terminal=False)
     device = device_name(run.device)
-    run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({job.loaded.recipe_reason}) mode:{cfg.mode} seed:{cfg.seed}")
+    run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({opened.loaded.recipe_reason}) mode:{cfg.mode} seed:{cfg.seed}")
     run.log(
         f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} threads:{torch.get_num_threads()}"
     )
     run.log(
-        f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(job.text.tokens) - 1} val_bytes:{int(job.text.bytes.sum())}"
+        f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(opened.text.tokens) - 1} val_bytes:{int(opened.text.bytes.sum())}"
     )
     run.log(f"model_params:{params} source_sha256:{source_sha256} packed_sha256:{packed_sha256}")
-    if job.paths.sample:
+    if opened.paths.sample:
         run.notice("training and scoring the sample that ships with the script; its numbers are no challenge results")
-    for text in job.loaded.notices:
+    for text in opened.loaded.notices:
         run.notice(text)
     values = {n: getattr(cfg, n.lower()) for n in FIELDS}
-    run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=job.loaded.recipe_reason, mode=cfg.mode,
+    run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=opened.loaded.recipe_reason, mode=cfg.mode,
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
               python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
               source_sha256=source_sha256, source_bytes=len(source.encode()), packed_sha256=packed_sha256, packed_bytes=len(packed), params=params,
-              data={"path": shown_path(job.paths.folder), "sample": job.paths.sample, "train_shards": train_shards,
-                    "train_tokens": train_tokens, "val_tokens": len(job.text.tokens) - 1,
-                    "val_sha256": hashlib.sha256(job.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
-              tokenizer={"path": shown_path(job.paths.tokenizer), "sha256": job.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
-    run.event("config", values=values, sources=job.loaded.source)
+              data={"path": shown_path(opened.paths.folder), "sample": opened.paths.sample, "train_shards": train_shards,
+                    "train_tokens": train_tokens, "val_tokens": len(opened.text.tokens) - 1,
+                    "val_sha256": hashlib.sha256(opened.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
+              tokenizer={"path": shown_path(opened.paths.tokenizer), "sha256": opened.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
+    run.event("config", values=values, sources=opened.loaded.source)
 
 
 def build_model(cfg: Config, run: Run) -> GPT:
@@ -7657,13 +7871,13 @@ def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
 
 
 def pack_model(
-    job: Job, model: GPT, calibration: Calibration | None, calibration_s: float, sections: dict[str, bytes]
+    opened: OpenRun, model: GPT, calibration: Calibration | None, calibration_s: float, sections: dict[str, bytes]
 ) -> bytes:
     """Quantise, pack, write and log the account; the file's bytes."""
-    cfg, run = job.cfg, job.run
+    cfg, run = opened.cfg, opened.run
     named = {n: p.detach() for n, p in model.named_parameters()}
     store = {n: p.store for n, p in model.named_parameters()}
-    header = artifact_header(cfg, job.tokenizer)
+    header = artifact_header(cfg, opened.tokenizer)
     started = time.perf_counter()
     if cfg.target_bytes:
         budget = fill_budget(cfg, header, named, store, calibration, code_bytes(cfg), sections)
@@ -7682,10 +7896,12 @@ def pack_model(
     return blob
 
 
-def calibrate_in_time(job: Job, model: GPT, stream: TokenStream, result: TrainResult, counted: float) -> Calibration:
+def calibrate_in_time(
+    opened: OpenRun, model: GPT, stream: TokenStream, result: TrainResult, counted: float
+) -> Calibration:
     """Calibrate with what the training loop and counting n-grams left of MAX_WALLCLOCK_SECONDS, a tenth of it kept to sum over
     the ranks."""
-    cfg, run = job.cfg, job.run
+    cfg, run = opened.cfg, opened.run
     left = cfg.max_wallclock_seconds - result.seconds - counted if cfg.max_wallclock_seconds else math.inf
     # An eager backward pass keeps up to twice what the compiled one of training kept.
     batches = calibration_inputs(cfg, run, model, stream, result.micro_tokens // 2)
@@ -7697,19 +7913,19 @@ def calibrate_in_time(job: Job, model: GPT, stream: TokenStream, result: TrainRe
     return calibration
 
 
-def write_artifact(job: Job, model: GPT, stream: TokenStream, result: TrainResult) -> tuple[bytes, float]:
+def write_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: TrainResult) -> tuple[bytes, float]:
     """Calibrate, quantise, pack and write the artifact (rank 0): its bytes on every rank, as read back from the file, and
     the seconds of calibration and of counting the training text's n-grams."""
-    cfg, run, started, sections = job.cfg, job.run, time.perf_counter(), {}
+    cfg, run, started, sections = opened.cfg, opened.run, time.perf_counter(), {}
     if "exact" in cfg.ngram_tables and run.rank == 0:
         sections["exact"] = count_training_text(cfg, stream)
     counted = run.broadcast(time.perf_counter() - started)
-    calibration = calibrate_in_time(job, model, stream, result, counted) if cfg.calibrates else None
+    calibration = calibrate_in_time(opened, model, stream, result, counted) if cfg.calibrates else None
     run.sync()
     calibration_s = run.broadcast(time.perf_counter() - started)
     if result.cells is not None and run.rank == 0:
         sections["pr1095"] = pack_hashed(result.cells, cfg.lzma_preset)
-    return run.on_first(lambda: pack_model(job, model, calibration, calibration_s, sections)), calibration_s
+    return run.on_first(lambda: pack_model(opened, model, calibration, calibration_s, sections)), calibration_s
 
 
 def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
@@ -7737,26 +7953,28 @@ def load_tables(cfg: Config, blob: bytes) -> Tables:
                   unpack_trie(packed["exact"], cfg.vocab_size) if "exact" in packed else None)  # fmt: skip
 
 
-def account_bytes(job: Job, blob: bytes) -> dict[str, int]:
+def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
     """Count artifact and code against ARTIFACT_LIMIT, and log it."""
-    cfg, code = job.cfg, code_bytes(job.cfg)
+    cfg, code = opened.cfg, code_bytes(opened.cfg)
     sizes = {
         "artifact_bytes": len(blob),
         "code_bytes": code,
         "total_bytes": len(blob) + code,
         "limit": cfg.artifact_limit,
     }
-    job.run.log(
+    opened.run.log(
         f"Total submission size: {len(blob) + code} bytes = artifact {len(blob)} + code {code}, limit {cfg.artifact_limit}"
     )
-    job.run.event("pack", artifact=str(job.run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), **sizes,
+    opened.run.event("pack", artifact=str(opened.run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), **sizes,
                   code_form=cfg.code_form, roles=role_bytes(blob))  # fmt: skip
     return sizes
 
 
-def report_score(job: Job, results: list[StageResult], sizes: dict[str, int], train_s: float, eval_s: float) -> bool:
+def report_score(
+    opened: OpenRun, results: list[StageResult], sizes: dict[str, int], train_s: float, eval_s: float
+) -> bool:
     """The last line; False (and why) if a limit did not hold."""
-    cfg, run = job.cfg, job.run
+    cfg, run = opened.cfg, opened.run
     r = next(r for r in results if r.stage == cfg.final_stage)
     broken = []
     if not math.isfinite(r.val_bpb):
@@ -7773,32 +7991,32 @@ def report_score(job: Job, results: list[StageResult], sizes: dict[str, int], tr
     for text in broken:
         run.log(f"limit broken: {text}")
         run.event("error", message=text)
-    word = "score" if job.text.complete else f"no_score (VAL_TOKENS={cfg.val_tokens} scored a prefix only)"
+    word = "score" if opened.text.complete else f"no_score (VAL_TOKENS={cfg.val_tokens} scored a prefix only)"
     counted = " ".join(f"{name}:{size}" for name, size in sizes.items())
     run.log(
         f"{word} val_bpb:{r.val_bpb:.8f} stage:{r.stage} {counted} train_time:{train_s:.1f}s eval_time:{eval_s:.1f}s"
     )
     run.event("score", val_bpb=r.val_bpb, val_loss=r.val_loss, stage=r.stage, **sizes, train_s=train_s, eval_s=eval_s,
-              complete=job.text.complete, limits_ok=not broken)  # fmt: skip
+              complete=opened.text.complete, limits_ok=not broken)  # fmt: skip
     return not broken
 
 
-def score_artifact(job: Job, blob: bytes, train_s: float) -> int:
+def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
     """Reload the artifact, score it in every stage, print the score. Exit status."""
     started = time.perf_counter()
-    model = load_model(job.cfg, job.run, blob)
-    job.run.log(
-        f"loaded the artifact load_time:{time.perf_counter() - started:.2f}s peak_memory:{job.run.peak_memory_mib():.0f}MiB"
+    model = load_model(opened.cfg, opened.run, blob)
+    opened.run.log(
+        f"loaded the artifact load_time:{time.perf_counter() - started:.2f}s peak_memory:{opened.run.peak_memory_mib():.0f}MiB"
     )
-    sizes = account_bytes(job, blob)
-    evaluation = Evaluation(job.cfg, job.run, model, job.text, load_tables(job.cfg, blob))
-    results = evaluate(evaluation, job.cfg.stages, StageLog(job.run, job.text.complete))
+    sizes = account_bytes(opened, blob)
+    evaluation = Evaluation(opened.cfg, opened.run, model, opened.text, load_tables(opened.cfg, blob))
+    results = evaluate(evaluation, opened.cfg.stages, StageLog(opened.run, opened.text.complete))
     eval_s = time.perf_counter() - started
-    if "claimed" in job.cfg.ngram_scores:
+    if "claimed" in opened.cfg.ngram_scores:
         claim(evaluation)
-    held = report_score(job, results, sizes, train_s, eval_s)
+    held = report_score(opened, results, sizes, train_s, eval_s)
     # Clocks differ by rank, and ranks that end differently keep torchrun waiting.
-    return 0 if job.run.broadcast(held) else 1
+    return 0 if opened.run.broadcast(held) else 1
 
 
 def check_artifact_path(run: Run, continuing: bool) -> None:
@@ -7811,38 +8029,38 @@ def check_artifact_path(run: Run, continuing: bool) -> None:
     probe.unlink()
 
 
-def run_train(loaded: Loaded) -> int:
+def run_train(loaded: LoadedConfig) -> int:
     """MODE=train: train -> quantize -> pack -> reload from the file -> score."""
     cfg = loaded.cfg
-    job = open_job(loaded)
-    run = job.run
-    shards = load_split(job.paths.folder, "train")
-    stream = TokenStream(shards, cfg.vocab_size)
+    opened = open_run(loaded)
+    run = opened.run
+    shards = load_split(opened.paths.folder, "train")
+    stream = TokenStream(shards, cfg.vocab_size, opened.tokenizer.sha256)
     check_batch(cfg, run.world)
     if cfg.calibrates and stream.total < cfg.train_seq_len:
-        raise ConfigError(f"calibration needs {cfg.train_seq_len} training tokens, DATA_PATH={job.paths.folder} holds {stream.total}: "
+        raise ConfigError(f"calibration needs {cfg.train_seq_len} training tokens, DATA_PATH={opened.paths.folder} holds {stream.total}: "
                           "GPTQ_ENABLED=0, TARGET_BYTES=0 or more data")  # fmt: skip
     choose_attention(cfg, run.device)
     with torch.device("meta"):
         Policy.of(cfg, GPT(cfg))  # a mistake in it is found now, not after the training
-    resumed = Checkpoints(cfg, run).load()
+    resumed = Checkpoints(cfg, run, stream.identity).load()
     run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
     run.open_logs(append=cfg.resume != "")
-    log_start(job, stream.total, len(shards))
+    log_start(opened, stream.total, len(shards))
     model = build_model(cfg, run)
 
     def validate(model: GPT) -> tuple[float, float]:
-        result = evaluate(Evaluation(cfg, run, model, job.text), ("roundtrip",))[0]
+        result = evaluate(Evaluation(cfg, run, model, opened.text), ("roundtrip",))[0]
         return result.val_loss, result.val_bpb
 
     result = train(cfg, run, model, stream, resumed, validate)
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise BrokenRun("the last update left NaN or Inf in the weights; lower the learning rates")
     if run.rank == 0:
-        text = "".join(sample_text(cfg, run, model.eval(), job.tokenizer.sp, "", 48))
+        text = "".join(sample_text(cfg, run, model.eval(), opened.tokenizer.sp, "", 48))
         run.log(f"sample: {text!r}")
-    blob, calibration_s = write_artifact(job, model, stream, result)
-    return score_artifact(job, blob, result.seconds + calibration_s)
+    blob, calibration_s = write_artifact(opened, model, stream, result)
+    return score_artifact(opened, blob, result.seconds + calibration_s)
 
 
 def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -> None:
@@ -7853,26 +8071,27 @@ def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -
         )
 
 
-def open_scoring(loaded: Loaded, header: dict[str, Any]) -> Job:
+def open_scoring(loaded: LoadedConfig, header: dict[str, Any]) -> OpenRun:
     """A job that scores an artifact, its logs open."""
-    job = open_job(loaded)
-    check_tokenizer(job.tokenizer, header, loaded.cfg)
-    choose_attention(loaded.cfg, job.run.device)
-    job.run.open_logs(append=False)
-    log_start(job, 0, 0)
-    return job
+    opened = open_run(loaded)
+    check_tokenizer(opened.tokenizer, header, loaded.cfg)
+    choose_attention(loaded.cfg, opened.run.device)
+    opened.run.open_logs(append=False)
+    log_start(opened, 0, 0)
+    return opened
 
 
-def run_eval(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_eval(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=eval: score an existing artifact with no training state and no training data."""
     return score_artifact(open_scoring(loaded, header), blob, 0.0)
 
 
-def run_audit(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_audit(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=audit: is the score of this artifact a code length?"""
-    job = open_scoring(loaded, header)
-    model, tables = load_model(job.cfg, job.run, blob), load_tables(job.cfg, blob)
-    return 0 if audit(job.cfg, job.run, model, job.text, tables, hashlib.sha256(blob).hexdigest()) else 1
+    opened = open_scoring(loaded, header)
+    model, tables = load_model(opened.cfg, opened.run, blob), load_tables(opened.cfg, blob)
+    artifact = hashlib.sha256(blob).hexdigest()
+    return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, opened.tokenizer, artifact) else 1
 
 
 class FlashFootprint(torch.autograd.Function):
@@ -7956,7 +8175,7 @@ def plan_bytes(cfg: Config, model: GPT) -> None:
     print("  as if weights were normally distributed; in five published runs trained ones took up to 17 % less")
 
 
-def run_plan(loaded: Loaded) -> int:
+def run_plan(loaded: LoadedConfig) -> int:
     """MODE=plan: parameters, predicted bytes, memory and FLOPs of a step, without data or training.
 
     DEVICE=cuda plans for a GPU that need not be there.
@@ -8003,7 +8222,7 @@ def read_input(cfg: Config) -> bytes:
     return read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on")
 
 
-def open_codec(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> Codec:
+def open_codec(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> Codec:
     """The artifact's model and tokenizer, ready to code: one process, no data, no logs."""
     cfg = loaded.cfg
     tokenizer = Tokenizer(find_data(cfg).tokenizer, cfg.vocab_size)
@@ -8030,7 +8249,7 @@ def output_path(cfg: Config, default: str) -> Path:
     return path
 
 
-def run_compress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_compress(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=compress: INPUT -> OUTPUT (default INPUT.pgz), and the account."""
     cfg = loaded.cfg
     data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.pgz")
@@ -8053,7 +8272,7 @@ def run_compress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
-def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
+def adopt_settings(loaded: LoadedConfig, settings: str) -> LoadedConfig:
     """The configuration with the scoring knobs that the compressed file was coded with."""
     try:
         coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
@@ -8067,7 +8286,7 @@ def adopt_settings(loaded: Loaded, settings: str) -> Loaded:
     return loaded._replace(cfg=cfg)
 
 
-def run_decompress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_decompress(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=decompress: INPUT -> OUTPUT (default INPUT without .pgz)."""
     cfg = loaded.cfg
     packed = read_input(cfg)
@@ -8089,7 +8308,7 @@ def run_decompress(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
-def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_sample(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=sample: continue PROMPT on the terminal."""
     cfg = loaded.cfg
     codec = open_codec(loaded, blob, header)
@@ -8100,7 +8319,7 @@ def run_sample(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
-def run_explain(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
+def run_explain(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=explain: INPUT, shaded by what each token cost, on the terminal and as the page OUTPUT (default INPUT.html)."""
     cfg = loaded.cfg
     data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.html")
@@ -8119,7 +8338,7 @@ def run_explain(loaded: Loaded, blob: bytes, header: dict[str, Any]) -> int:
     return 0
 
 
-def run_pack_code(loaded: Loaded) -> int:
+def run_pack_code(loaded: LoadedConfig) -> int:
     """MODE=pack_code: write the self-extracting form of this script."""
     packed, path = pack_code(source_text()), output_path(loaded.cfg, f"{loaded.cfg.log_dir}/train_gpt_packed.py")
     atomic_write(path, packed)
@@ -8141,7 +8360,7 @@ ARTIFACT_MODES = {
 
 def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
     """(bytes, header) of the file that ARTIFACT names; raises ConfigError if it is missing or no artifact."""
-    path = env.get("ARTIFACT", "")
+    path = expand_home("ARTIFACT", env.get("ARTIFACT", ""))
     blob = read_named("ARTIFACT", path, "this mode needs the artifact of a finished run")
     try:
         header = read_header(blob)[0]
@@ -8175,7 +8394,7 @@ def show_toc() -> str:
 def finish(outcome: str, message: str, told: bool) -> None:
     """Say what went wrong, once over all ranks unless it is already `told`, and close the logs."""
     run = Run.current
-    if message and not told and (is_first_here() if run is None else run.speaks_first()):
+    if message and not told and (is_first_on_node() if run is None else run.reports_first()):
         print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
     if run is not None:
         if message:

@@ -84,7 +84,7 @@ class Subject:
         )
         return nats / np.log(2) / int(self.text.bytes[1 : n + 1].sum())
 
-    def gap(self, stored: dict[str, tg.Stored], before: float) -> float:
+    def gap(self, stored: dict[str, tg.QuantizedTensor], before: float) -> float:
         """bpb after minus before quantisation."""
         return self.bpb({n: tg.dequantize(s) for n, s in stored.items()}) - before
 

@@ -208,19 +208,17 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     return tokenizer
 
 
-def byte_counts(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a scorer counts, per piece: bytes (V,) int64 without a leading space, has that space (V,), is boundary (V,).
+def byte_counts(
+    tokenizer: sentencepiece.SentencePieceProcessor, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the trainer counts, per piece: its own rule, `train_gpt.piece_bytes`; InputError where it refuses the tokenizer."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    import train_gpt
 
-    Boundary pieces (control, unknown, unused) stand for no bytes and swallow the space of the piece after them.
-    """
-    size = tokenizer.vocab_size()
-    pieces = [tokenizer.id_to_piece(i) for i in range(size)]
-    byte = np.array([tokenizer.is_byte(i) for i in range(size)])
-    silent = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
-    boundary = np.array([any(test(i) for test in silent) for i in range(size)])
-    length = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces], dtype=np.int64)
-    spaced = np.array([piece.startswith(SPACE) for piece in pieces]) & ~byte & ~boundary
-    return np.where(boundary, 0, np.where(byte, 1, length)), spaced, boundary
+    try:
+        return train_gpt.piece_bytes(tokenizer, name)
+    except train_gpt.ConfigError as error:
+        raise InputError(str(error)) from None
 
 
 class Encoded(NamedTuple):
@@ -234,9 +232,9 @@ class Encoded(NamedTuple):
 class Encoder:
     """Text to checked tokens with one tokenizer, its case factored out or not."""
 
-    def __init__(self, model: bytes, name: str, case: bool):
+    def __init__(self, model: bytes, name: str, case: bool = False):
         self.name, self.tokenizer, self.case = name, load_tokenizer(model, name), case
-        self.length, self.spaced, self.boundary = byte_counts(self.tokenizer)
+        self.length, self.spaced, self.boundary = byte_counts(self.tokenizer, name)
         pieces = [self.tokenizer.id_to_piece(i) for i in range(len(self.length))]
         if case and not set(caseops.OPERATORS) <= set(pieces):
             raise InputError(
@@ -571,7 +569,9 @@ def obtain_tokenizer(corpus: Corpus, args: argparse.Namespace) -> tuple[bytes, d
         settings = {**trainer_settings(args), "character_coverage": args.character_coverage}
         model = train_tokenizer(training_lines(corpus, args), args.vocab_size, settings)
         name, how = f"tokenizer_{args.vocab_size}.model", {"trained_here": True, **settings}
-    size = load_tokenizer(model, name).vocab_size()
+    tokenizer = load_tokenizer(model, name)
+    byte_counts(tokenizer, name)
+    size = tokenizer.vocab_size()
     return model, {"file": name, "sha256": hashlib.sha256(model).hexdigest(), "vocab_size": size, **how}
 
 

@@ -31,7 +31,7 @@ def weights(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return named, dict(zip(named, roles, strict=True))
 
 
-def stored_with(low_rank: bool = False, **knobs) -> dict[str, tg.Stored]:
+def stored_with(low_rank: bool = False, **knobs) -> dict[str, tg.QuantizedTensor]:
     named, store = weights()
     stored = tg.quantize(tg.Config(quant_min_numel=100, **knobs), named, store)
     if low_rank:

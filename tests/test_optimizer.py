@@ -349,7 +349,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         train(model, optimizers, range(2, STEPS), [rank])
         out["resumed"] = weights(model)
         torch.save(out, f"{folder}/{dtype}-{rank}.pt")
-    tg.leave_group()
+    tg.end_process_group()
 
 
 def train_alone(dtype: str, parts: list[int]) -> dict[str, dict]:

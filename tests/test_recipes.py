@@ -14,7 +14,7 @@ import train_gpt as tg
 SYSTEMS = ("pr164", "pr740", "pr187", "pr850", "pr1095")
 
 
-def load(recipe: str, **env) -> tg.Loaded:
+def load(recipe: str, **env) -> tg.LoadedConfig:
     return tg.load_config({"RECIPE": recipe, **{k: str(v) for k, v in env.items()}}, has_gpu=lambda: False)
 
 

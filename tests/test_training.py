@@ -295,16 +295,16 @@ def test_flags_that_are_read_late_are_allowed_for(tiny, data, monkeypatch):
         done[trainer.step + 1] = device[0]
         return trainer.model(*args)
 
-    read = tg.Watch.read
+    read = tg.StopConsensus.read
 
     def wait_and_read(watch):
         now[0] = max(now[0], done[watch.pending[0][0]])
         return read(watch)
 
-    monkeypatch.setattr(tg.Watch, "read", wait_and_read)
+    monkeypatch.setattr(tg.StopConsensus, "read", wait_and_read)
     monkeypatch.setattr(run, "sync", lambda: now.__setitem__(0, max(now[0], device[0])))
     monkeypatch.setattr(
-        tg.Watch, "__init__", lambda self, run, _: self.__dict__.update(run=run, late=1, pending=[], good=[])
+        tg.StopConsensus, "__init__", lambda self, run, _: self.__dict__.update(run=run, late=1, pending=[], good=[])
     )
     result, _ = train(trainer, forward=forward)
     assert 200 - 10 <= result.seconds <= 200
@@ -323,7 +323,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(tiny, data):
 
 
 def test_flags_read_late_name_the_step_they_belong_to(run):
-    watch = tg.Watch(run)
+    watch = tg.StopConsensus(run)
     watch.late = 1  # as on a GPU
     good, bad = torch.tensor(2.0), torch.tensor(math.inf)
     sent = ((1, False, good, 1.5), (2, True, good, 2.5), (3, False, bad, 3.5))
@@ -338,7 +338,7 @@ def test_one_rank_that_wants_to_stop_stops_all_and_a_bad_rank_is_named(tiny):
     sent: list[torch.Tensor] = []
     for run in runs:
         run.all_reduce = lambda t: sent.append(t) or t
-    watches = [tg.Watch(run) for run in runs]
+    watches = [tg.StopConsensus(run) for run in runs]
     for watch, stop, loss in zip(watches, (False, True, False), (1.0, 2.0, 3.0), strict=True):
         watch.late = 1
         watch.exchange(7, stop, torch.tensor(loss), 10.0 + watch.run.rank)
