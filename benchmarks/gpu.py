@@ -24,10 +24,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tools.plan import activation_bytes, state_bytes  # noqa: E402
-
 import train_gpt as tg  # noqa: E402
 from benchmarks.artifact import shapes_of, time_gptq, time_packing  # noqa: E402
+from tools.plan import activation_bytes, state_bytes  # noqa: E402
 
 TINY = {"NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "TRAIN_SEQ_LEN": "32", "BIGRAM_VOCAB_SIZE": "64",
         "BIGRAM_DIM": "8"}  # fmt: skip
@@ -129,9 +128,10 @@ def step(recipe: str, tiny: bool) -> dict[str, float]:
     peak = next((rate for word, rate in tg.PEAK_FLOPS.items() if word in name), float("nan"))
     with torch.device("meta"):
         meta = tg.GPT(cfg)
-    planned = (activation_bytes(cfg, meta, run.device, trainer.micro_tokens) + state_bytes(cfg, meta)) / 2**20
+    kept, eager = (n + state_bytes(cfg, meta) for n in activation_bytes(cfg, meta, run.device, trainer.micro_tokens))
     return {"ms a step": 1000 * seconds, "tokens a step": cfg.train_batch_tokens, "MFU": flops / seconds / peak, "primed, s": primed,
-            "micro-batch": trainer.micro_tokens, "peak memory, MiB": run.peak_memory_mib(), "planned, MiB": planned}  # fmt: skip
+            "micro-batch": trainer.micro_tokens, "peak memory, MiB": run.peak_memory_mib(), "planned, compiled, MiB": kept / 2**20,
+            "planned, eager, MiB": eager / 2**20}  # fmt: skip
 
 
 def attention(tiny: bool) -> dict[str, float]:
