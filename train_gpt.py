@@ -1498,11 +1498,11 @@ class Batcher:
         return t[:-1].view(-1, seq_len), t[1:].view(-1, seq_len)
 
 
-def proto_field(message: bytes, number: int) -> bytes:
-    """The bytes of field `number` of a serialized protocol buffer, b"" where it is absent (the last one where it repeats)."""
+def proto_field(message: bytes, wanted: int) -> bytes:
+    """The bytes of field number `wanted` of a serialized protocol buffer, b"" where it is absent (the last one where it repeats)."""
     at, found = 0, b""
 
-    def number_at() -> int:
+    def number() -> int:
         nonlocal at
         value = shift = 0
         while True:
@@ -1511,12 +1511,12 @@ def proto_field(message: bytes, number: int) -> bytes:
                 return value
 
     while at < len(message):
-        tag = number_at()
+        tag = number()
         if tag & 7 == 0:
-            number_at()
+            number()
             continue
-        size = number_at() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
-        found = message[at : at + size] if tag >> 3 == number else found
+        size = number() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
+        found = message[at : at + size] if tag >> 3 == wanted else found
         at += size
     return found
 

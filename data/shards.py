@@ -89,6 +89,13 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace the file at `path`, so that it holds the old content or all of the new, whenever this process ends."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_synced(aside, content)
+    os.replace(aside, path)
+
+
 _held: set[Path] = set()  # folders that this process has locked
 
 

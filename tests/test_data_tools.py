@@ -33,6 +33,7 @@ DATA, SAMPLE = ROOT / "data", ROOT / "data" / "sample"
 sys.path[:0] = [str(DATA), str(SAMPLE)]
 
 import cached_challenge_fineweb as downloader  # noqa: E402
+import caseops  # noqa: E402
 import make_shards  # noqa: E402
 import rebuild  # noqa: E402
 import shards  # noqa: E402
@@ -68,7 +69,7 @@ def read_shard(path: Path) -> np.ndarray:
 
 def split_documents(folder: Path, split: str) -> list[list[int]]:
     """Token lists between BOS marks, over all shards of a split in name order."""
-    stream = np.concatenate([read_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))])
+    stream = np.concatenate([read_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_0*.bin"))])
     assert stream[0] == BOS
     return [part[1:].tolist() for part in np.split(stream, np.flatnonzero(stream == BOS))[1:]]
 
@@ -216,10 +217,11 @@ def test_tokenizers_that_keep_leading_space_are_counted_exactly_too(prefix):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(PLAIN), model_writer=model, vocab_size=350, minloglevel=2, **settings
     )
-    encoder = make_shards.Encoder(model.getvalue(), "kept")
+    encoder = make_shards.Encoder(model.getvalue(), "kept", case=False)
     for text in [*NASTY, *PLAIN]:
-        tokens, normal = encoder.encode(make_shards.Document(text, "here"))
-        assert counted_bytes(encoder.tokenizer, [tokens[1:].tolist()]) == len(normal.encode())
+        tokens, counted, _ = encoder.encode(make_shards.Document(text, "here"))
+        normal = encoder.tokenizer.normalize(text).replace("\u2581", " ").lstrip(" ")
+        assert counted_bytes(encoder.tokenizer, [tokens[1:].tolist()]) == len(normal.encode()) == counted.sum()
         assert encoder.tokenizer.decode(tokens[1:].tolist()) == normal
 
 
@@ -475,6 +477,180 @@ def test_shard_headers_are_refused_when_they_lie(tmp_path):
         path.write_bytes(content)
         with pytest.raises(shards.InputError, match=phrase):
             shards.check_shard(path)
+
+
+# ---- make_shards --caseops
+
+CASES = ["The NASA iPhone of McDonald \ue001 and \ue004\ue002 A B", "\u2581ABC ＡＢＣ ﬁ a™b H\u0331 \u1e96 É E\u0301X",
+         "x \ue002ABC\ue003De \ue004 \ue004\ue004 \ue001\n\nThe End"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cased(tmp_path_factory) -> Path:
+    """Shards of case-factored documents, with fused markers and without."""
+    folder = tmp_path_factory.mktemp("cased")
+    source = write_jsonl(folder / "text.jsonl", CASES + NASTY + PLAIN)
+    for out, extra in (("fused", []), ("published", ["--no-fused-markers"])):
+        argv = [source, "--out", folder / out, "--caseops", *extra, "--vocab-size", 420, "--val-docs", 15]
+        assert run(make_shards.main, [*argv, "--shard-tokens", 400, "--workers", 2]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("form", ["fused", "published"])
+def test_the_sidecar_counts_the_original_bytes_of_every_document(cased, form):
+    out = cased / form
+    manifest = json.loads((out / "manifest.json").read_text())
+    model = sentencepiece.SentencePieceProcessor(str(out / manifest["tokenizer"]["file"]))
+    originals = [caseops.normalize(text).lstrip(" ") for text in CASES + NASTY + PLAIN]
+    documents = split_documents(out, "val") + split_documents(out, "train")
+    assert [caseops.decode(model.decode(tokens)) for tokens in documents] == originals
+
+    names = [[path.name for path in sorted(out.glob(f"fineweb_{split}_0*.bin"))] for split in ("val", "val_bytes")]
+    assert len(names[0]) > 1 and [name.replace("val_", "val_bytes_") for name in names[0]] == names[1]
+    assert not list(out.glob("fineweb_train_bytes_*"))
+    tokens, counted = (np.concatenate([read_shard(out / name) for name in part]) for part in names)
+    starts = np.flatnonzero(tokens == BOS)
+    assert np.add.reduceat(counted, starts).tolist() == [len(text.encode()) for text in originals[:15]]
+    assert not counted[starts].any() and counted.sum() == manifest["val"]["bytes"]
+    assert manifest["train"]["bytes"] == sum(len(text.encode()) for text in originals[15:])
+    for entry in manifest["val"]["sidecars"]:
+        assert shards.check_shard(out / entry["file"]) == entry["tokens"]
+        assert shards.sha256_of(out / entry["file"]) == entry["sha256"]
+
+
+@pytest.mark.parametrize("form", ["fused", "published"])
+def test_operators_stand_for_no_bytes_fused_ones_for_a_space_and_escaped_ones_for_themselves(cased, form):
+    out = cased / form
+    manifest = json.loads((out / "manifest.json").read_text())
+    model = sentencepiece.SentencePieceProcessor(str(out / manifest["tokenizer"]["file"]))
+    assert manifest["transform"] == "caseops" and manifest["fused_markers"] is (form == "fused")
+    assert [model.id_to_piece(i) for i in range(4, 8)] == list(caseops.OPERATORS)
+    fused = tuple(model.id_to_piece(i) for i in range(8, 11))
+    assert (fused == caseops.FUSED) is (form == "fused")
+    tokens, counted = (read_shard(out / f"fineweb_{kind}_000000.bin") for kind in ("val", "val_bytes"))
+    literal = False
+    for token, count in zip(tokens.tolist(), counted.tolist(), strict=True):
+        piece = model.id_to_piece(token)
+        if piece in caseops.OPERATORS:
+            assert count == (3 if literal else 0)
+        elif piece in caseops.FUSED:
+            assert count == 1
+        elif not model.is_byte(token) and token != BOS:
+            assert count == len(piece.replace("\u2581", " ").encode())
+        literal = piece == caseops.ESCAPE and not literal
+    pieces = [model.id_to_piece(i) for i in tokens.tolist()]
+    assert caseops.ESCAPE in pieces and ("\u2581\ue001" in pieces) is (form == "fused")
+
+
+def test_plain_shards_have_neither_sidecar_nor_transform(corpus):
+    manifest = json.loads((corpus / "out" / "manifest.json").read_text())
+    assert not {"transform", "fused_markers"} & set(manifest) and "sidecars" not in manifest["val"]
+    assert not list((corpus / "out").glob("*bytes*"))
+
+
+def test_a_tokenizer_for_case_factored_text_is_checked(tmp_path, corpus, capsys):
+    """A published one, which normalises by itself, serves for the documents that it leaves alone."""
+    model, path = io.BytesIO(), tmp_path / "published.model"
+    settings = {**make_shards.TRAINER, "user_defined_symbols": list(caseops.OPERATORS)}
+    stream = (caseops.encode(text) for text in PLAIN)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=stream, model_writer=model, vocab_size=350, minloglevel=2, **settings
+    )
+    path.write_bytes(model.getvalue())
+    source = write_jsonl(tmp_path / "a.jsonl", CASES[:1] + PLAIN)
+    argv = ["--out", tmp_path / "out", "--caseops", "--val-docs", 1, "--workers", 1]
+    assert run(make_shards.main, [source, *argv, "--tokenizer", path]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["fused_markers"] is False and manifest["val"]["bytes"] == len(CASES[0].encode())
+    lost = write_jsonl(tmp_path / "b.jsonl", [PLAIN[0], "H\u0331"])
+    assert run(make_shards.main, [lost, *argv, "--force", "--tokenizer", path]) == 2
+    assert "b.jsonl:2: the tokenizer published.model does not give this document back" in capsys.readouterr().err
+    argv[1] = tmp_path / "other"
+    assert run(make_shards.main, [source, *argv, "--tokenizer", corpus / "out" / "tokenizer_400.model"]) == 2
+    assert "tokenizer_400.model: no tokenizer for --caseops" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+# ---- make_shards: going on
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("saves", [1, 2, 5])
+def test_an_interrupted_job_goes_on_to_the_same_bytes(tmp_path, monkeypatch, capsys, saves, workers):
+    source = write_jsonl(tmp_path / "a.jsonl", CASES + PLAIN + PLAIN[:5])
+    argv = [source, "--caseops", "--vocab-size", 420, "--val-docs", 8, "--shard-tokens", 300, "--workers", workers]
+    assert run(make_shards.main, [*argv, "--out", tmp_path / "whole"]) == 0
+    save, count = make_shards.Job.save, Counter()
+
+    def interrupted(job) -> None:
+        save(job)
+        count["saves"] += 1
+        if count["saves"] == saves:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_shards.Job, "save", interrupted)
+    argv += ["--out", tmp_path / "out", "--resume"]
+    assert run(make_shards.main, argv) == 130
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {make_shards.STAGING}
+    monkeypatch.setattr(make_shards, "train_tokenizer", None)  # not again
+    capsys.readouterr()
+    assert run(make_shards.main, argv) == 0
+    assert ("going on after" in capsys.readouterr().out) is (saves > 1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_job_with_other_settings_starts_anew_and_one_without_resume_too(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", PLAIN)
+    argv = [source, "--out", tmp_path / "out", "--val-docs", 8, "--vocab-size", 300, "--workers", 1]
+
+    def stopped(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make_shards.Job, "add", stopped)
+        assert run(make_shards.main, [*argv, "--resume"]) == 130
+    argv[4] = 9
+    assert run(make_shards.main, [*argv, "--resume"]) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["val"]["documents"] == 9
+    with monkeypatch.context() as patch:
+        patch.setattr(make_shards.Job, "add", stopped)
+        assert run(make_shards.main, [*argv, "--resume", "--force"]) == 130
+        assert run(make_shards.main, [*argv, "--force"]) == 130
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "manifest.json", "tokenizer_300.model", "fineweb_val_000000.bin", "fineweb_train_000000.bin"}  # fmt: skip
+
+
+def test_so_many_training_shards_and_no_more(tmp_path, corpus, capsys):
+    model = corpus / "out" / "tokenizer_400.model"
+    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", tmp_path / "out", "--val-docs", 8, "--tokenizer", model]
+    assert run(make_shards.main, [*argv, "--shard-tokens", 300, "--train-shards", 2, "--resume"]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    documents = split_documents(tmp_path / "out", "train")
+    decode = sentencepiece.SentencePieceProcessor(str(model)).decode
+    assert [decode(tokens) for tokens in documents] == PLAIN[8 : 8 + len(documents)]
+    assert len(manifest["train"]["shards"]) == 2 and 550 < manifest["train"]["tokens"] <= 600
+    assert manifest["train"]["bytes"] == sum(len(text) for text in PLAIN[8 : 8 + len(documents)])
+    assert re.search(
+        r"[\d.]+ MB/s of text on \d+ process.*80 shards of 100,000,000 tokens take", capsys.readouterr().out
+    )
+
+
+def test_the_official_split_is_50_000_lines(tmp_path, corpus, capsys, monkeypatch):
+    model = corpus / "out" / "tokenizer_400.model"
+    with pytest.raises(SystemExit):
+        make_shards.main(["a.jsonl", "--out", "x", "--official-split", "--val-docs", "10000"])
+    assert "--val-docs 10000: the official split is 50000" in capsys.readouterr().err
+    monkeypatch.setattr(make_shards, "OFFICIAL_VAL_DOCS", 5)
+    argv = ["--out", tmp_path / "out", "--official-split", "--tokenizer", model, "--workers", 1, "--val-docs", 5]
+    blank = write_jsonl(tmp_path / "a.jsonl", [*PLAIN[:3], " \n", *PLAIN[3:]])
+    assert run(make_shards.main, [blank, *argv]) == 2
+    assert "a.jsonl:4: an empty document, which the official split would count" in capsys.readouterr().err
+    assert run(make_shards.main, [write_jsonl(tmp_path / "b.jsonl", PLAIN), *argv]) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["val"]["documents"] == 5
 
 
 # ---- the sample
