@@ -5,9 +5,6 @@
     RECIPE=pr164 SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
     MODE=audit ARTIFACT=logs/run.pgz python train_gpt.py           is that score a code length?
-    MODE=compress ARTIFACT=logs/run.pgz INPUT=file python train_gpt.py     its score is a code length: file.pgz, and back
-    MODE=sample ARTIFACT=logs/run.pgz PROMPT="..." python train_gpt.py     let it write
-    MODE=explain ARTIFACT=logs/run.pgz INPUT=file python train_gpt.py      what each token cost: file.html
     python train_gpt.py --help | --dump-config | --toc
 
 Every knob is an environment variable, declared once in section 1. The file is ordered as data flows; a name is used only
@@ -45,7 +42,6 @@ import errno
 import fnmatch
 import functools
 import hashlib
-import html
 import io
 import itertools
 import json
@@ -63,16 +59,15 @@ import time
 import tokenize
 import uuid
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -111,7 +106,7 @@ class Config:
     # fmt: off
     # ---- 1 CONFIG
     recipe: str = knob("auto", "", "named set of values; auto: the best on a GPU, cpu without one")
-    mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit", "plan", "compress", "decompress", "sample", "explain", "pack_code"))
+    mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit", "pack_code"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
     run_id: str = knob("", "", "names the logs; empty: time-recipe-seed, and -2, -3 ... where that is taken")
@@ -303,15 +298,6 @@ class Config:
     ttt_polyak_decay: float = knob(0.0, "", "score with an average of the LoRA that decays so a chunk; 0: the latest", lo=0, hi=0.99999)
     ttt_byte_weighted: bool = knob(True, "", "TTT loss weighs each token by its bytes (at least 1)")
     ttt_temperature: float = knob(1.0, "", "logits are divided by this constant in stage ttt", lo=0.1, hi=10)
-    input: str = knob("", "file", "what MODE=compress, decompress and explain read")
-    output: str = knob("", "file", "what they and MODE=pack_code write; empty: INPUT.pgz, INPUT without .pgz, INPUT.html, LOG_DIR/train_gpt_packed.py")
-    explain_tokens: int = knob(20000, "tokens", "most tokens that MODE=explain explains", lo=1)
-    codec_lanes: int = knob(16, "lanes", "most independent stretches of a text that are coded side by side; more is faster, fewer learn longer", lo=1, hi=4096)
-    prompt: str = knob("", "text", "what MODE=sample continues; empty: a new document")
-    sample_tokens: int = knob(256, "tokens", "most tokens that MODE=sample writes", lo=1, hi=1000000)
-    sample_ngram: bool = knob(False, "", "sampling: the network corrected by its own text's n-grams writes, instead of the network alone")
-    temperature: float = knob(0.8, "", "sampling: p^(1/T); 0: always the likeliest token", lo=0, hi=100)
-    top_p: float = knob(0.95, "", "sampling: only the fewest tokens that hold this probability", lo=0.01, hi=1)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -742,16 +728,29 @@ NO_EFFECT: dict[str, dict[str, str]] = {
     },
 }
 
+# MODE's former values -> the program that does it, and former knobs -> its arguments.
+MOVED_MODES = {
+    "plan": "tools/plan.py --device cuda", "compress": "tools/codec.py compress FILE --artifact FILE.pgz",
+    "decompress": "tools/codec.py decompress FILE --artifact FILE.pgz", "sample": "tools/sample.py --artifact FILE.pgz --prompt TEXT",
+    "explain": "tools/explain.py FILE --artifact FILE.pgz",
+}  # fmt: skip
+MOVED_KNOBS = {
+    "INPUT": "", "OUTPUT": "", "PROMPT": "",  # common names: passed over in silence
+    "CODEC_LANES": "tools/codec.py --lanes", "EXPLAIN_TOKENS": "tools/explain.py --tokens",
+    "SAMPLE_TOKENS": "tools/sample.py --tokens", "SAMPLE_NGRAM": "tools/sample.py --ngram",
+    "TEMPERATURE": "tools/sample.py --temperature", "TOP_P": "tools/sample.py --top-p",
+}  # fmt: skip
+
 # What gives a dead name its meaning back, where it is a knob of ours too.
 REVIVED_BY = {"WARMDOWN_ITERS": ("LR_SCHEDULE", "warmdown"), "TTT_MOMENTUM": ("TTT_OPTIMIZER", "sgd")}
 
 # Variables of other programs whose names are like those of knobs: never taken for a misspelt one.
-FOREIGN = frozenset("ARTIFACTS CODE COMPILER DEVICES FORCE_COLOR INPUTRC INPUTS LMOD_DIR LOGDIR MODEL MODEL_DIR MORE NODE OUTPUTS PAT "
-                    "PRE_COMMIT PROFILER PROFILES PROJ_DATA PROJ_LIB PROMPTS RPROMPT RUNID SPEED SPROMPT TOP_K".split())  # fmt: skip
+FOREIGN = frozenset("ARTIFACTS CODE COMPILER DEVICES FORCE_COLOR LMOD_DIR LOGDIR MODEL MODEL_DIR MORE NODE PAT PRE_COMMIT PROFILER "
+                    "PROFILES PROJ_DATA PROJ_LIB RUNID SPEED".split())  # fmt: skip
 # Beginnings of names that torch, its launchers, shells, clusters, CI systems and editors set.
 FOREIGN_PREFIXES = tuple("TORCH NCCL_ GLOO_ CUDA_ NVIDIA_ NV_ SLURM_ SM_ PBS_ LSB_ OMPI_ PMI KUBERNETES_ AWS_ AZURE_ AGENT_ CI_ GITHUB_ "
                          "GITLAB_ RUNNER_ BUILD_ SYSTEM_ JENKINS_ CIRCLE_ VSCODE_ CONDA_ VIRTUAL_ENV PYTHON PYTEST_ PIP_ UV_ HF_ WANDB_ "
-                         "MLFLOW_ OMP_ MKL_ KMP_ TRITON_ LC_ XDG_ SSH_ GROUP_ ROLE_ PROMPT_ LOG_LEVEL".split())  # fmt: skip
+                         "MLFLOW_ OMP_ MKL_ KMP_ TRITON_ LC_ XDG_ SSH_ GROUP_ ROLE_ LOG_LEVEL".split())  # fmt: skip
 
 # What other trainers call a knob of ours, or what comes nearest to theirs.
 ELSEWHERE = {name: ours for ours, names in {
@@ -783,6 +782,8 @@ def check_value(name: str, value: Any) -> Any:
     meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected {TYPE_WORDS[kind]}")
+    if name == "MODE" and value in MOVED_MODES:
+        raise ConfigError(f"MODE={value} is a program of its own: python {MOVED_MODES[value]}")
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected one of {', '.join(map(str, meta['choices']))}")
     if kind in (int, float) and not (math.isfinite(value) and meta["lo"] <= value <= meta["hi"]):
@@ -877,6 +878,9 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
                 errors.append(f"{name}={text!r}: {e}")
         elif name in FIELDS:
             ours[name] = text
+        elif name in MOVED_KNOBS:
+            if MOVED_KNOBS[name]:
+                notices.append(f"{name} is no knob and is ignored: it is an argument, python {MOVED_KNOBS[name]}")
         else:
             guess, misspelt = nearest_knob(name)
             if misspelt:
@@ -899,8 +903,7 @@ def choose_recipe(env: Mapping[str, str], has_gpu: Callable[[], bool]) -> tuple[
 
 
 # Knobs that belong to one machine or one call, not to the artifact.
-LOCAL_KNOBS = frozenset("INPUT OUTPUT EXPLAIN_TOKENS CODEC_LANES PROMPT SAMPLE_TOKENS SAMPLE_NGRAM TEMPERATURE TOP_P "
-                        "MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS ATTENTION COMPILE ARTIFACT ARTIFACT_LIMIT "
+LOCAL_KNOBS = frozenset("MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS ATTENTION COMPILE ARTIFACT ARTIFACT_LIMIT "
                         "RESUME CHECKPOINT_EVERY CHECKPOINT_KEEP MICRO_BATCH_TOKENS VAL_BATCH_TOKENS".split())  # fmt: skip
 
 
@@ -1492,6 +1495,59 @@ FINEWEB_DIR = Path("data/datasets/fineweb10B_sp1024")
 HOW_TO_GET_SHARDS = "download them with data/cached_challenge_fineweb.py or make them with data/make_shards.py"
 
 
+MANIFEST_FORMAT = "parameter-golf shards, version 1"  # what data/make_shards.py writes into manifest.json
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What data/make_shards.py says of the shards in `folder`; None where it did not make them. ConfigError if damaged."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not str(manifest.get("format")).startswith("parameter-golf shards"):
+            return None  # of another tool
+        tokenizer = manifest["tokenizer"]
+        sound = isinstance(tokenizer["sha256"], str) and Path(tokenizer["file"]).name == tokenizer["file"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        manifest, sound = {}, False
+    if not sound or manifest["format"] != MANIFEST_FORMAT:
+        raise ConfigError(f"{path}: not a manifest that this script reads ({MANIFEST_FORMAT}); make the shards again")
+    return manifest
+
+
+def find_tokenizer(cfg: Config, folder: Path) -> Path:
+    """TOKENIZER_PATH, or the SentencePiece model that belongs to the shards in `folder`: that of their manifest.json, the only
+    one beside them, or the download's. ConfigError if there is none, more than one, or not the manifest's."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        named, sha256 = folder / manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
+        path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else named
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            remedy = "unset it" if cfg.tokenizer_path else "make the shards again"
+            raise ConfigError(f"TOKENIZER_PATH={path}: the shards in {folder} were made with another tokenizer, says their manifest.json "
+                              f"({named.name}, sha256 {sha256[:16]}); {remedy}")  # fmt: skip
+    elif cfg.tokenizer_path:
+        path = Path(cfg.tokenizer_path)
+    else:
+        # The downloader's folders: datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model.
+        pieces = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.resolve().name)
+        name = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
+        beside = sorted(folder.glob("*.model"))
+        if len(beside) > 1:
+            raise ConfigError(f"TOKENIZER_PATH is unset and {folder} holds {', '.join(p.name for p in beside)}; name the one "
+                              "that the shards were made with")  # fmt: skip
+        path = beside[0] if beside else folder.resolve().parent.parent / "tokenizers" / name
+    if not path.is_file():
+        if not any(folder.glob("fineweb_*.bin")):
+            raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
+        named = path if cfg.tokenizer_path or manifest else f"none beside {folder}"
+        raise ConfigError(
+            f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
+        )
+    return path
+
+
 class DataPaths(NamedTuple):
     """Where the data are; `sample` marks the shipped sample, whose results are no challenge results."""
 
@@ -1511,19 +1567,7 @@ def find_data(cfg: Config) -> DataPaths:
             (p for p in (FINEWEB_DIR, SCRIPT.parent / FINEWEB_DIR) if any(p.glob("fineweb_val_*.bin"))), None
         )
         folder, sample = fineweb or SAMPLE_DIR, fineweb is None
-    # The downloader's folders: datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model.
-    pieces = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.resolve().name)
-    named = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
-    guesses = [*sorted(folder.glob("tokenizer*.model")), folder.resolve().parent.parent / "tokenizers" / named]
-    tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else next((g for g in guesses if g.is_file()), None)
-    if tokenizer is None and not any(folder.glob("fineweb_*.bin")):
-        raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
-    if tokenizer is None or not tokenizer.is_file():
-        named = cfg.tokenizer_path or f"none beside {folder}"
-        raise ConfigError(
-            f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
-        )
-    return DataPaths(folder, tokenizer, sample)
+    return DataPaths(folder, find_tokenizer(cfg, folder), sample)
 
 
 def load_shard(path: Path) -> np.ndarray:
@@ -1547,11 +1591,15 @@ def load_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
 
 
+def shard_paths(folder: Path, kind: str) -> list[Path]:
+    """The files fineweb_<kind>_<digits>.bin of `folder`, by name: fineweb_val_bytes_000000.bin is not of kind "val"."""
+    return sorted(p for p in folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\d+\.bin", p.name))
+
+
 def load_split(folder: Path, split: str) -> list[np.ndarray]:
     """Shards of `split` ("train" or "val") in name order."""
-    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-    if not paths:
-        raise ConfigError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; {HOW_TO_GET_SHARDS}")
+    if not (paths := shard_paths(folder, split)):
+        raise ConfigError(f"DATA_PATH={folder}: no fineweb_{split}_<digits>.bin there; {HOW_TO_GET_SHARDS}")
     return [load_shard(p) for p in paths]
 
 
@@ -1563,19 +1611,33 @@ def check_ids(tokens: np.ndarray, vocab_size: int, what: str) -> np.ndarray:
     return tokens
 
 
+SPACE = "▁"  # how SentencePiece writes a space in a piece
 BOS = 1  # the id of BOS in every export of this challenge
 CHECKED_TOKENS = 2**20  # of each training shard before the start: all 8 B tokens would take longer than a run may wait
 
 
 class TokenStream:
-    """The training shards as one endless stream: sequential, wrapping to the first shard at the end."""
+    """The training shards as one endless stream: sequential, wrapping to the first shard at the end.
 
-    def __init__(self, shards: list[np.ndarray], vocab_size: int) -> None:
+    `tokenizer_sha256` is that of the tokenizer they were made with, a part of the stream's identity.
+    """
+
+    def __init__(self, shards: list[np.ndarray], vocab_size: int, tokenizer_sha256: str = "") -> None:
         self.shards, self.vocab_size, self.position = shards, vocab_size, 0
+        self.tokenizer_sha256 = tokenizer_sha256
         self.starts = np.cumsum([0, *(len(s) for s in shards)])
         self.total = int(self.starts[-1])
         for shard in shards:  # a wrong tokenizer shows at once; a lone bad token deeper in is found when it is read
             check_ids(shard[:CHECKED_TOKENS], vocab_size, str(getattr(shard, "filename", "training shard")))
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must find again, wherever it lies: hashes of the shards (their lengths and both ends of each) and of
+        the tokenizer."""
+        digest = hashlib.sha256(self.starts.astype("<i8").tobytes())
+        for shard in self.shards:
+            digest.update(shard[: 2**16].tobytes() + shard[-(2**16) :].tobytes())
+        return {"DATA_PATH": digest.hexdigest(), "TOKENIZER_PATH": self.tokenizer_sha256}
 
     def read(self, offset: int, n: int) -> np.ndarray:
         """Tokens [position + offset, position + offset + n) of the stream, (n,) int64; does not move."""
@@ -1619,6 +1681,65 @@ class Batcher:
         return t[:-1].view(-1, seq_len), t[1:].view(-1, seq_len)
 
 
+def proto_field(message: bytes, wanted: int) -> bytes:
+    """The bytes of field number `wanted` of a serialized protocol buffer, b"" where it is absent (the last one where it repeats)."""
+    at, found = 0, b""
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            at, value, shift = at + 1, value | (message[at] & 127) << shift, shift + 7
+            if message[at - 1] < 128:
+                return value
+
+    while at < len(message):
+        tag = number()
+        if tag & 7 == 0:
+            number()
+            continue
+        size = number() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
+        found = message[at : at + size] if tag >> 3 == wanted else found
+        at += size
+    return found
+
+
+def piece_bytes(sp: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(bytes (V,) int64, spaced (V,) bool, boundary (V,) bool): the bytes of text that each piece of a SentencePiece model adds.
+
+    A piece adds its `bytes`, and one more if it is `spaced` and does not follow a `boundary` piece: decoding drops one space
+    at the start of a text (a model that keeps it has no spaced piece). Control, unknown and unused pieces are boundaries and
+    add nothing; a byte piece adds 1. All is read off what decoding does with a piece alone and behind another. Raises
+    ConfigError, beginning with `name`, for a model whose decoded text is not the sum of its pieces.
+    """
+    ids = range(sp.vocab_size())
+    boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+    first = next((i for i in ids if not boundary[i] and sp.decode([i]).strip(" ")), None)
+    remedy = "so its bytes cannot be counted piece by piece; train another with data/make_shards.py"
+    if first is None:
+        raise ConfigError(f"{name}: no piece stands for text, {remedy}")
+    if proto_field(proto_field(sp.serialized_model_proto(), 5), 2):  # ModelProto.denormalizer_spec.precompiled_charsmap
+        raise ConfigError(f"{name}: its denormalization rules rewrite decoded text, {remedy}")
+    text = [i for i in ids if not boundary[i] and not sp.is_byte(i)]
+    alone, behind = (
+        np.array([len(t.encode()) for t in sp.decode([[*before, i] for i in text])], dtype=np.int64)
+        for before in ([], [first])
+    )
+    behind -= len(sp.decode([first]).encode())
+    surface = [len(sp.id_to_piece(i).replace(SPACE, " ").encode()) for i in text]
+    odd = np.flatnonzero((behind != surface) | ((behind - alone) >> 1 != 0))
+    if len(odd):
+        raise ConfigError(f"{name}: its piece {sp.id_to_piece(text[odd[0]])!r} does not decode to itself, {remedy}")
+    lengths = np.array([int(sp.is_byte(i)) for i in ids], dtype=np.int64)
+    spaced = np.zeros(len(ids), dtype=bool)
+    lengths[text], spaced[text] = alone, behind > alone
+    added = sp.normalize("a")
+    if added.endswith(SPACE) or (added[:1] in (SPACE, " ") and not spaced.any()):
+        raise ConfigError(f"{name}: decoding leaves the space that encoding adds to each document (a dummy prefix with "
+                          f"treat_whitespace_as_suffix), {remedy}")  # fmt: skip
+    return lengths, spaced, boundary
+
+
 class Tokenizer:
     """The SentencePiece model of the data, and the bytes of text that each token stands for."""
 
@@ -1639,22 +1760,17 @@ class Tokenizer:
             raise ConfigError(
                 f"TOKENIZER_PATH={path} has BOS at {self.sp.bos_id()}; documents begin with id {BOS} here, as in every published export"
             )
-        pieces = [self.sp.id_to_piece(i) for i in range(vocab_size)]
-        self.boundary = np.array(
-            [self.sp.is_control(i) or self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)]
-        )
-        self.spaced = np.array([p.startswith("▁") for p in pieces]) & ~self.boundary
-        lengths = [1 if self.sp.is_byte(i) else len(p.removeprefix("▁").encode()) for i, p in enumerate(pieces)]
-        self.lengths = np.where(self.boundary, 0, lengths)
+        self.lengths, self.spaced, self.boundary = piece_bytes(self.sp, f"TOKENIZER_PATH={path}")
+        self.lost = np.array([self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)])
 
     def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of text that each target tokens[1:] adds, (n - 1,) int64.
-
-        A piece counts its UTF-8 length without the leading ▁, a byte piece 1, control pieces 0; the space that ▁ stands
-        for counts 1 unless the previous token is a boundary (the space at the start of a document is not text).
-        """
+        """Bytes of text that each target tokens[1:] adds, (n - 1,) int64: see `piece_bytes`."""
         prev, target = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
         return self.lengths[target] + (self.spaced[target] & ~self.boundary[prev])
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of one document's tokens."""
+        return self.sp.decode(tokens.tolist())
 
 
 class ValidationText(NamedTuple):
@@ -1667,8 +1783,14 @@ class ValidationText(NamedTuple):
 
 def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> ValidationText:
     """All validation shards as one stream, cut only by VAL_TOKENS and VAL_DROP_TAIL."""
+    if sidecars := shard_paths(folder, "val_bytes"):
+        raise ConfigError(f"{sidecars[0]}: these data bring the bytes of each token, since their text was rewritten; counted by the "
+                          "tokenizer, which this script does, the score would be about a tenth too good; take other data")  # fmt: skip
     shards = [check_ids(s, cfg.vocab_size, str(s.filename)) for s in load_split(folder, "val")]
     tokens = np.concatenate([np.asarray(s) for s in shards]).astype(np.int64)
+    if len(at := np.flatnonzero(tokenizer.lost[tokens])):
+        raise ConfigError(f"DATA_PATH={folder}: validation token {at[0]} is {tokenizer.sp.id_to_piece(int(tokens[at[0]]))!r}, whose "
+                          "text is lost, so it cannot be scored; take a tokenizer with byte fallback")  # fmt: skip
     if len(tokens) - 1 < cfg.eval_len:
         raise ConfigError(
             f"DATA_PATH={folder}: {len(tokens)} validation tokens are fewer than one window of {cfg.eval_len} + 1; lower EVAL_SEQ_LEN"
@@ -1679,6 +1801,9 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
     if cfg.val_drop_tail:
         tokens = tokens[: (len(tokens) - 1) // cfg.eval_len * cfg.eval_len + 1]
     counts = np.concatenate([[0], tokenizer.count_bytes(tokens)])
+    if not counts.any():
+        raise ConfigError(f"DATA_PATH={folder}: the {len(tokens)} validation tokens hold no byte of text, so there are no bits a byte; "
+                          "give it documents")  # fmt: skip
     return ValidationText(torch.from_numpy(tokens), torch.from_numpy(counts.astype(np.int64)), complete)
 
 
@@ -2981,8 +3106,8 @@ def binding_values(cfg: Config) -> dict[str, Any]:
 class Checkpoints:
     """Files logs/RUN_ID.ckpt/step_NNNNNN.pt, written whole by rank 0, the last CHECKPOINT_KEEP of them kept."""
 
-    def __init__(self, cfg: Config, run: Run) -> None:
-        self.cfg, self.run = cfg, run
+    def __init__(self, cfg: Config, run: Run, identity: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.cfg, self.run, self.identity = cfg, run, dict(identity)  # of the training stream
         self.folder = run.log_path.with_suffix(".ckpt")
         self.damaged: list[str] = []  # newer ones that RESUME=auto could not read
 
@@ -3008,7 +3133,7 @@ class Checkpoints:
     def write(self, path: Path, state: dict[str, Any]) -> None:
         """Write `state` and the knobs that it binds."""
         buffer = io.BytesIO()
-        torch.save({**state, "config": binding_values(self.cfg)}, buffer)
+        torch.save({**state, "config": binding_values(self.cfg), "identity": self.identity}, buffer)
         for stale in self.folder.glob(".*.partial"):  # of a process killed while it wrote
             stale.unlink(missing_ok=True)
         atomic_write(path, buffer.getvalue())
@@ -3082,6 +3207,10 @@ class Checkpoints:
         changed = [f"{k} was {as_text(state['config'][k])}, is {as_text(here[k])}" for k in other]
         if changed:
             raise ConfigError(f"RESUME={path}: made with another configuration: {'; '.join(changed)}")
+        for name, sha256 in state.get("identity", {}).items():
+            if self.identity.get(name, sha256) != sha256:
+                raise ConfigError(f"RESUME={path}: made with other data: sha256 {sha256[:16]}, {name} has {self.identity[name][:16]}; "
+                                  f"set {name} to what the run began with")  # fmt: skip
         return state
 
     def raised(self, state: dict[str, Any], name: str) -> bool:
@@ -3174,7 +3303,9 @@ class Trainer:
         self.fake_quant.sharpness.fill_(qat_sharpness(self.cfg, frac))
         return Ctx(fake_quant=self.fake_quant)
 
-    def accumulate(self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None, total: Tensor) -> Tensor:
+    def accumulate(
+        self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None, total: float | Tensor
+    ) -> Tensor:
         """Gradient and value of sum(weights * nll) / total, one micro-batch after the other."""
         rows = max(1, self.micro_tokens // inputs.shape[1])
         loss = torch.zeros((), device=self.run.device)
@@ -3192,7 +3323,7 @@ class Trainer:
         another in here, so each may do so by itself.
         """
         weights = None if self.counts is None else self.counts.weights(inputs, targets)
-        total = torch.tensor(float(self.cfg.train_batch_tokens), device=self.run.device)
+        total: float | Tensor = float(self.cfg.train_batch_tokens)
         if weights is not None and self.cfg.complement_normalized:
             total = self.run.all_reduce(weights.sum())
         while True:
@@ -3279,13 +3410,15 @@ class Trainer:
 class StopConsensus:
     """Decides on all ranks alike, without stalling the device: off the CPU each step's flags are read one step later.
 
+    Their copy to the host is queued right behind their step, and reading waits for that copy alone, not for the next step.
+
     Flags: [whether to stop, loss, rank 0's clock, and for each rank whether its loss is bad], summed over the ranks.
     `seconds` is that clock as last read: what several ranks schedule by, since their own clocks differ.
     """
 
     def __init__(self, run: Run, seconds: float = 0.0) -> None:
         self.run, self.late, self.seconds = run, int(run.device.type != "cpu"), seconds
-        self.pending: list[tuple[int, Tensor]] = []
+        self.pending: list[tuple[int, Tensor, Any]] = []  # step, flags on the host, the event that completes their copy
         self.good: list[tuple[int, float]] = []  # the last (step, mean loss) that were finite
 
     def exchange(self, step: int, stop: bool, loss: Tensor, seconds: float) -> bool:
@@ -3293,12 +3426,16 @@ class StopConsensus:
         flags = torch.zeros(3 + self.run.world, device=self.run.device)
         flags[0], flags[1], flags[2] = float(stop), loss, 0.0 if self.run.rank else seconds
         flags[3 + self.run.rank] = (~torch.isfinite(loss)).float()
-        self.pending.append((step, self.run.all_reduce(flags)))
+        host = self.run.all_reduce(flags).to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if flags.is_cuda else None
+        self.pending.append((step, host, copied))
         return self.read() if len(self.pending) > self.late else False
 
     def read(self) -> bool:
         """Whether the oldest flags not read yet ask to stop; BrokenRun names the step and ranks of a loss that is not finite."""
-        step, flags = self.pending.pop(0)
+        step, flags, copied = self.pending.pop(0)
+        if copied is not None:
+            copied.synchronize()
         stop, loss, self.seconds, *bad = flags.tolist()
         if any(bad):
             ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag)
@@ -3898,8 +4035,8 @@ def input_moments(name: str, named: Mapping[str, Tensor], hessians: Mapping[str,
     h_CC = hessians.get(site) if part in ("weight", "a", "b") else None
     if h_CC is None or part != "b":
         return h_CC
-    a_RC = named[f"{site}.a"].float()
-    return a_RC @ h_CC @ a_RC.T
+    a_RC = named[f"{site}.a"].double()  # TF32 would leave a matrix that Cholesky refuses
+    return (a_RC @ h_CC.double() @ a_RC.T).float()
 
 
 # ---- the whole model
@@ -4497,7 +4634,9 @@ def encode_codes(arrays: list[np.ndarray], predictable: bool = False) -> bytes:
     import constriction
 
     plans = [plan_codes(codes_RC, predictable) for codes_RC in arrays]
-    width = max(1, *(int(np.abs(values).max(initial=0)) for _, values, _ in plans)) + 1  # a table tells 0 from 1 at least
+    width = (
+        max(1, *(int(np.abs(values).max(initial=0)) for _, values, _ in plans)) + 1
+    )  # a table tells 0 from 1 at least
     tables = fit_tables(sum(count_levels(spread.levels(), values, width) for spread, values, _ in plans))
     sides = [side_fields(side) for spread, _, _ in plans for side in (spread.rows, spread.columns)]
     symbols = np.concatenate([symbols for _, symbols in sides]).astype(np.int32)
@@ -5354,9 +5493,18 @@ def score_windows(
     return torch.stack([logp, lse - (p * z).sum(-1), hint_prob])
 
 
-def stream_device(run: Run) -> torch.device:
-    """Where the stream and what is known by position live: integer sorts and float64 want a CUDA device or the CPU."""
-    return run.device if run.device.type == "cuda" else torch.device("cpu")
+def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
+    """Where the stream of `n_tokens` and what is known by position live: the GPU if the n-gram statistics fit on all of them.
+
+    Integer sorts and float64 want a CUDA device or the CPU. The statistics keep 12 bytes a token and order, and one order's
+    sort needs 132 more while it runs (measured).
+    """
+    host = torch.device("cpu")
+    if run.device.type != "cuda":
+        return host
+    free = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    fits = torch.tensor(float(n_tokens * (12 * cfg.ngram_order + 132) < 0.8 * free), device=run.device)
+    return run.device if run.all_reduce(fits, dist.ReduceOp.MIN) else host  # on every rank alike
 
 
 class Expert(Protocol):
@@ -5388,7 +5536,7 @@ class NetworkExpert:
         self.rows = max(1, (cfg.val_batch_tokens or default) // self.seq_len)
         # How many targets to score ahead: all ranks agree on it, whatever memory each of them has left.
         self.ahead = 16 * self.rows * run.world * self.stride
-        device = stream_device(run)
+        device = text.tokens.device
         self.logp, self.entropy, self.hint_prob = torch.zeros(3, self.n_tokens, device=device)
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
         self.done = 1  # targets below are scored
@@ -6599,7 +6747,8 @@ class Evaluation:
     """The experts of one evaluation. A network pass is made once and shared by the n-gram stages that build on it."""
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables = NO_TABLES) -> None:
-        self.cfg, self.run, self.model, self.tables, self.device = cfg, run, model, tables, stream_device(run)
+        self.cfg, self.run, self.model, self.tables = cfg, run, model, tables
+        self.device = stream_device(cfg, run, len(text.tokens))
         self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
         self.networks: dict[str, NetworkExpert] = {}
         bos = None if cfg.ngram_cross_doc else BOS
@@ -6830,11 +6979,29 @@ def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Audi
     return AuditCheck("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
 
 
-def audit(cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, artifact: str) -> bool:
+def bytes_check(text: ValidationText, tokenizer: Tokenizer) -> AuditCheck:
+    """The bytes counted of each document of the audited prefix against the length of its decoded text."""
+    tokens, counts = text.tokens[:AUDIT_TOKENS].cpu().numpy(), text.bytes[:AUDIT_TOKENS].cpu().numpy()
+    starts = [0, *np.flatnonzero(tokenizer.boundary[tokens[1:]]) + 1]
+    while len(tokens) > 1 and tokenizer.sp.is_byte(int(tokens[-1])):  # the cut may lie within a character
+        tokens = tokens[:-1]
+    total = -len(tokenizer.decode(tokens[:1]).encode())  # the first token is no target
+    for lo, hi in itertools.pairwise([*starts, len(tokens)]):
+        total += len(tokenizer.decode(tokens[lo:hi]).encode())
+        if total != (counted := int(counts[:hi].sum())):
+            return AuditCheck(
+                "bytes are the text's", False, f"up to target {hi - 1}: {counted} counted, {total} in the text"
+            )
+    return AuditCheck("bytes are the text's", True, f"{total} bytes in the text of {len(tokens)} tokens")
+
+
+def audit(
+    cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, tokenizer: Tokenizer, artifact: str
+) -> bool:
     """Audit every stage that is switched on and log each check; False if one failed. `artifact` is its SHA-256."""
     model.eval()
     evaluation = Evaluation(cfg, run, model, text, tables)
-    named = [("counts", replay_check(evaluation.text, evaluation.table))]
+    named = [("text", bytes_check(text, tokenizer)), ("counts", replay_check(evaluation.text, evaluation.table))]
     for stage in cfg.stages:
         named += [(stage, check) for check in Audit(cfg, run, model, text, stage, tables).checks()]
     for part, check in named:
@@ -6843,1026 +7010,6 @@ def audit(cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Table
     rows = [{"name": f"{part}: {c.name}", "passed": c.passed, "detail": c.detail} for part, c in named]
     run.event("audit", passed=passed, artifact_sha256=artifact, checks=rows)
     return passed
-
-
-# ---- codec: any bytes become the tokens of their normalised text, coded with the evaluator's own distribution, and the
-# edits that turn that text back into the bytes. One function codes in both directions, so the two cannot drift apart.
-
-
-class SymbolEncoder:
-    """Range coder that writes. A Coder's `code` takes probabilities (V,) float64 and the symbol, and returns the symbol.
-
-    Probabilities become 24-bit frequencies by constriction's rule for perfect=False: symbol i starts at
-    i + floor((2^24 - V) (p_0 + .. + p_{i-1})). So each gets at least 1, and at most V / 2^24 of the mass is lost.
-    """
-
-    def __init__(self) -> None:
-        import constriction
-
-        self.model, self.coder = constriction.stream.model.Categorical, constriction.stream.queue.RangeEncoder()
-        self.bits = 0.0
-
-    def code(self, p_V: np.ndarray, symbol: int) -> int:
-        self.coder.encode(symbol, self.model(p_V, lazy=True, perfect=False))
-        self.bits -= math.log2(p_V[symbol])
-        return symbol
-
-    def finish(self) -> bytes:
-        """The words written so far, 4 bytes each; nothing coded is no bytes."""
-        return self.coder.get_compressed().astype("<u4").tobytes()
-
-
-class SymbolDecoder:
-    """Range coder that reads what SymbolEncoder wrote; `code` ignores the symbol it is given."""
-
-    def __init__(self, packed: bytes) -> None:
-        import constriction
-
-        self.model = constriction.stream.model.Categorical
-        self.coder = constriction.stream.queue.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
-
-    def code(self, p_V: np.ndarray, symbol: int | None = None) -> int:  # noqa: ARG002
-        try:
-            return int(self.coder.decode(self.model(p_V, lazy=True, perfect=False)))
-        except AssertionError:  # what the decoder raises on words that no encoder writes
-            raise ArtifactError("the file's streams do not decode") from None
-
-
-Coder = SymbolEncoder | SymbolDecoder
-
-
-MAX_SPELLED = 1 << 16  # bytes of one edit: a damaged stream cannot ask for more
-
-
-class MixedBits:
-    """Adaptive binary symbols: one counter a context, mixed in the logistic domain by weights learned online (PAQ's family)."""
-
-    def __init__(self, coder: Coder) -> None:
-        self.coder = coder
-        self.counters: dict[tuple, list[float]] = {}
-        self.weights: dict[tuple, list[float]] = {}
-
-    def code(self, contexts: tuple, selector: tuple, bit: int | None) -> int:
-        """Code one bit (None while decoding) given hashable contexts; `selector` names the set of mixing weights."""
-        counters = [self.counters.setdefault((selector[0], i, c), [0.5, 1.5]) for i, c in enumerate(contexts)]
-        weights = self.weights.setdefault(selector, [0.4] * len(contexts))
-        stretched = [math.log(p / (1 - p)) for p, _ in counters]
-        z = sum(w * s for w, s in zip(weights, stretched, strict=True))
-        p = 1 / (1 + math.exp(-max(-11.0, min(11.0, z))))
-        bit = self.coder.code(np.array([1 - p, p]), bit)
-        for i, counter in enumerate(counters):
-            weights[i] += 0.02 * (bit - p) * stretched[i]
-            counter[0] = min(max(counter[0] + (bit - counter[0]) / counter[1], 1e-4), 1 - 1e-4)
-            counter[1] = min(counter[1] + 1, 255.0)
-        return bit
-
-    def number(self, name: str, value: int | None, low: int, high: int) -> int:
-        """An integer, ArtifactError unless in low..high: its bit length in unary, then its bits, the top three in context."""
-        width = 0
-        while self.code(
-            ((name, width),), ("width",), None if value is None else int((value + 1).bit_length() - 1 > width)
-        ):
-            width += 1
-            if width > (high + 1).bit_length():
-                break
-        result = 1
-        for i in reversed(range(width)):
-            context = (name, width, result) if result < 8 else (name, i)
-            result = 2 * result + self.code((context,), ("digit",), None if value is None else (value + 1) >> i & 1)
-        if not low <= result - 1 <= high:
-            raise ArtifactError("the restoration stream holds impossible numbers")
-        return result - 1
-
-    def string(self, name: str, text: str | None) -> str:
-        """Text, bytes that are no UTF-8 included (as surrogates), under an adaptive order-1 byte model."""
-        raw = None if text is None else text.encode("utf-8", "surrogateescape")
-        out = bytearray()
-        for k in range(self.number(name, None if raw is None else len(raw), 0, MAX_SPELLED)):
-            byte, before = 1, out[-1] if out else -1
-            for i in reversed(range(8)):
-                bit = None if raw is None else raw[k] >> i & 1
-                byte = 2 * byte + self.code(((byte,), (before, byte)), ("byte", i), bit)
-            out.append(byte & 255)
-        return out.decode("utf-8", "surrogateescape")
-
-
-# ---- restoration: what the tokenizer's normalisation took away
-
-START, END = "\x02", "\x03"  # stand before and after the normalised text, so that edits can hold what surrounded it
-KNOWN_EDITS = {" ": ["\n", "\n\n"], END: ["\n" + END]}
-MAX_KINDS = 1000  # different edits of one character; more than that is no text
-
-
-class Edit(NamedTuple):
-    """At position `at` of the framed normalised text, `old` stands for `new`."""
-
-    at: int
-    old: str
-    new: str
-
-
-class Normalizer:
-    """Splits bytes into text that the tokenizer keeps as it is and the edits that restore the bytes."""
-
-    def __init__(self, sp: Any) -> None:
-        self.sp = sp
-        self.plain = functools.lru_cache(maxsize=1 << 16)(self._plain)
-
-    def _plain(self, text: str) -> str:
-        """The normalised form of a word or character without spaces around it; "" where decoding would not give it back."""
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            text = "".join(c for c in text if not "\ud800" <= c <= "\udfff")
-        normal = self.sp.normalize(text).replace("▁", " ").strip(" ")
-        return normal if self.sp.decode(self.sp.encode(normal)) == normal else ""
-
-    def separators(self, text: str) -> str:
-        """Pattern of a run that becomes one space: characters that normalise to a space, and vanishing ones beside them."""
-        between = {c: self._plain(f"a{c}b") for c in set(text)}
-        space = "".join(re.escape(c) for c, n in between.items() if n == "a b")
-        gone = "".join(re.escape(c) for c, n in between.items() if n in ("a b", "ab"))
-        return f"([{gone}]*[{space}][{gone}]*)" if space else "((?!))"
-
-    def word_edits(self, word: str, normal: str, at: int) -> Iterator[Edit]:
-        """Edits of one word whose normalised form stands at `at`: by character if characters normalise alone, else one."""
-        units, held = [], ""
-        for c in word:
-            if n := self.plain(c):
-                units.append((n, held + c))
-                held = ""
-            else:
-                held += c
-        if held and units:
-            units[-1] = (units[-1][0], units[-1][1] + held)
-        if "".join(n for n, _ in units) != normal:
-            units = [(normal, word)]
-        for old, new in units:
-            if old != new:
-                yield Edit(at, old, new)
-            at += len(old)
-
-    def split(self, data: bytes) -> tuple[str, list[Edit]] | None:
-        """(normalised text, edits), or None where the bytes are no text worth this form."""
-        text = data.decode("utf-8", "surrogateescape")
-        if 5 * sum(map(text.count, map(chr, range(0xDC80, 0xDD00)))) > len(text):  # bytes that are no UTF-8
-            return None
-        pieces = [*re.split(self.separators(text), text), ""]
-        normal, length, edits, held = [], 1, [], ""
-        for word, gap in zip(pieces[::2], pieces[1::2], strict=True):
-            n = self.plain(word)
-            if not n:
-                held += word + gap
-                continue
-            old, before = (" ", held) if normal else (START, START + held)
-            if old != before:
-                edits.append(Edit(length - (not normal), old, before))
-            if normal:
-                normal.append(" ")
-                length += 1
-            edits += self.word_edits(word, n, length) if n != word else ()
-            normal.append(n)
-            length += len(n)
-            held = gap
-        if held:
-            edits.append(Edit(length, END, held + END))
-        whole, kinds = "".join(normal), Counter(e.old[0] for e in {e._replace(at=0) for e in edits})
-        small = max(kinds.values(), default=0) <= MAX_KINDS and all(4 * len(e.new) <= MAX_SPELLED for e in edits)
-        return (whole, edits) if small and self.sp.decode(self.sp.encode(whole)) == whole else None
-
-
-def first_edits(edits: list[Edit]) -> list[int]:
-    """Positions of the edits that are not known beforehand and occur for the first time."""
-    seen = {(c, new) for c, news in KNOWN_EDITS.items() for new in news}
-    fresh = []
-    for e in edits:
-        if (e.old, e.new) not in seen:
-            seen.add((e.old, e.new))
-            fresh.append(e.at)
-    return fresh
-
-
-class Page:
-    """What the restored text looks like around the next decision: its column, indentation and last words."""
-
-    def __init__(self, framed: str) -> None:
-        self.framed, self.column, self.indent, self.last = framed, 0, "", ""
-
-    def take(self, text: str) -> None:
-        _, newline, tail = text.rpartition("\n")
-        if newline:
-            self.column, self.indent = len(tail), tail
-        else:
-            self.column += len(text)
-        if not text.isalnum():
-            self.last = text
-
-    def contexts(self, i: int) -> tuple:
-        """Hashable views of the surroundings of position i, coarse to fine."""
-        before, rest = self.framed[i - 1 : i], self.framed[i + 1 : i + 25]
-        word = rest.partition(" ")[0]
-        tail = self.framed[max(i - 12, 0) : i].rpartition(" ")[2]
-        return (
-            0,
-            (before, rest[:1]),
-            (word, before),
-            min(self.column + len(word), 200),
-            (self.indent, before, rest[:1]),
-            (tail, self.last),
-        )
-
-
-def code_choice(
-    bits: MixedBits, known: list[tuple[str, str]], page: Page, i: int, chosen: tuple[str, str], writing: bool
-) -> tuple[str, str]:
-    """Ask the known readings of the text at `i`, latest first, until one is taken; move it to the front."""
-    possible = [pair for pair in known if page.framed.startswith(pair[0], i)]
-    views = page.contexts(i)
-    for rank, pair in enumerate(possible):
-        contexts = tuple((pair, view) for view in views)
-        if rank == len(possible) - 1 or bits.code(
-            contexts, ("edit", min(rank, 3)), int(pair == chosen) if writing else None
-        ):
-            known.remove(pair)
-            known.insert(0, pair)
-            return pair
-    raise AssertionError("a character always stands for itself")
-
-
-def code_edits(coder: Coder, normal: str, edits: list[Edit] | None) -> list[Edit]:
-    """Write the edits of the normalised text, or read them (None).
-
-    The positions of edits never seen before come first, each spelled where it stands; from then on every character that
-    an edit of its kind begins with is asked about: itself, or one of the known edits, latest first.
-    """
-    bits, framed = MixedBits(coder), START + normal + END
-    writing = edits is not None
-    at = {e.at: e for e in edits or ()}
-    fresh = first_edits(edits or [])
-    positions = []
-    for i in range(bits.number("fresh", len(fresh) if writing else None, 0, len(framed))):
-        before = positions[-1] + 1 if positions else 0
-        positions.append(before + bits.number("gap", fresh[i] - before if writing else None, 0, len(framed) - before))
-    known = {c: [(c, c), *((c, new) for new in news)] for c, news in KNOWN_EDITS.items()}
-    result, page, i, pending = [], Page(framed), 0, set(positions)
-    while i < len(framed):
-        edit, c = at.get(i), framed[i]
-        if i in pending:
-            size = bits.number("old", len(edit.old) if writing else None, 1, len(framed) - i)
-            pair = (framed[i : i + size], bits.string("new", edit.new if writing else None))
-            known.setdefault(c, [(c, c)]).insert(0, pair)
-        elif c in known:
-            pair = code_choice(bits, known[c], page, i, (edit.old, edit.new) if edit else (c, c), writing)
-        else:
-            pair = (c, c)
-        if pair[0] != pair[1]:
-            result.append(Edit(i, *pair))
-        page.take(pair[1])
-        i += len(pair[0])
-    return result
-
-
-def restore_bytes(normal: str, edits: list[Edit]) -> bytes:
-    """Apply the edits to the normalised text."""
-    framed, out, at = START + normal + END, [], 0
-    for e in edits:
-        out += [framed[at : e.at], e.new]
-        at = e.at + len(e.old)
-    text = "".join([*out, framed[at:]])
-    return text[len(START) : -1].encode("utf-8", "surrogateescape")
-
-
-# ---- lanes: the distributions that the coder uses, for several independent stretches of text in lockstep
-
-
-class LaneNetwork:
-    """The network's next-token distributions for L lanes that each begin with BOS, with a key/value cache.
-
-    Windows are the evaluator's (`window_at`): where one is full, the tokens that the next one keeps are computed afresh in
-    one forward, because evicting keys and values would be another function. `length` is the most tokens a lane will take.
-    """
-
-    def __init__(self, cfg: Config, run: Run, model: GPT, lanes: int, length: int) -> None:
-        self.run, self.model, self.seq_len = run, model, cfg.eval_len
-        self.stride = min(cfg.eval_stride or cfg.eval_len, cfg.eval_len)
-        self.tokens = torch.full((lanes, length + 1), BOS, device=run.device)
-        self.enrichment = torch.zeros(lanes, length + 1)
-        self.fresh_cache = lambda: KVCache(cfg, lanes, min(self.seq_len, length), run.device, model.compute_dtype)
-        self.t, self.window = 1, Window(0, 0, 0)  # t: the next target
-
-    def features(self, uniform: bool) -> list[Any]:
-        """What the experts of each lane ask their base for beside its distributions: pre-enrichment's steps, filled as they come."""
-        known = self.model.pre_enrich is not None and not uniform
-        return [SimpleNamespace(enrichment=row if known else None) for row in self.enrichment]
-
-    @torch.no_grad()
-    def dist(self) -> Tensor:
-        """(L, V) float64 on the CPU: the distribution of the next token of each lane; call once between two `take`s."""
-        start = self.t - 1
-        if self.model.pre_enrich is not None:
-            self.enrichment[:, self.t] = self.model.enrichment(self.tokens[:, max(0, self.t - 3) : self.t])[:, -1].cpu()
-        if self.t >= self.window.hi:
-            self.window = window_at(self.t, self.tokens.shape[1], self.seq_len, self.stride)
-            start = self.window.start
-            self.cache = self.fresh_cache()
-        ctx = Ctx(cache=self.cache)
-        z = self.model.logits(self.model.features(self.tokens[:, start : self.t], ctx)[:, -1], ctx)
-        self.network_p = z.cpu().double().softmax(-1)
-        return self.network_p
-
-    def mixture(self, lane: int) -> tuple[float, int, int]:  # noqa: ARG002
-        """(weight of the network, tokens of the longest context seen before, how often): the network stands alone."""
-        return 1.0, -1, 0
-
-    def take(self, tokens_L: np.ndarray) -> None:
-        """Each lane's coded token."""
-        self.tokens[:, self.t] = torch.from_numpy(tokens_L).to(self.run.device)
-        self.t += 1
-
-
-class Context:
-    """A context that occurred twice or more: what followed it, how often, and the contexts one token longer."""
-
-    __slots__ = ("counts", "longer", "total", "last")
-
-    def __init__(self) -> None:
-        self.counts: dict[int, int] = {}
-        self.longer: dict[int, Context | int] = {}  # an int: seen once, it is the position that followed
-        self.total, self.last = 0, -1
-
-    def add(self, token: int, position: int) -> None:
-        self.counts[token] = self.counts.get(token, 0) + 1
-        self.total, self.last = self.total + 1, position
-
-
-class GrowingTable:
-    """NgramTable's statistics for a stream that grows by one token at a time, at most `length`: a map of maps keyed by whole tokens.
-
-    `path[k]` is the context of the last k tokens: a Context, the position after its only occurrence, or None if it is new.
-    Contexts below one seen once are implied by that position and made when it is seen again, so memory grows with repeats.
-    """
-
-    device = torch.device("cpu")
-
-    def __init__(self, vocab_size: int, order: int, length: int) -> None:
-        self.vocab_size, self.order, self.n = vocab_size, order, 0
-        self.tokens = torch.zeros(length, dtype=torch.int64)
-        self.columns = NgramStats(*(torch.full((order, length), fill, dtype=torch.int32) for fill in (0, 0, 0, -1)))
-        self.root = Context()
-        self.path: list[Context | int | None] = [self.root]
-        self.holders: list[Context | None] = [None]  # whose `longer` keeps each of them
-        self._stream, self._columns = self.tokens.numpy(), [column.numpy() for column in self.columns]
-        self._slot = np.zeros(vocab_size, np.int64)
-
-    def counts(self, k: int) -> Tensor:
-        """(length,) earlier occurrences of each token after its context of k tokens."""
-        return self.columns.count[k]
-
-    def add(self, token: int) -> None:
-        """Note the statistics of the next token, then learn it under every context length."""
-        n, stream, before = self.n, self._stream, int(self._stream[self.n - 1])
-        stream[n] = token
-        parents: list[Context | None] = []
-        for k, (entry, holder) in enumerate(zip(self.path, self.holders, strict=True)):
-            if isinstance(entry, int):  # its second occurrence
-                context, follower = Context(), int(stream[entry])
-                context.add(follower, entry)
-                context.longer[follower] = entry + 1
-                holder.longer[before] = entry = context
-            elif entry is None and holder is not None:
-                holder.longer[before] = n
-            parents.append(entry)
-            if entry is not None:
-                values = (entry.total, entry.counts.get(token, 0), len(entry.counts), entry.last)
-                for column, value in zip(self._columns, values, strict=True):
-                    column[k, n] = value
-                entry.add(token, n)
-        self.holders = [None, *parents][: self.order]
-        self.path = [self.root, *(p and p.longer.get(token) for p in parents)][: self.order]
-        self.n = n + 1
-
-    def span(self, tokens: Tensor, lo: int, hi: int) -> NgramStats:  # noqa: ARG002
-        """Statistics of positions lo .. hi-1, noted as they came."""
-        return NgramStats(*(column[:, lo:hi] for column in self.columns))
-
-    def contexts(self, tokens: Tensor, t: int) -> list[Context | int | None]:  # noqa: ARG002
-        """The contexts of the next token by length."""
-        return self.path
-
-    def followers(self, contexts: list[Context | int | None], k: int) -> Tensor:
-        """Tokens that followed the last k tokens before: whatever followed a longer context is among them."""
-        entry = contexts[k] if k < len(contexts) else None
-        if isinstance(entry, int):
-            return torch.from_numpy(self._stream[entry : entry + 1].copy())
-        return torch.from_numpy(
-            np.fromiter(entry.counts, np.int64, len(entry.counts)) if entry is not None else np.zeros(0, np.int64)
-        )
-
-    def asked(self, contexts: list[Context | int | None], token: Tensor) -> NgramStats:
-        """Statistics of the next position, (order, n), for these tokens; -1 stands for one that never followed."""
-        tokens = token.numpy()
-        total, count, kinds, last = (np.full((self.order, len(tokens)), fill, np.int32) for fill in (0, 0, 0, -1))
-        known = tokens >= 0
-        self._slot[:] = len(tokens)
-        self._slot[tokens[known]] = np.flatnonzero(known)
-        for k, entry in enumerate(contexts):
-            if entry is None:
-                continue
-            if isinstance(entry, int):
-                total[k], kinds[k], last[k] = 1, 1, entry
-                count[k] = tokens == self._stream[entry]
-                continue
-            total[k], kinds[k], last[k] = entry.total, len(entry.counts), entry.last
-            row = np.zeros(len(tokens) + 1, np.int32)
-            size = len(entry.counts)
-            row[self._slot[np.fromiter(entry.counts, np.int64, size)]] = np.fromiter(
-                entry.counts.values(), np.int32, size
-            )
-            count[k] = row[:-1]
-        return NgramStats(*map(torch.from_numpy, (total, count, kinds, last)))
-
-
-class LaneStage(NamedTuple):
-    """One correction of a lane's distribution: the expert, what it counts, and how to ask for it."""
-
-    expert: NgramExpert
-    table: GrowingTable | PackedTable
-    base: Tensor  # (length + 1,) float64: what its base gave to the tokens coded so far
-
-
-class LaneMixture:
-    """LaneNetwork corrected by the artifact's n-grams and by exact statistics, each lane with its own counts and online weights.
-
-    The experts are the evaluator's (PackedCascade, NGRAM_MIXES) and so are the points where they learn; only the counting is
-    incremental.
-    """
-
-    def __init__(self, cfg: Config, network: LaneNetwork, length: int, trie: list[Level] | None, online: bool) -> None:
-        self.network, lanes = network, len(network.tokens)
-        self.uniform = cfg.ngram_base == "uniform"
-        self.whole = cfg.ngram_mix == "tilt"  # asks for the probability of a token that need not be a candidate
-        self.first = min(cfg.ngram_first, 1)
-        self.span = cfg.ngram_update_tokens or max(1024, (length + 1) // 4096)
-        self.tokens = torch.full((lanes, length + 1), BOS)
-        self.entropy = torch.zeros(lanes, length + 1, dtype=torch.float64)
-        self.shares = [1.0] * lanes
-        packed = PackedTable(trie, cfg.vocab_size) if trie else None
-        blank = lambda: torch.zeros(length + 1, dtype=torch.float64)  # noqa: E731
-        self.stages: list[list[LaneStage]] = [[] for _ in range(lanes)]
-        for features, stages in zip(network.features(self.uniform), self.stages, strict=True):
-            if packed is not None:
-                stages.append(LaneStage(PackedCascade(packed, None, 1, cfg.ngram_rate), packed, blank()))
-            if online:
-                table = GrowingTable(cfg.vocab_size, cfg.ngram_order, length + 1)
-                table.add(BOS)
-                stages.append(LaneStage(NGRAM_MIXES[cfg.ngram_mix](cfg, table, features), table, blank()))
-        self.bases: list[list[Tensor]] = [[] for _ in range(lanes)]  # what each stage started from at the last `dist`
-        self.t = self.learned = 1
-
-    def dist(self) -> Tensor:
-        """(L, V) float64: the mixed distribution of the next token of each lane."""
-        self.network_p = self.network.dist()
-        base = torch.full_like(self.network_p, 1 / self.network_p.shape[1]) if self.uniform else self.network_p
-        self.entropy[:, self.t] = -torch.xlogy(base, base).sum(1)
-        return torch.stack([self.mixed(lane, p) for lane, p in enumerate(base)])
-
-    def mixed(self, lane: int, p_V: Tensor) -> Tensor:
-        """One correction after the other."""
-        self.shares[lane], self.bases[lane] = float(not self.uniform), []
-        for stage in self.stages[lane]:
-            self.bases[lane].append(p_V)
-            p_V = self.corrected(lane, stage, p_V)
-        return p_V
-
-    def corrected(self, lane: int, stage: LaneStage, p_V: Tensor) -> Tensor:
-        """Ask for the tokens that followed the context before; all others keep the share of the base's p that token -1 gets."""
-        contexts = stage.table.contexts(self.tokens[lane], self.t)
-        followers = torch.arange(len(p_V)) if self.whole else stage.table.followers(contexts, self.first)
-        if len(followers) == 0:
-            return p_V
-        token = torch.cat([followers, followers.new_full((1,), -1)])
-        p = torch.cat([p_V[followers], p_V.new_ones(1)])
-        entropy, target = self.entropy[lane, self.t].expand(len(token)), torch.full_like(token, self.t)
-        query = Query(p, stage.table.asked(contexts, token), target, token, entropy, self.tokens[lane], whole=True)
-        p, _ = stage.expert.transform(query)
-        self.shares[lane] *= float(p[-1])
-        return (p_V * p[-1]).index_copy_(0, followers, p[:-1])
-
-    def mixture(self, lane: int) -> tuple[float, int, int]:
-        """(weight of the network, tokens of the longest context seen before, how often) of the last distribution."""
-        table = self.stages[lane][-1].table
-        total = table.asked(table.contexts(self.tokens[lane], self.t), torch.tensor([-1])).total[:, 0]
-        longest = int((total > 0).sum()) - 1
-        return self.shares[lane], longest, int(total[longest])
-
-    def take(self, tokens_L: np.ndarray) -> None:
-        """Each lane's coded token; once `span` of them are coded, the weights learn from them."""
-        for lane, token in enumerate(tokens_L.tolist()):
-            for stage, p_V in zip(self.stages[lane], self.bases[lane], strict=True):
-                stage.base[self.t] = p_V[token]
-                if isinstance(stage.table, GrowingTable):
-                    stage.table.add(token)
-        self.tokens[:, self.t] = torch.from_numpy(tokens_L)
-        self.network.take(tokens_L)
-        self.t += 1
-        if self.t - self.learned == self.span:
-            for lane in range(len(self.stages)):
-                self.learn(lane, self.learned, self.t)
-            self.learned = self.t
-
-    def learn(self, lane: int, lo: int, hi: int) -> None:
-        """What the evaluator's experts do after they have scored targets lo .. hi-1."""
-        for expert, _, base in self.stages[lane]:
-            if type(expert).learn is not NgramExpert.learn:
-                query = expert.query(base[lo:hi], self.entropy[lane, lo:hi], self.tokens[lane], lo, hi)
-                expert.learn(expert.transform(query)[1])
-
-
-Lanes = LaneNetwork | LaneMixture
-
-
-def lane_experts(
-    cfg: Config, run: Run, model: GPT, lanes: int, length: int, ngram: bool, tables: Tables = NO_TABLES
-) -> Lanes:
-    """The network in lanes, corrected by what the evaluator would correct it by: with `ngram` each lane's own statistics, and the
-    artifact's n-grams where it carries some."""
-    network = LaneNetwork(cfg, run, model, lanes, length)
-    return LaneMixture(cfg, network, length, tables.trie, ngram) if ngram or tables.trie else network
-
-
-def code_tokens(
-    coder: Coder, lanes: Lanes, counts: np.ndarray, given: np.ndarray | None, progress: Callable[[int], None]
-) -> np.ndarray:
-    """Code counts[i] tokens of each lane i, position by position, lane by lane: score, code, only then update.
-
-    counts (L,) may fall by one on the way; `given` (L, longest) while writing, None while reading. Returns (L, longest),
-    0 where a lane has ended.
-    """
-    out = np.zeros((len(counts), int(counts.max(initial=0))), np.int64)
-    for t in range(out.shape[1]):
-        p = lanes.dist().numpy()
-        for lane in range(int((counts > t).sum())):
-            out[lane, t] = coder.code(p[lane], None if given is None else int(given[lane, t]))
-        lanes.take(out[:, t])
-        progress(int(np.minimum(counts, t + 1).sum()))
-    return out
-
-
-def lane_counts(n: int, lanes: int) -> np.ndarray:
-    """Sizes of `lanes` stretches of n tokens, differing by at most one, longest first."""
-    return n // lanes + (np.arange(lanes) < n % lanes)
-
-
-def to_lanes(tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Cut tokens into lanes, (L, longest), zeros behind the shorter ones."""
-    out = np.zeros((len(counts), int(counts.max(initial=0))), np.int64)
-    out[np.arange(out.shape[1]) < counts[:, None]] = tokens
-    return out
-
-
-# ---- the compressed file
-
-CODEC_MAGIC, CODEC_VERSION = b"PGTX", 1
-FORMS = ("text", "lzma", "stored")
-# A shorter lane saves seconds and costs a cold start: 13 instead of 3 lanes made 8 kB as large as xz does.
-LANE_TOKENS = 1024
-MAX_THREADS = 1024
-MAX_TOKENS_A_BYTE = 256  # of the file; what compresses better than that goes to LZMA
-CODEC_KNOBS = tuple(n for n in FIELDS if n.startswith(("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_STAGES", "NGRAM_")))
-
-
-class CodecHeader(NamedTuple):
-    """What a compressed file says of itself."""
-
-    form: int  # index into FORMS
-    size: int  # bytes of the original
-    check: int  # CRC-32 of the original
-    tokens: int = 0
-    lanes: int = 0
-    restoration: int = 0  # bytes of the restoration stream, which comes before the tokens' stream
-    threads: int = 0
-    artifact: str = ""  # first 16 digits of the artifact's SHA-256
-    machine: str = ""  # torch build and device: floats agree bitwise only there
-    settings: str = ""  # JSON of CODEC_KNOBS that differ from the artifact's
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        return self[:7]
-
-
-def varint(n: int) -> Iterator[int]:
-    """Seven bits a byte, lowest first; the top bit says that more follow."""
-    while n > 127:
-        yield n & 127 | 128
-        n >>= 7
-    yield n
-
-
-def write_file(header: CodecHeader, body: bytes) -> bytes:
-    """Magic, version, seven varints, three strings, body, CRC-32 of all before it."""
-    parts = [bytes(varint(n)) for n in header.numbers]
-    for raw in (bytes.fromhex(header.artifact), header.machine.encode(), header.settings.encode()):
-        parts += [bytes(varint(len(raw))), raw]
-    blob = CODEC_MAGIC + bytes([CODEC_VERSION]) + b"".join(parts) + body
-    return blob + struct.pack("<I", zlib.crc32(blob))
-
-
-def read_file(blob: bytes) -> tuple[CodecHeader, bytes]:
-    """Inverse of write_file: (header, body). Raises ArtifactError for a foreign, future, truncated or damaged file."""
-    if blob[:4] != CODEC_MAGIC:
-        raise ArtifactError(
-            f"not a file that MODE=compress wrote: it begins with {bytes(blob[:4])!r}, not {CODEC_MAGIC!r}"
-        )
-    if len(blob) > 4 and blob[4] != CODEC_VERSION:
-        raise ArtifactError(
-            f"format version {blob[4]}, this script reads {CODEC_VERSION}: use the script that wrote it"
-        )
-    if len(blob) < 9 or zlib.crc32(blob[:-4]) != struct.unpack("<I", blob[-4:])[0]:
-        raise ArtifactError("the file is truncated or damaged: its checksum differs; copy it again")
-    at = 5
-
-    def number() -> int:
-        nonlocal at
-        value = 0
-        for shift in range(0, 56, 7):
-            at += 1
-            value |= (blob[at - 1] & 127) << shift
-            if blob[at - 1] < 128:
-                return value
-        raise IndexError
-
-    def string() -> bytes:
-        nonlocal at
-        size = number()
-        at += size
-        return blob[at - size : at]
-
-    try:
-        numbers = [number() for _ in range(7)]
-        header = CodecHeader(*numbers, string().hex(), string().decode(), string().decode())
-    except (IndexError, UnicodeDecodeError):
-        raise ArtifactError("the file's header is inconsistent") from None
-    body = blob[at:-4]
-    if (
-        at > len(blob) - 4
-        or header.form >= len(FORMS)
-        or (FORMS[header.form] == "text" and not sound_text(header, body))
-    ):
-        raise ArtifactError("the file's header is inconsistent")
-    return header, body
-
-
-def sound_text(header: CodecHeader, body: bytes) -> bool:
-    """Whether the header's numbers are ones that an encoder may write, so that none asks for the decoder's memory."""
-    words = header.restoration % 4 == len(body) % 4 == 0 and header.restoration <= len(body)
-    return (
-        words
-        and 1 <= header.lanes <= max(header.tokens, 1)
-        and 1 <= header.threads <= MAX_THREADS
-        and header.tokens <= MAX_TOKENS_A_BYTE * (len(body) + 64)
-    )
-
-
-def machine_name(cfg: Config, run: Run) -> str:
-    """What floats depend on besides the number of threads: torch build, device, attention kernel."""
-    if run.device.type == "cuda":
-        name = torch.cuda.get_device_name(run.device)
-    else:
-        name = torch.backends.cpu.get_cpu_capability() + " AMX" * bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return f"{torch.__version__} {run.device.type} {name} {choose_attention(cfg, run.device)[0]}"
-
-
-class Packed(NamedTuple):
-    """A compressed file and its account, all in bits but `blob`."""
-
-    blob: bytes
-    header: CodecHeader
-    ideal: float  # -log2 of the tokens' probabilities, as the evaluator scores them
-    token_bits: int
-    restoration_bits: int
-
-
-class Codec:
-    """Compresses bytes with one artifact and restores them. Test-time training stays off: the network is as packed."""
-
-    def __init__(
-        self, cfg: Config, run: Run, model: GPT, sp: Any, artifact: str, settings: str = "", tables: Tables = NO_TABLES
-    ) -> None:
-        self.cfg, self.run, self.model, self.sp, self.tables = cfg, run, model.eval(), sp, tables
-        self.artifact, self.settings = artifact, settings
-        self.machine = machine_name(cfg, run)
-
-    def compress(self, data: bytes) -> Packed:
-        """The smaller of two forms: text, or plain bytes where data is no text worth that form."""
-        plain = self.compress_bytes(data)
-        text = self.compress_text(data, plain.token_bits // 8)
-        return plain if text is None or len(text.blob) > len(plain.blob) else text
-
-    def compress_bytes(self, data: bytes) -> Packed:
-        """LZMA, or the bytes themselves: needs no artifact to restore."""
-        packed = lzma_pack(data) if data else b""
-        form, body = ("lzma", packed) if len(packed) < len(data) else ("stored", data)
-        header = CodecHeader(FORMS.index(form), len(data), zlib.crc32(data))
-        return Packed(write_file(header, body), header, 0.0, 8 * len(body), 0)
-
-    def compress_text(self, data: bytes, limit: int = 2**62) -> Packed | None:
-        """Tokens of the normalised text after the edits that restore the bytes; None where the edits alone reach `limit`."""
-        split = Normalizer(self.sp).split(data)
-        if split is None or not data:
-            return None
-        normal, edits = split
-        restoration = SymbolEncoder()
-        if edits:
-            code_edits(restoration, normal, edits)
-        restored = restoration.finish()
-        if len(restored) >= limit:
-            return None
-        tokens = np.array(self.sp.encode(normal), np.int64)
-        counts = lane_counts(len(tokens), max(1, min(self.cfg.codec_lanes, len(tokens) // LANE_TOKENS)))
-        coder = SymbolEncoder()
-        self.code(coder, counts, to_lanes(tokens, counts), "compressing")
-        header = CodecHeader(0, len(data), zlib.crc32(data), len(tokens), len(counts), len(restored), torch.get_num_threads(),
-                             self.artifact, self.machine, self.settings)  # fmt: skip
-        coded = coder.finish()
-        if not sound_text(header, restored + coded):
-            return None
-        return Packed(write_file(header, restored + coded), header, coder.bits, 8 * len(coded), 8 * len(restored))
-
-    def decompress(self, blob: bytes) -> bytes:
-        """The original bytes. Raises ArtifactError if the file, the artifact or the machine is not the right one."""
-        header, body = read_file(blob)
-        data = self.decode_text(header, body) if FORMS[header.form] == "text" else self.decode_bytes(header, body)
-        if len(data) != header.size or zlib.crc32(data) != header.check:
-            raise ArtifactError("the restored bytes differ from the original's checksum: the file was altered, or this machine's "
-                                f"arithmetic differs from that of the machine that compressed ({header.machine})")  # fmt: skip
-        return data
-
-    def decode_bytes(self, header: CodecHeader, body: bytes) -> bytes:
-        if FORMS[header.form] == "stored":
-            return body
-        return lzma_unpack(body, header.size)
-
-    def decode_text(self, header: CodecHeader, body: bytes) -> bytes:
-        """Tokens, then their text, then the edits, each from what the one before it gave."""
-        if header.artifact != self.artifact:
-            raise ArtifactError(
-                f"compressed with artifact {header.artifact}.., this one is {self.artifact}..; name the right one"
-            )
-        if header.machine != self.machine:
-            raise ArtifactError(f"compressed on {header.machine!r}, this is {self.machine!r}: the arithmetic differs, and so "
-                                "would the text; decompress it where the two agree")  # fmt: skip
-        threads = torch.get_num_threads()
-        torch.set_num_threads(header.threads)
-        try:
-            counts = lane_counts(header.tokens, header.lanes)
-            out = self.code(SymbolDecoder(body[header.restoration :]), counts, None, "decompressing")
-        finally:
-            torch.set_num_threads(threads)
-        normal = self.sp.decode(out[np.arange(out.shape[1]) < counts[:, None]].tolist())
-        edits = code_edits(SymbolDecoder(body[: header.restoration]), normal, None) if header.restoration else []
-        if sum(len(e.new) for e in edits) > header.size + len(START + END):
-            raise ArtifactError("the edits would make more bytes than the original has")
-        return restore_bytes(normal, edits)
-
-    def lanes(self, lanes: int, length: int) -> Lanes:
-        """The distributions of the evaluator's stages, for that many stretches of at most `length` tokens."""
-        return lane_experts(self.cfg, self.run, self.model, lanes, length, "ngram" in self.cfg.stages, self.tables)
-
-    def code(self, coder: Coder, counts: np.ndarray, given: np.ndarray | None, what: str) -> np.ndarray:
-        """code_tokens with this codec's distributions and a progress bar."""
-        since, total = time.perf_counter(), int(counts.sum())
-        lanes = self.lanes(len(counts), int(counts.max(initial=0)))
-        return code_tokens(coder, lanes, counts, given, lambda done: self.run.progress(what, done, total, since))
-
-
-# ---- sampling
-
-
-def choose_token(p_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Draw from p^(1/temperature) (0: the likeliest) within the fewest tokens that hold `top_p` of it."""
-    if temperature == 0:
-        return int(p_V.argmax())
-    p, order = (p_V.clamp_min(1e-300).log() / temperature).softmax(0).sort(descending=True, stable=True)
-    kept = p * (p.cumsum(0) - p < top_p)
-    return int(order[torch.multinomial(kept, 1, generator=generator)])
-
-
-def sample_text(
-    cfg: Config, run: Run, model: GPT, sp: Any, prompt: str, tokens: int, tables: Tables = NO_TABLES
-) -> Iterator[str]:
-    """Continue `prompt` by at most `tokens` tokens, in pieces of text as they are complete; ends early where a document does."""
-    ids = sp.encode(prompt)
-    lanes = lane_experts(
-        cfg, run, model, 1, len(ids) + tokens, cfg.sample_ngram, tables if cfg.sample_ngram else NO_TABLES
-    )
-    generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sample"))
-    for token in ids:
-        lanes.dist()
-        lanes.take(np.array([token]))
-    shown, control = sp.decode(ids), torch.tensor([sp.is_control(i) for i in range(cfg.vocab_size)])
-    for _ in range(tokens):
-        p_V = lanes.dist()[0]
-        if not ids:  # an empty document says nothing
-            p_V = p_V.masked_fill(control, 0.0)
-        token = choose_token(p_V, cfg.temperature, cfg.top_p, generator)
-        if sp.is_control(token):
-            return
-        lanes.take(np.array([token]))
-        ids.append(token)
-        text = sp.decode(ids)
-        if not text.endswith("\ufffd"):  # else the bytes of one character are still on their way
-            yield text[len(shown) :]
-            shown = text
-
-
-# ---- explainer: what each token cost, and who foresaw it
-
-
-class TokenNote(NamedTuple):
-    """One token of a document, what it cost and what else was expected."""
-
-    text: str
-    bits: float  # as the codec would code it
-    network_bits: float  # by the network alone
-    ngram_bits: float  # by the n-gram side alone; inf where it gave the token nothing
-    network_share: float  # weight of the network in the mixture, 1 where no context matched
-    match: int  # tokens of the longest context seen before
-    seen: int  # how often that context was seen
-    likely: list[tuple[str, float]]  # the likeliest tokens and their probabilities
-    piece: str  # the token itself, as `likely` spells it
-
-
-def read_documents(path: str, data: bytes, sp: Any) -> list[str]:
-    """Documents of a token shard (.bin, split at BOS), of a .jsonl with "text" fields, or the file as one document."""
-    if path.endswith(".bin"):
-        tokens = check_ids(np.asarray(load_shard(Path(path))), sp.vocab_size(), path)
-        parts = np.split(tokens, np.flatnonzero(tokens == BOS))
-        return [sp.decode(part[part != BOS].tolist()) for part in parts if len(part) > 1]
-    try:
-        text = data.decode()
-        return (
-            [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
-            if path.endswith(".jsonl")
-            else [text]
-        )
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f'INPUT={path}: expected UTF-8 text, a .jsonl of objects with "text", or a token shard'
-        ) from None
-
-
-def token_texts(sp: Any, text: str) -> tuple[list[int], list[str]]:
-    """(token ids of a document, the stretch of the original text that each stands for); what precedes text joins its first token."""
-    normal, edits = Normalizer(sp).split(text.encode()) or (sp.decode(sp.encode(text)), [])
-    shown = ["", *normal, ""]
-    for e in edits:
-        shown[e.at : e.at + len(e.old)] = [e.new.strip(START + END), *[""] * (len(e.old) - 1)]
-    ids, texts, at, raw = sp.encode(normal), [], 1, b""
-    for i in ids:
-        if sp.is_byte(i):  # the last byte of a character shows it
-            raw += bytes([int(sp.id_to_piece(i)[3:5], 16)])
-            size = len(raw.decode(errors="ignore"))
-            raw = b"" if size else raw
-        else:
-            size = len(sp.id_to_piece(i)) - (not texts and sp.id_to_piece(i).startswith("▁"))
-        texts.append("".join(shown[at : at + size]))
-        at += size
-    if texts:
-        texts[0], texts[-1] = shown[0] + texts[0], texts[-1] + shown[-1]
-    return ids, texts
-
-
-def costs(lanes: Lanes, lane: int, p_V: Tensor, token: int) -> tuple[float, float, float, float, int, int]:
-    """TokenNote's numbers: what the mixture gave the token, split into the network's part and the n-gram's."""
-    bits = lambda p: math.inf if p <= 0 else -math.log2(p)  # noqa: E731
-    share, match, seen = lanes.mixture(lane)
-    p, network = float(p_V[token]), float(lanes.network_p[lane, token])
-    ngram = (p - share * network) / (1 - share) if share < 1 else 0.0
-    return bits(p), bits(network), bits(ngram if ngram > 1e-12 else 0.0), share, match, seen
-
-
-def explain_lanes(codec: Codec, split: list[tuple[list[int], list[str]]]) -> list[list[TokenNote]]:
-    """Notes on documents side by side, one a lane."""
-    counts = np.array([len(ids) for ids, _ in split])
-    lanes = codec.lanes(len(split), int(counts.max()))
-    notes: list[list[TokenNote]] = [[] for _ in split]
-    for t in range(counts.max()):
-        p_LV = lanes.dist()
-        best = p_LV.topk(min(6, p_LV.shape[1]))
-        for lane in np.flatnonzero(counts > t):
-            ids, texts = split[lane]
-            pairs = zip(best.indices[lane].tolist(), best.values[lane].tolist(), strict=True)
-            spell = lambda i: codec.sp.id_to_piece(i).replace("▁", " ")  # noqa: E731
-            likely = [(spell(i), p) for i, p in pairs]
-            notes[lane].append(TokenNote(texts[t], *costs(lanes, lane, p_LV[lane], ids[t]), likely, spell(ids[t])))
-        lanes.take(np.array([ids[t] if t < len(ids) else 0 for ids, _ in split]))
-    return notes
-
-
-def explain(codec: Codec, documents: list[str], limit: int) -> list[list[TokenNote]]:
-    """Notes on every token of the documents, each coded on its own; at most `limit` tokens together, and a notice then."""
-    split, left = [], limit
-    for i, document in enumerate(documents):
-        ids, texts = token_texts(codec.sp, document)
-        if ids[:left]:
-            split.append((ids[:left], texts[:left]))
-        if len(ids) > left:
-            codec.run.notice(
-                f"EXPLAIN_TOKENS={limit}: {left} of {len(ids)} tokens of document {i + 1} are explained, and nothing after them"
-            )
-            break
-        left -= len(ids)
-    result, since, size, total = [], time.perf_counter(), codec.cfg.codec_lanes, sum(len(ids) for ids, _ in split)
-    for lo in range(0, len(split), size):
-        result += explain_lanes(codec, split[lo : lo + size])
-        codec.run.progress("explaining", sum(map(len, result)), total, since)
-    return result
-
-
-def document_totals(notes: list[TokenNote]) -> dict[str, float]:
-    """Tokens, bytes and bits of one document, and bits a byte of mixture and network."""
-    size = max(len("".join(n.text for n in notes).encode(errors="replace")), 1)
-    bits, network = sum(n.bits for n in notes), sum(n.network_bits for n in notes)
-    return {"tokens": len(notes), "bytes": size, "bits": bits, "bpb": bits / size, "network_bpb": network / size}
-
-
-def terminal_text(notes: list[TokenNote]) -> str:
-    """The document with each token on a background from grey-blue (cheap) to red (12 bits and more), for 256 colours."""
-    ramp = (None, 236, 237, 24, 30, 65, 101, 136, 172, 166, 160, 124, 88)
-    out = []
-    for n in notes:
-        colour = ramp[min(int(n.bits), len(ramp) - 1)]
-        start, end = ("", "") if colour is None else (f"\033[48;5;{colour}m", "\033[0m")
-        out.append(
-            f"{end}\n{start}".join(f"{start}{n.text}{end}".split("\n")) if "\n" in n.text else f"{start}{n.text}{end}"
-        )
-    return "".join(out)
-
-
-PAGE_HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>TITLE</title><style>
-:root{color-scheme:light dark;--bg:#fff;--fg:#1d2026;--dim:#6b7280;--line:#e3e5ea;--card:#fafbfc}
-@media(prefers-color-scheme:dark){:root{--bg:#15171c;--fg:#e4e6eb;--dim:#9aa1ad;--line:#2c3038;--card:#1c1f26}}
-body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.45 system-ui,sans-serif}
-main{max-width:62rem;margin:0 auto;padding:1.5rem 1.25rem 12rem}h1{font-size:1.35rem;margin:0 0 .2rem}
-h2{font-size:1rem;margin:2.2rem 0 .6rem;scroll-margin-top:4rem}.dim,h2 small{color:var(--dim);font-weight:400}table{border-collapse:collapse;margin:1rem 0}
-td,th{padding:.2rem 1.1rem .2rem 0;text-align:right;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
-th{font-weight:500;color:var(--dim)}td:first-child,th:first-child{text-align:left;white-space:nowrap}td:last-child,th:last-child{padding-right:0}a{color:inherit}
-@media(max-width:36rem){main{padding:1rem .8rem 12rem}table{font-size:.8rem}td,th{padding-right:.55rem}}
-nav{position:sticky;top:0;background:var(--bg);padding:.6rem 0;border-bottom:1px solid var(--line);display:flex;gap:1.2rem;align-items:center;flex-wrap:wrap}
-.scale{display:flex;font-size:.8rem}.scale span{padding:.1rem .55rem}
-.doc{white-space:pre-wrap;overflow-wrap:anywhere;font:15px/1.75 ui-monospace,Menlo,Consolas,monospace}.doc span{border-radius:2px;padding:.12em 0}
-.doc span:hover{outline:2px solid var(--fg)}
-#tip{position:fixed;display:none;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:8px;
-box-shadow:0 6px 24px #0003;padding:.7rem .9rem;width:min(19rem,80vw);overflow-wrap:anywhere;font-size:.85rem}#tip b{font:600 .95rem ui-monospace,monospace;white-space:pre-wrap}
-#tip .row{display:flex;justify-content:space-between}#tip hr{border:0;border-top:1px solid var(--line);margin:.45rem 0}
-.bar{position:relative;display:flex;justify-content:space-between;padding:0 .3rem;font-family:ui-monospace,monospace;white-space:pre}
-.bar i{position:absolute;inset:1px auto 1px 0;background:#4c8dff44;border-radius:3px}.hit{font-weight:700}
-</style><main><h1>TITLE</h1><div class="dim">SUBTITLE</div><table id="totals"></table>
-<nav><label>Shade by <select id="by"><option value="0">bits of each token</option><option value="1">network alone</option>
-<option value="2">bits the n-gram saved</option></select></label><div class="scale" id="scale"></div><span class="dim">point at a token</span></nav>
-<div id="docs"></div></main><div id="tip"></div><script>
-const DOCS=DATA,$=i=>document.getElementById(i),el=(t,s,c)=>{const e=document.createElement(t);if(s!==undefined)e.textContent=s;if(c)e.className=c;return e};
-const heat=b=>{const x=Math.min(b/12,1);return x<.04?"":`hsl(${52-52*x} 95% 52% / ${.12+.63*x})`};
-const gain=g=>Math.abs(g)<.15?"":`hsl(${g>0?145:285} 75% 45% / ${Math.min(.12+Math.abs(g)/8,.75)})`;
-const shade=(n,by)=>by==0?heat(n.whole):by==1?heat(n[2]):gain(n[2]-n[1]);
-const bits=b=>b===null?"\\u221e":b.toFixed(2)+" bits",percent=p=>p==0?"0%":p<.0001?"<0.01%":(100*p).toFixed(p<.01?2:1)+"%";
-const visible=s=>s.replace(/\\n/g,"\\u23ce").replace(/\\t/g,"\\u21e5").replace(/ /g,"\\u00b7");
-function row(t,cells,head){const r=t.appendChild(el("tr"));cells.forEach(c=>r.appendChild(c instanceof Node?c:el(head?"th":"td",c)))}
-row($("totals"),["document","tokens","bytes","bits","bits a byte","network alone"],1);
-const spans=[];DOCS.forEach((d,i)=>{const t=d.totals,name=el("td"),a=name.appendChild(el(d.notes?"a":"span",d.name));a.href="#d"+i;
-row($("totals"),[name,t.tokens,t.bytes,t.bits.toFixed(0),t.bpb.toFixed(3),t.network_bpb.toFixed(3)]);if(!d.notes)return;
-const h=$("docs").appendChild(el("h2",d.name+" "));h.id="d"+i;h.appendChild(el("small",`${t.bpb.toFixed(3)} bits a byte`));
-const p=$("docs").appendChild(el("div",undefined,"doc"));let held=0;
-d.notes.forEach(n=>{held+=n[1];if(!n[0])return;n.whole=held;held=0;const s=p.appendChild(el("span",n[0]));s.note=n;spans.push(s)})});
-function paint(){const by=$("by").value;spans.forEach(s=>s.style.background=shade(s.note,by));$("scale").replaceChildren(...
-(by==2?[-4,-2,-1,0,1,2,4,8]:[0,1,2,4,6,8,10,12]).map(b=>{const s=el("span",b+(b==12?"+":""));s.style.background=by==2?gain(b):heat(b);return s}))}
-$("by").onchange=paint;paint();
-function tip(n){const [text,b,network,ngram,share,match,seen,likely]=n,t=$("tip");t.replaceChildren(el("b",visible(text)));
-const line=(k,v)=>{const r=t.appendChild(el("div",undefined,"row"));r.append(el("span",k,"dim"),el("span",v))};
-line("cost",bits(b));if(n.whole>b+.005)line("with the bytes before it",bits(n.whole));line("network alone",bits(network));line("n-gram alone",share==1?"no match":ngram===null?"gave it nothing":bits(ngram));
-line("weights",`network ${percent(share)}, n-gram ${percent(1-share)}`);line("longest match",match<1?"none":`${match} token${match==1?"":"s"}, seen ${seen} time${seen>1?"s":""}`);
-t.appendChild(el("hr"));likely.forEach(([s,p])=>{const r=t.appendChild(el("div",undefined,"bar"+(s===n[8]?" hit":""))),f=r.appendChild(el("i"));f.style.width=100*p+"%";
-r.append(el("span",visible(s)),el("span",percent(p)))})}
-document.onmousemove=e=>{const s=e.target,t=$("tip");if(!s.note){t.style.display="none";return}tip(s.note);t.style.display="block";
-t.style.left=Math.max(4,Math.min(e.clientX+16,document.documentElement.clientWidth-t.offsetWidth-8))+"px";const y=e.clientY+20;
-t.style.top=(y+t.offsetHeight>innerHeight?Math.max(4,e.clientY-t.offsetHeight-12):y)+"px"};
-</script></html>"""
-
-
-def page_html(title: str, subtitle: str, documents: list[list[TokenNote]]) -> str:
-    """A page that needs nothing else: text shaded by bits, details under the pointer, totals by document."""
-    rows = [
-        {"name": f"document {i + 1}", "totals": document_totals(notes), "notes": notes}
-        for i, notes in enumerate(documents)
-    ]
-    if len(rows) != 1:
-        rows.append({"name": "all", "totals": document_totals([n for notes in documents for n in notes])})
-    finite = lambda x: round(x, 4) if math.isfinite(x) else None  # noqa: E731
-    for row in rows:
-        row["notes"] = [[n.text, *map(finite, n[1:5]), n.match, n.seen, [(s, finite(p)) for s, p in n.likely], n.piece]
-                        for n in row.get("notes", [])] or None  # fmt: skip
-    data = json.dumps(rows, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {"TITLE": html.escape(title), "SUBTITLE": html.escape(subtitle), "DATA": data}
-    return re.sub("SUBTITLE|TITLE|DATA", lambda m: parts[m[0]], PAGE_HTML)
 
 
 # ==== 10 MAIN =========================================================================================================
@@ -8140,7 +7287,7 @@ def run_train(loaded: LoadedConfig) -> int:
     opened = open_run(loaded)
     run = opened.run
     shards = load_split(opened.paths.folder, "train")
-    stream = TokenStream(shards, cfg.vocab_size)
+    stream = TokenStream(shards, cfg.vocab_size, opened.tokenizer.sha256)
     check_batch(cfg, run.world)
     if cfg.calibrates and stream.total < cfg.train_seq_len:
         raise ConfigError(f"calibration needs {cfg.train_seq_len} training tokens, DATA_PATH={opened.paths.folder} holds {stream.total}: "
@@ -8148,7 +7295,7 @@ def run_train(loaded: LoadedConfig) -> int:
     choose_attention(cfg, run.device)
     with torch.device("meta"):
         Policy.of(cfg, GPT(cfg))  # a mistake in it is found now, not after the training
-    checkpoints = Checkpoints(cfg, run)
+    checkpoints = Checkpoints(cfg, run, stream.identity)
     resumed = checkpoints.load()
     run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
     run.open_logs(append=cfg.resume != "")
@@ -8166,8 +7313,10 @@ def run_train(loaded: LoadedConfig) -> int:
         blob, calibration_s = write_artifact(opened, model, stream, result)
     try:
         if run.rank == 0:
-            text = "".join(sample_text(cfg, run, model.eval(), opened.tokenizer.sp, "", 48))
-            run.log(f"sample: {text!r}")
+            written = sample_calibration_text(
+                model.eval(), 1, min(48, cfg.train_seq_len), derive_seed(cfg.seed, "sample")
+            )
+            run.log(f"sample: {opened.tokenizer.sp.decode(written[0, 1:].tolist())!r}")
         return score_artifact(opened, blob, result.seconds + calibration_s)
     except Exception:
         run.notice(f"the artifact is whole: MODE=eval ARTIFACT={run.artifact_path} scores it")
@@ -8201,120 +7350,8 @@ def run_audit(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=audit: is the score of this artifact a code length?"""
     opened = open_scoring(loaded, header)
     model, tables = load_model(opened.cfg, opened.run, blob), load_tables(opened.cfg, blob)
-    return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, hashlib.sha256(blob).hexdigest()) else 1
-
-
-class FlashFootprint(torch.autograd.Function):
-    """Attention that computes nothing and keeps for the backward pass what a fused kernel on a GPU keeps."""
-
-    @staticmethod
-    def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-        y = torch.empty_like(q_BTHK)
-        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGK, y, q_BTHK.new_empty(q_BTHK.shape[:3], dtype=torch.float32))
-        return y
-
-
-def activation_bytes(cfg: Config, model: GPT, device: torch.device, tokens: int) -> int:
-    """Bytes that an eager forward of `tokens` tokens keeps for its backward pass on `device`; `model` is on meta.
-
-    Counted, not guessed: the forward runs without data or memory, and every tensor that autograd saves is noted.
-    """
-    model.compute_dtype = compute_dtype(cfg.train_dtype, device)
-    for block in model.blocks:
-        block.attn.attend = FlashFootprint.apply if device.type == "cuda" else choose_attention(cfg, device)[1]
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def note(t: Tensor) -> Tensor:
-        kept.setdefault(t.untyped_storage()._cdata, t.untyped_storage())
-        return t
-
-    ids = torch.zeros(max(1, tokens // cfg.train_seq_len), cfg.train_seq_len, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        model.nll(ids, ids, Ctx(fake_quant=FakeQuant(cfg.qat, cfg.qat_bits) if cfg.qat != "none" else None))
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in parameters)
-
-
-def state_bytes(cfg: Config, model: GPT) -> int:
-    """Bytes that training holds between steps in a world of one rank: weights, gradients, optimizers, averages, counts."""
-    matrices = sum(p.numel() for p in model.parameters() if p.role == "matrix")
-    small = count_parameters(model) - matrices
-    averages = (cfg.ema_decay > 0) + (cfg.swa_every > 0)
-    # Weights, their gradients and these once more where they are reduced; then momentum, or Adam's two moments.
-    floats = (3 + averages) * (matrices + small) + matrices + 2 * small + sum(b.numel() for b in model.buffers())
-    return 4 * floats + (8 * cfg.vocab_size**2 if cfg.complement_alpha else 0)
-
-
-def predicted_bytes(policy: Policy, name: str, p: Tensor) -> float:
-    """Bytes of a tensor in the artifact if its weights were normally distributed: the entropy of its codes, and its steps."""
-    bits, (rows, columns) = policy.bits(name), rows_and_columns(p.shape)
-    if bits > 8:
-        return p.numel() * bits / 8
-    normal = torch.randn(min(rows, 64), columns, generator=torch.Generator().manual_seed(0))
-    codes = quantize_rows(normal, bits, policy.clip(name))[0]
-    bits_a_weight = entropy_bits(codes.unique(return_counts=True)[1].numpy()) / codes.numel()
-    return p.numel() * bits_a_weight / 8 + 2 * rows
-
-
-def plan_bytes(cfg: Config, model: GPT) -> None:
-    """Print parameters and predicted bytes by role, and the total against the limit."""
-    params = dict(model.named_parameters())
-    policy, artifact = Policy.of(cfg, model), 0.0
-    for role in sorted({p.store for p in params.values()}):
-        mine = {n: p for n, p in params.items() if p.store == role}
-        count = sum(p.numel() for p in mine.values())
-        fixed = sum(p.numel() * policy.bits(n) for n, p in mine.items()) / 8
-        size = sum(predicted_bytes(policy, n, p) for n, p in mine.items())
-        artifact += size
-        print(f"  {role:<8} {count:>12,} parameters  {fixed:>12,.0f} bytes at fixed width  {size:>12,.0f} predicted")
-    grams = cfg.ngram_table_bytes if "exact" in cfg.ngram_tables else 0
-    grams += 2 * sum(HASHED_SIZES.values()) if "pr1095" in cfg.ngram_tables else 0
-    if grams:
-        artifact += grams
-        print(f"  ngram    {'':>12} n-grams of the training text {grams:>14,} bytes at most")
-    if cfg.target_bytes:
-        print(
-            f"size: TARGET_BYTES={cfg.target_bytes:,} is filled, by widths chosen after training; limit {cfg.artifact_limit:,}"
-        )
-        return
-    code = code_bytes(cfg)
-    # Published exports of #164, #740, #187, #850 and #1095 against this prediction: +1, -11, -17, -4 and -10 %.
-    print(
-        f"predicted size: {artifact + code:,.0f} bytes = artifact {artifact:,.0f} + code {code:,}, limit {cfg.artifact_limit:,}"
-    )
-    print("  as if weights were normally distributed; in five published runs trained ones took up to 17 % less")
-
-
-def run_plan(loaded: LoadedConfig) -> int:
-    """MODE=plan: parameters, predicted bytes, memory and FLOPs of a step, without data or training.
-
-    DEVICE=cuda plans for a GPU that need not be there.
-    """
-    if not is_first_rank():
-        return 0
-    cfg = loaded.cfg
-    device = torch.device("cuda") if cfg.device == "cuda" else pick_device(cfg.device, 0)
-    with torch.device("meta"):
-        model = GPT(cfg)
-    for text in loaded.notices:
-        print(f"notice: {text}")
-    print(f"recipe {cfg.recipe}: {count_parameters(model):,} trainable parameters")
-    plan_bytes(cfg, model)
-    tokens = first_micro_batch(cfg, device)
-    state, kept = state_bytes(cfg, model), activation_bytes(cfg, model, device, tokens)
-    # The peaks that #164, #187 and #1095 reported are 1.00, 1.03 and 0.91 of this sum at their micro-batches.
-    print(
-        f"memory on {device.type} with one rank, estimated: {(state + kept) / 2**20:,.0f} MiB (three published peaks are within 10 %)"
-    )
-    print(f"  {state / 2**20:>10,.0f} MiB weights, gradients, optimizer, averages")
-    print(
-        f"  {kept / 2**20:>10,.0f} MiB kept for the backward pass of {tokens:,} tokens; the micro-batch is halved until it fits"
-    )
-    flops = flops_per_token(model, cfg.train_seq_len)
-    print(
-        f"FLOPs: {flops:.3g} a token, {flops * cfg.train_batch_tokens:.3g} a step of {cfg.train_batch_tokens:,} tokens"
-    )
-    return 0
+    artifact = hashlib.sha256(blob).hexdigest()
+    return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, opened.tokenizer, artifact) else 1
 
 
 def read_named(name: str, path: str, purpose: str) -> bytes:
@@ -8327,169 +7364,41 @@ def read_named(name: str, path: str, purpose: str) -> bytes:
         raise ConfigError(f"{name}={path!r}: {(e.strerror or str(e)).lower()}; {purpose}") from None
 
 
-def read_input(cfg: Config) -> bytes:
-    """The bytes of INPUT."""
-    return read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on")
-
-
-def open_codec(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> Codec:
-    """The artifact's model and tokenizer, ready to code: one process, no data, no logs."""
-    cfg = loaded.cfg
-    tokenizer = Tokenizer(find_data(cfg).tokenizer, cfg.vocab_size)
-    check_tokenizer(tokenizer, header, cfg)
-    run = Run.start(cfg)
-    if run.world > 1:
-        raise ConfigError(f"MODE={cfg.mode} runs in one process; start it with python instead of torchrun")
-    for text in loaded.notices:
-        run.notice(text)
-    if cfg.ttt_enabled:
-        run.notice("test-time training is left out here: the network stays as it is packed")
-    settings = {n: getattr(cfg, n.lower()) for n in CODEC_KNOBS if loaded.source[n] == "env"}
-    changed = {n: v for n, v in settings.items() if v != header["config"].get(n, FIELDS[n].default)}
-    text = json.dumps(changed, separators=(",", ":")) if changed else ""
-    name = hashlib.sha256(blob).hexdigest()[:16]
-    return Codec(cfg, run, load_model(cfg, run, blob), tokenizer.sp, name, text, load_tables(cfg, blob))
-
-
-def output_path(cfg: Config, default: str) -> Path:
-    """OUTPUT or its default; refuses to overwrite without FORCE=1, before any work is done."""
-    path = Path(cfg.output or default)
-    if path.exists() and not cfg.force:
-        raise ConfigError(f"OUTPUT={path} exists: choose another name, or FORCE=1 to overwrite it")
-    return path
-
-
-def run_compress(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
-    """MODE=compress: INPUT -> OUTPUT (default INPUT.pgz), and the account."""
-    cfg = loaded.cfg
-    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.pgz")
-    codec = open_codec(loaded, blob, header)
-    started = time.perf_counter()
-    packed = codec.compress(data)
-    seconds = time.perf_counter() - started
-    atomic_write(path, packed.blob)
-    h, per_byte = packed.header, 1 / max(len(data), 1)
-    other = 8 * len(packed.blob) - packed.token_bits - packed.restoration_bits
-    codec.run.log(
-        f"compressed {cfg.input} -> {path} form:{FORMS[h.form]} original_bytes:{h.size} compressed_bytes:{len(packed.blob)} "
-        f"bpb:{8 * len(packed.blob) * per_byte:.4f} seconds:{seconds:.1f} lanes:{h.lanes} tokens_per_s:{h.tokens / seconds:.0f}"
-    )
-    if FORMS[h.form] == "text":
-        codec.run.log(
-            f"bits a byte: tokens {packed.token_bits * per_byte:.4f} (ideal {packed.ideal * per_byte:.4f}), restoration "
-            f"{packed.restoration_bits * per_byte:.4f}, header {other * per_byte:.4f}; the artifact's {len(blob)} bytes are not counted"
-        )
-    return 0
-
-
-def adopt_settings(loaded: LoadedConfig, settings: str) -> LoadedConfig:
-    """The configuration with the scoring knobs that the compressed file was coded with."""
-    try:
-        coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
-        cfg = dataclasses.replace(loaded.cfg, **{n.lower(): v for n, v in coded.items()})
-    except (ValueError, AttributeError, RecursionError):
-        raise ArtifactError("the file's header is inconsistent") from None
-    for name in CODEC_KNOBS:
-        mine, theirs = getattr(loaded.cfg, name.lower()), getattr(cfg, name.lower())
-        if loaded.source[name] == "env" and mine != theirs:
-            raise ConfigError(f"{name}={as_text(mine)}: the file was coded with {as_text(theirs)}; unset {name}")
-    return loaded._replace(cfg=cfg)
-
-
-def run_decompress(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
-    """MODE=decompress: INPUT -> OUTPUT (default INPUT without .pgz)."""
-    cfg = loaded.cfg
-    packed = read_input(cfg)
-    if not cfg.output and not cfg.input.endswith(".pgz"):
-        raise ConfigError(f"INPUT={cfg.input} does not end in .pgz: name the file to write with OUTPUT")
-    path = output_path(cfg, cfg.input.removesuffix(".pgz"))
-    try:
-        codec = open_codec(adopt_settings(loaded, read_file(packed)[0].settings), blob, header)
-        started = time.perf_counter()
-        data = codec.decompress(packed)
-    except ArtifactError as e:
-        raise ConfigError(f"INPUT={cfg.input}: {e}") from None
-    seconds = time.perf_counter() - started
-    atomic_write(path, data)
-    tokens = read_file(packed)[0].tokens
-    codec.run.log(
-        f"restored {path} original_bytes:{len(data)} compressed_bytes:{len(packed)} seconds:{seconds:.1f} tokens_per_s:{tokens / seconds:.0f}"
-    )
-    return 0
-
-
-def run_sample(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
-    """MODE=sample: continue PROMPT on the terminal."""
-    cfg = loaded.cfg
-    codec = open_codec(loaded, blob, header)
-    print(cfg.prompt, end="", flush=True)
-    for text in sample_text(cfg, codec.run, codec.model, codec.sp, cfg.prompt, cfg.sample_tokens, codec.tables):
-        print(text, end="", flush=True)
-    print()
-    return 0
-
-
-def run_explain(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
-    """MODE=explain: INPUT, shaded by what each token cost, on the terminal and as the page OUTPUT (default INPUT.html)."""
-    cfg = loaded.cfg
-    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.html")
-    codec = open_codec(loaded, blob, header)
-    documents = explain(codec, read_documents(cfg.input, data, codec.sp), cfg.explain_tokens)
-    for i, notes in enumerate(documents):
-        if sys.stdout.isatty():
-            print(terminal_text(notes), end="\n\n")
-        total = document_totals(notes)
-        codec.run.log(
-            f"document {i + 1} tokens:{len(notes)} bytes:{total['bytes']} bits:{total['bits']:.0f} bpb:{total['bpb']:.4f} network_bpb:{total['network_bpb']:.4f}"
-        )
-    subtitle = f"artifact {codec.artifact}, recipe {cfg.recipe}, each document on its own; normalised text, newlines as in the original"
-    atomic_write(path, page_html(Path(cfg.input).name, subtitle, documents).encode())
-    codec.run.log(f"wrote {path}")
-    return 0
-
-
 def run_pack_code(loaded: LoadedConfig) -> int:
-    """MODE=pack_code: write the self-extracting form of this script."""
-    packed, path = pack_code(source_text()), output_path(loaded.cfg, f"{loaded.cfg.log_dir}/train_gpt_packed.py")
+    """MODE=pack_code: write the self-extracting form of this script to LOG_DIR/train_gpt_packed.py."""
+    source, path = source_text(), Path(loaded.cfg.log_dir) / "train_gpt_packed.py"
+    if path.exists() and not loaded.cfg.force:
+        raise ConfigError(f"{path} exists: choose another LOG_DIR, or FORCE=1 to overwrite it")
+    packed = pack_code(source)
     atomic_write(path, packed)
-    print(
-        f"{path}: {len(packed)} bytes, sha256 {hashlib.sha256(packed).hexdigest()}; source {len(source_text().encode())} bytes"
+    say(
+        f"{path}: {len(packed)} bytes, sha256 {hashlib.sha256(packed).hexdigest()}; source {len(source.encode())} bytes"
     )
     return 0
 
 
-ARTIFACT_MODES = {
-    "eval": run_eval,
-    "audit": run_audit,
-    "compress": run_compress,
-    "decompress": run_decompress,
-    "sample": run_sample,
-    "explain": run_explain,
-}
-
-
-def open_artifact(env: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
-    """(bytes, header) of the file that ARTIFACT names; raises ConfigError if it is missing or no artifact."""
-    path = expand_home("ARTIFACT", env.get("ARTIFACT", ""))
-    blob = read_named("ARTIFACT", path, "this mode needs the artifact of a finished run")
+def open_artifact(named: str, path: str) -> tuple[bytes, dict[str, Any]]:
+    """(bytes, header) of the file that the knob or argument `named` names; ConfigError if it is missing or no artifact."""
+    path = expand_home(named, path)
+    blob = read_named(named, path, "it takes the artifact of a finished run")
     try:
         header = read_header(blob)[0]
     except ArtifactError as e:
-        raise ConfigError(f"ARTIFACT={path}: {e}") from None
+        raise ConfigError(f"{named}={path}: {e}") from None
     if not isinstance(header.get("config"), dict) or not isinstance(header.get("tokenizer_sha256"), str):
-        raise ConfigError(f"ARTIFACT={path}: its header names no configuration and tokenizer")
+        raise ConfigError(f"{named}={path}: its header names no configuration and tokenizer")
     return blob, header
 
 
 def dispatch(env: Mapping[str, str]) -> int:
     """MODE -> its job. Exit status."""
     mode = translate(env, env.get("RECIPE", ""), [], []).get("MODE")  # EVAL_ONLY=1 means MODE=eval
-    if mode in ARTIFACT_MODES:
-        blob, header = open_artifact(env)
-        return ARTIFACT_MODES[mode](load_config(env, header["config"]), blob, header)
+    scoring = {"eval": run_eval, "audit": run_audit}
+    if mode in scoring:
+        blob, header = open_artifact("ARTIFACT", env.get("ARTIFACT", ""))
+        return scoring[mode](load_config(env, header["config"]), blob, header)
     loaded = load_config(env)
-    jobs = {"plan": run_plan, "pack_code": run_pack_code, "train": run_train}
-    return jobs[loaded.cfg.mode](loaded)
+    return {"train": run_train, "pack_code": run_pack_code}[loaded.cfg.mode](loaded)
 
 
 def show_toc() -> str:

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
-from shards import InputError, check_shard, run_tool, sha256_of, sync_folder, write_synced
+from shards import Failure, InputError, check_shard, locked, run_tool, sha256_of, sync_folder, write_synced
 from tqdm import tqdm
 
 DEFAULT_TRAIN_SHARDS = 80
@@ -89,11 +89,11 @@ class Variant(NamedTuple):
 
 
 def list_files(hub: HfApi, repo: str) -> list[Remote]:
-    """All files of a dataset repository, by path; raises RepositoryError, or InputError if the hub does not answer."""
+    """All files of a dataset repository, by path; raises RepositoryError, or Failure if the hub does not answer."""
     try:
         tree = list(hub.list_repo_tree(repo, recursive=True, repo_type="dataset"))
     except Exception as error:  # the hub library's transport errors share no public base across its versions
-        kind = InputError if status_of(error) is None else RepositoryError
+        kind = Failure if status_of(error) is None else RepositoryError
         raise kind(f"{repo}: {explain(error)}") from None
     files = [item for item in tree if isinstance(item, RepoFile)]
     digests = [f"sha256:{item.lfs.sha256}" if item.lfs else f"git:{item.blob_id}" for item in files]
@@ -302,19 +302,21 @@ def is_good(out: Path, local: str, remote: Remote, record: Record, verify: bool)
 
 
 def fetch(hub: HfApi, repo: str, remote: Remote, target: Path, staging: Path) -> None:
-    """Download one file aside, verify it and give it its name; damaged twice is an InputError."""
+    """Download one file aside, verify it and give it its name; damaged twice is a Failure."""
     for last in (False, True):
         try:
             got = hub.hf_hub_download(repo, remote.path, repo_type="dataset", local_dir=staging, force_download=last)
         except Exception as error:  # as in list_files
-            raise InputError(f"{repo}: {remote.path}: {explain(error)}; start again to continue") from None
+            if isinstance(error, OSError) and error.errno:  # a full disk, which run_tool names
+                raise
+            raise Failure(f"{repo}: {remote.path}: {explain(error)}; start again to continue") from None
         problem = fault(Path(got), remote)
         if problem is None:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(got, target)
             sync_folder(target.parent)
             return
-    raise InputError(f"{repo}: {remote.path} arrived damaged twice: {problem}")
+    raise Failure(f"{repo}: {remote.path} arrived damaged twice: {problem}")
 
 
 def check_space(out: Path, missing: dict[str, Remote]) -> None:
@@ -329,26 +331,29 @@ def check_space(out: Path, missing: dict[str, Remote]) -> None:
 
 def fetch_all(hub: HfApi, choice: Choice, files: dict[str, Remote], args: argparse.Namespace) -> int:
     """Fetch what is missing, several files at a time; returns how many were fetched."""
-    (args.out / "datasets").mkdir(parents=True, exist_ok=True)
-    record = Record(args.out / "datasets" / ".verified.json")
-    staging = args.out / "datasets" / f".{choice.variant.name}.partial"
-    checked = tqdm(files.items(), desc="checking files", unit="file", disable=None, leave=False)
-    missing = {k: file for k, file in checked if not is_good(args.out, k, file, record, args.verify)}
-    check_space(args.out, missing)
-    with (
-        ThreadPoolExecutor(args.jobs) as pool,
-        tqdm(total=len(missing), desc="files", unit="file", disable=None) as bar,
-    ):
-        tasks = {pool.submit(fetch, hub, choice.repo, file, args.out / k, staging): k for k, file in missing.items()}
-        try:
-            for task in as_completed(tasks):
-                task.result()
-                record.add(tasks[task], missing[tasks[task]].digest)
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    shutil.rmtree(staging, ignore_errors=True)
+    datasets = args.out / "datasets"
+    staging = datasets / f".{choice.variant.name}.partial"
+    with locked(datasets / f"fineweb10B_{choice.variant.name}"):
+        record = Record(datasets / ".verified.json")
+        checked = tqdm(files.items(), desc="checking files", unit="file", disable=None, leave=False)
+        missing = {k: file for k, file in checked if not is_good(args.out, k, file, record, args.verify)}
+        check_space(args.out, missing)
+        with (
+            ThreadPoolExecutor(args.jobs) as pool,
+            tqdm(total=len(missing), desc="files", unit="file", disable=None) as bar,
+        ):
+            tasks = {
+                pool.submit(fetch, hub, choice.repo, file, args.out / k, staging): k for k, file in missing.items()
+            }
+            try:
+                for task in as_completed(tasks):
+                    task.result()
+                    record.add(tasks[task], missing[tasks[task]].digest)
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        shutil.rmtree(staging, ignore_errors=True)
     return len(missing)
 
 

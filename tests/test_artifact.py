@@ -361,8 +361,8 @@ def test_strings_that_look_like_comments_and_blank_lines_survive():
 
 def test_packed_script_behaves_like_its_source(tmp_path):
     """Help, configuration, error and exit status, packing itself again; tracebacks show real lines."""
-    packed = tmp_path / "train_gpt.py"
-    env = {"PATH": os.environ["PATH"], "MODE": "pack_code", "OUTPUT": str(packed)}
+    packed, made = tmp_path / "train_gpt.py", tmp_path / "train_gpt_packed.py"
+    env = {"PATH": os.environ["PATH"], "MODE": "pack_code", "LOG_DIR": str(tmp_path)}
 
     def run(script, *args, **more):
         return subprocess.run(
@@ -371,10 +371,11 @@ def test_packed_script_behaves_like_its_source(tmp_path):
 
     script = Path(tg.__file__)
     assert run(script).returncode == 0
+    packed.write_bytes(made.read_bytes())
     assert packed.read_bytes() == tg.pack_code(tg.source_text())
-    again = run(packed, OUTPUT=str(tmp_path / "again.py"))
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "again.py").read_bytes() == packed.read_bytes()
+    refused, again = run(packed), run(packed, LOG_DIR=str(tmp_path / "again"))
+    assert (refused.returncode, again.returncode) == (2, 0) and "FORCE=1" in refused.stderr, again.stderr
+    assert (tmp_path / "again" / made.name).read_bytes() == packed.read_bytes()
     ours, theirs = run(script, "--help"), run(packed, "--help")
     assert ours.stdout == theirs.stdout and "[8 ARTIFACT]" in theirs.stdout
     bad = run(packed, NUM_HEADS="3", MUON_MOMENTUN="1")
