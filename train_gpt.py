@@ -885,6 +885,8 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
             guess, misspelt = nearest_knob(name)
             if misspelt:
                 errors.append(f"{name} is no knob; did you mean {guess}?")
+            elif guess == name:
+                notices.append(f"{name} is a name of another recipe and is ignored with RECIPE={recipe}")
             elif guess:
                 notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
     return {**ours, **off}
@@ -964,6 +966,7 @@ def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
     return LoadedConfig(cfg, why, source, notices)
 
 
+@functools.cache  # main reads it before anything else: the file may be edited while a run is under way
 def source_text() -> str:
     """This script's text as it runs; the packed form leaves its unpacked text in `__source__`."""
     return globals().get("__source__") or SCRIPT.read_text(encoding="utf-8")
@@ -7435,6 +7438,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         if argv:
             error = say(views[argv[0]]())
             return 0 if error is None else 1
+        source_text()
         read_ranks(env)
         status = dispatch(env)
         outcome = "ok" if status == 0 else "limit broken"

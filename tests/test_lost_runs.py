@@ -266,6 +266,19 @@ def test_exit_status_2_does_not_occur_once_training_has_begun(tiny, script, monk
     assert result.status == 1 and "error: KNOB=1: no" in result.err and events(tiny, "end")[0]["status"] == "failed"
 
 
+def test_a_script_that_is_edited_during_the_run_changes_nothing(tiny, whole, script, monkeypatch, tmp_path):
+    copy = tmp_path / "copy.py"
+    copy.write_text(SCRIPT.read_text())
+    monkeypatch.setattr(tg, "SCRIPT", copy)
+    tg.source_text.cache_clear()
+    train = tg.train
+    monkeypatch.setattr(tg, "train", lambda *args: copy.write_text("  no python") and train(*args))
+    assert script(tiny).status == 0
+    assert_equal_runs(tiny, whole)
+    assert events(tiny, "score")[0]["code_bytes"] == events(whole, "score")[0]["code_bytes"]
+    tg.source_text.cache_clear()
+
+
 # ---- signals
 
 
