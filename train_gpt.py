@@ -38,6 +38,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -53,9 +54,11 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import time
 import tokenize
 import uuid
+import zipfile
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import deque
@@ -742,12 +745,12 @@ MOVED_KNOBS = {
 REVIVED_BY = {"WARMDOWN_ITERS": ("LR_SCHEDULE", "warmdown"), "TTT_MOMENTUM": ("TTT_OPTIMIZER", "sgd")}
 
 # Variables of other programs whose names are like those of knobs: never taken for a misspelt one.
-FOREIGN = frozenset("ARTIFACTS CODE COMPILER DEVICES FORCE_COLOR INPUTRC INPUTS LMOD_DIR LOGDIR MODEL MODEL_DIR MORE NODE OUTPUTS PAT "
-                    "PRE_COMMIT PROFILER PROFILES PROJ_DATA PROJ_LIB PROMPTS RPROMPT RUNID SPEED SPROMPT TOP_K".split())  # fmt: skip
+FOREIGN = frozenset("ARTIFACTS CODE COMPILER DEVICES FORCE_COLOR LMOD_DIR LOGDIR MODEL MODEL_DIR MORE NODE PAT PRE_COMMIT PROFILER "
+                    "PROFILES PROJ_DATA PROJ_LIB RUNID SPEED".split())  # fmt: skip
 # Beginnings of names that torch, its launchers, shells, clusters, CI systems and editors set.
 FOREIGN_PREFIXES = tuple("TORCH NCCL_ GLOO_ CUDA_ NVIDIA_ NV_ SLURM_ SM_ PBS_ LSB_ OMPI_ PMI KUBERNETES_ AWS_ AZURE_ AGENT_ CI_ GITHUB_ "
                          "GITLAB_ RUNNER_ BUILD_ SYSTEM_ JENKINS_ CIRCLE_ VSCODE_ CONDA_ VIRTUAL_ENV PYTHON PYTEST_ PIP_ UV_ HF_ WANDB_ "
-                         "MLFLOW_ OMP_ MKL_ KMP_ TRITON_ LC_ XDG_ SSH_ GROUP_ ROLE_ PROMPT_ LOG_LEVEL".split())  # fmt: skip
+                         "MLFLOW_ OMP_ MKL_ KMP_ TRITON_ LC_ XDG_ SSH_ GROUP_ ROLE_ LOG_LEVEL".split())  # fmt: skip
 
 # What other trainers call a knob of ours, or what comes nearest to theirs.
 ELSEWHERE = {name: ours for ours, names in {
@@ -882,6 +885,8 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
             guess, misspelt = nearest_knob(name)
             if misspelt:
                 errors.append(f"{name} is no knob; did you mean {guess}?")
+            elif guess == name:
+                notices.append(f"{name} is a name of another recipe and is ignored with RECIPE={recipe}")
             elif guess:
                 notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
     return {**ours, **off}
@@ -961,6 +966,7 @@ def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
     return LoadedConfig(cfg, why, source, notices)
 
 
+@functools.cache  # main reads it before anything else: the file may be edited while a run is under way
 def source_text() -> str:
     """This script's text as it runs; the packed form leaves its unpacked text in `__source__`."""
     return globals().get("__source__") or SCRIPT.read_text(encoding="utf-8")
@@ -1006,16 +1012,49 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e
               "RTX 4090": 165e12, "RTX 3090": 71e12, "A10G": 70e12, "L4": 121e12}  # fmt: skip
 
 
+# What asks a process to end, or warns it that it will be killed: by hand, by torchrun, by a terminal that closes, by a cluster.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+                     if hasattr(signal, name))  # fmt: skip
+
+
 class Interrupted(RuntimeError):
-    """SIGTERM or SIGINT arrived; the message says what was saved."""
+    """One of STOP_SIGNALS arrived; the message says what was saved."""
 
 
 class BrokenRun(RuntimeError):
     """The run failed through no mistake of the user (a loss that is not finite, a limit broken). Exit status 1."""
 
 
+def say(text: str, to_stderr: bool = False, end: str = "\n") -> OSError | None:
+    """Print on standard output or standard error; characters that its encoding lacks are escaped. Never raises.
+
+    Returns the error of a stream that could not be written; it is discarded from then on. None where all went well, and
+    where whoever was reading has left (a closed pipe or terminal), which is no error.
+    """
+    stream = sys.stderr if to_stderr else sys.stdout
+    if stream is None:  # closed before this process started
+        return None
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream, flush=True)
+    except (OSError, ValueError) as e:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), stream.fileno()
+            )  # else the interpreter's exit fails at what is left
+        return e if isinstance(e, OSError) and e.errno not in (errno.EPIPE, errno.EIO) else None
+    return None
+
+
+def cannot_write(path: Path, error: OSError) -> ConfigError | BrokenRun:
+    """What to raise where `path` cannot be written: BrokenRun for a disk that is full or fails, else a user's mistake."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    remedy = "free space or choose another disk" if full else "choose a folder that can be written"
+    return (BrokenRun if full else ConfigError)(f"cannot write {path}: {error.strerror}; {remedy} (LOG_DIR, ARTIFACT)")
+
+
 def atomic_write(path: Path, blob: bytes) -> None:
-    """Write `blob` so that `path` appears whole or not at all: write aside, fsync, rename."""
+    """Write `blob` so that `path` appears whole or not at all: write aside, fsync, rename. Raises as `cannot_write` says."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1025,17 +1064,77 @@ def atomic_write(path: Path, blob: bytes) -> None:
             os.fsync(f.fileno())
         os.replace(aside, path)
     except OSError as e:
-        raise ConfigError(
-            f"cannot write {path}: {e.strerror}; choose a folder that can be written (LOG_DIR, ARTIFACT)"
-        ) from e
+        raise cannot_write(path, e) from e
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
 
 
+def lock_file(path: Path) -> Any:
+    """An open file `.NAME.lock` beside `path` that no other process can lock until it is closed; None if one has it now."""
+    aside = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = open(aside, "ab")  # noqa: SIM115
+            with contextlib.suppress(ImportError, OSError):  # a system or a file system without locks
+                import fcntl
+
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.close()
+                    return None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(aside)):
+                    return file
+            file.close()  # its last owner has removed it since it was opened
+    except OSError as e:
+        raise cannot_write(path, e) from e
+
+
+def unlock_file(file: Any) -> None:
+    """Remove and release what `lock_file` gave."""
+    with contextlib.suppress(OSError):
+        os.unlink(file.name)
+    file.close()
+
+
 def derive_seed(seed: int, *purpose: Any) -> int:
     """A 63-bit seed for (seed, purpose...): streams of random numbers for different purposes never coincide."""
     return int.from_bytes(hashlib.sha256(repr((seed, *purpose)).encode()).digest()[:8], "little") >> 1
+
+
+class Ranks(NamedTuple):
+    """This process among all of the run, and among those of its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+def read_ranks(env: Mapping[str, str]) -> Ranks:
+    """What torchrun's variables say; one process without them. Raises ConfigError for a part of them or for nonsense."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: env[name] for name in names if name in env}
+    if not given:
+        return Ranks()
+    try:
+        ranks = Ranks(
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            *(int(env.get(n, d)) for n, d in zip(names[2:], "01", strict=True)),
+        )
+        fits = 0 <= ranks.rank < ranks.world and ranks.local_rank >= 0 and 1 <= ranks.local_world <= ranks.world
+        fits = fits and (ranks.local_rank < ranks.local_world or "LOCAL_WORLD_SIZE" not in env)
+        fits = fits and (ranks.world == 1 or (bool(env["MASTER_ADDR"]) and int(env["MASTER_PORT"]) > 0))
+    except (KeyError, ValueError):
+        fits = False
+    if not fits:
+        raise ConfigError(f"{', '.join(f'{n}={v!r}' for n, v in given.items())}: not as torchrun sets them (it needs {', '.join(names[:2])}, "
+                          f"MASTER_ADDR and MASTER_PORT); left from another job? unset {' '.join(given)}, or start with torchrun")  # fmt: skip
+    return ranks
 
 
 def is_first_rank() -> bool:
@@ -1044,8 +1143,11 @@ def is_first_rank() -> bool:
 
 
 def is_first_on_node() -> bool:
-    """True on one rank of each machine: who speaks before the ranks have met."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """True on one rank of each machine, which reports a mistake found before the ranks have met."""
+    try:
+        return read_ranks(os.environ).local_rank == 0
+    except ConfigError:
+        return True
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -1133,7 +1235,11 @@ class Run:
         self.signal: int | None = None
         self.signal_time = 0.0
         self.graceful = False  # True while a loop checks `signal` by itself
-        self.on_terminal = rank == 0 and sys.stderr.isatty()
+        self.training_began = False  # from here on no mistake of the user is found, and nothing may lose the weights
+        self.on_terminal = rank == 0 and sys.stderr is not None and sys.stderr.isatty()
+        self.lost: dict[str, str] = {}  # what could not be written -> the message
+        self.moved_artifact: Path | None = None  # where the artifact is if ARTIFACT could not be written
+        self._locks: list[Any] = []
         self._text: Any = None
         self._events: Any = None
         if self.device.type == "cuda":
@@ -1146,20 +1252,49 @@ class Run:
 
     @classmethod
     def start(cls, cfg: Config) -> Run:
-        """Join the process group (torchrun's environment says which), name the run, open its logs."""
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        """Join the process group (torchrun's environment says which)."""
+        rank, world, local_rank, local_world = read_ranks(os.environ)
         run = cls.current = cls(cfg, rank, local_rank, world, local_world)
         if world > 1:
             backend = "nccl" if run.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=group_store(rank, world), rank=rank, world_size=world,
+            try:
+                store = group_store(rank, world)
+            except dist.DistError as e:
+                address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                raise BrokenRun(
+                    f"rank {rank} cannot reach the first rank at {address} ({str(e).splitlines()[0]})"
+                ) from None
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                                     device_id=run.device if backend == "nccl" else None)  # fmt: skip
-        recipe = cfg.recipe
-        run.run_id = run.broadcast(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{cfg.seed}")
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, run._on_signal)
+        for s in STOP_SIGNALS:
+            if s != getattr(signal, "SIGHUP", None) or signal.getsignal(s) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(s, run._on_signal)
         torch.manual_seed(derive_seed(cfg.seed, "init"))
         return run
+
+    def claim_name(self) -> None:
+        """Name the run, on all ranks; no other process can run under this name until it is closed."""
+        self.run_id = self.on_first(self._claim_name)
+
+    def _claim_name(self) -> str:
+        default = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.cfg.recipe}-{self.cfg.seed}"
+        for name in [self.cfg.run_id] if self.cfg.run_id else (default, *(f"{default}-{n}" for n in range(2, 1000))):
+            self.run_id = name
+            taken = not self.cfg.run_id and any(
+                self.log_path.with_suffix(s).exists() for s in (".txt", ".jsonl", ".pgz")
+            )
+            if not taken and self.lock(self.log_path):
+                return name
+        raise ConfigError(
+            f"RUN_ID={self.run_id}: a process that still runs has this name; wait for it or choose another RUN_ID"
+        )
+
+    def lock(self, path: Path) -> bool:
+        """Keep other runs from `path` until this one is closed; False if one has it."""
+        file = lock_file(path)
+        if file is not None:
+            self._locks.append(file)
+        return file is not None
 
     # ---- files
 
@@ -1173,40 +1308,56 @@ class Run:
 
     @property
     def artifact_path(self) -> Path:
-        return Path(self.cfg.artifact) if self.cfg.artifact else self.log_path.with_suffix(".pgz")
+        asked = Path(self.cfg.artifact) if self.cfg.artifact else self.log_path.with_suffix(".pgz")
+        return self.moved_artifact or asked
 
     def open_logs(self, append: bool) -> None:
         """Open both logs on rank 0; refuses to overwrite those of another run unless FORCE=1 or `append`."""
         self.on_first(lambda: self._open_logs(append))
 
     def _open_logs(self, append: bool) -> None:
+        old = [p for p in (self.log_path, self.events_path) if p.exists()]
+        if old and not append and not self.cfg.force:
+            raise ConfigError(f"{old[0]} exists: choose another RUN_ID, or FORCE=1 to overwrite it")
         try:
-            old = [p for p in (self.log_path, self.events_path) if p.exists()]
-            if old and not append and not self.cfg.force:
-                raise ConfigError(f"{old[0]} exists: choose another RUN_ID, or FORCE=1 to overwrite it")
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            mode = "a" if append else "w"
-            self._text = open(self.log_path, mode, encoding="utf-8", buffering=1)  # noqa: SIM115
-            self._events = open(self.events_path, mode, encoding="utf-8", buffering=1)  # noqa: SIM115
+            mode = "ab" if append else "wb"
+            self._text, self._events = (io.FileIO(p, mode) for p in (self.log_path, self.events_path))
         except OSError as e:
-            raise ConfigError(
-                f"LOG_DIR={self.cfg.log_dir}: cannot write there ({e.strerror}); choose another folder"
-            ) from e
+            raise cannot_write(self.log_path, e) from e
+
+    def _append(self, file: Any, line: str) -> None:
+        """Add a whole line to a log, or nothing of it where the disk refuses."""
+        data, end = f"{line}\n".encode("utf-8", "backslashreplace"), None
+        try:
+            end = file.tell()
+            while data:  # a disk takes what it has room for and refuses the next write
+                data = data[file.write(data) :]
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                file.seek(file.truncate(end))
+            self.report_lost("log", f"{file.name} ({e.strerror})")
+
+    def report_lost(self, kind: str, what: str) -> None:
+        """Something could not be written: a notice the first time of its kind, once more at the end, and exit status 1."""
+        if kind not in self.lost:
+            self.lost[kind] = f"could not write the {kind} {what}"
+            self.notice(f"{self.lost[kind]}; the run goes on")
 
     def log(self, text: str, to_terminal: bool = True) -> None:
         """A line for people, on rank 0: terminal and logs/RUN_ID.txt."""
         if self.rank:
             return
-        if to_terminal:
-            print(("\r\033[K" if self.on_terminal else "") + text, flush=True)
+        if to_terminal and (error := say(("\r\033[K" if self.on_terminal else "") + text)):
+            self.report_lost("standard output", f"({error.strerror})")
         if self._text:
-            print(text, file=self._text)
+            self._append(self._text, text)
 
     def event(self, kind: str, **fields: Any) -> None:
         """A line for programs, on rank 0: logs/RUN_ID.jsonl, schema LOG_SCHEMA."""
         if self._events:
             line = {"v": LOG_SCHEMA, "event": kind, "t": round(time.perf_counter() - self.started, 3), **fields}
-            print(json.dumps(line, default=str), file=self._events)
+            self._append(self._events, json.dumps(line, default=str))
 
     def notice(self, text: str) -> None:
         """Something a person should know that is no error."""
@@ -1218,18 +1369,36 @@ class Run:
         if self.on_terminal and total:
             eta = (time.perf_counter() - since) * (total - done) / max(done, 1)
             bar = "#" * (24 * done // total)
-            print(
-                f"\r\033[K{what} [{bar:<24}] {100 * done // total}% eta {eta:.0f}s", end="", file=sys.stderr, flush=True
-            )
+            say(f"\r\033[K{what} [{bar:<24}] {100 * done // total}% eta {eta:.0f}s", to_stderr=True, end="")
 
     def close(self, status: str) -> None:
-        """Write the end event, close the logs, leave the process group."""
+        """Write the end event, close the logs, release the name, leave the process group."""
         self.event("end", status=status)
-        for f in (self._text, self._events):
-            if f:
+        for f in filter(None, (self._text, self._events)):
+            with contextlib.suppress(OSError):
                 f.close()
         self._text = self._events = None
-        end_process_group(broken=status not in ("ok", "limit broken"))
+        while self._locks:
+            unlock_file(self._locks.pop())
+        end_process_group(broken=status not in ("ok", "limit broken", "incomplete"))
+
+    def write_artifact(self, blob: bytes) -> None:
+        """Write the artifact; where ARTIFACT cannot be written, under LOG_DIR or else in a new temporary folder."""
+        asked, errors = self.artifact_path, []
+        for folder in (asked.parent, self.log_path.parent, None):
+            try:
+                path = Path(folder or tempfile.mkdtemp(prefix="train_gpt-")) / asked.name
+                if folder and path != asked and path.exists():
+                    raise ConfigError(f"{path} exists")
+                atomic_write(path, blob)
+            except (ConfigError, BrokenRun, OSError) as e:
+                errors.append(str(e))
+                continue
+            if path != asked:
+                self.moved_artifact = path
+                self.report_lost("artifact", f"{asked}; it is {path} ({errors[0]})")
+            return
+        raise BrokenRun("; ".join(dict.fromkeys(errors)))
 
     # ---- signals
 
@@ -1264,16 +1433,18 @@ class Run:
         return box[0]
 
     def on_first(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns on rank 0, on every rank; a ConfigError there is raised by all, so that none is left waiting."""
-        value, error = None, ""
+        """What `action` returns on rank 0, on every rank; what it raises there ends all ranks, so that none waits for it."""
+        value, error, original = None, None, None
         if self.rank == 0:
             try:
                 value = action()
-            except ConfigError as e:
-                error = str(e)
+            except Exception as e:
+                original, error = e, (isinstance(e, ConfigError), str(e))
         value, error = self.broadcast((value, error))
-        if error:
-            raise ConfigError(error)
+        if original is not None:
+            raise original
+        if error is not None:
+            raise (ConfigError if error[0] else BrokenRun)(error[1])
         return value
 
     def reports_first(self) -> bool:
@@ -2905,11 +3076,28 @@ class HashedNgrams:
             cells.copy_(state[n] if self.run.rank == 0 else torch.zeros_like(cells))
 
 
+class TrainResult(NamedTuple):
+    """What training leaves behind, beside the weights, for calibration, the log and the account."""
+
+    steps: int
+    seconds: float
+    reason: str
+    micro_tokens: int  # tokens of a forward and backward pass that fitted
+    cells: dict[int, np.ndarray] | None = None  # #1095's counts of all ranks
+
+
+def training_budget(cfg: Config) -> float:
+    """Seconds the loop may use (0: no limit): calibration is training too, so its reserve comes off."""
+    return cfg.max_wallclock_seconds - cfg.reserved_seconds
+
+
 # ---- checkpoints
 
 
 # Knobs that may change between a checkpoint and its continuation: they do not change what is learned.
 FREE_ON_RESUME = LOCAL_KNOBS | {"VAL_DROP_TAIL", "WARMUP_STEPS", "VAL_LOSS_EVERY", "TRAIN_LOG_EVERY"}
+RAISED_ON_RESUME = ("ITERATIONS", "MAX_WALLCLOCK_SECONDS")  # 0: no limit
+CHECKPOINT_KEYS = {"model", "step", "average", "position", "elapsed", "config"}
 
 
 def binding_values(cfg: Config) -> dict[str, Any]:
@@ -2924,51 +3112,102 @@ class Checkpoints:
     def __init__(self, cfg: Config, run: Run, identity: Mapping[str, str] = MappingProxyType({})) -> None:
         self.cfg, self.run, self.identity = cfg, run, dict(identity)  # of the training stream
         self.folder = run.log_path.with_suffix(".ckpt")
+        self.damaged: list[str] = []  # newer ones that RESUME=auto could not read
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write `state` as the checkpoint of `step`; all ranks call it, rank 0 writes."""
+    def save(self, step: int, state: dict[str, Any]) -> Path | None:
+        """Write `state` as the checkpoint of `step` and return its path, on rank 0 None where it cannot be written.
+
+        All ranks call it, rank 0 writes.
+        """
         path = self.folder / f"step_{step:06d}.pt"
         if self.run.rank == 0:
-            buffer = io.BytesIO()
-            torch.save({**state, "config": binding_values(self.cfg), "identity": self.identity}, buffer)
-            for stale in self.folder.glob(".step_*.partial"):  # of a process killed while it wrote
-                stale.unlink(missing_ok=True)
-            atomic_write(path, buffer.getvalue())
-            saved = self.saved()
-            here = saved.index(path)
-            # Later steps are of a run that was taken back, or that this one overwrites.
-            for old in (*saved[: max(0, here + 1 - self.cfg.checkpoint_keep)], *saved[here + 1 :]):
-                old.unlink(missing_ok=True)
+            try:
+                self.write(path, state)
+                saved = self.saved()
+                here = saved.index(path)
+                # Later steps are of a run that was taken back, or that this one overwrites.
+                for old in (*saved[: max(0, here + 1 - self.cfg.checkpoint_keep)], *saved[here + 1 :]):
+                    old.unlink(missing_ok=True)
+            except (ConfigError, BrokenRun, OSError) as e:
+                self.run.report_lost("checkpoint", f"of step {step} ({e})")
+                return None
         return path
+
+    def write(self, path: Path, state: dict[str, Any]) -> None:
+        """Write `state` and the knobs that it binds."""
+        buffer = io.BytesIO()
+        torch.save({**state, "config": binding_values(self.cfg), "identity": self.identity}, buffer)
+        for stale in self.folder.glob(".*.partial"):  # of a process killed while it wrote
+            stale.unlink(missing_ok=True)
+        atomic_write(path, buffer.getvalue())
+
+    @contextlib.contextmanager
+    def keep_weights(self, model: GPT, stream: TokenStream, result: TrainResult) -> Iterator[None]:
+        """Where the body fails, however it does, the trained weights are written as trained.pt, which RESUME packs and scores."""
+        try:
+            yield
+        except BaseException:
+            if self.run.rank == 0:
+                cells = {n: torch.from_numpy(c.astype(np.int32)) for n, c in (result.cells or {}).items()}
+                state = {"model": model.state_dict(), "step": result.steps, "average": {}, "position": stream.position,
+                         "elapsed": result.seconds, "finished": {**result._asdict(), "cells": cells}}  # fmt: skip
+                path = self.folder / "trained.pt"
+                try:
+                    self.write(path, state)
+                except (ConfigError, BrokenRun, OSError):
+                    path = Path(tempfile.mkdtemp(prefix="train_gpt-")) / "trained.pt"
+                    self.write(path, state)
+                self.run.notice(f"the trained weights are kept: RESUME={path} packs and scores them")
+            raise
 
     def saved(self) -> list[Path]:
         """The checkpoints there are, by step."""
         return sorted(self.folder.glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
 
     def find(self) -> Path | None:
-        """The checkpoint that RESUME names, the newest for `auto` (None if there is none yet)."""
+        """The checkpoint that RESUME names, the newest that is whole for `auto` (None if there is none yet)."""
         if self.cfg.resume == "auto":
-            return next(reversed(self.saved()), None)
+            for path in reversed(self.saved()):
+                try:
+                    self.read(path)
+                    return path
+                except ConfigError as e:
+                    self.damaged.append(str(e))
+            if self.damaged:
+                raise ConfigError(
+                    "\n".join(self.damaged)
+                    + f"\nRESUME=auto: no checkpoint is left; remove {self.folder} to start anew"
+                )
+            return None
         if self.cfg.resume and not Path(self.cfg.resume).is_file():
             raise ConfigError(f"RESUME={self.cfg.resume}: no such checkpoint; RESUME=auto takes the newest of RUN_ID")
         return Path(self.cfg.resume) if self.cfg.resume else None
 
+    def read(self, path: Path) -> dict[str, Any]:
+        """The state in a file, data only, no code; ConfigError if it is damaged or none of ours."""
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                if broken := archive.testzip():
+                    raise ValueError(f"{broken} does not match its checksum")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if missing := CHECKPOINT_KEYS - set(state):
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        except Exception as e:
+            why = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+            raise ConfigError(f"RESUME={path}: not a checkpoint of this script, or a damaged one ({why})") from None
+        return {**state, "path": str(path)}
+
     def load(self) -> dict[str, Any] | None:
         """The state to continue from, the same on all ranks (they share the folder), or None.
 
-        Data only, no code. Raises ConfigError if the file is none of ours or belongs to another configuration.
+        Raises ConfigError if the file is damaged, none of ours or belongs to another configuration.
         """
         path = self.run.on_first(self.find)
         if path is None:
             return None
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            made_with, state["path"] = state["config"], str(path)
-        except Exception as e:
-            raise ConfigError(f"RESUME={path}: not a checkpoint of this script ({type(e).__name__})") from None
-        here = binding_values(self.cfg)
-        other = [k for k, v in made_with.items() if k in here and here[k] != v]
-        changed = [f"{k} was {as_text(made_with[k])}, is {as_text(here[k])}" for k in other]
+        state, here = self.read(path), binding_values(self.cfg)
+        other = [k for k, v in state["config"].items() if k in here and here[k] != v and not self.raised(state, k)]
+        changed = [f"{k} was {as_text(state['config'][k])}, is {as_text(here[k])}" for k in other]
         if changed:
             raise ConfigError(f"RESUME={path}: made with another configuration: {'; '.join(changed)}")
         for name, sha256 in state.get("identity", {}).items():
@@ -2976,6 +3215,30 @@ class Checkpoints:
                 raise ConfigError(f"RESUME={path}: made with other data: sha256 {sha256[:16]}, {name} has {self.identity[name][:16]}; "
                                   f"set {name} to what the run began with")  # fmt: skip
         return state
+
+    def raised(self, state: dict[str, Any], name: str) -> bool:
+        """True if `name` is a limit of the training that is higher here than in the checkpoint, whose training may go on."""
+        was, now = (limit or math.inf for limit in (state["config"][name], getattr(self.cfg, name.lower())))
+        return name in RAISED_ON_RESUME and now > was and "finished" not in state
+
+    def notice_resumed(self, state: dict[str, Any]) -> None:
+        """Say what the run continues from, what was passed over, and what a raised limit does to the schedule."""
+        run, step, elapsed = self.run, state["step"], state["elapsed"]
+        for text in self.damaged:
+            run.notice(f"passed over {text.removeprefix('RESUME=')}")
+        run.notice(f"resumed {state['path']} at step {step} after {elapsed:.1f}s of training")
+        limits = {name: state["config"][name] for name in RAISED_ON_RESUME if self.raised(state, name)}
+        if limits:
+            was = dataclasses.replace(self.cfg, **{name.lower(): limit for name, limit in limits.items()})
+            scales = (lr_scale(cfg, step, elapsed, training_budget(cfg)) for cfg in (was, self.cfg))
+            words = " and ".join(
+                f"{name} from {was:g} to {getattr(self.cfg, name.lower()):g}" for name, was in limits.items()
+            )
+            run.notice(
+                "raised {}: the schedule follows the new end; lr_scale at step {} was {:.3f}, is {:.3f}".format(
+                    words, step, *scales
+                )
+            )
 
 
 # ---- the step and the loop
@@ -3187,21 +3450,6 @@ class StopConsensus:
         return stop > 0
 
 
-class TrainResult(NamedTuple):
-    """What training leaves behind, beside the weights, for calibration, the log and the account."""
-
-    steps: int
-    seconds: float
-    reason: str
-    micro_tokens: int  # tokens of a forward and backward pass that fitted
-    cells: dict[int, np.ndarray] | None = None  # #1095's counts of all ranks
-
-
-def training_budget(cfg: Config) -> float:
-    """Seconds the loop may use (0: no limit): calibration is training too, so its reserve comes off."""
-    return cfg.max_wallclock_seconds - cfg.reserved_seconds
-
-
 RECENT_STEPS = 20  # whose slowest tells how long the next may take
 
 
@@ -3226,7 +3474,7 @@ class TrainingLoop:
         self.first_step = trainer.step
         self.first_elapsed = self.last_elapsed = elapsed
         self.first_frac = budget_frac(cfg, trainer.step, elapsed, self.budget)
-        self.run.graceful, reason = True, "iterations"
+        self.run.graceful, self.run.training_began, reason = True, True, "iterations"
         self.profiler = self.start_profiler()
         scale = 1.0
         while not cfg.iterations or trainer.step < cfg.iterations:
@@ -3325,10 +3573,11 @@ class TrainingLoop:
         )
         self.run.event("val", step=step, val_loss=loss, val_bpb=bpb, train_s=train_s)
 
-    def save(self, elapsed: float) -> Path:
-        """Write a checkpoint of this moment."""
+    def save(self, elapsed: float) -> Path | None:
+        """Write a checkpoint of this moment; None where it cannot be written."""
         path = self.checkpoints.save(self.trainer.step, {**self.trainer.state_dict(), "elapsed": elapsed})
-        self.run.event("checkpoint", step=self.trainer.step, path=str(path))
+        if path is not None:
+            self.run.event("checkpoint", step=self.trainer.step, path=str(path))
         return path
 
     def stop_for_signal(self, elapsed: float) -> None:
@@ -3339,7 +3588,8 @@ class TrainingLoop:
             return
         where = "; no checkpoint was asked for"
         if self.cfg.checkpoint_every:
-            where = f"; saved {self.save(elapsed)}, go on with RESUME=auto"
+            path = self.save(elapsed)
+            where = f"; saved {path}, go on with RESUME=auto" if path else "; its checkpoint could not be written"
         raise Interrupted(f"stopped by {signal.Signals(int(asked)).name} at step {self.trainer.step}{where}")
 
     def start_profiler(self) -> Any:
@@ -3358,25 +3608,35 @@ class TrainingLoop:
             self.run.notice(f"PROFILE=1: {self.trainer.step} steps are too few for a trace")
             return
         path = self.run.log_path.with_suffix(".trace.json")
-        self.profiler.export_chrome_trace(str(path))
+        try:
+            self.profiler.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as e:
+            self.run.report_lost("trace", f"{path} ({e})")
+            return
         self.run.log(f"profile: {path} (open it in a Chrome trace viewer)")
 
 
-def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, resumed: dict[str, Any] | None,
+def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: Checkpoints, resumed: dict[str, Any] | None,
           validate: Callable[[GPT], tuple[float, float]]) -> TrainResult:  # fmt: skip
     """Train `model` in place until the budget ends; the averaged weights are in it afterwards, validated once more.
 
     `resumed` is a checkpoint's state to go on from. `validate` gives (nats a token, bits a byte) of the whole validation
     stream; its time is not counted.
     """
+    if resumed is not None and "finished" in resumed:
+        model.load_state_dict(resumed["model"])
+        stream.position, run.training_began = resumed["position"], True
+        run.notice(f"{resumed['path']} is the result of a whole training; it is packed and scored as it is")
+        result = TrainResult(**resumed["finished"])
+        return result._replace(cells={n: c.numpy().astype(np.uint16) for n, c in result.cells.items()} or None)
     trainer, elapsed = Trainer(cfg, run, model, stream), 0.0
     trainer.compile()
     trainer.prime()
     if resumed is not None:
         trainer.load_state_dict(resumed)
         elapsed = resumed["elapsed"]
-        run.notice(f"resumed {resumed['path']} at step {trainer.step} after {elapsed:.1f}s of training")
-    loop = TrainingLoop(cfg, run, trainer, Checkpoints(cfg, run, stream.identity), validate)
+        checkpoints.notice_resumed(resumed)
+    loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
     if cfg.lr_schedule == "warmdown" and 0 < cfg.iterations < cfg.warmdown_iters:
         run.notice(
             f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: rates fall from the first step on"
@@ -3389,8 +3649,11 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, resumed: dict[
             f"weights:{what} peak_memory:{run.peak_memory_mib():.0f}MiB")  # fmt: skip
     run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
               peak_memory_mib=run.peak_memory_mib())  # fmt: skip
-    loop.report_validation(result.seconds)
-    return result if trainer.ngrams is None else result._replace(cells=trainer.ngrams.total())
+    if trainer.ngrams is not None:
+        result = result._replace(cells=trainer.ngrams.total())
+    with checkpoints.keep_weights(model, stream, result):
+        loop.report_validation(result.seconds)
+    return result
 
 
 # ==== 7 QUANTIZER =====================================================================================================
@@ -4374,7 +4637,9 @@ def encode_codes(arrays: list[np.ndarray], predictable: bool = False) -> bytes:
     import constriction
 
     plans = [plan_codes(codes_RC, predictable) for codes_RC in arrays]
-    width = max(int(np.abs(values).max(initial=0)) for _, values, _ in plans) + 1
+    width = (
+        max(1, *(int(np.abs(values).max(initial=0)) for _, values, _ in plans)) + 1
+    )  # a table tells 0 from 1 at least
     tables = fit_tables(sum(count_levels(spread.levels(), values, width) for spread, values, _ in plans))
     sides = [side_fields(side) for spread, _, _ in plans for side in (spread.rows, spread.columns)]
     symbols = np.concatenate([symbols for _, symbols in sides]).astype(np.int32)
@@ -6773,7 +7038,9 @@ def open_run(loaded: LoadedConfig) -> OpenRun:
     paths = find_data(cfg)
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size)
     text = load_validation(cfg, paths.folder, tokenizer)
-    return OpenRun(loaded, Run.start(cfg), paths, tokenizer, text)
+    run = Run.start(cfg)
+    run.claim_name()
+    return OpenRun(loaded, run, paths, tokenizer, text)
 
 
 def shown_path(path: Path) -> str:
@@ -6858,8 +7125,8 @@ def pack_model(
 ) -> bytes:
     """Quantise, pack, write and log the account; the file's bytes."""
     cfg, run = opened.cfg, opened.run
-    named = {n: p.detach() for n, p in model.named_parameters()}
-    store = {n: p.store for n, p in model.named_parameters()}
+    filled = {n: p for n, p in model.named_parameters() if p.numel()}  # one block has no skip weights
+    named, store = {n: p.detach() for n, p in filled.items()}, {n: p.store for n, p in filled.items()}
     header = artifact_header(cfg, opened.tokenizer)
     started = time.perf_counter()
     if cfg.target_bytes:
@@ -6872,7 +7139,7 @@ def pack_model(
     run.event(
         "quant", seconds=time.perf_counter() - started, calibration_s=calibration_s, roles=quant_report(named, stored)
     )
-    atomic_write(run.artifact_path, blob)
+    run.write_artifact(blob)
     blob = run.artifact_path.read_bytes()
     run.log(f"quantized and packed {run.artifact_path} in {time.perf_counter() - started:.1f}s after {calibration_s:.1f}s of calibration\n"
             f"{size_table(role_bytes(blob))}")  # fmt: skip
@@ -6918,9 +7185,10 @@ def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
     held = 4 * sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
     if held > 4 * raw_limit(len(blob)):
         raise ArtifactError(f"its configuration asks for {held} bytes of model, too much for a file of {len(blob)}")
-    _, stored = unpack(blob, {n: tuple(p.shape) for n, p in skeleton.named_parameters()})
+    _, stored = unpack(blob, {n: tuple(p.shape) for n, p in skeleton.named_parameters() if p.numel()})
     model = GPT(cfg)
-    model.load_state_dict({n: dequantize(s) for n, s in stored.items()}, strict=True)
+    empty = {n: p for n, p in model.named_parameters() if not p.numel()}
+    model.load_state_dict({**{n: dequantize(s) for n, s in stored.items()}, **empty}, strict=True)
     return model.place(run.device, choose_attention(cfg, run.device)[1])
 
 
@@ -7007,6 +7275,10 @@ def check_artifact_path(run: Run, continuing: bool) -> None:
     path = run.artifact_path
     if path.is_dir() or (path.exists() and not (run.cfg.force or continuing)):
         raise ConfigError(f"{path} exists: choose another RUN_ID or ARTIFACT, or FORCE=1 to overwrite it")
+    if not run.lock(path):
+        raise ConfigError(
+            f"ARTIFACT={path}: a process that still runs will write it; wait for it or choose another ARTIFACT"
+        )
     probe = path.with_name(f".{path.name}.probe")
     atomic_write(probe, b"")
     probe.unlink()
@@ -7026,7 +7298,8 @@ def run_train(loaded: LoadedConfig) -> int:
     choose_attention(cfg, run.device)
     with torch.device("meta"):
         Policy.of(cfg, GPT(cfg))  # a mistake in it is found now, not after the training
-    resumed = Checkpoints(cfg, run, stream.identity).load()
+    checkpoints = Checkpoints(cfg, run, stream.identity)
+    resumed = checkpoints.load()
     run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
     run.open_logs(append=cfg.resume != "")
     log_start(opened, stream.total, len(shards))
@@ -7036,14 +7309,21 @@ def run_train(loaded: LoadedConfig) -> int:
         result = evaluate(Evaluation(cfg, run, model, opened.text), ("roundtrip",))[0]
         return result.val_loss, result.val_bpb
 
-    result = train(cfg, run, model, stream, resumed, validate)
+    result = train(cfg, run, model, stream, checkpoints, resumed, validate)
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise BrokenRun("the last update left NaN or Inf in the weights; lower the learning rates")
-    if run.rank == 0:
-        written = sample_calibration_text(model.eval(), 1, min(48, cfg.train_seq_len), derive_seed(cfg.seed, "sample"))
-        run.log(f"sample: {opened.tokenizer.sp.decode(written[0, 1:].tolist())!r}")
-    blob, calibration_s = write_artifact(opened, model, stream, result)
-    return score_artifact(opened, blob, result.seconds + calibration_s)
+    with checkpoints.keep_weights(model, stream, result):
+        blob, calibration_s = write_artifact(opened, model, stream, result)
+    try:
+        if run.rank == 0:
+            written = sample_calibration_text(
+                model.eval(), 1, min(48, cfg.train_seq_len), derive_seed(cfg.seed, "sample")
+            )
+            run.log(f"sample: {opened.tokenizer.sp.decode(written[0, 1:].tolist())!r}")
+        return score_artifact(opened, blob, result.seconds + calibration_s)
+    except Exception:
+        run.notice(f"the artifact is whole: MODE=eval ARTIFACT={run.artifact_path} scores it")
+        raise
 
 
 def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -> None:
@@ -7094,7 +7374,7 @@ def run_pack_code(loaded: LoadedConfig) -> int:
         raise ConfigError(f"{path} exists: choose another LOG_DIR, or FORCE=1 to overwrite it")
     packed = pack_code(source)
     atomic_write(path, packed)
-    print(
+    say(
         f"{path}: {len(packed)} bytes, sha256 {hashlib.sha256(packed).hexdigest()}; source {len(source.encode())} bytes"
     )
     return 0
@@ -7137,11 +7417,13 @@ def finish(outcome: str, message: str, told: bool) -> None:
     """Say what went wrong, once over all ranks unless it is already `told`, and close the logs."""
     run = Run.current
     if message and not told and (is_first_on_node() if run is None else run.reports_first()):
-        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
+        say("\n".join(f"error: {line}" for line in message.splitlines()), to_stderr=True)
     if run is not None:
-        if message:
-            run.event("error", message=message)
+        for text in filter(None, (message, *run.lost.values())):
+            run.event("error", message=text)
         run.close(outcome)
+        for text in run.lost.values():
+            say(f"error: {text}", to_stderr=True)
 
 
 def main(argv: list[str], env: Mapping[str, str]) -> int:
@@ -7149,24 +7431,31 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     views = {"--help": describe_knobs, "-h": describe_knobs, "--toc": show_toc,
              "--dump-config": lambda: dump_config(load_config(env))}  # fmt: skip
     status, outcome, message, told = 1, "failed", "", False
+    Run.current = None
     try:
         if argv and argv[0] not in views:
             raise ConfigError(f"unknown argument {argv[0]!r}; knobs are environment variables; try {', '.join(views)}")
         if argv:
-            print(views[argv[0]]())
-            return 0
+            error = say(views[argv[0]]())
+            return 0 if error is None else 1
+        source_text()
+        read_ranks(env)
         status = dispatch(env)
         outcome = "ok" if status == 0 else "limit broken"
+        # Ranks that end differently keep torchrun waiting, and only the first has logs to lose.
+        if Run.current is not None and Run.current.broadcast(bool(Run.current.lost)) and status == 0:
+            status, outcome = 1, "incomplete"
     except (ConfigError, ArtifactError) as e:
-        status, outcome, message = 2, "mistake", str(e)
-    except (Interrupted, BrokenRun) as e:
-        status, outcome, message = 1, "stopped", str(e)
+        begun = Run.current is not None and Run.current.training_began  # then it was ours to find it before
+        status, outcome, message = 1 if begun else 2, "failed" if begun else "mistake", str(e)
+    except (Interrupted, BrokenRun, KeyboardInterrupt) as e:
+        status, outcome, message = 1, "stopped", str(e) or "stopped by SIGINT"
     except Exception as e:
         message, told = f"{type(e).__name__}: {e}", True  # by its traceback
         raise
     finally:
         finish(outcome, message, told)
-    return status
+    return status or int(Run.current is not None and bool(Run.current.lost))
 
 
 if __name__ == "__main__":
