@@ -31,7 +31,6 @@ scored by the one score-first driver §9.
 from __future__ import annotations
 
 import ast
-import base64
 import bz2
 import contextlib
 import copy
@@ -270,16 +269,11 @@ class Config:
     ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones and all single tokens", lo=1000, hi=2**28)
     ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8)
     ngram_table_tokens: int = knob(2**23, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1)
-    ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade", "mixture", "chain", "fixed", "pr740", "pr187", "pr850", "tilt"))
-    ngram_base: str = knob("network", "", "what the n-grams of stages table and ngram correct: the network, or nothing at all", choices=("network", "uniform"))
+    ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade", "tilt"))
     ngram_order: int = knob(12, "tokens", "longest n-gram, the target included; the tilt's only one", lo=2, hi=64)
-    ngram_first: int = knob(1, "tokens", "shortest context that corrects the network", lo=0, hi=63)
     ngram_update_tokens: int = knob(0, "tokens", "targets between updates of the mixing weights; 0: 1024, or 1/4096 of the stream if more", lo=0)
-    ngram_cross_doc: bool = knob(True, "", "contexts of the scored text's own n-grams may run over the start of a document")
     ngram_rate: float = knob(0.8, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
-    ngram_discount: str = knob("learned", "", "NGRAM_MIX=chain: discount between 0 and 1, learned, or witten-bell")
-    ngram_alpha: float = knob(0.2, "", "NGRAM_MIX=fixed: share of the n-gram distribution", lo=0, hi=0.999)
-    ngram_min_count: int = knob(2, "", "occurrences a context needs in the alpha and published combiners", lo=1)
+    ngram_min_count: int = knob(2, "", "occurrences a context needs in the published scorers", lo=1)
     ngram_tilt_beta: float = knob(2.625, "nats", "NGRAM_MIX=tilt: push on the hinted token", lo=0, hi=20)
     ngram_tilt_threshold: float = knob(0.8, "", "NGRAM_MIX=tilt: share of its context's successors a hint needs", lo=0, hi=1)
     ttt_enabled: bool = knob(False, "", "test-time training: stage ttt, LoRA on the network, learning from scored text")
@@ -468,19 +462,11 @@ class Config:
             yield f"NGRAM_CLAIM=pr1095 scores with a table of the training text: NGRAM_TABLE={self.ngram_table} lacks pr1095"
         if "table" in self.stages and "exact" not in self.ngram_tables:
             yield f"EVAL_STAGES={self.eval_stages}: stage table needs NGRAM_TABLE=exact"
-        if self.ngram_mix == "tilt" and ("exact" in self.ngram_tables or self.ngram_base != "network"):
-            yield "NGRAM_MIX=tilt tilts the network itself and goes neither with NGRAM_TABLE=exact nor with NGRAM_BASE=uniform; choose another NGRAM_MIX"
-        if self.ngram_first >= self.ngram_order:
-            yield f"NGRAM_FIRST={self.ngram_first} leaves no context: NGRAM_ORDER={self.ngram_order} has at most {self.ngram_order - 1} tokens"
+        if self.ngram_mix == "tilt" and "exact" in self.ngram_tables:
+            yield "NGRAM_MIX=tilt tilts the network itself and does not go with NGRAM_TABLE=exact; choose NGRAM_MIX=cascade"
         if self.ngram_buckets & (self.ngram_buckets - 1):
             below = 1 << (self.ngram_buckets.bit_length() - 1)
             yield f"NGRAM_BUCKETS={self.ngram_buckets}: the published hashes need a power of two; nearest below: {below}"
-        if self.ngram_discount not in ("learned", "witten-bell"):
-            try:
-                if not 0 < float(self.ngram_discount) < 1:
-                    raise ValueError
-            except ValueError:
-                yield f"NGRAM_DISCOUNT={self.ngram_discount!r}: expected a number between 0 and 1, learned, or witten-bell"
 
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
@@ -630,9 +616,7 @@ def kept(*published: float) -> Converter:
 
     def convert(value: str) -> dict[str, str]:
         if tuple(map(float_or_none, value.split(","))) != published:
-            raise ConfigError(
-                f"the published scorer is kept as it was, with {','.join(f'{x:g}' for x in published)}; NGRAM_MIX has others"
-            )
+            raise ConfigError(f"the published scorer is kept as it was, with {','.join(f'{x:g}' for x in published)}")
         return {}
 
     return convert
@@ -670,6 +654,7 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "EMA_ENABLED": switch({"EMA_DECAY": 0.997, "EMA_START_FRAC": 0.1}, {"EMA_DECAY": 0.0}),
         "SWA_ENABLED": switch({"SWA_EVERY": 50, "SWA_START_SCALE": 1.0}, {"SWA_EVERY": 0}),
         "PRUNE_PCT": computed(lambda v: {"PRUNE_FRAC": v / 100}),  # a percentage here, a fraction in #850
+        "NGRAM_ALPHA": kept(0.2),
         "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact,claimed"}, {"NGRAM_SCORE": "off"}),
     },
     "pr187": {
@@ -5104,53 +5089,80 @@ def budget_table(budget: Budget, target: int) -> str:
 KEPT_COMMENTS = ("# ====", "# ---- ")  # --toc and --help read them
 
 
-def docstrings(source: str) -> Iterator[tuple[ast.Constant, bool]]:
-    """Docstring nodes, with whether nothing else stands in their body."""
+def removable(source: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
+    """(where to begin cutting, where to end, what to put there) for docstrings and for annotations that nothing reads.
+
+    A cut begins at the start of a docstring or at the end of an annotated name; for a function's result the first node is
+    the annotation itself. Fields of classes keep theirs, and so do decorated functions: Triton reads them.
+    """
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and type(first.value.value) is str:
-                yield first.value, len(node.body) == 1
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, False) is not None:
+            yield body[0], body[0], "pass" if len(body) == 1 else ""
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+            yield from ((arg, arg.annotation, "") for arg in args if arg is not None and arg.annotation is not None)
+            if node.returns is not None:
+                yield node.returns, node.returns, ""
+        for child in body if isinstance(node, (ast.Module, ast.FunctionDef)) else ():
+            if isinstance(child, ast.AnnAssign) and child.value is not None:
+                yield child.target, child.annotation, ""
 
 
 def strip_source(source: str) -> str:
-    """The script without docstrings, comments and blank lines, but for the banners and the first paragraph of all.
-
-    Code lines stay as they are; idempotent.
-    """
-    lines = source.splitlines()
-    inside: set[int] = set()  # lines that begin within a string
+    """The script without docstrings, comments, blank lines and most annotations, but for the banners and the first paragraph
+    of all; idempotent."""
+    lines = source.splitlines(keepends=True)
+    starts = list(itertools.accumulate(map(len, lines), initial=0))
+    place = lambda row, column: starts[row - 1] + len(lines[row - 1].encode()[:column].decode())  # noqa: E731
+    cuts = []
+    for first, last, put in removable(source):
+        begin, end = place(first.lineno, first.col_offset), place(last.end_lineno, last.end_col_offset)
+        if isinstance(first, ast.arg):
+            begin += len(first.arg)
+        elif first is not last:
+            begin = place(first.end_lineno, first.end_col_offset)
+        elif not isinstance(first, ast.Expr):  # the result of a function, after its arrow
+            begin = len(source[: source.rindex("->", 0, begin)].rstrip())
+        cuts.append((begin, end, put))
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        row, column = token.start[0] - 1, token.start[1]
         if token.type == tokenize.COMMENT and not token.string.startswith(KEPT_COMMENTS):
-            lines[row] = lines[row][:column].rstrip()
-        elif token.type == tokenize.STRING:
-            inside.update(range(token.start[0], token.end[0]))
-    for node, alone in docstrings(source):
-        for row in range(node.lineno - 1, node.end_lineno):
-            lines[row] = ""
-            inside.discard(row)
-        if alone:
-            lines[node.lineno - 1] = " " * node.col_offset + "pass"
+            begin = starts[token.start[0] - 1]
+            cuts.append((begin + len(token.line[: token.start[1]].rstrip()), begin + token.end[1], ""))
+    text = source
+    for begin, end, put in sorted(cuts, reverse=True):
+        text = text[:begin] + put + text[end:]
+    blank = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline)
+             if t.type == tokenize.NL and not t.line.strip()}  # fmt: skip
     head = source.split("\n\n")[0].strip('"')
-    body = [line for row, line in enumerate(lines) if line.strip() or row in inside]
-    return "\n".join([f'"""{head}\n\n"""', *body]) + "\n"
+    body = (line for row, line in enumerate(text.splitlines(keepends=True), 1) if row not in blank)
+    return f'"""{head}\n\n"""\n' + "".join(body)
+
+
+def as_literal(packed: bytes) -> bytes:
+    """Bytes as a string literal of a latin-1 source file: each stands for itself but for NUL, line ends, quote, backslash."""
+    escapes = {b"\n": b"\\n", b"\r": b"\\r", b'"': b'\\"', b"\\": b"\\\\"}
+    nul = lambda m: b"\\000" if packed[m.end() : m.end() + 1].isdigit() else b"\\0"  # noqa: E731
+    return b'"' + re.sub(rb'[\0\n\r"\\]', lambda m: escapes.get(m[0]) or nul(m), packed) + b'"'
 
 
 @functools.cache
 def pack_code(source: str) -> bytes:
     """A script that unpacks and runs the stripped `source`; it shows linecache its lines, for tracebacks and Triton.
 
-    bzip2 packs this much source 2 % smaller than LZMA does.
+    By bzip2 or LZMA, whichever is smaller: compressors that every Python has.
     """
-    packed = bz2.compress(strip_source(source).encode())
+    text = strip_source(source).encode()
+    lzma1 = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
+    forms = {b"bz2": bz2.compress(text), b"lzma": lzma.compress(text, lzma.FORMAT_ALONE, filters=lzma1)}
+    name, packed = min(forms.items(), key=lambda form: len(form[1]))
     return (
-        "import base64,bz2,linecache\n"
-        f'__source__=bz2.decompress(base64.b85decode("{base64.b85encode(packed).decode()}")).decode()\n'
-        'n=__file__+" (unpacked)"\n'
-        "linecache.cache[n]=(len(__source__),None,__source__.splitlines(True),n)\n"
-        'exec(compile(__source__,n,"exec"))\n'
-    ).encode()
+        b"#coding:latin-1\nimport %b,linecache\n"
+        b'__source__=%b.decompress(%b.encode("latin-1")).decode()\n'
+        b'n=__file__+" (unpacked)"\n'
+        b"linecache.cache[n]=(len(__source__),None,__source__.splitlines(True),n)\n"
+        b'exec(compile(__source__,n,"exec"))\n'
+    ) % (name, name, as_literal(packed))
 
 
 def code_bytes(cfg: Config) -> int:
@@ -5915,17 +5927,16 @@ def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> Iterator[Ngram
 class Replay:
     """The law spelled out: a dictionary of counters a context, fed one token at a time. Slow; the oracle of everything fast."""
 
-    def __init__(self, order: int, bos: int | None = None):
-        self.order, self.bos = order, bos
+    def __init__(self, order: int):
+        self.order = order
         self.history: list[int] = []
         self.counters: dict[tuple[int, ...], dict[int, int]] = {}
         self.latest: dict[tuple[int, ...], int] = {}
 
     def context(self, k: int) -> tuple[int, ...] | None:
-        """The k tokens before the next one, None if there are fewer or (with `bos`) a document starts after the first of them."""
+        """The k tokens before the next one, None if there are fewer."""
         start = len(self.history) - k
-        tokens = tuple(self.history[max(start, 0) :])
-        return None if start < 0 or (self.bos is not None and self.bos in tokens[1:]) else tokens
+        return None if start < 0 else tuple(self.history[start:])
 
     def counter(self, k: int) -> dict[int, int]:
         """token -> occurrences after the current context of k tokens."""
@@ -5952,11 +5963,11 @@ class Replay:
 class NgramTable:
     """Statistics of contexts of 0 .. order-1 tokens over one stream, computed ahead because entry t depends on x_0 .. x_t alone.
 
-    With `bos` a context that runs over a document's start counts as never seen (a BOS may begin it). 12 bytes a token and order.
+    12 bytes a token and order.
     """
 
-    def __init__(self, vocab_size: int, order: int, bos: int | None = None, device: torch.device | str = "cpu") -> None:
-        self.vocab_size, self.order, self.bos, self.device = vocab_size, order, bos, device
+    def __init__(self, vocab_size: int, order: int, device: torch.device | str = "cpu") -> None:
+        self.vocab_size, self.order, self.device = vocab_size, order, device
         self.tokens: Tensor | None = None
 
     def load(self, tokens: Tensor) -> None:
@@ -5980,25 +5991,12 @@ class NgramTable:
             total[1:, 1 if lo == 0 else 0 :] = self.columns[0][:-1, max(lo - 1, 0) : hi - 1]
             if lo == 0:
                 total[:, 0] = 0
-            self.held = (lo, hi, self._cut(NgramStats(total, count, kinds, last), tokens, lo))
+            self.held = (lo, hi, NgramStats(total, count, kinds, last))
         return self.held[2]
 
     def counts(self, k: int) -> Tensor:
         """(N,) c of contexts of k tokens, over the stream that was loaded."""
         return self.columns[0][k]
-
-    def _cut(self, stats: NgramStats, tokens: Tensor, lo: int) -> NgramStats:
-        """Forget contexts with a BOS behind their first token."""
-        if self.bos is None:
-            return stats
-        n, reach = stats.total.shape[1], self.order
-        start = max(lo - reach, 0)
-        at = torch.arange(start, lo + n, device=tokens.device)
-        latest = torch.where(tokens[start : lo + n] == self.bos, at, -reach)
-        latest = F.pad(latest, (1, 0), value=-reach).cummax(0).values[lo - start :][:n]  # last BOS before each target
-        room = torch.arange(lo, lo + n, device=tokens.device) - latest
-        inside = torch.arange(self.order, device=tokens.device)[:, None] <= room
-        return NgramStats(*(torch.where(inside, x, fill) for x, fill in zip(stats, (0, 0, 0, -1), strict=True)))
 
     def candidates(self, tokens: Tensor, t: int) -> NgramStats:
         """The same for every candidate v at target t, (order, V) each, counted afresh from x_0 .. x_{t-1}."""
@@ -6011,31 +6009,12 @@ class NgramTable:
             if k > 0:
                 follower = follower[follower >= k]
                 follower = follower[tokens[follower - k] == tokens[t - k]]
-            if len(follower) == 0 or (self.bos is not None and k > 1 and tokens[t - k + 1] == self.bos):
+            if len(follower) == 0:
                 break
             count = torch.bincount(tokens[follower].long(), minlength=self.vocab_size)
             for column, values in zip(stats, (len(follower), count, (count > 0).sum(), follower[-1]), strict=True):
                 column[k] = values
         return stats
-
-
-class Uniform:
-    """log V nats a token: the base of a pure n-gram model. Like every base it offers prefix-only features, by position."""
-
-    enrichment = None
-
-    def __init__(self, vocab_size: int, n_tokens: int, device: torch.device | str = "cpu"):
-        self.vocab_size = vocab_size
-        self.entropy = torch.full((1,), math.log(vocab_size), dtype=torch.float64, device=device).expand(n_tokens)
-
-    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
-        return -self.entropy[lo:hi].to(tokens.device)
-
-    def dist(self, tokens: Tensor, t: int) -> Tensor:
-        return torch.exp(-self.entropy[t].to(tokens.device)).expand(self.vocab_size)
-
-    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
-        """Nothing to learn."""
 
 
 def bucket_sums(bucket_M: Tensor, values_JM: Tensor, size: int) -> Tensor:
@@ -6141,7 +6120,7 @@ class Gate:
 
 
 class Cascade(NgramExpert):
-    """Corrects its base by contexts of `first` .. order-1 tokens in turn, each length a learned mixture of four distributions.
+    """Corrects its base by contexts of 1 .. order-1 tokens in turn, each length a learned mixture of four distributions.
 
     Length k with counts C, c, U of a context seen before, on top of p_{k-1}: (1) c / C; (2) one count of each kind given back,
     (max(c - 1, 0) + U p_{k-1}) / C; (3) p_{k-1}; (4) the token that followed last time. (1) and (2) mixed are absolute discounting
@@ -6151,9 +6130,9 @@ class Cascade(NgramExpert):
     # Leans to the shorter context: a strong network is not spoilt while the gate is young.
     PRIOR = [0.05, 0.15, 0.8, 0.02]  # fmt: skip
 
-    def __init__(self, table: NgramTable, base: Any, first: int, rate: float = 0.8, caution: float = 3.0) -> None:
+    def __init__(self, table: NgramTable, base: Any, rate: float = 0.8, caution: float = 3.0) -> None:
         super().__init__(table, base)
-        self.first, self.levels = first, table.order - first
+        self.levels = table.order - 1
         self.gate = Gate(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
 
     def buckets(self, level: Tensor, total: Tensor, kinds: Tensor, trust: Tensor, entropy: Tensor) -> list[Tensor]:
@@ -6167,8 +6146,8 @@ class Cascade(NgramExpert):
         return query.tokens[last], (log2_floor(query.target[at] - last) // 2).clamp_max(9)
 
     def transform(self, query: Query) -> tuple[Tensor, Any]:
-        level, at = (query.stats.total[self.first :] > 0).nonzero(as_tuple=True)  # one item a target and matched length
-        C, c, U, last = (x[level + self.first, at] for x in query.stats)
+        level, at = (query.stats.total[1:] > 0).nonzero(as_tuple=True)  # one item a target and matched length
+        C, c, U, last = (x[level + 1, at] for x in query.stats)
         guess, trust = self.guess(query, at, last)
         buckets = self.buckets(level, C, U, trust, query.entropy[at])
         w = self.gate.weights(buckets)
@@ -6266,7 +6245,7 @@ class PackedTable:
         """Rows, in the next level, of what followed a context of k tokens."""
         return slice(*self.starts[k][row : row + 2].tolist()) if row >= 0 else slice(0, 0)
 
-    def followers(self, contexts: list[int], k: int) -> Tensor:  # noqa: ARG002
+    def followers(self, contexts: list[int]) -> Tensor:
         """Tokens kept after the last token: whatever is kept after a longer context is among them."""
         return self.tokens[1][self.kept(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
 
@@ -6293,88 +6272,6 @@ class PackedCascade(Cascade):
 
     def guess(self, query: Query, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return last, torch.zeros_like(last)
-
-
-class Chain(NgramExpert):
-    """Interpolated smoothing of contexts of `first` .. order-1 tokens down to the base; a distribution at every level.
-
-    discount in (0, 1): p_k = (max(c - D, 0) + D U p_{k-1}) / C. "learned": D_k is the share of the formula's D = 1 form in a
-    mixture with its D = 0 form, estimated from scored tokens (p_k is linear in D). "witten-bell": p_k = (c + U p_{k-1}) / (C + U).
-    """
-
-    def __init__(self, table: NgramTable, base: Any, first: int, discount: float | str) -> None:
-        super().__init__(table, base)
-        self.first, self.discount = first, discount
-        self.trials, self.given_back = [20.0] * table.order, [18.0] * table.order  # 20 pseudo-observations at D = 0.9
-
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
-        p, shares = query.p, []
-        for k in range(self.first, self.table.order):
-            (C, c, U), seen = (x[k].double() for x in query.stats[:3]), query.stats.total[k] > 0
-            if self.discount == "witten-bell":
-                p_k = (c + U * p) / (C + U)
-            else:
-                D = self.given_back[k] / self.trials[k] if self.discount == "learned" else self.discount
-                p_k = ((c - D).clamp_min(0) + D * U * p) / C
-                shares.append((k, seen, D * ((c - 1).clamp_min(0) + U * p) / C / p_k))
-            p = torch.where(seen, p_k, p)
-        return p, shares
-
-    def learn(self, pending: Any) -> None:
-        for k, seen, share in pending if self.discount == "learned" else ():
-            self.trials[k] += seen.sum().item()
-            self.given_back[k] += share[seen].sum().item()
-
-
-def longest_match(stats: NgramStats, least: int = 1) -> tuple[Tensor, NgramStats]:
-    """Length of the longest context seen `least` times or more (-1: none), and the statistics of that length, (n,) each."""
-    longest = (stats.total >= least).sum(0) - 1
-    return longest, NgramStats(*(x.gather(0, longest.clamp_min(0)[None])[0] for x in stats))
-
-
-class Match(NgramExpert):
-    """All mass on the token that followed the latest occurrence of the longest matched context; the base where none matched."""
-
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
-        longest, at = longest_match(query.stats)
-        return torch.where(longest > 0, (query.tokens[at.last] == query.token).double(), query.p), None
-
-
-class Mixture(NgramExpert):
-    """Weighted mean of the base and experts over it; a weight vector a bucket, learned by adding up posteriors (online EM).
-
-    The bucket: longest matched context, floor log2 of its count, whether one token alone followed it, age of its latest occurrence,
-    the base's entropy. Every weight starts above 0, so an expert may rule a token out.
-    """
-
-    def __init__(self, table: NgramTable, base: Any, experts: list[NgramExpert], prior: float = 1.0) -> None:
-        super().__init__(table, base)
-        self.experts, n = experts, (table.order + 1) * 4 * 2 * 5 * 4
-        self.mass = torch.full(
-            (1 + len(experts), n), prior / (1 + len(experts)), dtype=torch.float64, device=table.device
-        )
-
-    def bucket(self, query: Query) -> Tensor:
-        """Each target's column of `mass`, from the prefix alone."""
-        longest, at = longest_match(query.stats)
-        age = log2_floor((query.target - at.last).clamp_min(1)) // 4
-        count = log2_floor(at.total.clamp_min(1)).clamp_max(3)
-        bucket = ((longest + 1) * 4 + count) * 2 + (at.kinds == 1)
-        return (bucket * 5 + age.clamp_max(4)) * 4 + query.entropy.long().clamp_max(3)
-
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
-        answers = [expert.transform(query) for expert in self.experts]
-        bucket = self.bucket(query)
-        mass = self.mass.index_select(1, bucket)
-        joint = mass / mass.sum(0) * torch.stack([query.p, *(p for p, _ in answers)])
-        p = joint.sum(0)
-        return p, (bucket, joint / p, [pending for _, pending in answers])
-
-    def learn(self, pending: Any) -> None:
-        bucket, posterior, answers = pending
-        self.mass += bucket_sums(bucket, posterior, self.mass.shape[1])
-        for expert, own in zip(self.experts, answers, strict=True):
-            expert.learn(own)
 
 
 def alpha_fixed(alpha: float) -> Callable[..., Tensor]:
@@ -6432,28 +6329,6 @@ class EnrichmentScale:
         steps = self.base.enrichment
         if steps is not None:
             self.largest = max(self.largest, steps[target].max().item())
-
-
-class AlphaMix(NgramExpert):
-    """(1 - alpha) base + alpha c / C of the longest context seen `least` times or more; alpha looks at the prefix alone.
-
-    The published combiners on exact counts, so that both sides are distributions.
-    """
-
-    def __init__(
-        self, table: NgramTable, base: Any, alpha: Callable[..., Tensor], least: int = 2, first: int = 1
-    ) -> None:
-        super().__init__(table, base)
-        self.alpha, self.least, self.first, self.scale = alpha, least, first, EnrichmentScale(base)
-
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
-        longest, at = longest_match(query.stats, self.least)
-        alpha = self.alpha(query.entropy, longest + 1, self.scale.confidence(query.target))
-        alpha = torch.where(longest >= self.first, alpha, 0.0)
-        return (1 - alpha) * query.p + alpha * at.count.double() / at.total.clamp_min(1), query.target
-
-    def learn(self, pending: Any) -> None:
-        self.scale.learn(pending)
 
 
 class Tilt(NgramExpert):
@@ -6716,30 +6591,8 @@ class StageResult(NamedTuple):
     seconds: float
 
 
-def chain_discount(text: str) -> float | str:
-    """NGRAM_DISCOUNT as Chain takes it."""
-    return text if text in ("learned", "witten-bell") else float(text)
-
-
-def mixture_experts(table: NgramTable, base: Any) -> list[NgramExpert]:
-    """The experts of NGRAM_MIX=mixture: chains from three lengths at two discounts, and the match."""
-    chains = [Chain(table, base, k, D) for k in (1, 2, 4) if k < table.order for D in (0.6, 0.95)]
-    return [*chains, Match(table, base)]
-
-
-def alpha_mix(cfg: Config, table: NgramTable, base: Any, alpha: Callable[..., Tensor]) -> AlphaMix:
-    """The mix of base and n-grams by the rule `alpha`, from the knobs."""
-    return AlphaMix(table, base, alpha, cfg.ngram_min_count, cfg.ngram_first)
-
-
 NGRAM_MIXES: dict[str, Callable[[Config, NgramTable, Any], NgramExpert]] = {
-    "cascade": lambda cfg, table, base: Cascade(table, base, cfg.ngram_first, cfg.ngram_rate),
-    "mixture": lambda cfg, table, base: Mixture(table, base, mixture_experts(table, base)),  # noqa: ARG005
-    "chain": lambda cfg, table, base: Chain(table, base, cfg.ngram_first, chain_discount(cfg.ngram_discount)),
-    "fixed": lambda cfg, table, base: alpha_mix(cfg, table, base, alpha_fixed(cfg.ngram_alpha)),
-    "pr740": lambda cfg, table, base: alpha_mix(cfg, table, base, alpha_pr740),
-    "pr187": lambda cfg, table, base: alpha_mix(cfg, table, base, alpha_pr187),
-    "pr850": lambda cfg, table, base: alpha_mix(cfg, table, base, alpha_pr850),
+    "cascade": lambda cfg, table, base: Cascade(table, base, cfg.ngram_rate),
     "tilt": lambda cfg, table, base: Tilt(
         table, base, cfg.ngram_order - 1, cfg.ngram_tilt_beta, cfg.ngram_tilt_threshold
     ),
@@ -6754,8 +6607,7 @@ class Evaluation:
         self.device = stream_device(cfg, run, len(text.tokens))
         self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
         self.networks: dict[str, NetworkExpert] = {}
-        bos = None if cfg.ngram_cross_doc else BOS
-        self.table = NgramTable(cfg.vocab_size, cfg.ngram_order, bos, self.device)
+        self.table = NgramTable(cfg.vocab_size, cfg.ngram_order, self.device)
         self.packed = PackedTable(tables.trie, cfg.vocab_size, self.device) if tables.trie else None
 
     @property
@@ -6800,9 +6652,9 @@ class Evaluation:
             scorer, span = self.published(stage, network)
             return scorer, [network, scorer], span
         if stage in ("table", "ngram"):
-            chain = [Uniform(cfg.vocab_size, n, self.device) if cfg.ngram_base == "uniform" else network]
+            chain: list[Any] = [network]
             if self.packed is not None:
-                chain.append(PackedCascade(self.packed, chain[0], 1, cfg.ngram_rate))
+                chain.append(PackedCascade(self.packed, network, cfg.ngram_rate))
             if stage == "ngram":
                 chain.append(NGRAM_MIXES[cfg.ngram_mix](cfg, self.table, chain[-1]))
             return chain[-1], chain, span
@@ -6971,7 +6823,7 @@ def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Audi
     """The engine's statistics against dictionaries fed one token at a time."""
     tokens = text.tokens[:n]
     stats = [x.tolist() for x in table.span(text.tokens, 0, len(tokens))]  # of the whole stream, cut after counting
-    replay = Replay(table.order, table.bos)
+    replay = Replay(table.order)
     for t, x in enumerate(tokens.tolist()):
         for k in range(table.order):
             counter = replay.counter(k)
