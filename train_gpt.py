@@ -114,9 +114,10 @@ class Config:
     force: bool = knob(False, "", "overwrite finished files")
     profile: bool = knob(False, "", "write a torch.profiler trace of a few training steps")
     # ---- 3 DATA
-    data_path: str = knob("", "folder", "shards fineweb_train_*.bin, fineweb_val_*.bin; empty: FineWeb if there, else the sample")
+    data_path: str = knob("", "folder", "shards fineweb_train_*.bin, fineweb_val_*.bin; empty: a download (CaseOps sp8192, sp8192, sp1024), else the sample")
     tokenizer_path: str = knob("", "file", "SentencePiece model; empty: the one that belongs to DATA_PATH")
-    vocab_size: int = knob(1024, "pieces", "size of the vocabulary", lo=2, hi=65536, shape=True)
+    vocab_size: int = knob(1024, "pieces", "size of the vocabulary; not set: the tokenizer's", lo=2, hi=65536, shape=True)
+    val_bytes: str = knob("auto", "", "where the bytes of each validation token come from; auto: fineweb_val_bytes_*.bin if there, else the tokenizer", choices=("auto", "tokenizer", "sidecar"))
     val_tokens: int = knob(0, "tokens", "score only a prefix of the validation stream: a quick look, no score; 0: all", lo=0)
     val_drop_tail: bool = knob(False, "", "drop the last partial sequence of the validation stream, as the published scripts do")
     # ---- 4 MODEL
@@ -636,6 +637,7 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "TIED_EMBED_INIT_STD": renamed("EMBED_INIT_STD"),
         "VE_ENABLED": switch({"VE_DIM": 128}, {"VE_DIM": 0, "VE_LAYERS": ""}),
         "EVAL_ONLY": switch({"MODE": "eval"}, {}),
+        "CASEOPS_ENABLED": switch({"VAL_BYTES": "sidecar"}, {"VAL_BYTES": "tokenizer"}),
         "EMA_ENABLED": switch({"EMA_DECAY": 0.997}, {"EMA_DECAY": 0.0}),
         "QAT_ENABLED": switch({"QAT": "ste"}, {"QAT": "none"}),
         "SWA_ENABLED": switch({"SWA_EVERY": 50}, {"SWA_EVERY": 0}),
@@ -890,7 +892,7 @@ def choose_recipe(env: Mapping[str, str], has_gpu: Callable[[], bool]) -> tuple[
 
 
 # Knobs that belong to one machine or one call, not to the artifact.
-LOCAL_KNOBS = frozenset("MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_TOKENS ATTENTION COMPILE ARTIFACT ARTIFACT_LIMIT "
+LOCAL_KNOBS = frozenset("MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PATH TOKENIZER_PATH VAL_BYTES VAL_TOKENS ATTENTION COMPILE ARTIFACT ARTIFACT_LIMIT "
                         "RESUME CHECKPOINT_EVERY CHECKPOINT_KEEP MICRO_BATCH_TOKENS VAL_BATCH_TOKENS".split())  # fmt: skip
 
 
@@ -1480,10 +1482,22 @@ class Clock:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # header: 256 little-endian int32, then uint16 tokens
 SAMPLE_DIR = SCRIPT.parent / "data" / "sample"
 FINEWEB_DIR = Path("data/datasets/fineweb10B_sp1024")
+DOWNLOADS = ("fineweb10B_sp8192*caseops*", "fineweb10B_sp8192", FINEWEB_DIR.name)  # the first that is there is taken
 HOW_TO_GET_SHARDS = "download them with data/cached_challenge_fineweb.py or make them with data/make_shards.py"
-
-
 MANIFEST_FORMAT = "parameter-golf shards, version 1"  # what data/make_shards.py writes into manifest.json
+TRANSFORMS = ("", "caseops")  # what text may have gone through before it was tokenized (frontier data: PR #1729)
+
+
+def shard_paths(folder: Path, kind: str) -> list[Path]:
+    """The files fineweb_<kind>_<digits>.bin of `folder`, by name: fineweb_val_bytes_000000.bin is not of kind "val"."""
+    return sorted(p for p in folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\d+\.bin", p.name))
+
+
+def check_transform(name: str, where: str) -> None:
+    """Raises ConfigError unless `name` is a transform of text that this script can undo."""
+    if name not in TRANSFORMS:
+        raise ConfigError(f"{where}: its text went through {str(name)[:40]!r}, and this script knows {', '.join(TRANSFORMS[1:])} alone; "
+                          "take the script or the data that belong together")  # fmt: skip
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -1501,38 +1515,44 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest, sound = {}, False
     if not sound or manifest["format"] != MANIFEST_FORMAT:
         raise ConfigError(f"{path}: not a manifest that this script reads ({MANIFEST_FORMAT}); make the shards again")
+    check_transform(manifest.get("transform", ""), str(path))
     return manifest
 
 
-def find_tokenizer(cfg: Config, folder: Path) -> Path:
-    """TOKENIZER_PATH, or the SentencePiece model that belongs to the shards in `folder`: that of their manifest.json, the only
-    one beside them, or the download's. ConfigError if there is none, more than one, or not the manifest's."""
-    manifest = read_manifest(folder)
+def own_tokenizer(folder: Path, manifest: dict[str, Any] | None) -> Path | None:
+    """The SentencePiece model that belongs to the shards in `folder`: the manifest's, the only one beside them, or the download's
+    (datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model). ConfigError if there are several."""
     if manifest is not None:
-        named, sha256 = folder / manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
-        path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else named
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            remedy = "unset it" if cfg.tokenizer_path else "make the shards again"
-            raise ConfigError(f"TOKENIZER_PATH={path}: the shards in {folder} were made with another tokenizer, says their manifest.json "
-                              f"({named.name}, sha256 {sha256[:16]}); {remedy}")  # fmt: skip
-    elif cfg.tokenizer_path:
-        path = Path(cfg.tokenizer_path)
-    else:
-        # The downloader's folders: datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model.
-        pieces = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.resolve().name)
-        name = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
-        beside = sorted(folder.glob("*.model"))
-        if len(beside) > 1:
-            raise ConfigError(f"TOKENIZER_PATH is unset and {folder} holds {', '.join(p.name for p in beside)}; name the one "
-                              "that the shards were made with")  # fmt: skip
-        path = beside[0] if beside else folder.resolve().parent.parent / "tokenizers" / name
-    if not path.is_file():
+        return folder / manifest["tokenizer"]["file"]
+    beside = sorted(folder.glob("*.model"))
+    if len(beside) > 1:
+        raise ConfigError(f"TOKENIZER_PATH is unset and {folder} holds {', '.join(p.name for p in beside)}; name the one "
+                          "that the shards were made with")  # fmt: skip
+    pieces = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.resolve().name)
+    name = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
+    path = beside[0] if beside else folder.resolve().parent.parent / "tokenizers" / name
+    return path if path.is_file() else None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def find_tokenizer(cfg: Config, folder: Path, manifest: dict[str, Any] | None) -> Path:
+    """TOKENIZER_PATH, or the shards' own. ConfigError if there is none, or if the shards' manifest names another."""
+    path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else own_tokenizer(folder, manifest)
+    if path is None or not path.is_file():
         if not any(folder.glob("fineweb_*.bin")):
             raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
-        named = path if cfg.tokenizer_path or manifest else f"none beside {folder}"
+        named = path or f"none beside {folder}"
         raise ConfigError(
             f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
         )
+    if manifest is not None and file_sha256(path) != manifest["tokenizer"]["sha256"]:
+        remedy = "unset it" if cfg.tokenizer_path else "make the shards again"
+        raise ConfigError(f"TOKENIZER_PATH={path}: the shards in {folder} were made with another tokenizer, says their manifest.json "
+                          f"({manifest['tokenizer']['file']}, sha256 {manifest['tokenizer']['sha256'][:16]}); {remedy}")  # fmt: skip
     return path
 
 
@@ -1542,20 +1562,47 @@ class DataPaths(NamedTuple):
     folder: Path
     tokenizer: Path
     sample: bool
+    transform: str | None  # what the text went through; None: no manifest says, the tokenizer shows it
 
 
-def find_data(cfg: Config) -> DataPaths:
-    """DATA_PATH and TOKENIZER_PATH, or downloaded FineWeb, or the shipped sample. Raises ConfigError if nothing is there."""
+def open_tokenizer(path: Path) -> Any:
+    """The SentencePiece model in a file; ConfigError if it is none."""
+    import sentencepiece as spm
+
+    try:
+        return spm.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError:
+        raise ConfigError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
+
+
+def downloads(tokenizer_sha256: str, vocab_size: int) -> Iterator[Path]:
+    """Downloaded folders with validation shards, the preferred first, and the sample; those alone whose tokenizer has this hash
+    and this size, where they are given."""
+    for name in DOWNLOADS:
+        for parent in (FINEWEB_DIR.parent, SCRIPT.parent / FINEWEB_DIR.parent):
+            for folder in sorted(parent.glob(name)) if parent.is_dir() else ():
+                path = own_tokenizer(folder, read_manifest(folder)) if shard_paths(folder, "val") else None
+                if path is None or (tokenizer_sha256 and file_sha256(path) != tokenizer_sha256):
+                    continue
+                if not vocab_size or open_tokenizer(path).vocab_size() == vocab_size:
+                    yield folder
+    yield SAMPLE_DIR
+
+
+def find_data(cfg: Config, tokenizer_sha256: str = "", vocab_size: int = 0) -> DataPaths:
+    """DATA_PATH and TOKENIZER_PATH, or a download whose tokenizer has that hash and size (where given), or the shipped sample.
+    Raises ConfigError if nothing is there."""
     if cfg.data_path:
-        folder, sample = Path(cfg.data_path), Path(cfg.data_path).resolve() == SAMPLE_DIR
+        folder = Path(cfg.data_path)
         if not folder.is_dir():
             raise ConfigError(f"DATA_PATH={cfg.data_path}: no such folder; unset it to use the shipped sample")
     else:
-        fineweb = next(
-            (p for p in (FINEWEB_DIR, SCRIPT.parent / FINEWEB_DIR) if any(p.glob("fineweb_val_*.bin"))), None
-        )
-        folder, sample = fineweb or SAMPLE_DIR, fineweb is None
-    return DataPaths(folder, find_tokenizer(cfg, folder), sample)
+        if cfg.tokenizer_path and Path(cfg.tokenizer_path).is_file():
+            tokenizer_sha256 = file_sha256(Path(cfg.tokenizer_path))
+        folder = next(downloads(tokenizer_sha256, vocab_size))
+    manifest = read_manifest(folder)
+    transform = None if manifest is None else manifest.get("transform", "")
+    return DataPaths(folder, find_tokenizer(cfg, folder, manifest), folder.resolve() == SAMPLE_DIR, transform)
 
 
 def load_shard(path: Path) -> np.ndarray:
@@ -1577,11 +1624,6 @@ def load_shard(path: Path) -> np.ndarray:
     if not head[2]:
         raise ConfigError(f"{path}: holds no tokens; remove it or make it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
-
-
-def shard_paths(folder: Path, kind: str) -> list[Path]:
-    """The files fineweb_<kind>_<digits>.bin of `folder`, by name: fineweb_val_bytes_000000.bin is not of kind "val"."""
-    return sorted(p for p in folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\d+\.bin", p.name))
 
 
 def load_split(folder: Path, split: str) -> list[np.ndarray]:
@@ -1728,18 +1770,26 @@ def piece_bytes(sp: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return lengths, spaced, boundary
 
 
+# CaseOps (PR #1729): text in small letters with an operator before each letter or word that was capital, and before an operator
+# that is text itself.
+TITLE, ALLCAPS, CAPNEXT, ESCAPE = OPERATORS = "\ue001\ue002\ue003\ue004"
+OPERATOR_BYTES = 3  # of an operator in UTF-8
+CASED = re.compile(f"{ESCAPE}([{OPERATORS}])|[{TITLE}{CAPNEXT}]([a-z])|{ALLCAPS}([A-Za-z]+)|[{OPERATORS}]")
+
+
+def restore_case(stream: str) -> tuple[str, int]:
+    """(the text that a CaseOps stream stands for, how many operators stand before nothing that they could act on)."""
+    strays = sum(match.lastindex is None for match in CASED.finditer(stream))
+    return CASED.sub(lambda m: m[1] or (m[2] or m[3] or "").upper(), stream), strays
+
+
 class Tokenizer:
-    """The SentencePiece model of the data, and the bytes of text that each token stands for."""
+    """The SentencePiece model of the data, and the bytes of text that each token stands for: of the original text, where it went
+    through `transform` (None: through CaseOps, if the model has its operators as pieces)."""
 
-    def __init__(self, path: Path, vocab_size: int) -> None:
-        import sentencepiece as spm
-
-        self.path, self.blob = path, path.read_bytes()
+    def __init__(self, path: Path, vocab_size: int, transform: str | None = None) -> None:
+        self.path, self.blob, self.sp = path, path.read_bytes(), open_tokenizer(path)
         self.sha256 = hashlib.sha256(self.blob).hexdigest()
-        try:
-            self.sp = spm.SentencePieceProcessor(model_proto=self.blob)
-        except RuntimeError:
-            raise ConfigError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
         if self.sp.vocab_size() != vocab_size:
             raise ConfigError(
                 f"TOKENIZER_PATH={path} has {self.sp.vocab_size()} pieces but VOCAB_SIZE={vocab_size}; set them equal"
@@ -1750,30 +1800,110 @@ class Tokenizer:
             )
         self.lengths, self.spaced, self.boundary = piece_bytes(self.sp, f"TOKENIZER_PATH={path}")
         self.lost = np.array([self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)])
+        pieces = [self.sp.id_to_piece(i) for i in range(vocab_size)]
+        cased = set(OPERATORS) <= set(pieces)
+        if transform and not cased:
+            raise ConfigError(
+                f"TOKENIZER_PATH={path}: CaseOps text needs U+E001 to U+E004 as pieces; name the tokenizer of the data"
+            )
+        self.transform = ("caseops" if cased else "") if transform is None else transform
+        self.operators = np.array([sum(map(piece.count, OPERATORS)) if self.transform else 0 for piece in pieces])
+        self.lengths -= OPERATOR_BYTES * self.operators
 
     def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of text that each target tokens[1:] adds, (n - 1,) int64: see `piece_bytes`."""
+        """Bytes of the original text that each target tokens[1:] adds, (n - 1,) int64: see `piece_bytes`. An operator adds none
+        unless it is escaped, and so text."""
         prev, target = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
-        return self.lengths[target] + (self.spaced[target] & ~self.boundary[prev])
+        counts = self.lengths[target] + (self.spaced[target] & ~self.boundary[prev])
+        return counts + OPERATOR_BYTES * self.escaped(tokens)[1:]
 
-    def decode(self, tokens: np.ndarray) -> str:
-        """The text of one document's tokens."""
-        return self.sp.decode(tokens.tolist())
+    def escaped(self, tokens: np.ndarray) -> np.ndarray:
+        """(n,) bool: the operators that follow an escape which is itself not escaped."""
+        escaped = np.zeros(len(tokens), dtype=bool)
+        for i in np.flatnonzero(tokens[:-1] == self.sp.piece_to_id(ESCAPE)) if self.transform else ():
+            escaped[i + 1] = not escaped[i] and self.operators[tokens[i + 1]]
+        return escaped
+
+    def decode(self, tokens: np.ndarray) -> tuple[str, int]:
+        """(the original text of one document's tokens, operators in it that nothing follows)."""
+        text = self.sp.decode(tokens.tolist())
+        return restore_case(text) if self.transform else (text, 0)
 
 
 class ValidationText(NamedTuple):
-    """The validation stream: tokens (n,) int64 on the CPU, bytes (n,) int64 that each token adds as a target (0 for the first)."""
+    """The validation stream: tokens (n,) int64 on the CPU, bytes (n,) int64 of original text that each adds as a target (0 for
+    the first)."""
 
     tokens: Tensor
     bytes: Tensor
     complete: bool  # False when VAL_TOKENS cut it: no score
+    bytes_from: str = "tokenizer"  # or "sidecar": where the bytes come from
+
+
+SIDECAR_TOLERANCE = 1e-3  # between the bytes of a published sidecar, of the raw text, and those of the normalised text
+
+
+def load_sidecar(folder: Path) -> np.ndarray:
+    """fineweb_val_bytes_*.bin: bytes of original text for each validation token, (n,) int64. ConfigError unless there is one for
+    each shard and of its length."""
+    shards, parts = shard_paths(folder, "val"), []
+    here = {path.name for path in shard_paths(folder, "val_bytes")}
+    needed = {path.name.replace("_val_", "_val_bytes_"): path for path in shards}
+    if odd := sorted(here ^ set(needed)):
+        what = "has no shard" if odd[0] in here else "is missing beside its shard"
+        raise ConfigError(f"{folder / odd[0]}: {what}; get shards and sidecars together, or set VAL_BYTES=tokenizer")
+    for name, path in needed.items():
+        parts.append(load_shard(folder / name))
+        if len(parts[-1]) != (tokens := len(load_shard(path))):
+            raise ConfigError(
+                f"{folder / name}: {len(parts[-1])} numbers for the {tokens} tokens of {path.name}; it is of another shard"
+            )
+    return np.concatenate(parts).astype(np.int64)
+
+
+def check_sidecar(
+    folder: Path, tokens: np.ndarray, sidecar: np.ndarray, counts: np.ndarray, tokenizer: Tokenizer
+) -> None:
+    """Raises ConfigError if the sidecar's bytes (n,) cannot be those of these tokens, whose decoded text has `counts` (n,).
+
+    Markers of documents have none, operators none, an operator fused with its space 1. Where data/make_shards.py made the set the
+    sums of every document are equal; published sidecars count the raw text, and the totals differ a little.
+    """
+    fixed = np.flatnonzero(((tokenizer.operators[tokens] > 0) | tokenizer.boundary[tokens]) & (sidecar != counts))
+    if len(fixed):
+        at, piece = fixed[0], tokenizer.sp.id_to_piece(int(tokens[fixed[0]]))
+        raise ConfigError(f"DATA_PATH={folder}: the sidecar gives {sidecar[at]} bytes to validation token {at}, {piece!r}, which stands "
+                          f"for {counts[at]}; it is of other shards, or set VAL_BYTES=tokenizer")  # fmt: skip
+    starts = np.unique([0, *np.flatnonzero(tokens == BOS)])
+    ours, theirs = (np.add.reduceat(x, starts) for x in (counts, sidecar))
+    differ = np.flatnonzero(ours != theirs)
+    if len(differ) and read_manifest(folder) is not None:
+        k = differ[0]
+        raise ConfigError(f"DATA_PATH={folder}: the sidecar gives {theirs[k]} bytes to document {k}, at token {starts[k]}, whose text has "
+                          f"{ours[k]}; make the shards again")  # fmt: skip
+    if abs(theirs.sum() - ours.sum()) > SIDECAR_TOLERANCE * ours.sum():
+        raise ConfigError(f"DATA_PATH={folder}: {theirs.sum()} bytes in the sidecar, {ours.sum()} in the decoded text, which is more than "
+                          f"{SIDECAR_TOLERANCE:.1%} apart; it is of other shards, or set VAL_BYTES=tokenizer")  # fmt: skip
+
+
+def validation_bytes(cfg: Config, folder: Path, tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
+    """(bytes (n,) int64 of original text that each token adds, where they come from), by VAL_BYTES."""
+    counts = np.concatenate([[0], tokenizer.count_bytes(tokens)])
+    present = bool(shard_paths(folder, "val_bytes"))
+    if cfg.val_bytes == "sidecar" and not present:
+        raise ConfigError(
+            f"VAL_BYTES=sidecar: no fineweb_val_bytes_*.bin in {folder}; get them, or set VAL_BYTES=tokenizer"
+        )
+    if cfg.val_bytes == "tokenizer" or not present:
+        return counts, "tokenizer"
+    sidecar = load_sidecar(folder)
+    sidecar[0] = 0  # no target
+    check_sidecar(folder, tokens, sidecar, counts, tokenizer)
+    return sidecar, "sidecar"
 
 
 def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> ValidationText:
     """All validation shards as one stream, cut only by VAL_TOKENS and VAL_DROP_TAIL."""
-    if sidecars := shard_paths(folder, "val_bytes"):
-        raise ConfigError(f"{sidecars[0]}: these data bring the bytes of each token, since their text was rewritten; counted by the "
-                          "tokenizer, which this script does, the score would be about a tenth too good; take other data")  # fmt: skip
     shards = [check_ids(s, cfg.vocab_size, str(s.filename)) for s in load_split(folder, "val")]
     tokens = np.concatenate([np.asarray(s) for s in shards]).astype(np.int64)
     if len(at := np.flatnonzero(tokenizer.lost[tokens])):
@@ -1783,16 +1913,15 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
         raise ConfigError(
             f"DATA_PATH={folder}: {len(tokens)} validation tokens are fewer than one window of {cfg.eval_len} + 1; lower EVAL_SEQ_LEN"
         )
+    counts, bytes_from = validation_bytes(cfg, folder, tokens, tokenizer)
     complete = not cfg.val_tokens or cfg.val_tokens >= len(tokens)
-    if not complete:
-        tokens = tokens[: max(cfg.val_tokens, cfg.eval_len + 1)]
+    n = len(tokens) if complete else max(cfg.val_tokens, cfg.eval_len + 1)
     if cfg.val_drop_tail:
-        tokens = tokens[: (len(tokens) - 1) // cfg.eval_len * cfg.eval_len + 1]
-    counts = np.concatenate([[0], tokenizer.count_bytes(tokens)])
-    if not counts.any():
-        raise ConfigError(f"DATA_PATH={folder}: the {len(tokens)} validation tokens hold no byte of text, so there are no bits a byte; "
+        n = (n - 1) // cfg.eval_len * cfg.eval_len + 1
+    if not counts[:n].any():
+        raise ConfigError(f"DATA_PATH={folder}: the {n} validation tokens hold no byte of text, so there are no bits a byte; "
                           "give it documents")  # fmt: skip
-    return ValidationText(torch.from_numpy(tokens), torch.from_numpy(counts.astype(np.int64)), complete)
+    return ValidationText(torch.from_numpy(tokens[:n]), torch.from_numpy(counts[:n]), complete, bytes_from)
 
 
 # ==== 4 MODEL =========================================================================================================
@@ -6834,29 +6963,42 @@ def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> Audi
     return AuditCheck("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
 
 
-def bytes_check(text: ValidationText, tokenizer: Tokenizer) -> AuditCheck:
-    """The bytes counted of each document of the audited prefix against the length of its decoded text."""
-    tokens, counts = text.tokens[:AUDIT_TOKENS].cpu().numpy(), text.bytes[:AUDIT_TOKENS].cpu().numpy()
+DECODED_TOKENS = 2**20  # the prefix that is decoded for the check of its bytes
+
+
+def bytes_check(text: ValidationText, tokenizer: Tokenizer, exact: bool) -> AuditCheck:
+    """The bytes counted of each document of a prefix against the length of its decoded original text.
+
+    Unless `exact`, the totals may differ as a published sidecar's may, and CaseOps operators may be out of place.
+    """
+    name, (tokens, counts) = (
+        "bytes are the text's",
+        (x[:DECODED_TOKENS].cpu().numpy() for x in (text.tokens, text.bytes)),
+    )
     starts = [0, *np.flatnonzero(tokenizer.boundary[tokens[1:]]) + 1]
     while len(tokens) > 1 and tokenizer.sp.is_byte(int(tokens[-1])):  # the cut may lie within a character
         tokens = tokens[:-1]
-    total = -len(tokenizer.decode(tokens[:1]).encode())  # the first token is no target
+    total = -len(tokenizer.decode(tokens[:1])[0].encode())  # the first token is no target
+    strays = 0
     for lo, hi in itertools.pairwise([*starts, len(tokens)]):
-        total += len(tokenizer.decode(tokens[lo:hi]).encode())
-        if total != (counted := int(counts[:hi].sum())):
-            return AuditCheck(
-                "bytes are the text's", False, f"up to target {hi - 1}: {counted} counted, {total} in the text"
-            )
-    return AuditCheck("bytes are the text's", True, f"{total} bytes in the text of {len(tokens)} tokens")
+        original, odd = tokenizer.decode(tokens[lo:hi])
+        total, strays = total + len(original.encode()), strays + odd
+        counted = int(counts[:hi].sum())
+        if exact and (total != counted or strays):
+            detail = f"{strays} operators out of place, " if strays else ""
+            return AuditCheck(name, False, f"up to target {hi - 1}: {detail}{counted} counted, {total} in the text")
+    detail = f"{counted} counted by the {text.bytes_from}, {total} in the decoded text of {len(tokens)} tokens"
+    return AuditCheck(name, abs(total - counted) <= SIDECAR_TOLERANCE * total, detail)
 
 
 def audit(
-    cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, tokenizer: Tokenizer, artifact: str
+    cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, text_check: AuditCheck, artifact: str
 ) -> bool:
-    """Audit every stage that is switched on and log each check; False if one failed. `artifact` is its SHA-256."""
+    """Audit every stage that is switched on and log each check, `text_check` too; False if one failed. `artifact` is its
+    SHA-256."""
     model.eval()
     evaluation = Evaluation(cfg, run, model, text, tables)
-    named = [("text", bytes_check(text, tokenizer)), ("counts", replay_check(evaluation.text, evaluation.table))]
+    named = [("text", text_check), ("counts", replay_check(evaluation.text, evaluation.table))]
     for stage in cfg.stages:
         named += [(stage, check) for check in Audit(cfg, run, model, text, stage, tables).checks()]
     for part, check in named:
@@ -6884,11 +7026,18 @@ class OpenRun(NamedTuple):
         return self.loaded.cfg
 
 
-def open_run(loaded: LoadedConfig) -> OpenRun:
-    """Read tokenizer and validation text and start the run; its logs are opened once nothing more can be found wrong."""
+def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
+    """Read tokenizer and validation text and start the run; its logs are opened once nothing more can be found wrong.
+
+    An artifact's hash of its tokenizer, where it is given, chooses among downloads.
+    """
+    bound = loaded.source["VOCAB_SIZE"] == "env" or tokenizer_sha256 != ""
+    paths = find_data(loaded.cfg, tokenizer_sha256, loaded.cfg.vocab_size if bound else 0)
+    if not bound:
+        cfg = dataclasses.replace(loaded.cfg, vocab_size=open_tokenizer(paths.tokenizer).vocab_size())
+        loaded = loaded._replace(cfg=cfg, source={**loaded.source, "VOCAB_SIZE": "tokenizer"})
     cfg = loaded.cfg
-    paths = find_data(cfg)
-    tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size)
+    tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform)
     text = load_validation(cfg, paths.folder, tokenizer)
     run = Run.start(cfg)
     run.claim_name()
@@ -6929,7 +7078,8 @@ def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
         f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} threads:{torch.get_num_threads()}"
     )
     run.log(
-        f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(opened.text.tokens) - 1} val_bytes:{int(opened.text.bytes.sum())}"
+        f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(opened.text.tokens) - 1} val_bytes:{int(opened.text.bytes.sum())} "
+        f"bytes_from:{opened.text.bytes_from} transform:{opened.tokenizer.transform or 'none'}"
     )
     run.log(f"model_params:{params} source_sha256:{source_sha256} packed_sha256:{packed_sha256}")
     if opened.paths.sample:
@@ -6943,6 +7093,8 @@ def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
               source_sha256=source_sha256, source_bytes=len(source.encode()), packed_sha256=packed_sha256, packed_bytes=len(packed), params=params,
               data={"path": shown_path(opened.paths.folder), "sample": opened.paths.sample, "train_shards": train_shards,
                     "train_tokens": train_tokens, "val_tokens": len(opened.text.tokens) - 1,
+                    "val_bytes": int(opened.text.bytes.sum()), "bytes_from": opened.text.bytes_from,
+                    "transform": opened.tokenizer.transform,
                     "val_sha256": hashlib.sha256(opened.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
               tokenizer={"path": shown_path(opened.paths.tokenizer), "sha256": opened.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
     run.event("config", values=values, sources=opened.loaded.source)
@@ -6963,7 +7115,8 @@ def artifact_header(cfg: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         for n, f in FIELDS.items()
         if n not in LOCAL_KNOBS and getattr(cfg, n.lower()) != f.default
     }
-    return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256}
+    transform = {"transform": tokenizer.transform} if tokenizer.transform else {}
+    return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256, **transform}
 
 
 def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
@@ -7138,9 +7291,8 @@ def check_artifact_path(run: Run, continuing: bool) -> None:
 
 def run_train(loaded: LoadedConfig) -> int:
     """MODE=train: train -> quantize -> pack -> reload from the file -> score."""
-    cfg = loaded.cfg
     opened = open_run(loaded)
-    run = opened.run
+    cfg, run = opened.cfg, opened.run
     shards = load_split(opened.paths.folder, "train")
     stream = TokenStream(shards, cfg.vocab_size, opened.tokenizer.sha256)
     check_batch(cfg, run.world)
@@ -7179,16 +7331,19 @@ def run_train(loaded: LoadedConfig) -> int:
 
 
 def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -> None:
-    """Raises ConfigError unless the tokenizer is the one that the artifact names by its hash."""
+    """Raises ConfigError unless tokenizer and transform of the text are those that the artifact names."""
     if header["tokenizer_sha256"] != tokenizer.sha256:
         raise ConfigError(
             f"TOKENIZER_PATH={tokenizer.path}: not the tokenizer of {cfg.artifact}; name the one it was trained with"
         )
+    if header.get("transform", "") != tokenizer.transform:
+        raise ConfigError(f"ARTIFACT={cfg.artifact}: made for text that went through {header.get('transform') or 'nothing'}, these data went "
+                          f"through {tokenizer.transform or 'nothing'}; name the data it was trained for in DATA_PATH")  # fmt: skip
 
 
 def open_scoring(loaded: LoadedConfig, header: dict[str, Any]) -> OpenRun:
     """A job that scores an artifact, its logs open."""
-    opened = open_run(loaded)
+    opened = open_run(loaded, header["tokenizer_sha256"])
     check_tokenizer(opened.tokenizer, header, loaded.cfg)
     choose_attention(loaded.cfg, opened.run.device)
     opened.run.open_logs(append=False)
@@ -7205,8 +7360,10 @@ def run_audit(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
     """MODE=audit: is the score of this artifact a code length?"""
     opened = open_scoring(loaded, header)
     model, tables = load_model(opened.cfg, opened.run, blob), load_tables(opened.cfg, blob)
+    exact = opened.text.bytes_from == "tokenizer" or opened.paths.transform is not None
+    text_check = bytes_check(opened.text, opened.tokenizer, exact)
     artifact = hashlib.sha256(blob).hexdigest()
-    return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, opened.tokenizer, artifact) else 1
+    return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, text_check, artifact) else 1
 
 
 def read_named(name: str, path: str, purpose: str) -> bytes:
@@ -7219,6 +7376,131 @@ def read_named(name: str, path: str, purpose: str) -> bytes:
         raise ConfigError(f"{name}={path!r}: {(e.strerror or str(e)).lower()}; {purpose}") from None
 
 
+<<<<<<< HEAD
+=======
+def read_input(cfg: Config) -> bytes:
+    """The bytes of INPUT."""
+    return read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on")
+
+
+def open_codec(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> Codec:
+    """The artifact's model and tokenizer, ready to code: one process, no data, no logs."""
+    cfg = loaded.cfg
+    paths = find_data(cfg, header["tokenizer_sha256"])
+    tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform)
+    check_tokenizer(tokenizer, header, cfg)
+    run = Run.start(cfg)
+    if run.world > 1:
+        raise ConfigError(f"MODE={cfg.mode} runs in one process; start it with python instead of torchrun")
+    for text in loaded.notices:
+        run.notice(text)
+    if cfg.ttt_enabled:
+        run.notice("test-time training is left out here: the network stays as it is packed")
+    settings = {n: getattr(cfg, n.lower()) for n in CODEC_KNOBS if loaded.source[n] == "env"}
+    changed = {n: v for n, v in settings.items() if v != header["config"].get(n, FIELDS[n].default)}
+    text = json.dumps(changed, separators=(",", ":")) if changed else ""
+    name = hashlib.sha256(blob).hexdigest()[:16]
+    return Codec(cfg, run, load_model(cfg, run, blob), tokenizer.sp, name, text, load_tables(cfg, blob))
+
+
+def output_path(cfg: Config, default: str) -> Path:
+    """OUTPUT or its default; refuses to overwrite without FORCE=1, before any work is done."""
+    path = Path(cfg.output or default)
+    if path.exists() and not cfg.force:
+        raise ConfigError(f"OUTPUT={path} exists: choose another name, or FORCE=1 to overwrite it")
+    return path
+
+
+def run_compress(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=compress: INPUT -> OUTPUT (default INPUT.pgz), and the account."""
+    cfg = loaded.cfg
+    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.pgz")
+    codec = open_codec(loaded, blob, header)
+    started = time.perf_counter()
+    packed = codec.compress(data)
+    seconds = time.perf_counter() - started
+    atomic_write(path, packed.blob)
+    h, per_byte = packed.header, 1 / max(len(data), 1)
+    other = 8 * len(packed.blob) - packed.token_bits - packed.restoration_bits
+    codec.run.log(
+        f"compressed {cfg.input} -> {path} form:{FORMS[h.form]} original_bytes:{h.size} compressed_bytes:{len(packed.blob)} "
+        f"bpb:{8 * len(packed.blob) * per_byte:.4f} seconds:{seconds:.1f} lanes:{h.lanes} tokens_per_s:{h.tokens / seconds:.0f}"
+    )
+    if FORMS[h.form] == "text":
+        codec.run.log(
+            f"bits a byte: tokens {packed.token_bits * per_byte:.4f} (ideal {packed.ideal * per_byte:.4f}), restoration "
+            f"{packed.restoration_bits * per_byte:.4f}, header {other * per_byte:.4f}; the artifact's {len(blob)} bytes are not counted"
+        )
+    return 0
+
+
+def adopt_settings(loaded: LoadedConfig, settings: str) -> LoadedConfig:
+    """The configuration with the scoring knobs that the compressed file was coded with."""
+    try:
+        coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
+        cfg = dataclasses.replace(loaded.cfg, **{n.lower(): v for n, v in coded.items()})
+    except (ValueError, AttributeError, RecursionError):
+        raise ArtifactError("the file's header is inconsistent") from None
+    for name in CODEC_KNOBS:
+        mine, theirs = getattr(loaded.cfg, name.lower()), getattr(cfg, name.lower())
+        if loaded.source[name] == "env" and mine != theirs:
+            raise ConfigError(f"{name}={as_text(mine)}: the file was coded with {as_text(theirs)}; unset {name}")
+    return loaded._replace(cfg=cfg)
+
+
+def run_decompress(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=decompress: INPUT -> OUTPUT (default INPUT without .pgz)."""
+    cfg = loaded.cfg
+    packed = read_input(cfg)
+    if not cfg.output and not cfg.input.endswith(".pgz"):
+        raise ConfigError(f"INPUT={cfg.input} does not end in .pgz: name the file to write with OUTPUT")
+    path = output_path(cfg, cfg.input.removesuffix(".pgz"))
+    try:
+        codec = open_codec(adopt_settings(loaded, read_file(packed)[0].settings), blob, header)
+        started = time.perf_counter()
+        data = codec.decompress(packed)
+    except ArtifactError as e:
+        raise ConfigError(f"INPUT={cfg.input}: {e}") from None
+    seconds = time.perf_counter() - started
+    atomic_write(path, data)
+    tokens = read_file(packed)[0].tokens
+    codec.run.log(
+        f"restored {path} original_bytes:{len(data)} compressed_bytes:{len(packed)} seconds:{seconds:.1f} tokens_per_s:{tokens / seconds:.0f}"
+    )
+    return 0
+
+
+def run_sample(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=sample: continue PROMPT on the terminal."""
+    cfg = loaded.cfg
+    codec = open_codec(loaded, blob, header)
+    print(cfg.prompt, end="", flush=True)
+    for text in sample_text(cfg, codec.run, codec.model, codec.sp, cfg.prompt, cfg.sample_tokens, codec.tables):
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+def run_explain(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=explain: INPUT, shaded by what each token cost, on the terminal and as the page OUTPUT (default INPUT.html)."""
+    cfg = loaded.cfg
+    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.html")
+    codec = open_codec(loaded, blob, header)
+    documents = explain(codec, read_documents(cfg.input, data, codec.sp), cfg.explain_tokens)
+    for i, notes in enumerate(documents):
+        if sys.stdout.isatty():
+            print(terminal_text(notes), end="\n\n")
+        total = document_totals(notes)
+        codec.run.log(
+            f"document {i + 1} tokens:{len(notes)} bytes:{total['bytes']} bits:{total['bits']:.0f} bpb:{total['bpb']:.4f} network_bpb:{total['network_bpb']:.4f}"
+        )
+    subtitle = f"artifact {codec.artifact}, recipe {cfg.recipe}, each document on its own; normalised text, newlines as in the original"
+    atomic_write(path, page_html(Path(cfg.input).name, subtitle, documents).encode())
+    codec.run.log(f"wrote {path}")
+    return 0
+
+
+>>>>>>> scores
 def run_pack_code(loaded: LoadedConfig) -> int:
     """MODE=pack_code: write the self-extracting form of this script to LOG_DIR/train_gpt_packed.py."""
     source, path = source_text(), Path(loaded.cfg.log_dir) / "train_gpt_packed.py"
@@ -7241,7 +7523,12 @@ def open_artifact(named: str, path: str) -> tuple[bytes, dict[str, Any]]:
     except ArtifactError as e:
         raise ConfigError(f"{named}={path}: {e}") from None
     if not isinstance(header.get("config"), dict) or not isinstance(header.get("tokenizer_sha256"), str):
+<<<<<<< HEAD
         raise ConfigError(f"{named}={path}: its header names no configuration and tokenizer")
+=======
+        raise ConfigError(f"ARTIFACT={path}: its header names no configuration and tokenizer")
+    check_transform(header.get("transform", ""), f"ARTIFACT={path}")
+>>>>>>> scores
     return blob, header
 
 
