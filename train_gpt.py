@@ -132,19 +132,24 @@ class Config:
     leaky_slope: float = knob(0.0, "", "a of the MLP's leaky_relu(z, a)^2; 0: relu^2", lo=0, hi=1, shape=True)
     tie_embeddings: bool = knob(True, "", "the output head is the token embedding", shape=True)
     logit_softcap: float = knob(30.0, "", "logits = c tanh(z / c)", lo=0.1, hi=1e6, shape=True)
+    asym_logit_rescale: bool = knob(False, "", "a cap each for logits above and below 0, both LOGIT_SOFTCAP until global test-time training moves them", shape=True)
     rope_base: float = knob(10000.0, "", "RoPE base", lo=1, hi=1e9, shape=True)
     rope_dims: int = knob(0, "dims a head", "dims that RoPE rotates, the rest pass through; 0: all", lo=0, hi=4096, shape=True)
     rope_train_len: int = knob(0, "tokens", "NTK-aware base: scaled by (len/this)^(d/(d-2)) where longer; 0: off", lo=0, shape=True)
     qk_gain_init: float = knob(1.5, "", "initial per-head gain on normalised queries", lo=0, hi=100, shape=True)
     ln_scale: str = knob("none", "", "1/sqrt(layer+1) on normalised block inputs (in) or on block outputs (out)", choices=("none", "in", "out"), shape=True)
     xsa_last_n: int = knob(0, "blocks", "exclusive self attention in the last N blocks; -1: all", lo=-1, hi=256, shape=True)
-    attn_gate: str = knob("none", "", "gate on each head's output: from the input, or one scalar a head", choices=("none", "input", "scalar"), shape=True)
+    xsa_gated: bool = knob(False, "", "exclusive self attention at a learned share a head, tanh(alpha), initially 0", shape=True)
+    attn_gate: str = knob("none", "", "gate on each head's output: from the input, one scalar a head, or from GATE_WINDOW dims of the input", choices=("none", "input", "scalar", "sparse"), shape=True)
     attn_gate_init: float = knob(4.0, "", "initial gate logit (bias of `input`, value of `scalar`)", lo=-20, hi=20, shape=True)
+    sparse_attn_gate_scale: float = knob(1.0, "", "ATTN_GATE=sparse: factor on the gate's logits", lo=0.01, hi=100, shape=True)
+    gate_window: int = knob(12, "dims", "leading dims that ATTN_GATE=sparse and SMEAR_FORM=window read", lo=1, hi=16384, shape=True)
     value_residual: str = knob("none", "", "mix the first block's values into every later block's", choices=("none", "softmax", "sigmoid"), shape=True)
     ve_dim: int = knob(0, "", "width of the shared value embedding; 0: none", lo=0, hi=4096, shape=True)
     ve_layers: str = knob("", "block numbers", "blocks that add the value embedding, e.g. 9,10", shape=True)
     smear: bool = knob(False, "", "SmearGate: blend each embedding with the one before it", shape=True)
-    smear_init: float = knob(0.0, "", "initial logit g of the previous token's share sigmoid(g)", lo=-20, hi=20, shape=True)
+    smear_form: str = knob("channel", "", "share of the previous token: learned a channel, or from GATE_WINDOW dims of the token", choices=("channel", "window"), shape=True)
+    smear_init: float = knob(0.0, "", "SMEAR_FORM=channel: initial logit g of the previous token's share sigmoid(g)", lo=-20, hi=20, shape=True)
     smear_before_norm: bool = knob(False, "", "smear before the embedding's RMSNorm instead of after it", shape=True)
     smear_cross_doc: bool = knob(False, "", "published leak: blend across a BOS", shape=True)
     bigram_vocab_size: int = knob(0, "rows", "hashed bigram embedding; 0: none", lo=0, hi=2**24, shape=True)
@@ -156,6 +161,13 @@ class Config:
     bigram_proj_role: str = knob("matrix", "", "optimizer group of the bigram projection", choices=("embed", "scalar", "matrix"), shape=True)
     pre_enrich_dim: int = knob(0, "", "hidden width of the GELU pre-enrichment of embeddings; 0: none", lo=0, hi=65536, shape=True)
     skip_split: str = knob("floor", "", "encoder half of an odd number of blocks", choices=("floor", "ceil"), shape=True)
+    skip_gates_enabled: bool = knob(False, "", "skips blend by a learned gate a channel, sigmoid(g), initially 1/2, instead of being added", shape=True)
+    num_loops: int = knob(0, "passes", "depth recurrence: further passes through blocks LOOP_START to LOOP_END; 0: none", lo=0, hi=16, shape=True)
+    loop_start: int = knob(3, "", "first looped block", lo=0, hi=255, shape=True)
+    loop_end: int = knob(5, "", "last looped block", lo=0, hi=255, shape=True)
+    loop_carry: str = knob("", "", "frozen carry: for each looped block 'b,a1,a2,..', blocks separated by ';'; empty: none", shape=True)
+    enable_looping_at: float = knob(0.35, "", "share of the training budget at which the loops start", lo=0, hi=1)
+    parallel_start_layer: int = knob(0, "", "first block with attention and MLP on two parallel lanes; 0: none", lo=0, hi=255, shape=True)
     encoder_recurrence: bool = knob(False, "", "run the encoder blocks ENCODER_PASSES times", shape=True)
     encoder_passes: int = knob(2, "passes", "passes of ENCODER_RECURRENCE", lo=2, hi=8, shape=True)
     resid_mix_init: str = knob("plain", "", "initial mix with the embedding: (1, 0), or by depth", choices=("plain", "phase"), shape=True)
@@ -316,12 +328,22 @@ class Config:
     @property
     def encoder_layers(self) -> int:
         """Blocks whose outputs are kept for the U-Net skips."""
-        return self.num_layers // 2 if self.skip_split == "floor" else (self.num_layers + 1) // 2
+        return self.encoder_share(self.num_layers)
+
+    def encoder_share(self, passes: int) -> int:
+        """How many of that many passes through blocks are the encoder: half of them, rounded as SKIP_SPLIT says."""
+        return (passes + (self.skip_split == "ceil")) // 2
 
     @property
     def xsa_layers(self) -> range:
         """Blocks with exclusive self attention."""
         return range(0 if self.xsa_last_n < 0 else self.num_layers - self.xsa_last_n, self.num_layers)
+
+    @property
+    def carry_rows(self) -> list[list[float]]:
+        """LOOP_CARRY as numbers: (b, a1, a2, ..) of each looped block; empty without a carry."""
+        rows = self.loop_carry.split(";") if self.loop_carry.strip() else []
+        return [[float(x) for x in row.split(",")] for row in rows]
 
     @property
     def eval_len(self) -> int:
@@ -394,6 +416,7 @@ class Config:
             if 0 < getattr(self, name) * self.model_dim < 1:
                 yield f"{name.upper()}={getattr(self, name)} leaves no hidden unit at MODEL_DIM={self.model_dim}"
         yield from self._branch_errors()
+        yield from self._topology_errors()
 
     def _branch_errors(self) -> Iterator[str]:
         try:
@@ -411,10 +434,35 @@ class Config:
             yield f"ADAPTER_B_INIT={self.adapter_b_init} has no adapters to act on: set ADAPTER_RANK above 0"
         if self.adapter_rank and self.out_init != "zero":
             yield f"OUT_INIT={self.out_init} has no matrices to act on with ADAPTER_RANK={self.adapter_rank}: unset one of them"
-        if self.encoder_recurrence and self.encoder_layers == 0:
-            yield f"ENCODER_RECURRENCE=1 needs an encoder block: NUM_LAYERS={self.num_layers} has none"
         if self.value_residual != "none" and self.num_layers < 2:
             yield f"VALUE_RESIDUAL={self.value_residual} needs at least 2 blocks, NUM_LAYERS={self.num_layers}"
+
+        reads_window = self.attn_gate == "sparse" or (self.smear and self.smear_form == "window")
+        if reads_window and self.gate_window > self.model_dim:
+            yield f"GATE_WINDOW={self.gate_window} is wider than the model: MODEL_DIM={self.model_dim}"
+
+    def _topology_errors(self) -> Iterator[str]:
+        looped = f"NUM_LOOPS={self.num_loops} through LOOP_START={self.loop_start} to LOOP_END={self.loop_end}"
+        if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
+            yield f"{looped}: expected rising block numbers of 0 to {self.num_layers - 1} with NUM_LAYERS={self.num_layers}"
+        if self.num_loops and 0 < self.parallel_start_layer <= self.loop_end:
+            yield f"{looped} reaches into the lanes: PARALLEL_START_LAYER={self.parallel_start_layer} must lie above LOOP_END"
+        if self.encoder_recurrence and 0 < self.parallel_start_layer < self.encoder_layers:
+            yield f"ENCODER_RECURRENCE=1 repeats blocks with lanes: PARALLEL_START_LAYER={self.parallel_start_layer}, expected at least {self.encoder_layers}"
+        if self.num_loops and self.encoder_recurrence:
+            yield f"NUM_LOOPS={self.num_loops} and ENCODER_RECURRENCE=1 both repeat blocks: unset one of them"
+        if self.parallel_start_layer >= self.num_layers:
+            yield f"PARALLEL_START_LAYER={self.parallel_start_layer} is no block with NUM_LAYERS={self.num_layers}; 0: no lanes"
+        if self.encoder_recurrence and self.encoder_layers == 0:
+            yield f"ENCODER_RECURRENCE=1 needs an encoder block: NUM_LAYERS={self.num_layers} has none"
+        try:
+            n = self.loop_end - self.loop_start + 1 if self.num_loops else 0
+            if self.carry_rows and [len(row) for row in self.carry_rows] != [n + 1] * n:
+                raise ValueError
+            if not all(math.isfinite(x) for row in self.carry_rows for x in row):
+                raise ValueError
+        except ValueError:
+            yield f"LOOP_CARRY={self.loop_carry!r}: expected {n} looped blocks, separated by ';', of {n + 1} numbers each"
 
     def _training_errors(self) -> Iterator[str]:
         try:
@@ -2272,16 +2320,37 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionK
 # ---- what may act on the heads
 
 
-def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
+def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, share_H: Tensor | None = None) -> Tensor:
     """XSA: y - (y . v^) v^ for each query head, v^ the unit value of its group at the query's own position.
 
     arXiv 2603.09078 and #265. Grouped: values are broadcast over their query heads, never expanded. A zero v leaves y.
+    `share_H` takes away that share of each head's projection instead of all of it.
     """
     b, t, h, k = y_BTHK.shape
     g = v_BTGK.shape[2]
     y = y_BTHK.view(b, t, g, h // g, k)
     unit = F.normalize(v_BTGK, dim=-1, eps=1e-12)[:, :, :, None]
-    return (y - (y * unit).sum(-1, keepdim=True) * unit).flatten(2, 3)
+    along = (y * unit).sum(-1, keepdim=True)
+    along = along if share_H is None else along * share_H.view(g, h // g, 1)
+    return (y - along * unit).flatten(2, 3)
+
+
+class GatedXsa(nn.Module):
+    """XSA at the learned share tanh(alpha) of each head; alpha = 0 at first is plain attention (#2018)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.alpha_H = vector(cfg.num_heads)
+
+    def forward(self, y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
+        return exclude_self(y_BTHK, v_BTGK, torch.tanh(self.alpha_H).to(y_BTHK.dtype))
+
+
+def own_value_exclusion(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """What this block does with its own value in the attention's output: nothing, XSA, or gated XSA."""
+    if layer not in cfg.xsa_layers:
+        return lambda y, v: y  # noqa: ARG005
+    return GatedXsa(cfg) if cfg.xsa_gated else exclude_self
 
 
 class NoGate(nn.Module):
@@ -2318,7 +2387,20 @@ class ScalarGate(nn.Module):
         return y_BTHK * torch.sigmoid(self.logit_H).to(y_BTHK.dtype)[:, None]
 
 
-ATTN_GATES = {"none": NoGate, "input": InputGate, "scalar": ScalarGate}
+class SparseGate(nn.Module):
+    """y_h *= sigmoid(c W x[:GATE_WINDOW])_h, x the block's normalised input; W = 0 starts at 1/2 (#1787)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.scale, self.window = cfg.sparse_attn_gate_scale, cfg.gate_window
+        self.weight_HW = vector(cfg.num_heads, self.window)
+
+    def forward(self, y_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
+        z_BTH = F.linear(x_BTD[..., : self.window], self.weight_HW.to(x_BTD.dtype))
+        return y_BTHK * torch.sigmoid(self.scale * z_BTH)[..., None]
+
+
+ATTN_GATES = {"none": NoGate, "input": InputGate, "scalar": ScalarGate, "sparse": SparseGate}
 
 
 class NoValueResidual(nn.Module):
@@ -2422,6 +2504,29 @@ class Smear(nn.Module):
         return x_BTD + s * (shifted - x_BTD)
 
 
+class WindowSmear(nn.Module):
+    """SmearGate of few numbers: y_t = x_t + l sigmoid(w . x_t[:GATE_WINDOW]) x_{t-1}, x_{-1} = 0. Neutral at l = 0, its init.
+
+    Nothing is added where the current token is a BOS, as in `Smear` (#1667; the rule: #1851).
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.weight_W, self.scale = vector(cfg.gate_window), vector(1)
+        self.cross_doc = cfg.smear_cross_doc
+
+    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor) -> Tensor:
+        shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+        w, scale = self.weight_W.to(x_BTD.dtype), self.scale.to(x_BTD.dtype)
+        s = scale * torch.sigmoid(F.linear(x_BTD[..., : len(w)], w[None]))
+        if not self.cross_doc:
+            s = s * ~starts_BT[..., None]
+        return x_BTD + s * shifted
+
+
+SMEARS = {"channel": Smear, "window": WindowSmear}
+
+
 class PreEnrich(nn.Module):
     """x <- W_b gelu(W_a x), exact GELU, no residual (#187)."""
 
@@ -2479,7 +2584,7 @@ class Attention(nn.Module):
         self.q_gain_H = vector(cfg.num_heads, value=cfg.qk_gain_init)
         self.gate = ATTN_GATES[cfg.attn_gate](cfg)
         self.value_residual = VALUE_RESIDUALS[cfg.value_residual if layer else "none"]()
-        self.exclude_self = exclude_self if layer in cfg.xsa_layers else lambda y, v: y  # noqa: ARG005
+        self.exclude_self = own_value_exclusion(cfg, layer)
         self.attend = attend_sdpa
 
     def heads(self, x_BTD: Tensor) -> Tensor:
@@ -2529,7 +2634,10 @@ def phase_mix(layer: int, layers: int) -> float:
 
 
 class Block(nn.Module):
-    """u = m0 x + m1 x0;  u += a Attn(norm u);  u += b MLP(norm u). Per-channel m, a, b; LN_SCALE = 1/sqrt(layer + 1)."""
+    """u = m0 x + m1 x0;  u += a Attn(norm u);  u += b MLP(norm u). Per-channel m, a, b; LN_SCALE = 1/sqrt(layer + 1).
+
+    Every block takes and returns two lanes, one that attention reads and one that the MLP reads; here both are x.
+    """
 
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
@@ -2547,13 +2655,54 @@ class Block(nn.Module):
         n = rms_norm(u)
         return n if self.in_scale == 1.0 else n * self.in_scale
 
-    def forward(self, x: Tensor, v0: Tensor | None, s: Stream, slot: int) -> tuple[Tensor, Tensor]:
-        mix, a, b = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
-        u = mix[0] * x + mix[1] * s.x0_BTD
+    def mixed(self, x: Tensor, s: Stream) -> Tensor:
+        """m0 x + m1 x0."""
+        mix = self.resid_mix.to(x.dtype)
+        return mix[0] * x + mix[1] * s.x0_BTD
+
+    def branch(self, y: Tensor, scale_D: Tensor) -> Tensor:
+        """A branch's output as it is added to the stream."""
+        y = scale_D.to(y.dtype) * y
+        return y if self.out_scale == 1.0 else y * self.out_scale
+
+    def forward(self, a: Tensor, m: Tensor, v0: Tensor | None, s: Stream, slot: int) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG002
+        """(attention's lane, the MLP's lane, the first block's values)."""
+        u = self.mixed(a, s)
         y, v0 = self.attn(self.norm(u), v0, s, slot)
-        u = u + a * y * self.out_scale if self.out_scale != 1.0 else u + a * y
-        y = self.mlp(self.norm(u), s.ctx)
-        return (u + b * y * self.out_scale if self.out_scale != 1.0 else u + b * y), v0
+        u = u + self.branch(y, self.attn_scale)
+        u = u + self.branch(self.mlp(self.norm(u), s.ctx), self.mlp_scale)
+        return u, u, v0
+
+    def join(self, a: Tensor, m: Tensor) -> Tensor:  # noqa: ARG002
+        """Two lanes after the last block -> the model's output."""
+        return a
+
+
+class ParallelBlock(Block):
+    """Attention reads lane A, the MLP lane M, and each lane takes from both (#1204, #1529):
+
+    y = a Attn(norm(m0 A + m1 x0)), z = b MLP(norm M);  A <- ra A + paa y + pma z;  M <- rm M + pam y + pmm z.
+    Scalars r = 1.1 and p = 1 at first. Both lanes start as the stream; the output is their mean.
+    """
+
+    def __init__(self, cfg: Config, layer: int) -> None:
+        super().__init__(cfg, layer)
+        self.lane_mix = vector(2, 3, value=1.0)  # (A, M) x (r, share of y, share of z)
+        if self.lane_mix.device.type != "meta":
+            self.lane_mix.data[:, 0] = 1.1
+
+    def forward(self, a: Tensor, m: Tensor, v0: Tensor | None, s: Stream, slot: int) -> tuple[Tensor, Tensor, Tensor]:
+        y, v0 = self.attn(self.norm(self.mixed(a, s)), v0, s, slot)
+        y, z = self.branch(y, self.attn_scale), self.branch(self.mlp(self.norm(m), s.ctx), self.mlp_scale)
+        mix = self.lane_mix.to(a.dtype)
+        a, m = (r * lane + p * y + q * z for lane, (r, p, q) in ((a, mix[0]), (m, mix[1])))
+        return a, m, v0
+
+    def join(self, a: Tensor, m: Tensor) -> Tensor:
+        return 0.5 * (a + m)
+
+
+# ---- the order of blocks
 
 
 class Step(NamedTuple):
@@ -2563,18 +2712,89 @@ class Step(NamedTuple):
     norm: bool  # RMSNorm the stream first (start of a repeated encoder pass)
     save: bool  # push the output for a later skip
     skip: int | None  # which skip weight merges the popped output before the block
+    repeat: int  # earlier passes through the same block
 
 
-def layer_plan(cfg: Config) -> list[Step]:
-    """The order of blocks: encoder (ENCODER_PASSES times with ENCODER_RECURRENCE, skips from the last pass), decoder."""
-    passes, half = cfg.encoder_passes if cfg.encoder_recurrence else 1, cfg.encoder_layers
-    skips = min(half, cfg.num_layers - half)
-    plan = [Step(i, p > 0 and i == 0, p == passes - 1, None) for p in range(passes) for i in range(half)]
-    return plan + [Step(i, False, False, i - half if i - half < skips else None) for i in range(half, cfg.num_layers)]
+def layer_plan(cfg: Config, looped: bool = True) -> list[Step]:
+    """The passes through blocks in their order: encoder, whose outputs are pushed, then decoder, which pops them as skips.
+
+    NUM_LOOPS repeats blocks LOOP_START..LOOP_END and halves what results, once `looped`; 11 blocks with 3..5 three times:
+    0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8 9 10, 8 skips (#1344). ENCODER_RECURRENCE repeats the encoder ENCODER_PASSES times,
+    normalises in between, and takes skips from its last pass (#187).
+    """
+    first, last, repeats = 0, 0, 0  # blocks first .. last - 1 are run `repeats` times more
+    if cfg.encoder_recurrence:
+        first, last, repeats = 0, cfg.encoder_layers, cfg.encoder_passes - 1
+    elif looped and cfg.num_loops:
+        first, last, repeats = cfg.loop_start, cfg.loop_end + 1, cfg.num_loops
+    order = [*range(last), *list(range(first, last)) * repeats, *range(last, cfg.num_layers)]
+    half = len(order) - (cfg.num_layers - last) if cfg.encoder_recurrence else cfg.encoder_share(len(order))
+    kept = range(half - last if cfg.encoder_recurrence else 0, half)
+    skips = min(len(kept), len(order) - half)
+    return [Step(block, cfg.encoder_recurrence and block == 0 and i > 0, i in kept,
+                 i - half if 0 <= i - half < skips else None, order[:i].count(block))
+            for i, block in enumerate(order)]  # fmt: skip
+
+
+def add_skip(x: Tensor, skip: Tensor, w_D: Tensor, _gate_D: Tensor | None) -> Tensor:
+    """x + w skip."""
+    return x + w_D.to(x.dtype) * skip
+
+
+def blend_skip(x: Tensor, skip: Tensor, w_D: Tensor, gate_D: Tensor) -> Tensor:
+    """s x + (1 - s) w skip, s = sigmoid(gate)."""
+    return torch.lerp(w_D.to(x.dtype) * skip, x, torch.sigmoid(gate_D).to(x.dtype))
+
+
+class LoopCarry:
+    """Frozen carry: a repeated pass through looped block i gives b_i F_i(x) + sum_j a_ij c_j, c_j the detached output of looped
+    block j in its first pass (#1779). Constants of LOOP_CARRY; b = 1 and a = 0 is the plain loop.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        self.rows = {cfg.loop_start + i: row for i, row in enumerate(cfg.carry_rows)}
+
+    def __call__(self, a: Tensor, m: Tensor, step: Step, firsts: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Both lanes after this step as the next one reads them; `firsts` keeps the first passes of one forward."""
+        if step.block not in self.rows:
+            return a, m
+        if not step.repeat:
+            firsts[step.block] = a.detach()
+            return a, m
+        b, *shares = self.rows[step.block]
+        x = b * a + sum(share * first for share, first in zip(shares, firsts.values(), strict=True))
+        return x, x
+
+
+class Softcap(nn.Module):
+    """c tanh(z / c), c = LOGIT_SOFTCAP."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cap = cfg.logit_softcap
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.cap * torch.tanh(z / self.cap)
+
+
+class AsymSoftcap(Softcap):
+    """A cap of its own for logits above and below 0, `caps` = (c+, c-), both LOGIT_SOFTCAP at first (#1923).
+
+    Training leaves the pair alone (it is frozen) and equals the constant; only global test-time training may move it. It
+    is stored with the weights.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__(cfg)
+        self.caps = vector(2, value=cfg.logit_softcap).requires_grad_(False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        cap = torch.where(z >= 0, self.caps[0], self.caps[1])
+        return cap * torch.tanh(z / cap)
 
 
 class KVCache:
-    """Keys and values of earlier positions for each pass through a block, and the last token and embedding.
+    """Keys and values of earlier positions for each pass through a block of the longest plan, the last token and embedding.
 
     B sequences of the same length in lockstep; `limit` positions at most. `length` counts those already seen.
     """
@@ -2600,7 +2820,8 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.cfg, self.plan = cfg, layer_plan(cfg)
+        self.cfg, self.plans = cfg, {looped: layer_plan(cfg, looped) for looped in (False, True)}
+        self.set_looped(True)
         self.compute_dtype = torch.float32
         self.tok_emb = Embedding(cfg.vocab_size, cfg.model_dim, cfg.embed_init_std, "embed", "embed")
         if cfg.overtone_init and self.tok_emb.weight.device.type != "meta":
@@ -2609,13 +2830,22 @@ class GPT(nn.Module):
         if not cfg.tie_embeddings:
             self.head = Linear("head", cfg.model_dim, cfg.vocab_size, "embed", "zero", role="head")
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
-        self.smear = Smear(cfg) if cfg.smear else None
+        self.smear = SMEARS[cfg.smear_form](cfg) if cfg.smear else None
         self.pre_enrich = PreEnrich(cfg) if cfg.pre_enrich_dim else None
         self.ve = ValueEmbedding(cfg) if cfg.ve_dim else None
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
-        skips = sum(step.skip is not None for step in self.plan)
+        parallel = range(cfg.parallel_start_layer or cfg.num_layers, cfg.num_layers)
+        self.blocks = nn.ModuleList((ParallelBlock if i in parallel else Block)(cfg, i) for i in range(cfg.num_layers))
+        skips = max(sum(step.skip is not None for step in plan) for plan in self.plans.values())
         self.skip_weights = vector(skips, cfg.model_dim, value=1.0)
+        self.skip_gates = vector(skips, cfg.model_dim) if cfg.skip_gates_enabled else None
+        self.merge_skip = blend_skip if cfg.skip_gates_enabled else add_skip
+        self.carry = LoopCarry(cfg)
+        self.softcap = AsymSoftcap(cfg) if cfg.asym_logit_rescale else Softcap(cfg)
         self.register_buffer("rope", rope_table(cfg), persistent=False)
+
+    def set_looped(self, looped: bool) -> None:
+        """Follow the looped plan, as a new model does, or the plain one, as training does before ENABLE_LOOPING_AT."""
+        self.looped, self.plan = looped, self.plans[looped]
 
     def sites(self) -> dict[str, torch.Size]:
         """Every projection's site and the shape (out, in) of its effective matrix."""
@@ -2667,22 +2897,25 @@ class GPT(nn.Module):
     def features(self, ids: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
         """ids (B, T) int64 -> final normalised stream (B, T, D). With a cache, ids continue the cached positions."""
         start = 0 if ctx.cache is None else ctx.cache.length
-        x = x0 = self.embed(ids, ctx)
+        a = m = x0 = self.embed(ids, ctx)
         values = {} if self.ve is None else self.ve(ids, self.compute_dtype, ctx)
         stream = Stream(x0, self.rope[:, start : start + ids.shape[1]], values, ctx)
         v0: Tensor | None = None
         saved: list[Tensor] = []
+        firsts: dict[int, Tensor] = {}
         for slot, step in enumerate(self.plan):
             if step.norm:
-                x = rms_norm(x)
+                a = rms_norm(a)
             if step.skip is not None:
-                x = x + self.skip_weights[step.skip].to(x.dtype) * saved.pop()
-            x, v0 = self.blocks[step.block](x, v0, stream, slot)
+                gate = None if self.skip_gates is None else self.skip_gates[step.skip]
+                a = self.merge_skip(a, saved.pop(), self.skip_weights[step.skip], gate)
+            a, m, v0 = self.blocks[step.block](a, m, v0, stream, slot)
+            a, m = self.carry(a, m, step, firsts)
             if step.save:
-                saved.append(x)
+                saved.append(a)
         if ctx.cache is not None:
             ctx.cache.length, ctx.cache.last_id = start + ids.shape[1], ids[:, -1]
-        return rms_norm(x)
+        return rms_norm(self.blocks[-1].join(a, m))
 
     def logits(self, features: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
         """(..., D) -> softcapped logits (..., V) fp32."""
@@ -2693,8 +2926,7 @@ class GPT(nn.Module):
                 ctx.tap("tok_emb", features)
             z = F.linear(features, self.tok_emb.weight.to(features.dtype))
             z = z + ctx.lora["head"](features) if "head" in ctx.lora else z
-        cap = self.cfg.logit_softcap
-        return cap * torch.tanh(z.float() / cap)
+        return self.softcap(z.float())
 
     def nll(self, inputs: Tensor, targets: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
         """-log p(target) in nats, (B, T) fp32."""
@@ -2730,8 +2962,8 @@ class FakeQuant(nn.Module):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable elements."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Elements of all parameters; frozen random bases are none."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def flops_per_token(model: GPT, seq_len: int) -> float:
