@@ -8353,131 +8353,6 @@ def read_named(name: str, path: str, purpose: str) -> bytes:
         raise ConfigError(f"{name}={path!r}: {(e.strerror or str(e)).lower()}; {purpose}") from None
 
 
-<<<<<<< HEAD
-=======
-def read_input(cfg: Config) -> bytes:
-    """The bytes of INPUT."""
-    return read_named("INPUT", cfg.input, f"name the file that MODE={cfg.mode} works on")
-
-
-def open_codec(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> Codec:
-    """The artifact's model and tokenizer, ready to code: one process, no data, no logs."""
-    cfg = loaded.cfg
-    paths = find_data(cfg, header["tokenizer_sha256"])
-    tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform)
-    check_tokenizer(tokenizer, header, cfg)
-    run = Run.start(cfg)
-    if run.world > 1:
-        raise ConfigError(f"MODE={cfg.mode} runs in one process; start it with python instead of torchrun")
-    for text in loaded.notices:
-        run.notice(text)
-    if cfg.ttt_enabled:
-        run.notice("test-time training is left out here: the network stays as it is packed")
-    settings = {n: getattr(cfg, n.lower()) for n in CODEC_KNOBS if loaded.source[n] == "env"}
-    changed = {n: v for n, v in settings.items() if v != header["config"].get(n, FIELDS[n].default)}
-    text = json.dumps(changed, separators=(",", ":")) if changed else ""
-    name = hashlib.sha256(blob).hexdigest()[:16]
-    return Codec(cfg, run, load_model(cfg, run, blob), tokenizer.sp, name, text, load_tables(cfg, blob))
-
-
-def output_path(cfg: Config, default: str) -> Path:
-    """OUTPUT or its default; refuses to overwrite without FORCE=1, before any work is done."""
-    path = Path(cfg.output or default)
-    if path.exists() and not cfg.force:
-        raise ConfigError(f"OUTPUT={path} exists: choose another name, or FORCE=1 to overwrite it")
-    return path
-
-
-def run_compress(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
-    """MODE=compress: INPUT -> OUTPUT (default INPUT.pgz), and the account."""
-    cfg = loaded.cfg
-    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.pgz")
-    codec = open_codec(loaded, blob, header)
-    started = time.perf_counter()
-    packed = codec.compress(data)
-    seconds = time.perf_counter() - started
-    atomic_write(path, packed.blob)
-    h, per_byte = packed.header, 1 / max(len(data), 1)
-    other = 8 * len(packed.blob) - packed.token_bits - packed.restoration_bits
-    codec.run.log(
-        f"compressed {cfg.input} -> {path} form:{FORMS[h.form]} original_bytes:{h.size} compressed_bytes:{len(packed.blob)} "
-        f"bpb:{8 * len(packed.blob) * per_byte:.4f} seconds:{seconds:.1f} lanes:{h.lanes} tokens_per_s:{h.tokens / seconds:.0f}"
-    )
-    if FORMS[h.form] == "text":
-        codec.run.log(
-            f"bits a byte: tokens {packed.token_bits * per_byte:.4f} (ideal {packed.ideal * per_byte:.4f}), restoration "
-            f"{packed.restoration_bits * per_byte:.4f}, header {other * per_byte:.4f}; the artifact's {len(blob)} bytes are not counted"
-        )
-    return 0
-
-
-def adopt_settings(loaded: LoadedConfig, settings: str) -> LoadedConfig:
-    """The configuration with the scoring knobs that the compressed file was coded with."""
-    try:
-        coded = {n: parse_value(n, as_text(v)) for n, v in json.loads(settings or "{}").items() if n in CODEC_KNOBS}
-        cfg = dataclasses.replace(loaded.cfg, **{n.lower(): v for n, v in coded.items()})
-    except (ValueError, AttributeError, RecursionError):
-        raise ArtifactError("the file's header is inconsistent") from None
-    for name in CODEC_KNOBS:
-        mine, theirs = getattr(loaded.cfg, name.lower()), getattr(cfg, name.lower())
-        if loaded.source[name] == "env" and mine != theirs:
-            raise ConfigError(f"{name}={as_text(mine)}: the file was coded with {as_text(theirs)}; unset {name}")
-    return loaded._replace(cfg=cfg)
-
-
-def run_decompress(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
-    """MODE=decompress: INPUT -> OUTPUT (default INPUT without .pgz)."""
-    cfg = loaded.cfg
-    packed = read_input(cfg)
-    if not cfg.output and not cfg.input.endswith(".pgz"):
-        raise ConfigError(f"INPUT={cfg.input} does not end in .pgz: name the file to write with OUTPUT")
-    path = output_path(cfg, cfg.input.removesuffix(".pgz"))
-    try:
-        codec = open_codec(adopt_settings(loaded, read_file(packed)[0].settings), blob, header)
-        started = time.perf_counter()
-        data = codec.decompress(packed)
-    except ArtifactError as e:
-        raise ConfigError(f"INPUT={cfg.input}: {e}") from None
-    seconds = time.perf_counter() - started
-    atomic_write(path, data)
-    tokens = read_file(packed)[0].tokens
-    codec.run.log(
-        f"restored {path} original_bytes:{len(data)} compressed_bytes:{len(packed)} seconds:{seconds:.1f} tokens_per_s:{tokens / seconds:.0f}"
-    )
-    return 0
-
-
-def run_sample(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
-    """MODE=sample: continue PROMPT on the terminal."""
-    cfg = loaded.cfg
-    codec = open_codec(loaded, blob, header)
-    print(cfg.prompt, end="", flush=True)
-    for text in sample_text(cfg, codec.run, codec.model, codec.sp, cfg.prompt, cfg.sample_tokens, codec.tables):
-        print(text, end="", flush=True)
-    print()
-    return 0
-
-
-def run_explain(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
-    """MODE=explain: INPUT, shaded by what each token cost, on the terminal and as the page OUTPUT (default INPUT.html)."""
-    cfg = loaded.cfg
-    data, path = read_input(cfg), output_path(cfg, f"{cfg.input}.html")
-    codec = open_codec(loaded, blob, header)
-    documents = explain(codec, read_documents(cfg.input, data, codec.sp), cfg.explain_tokens)
-    for i, notes in enumerate(documents):
-        if sys.stdout.isatty():
-            print(terminal_text(notes), end="\n\n")
-        total = document_totals(notes)
-        codec.run.log(
-            f"document {i + 1} tokens:{len(notes)} bytes:{total['bytes']} bits:{total['bits']:.0f} bpb:{total['bpb']:.4f} network_bpb:{total['network_bpb']:.4f}"
-        )
-    subtitle = f"artifact {codec.artifact}, recipe {cfg.recipe}, each document on its own; normalised text, newlines as in the original"
-    atomic_write(path, page_html(Path(cfg.input).name, subtitle, documents).encode())
-    codec.run.log(f"wrote {path}")
-    return 0
-
-
->>>>>>> scores
 def run_pack_code(loaded: LoadedConfig) -> int:
     """MODE=pack_code: write the self-extracting form of this script to LOG_DIR/train_gpt_packed.py."""
     source, path = source_text(), Path(loaded.cfg.log_dir) / "train_gpt_packed.py"
@@ -8500,12 +8375,8 @@ def open_artifact(named: str, path: str) -> tuple[bytes, dict[str, Any]]:
     except ArtifactError as e:
         raise ConfigError(f"{named}={path}: {e}") from None
     if not isinstance(header.get("config"), dict) or not isinstance(header.get("tokenizer_sha256"), str):
-<<<<<<< HEAD
         raise ConfigError(f"{named}={path}: its header names no configuration and tokenizer")
-=======
-        raise ConfigError(f"ARTIFACT={path}: its header names no configuration and tokenizer")
-    check_transform(header.get("transform", ""), f"ARTIFACT={path}")
->>>>>>> scores
+    check_transform(header.get("transform", ""), f"{named}={path}")
     return blob, header
 
 
