@@ -106,7 +106,7 @@ def run(tiny):
 @pytest.fixture(autouse=True)
 def undisturbed():
     """Whatever a run in this process sets for the whole process is set back."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {s: signal.getsignal(s) for s in tg.STOP_SIGNALS}
     threads = torch.get_num_threads()
     yield
     for number, handler in handlers.items():
