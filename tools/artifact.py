@@ -168,9 +168,10 @@ def read_artifact(path: str) -> tuple[bytes, dict[str, Any], tg.LoadedConfig]:
 def open_predictor(blob: bytes, header: dict[str, Any], loaded: tg.LoadedConfig) -> Predictor:
     """The artifact's model on its device, with its tokenizer: one process, no data, no logs."""
     cfg = loaded.cfg
-    tokenizer = tg.Tokenizer(tg.find_data(cfg).tokenizer, cfg.vocab_size)
+    transform = header.get("transform", "")
+    tokenizer = tg.Tokenizer(tg.find_data(cfg).tokenizer, cfg.vocab_size, transform)
     tg.check_tokenizer(tokenizer, header, cfg)
-    text = TextTokens(tokenizer.sp, header.get("transform", ""))
+    text = TextTokens(tokenizer.sp, transform)
     run = tg.Run.start(cfg)
     for notice in loaded.notices:
         run.notice(notice)
