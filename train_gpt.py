@@ -7373,10 +7373,6 @@ class PackedTable:
         """Rows, in the next level, of the tokens that followed a context of k tokens."""
         return slice(*self.starts[k][row : row + 2].tolist()) if row >= 0 else slice(0, 0)
 
-    def followers(self, contexts: list[int]) -> Tensor:
-        """Tokens that were packed after the last token: those packed after a longer context are among them."""
-        return self.tokens[1][self.follower_rows(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
-
     def stats_of(self, contexts: list[int], tokens: Tensor) -> NgramStats:
         """Statistics of one target for each of `tokens`, (order, n); -1 stands for a token that never followed."""
         wanted = tokens.cpu().numpy()
