@@ -6,6 +6,7 @@
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
     MODE=audit ARTIFACT=logs/run.pgz python train_gpt.py           is that score a code length?
     python train_gpt.py --help | --dump-config | --toc
+    python tools/codec.py --help                                   also sample, explain: what an artifact is good for; plan
 
 Every knob is an environment variable, declared once in section 1. The file is ordered as data flows; a name is used only
 below its definition, so a reader can stop anywhere and have understood all above.
