@@ -578,7 +578,7 @@ def mapped(name: str, table: dict[str, str]) -> Converter:
 
 
 def float_or_none(text: str) -> float | None:
-    """A number, or None where the text is none."""
+    """The text as a number, or None if it is not one."""
     try:
         return float(text)
     except ValueError:
@@ -598,7 +598,7 @@ def computed(convert: Callable[[float], dict[str, Any]]) -> Converter:
 
 
 class SwitchedOff(dict[str, str]):
-    """Our knobs where a published switch is off: what it switches off stays off, however it is set."""
+    """The knobs that a published switch turns off; they win even over explicit settings of the same knobs."""
 
 
 def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
@@ -770,7 +770,7 @@ ELSEWHERE = {name: ours for ours, names in {
 
 
 def bounds(name: str) -> str:
-    """What a number may be, in words with its unit: "1 to 10 iterations", "at least 0 s"; empty where anything goes."""
+    """A number's bounds in words with its unit: "1 to 10 iterations", "at least 0 s"; empty where it has none."""
     meta = FIELDS[name].metadata
     lo, hi = (None if math.isinf(limit) else f"{limit:.10g}" for limit in (meta["lo"], meta["hi"]))
     words = f"{lo} to {hi}" if lo and hi else f"at least {lo}" if lo else f"at most {hi}" if hi else ""
@@ -778,7 +778,7 @@ def bounds(name: str) -> str:
 
 
 def check_value(name: str, value: Any) -> Any:
-    """The same value if it is of the knob's type and within its bounds; else ConfigError says what would do."""
+    """The value itself; raises ConfigError with what is expected unless it has the knob's type and is within its bounds."""
     meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected {TYPE_WORDS[kind]}")
@@ -802,7 +802,7 @@ def expand_home(name: str, path: str) -> str:
 
 
 def parse_value(name: str, text: str) -> Any:
-    """Text of one knob -> its typed value; raises ConfigError naming knob, value and what would do."""
+    """Text of one knob -> its typed value; raises ConfigError with the knob, the text and what is expected."""
     meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
     if kind is bool or "0" in meta["choices"]:
         text = as_digit(text)
@@ -910,7 +910,7 @@ LOCAL_KNOBS = frozenset("MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PA
 
 
 def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]) -> dict[str, Any]:
-    """What stands between defaults and environment: the recipe's values, or those that an artifact's header names."""
+    """The values that override the defaults and that the environment overrides: the recipe's, or those of an artifact's header."""
     if header is None:
         return RECIPES[recipe]
     values = {}
@@ -973,7 +973,7 @@ def source_text() -> str:
 
 
 def knob_groups() -> dict[str, list[str]]:
-    """Section -> its knobs, read from the `# ---- N NAME` comments inside Config, so that help cannot rot."""
+    """Section -> its knobs, read from the `# ---- N NAME` comments inside Config, so that --help is always complete."""
     groups: dict[str, list[str]] = {}
     inside = False
     for line in source_text().splitlines():
@@ -1007,12 +1007,12 @@ def dump_config(loaded: LoadedConfig) -> str:
 # ==== 2 RUNTIME =======================================================================================================
 
 LOG_SCHEMA = 1
-# Dense bf16 peak of one device in FLOP/s, for MFU; by a word of torch.cuda.get_device_name().
+# Dense bf16 peak of one device in FLOP/s, for MFU; looked up by part of torch.cuda.get_device_name().
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
               "RTX 4090": 165e12, "RTX 3090": 71e12, "A10G": 70e12, "L4": 121e12}  # fmt: skip
 
 
-# What asks a process to end, or warns it that it will be killed: by hand, by torchrun, by a terminal that closes, by a cluster.
+# Signals by which a user, torchrun, a terminal that closes or a cluster asks a process to end or warns that it will be killed.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
                      if hasattr(signal, name))  # fmt: skip
 
@@ -1022,7 +1022,7 @@ class Interrupted(RuntimeError):
 
 
 class BrokenRun(RuntimeError):
-    """The run failed through no mistake of the user (a loss that is not finite, a limit broken). Exit status 1."""
+    """The run failed, and not by a mistake of the user: a loss that is not finite, a full disk. Exit status 1."""
 
 
 def say(text: str, to_stderr: bool = False, end: str = "\n") -> OSError | None:
@@ -1054,7 +1054,10 @@ def cannot_write(path: Path, error: OSError) -> ConfigError | BrokenRun:
 
 
 def atomic_write(path: Path, blob: bytes) -> None:
-    """Write `blob` so that `path` appears whole or not at all: write aside, fsync, rename. Raises as `cannot_write` says."""
+    """Write `blob` to a file beside `path`, fsync it and rename it, so that `path` is complete or absent.
+
+    Raises what `cannot_write` returns.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1101,7 +1104,7 @@ def unlock_file(file: Any) -> None:
 
 
 def derive_seed(seed: int, *purpose: Any) -> int:
-    """A 63-bit seed for (seed, purpose...): streams of random numbers for different purposes never coincide."""
+    """A 63-bit seed for (seed, purpose...), so that each purpose has random numbers of its own."""
     return int.from_bytes(hashlib.sha256(repr((seed, *purpose)).encode()).digest()[:8], "little") >> 1
 
 
@@ -1167,7 +1170,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 
 def tune_cpu(local_world: int) -> None:
-    """Settings that make fp32 training on a CPU about twice as fast; `local_world` processes share its cores."""
+    """Set threads, matmul precision and malloc for fp32 training on a CPU: about twice as fast; `local_world` processes share the cores."""
     # torchrun sets OMP_NUM_THREADS=1 for several processes; share the cores instead.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // local_world))
@@ -1183,7 +1186,7 @@ def tune_cpu(local_world: int) -> None:
 
 
 def end_process_group(broken: bool = False) -> None:
-    """Leave the process group, if there is one, in a state in which the interpreter can end.
+    """Destroy the process group, if there is one, so that the interpreter can exit.
 
     After a failure NCCL's is left as it is: destroying it would wait for collectives that the other ranks never join.
 
@@ -1202,7 +1205,7 @@ def end_process_group(broken: bool = False) -> None:
 
 
 def group_store(rank: int, world: int) -> dist.Store:
-    """torchrun's key-value store under a prefix that the ranks of this attempt have agreed on.
+    """torchrun's key-value store, under a prefix that the ranks of this attempt (start or restart) have in common.
 
     torchrun keeps one store over its restarts, and a Gloo mesh that reads addresses left by the attempt before never forms
     (torch 2.13). So each process says hello with a fresh name, rank 0 answers with the names it has heard until all have
@@ -1223,7 +1226,7 @@ def group_store(rank: int, world: int) -> dist.Store:
 
 
 class Run:
-    """Where and as whom this process runs: ranks, device, logs, the stop signal. Made once, by `Run.start`."""
+    """This process in its run: rank, device, logs, the stop signal, collectives. Made once, by `Run.start`."""
 
     current: Run | None = None  # for main, which closes the logs whatever happens
 
@@ -1235,7 +1238,7 @@ class Run:
         self.signal: int | None = None
         self.signal_time = 0.0
         self.graceful = False  # True while a loop checks `signal` by itself
-        self.training_began = False  # from here on no mistake of the user is found, and nothing may lose the weights
+        self.training_began = False  # from then on a mistake exits with status 1, and the weights are kept
         self.on_terminal = rank == 0 and sys.stderr is not None and sys.stderr.isatty()
         self.lost: dict[str, str] = {}  # what could not be written -> the message
         self.moved_artifact: Path | None = None  # where the artifact is if ARTIFACT could not be written
@@ -1411,7 +1414,7 @@ class Run:
             raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
     def end_graceful(self) -> None:
-        """The loop no longer looks at `signal`: from here on a signal stops at once, also one it has not seen."""
+        """Called after the loop that checks `signal`: a signal that it has not seen, and any later one, stops the run at once."""
         self.graceful = False
         if self.signal is not None:
             raise Interrupted(f"stopped by {signal.Signals(self.signal).name}")
@@ -1448,7 +1451,7 @@ class Run:
         return value
 
     def reports_first(self) -> bool:
-        """True on exactly one rank: the first that asks. A mistake that all ranks see is told once, and one rank's own too."""
+        """True on exactly one rank, the first that calls this: it prints the error, whether one rank failed or all did."""
         return self.world == 1 or dist.distributed_c10d._get_default_store().add("said", 1) == 1
 
     def share(self, n: int) -> range:
@@ -1456,7 +1459,7 @@ class Run:
         return range(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
     def sync(self) -> None:
-        """Wait for the device, so that the clock reads work done."""
+        """Wait until the device has finished its queue, so that the clock includes it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -1470,7 +1473,7 @@ class Run:
 
 
 class Clock:
-    """Seconds of one activity, with pauses excluded and the device waited for at both ends."""
+    """Seconds of one activity without its pauses; each pause begins and ends with `Run.sync`."""
 
     def __init__(self, run: Run, elapsed: float = 0.0) -> None:
         self.run, self.total, self.since = run, elapsed, time.perf_counter()
@@ -3450,7 +3453,7 @@ class StopConsensus:
         return stop > 0
 
 
-RECENT_STEPS = 20  # whose slowest tells how long the next may take
+RECENT_STEPS = 20  # the slowest of them is the estimate for the next step
 
 
 class TrainingLoop:
@@ -3468,7 +3471,7 @@ class TrainingLoop:
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds of the last steps
 
     def run_until_done(self, elapsed: float) -> TrainResult:
-        """Step until the time or the steps are used up, or a signal asks to stop."""
+        """Train until the time or the steps are used up or a signal arrives; returns what the rest of the run needs."""
         cfg, run, trainer = self.cfg, self.run, self.trainer
         self.clock, self.stop = Clock(run, elapsed), StopConsensus(run, elapsed)
         self.first_step = trainer.step
@@ -3500,7 +3503,7 @@ class TrainingLoop:
         return TrainResult(trainer.step, seconds, reason, trainer.micro_tokens)
 
     def out_of_time(self) -> bool:
-        """True if the training must end here so as not to cross the limit, were all steps as slow as the slowest recent one.
+        """True if the next step could pass the time limit, taking as long as the slowest of the recent steps.
 
         On a CPU not to stop means one step more. Where flags are read a step late, the device has two steps to finish
         now, and a stop asked for after the next step comes after another two.
@@ -3511,7 +3514,7 @@ class TrainingLoop:
         return self.budget > 0 and now + max(self.recent) * (4 if self.stop.late else 1) > self.budget
 
     def after_step(self, loss: Tensor, scale: float) -> None:
-        """Step line, validation, checkpoint, trace, progress: whatever is due after this step."""
+        """Log, validate, save a checkpoint, advance profiler and progress bar, each where it is due after this step."""
         cfg, step = self.cfg, self.trainer.step
         if step % cfg.train_log_every == 0 or step - self.first_step <= 10:
             self.log_step(loss, scale)
@@ -3550,7 +3553,7 @@ class TrainingLoop:
                        step_ms=1000 * pace, tokens_per_s=rate, mfu=mfu, eta_s=eta, **extra)  # fmt: skip
 
     def announce_switches(self, frac: float) -> None:
-        """Log what turns on at this share of the budget: sequence length, QAT; and each new pass over the data."""
+        """Log each change of sequence length, QAT and EMA at this share of the budget, and each new pass over the data."""
         cfg = self.cfg
         qat = self.trainer.fake_quant is not None and frac >= cfg.qat_start_frac
         now = (seq_len_at(cfg, frac), qat, bool(cfg.ema_decay) and frac >= cfg.ema_start_frac)
@@ -7033,7 +7036,7 @@ class OpenRun(NamedTuple):
 
 
 def open_run(loaded: LoadedConfig) -> OpenRun:
-    """Read tokenizer and validation text and start the run; its logs are opened once nothing more can be found wrong."""
+    """Read tokenizer and validation text, then start and name the run; logs are opened later, after all checks."""
     cfg = loaded.cfg
     paths = find_data(cfg)
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size)
@@ -7050,7 +7053,7 @@ def shown_path(path: Path) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes, in its maker's words where they can be read."""
+    """The model name of the GPU or CPU, or the architecture where the system does not tell it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -7060,7 +7063,7 @@ def device_name(device: torch.device) -> str:
 
 
 def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
-    """The head of every log: source, configuration with sources, versions, data, parameters."""
+    """Write the head of the log: source, configuration with the origin of each value, versions, data, parameters."""
     cfg, run, source = opened.cfg, opened.run, source_text()
     if run.rank:
         return
@@ -7105,7 +7108,7 @@ def build_model(cfg: Config, run: Run) -> GPT:
 
 
 def artifact_header(cfg: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the artifact says of itself: recipe, every knob that differs from its default, its tokenizer."""
+    """The artifact's header: recipe, every knob that differs from its default, the tokenizer's hash."""
     values = {
         n: getattr(cfg, n.lower())
         for n, f in FIELDS.items()
@@ -7123,7 +7126,7 @@ def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
 def pack_model(
     opened: OpenRun, model: GPT, calibration: Calibration | None, calibration_s: float, sections: dict[str, bytes]
 ) -> bytes:
-    """Quantise, pack, write and log the account; the file's bytes."""
+    """Quantise and pack the model, write the artifact and log its sizes; returns the file's bytes."""
     cfg, run = opened.cfg, opened.run
     filled = {n: p for n, p in model.named_parameters() if p.numel()}  # one block has no skip weights
     named, store = {n: p.detach() for n, p in filled.items()}, {n: p.store for n, p in filled.items()}
@@ -7179,7 +7182,7 @@ def write_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: Tra
 
 
 def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
-    """The model that the artifact holds, and nothing else, on the device."""
+    """The artifact's model, made from its bytes alone, on the device."""
     with torch.device("meta"):  # shapes alone: nothing is allocated for a file that does not fit them
         skeleton = GPT(cfg)
     held = 4 * sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
@@ -7224,7 +7227,7 @@ def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
 def report_score(
     opened: OpenRun, results: list[StageResult], sizes: dict[str, int], train_s: float, eval_s: float
 ) -> bool:
-    """The last line; False (and why) if a limit did not hold."""
+    """Log the score, and before it each limit that was broken; returns whether all held."""
     cfg, run = opened.cfg, opened.run
     r = next(r for r in results if r.stage == cfg.final_stage)
     broken = []
@@ -7253,7 +7256,7 @@ def report_score(
 
 
 def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
-    """Reload the artifact, score it in every stage, print the score. Exit status."""
+    """Load the model from the artifact's bytes, score it in every stage and log the score; returns the exit status."""
     started = time.perf_counter()
     model = load_model(opened.cfg, opened.run, blob)
     opened.run.log(
@@ -7335,7 +7338,7 @@ def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -
 
 
 def open_scoring(loaded: LoadedConfig, header: dict[str, Any]) -> OpenRun:
-    """A job that scores an artifact, its logs open."""
+    """Start a run that scores an artifact, and open its logs."""
     opened = open_run(loaded)
     check_tokenizer(opened.tokenizer, header, loaded.cfg)
     choose_attention(loaded.cfg, opened.run.device)
@@ -7394,7 +7397,7 @@ def open_artifact(named: str, path: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def dispatch(env: Mapping[str, str]) -> int:
-    """MODE -> its job. Exit status."""
+    """Run what MODE names; returns the exit status."""
     mode = translate(env, env.get("RECIPE", ""), [], []).get("MODE")  # EVAL_ONLY=1 means MODE=eval
     scoring = {"eval": run_eval, "audit": run_audit}
     if mode in scoring:
@@ -7405,7 +7408,7 @@ def dispatch(env: Mapping[str, str]) -> int:
 
 
 def show_toc() -> str:
-    """Banners with their lines."""
+    """The file's sections with their line numbers, the text of --toc."""
     return "\n".join(
         f"{i:5d}  {line[7:].rstrip(' =')}"
         for i, line in enumerate(source_text().splitlines(), 1)
@@ -7413,10 +7416,10 @@ def show_toc() -> str:
     )
 
 
-def finish(outcome: str, message: str, told: bool) -> None:
-    """Say what went wrong, once over all ranks unless it is already `told`, and close the logs."""
+def finish(outcome: str, message: str, reported: bool) -> None:
+    """Print the error, on one of the ranks and unless a traceback has `reported` it, then close the run."""
     run = Run.current
-    if message and not told and (is_first_on_node() if run is None else run.reports_first()):
+    if message and not reported and (is_first_on_node() if run is None else run.reports_first()):
         say("\n".join(f"error: {line}" for line in message.splitlines()), to_stderr=True)
     if run is not None:
         for text in filter(None, (message, *run.lost.values())):
@@ -7430,7 +7433,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     """Exit status: 0 all that was asked for was done and every limit held; 2 a user's mistake; 1 a failure."""
     views = {"--help": describe_knobs, "-h": describe_knobs, "--toc": show_toc,
              "--dump-config": lambda: dump_config(load_config(env))}  # fmt: skip
-    status, outcome, message, told = 1, "failed", "", False
+    status, outcome, message, reported = 1, "failed", "", False
     Run.current = None
     try:
         if argv and argv[0] not in views:
@@ -7446,15 +7449,15 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         if Run.current is not None and Run.current.broadcast(bool(Run.current.lost)) and status == 0:
             status, outcome = 1, "incomplete"
     except (ConfigError, ArtifactError) as e:
-        begun = Run.current is not None and Run.current.training_began  # then it was ours to find it before
+        begun = Run.current is not None and Run.current.training_began  # then the script should have found it before
         status, outcome, message = 1 if begun else 2, "failed" if begun else "mistake", str(e)
     except (Interrupted, BrokenRun, KeyboardInterrupt) as e:
         status, outcome, message = 1, "stopped", str(e) or "stopped by SIGINT"
     except Exception as e:
-        message, told = f"{type(e).__name__}: {e}", True  # by its traceback
+        message, reported = f"{type(e).__name__}: {e}", True  # by its traceback
         raise
     finally:
-        finish(outcome, message, told)
+        finish(outcome, message, reported)
     return status or int(Run.current is not None and bool(Run.current.lost))
 
 
