@@ -215,7 +215,7 @@ class Config:
     complement_alpha: float = knob(0.0, "", "complementary training: weight 1 - alpha p_bigram on each token (#803); 0: off", lo=0, hi=1)
     complement_normalized: bool = knob(False, "", "divide the weighted loss by the weights' sum instead of the token count")
     complement_sync: bool = knob(True, "", "sum the bigram counts over ranks; 0: each rank counts its own tokens, as published")
-    checkpoint_every: int = knob(0, "steps", "save a checkpoint, and one when stopped by a signal; 0: never", lo=0)
+    checkpoint_every: int = knob(0, "steps", "save a checkpoint, and one when a signal stops the training (TERM INT HUP USR1 USR2 XCPU; torchrun passes on only those in TORCHELASTIC_SIGNALS_TO_HANDLE); 0: never", lo=0)
     checkpoint_keep: int = knob(2, "files", "how many checkpoints stay", lo=1)
     resume: str = knob("", "", "auto: the newest checkpoint of RUN_ID if there is one; or a checkpoint file")
     # ---- 7 QUANTIZER
@@ -3118,11 +3118,11 @@ class Checkpoints:
         self.damaged: list[str] = []  # newer ones that RESUME=auto could not read
 
     def save(self, step: int, state: dict[str, Any]) -> Path | None:
-        """Write `state` as the checkpoint of `step` and return its path, on rank 0 None where it cannot be written.
+        """Write `state` as the checkpoint of `step`; returns its path, or None where it cannot be written.
 
         All ranks call it, rank 0 writes.
         """
-        path = self.folder / f"step_{step:06d}.pt"
+        path: Path | None = self.folder / f"step_{step:06d}.pt"
         if self.run.rank == 0:
             try:
                 self.write(path, state)
@@ -3133,8 +3133,8 @@ class Checkpoints:
                     old.unlink(missing_ok=True)
             except (ConfigError, BrokenRun, OSError) as e:
                 self.run.report_lost("checkpoint", f"of step {step} ({e})")
-                return None
-        return path
+                path = None
+        return self.run.broadcast(path)
 
     def write(self, path: Path, state: dict[str, Any]) -> None:
         """Write `state` and the knobs that it binds."""
@@ -7419,6 +7419,8 @@ def show_toc() -> str:
 def finish(outcome: str, message: str, reported: bool) -> None:
     """Print the error, on one of the ranks and unless a traceback has `reported` it, then close the run."""
     run = Run.current
+    if run is not None:
+        run.graceful = True  # a signal that arrives now must not cut this short
     if message and not reported and (is_first_on_node() if run is None else run.reports_first()):
         say("\n".join(f"error: {line}" for line in message.splitlines()), to_stderr=True)
     if run is not None:
