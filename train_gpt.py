@@ -7308,8 +7308,10 @@ def run_train(loaded: LoadedConfig) -> int:
     log_start(opened, stream.total, len(shards))
     model = build_model(cfg, run)
 
+    unlimited = dataclasses.replace(cfg, eval_wallclock_seconds=0.0)  # which is the limit of the evaluation afterwards
+
     def validate(model: GPT) -> tuple[float, float]:
-        result = evaluate(Evaluation(cfg, run, model, opened.text), ("roundtrip",))[0]
+        result = evaluate(Evaluation(unlimited, run, model, opened.text), ("roundtrip",))[0]
         return result.val_loss, result.val_bpb
 
     result = train(cfg, run, model, stream, checkpoints, resumed, validate)
