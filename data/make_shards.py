@@ -213,7 +213,7 @@ def byte_counts(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the trainer counts, per piece: its own rule, `train_gpt.piece_bytes`; InputError where it refuses the tokenizer."""
     sys.path.append(str(Path(__file__).resolve().parent.parent))
-    import train_gpt
+    import train_gpt  # here, since it takes seconds
 
     try:
         return train_gpt.piece_bytes(tokenizer, name)
@@ -661,7 +661,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="train the tokenizer on the first so many bytes of training text (500,000,000)")  # fmt: skip
     add("--character-coverage", type=float, default=0.999,
         help="share of characters that get pieces of their own, the rest are bytes; 0.98 to 1 (0.999)")  # fmt: skip
-    add("--workers", type=positive, default=os.cpu_count() or 1, help="processes that tokenise (all cores)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--workers", type=positive, default=cores, help="processes that tokenise (all cores)")
     add("--train-shards", type=positive, metavar="N", help="stop when so many training shards are full")
     add("--official-split", action="store_true",
         help="the input is the challenge's docs_selected.jsonl: every line is a document, 50,000 are validation")  # fmt: skip

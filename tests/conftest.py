@@ -115,6 +115,25 @@ def undisturbed():
     tg.Run.current = None
 
 
+class Uniform:
+    """A base of the n-grams that takes every token for as likely as any other: log V nats each, whatever the prefix."""
+
+    enrichment = None
+
+    def __init__(self, vocab_size: int, n_tokens: int) -> None:
+        self.vocab_size = vocab_size
+        self.entropy = torch.full((n_tokens,), float(np.log(vocab_size)), dtype=torch.float64)
+
+    def score(self, tokens, lo, hi):  # noqa: ARG002
+        return -self.entropy[lo:hi]
+
+    def dist(self, tokens, t):  # noqa: ARG002
+        return torch.exp(-self.entropy[t]).expand(self.vocab_size)
+
+    def update(self, tokens, lo, hi):
+        """Nothing to learn."""
+
+
 class NoCompiler(torch._dynamo.exc.BackendCompilerFailed):
     """What torch.compile raises where it cannot compile."""
 

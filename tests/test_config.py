@@ -332,7 +332,7 @@ def test_help_lists_every_knob_once_in_its_section(script):
     banners = re.findall(r"^# ==== (\d+ [A-Z]+)", SCRIPT.read_text(), re.M)
     assert sections == [b for b in banners if b in sections] and len(sections) >= 8
     assert "MUON_BACKEND_STEPS=5 (1 to 10 iterations)" in text and "GRAD_CLIP_NORM=0.0 (at least 0)" in text
-    assert "ATTN_GATE=none (none|input|scalar)" in text
+    assert "ATTN_GATE=none (none|input|scalar|sparse)" in text
 
 
 def test_dump_shows_value_and_source_and_feeds_itself(script):

@@ -1010,16 +1010,16 @@ def test_two_downloads_at_once_do_not_touch_each_others_files(hub, tmp_path, mon
         process.kill()
     assert halves  # of the other download, which goes on
 
-    write = downloader.write_synced
+    write = shards.write_synced
 
     def interrupted(path: Path, content: bytes) -> None:
         """Between writing aside and renaming, another process does the same."""
         write(path, content)
-        monkeypatch.setattr(downloader, "write_synced", write)
-        monkeypatch.setattr(downloader.os, "getpid", lambda: 1)
+        monkeypatch.setattr(shards, "write_synced", write)
+        monkeypatch.setattr(shards.os, "getpid", lambda: 1)
         downloader.Record(tmp_path / "record.json").add("b", "2")
 
-    monkeypatch.setattr(downloader, "write_synced", interrupted)
+    monkeypatch.setattr(shards, "write_synced", interrupted)
     downloader.Record(tmp_path / "record.json").add("a", "1")
 
 
@@ -1088,3 +1088,62 @@ def test_wishes_that_cannot_be_met_are_refused_before_the_first_byte(hub, tmp_pa
     assert fetch(hub, tmp_path, "--train-shards", 1) == 2
     assert "GB are free" in capsys.readouterr().err
     assert not hub.served
+
+
+def test_an_export_with_another_split_is_named(hub, tmp_path, capsys):
+    for files in hub.repos.values():
+        for path in files:
+            if "fineweb_val_00000" in path:
+                files[path] = (
+                    shards.shard_header(60_000) + np.repeat([1, 5, 1, 1, 1, 1], 10_000).astype("<u2").tobytes()
+                )
+    assert fetch(hub, tmp_path, "--variant", "sp8192", "--train-shards", 0) == 0
+    assert "documents, the official split" not in capsys.readouterr().out
+    assert fetch(hub, tmp_path, "--variant", "sp1024", "--train-shards", 0) == 0
+    assert "validation holds 100,000 documents, the official split 50,000" in capsys.readouterr().out
+
+
+@pytest.fixture
+def documents_hub(hub, monkeypatch) -> Hub:
+    """The hub with documents of which the first five are validation."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in CASES + PLAIN)
+    hub.repos["willdepueoai/parameter-golf"][f"datasets/{downloader.DOCUMENTS}"] = lines.encode()
+    monkeypatch.setattr(make_shards, "OFFICIAL_VAL_DOCS", 5)
+    return hub
+
+
+def test_one_command_leads_from_documents_to_fused_shards(documents_hub, tmp_path, capsys, monkeypatch):
+    argv = ["--make-caseops", "--vocab-size", 420]
+    documents_hub.faults[f"datasets/{downloader.DOCUMENTS}"] = ["stall", "corrupt"]
+    save = make_shards.Job.save
+
+    def interrupted(job) -> None:
+        save(job)
+        if job.read:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make_shards.Job, "save", interrupted)
+        patch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
+        assert fetch(documents_hub, tmp_path, *argv) == 130
+    folder = tmp_path / "datasets" / "fineweb10B_sp420_caseops_fused"
+    assert not list(folder.glob("fineweb*")) and (tmp_path / downloader.DOCUMENTS).is_file()
+    documents_hub.served.clear()
+    capsys.readouterr()
+    assert fetch(documents_hub, tmp_path, *argv) == 0
+    out = capsys.readouterr().out
+    assert not documents_hub.served  # neither the documents nor the tokenizer are had twice
+    assert "going on after 5 documents" in out and re.search(r"MB/s of text on .* 80 shards of .* hours", out)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["transform"], manifest["fused_markers"]) == ("caseops", True)
+    assert manifest["val"]["documents"] == 5 and manifest["train"]["documents"] == len(CASES + PLAIN) - 5
+    assert fetch(documents_hub, tmp_path, *argv) == 0
+    assert "is made already" in capsys.readouterr().out
+
+
+def test_documents_that_are_not_there_or_too_few_are_named(documents_hub, tmp_path, capsys, monkeypatch):
+    assert fetch(documents_hub, tmp_path, "--make-caseops", "--repo", "someone/else") == 2
+    assert "--make-caseops needs docs_selected.jsonl: someone/else holds none" in capsys.readouterr().err
+    monkeypatch.setattr(make_shards, "OFFICIAL_VAL_DOCS", 50_000)
+    assert fetch(documents_hub, tmp_path, "--make-caseops") == 2
+    assert f"--val-docs 50000: the input has {len(CASES + PLAIN)} documents" in capsys.readouterr().err

@@ -46,7 +46,7 @@ READER = """<script>
     const middle = {bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + 2};
     document.elementFromPoint(middle.clientX, middle.clientY).dispatchEvent(new MouseEvent("mousemove", middle));
     const place = tip.getBoundingClientRect();
-    seen.tips.push({rows: [...tip.children].map((row) => row.innerText), bold: tip.querySelector(".actual")?.textContent,
+    seen.tips.push({rows: [...tip.children].map((row) => row.innerText), bold: tip.querySelector(".actual")?.textContent ?? null,
                     inside: place.left >= 0 && place.right <= innerWidth && place.top >= 0 && place.bottom <= innerHeight});
   }
   document.querySelector("h1").dispatchEvent(new MouseEvent("mousemove", {bubbles: true}));

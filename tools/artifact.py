@@ -23,6 +23,11 @@ from torch import Tensor
 
 import train_gpt as tg
 
+sys.path.insert(0, str(Path(tg.__file__).resolve().parent / "data"))
+import caseops
+
+ARROWS = dict(zip(map(ord, caseops.OPERATORS), ("↑", "⇈", "↑", "\\"), strict=True))
+
 # ---- the command line
 
 
@@ -86,25 +91,43 @@ def output_path(path: str, force: bool) -> Path:
 class TextTokens:
     """Text to token ids and back, with the artifact's tokenizer and, where its header names one, its transform of the text.
 
-    The one place that knows how an artifact spells text: a transform encodes before the tokenizer and decodes after it.
+    The one place that knows of transforms: they encode before the tokenizer and decode after it. Raises ConfigError for a
+    transform that is not known here.
     """
 
     def __init__(self, sp: Any, transform: str = "") -> None:
-        if transform:
-            raise tg.ConfigError(f"the artifact transforms its text by {transform[:40]!r}, which the tools cannot undo")
-        self.sp = sp
+        if transform not in ("", "caseops"):
+            raise tg.ConfigError(
+                f"the artifact transforms its text by {str(transform)[:40]!r}; use the tools of its script"
+            )
+        self.sp, self.case_ops = sp, transform == "caseops"
 
     def normalize(self, text: str) -> str:
-        """The text as the tokenizer keeps it, with plain spaces."""
-        return self.sp.normalize(text).replace("▁", " ")
+        """The text as tokens keep it, with plain spaces."""
+        return caseops.normalize(text) if self.case_ops else self.sp.normalize(text).replace("▁", " ")
+
+    def stream(self, normal: str) -> tuple[str, list[bool]]:
+        """(what the tokenizer sees of a normalised text, whether each of its characters stands for one of the text)."""
+        if not self.case_ops:
+            return normal, [True] * len(normal)
+        stream, visible = caseops.encode(normal), []
+        for i, c in enumerate(stream):  # an operator acts, and is no text, unless an acting escape stands before it
+            acts_before = i > 0 and stream[i - 1] == caseops.ESCAPE and not visible[-1]
+            visible.append(c not in caseops.OPERATORS or acts_before)
+        return stream, visible
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS."""
-        return self.sp.encode(text)
+        return self.sp.encode(self.stream(self.normalize(text))[0] if self.case_ops else text)
 
     def decode(self, ids: list[int]) -> str:
         """The normalised text of token ids."""
-        return self.sp.decode(ids)
+        stream = self.sp.decode(ids)
+        return caseops.decode(stream, strict=False) if self.case_ops else stream
+
+    def piece(self, token: int) -> str:
+        """How a token is spelled for people: with plain spaces, and arrows for capitals."""
+        return self.sp.id_to_piece(token).replace("▁", " ").translate(ARROWS)
 
 
 @dataclass
@@ -177,9 +200,9 @@ class LaneNetwork:
         self.fresh_cache = lambda: tg.KVCache(cfg, lanes, min(self.seq_len, length), run.device, model.compute_dtype)
         self.t, self.window = 1, tg.Window(0, 0, 0)  # t: the next target
 
-    def features(self, uniform: bool) -> list[Any]:
+    def features(self) -> list[Any]:
         """What the experts of each lane ask their base for beside its distributions: pre-enrichment's steps, filled as they come."""
-        known = self.model.pre_enrich is not None and not uniform
+        known = self.model.pre_enrich is not None
         return [SimpleNamespace(enrichment=row if known else None) for row in self.enrichment]
 
     @torch.no_grad()
@@ -276,9 +299,9 @@ class GrowingTable:
         """The contexts of the next token by length."""
         return self.path
 
-    def followers(self, contexts: list[Context | int | None], k: int) -> Tensor:
-        """Tokens that followed the last k tokens before: whatever followed a longer context is among them."""
-        entry = contexts[k] if k < len(contexts) else None
+    def followers(self, contexts: list[Context | int | None]) -> Tensor:
+        """Tokens that followed the last token before: whatever followed a longer context is among them."""
+        entry = contexts[1] if len(contexts) > 1 else None
         if isinstance(entry, int):
             return torch.from_numpy(self._stream[entry : entry + 1].copy())
         return torch.from_numpy(
@@ -328,9 +351,7 @@ class LaneMixture:
         self, cfg: tg.Config, network: LaneNetwork, length: int, trie: list[tg.Level] | None, online: bool
     ) -> None:
         self.network, lanes = network, len(network.tokens)
-        self.uniform = cfg.ngram_base == "uniform"
         self.whole = cfg.ngram_mix == "tilt"  # asks for the probability of a token that need not be a candidate
-        self.first = min(cfg.ngram_first, 1)
         self.span = cfg.ngram_update_tokens or max(1024, (length + 1) // 4096)
         self.tokens = torch.full((lanes, length + 1), tg.BOS)
         self.entropy = torch.zeros(lanes, length + 1, dtype=torch.float64)
@@ -338,9 +359,9 @@ class LaneMixture:
         packed = tg.PackedTable(trie, cfg.vocab_size) if trie else None
         blank = lambda: torch.zeros(length + 1, dtype=torch.float64)  # noqa: E731
         self.stages: list[list[LaneStage]] = [[] for _ in range(lanes)]
-        for features, stages in zip(network.features(self.uniform), self.stages, strict=True):
+        for features, stages in zip(network.features(), self.stages, strict=True):
             if packed is not None:
-                stages.append(LaneStage(tg.PackedCascade(packed, None, 1, cfg.ngram_rate), packed, blank()))
+                stages.append(LaneStage(tg.PackedCascade(packed, None, cfg.ngram_rate), packed, blank()))
             if online:
                 table = GrowingTable(cfg.vocab_size, cfg.ngram_order, length + 1)
                 table.add(tg.BOS)
@@ -351,13 +372,12 @@ class LaneMixture:
     def dist(self) -> Tensor:
         """(L, V) float64: the mixed distribution of the next token of each lane."""
         self.network_p = self.network.dist()
-        base = torch.full_like(self.network_p, 1 / self.network_p.shape[1]) if self.uniform else self.network_p
-        self.entropy[:, self.t] = -torch.xlogy(base, base).sum(1)
-        return torch.stack([self.mixed(lane, p) for lane, p in enumerate(base)])
+        self.entropy[:, self.t] = -torch.xlogy(self.network_p, self.network_p).sum(1)
+        return torch.stack([self.mixed(lane, p) for lane, p in enumerate(self.network_p)])
 
     def mixed(self, lane: int, p_V: Tensor) -> Tensor:
         """One correction after the other."""
-        self.shares[lane], self.bases[lane] = float(not self.uniform), []
+        self.shares[lane], self.bases[lane] = 1.0, []
         for stage in self.stages[lane]:
             self.bases[lane].append(p_V)
             p_V = self.corrected(lane, stage, p_V)
@@ -366,7 +386,7 @@ class LaneMixture:
     def corrected(self, lane: int, stage: LaneStage, p_V: Tensor) -> Tensor:
         """Ask for the tokens that followed the context before; all others keep the share of the base's p that token -1 gets."""
         contexts = stage.table.contexts(self.tokens[lane], self.t)
-        followers = torch.arange(len(p_V)) if self.whole else stage.table.followers(contexts, self.first)
+        followers = torch.arange(len(p_V)) if self.whole else stage.table.followers(contexts)
         if len(followers) == 0:
             return p_V
         token = torch.cat([followers, followers.new_full((1,), -1)])

@@ -22,7 +22,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from text import InputError, read_documents
+
 import train_gpt as tg
 from tools.artifact import (
     Lanes,
@@ -56,24 +59,16 @@ class TokenNote(NamedTuple):
     piece: str  # the token itself, as `likely` spells it
 
 
-def read_documents(path: str, text: TextTokens) -> list[str]:
-    """Documents of a token shard (.bin, split at BOS), of a .jsonl with "text" fields, or the file as one document."""
-    data = read_bytes(path)
-    if path.endswith(".bin"):
-        tokens = tg.check_ids(np.asarray(tg.load_shard(Path(path))), text.sp.vocab_size(), path)
-        parts = np.split(tokens, np.flatnonzero(tokens == tg.BOS))
-        return [text.decode(part[part != tg.BOS].tolist()) for part in parts if len(part) > 1]
+def texts_of(path: str, spelling: TextTokens) -> list[str]:
+    """Documents of a token shard (.bin, split at BOS) or of what data/text.py reads: .jsonl, .txt, plain, .gz or .zst."""
     try:
-        lines = data.decode()
-        return (
-            [json.loads(line)["text"] for line in lines.splitlines() if line.strip()]
-            if path.endswith(".jsonl")
-            else [lines]
-        )
-    except (ValueError, KeyError, TypeError):
-        raise tg.ConfigError(
-            f'{path}: expected UTF-8 text, a .jsonl of objects with "text", or a token shard'
-        ) from None
+        if not path.endswith(".bin"):
+            return [document.text for document in read_documents(Path(path))]
+    except InputError as e:
+        raise tg.ConfigError(str(e)) from None
+    tokens = tg.check_ids(np.asarray(tg.load_shard(Path(path))), spelling.sp.vocab_size(), path)
+    parts = np.split(tokens, np.flatnonzero(tokens == tg.BOS))
+    return [spelling.decode(part[part != tg.BOS].tolist()) for part in parts if len(part) > 1]
 
 
 def token_texts(spelling: TextTokens, text: str) -> tuple[list[int], list[str]]:
@@ -83,7 +78,10 @@ def token_texts(spelling: TextTokens, text: str) -> tuple[list[int], list[str]]:
     shown = ["", *normal, ""]
     for e in edits:
         shown[e.at : e.at + len(e.old)] = [e.new.strip(START + END), *[""] * (len(e.old) - 1)]
-    ids, texts, at, raw = spelling.encode(normal), [], 1, b""
+    stream, visible = spelling.stream(normal)
+    characters = iter(shown[1:-1])
+    written = [next(characters) if seen else "" for seen in visible]
+    ids, texts, at, raw = sp.encode(stream), [], 0, b""
     for i in ids:
         if sp.is_byte(i):  # the last byte of a character shows it
             raw += bytes([int(sp.id_to_piece(i)[3:5], 16)])
@@ -91,7 +89,7 @@ def token_texts(spelling: TextTokens, text: str) -> tuple[list[int], list[str]]:
             raw = b"" if size else raw
         else:
             size = len(sp.id_to_piece(i)) - (not texts and sp.id_to_piece(i).startswith("▁"))
-        texts.append("".join(shown[at : at + size]))
+        texts.append("".join(written[at : at + size]))
         at += size
     if texts:
         texts[0], texts[-1] = shown[0] + texts[0], texts[-1] + shown[-1]
@@ -118,7 +116,7 @@ def explain_lanes(predictor: Predictor, split: list[tuple[list[int], list[str]]]
         for lane in np.flatnonzero(counts > t):
             ids, texts = split[lane]
             pairs = zip(best.indices[lane].tolist(), best.values[lane].tolist(), strict=True)
-            spell = lambda i: predictor.text.sp.id_to_piece(i).replace("▁", " ")  # noqa: E731
+            spell = predictor.text.piece
             likely = [(spell(i), p) for i, p in pairs]
             notes[lane].append(TokenNote(texts[t], *costs(lanes, lane, p_LV[lane], ids[t]), likely, spell(ids[t])))
         lanes.take(np.array([ids[t] if t < len(ids) else 0 for ids, _ in split]))
@@ -192,7 +190,7 @@ def explain(args: argparse.Namespace) -> None:
     blob, header, loaded = read_artifact(args.artifact)
     read_bytes(args.file)
     predictor = open_predictor(blob, header, loaded)
-    documents = explain_documents(predictor, read_documents(args.file, predictor.text), args.tokens)
+    documents = explain_documents(predictor, texts_of(args.file, predictor.text), args.tokens)
     for i, notes in enumerate(documents):
         if sys.stdout.isatty():
             print(terminal_text(notes), end="\n\n")
