@@ -6560,8 +6560,18 @@ def size_table(roles: dict[str, dict[str, float]]) -> str:
 
 
 # ==== 9 EVALUATOR =====================================================================================================
-# The score is a code length: each target is scored once, left to right, by a distribution that the artifact and the
-# strict prefix fix; only then may anything learn from it. `score_first` is the one driver, experts live behind it.
+# The score is a code length: each target is scored once, from left to right, by a distribution that depends on the artifact
+# and on the tokens before it alone; only then may anything learn from it. `score_first` is the one driver of this rule.
+#
+#   target        a token that is scored; position t of the stream, whose prefix is tokens[:t]
+#   window        what one forward of the network reads; the targets that it scores are its last ones
+#   span, chunk   targets that are scored before the next learning: span in the n-grams, chunk in test-time training
+#   context       the k tokens before a target; an n-gram is a context of n - 1 tokens with its target; order: its n
+#   C, c, U       occurrences of a context before, those of them that its target followed, distinct tokens that followed
+#   expert        gives a distribution and learns from scored targets; its base is the expert that it corrects
+#   score, dist, update    log-probabilities of targets; the whole distribution at one; learning
+#   claim         the figure of a published scorer whose values do not sum to 1 over the vocabulary: never the score
+#   stage         one pass over the validation text with one expert; the last valid one is the score
 
 
 class BpbMeter:
@@ -6882,46 +6892,50 @@ class TestTimeNetwork(NetworkExpert):
         self.optimizer.step()
 
 
-# ---- exact n-gram statistics: one sort an order tells what an online counter would have known at every position
+# ---- exact n-gram statistics: one sort for each length gives what an online counter would have known at every position
 
 
 class NgramStats(NamedTuple):
-    """What a counter fed x_0 .. x_{t-1} knows about target t and its context x_{t-k} .. x_{t-1}; int32, one entry a target."""
+    """Counts of x_0 .. x_{t-1} for each target t and its context of k tokens x_{t-k} .. x_{t-1}; int32, one entry a target."""
 
-    total: Tensor  # C: earlier occurrences of the context
+    total: Tensor  # C: how often the context occurred before
     count: Tensor  # c: how many of them were followed by x_t
     kinds: Tensor  # U: distinct tokens that followed it
-    last: Tensor  # position of the token that followed its latest occurrence, -1 without one
+    last: Tensor  # position of the token that followed its latest occurrence, -1 where it is new
 
 
-class Grams(NamedTuple):
-    """The grams of one length that occur at least twice in the stream, equal ones side by side and in time order."""
+class RepeatedNngrams(NamedTuple):
+    """All occurrences of n-grams of one length that occur twice or more, (n,) int32: equal ones form a group, in order of time."""
 
     end: np.ndarray | Tensor  # position of the last token
-    rank: np.ndarray | Tensor  # earlier occurrences; 0 heads a group
+    rank: np.ndarray | Tensor  # earlier occurrences of the same n-gram; 0 starts a group
 
 
-class Columns(NamedTuple):
-    """What one length writes, by time. Slot N takes what would belong to the token after the stream."""
+class PositionStats(NamedTuple):
+    """Statistics of contexts of one length at every position, (N + 1,) int32; entry N belongs to no token and is dropped."""
 
     count: np.ndarray | Tensor
     kinds: np.ndarray | Tensor
     last: np.ndarray | Tensor
-    symbol: np.ndarray | Tensor  # x_t if the gram that ends at t repeats, else -1: longer ones are unique too
+    symbol: (
+        np.ndarray | Tensor
+    )  # x_t if the n-gram that ends at t occurs twice or more, else -1: no longer one that ends there does
 
 
-def _group_runs(grams: Grams, size: int = 1 << 17) -> list[Grams]:
-    """Cut the grams between groups into runs of about `size`: they sort in the processor's cache, and each in its own thread."""
-    heads = np.flatnonzero(grams.rank == 0)
-    at = np.searchsorted(heads, np.arange(size, len(grams.rank), size))
-    edges = [*np.unique(np.append(heads[at[at < len(heads)]], 0)).tolist(), len(grams.rank)]
-    return [Grams(grams.end[lo:hi], grams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)]
+def _split_between_groups(ngrams: RepeatedNngrams, size: int = 1 << 17) -> list[RepeatedNngrams]:
+    """The occurrences in parts of about `size`, cut between groups: a part sorts in the processor's cache, in its own thread."""
+    heads = np.flatnonzero(ngrams.rank == 0)
+    at = np.searchsorted(heads, np.arange(size, len(ngrams.rank), size))
+    edges = [*np.unique(np.append(heads[at[at < len(heads)]], 0)).tolist(), len(ngrams.rank)]
+    return [
+        RepeatedNngrams(ngrams.end[lo:hi], ngrams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)
+    ]
 
 
-def _ranked(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of sorted packed keys (gram above, index in the low `bits`): the indices, ranks among equal grams, slots of repeated grams.
+def _rank_in_groups(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(index, rank among equal n-grams, where n-grams repeat) of sorted keys: the n-gram above, the index in the low `bits`.
 
-    The index makes any sort stable, and NumPy's vectorised sort of plain integers is about ten times its argsort.
+    The index makes any sort stable, and NumPy sorts plain integers about ten times as fast as it argsorts them.
     """
     head = np.ones(len(key) + 1, bool)
     gram = key >> bits
@@ -6932,8 +6946,8 @@ def _ranked(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return key & ((1 << bits) - 1), rank, np.flatnonzero(~(head[:-1] & head[1:]))
 
 
-def _sort_tokens(tokens: np.ndarray, vocab_size: int, columns: Columns) -> Grams:
-    """Groups of the single tokens."""
+def _count_tokens(tokens: np.ndarray, vocab_size: int, columns: PositionStats) -> RepeatedNngrams:
+    """Occurrences of the single tokens; writes their counts into `columns`."""
     end = np.argsort(tokens.astype(np.uint16), kind="stable").astype(np.int32)  # NumPy sorts 16 bits by radix
     sizes = np.bincount(tokens, minlength=vocab_size)
     rank = np.arange(len(tokens), dtype=np.int32)
@@ -6942,11 +6956,16 @@ def _sort_tokens(tokens: np.ndarray, vocab_size: int, columns: Columns) -> Grams
     again = np.repeat(sizes > 1, sizes)
     end, rank = end[again], rank[again]
     columns.symbol[end] = tokens[end]
-    return Grams(end, rank)
+    return RepeatedNngrams(end, rank)
 
 
-def _sort_longer(context: Grams, symbol: np.ndarray, symbol_bits: int, columns: Columns) -> Grams:
-    """Extend a run of context groups by the token that follows; a follower whose own gram is unique needs no sorting."""
+def _extend_ngrams(
+    context: RepeatedNngrams, symbol: np.ndarray, symbol_bits: int, columns: PositionStats
+) -> RepeatedNngrams:
+    """Occurrences one token longer than those of `context`; writes the statistics of the contexts into `columns`.
+
+    A token that follows but whose own n-gram occurs once needs no sorting.
+    """
     target = context.end + np.int32(1)
     x, bits = symbol[target], max(len(target) - 1, 1).bit_length()
     live = np.flatnonzero(x >= 0)
@@ -6955,7 +6974,7 @@ def _sort_longer(context: Grams, symbol: np.ndarray, symbol_bits: int, columns: 
         key <<= width
         key |= part
     key.sort()
-    index, rank, again = _ranked(key, bits)
+    index, rank, again = _rank_in_groups(key, bits)
     count = np.zeros(len(target), np.int32)
     count[index] = rank
     new = count == 0
@@ -6966,21 +6985,21 @@ def _sort_longer(context: Grams, symbol: np.ndarray, symbol_bits: int, columns: 
     columns.last[target[met]] = target[met - 1]
     index = index[again]
     columns.symbol[target[index]] = x[index]
-    return Grams(target[index], rank[again])
+    return RepeatedNngrams(target[index], rank[again])
 
 
-def _lengthen_torch(
-    tokens_N: Tensor, vocab_size: int, grams: Grams | None, symbol: Tensor | None
-) -> tuple[Grams, Columns]:
-    """The same step as one stable sort on the tokens' device; the empty context is one group that ends at -1 .. N-2."""
+def _longer_ngrams_torch(
+    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNngrams | None, symbol: Tensor | None
+) -> tuple[RepeatedNngrams, PositionStats]:
+    """`_longer_ngrams` by one stable sort on the tokens' device; the empty context is one group that ends at -1 .. N-2."""
     n, device = len(tokens_N), tokens_N.device
-    if grams is None:
-        grams = Grams(torch.arange(-1, n - 1, device=device), torch.arange(n, device=device))
+    if ngrams is None:
+        ngrams = RepeatedNngrams(torch.arange(-1, n - 1, device=device), torch.arange(n, device=device))
         symbol = torch.cat([tokens_N.int(), tokens_N.new_full((1,), -1, dtype=torch.int32)])
-    columns = Columns(*(torch.full((n + 1,), fill, dtype=torch.int32, device=device) for fill in (0, 0, -1, -1)))
-    target = grams.end + 1
+    columns = PositionStats(*(torch.full((n + 1,), fill, dtype=torch.int32, device=device) for fill in (0, 0, -1, -1)))
+    target = ngrams.end + 1
     live = (symbol[target] >= 0).nonzero().squeeze(1)
-    group = (grams.rank == 0).cumsum(0)
+    group = (ngrams.rank == 0).cumsum(0)
     key, order = (group[live] * vocab_size + symbol[target[live]]).sort(stable=True)
     index = live[order]
     del group, live, order
@@ -6990,43 +7009,45 @@ def _lengthen_torch(
     rank = torch.arange(len(key), device=device) - starts[head[:-1].cumsum(0) - 1]
     count = torch.zeros_like(target).index_copy_(0, index, rank)
     kinds = (count == 0).cumsum(0) - (count == 0).long()
-    kinds -= kinds[torch.arange(len(target), device=device) - grams.rank]
-    met = grams.rank.nonzero().squeeze(1)
+    kinds -= kinds[torch.arange(len(target), device=device) - ngrams.rank]
+    met = ngrams.rank.nonzero().squeeze(1)
     columns.count[target], columns.kinds[target] = count.int(), kinds.int()
     columns.last[target[met]] = target[met - 1].int()
     again = (~(head[:-1] & head[1:])).nonzero().squeeze(1)
     index = index[again]
     columns.symbol[target[index]] = symbol[target[index]]
-    return Grams(target[index], rank[again]), columns
+    return RepeatedNngrams(target[index], rank[again]), columns
 
 
-def _lengthen(tokens_N: Tensor, vocab_size: int, grams: Grams | None, symbol) -> tuple[Grams, Columns]:
-    """Grams one token longer than `grams` (None: single tokens) and the statistics of `grams` as contexts."""
+def _longer_ngrams(
+    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNngrams | None, symbol
+) -> tuple[RepeatedNngrams, PositionStats]:
+    """(n-grams one token longer than `ngrams`, statistics of `ngrams` as contexts); None stands for the empty context."""
     if tokens_N.is_cuda:
-        return _lengthen_torch(tokens_N, vocab_size, grams, symbol)
+        return _longer_ngrams_torch(tokens_N, vocab_size, ngrams, symbol)
     tokens, threads = tokens_N.numpy(), torch.get_num_threads()
-    columns = Columns(*(np.full(len(tokens) + 1, fill, np.int32) for fill in (0, 0, -1, -1)))
-    if grams is None:
-        grams = _sort_tokens(tokens, vocab_size, columns)
+    columns = PositionStats(*(np.full(len(tokens) + 1, fill, np.int32) for fill in (0, 0, -1, -1)))
+    if ngrams is None:
+        ngrams = _count_tokens(tokens, vocab_size, columns)
         np.cumsum(columns.count[:-1] == 0, dtype=np.int32, out=columns.kinds[1:])
         columns.last[:-1] = np.arange(-1, len(tokens) - 1)
-        return grams, columns
+        return ngrams, columns
     bits = max(vocab_size - 1, 1).bit_length()
     with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(lambda run: _sort_longer(run, symbol, bits, columns), _group_runs(grams)))
-    return Grams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
+        parts = list(pool.map(lambda run: _extend_ngrams(run, symbol, bits, columns), _split_between_groups(ngrams)))
+    return RepeatedNngrams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
 
 
 def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> Iterator[NgramStats]:
-    """Yield the exact statistics of contexts of 0, 1 .. order-1 tokens, (N,) each: equal to a counter updated after every token.
+    """Yield the statistics of contexts of 0, 1 .. order-1 tokens, (N,) each, as a counter gives them that learns after every token.
 
-    Equal grams sorted by time: the rank inside the group is the number of earlier occurrences. No hash, no collision.
-    Working memory is one length's columns and sort, whatever the order. Same results on CPU and CUDA.
+    Equal n-grams are sorted by time, so the rank inside their group is the number of earlier occurrences: no hash and no
+    collision. Memory is that of one length, whatever the order. CPU and CUDA give the same results.
     """
     n, device = len(tokens_N), tokens_N.device
-    grams, symbol, total = None, None, torch.arange(n, dtype=torch.int32, device=device)
+    ngrams, symbol, total = None, None, torch.arange(n, dtype=torch.int32, device=device)
     for _ in range(order):
-        grams, columns = _lengthen(tokens_N, vocab_size, grams, symbol)
+        ngrams, columns = _longer_ngrams(tokens_N, vocab_size, ngrams, symbol)
         count, kinds, last = (torch.as_tensor(column)[:n] for column in columns[:3])
         yield NgramStats(total, count, kinds, last)
         symbol = columns.symbol
@@ -7034,7 +7055,7 @@ def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> Iterator[Ngram
 
 
 class Replay:
-    """The law spelled out: a dictionary of counters a context, fed one token at a time. Slow; the oracle of everything fast."""
+    """The same statistics from dictionaries, one token at a time: slow and plain, what the fast code is tested against."""
 
     def __init__(self, order: int):
         self.order = order
@@ -7066,13 +7087,13 @@ class Replay:
         self.history.append(token)
 
 
-# ---- n-gram experts: counts become distributions, and distributions become one
+# ---- n-gram experts: each corrects a distribution by counts
 
 
 class NgramTable:
-    """Statistics of contexts of 0 .. order-1 tokens over one stream, computed ahead because entry t depends on x_0 .. x_t alone.
+    """Statistics of contexts of 0 .. order-1 tokens of one stream, 12 bytes a token and length.
 
-    12 bytes a token and order.
+    They are computed for the whole stream at once, which is no look ahead: entry t depends on x_0 .. x_t alone.
     """
 
     def __init__(self, vocab_size: int, order: int, device: torch.device | str = "cpu") -> None:
@@ -7080,10 +7101,10 @@ class NgramTable:
         self.tokens: Tensor | None = None
 
     def load(self, tokens: Tensor) -> None:
-        """Compute the statistics of another stream; nothing to do for the one at hand."""
+        """Compute the statistics of a stream, unless it is the one that is loaded."""
         if self.tokens is tokens:
             return
-        self.tokens, self.held = tokens, (0, 0, None)
+        self.tokens, self.latest_span = tokens, (0, 0, None)
         shape = (self.order, len(tokens))
         self.columns = [torch.empty(shape, dtype=torch.int32, device=tokens.device) for _ in range(3)]
         for k, stats in enumerate(ngram_stats(tokens, self.vocab_size, self.order)):
@@ -7093,22 +7114,22 @@ class NgramTable:
     def span(self, tokens: Tensor, lo: int, hi: int) -> NgramStats:
         """Statistics of targets lo .. hi-1, (order, hi-lo) each."""
         self.load(tokens)
-        if self.held[:2] != (lo, hi):
+        if self.latest_span[:2] != (lo, hi):
             count, kinds, last = (column[:, lo:hi] for column in self.columns)
             total = torch.empty_like(count)
             total[0] = torch.arange(lo, hi, device=tokens.device)
             total[1:, 1 if lo == 0 else 0 :] = self.columns[0][:-1, max(lo - 1, 0) : hi - 1]
             if lo == 0:
                 total[:, 0] = 0
-            self.held = (lo, hi, NgramStats(total, count, kinds, last))
-        return self.held[2]
+            self.latest_span = (lo, hi, NgramStats(total, count, kinds, last))
+        return self.latest_span[2]
 
     def counts(self, k: int) -> Tensor:
         """(N,) c of contexts of k tokens, over the stream that was loaded."""
         return self.columns[0][k]
 
     def candidates(self, tokens: Tensor, t: int) -> NgramStats:
-        """The same for every candidate v at target t, (order, V) each, counted afresh from x_0 .. x_{t-1}."""
+        """Statistics of target t for every token of the vocabulary, (order, V) each, counted again from x_0 .. x_{t-1}."""
         shape = (self.order, self.vocab_size)
         stats = NgramStats(
             *(torch.full(shape, fill, dtype=torch.int32, device=tokens.device) for fill in (0, 0, 0, -1))
@@ -7138,10 +7159,10 @@ def log2_floor(x: Tensor) -> Tensor:
     return x.double().frexp().exponent.long() - 1
 
 
-class Query(NamedTuple):
-    """What an n-gram expert is asked: n targets with the token that came, or one target with every token (`whole`)."""
+class NgramQuery(NamedTuple):
+    """Input of an n-gram expert: n targets, each with the token that came, or one target with every token (`whole`)."""
 
-    p: Tensor  # (n,) float64: the base's probabilities of `token`
+    p: Tensor  # (n,) float64: what the base gives `token`
     stats: NgramStats  # (order, n)
     target: Tensor  # (n,) positions
     token: Tensor  # (n,)
@@ -7151,10 +7172,10 @@ class Query(NamedTuple):
 
 
 class NgramExpert(ABC):
-    """Turns its base's distribution into another. One `transform` serves score() and dist(), so what is charged is what sums to 1.
+    """Corrects the distribution of its base. score() and dist() share one `transform`, so what is scored is what sums to 1.
 
-    Of the query a subclass may use p, count and token for the token's own probability; all the rest is known before the target
-    and may decide weights. The base is a part of its own: the driver updates it.
+    A subclass may use p, count and token of a query for the probability of that token alone; all else is known before the
+    target and may decide weights. The driver updates the base by itself.
     """
 
     def __init__(self, table: NgramTable, base: Any) -> None:
@@ -7162,26 +7183,26 @@ class NgramExpert(ABC):
         self.pending: Any = None
 
     @abstractmethod
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
-        """(probabilities (n,) float64, what learn() needs of them)."""
+    def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
+        """(probabilities of the query's tokens (n,) float64, what learn() needs of them)."""
 
     @property
     def entropy(self) -> Tensor:
-        """The network's, by position: an expert may be the base of another."""
+        """(N,) of the network, nats: an expert may be the base of another."""
         return self.base.entropy
 
     @property
     def enrichment(self) -> Tensor | None:
-        """Likewise."""
+        """(N,) of the network, or None."""
         return self.base.enrichment
 
     def learn(self, pending: Any) -> None:  # noqa: B027 (optional: nothing is the default)
-        """Learn from a span that is scored; most experts have nothing to learn beyond the counts."""
+        """Learn from targets that are scored, given what transform() returned; by default only the counts learn."""
 
-    def query(self, p: Tensor, entropy: Tensor, tokens: Tensor, lo: int, hi: int) -> Query:
-        """What to ask for targets lo .. hi-1, of which the base gave those that came `p`."""
+    def query(self, p: Tensor, entropy: Tensor, tokens: Tensor, lo: int, hi: int) -> NgramQuery:
+        """The query for targets lo .. hi-1, whose tokens the base gave `p` (hi-lo,)."""
         target, stats = torch.arange(lo, hi, device=tokens.device), self.table.span(tokens, lo, hi)
-        return Query(p, stats, target, tokens[lo:hi], entropy, tokens, whole=False)
+        return NgramQuery(p, stats, target, tokens[lo:hi], entropy, tokens, whole=False)
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         p, entropy = self.base.score(tokens, lo, hi).exp(), self.base.entropy[lo:hi].double()
@@ -7192,18 +7213,18 @@ class NgramExpert(ABC):
         p = self.base.dist(tokens, t).to(tokens.device)
         every = torch.arange(len(p), device=tokens.device)
         stats, entropy = self.table.candidates(tokens, t), self.entropy[t].double().expand(len(p))
-        query = Query(p, stats, torch.full_like(every, t), every, entropy, tokens, whole=True)
+        query = NgramQuery(p, stats, torch.full_like(every, t), every, entropy, tokens, whole=True)
         return self.transform(query)[0]
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
         self.learn(self.pending)
 
 
-class Gate:
-    """Softmax weights over J parts: a prior plus one learned column a bucket of each feature, moved score-first.
+class LearnedWeights:
+    """Weights of J parts: softmax of a prior and of one learned vector for the bucket of each feature, learned after scoring.
 
-    A step is the summed gradient over the summed squared gradient, a diagonal Newton step for log loss with no rate to
-    anneal; `caution` pseudo-observations hold young buckets back.
+    A step is the summed gradient over all squared gradients so far, a diagonal Newton step for log loss whose rate needs no
+    schedule; `caution` is added to the squares, so that buckets with little data move little.
     """
 
     def __init__(
@@ -7215,12 +7236,12 @@ class Gate:
         self.rate, self.caution = rate, caution
 
     def weights(self, buckets: list[Tensor]) -> Tensor:
-        """(J, M) weights of M items, each in one bucket of every feature."""
+        """(J, M) weights of M items, given the bucket (M,) of each in every feature."""
         columns = (table.index_select(1, b) for table, b in zip(self.tables, buckets, strict=True))
         return sum(columns, self.prior_J1).softmax(0)
 
     def learn(self, buckets: list[Tensor], weights_JM: Tensor, posterior_JM: Tensor) -> None:
-        """Move towards the posteriors w_j p_j(x) / p(x) of items that are scored."""
+        """Move towards the posteriors w_j p_j(x) / p(x) (J, M) of items that are scored."""
         gradient = posterior_JM - weights_JM
         squared = gradient.square()
         for table, square, bucket in zip(self.tables, self.squares, buckets, strict=True):
@@ -7229,37 +7250,38 @@ class Gate:
 
 
 class Cascade(NgramExpert):
-    """Corrects its base by contexts of 1 .. order-1 tokens in turn, each length a learned mixture of four distributions.
+    """Corrects its base by contexts of 1 .. order-1 tokens, one length after the other, each a learned mixture of four parts.
 
-    Length k with counts C, c, U of a context seen before, on top of p_{k-1}: (1) c / C; (2) one count of each kind given back,
-    (max(c - 1, 0) + U p_{k-1}) / C; (3) p_{k-1}; (4) the token that followed last time. (1) and (2) mixed are absolute discounting
-    with a learned discount. Weights depend on k, C, U, the age of the last occurrence and the base's entropy.
+    Length k has counts C, c, U of a context seen before, and p_{k-1} from the shorter ones. The parts: (1) c / C; (2) the
+    counts discounted by 1, the rest by the shorter contexts, (max(c - 1, 0) + U p_{k-1}) / C; (3) p_{k-1}; (4) all on the token
+    that followed last time. (1) and (2) together are absolute discounting with a learned discount. Weights depend on k, C, U,
+    the age of the last occurrence and the base's entropy.
     """
 
-    # Leans to the shorter context: a strong network is not spoilt while the gate is young.
+    # Favours the shorter context, so that young weights do no harm to a strong network.
     PRIOR = [0.05, 0.15, 0.8, 0.02]  # fmt: skip
 
     def __init__(self, table: NgramTable, base: Any, rate: float = 0.8, caution: float = 3.0) -> None:
         super().__init__(table, base)
         self.levels = table.order - 1
-        self.gate = Gate(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
+        self.mixing = LearnedWeights(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
 
     def buckets(self, level: Tensor, total: Tensor, kinds: Tensor, trust: Tensor, entropy: Tensor) -> list[Tensor]:
-        """Each item's column in each feature's table; extremes share one."""
+        """The bucket (M,) of each item in each of the three features; extreme values share one."""
         seen = level * 128 + log2_floor(total).clamp_max(15) * 8 + log2_floor(kinds).clamp_max(7)
         sure = level * 24 + (entropy * 3).long().clamp(0, 23)
         return [seen, level * 10 + trust, sure]
 
-    def guess(self, query: Query, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """(the token of part 4, 0..9 by how old it is)."""
+    def guess(self, query: NgramQuery, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """(the token of part 4 (M,), 0..9 by the age of that occurrence)."""
         return query.tokens[last], (log2_floor(query.target[at] - last) // 2).clamp_max(9)
 
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
+    def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
         level, at = (query.stats.total[1:] > 0).nonzero(as_tuple=True)  # one item a target and matched length
         C, c, U, last = (x[level + 1, at] for x in query.stats)
         guess, trust = self.guess(query, at, last)
         buckets = self.buckets(level, C, U, trust, query.entropy[at])
-        w = self.gate.weights(buckets)
+        w = self.mixing.weights(buckets)
         C, c = C.double(), c.double()
         slope, repeats = U / C, (guess == query.token[at]).double()
         parts = torch.stack([c / C, (c - 1).clamp_min(0) / C, torch.zeros_like(C), repeats])
@@ -7276,23 +7298,23 @@ class Cascade(NgramExpert):
     def learn(self, pending: Any) -> None:
         buckets, w, parts = pending
         joint = w * parts
-        self.gate.learn(buckets, w, joint / joint.sum(0))
+        self.mixing.learn(buckets, w, joint / joint.sum(0))
 
 
 class PackedTable:
-    """The artifact's n-grams of the training text as contexts of 0 .. order-1 tokens, in NgramTable's terms.
+    """Statistics like NgramTable's from the artifact's n-grams of the training text; nothing depends on the scored text.
 
-    Counts are those of the kept followers alone, so that c / C is a distribution; `last` is not a position but the token that
-    followed most often. Nothing here depends on the text that is scored.
+    C counts the followers that were packed alone, so that c / C is a distribution. `last` is no position but the token that
+    followed most often.
     """
 
     def __init__(self, levels: list[Level], vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.vocab_size, self.order, self.device = vocab_size, len(levels), device
         put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
-        # NumPy's side answers one target at a time.
-        self.walk = [level.parent * vocab_size + level.token for level in levels]
-        self.walked, self.counted, self.of_context = [level.token for level in levels], [], []
-        self.keys = [put(keys) for keys in self.walk]
+        # NumPy arrays serve one target at a time, tensors many.
+        self.search_keys = [level.parent * vocab_size + level.token for level in levels]
+        self.follower_tokens, self.follower_counts, self.context_stats = [level.token for level in levels], [], []
+        self.keys = [put(keys) for keys in self.search_keys]
         self.tokens = [put(level.token) for level in levels]
         occurrences = np.array([(math.isqrt(4 << size) + 1) // 2 for size in range(82)])  # round(2^(size / 2)), exactly
         counts = [np.append(occurrences[level.size], 0) for level in levels]  # what is found nowhere has row -1
@@ -7305,12 +7327,12 @@ class PackedTable:
             for rows, values in zip((self.totals, self.kinds, self.likeliest), of_parent, strict=True):
                 rows.append(put(np.append(values, 0).astype(np.int32)))
             self.starts.append(start)
-            self.counted.append(count[:-1].astype(np.int32))
+            self.follower_counts.append(count[:-1].astype(np.int32))
             totals, kinds, likeliest = (np.append(values, 0) for values in of_parent)
-            self.of_context.append(np.stack([totals, np.zeros_like(totals), kinds, likeliest]).astype(np.int32))
+            self.context_stats.append(np.stack([totals, np.zeros_like(totals), kinds, likeliest]).astype(np.int32))
 
     def rows(self, tokens: Tensor) -> list[Tensor]:
-        """[k] -> (n,) row of the gram of k tokens that ends at each position, -1 where it is not kept or starts before."""
+        """[k] -> (n,) row of the n-gram of k tokens that ends at each position, -1 where it is not packed or starts before."""
         rows = [torch.zeros_like(tokens)]
         for keys in self.keys:
             before = torch.cat([rows[-1].new_full((1,), -1 if len(rows) > 1 else 0), rows[-1][:-1]])
@@ -7318,14 +7340,14 @@ class PackedTable:
         return rows
 
     def find(self, keys: Tensor, parent: Tensor, token: Tensor) -> Tensor:
-        """Rows of (parent, token), -1 where there is none."""
+        """(n,) row of each (parent, token), -1 where there is none."""
         key = torch.where(parent >= 0, parent * self.vocab_size + token, -1)
         at = torch.searchsorted(keys, key).clamp_max(max(len(keys) - 1, 0))
         return torch.where(keys[at] == key, at, -1) if len(keys) else torch.full_like(key, -1)
 
-    def stats(self, contexts: list[Tensor], grams: list[Tensor]) -> NgramStats:
-        """Statistics of contexts by length and of the same with the target."""
-        parts = zip(contexts, grams, self.totals, self.counts, self.kinds, self.likeliest, strict=True)
+    def stats(self, contexts: list[Tensor], ngrams: list[Tensor]) -> NgramStats:
+        """Statistics from the rows of contexts by length, and from the rows of the same with their target."""
+        parts = zip(contexts, ngrams, self.totals, self.counts, self.kinds, self.likeliest, strict=True)
         columns = zip(*((C[row], c[gram], U[row], best[row]) for row, gram, C, c, U, best in parts), strict=True)
         return NgramStats(*(torch.stack(column) for column in columns))
 
@@ -7337,11 +7359,11 @@ class PackedTable:
         return self.stats([cut(x, 1) for x in rows[:-1]], [cut(x, 0) for x in rows[1:]])
 
     def contexts(self, tokens: Tensor, t: int) -> list[int]:
-        """[k] -> row of the context of k tokens before target t, -1 where it is not kept: then no longer one is."""
+        """[k] -> row of the context of k tokens before target t, -1 where it is not packed: then no longer one is."""
         recent, rows = tokens[max(0, t - self.order + 1) : t].tolist(), [0]
         while len(rows) < self.order and len(rows) <= len(recent) and rows[-1] >= 0:
             row = 0
-            for keys, token in zip(self.walk, recent[-len(rows) :], strict=False):
+            for keys, token in zip(self.search_keys, recent[-len(rows) :], strict=False):
                 key = row * self.vocab_size + token
                 row = int(keys.searchsorted(key))
                 if row == len(keys) or keys[row] != key:
@@ -7350,41 +7372,41 @@ class PackedTable:
             rows.append(row)
         return rows + [-1] * (self.order - len(rows))
 
-    def kept(self, k: int, row: int) -> slice:
-        """Rows, in the next level, of what followed a context of k tokens."""
+    def follower_rows(self, k: int, row: int) -> slice:
+        """Rows, in the next level, of the tokens that followed a context of k tokens."""
         return slice(*self.starts[k][row : row + 2].tolist()) if row >= 0 else slice(0, 0)
 
     def followers(self, contexts: list[int]) -> Tensor:
-        """Tokens kept after the last token: whatever is kept after a longer context is among them."""
-        return self.tokens[1][self.kept(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
+        """Tokens that were packed after the last token: those packed after a longer context are among them."""
+        return self.tokens[1][self.follower_rows(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
 
-    def asked(self, contexts: list[int], tokens: Tensor) -> NgramStats:
-        """Statistics of one target for each of `tokens` (-1: one that is not kept), (order, n)."""
-        asked = tokens.cpu().numpy()
-        stats = np.zeros((4, self.order, len(asked)), np.int32)
-        slot = np.full(self.vocab_size, len(asked))
-        slot[asked[asked >= 0]] = np.flatnonzero(asked >= 0)
+    def stats_of(self, contexts: list[int], tokens: Tensor) -> NgramStats:
+        """Statistics of one target for each of `tokens`, (order, n); -1 stands for a token that never followed."""
+        wanted = tokens.cpu().numpy()
+        stats = np.zeros((4, self.order, len(wanted)), np.int32)
+        slot = np.full(self.vocab_size, len(wanted))
+        slot[wanted[wanted >= 0]] = np.flatnonzero(wanted >= 0)
         for k, row in enumerate(contexts):
-            span, found = self.kept(k, row), np.zeros(len(asked) + 1, np.int32)
-            found[slot[self.walked[k][span]]] = self.counted[k][span]
-            stats[:, k] = self.of_context[k][:, row, None]
+            span, found = self.follower_rows(k, row), np.zeros(len(wanted) + 1, np.int32)
+            found[slot[self.follower_tokens[k][span]]] = self.follower_counts[k][span]
+            stats[:, k] = self.context_stats[k][:, row, None]
             stats[1, k] = found[:-1]
         return NgramStats(*torch.from_numpy(stats).to(self.device))
 
     def candidates(self, tokens: Tensor, t: int) -> NgramStats:
         """Statistics of target t for every token of the vocabulary, (order, V) each."""
-        return self.asked(self.contexts(tokens, t), torch.arange(self.vocab_size))
+        return self.stats_of(self.contexts(tokens, t), torch.arange(self.vocab_size))
 
 
 class PackedCascade(Cascade):
-    """The cascade over n-grams of the training text: counts are fixed, only the weights learn from what is scored."""
+    """The cascade over n-grams of the training text: their counts are fixed, only the weights learn from scored text."""
 
-    def guess(self, query: Query, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def guess(self, query: NgramQuery, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return last, torch.zeros_like(last)
 
 
 def alpha_fixed(alpha: float) -> Callable[..., Tensor]:
-    """The same share whenever a context matched. PR #740's first form: 0.20."""
+    """A constant share where a context matched. PR #740's first form: 0.20."""
     return lambda entropy, _order, _confidence: torch.full_like(entropy, alpha)
 
 
@@ -7410,10 +7432,9 @@ def alpha_pr850(entropy: Tensor, order: Tensor, _confidence: Tensor) -> Tensor:
 
 
 class EnrichmentScale:
-    """Confidence of PR #187: the size of the pre-enrichment's step (the base's `enrichment`) over the largest one learned so far.
-
-    The published form divides by the maximum over the batch being scored, which looks ahead. 0.5 while nothing is known.
-    """
+    """Confidence of PR #187 in 0..1: how far the pre-enrichment moved an embedding (the base's `enrichment`), over the largest
+    such step among scored targets; 0.5 while there is none. The published form takes the largest of the batch that is being
+    scored, and so looks ahead."""
 
     def __init__(self, base: Any) -> None:
         self.base, self.largest = base, 0.0
@@ -7426,7 +7447,7 @@ class EnrichmentScale:
         return (steps[target] / self.largest).clamp_max(1.0).double()
 
     def of_batch(self, target: Tensor, rank: Tensor, ranks: int) -> Tensor:
-        """The published form: over the largest step of the same rank's part of the batch `target`, later positions included."""
+        """(n,) in the published form: over the largest step of the same rank's part of the batch `target`, later positions included."""
         steps = self.base.enrichment
         if steps is None:
             return torch.full_like(target, 0.5, dtype=torch.float64)
@@ -7434,7 +7455,7 @@ class EnrichmentScale:
         return steps / steps.new_zeros(ranks).scatter_reduce(0, rank, steps, "amax")[rank].clamp_min(1e-30)
 
     def learn(self, target: Tensor) -> None:
-        """Take in scored positions."""
+        """Learn from scored targets."""
         steps = self.base.enrichment
         if steps is not None:
             self.largest = max(self.largest, steps[target].max().item())
@@ -7450,7 +7471,7 @@ class Tilt(NgramExpert):
         super().__init__(table, base)
         self.k, self.beta, self.threshold = k, beta, threshold
 
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
+    def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
         total, last = query.stats.total[self.k], query.stats.last[self.k]
         hint = query.tokens[last]
         told = self.table.counts(self.k)[last] + 1  # how often the hint had followed, last time included
@@ -7460,11 +7481,11 @@ class Tilt(NgramExpert):
         return query.p * boost / (1 + torch.where(fires, p_hint, 0.0) * math.expm1(self.beta)), None
 
 
-# ---- the published scorers: hashed tables, asked for the target alone ("claimed") or for every token ("normalized")
+# ---- the published scorers: hashed tables, looked up for the target alone ("claimed") or for every token ("normalized")
 
 
 def xor_hash(*multipliers: int) -> tuple[Callable, Callable]:
-    """Hash of PRs #740 and #850: XOR of token times multiplier, oldest first; the target joins with its order's multiplier."""
+    """(hash of contexts, hash of context and target) of PRs #740 and #850: XOR of token times multiplier, oldest first."""
 
     def context(context_nk: Tensor) -> Tensor:
         h = torch.zeros_like(context_nk[:, 0])
@@ -7479,7 +7500,10 @@ def xor_hash(*multipliers: int) -> tuple[Callable, Callable]:
 
 
 def polynomial_hash(multiplier: int, target_multiplier: int) -> tuple[Callable, Callable]:
-    """Hash of PR #187. Its multiplier is a multiple of 8: tokens nine or more back vanish modulo 2^22, so orders 9 to 11 are one."""
+    """(hash of contexts, hash of context and target) of PR #187.
+
+    Its multiplier is a multiple of 8, so tokens nine or more back vanish modulo 2^22: orders 9 to 11 are the same.
+    """
 
     def context(context_nk: Tensor) -> Tensor:
         h = torch.zeros_like(context_nk[:, 0])
@@ -7490,7 +7514,7 @@ def polynomial_hash(multiplier: int, target_multiplier: int) -> tuple[Callable, 
     return context, lambda h, _order, token: h * target_multiplier + token
 
 
-class Published(NamedTuple):
+class PublishedCache(NamedTuple):
     """Constants of one published cache."""
 
     orders: tuple[int, ...]  # tried in this order; the first whose context cell holds 2 or more wins
@@ -7504,10 +7528,12 @@ class Published(NamedTuple):
 MULTIPLIERS_740 = (36313, 27191, 51647, 81929, 131071, 65537, 104729)
 MULTIPLIERS_850 = (36313, 27191, 51647, 81929, 131071, 174763, 233021, 283721, 347239)
 PUBLISHED = {
-    "pr740": Published((5,), xor_hash(*MULTIPLIERS_740), alpha_fixed(0.2), 128, 1, "blocks"),
-    "pr740b": Published((7, 6, 5, 4, 3, 2), xor_hash(*MULTIPLIERS_740), alpha_pr740, 128, 1, "blocks"),
-    "pr187": Published(tuple(range(11, 1, -1)), polynomial_hash(265443576, 1000003), alpha_pr187, 64, 256, "windows"),
-    "pr850": Published(tuple(range(9, 1, -1)), xor_hash(*MULTIPLIERS_850), alpha_pr850, 64, 1024, "shared"),
+    "pr740": PublishedCache((5,), xor_hash(*MULTIPLIERS_740), alpha_fixed(0.2), 128, 1, "blocks"),
+    "pr740b": PublishedCache((7, 6, 5, 4, 3, 2), xor_hash(*MULTIPLIERS_740), alpha_pr740, 128, 1, "blocks"),
+    "pr187": PublishedCache(
+        tuple(range(11, 1, -1)), polynomial_hash(265443576, 1000003), alpha_pr187, 64, 256, "windows"
+    ),
+    "pr850": PublishedCache(tuple(range(9, 1, -1)), xor_hash(*MULTIPLIERS_850), alpha_pr850, 64, 1024, "shared"),
 }
 
 
@@ -7515,11 +7541,11 @@ WHOLE_ROWS = 2048  # targets whose whole vocabulary is gathered at once
 
 
 class HashedCache:
-    """A published cache: per order a table of context cells and one of context-with-target cells, mixed into the base by alpha.
+    """A published cache: for each order a table of counts of contexts and one of contexts with their target, mixed with the base.
 
-    As published (`normalize` False) the target's cell over the context's cell is called its probability; collisions make the sum over
-    the vocabulary exceed 1, so the score is no code length. `normalize` gathers every token's cell and divides by their sum.
-    The driver updates every `span` targets. `ranks` caches, each fed its own part of the text, as on the published machines.
+    As published (`normalize` False) the count with the target over the count of the context is called a probability; collisions
+    make its sum over the vocabulary exceed 1, so the score is no code length. `normalize` divides by that sum. There are
+    `ranks` caches, each for its own part of the text, as on the published machines. The driver updates every `span` targets.
     """
 
     def __init__(self, name: str, base: Any, vocab_size: int, *, normalize: bool, buckets: int = 2**22, ranks: int = 8,
@@ -7539,18 +7565,18 @@ class HashedCache:
         return window * self.ranks // ((len(tokens) - 2) // self.spec.window + 1)
 
     def _cells(self, tokens: Tensor, target: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        """The context's hash and the flat index of its cell (of `tables[i, 0]`)."""
+        """(hash of each target's context, flat index of its count in `tables[i, 0]`)."""
         back = torch.arange(order - 1, 0, -1, device=tokens.device)
         h = self.spec.hash[0](tokens[(target[:, None] - back).clamp_min(0)])
         return h, self._rank(target, tokens) * self.buckets + (h & (self.buckets - 1))
 
     def _ratio(self, row: int, order: int, h: Tensor, rank: Tensor, token: Tensor, C: Tensor) -> Tensor:
-        """Cell of context and token over C: called a probability by its authors."""
+        """Count of context and token over the count C of the context: what the authors call a probability."""
         cell = rank * self.buckets + (self.spec.hash[1](h, order, token) & (self.buckets - 1))
         return torch.minimum(self.tables[row, 1][cell], C) / C
 
-    def _mass(self, row: int, order: int, h: Tensor, rank: Tensor, C: Tensor) -> Tensor:
-        """(n, 1) float64: sum of the ratios over the vocabulary, gathered for some targets at once."""
+    def _vocabulary_sum(self, row: int, order: int, h: Tensor, rank: Tensor, C: Tensor) -> Tensor:
+        """(n, 1) float64: sum of the ratios over the vocabulary, for WHOLE_ROWS targets at once."""
         every = torch.arange(self.vocab_size, device=h.device)[None]
         sums = [C.new_zeros(0, 1, dtype=torch.float64)]
         for h_n, rank_n, C_n in zip(*(x.split(WHOLE_ROWS) for x in (h, rank, C)), strict=True):
@@ -7558,7 +7584,7 @@ class HashedCache:
         return torch.cat(sums)
 
     def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor, entropy: Tensor) -> Tensor:
-        """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
+        """(n, m) float64: what becomes of the base's probabilities p of tokens `token` (n, m) at positions `target` (n,)."""
         confidence = self.batch[target - self.batch_start] if self.looks_ahead else self.scale.confidence(target)
         result, todo = p.clone(), torch.arange(len(target), device=tokens.device)
         for row, order in enumerate(self.spec.orders):
@@ -7571,7 +7597,7 @@ class HashedCache:
             ratio = self._ratio(row, order, h, rank, token[at], C).double()
             alpha = self.spec.alpha(entropy[at], torch.full_like(at, order), confidence[at])[:, None]
             if self.normalize:
-                mass = self._mass(row, order, h, rank, C)
+                mass = self._vocabulary_sum(row, order, h, rank, C)
                 alpha = torch.where(mass > 0, alpha, 0.0)
                 ratio = ratio / mass.clamp_min(1e-300)
             result[at] = (1 - alpha) * p[at] + alpha * ratio
@@ -7585,7 +7611,7 @@ class HashedCache:
         return self._mixed(tokens, target, p[:, None], tokens[lo:hi, None], entropy)[:, 0].log()
 
     def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """What score() said of every token at t: a distribution only with `normalize`."""
+        """(V,) float64: what score() gives every token at t; a distribution only with `normalize`."""
         p = self.base.dist(tokens, t).to(tokens.device)
         target, every = torch.tensor([t], device=tokens.device), torch.arange(len(p), device=tokens.device)
         return self._mixed(tokens, target, p[None], every[None], self.base.entropy[t : t + 1].double())[0]
@@ -7601,9 +7627,9 @@ class HashedCache:
 
 
 class HashedTable:
-    """#1095's packed table in the scorer's hands: counts of whole hashed n-grams of the training text, frozen.
+    """The scorer of #1095: counts of hashed n-grams of the training text, fixed.
 
-    As published (`normalize` False): the first order from 7 down whose cell c of context and target holds 2 or more gives
+    As published (`normalize` False): the first order from 7 down whose count c of context and target is 2 or more gives
     alpha c / (c + 1024) + (1 - alpha) p, alpha = min(.95, ln(1 + c) / 10), never below 1e-10. No context is counted, so this is no
     conditional probability, and alpha looks at the target. `normalize` divides by the sum over the vocabulary, C, and takes the
     order and alpha from C. Contexts start anew every `length` targets.
@@ -7615,13 +7641,13 @@ class HashedTable:
         self.base, self.vocab_size, self.length, self.normalize, self.least = base, vocab_size, length, normalize, least
 
     def _counts(self, tokens: Tensor, target: Tensor, token: Tensor, n: int) -> Tensor:
-        """(n, m) float64: cells of the n-grams that end in each `token` at each `target`."""
+        """(n, m) float64: counts of the n-grams that end in each `token` at each `target`."""
         before = hash_sequence(tokens[(target - k).clamp_min(0)] for k in range(n - 1, 0, -1))[:, None]
         h = (before * HASHED_MULTIPLIERS[n - 1] + token) & 0xFFFFFFFF
         return self.cells[n][h & (len(self.cells[n]) - 1)].double()
 
     def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor) -> Tensor:
-        """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
+        """(n, m) float64: what becomes of the base's probabilities p of tokens `token` (n, m) at positions `target` (n,)."""
         result, todo = p.clone(), torch.ones_like(token, dtype=torch.bool)
         room = (target - 1) % self.length + 1  # tokens before the target in its sequence
         every = torch.arange(self.vocab_size, device=tokens.device)[None]
@@ -7641,7 +7667,7 @@ class HashedTable:
         return torch.cat([self._mixed(tokens, t, q[:, None], tokens[t][:, None])[:, 0] for q, t in parts]).log()
 
     def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """What score() says of every token at t: a distribution only with `normalize`."""
+        """(V,) float64: what score() gives every token at t; a distribution only with `normalize`."""
         p = self.base.dist(tokens, t).to(tokens.device)
         return self._mixed(
             tokens, torch.tensor([t], device=tokens.device), p[None], torch.arange(len(p), device=tokens.device)[None]
