@@ -95,7 +95,7 @@ def test_every_recipe_sets_only_known_knobs_to_values_in_bounds():
     ({"MUON_BACKEND_STEPS": "11"}, ["MUON_BACKEND_STEPS=11", "1 to 10 iterations"]),
     ({"SEED": "-1"}, ["SEED=-1", "0 to "]),
     ({"TRAIN_LOG_EVERY": "0"}, ["TRAIN_LOG_EVERY=0", "at least 1 steps"]),
-    ({"MODE": "trian"}, ["MODE='trian'", "train, eval, audit, plan"]),
+    ({"MODE": "trian"}, ["MODE='trian'", "train, eval, audit, pack_code"]),
     ({"ATTENTION": "fast"}, ["ATTENTION='fast'", "auto, fa3, fa2, sdpa"]),
     ({"RECIPE": "pr999"}, ["RECIPE='pr999'", *tg.RECIPES]),
     ({"ATTN_BITS": "9"}, ["ATTN_BITS='9'", "2, 3, 4, 5, 6, 7, 8, 16, 32"]),
@@ -332,7 +332,7 @@ def test_help_lists_every_knob_once_in_its_section(script):
     banners = re.findall(r"^# ==== (\d+ [A-Z]+)", SCRIPT.read_text(), re.M)
     assert sections == [b for b in banners if b in sections] and len(sections) >= 8
     assert "MUON_BACKEND_STEPS=5 (1 to 10 iterations)" in text and "GRAD_CLIP_NORM=0.0 (at least 0)" in text
-    assert "ATTN_GATE=none (none|input|scalar)" in text
+    assert "ATTN_GATE=none (none|input|scalar|sparse)" in text
 
 
 def test_dump_shows_value_and_source_and_feeds_itself(script):
@@ -356,3 +356,18 @@ def test_baseline_is_the_challenges_baseline():
     block = 2 * d * d + 2 * d * kv + 2 * d * hidden + 2 * d + 2 * d + 8  # matrices, scales, mix, q_gain
     assert 1024 * d + 9 * block + 4 * d == 17_059_912
     assert math.isclose(cfg.tied_embed_lr, 0.05) and cfg.grad_clip_norm == 0 and cfg.iterations == 20000
+
+
+@pytest.mark.parametrize("mode", tg.MOVED_MODES)
+def test_a_former_mode_names_the_program_that_does_it(script, mode):
+    result = script({"MODE": mode, "INPUT": "notes.txt", "ARTIFACT": "a.pgz", "TEMPERATURE": "0.8"})
+    program = {"compress": "codec", "decompress": "codec"}.get(mode, mode)
+    assert result.status == 2 and result.err.startswith(
+        f"error: MODE={mode} is a program of its own: python tools/{program}.py"
+    )
+    assert result.err.count("\n") == 1
+
+
+def test_former_knobs_are_at_most_a_notice():
+    loaded = tg.load_config({"RECIPE": "cpu", **dict.fromkeys(tg.MOVED_KNOBS, "1")})
+    assert len(loaded.notices) == 6 and all("is ignored: it is an argument, python tools/" in n for n in loaded.notices)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import BOS, SEQ, VOCAB, config, documents, write_shard
+from conftest import BOS, SEQ, VOCAB, config, documents, events, write_shard
 
 import train_gpt as tg
 
@@ -63,14 +64,6 @@ def test_a_shard_is_its_split_and_digits_and_nothing_else(data, tmp_path):
     whole = np.concatenate(tg.load_split(tmp_path / "d", "val"))
     assert np.array_equal(whole, data.val)
     assert "no fineweb_dev_<digits>.bin" in message(tg.load_split, tmp_path / "d", "dev")
-
-
-def test_bytes_beside_the_shards_are_no_text(data, tmp_path, tiny):
-    shutil.copytree(data.folder, tmp_path / "d")
-    path = write_shard(tmp_path / "d" / "fineweb_val_bytes_000000.bin", [3] * len(data.val))
-    assert np.array_equal(np.concatenate(tg.load_split(tmp_path / "d", "val")), data.val)
-    text = message(tg.load_validation, config(tiny), tmp_path / "d", tg.Tokenizer(data.tokenizer, VOCAB))
-    assert str(path) in text and "too good" in text
 
 
 # ---- where the data are
@@ -169,7 +162,7 @@ def test_two_tokenizers_and_no_manifest_is_a_question(data, tmp_path, tiny):
 
 def test_every_mode_asks_the_manifest(data, tmp_path, tiny, script):
     folder = with_manifest(data, tmp_path / "d")
-    assert script(tiny, DATA_PATH=folder, ITERATIONS=1, EVAL_STRIDE=0).status == 0
+    assert script(tiny, DATA_PATH=folder, ITERATIONS=1, EVAL_STRIDE=0, NGRAM_SCORE="off").status == 0
     for mode in ("train", "eval", "audit"):
         result = script(tiny, MODE=mode, DATA_PATH=folder, TOKENIZER_PATH=folder / "a.model", ARTIFACT=tmp_path / "logs" / "tiny.pgz",
                         RUN_ID=mode)  # fmt: skip
@@ -181,9 +174,16 @@ def test_every_mode_asks_the_manifest(data, tmp_path, tiny, script):
 
 
 def test_a_checkpoint_goes_on_with_its_own_data_alone(data, tmp_path, tiny, script):
-    assert script(tiny, ITERATIONS=2, CHECKPOINT_EVERY=1, EVAL_STRIDE=0).status == 0
+    assert script(tiny, ITERATIONS=2, CHECKPOINT_EVERY=1, EVAL_STRIDE=0, NGRAM_SCORE="off").status == 0
     moved = shutil.copytree(data.folder, tmp_path / "moved")
-    again = {"ITERATIONS": 2, "CHECKPOINT_EVERY": 1, "EVAL_STRIDE": 0, "RESUME": "auto", "FORCE": 1}
+    again = {
+        "ITERATIONS": 2,
+        "CHECKPOINT_EVERY": 1,
+        "EVAL_STRIDE": 0,
+        "NGRAM_SCORE": "off",
+        "RESUME": "auto",
+        "FORCE": 1,
+    }
     assert script(tiny, **again, DATA_PATH=moved).status == 0
     shard = np.array(tg.load_shard(moved / "fineweb_train_000001.bin"))
     shard[-1] ^= 1
@@ -198,6 +198,44 @@ def test_a_checkpoint_goes_on_with_its_own_data_alone(data, tmp_path, tiny, scri
     other.write_bytes(data.tokenizer.read_bytes() + b"\x2a\x00")
     result = script(tiny, **again, TOKENIZER_PATH=other)
     assert result.status == 2 and "set TOKENIZER_PATH to what the run began with" in result.err
+
+
+def test_unset_data_is_the_best_download_that_fits(monkeypatch, data, tmp_path, tiny):
+    monkeypatch.setattr(tg, "FINEWEB_DIR", tmp_path / "datasets" / "fineweb10B_sp1024")
+    env = {**tiny, "DATA_PATH": ""}
+    shipped = tg.SAMPLE_DIR / "tokenizer_1024.model"
+    (tmp_path / "tokenizers").mkdir()
+    expected = tg.SAMPLE_DIR
+    for variant, model in (
+        ("sp1024", shipped),
+        ("sp8192", data.tokenizer),
+        ("sp8192_lossless_caps_caseops_v1", data.tokenizer),
+    ):
+        assert tg.find_data(config(env)).folder == expected
+        expected = tmp_path / "datasets" / f"fineweb10B_{variant}"
+        shutil.copytree(data.folder, expected, ignore=shutil.ignore_patterns("*.model"))
+        size, rest = re.fullmatch(r"sp(\d+)(.*)", variant).groups()
+        (tmp_path / "tokenizers" / f"fineweb_{size}_bpe{rest}.model").write_bytes(
+            model.read_bytes() + b"\x2a\x00" * len(rest)
+        )
+    assert tg.find_data(config(env)).folder == expected and not tg.find_data(config(env)).sample
+    folder = tmp_path / "datasets" / "fineweb10B_sp1024"
+    assert tg.find_data(config(env), vocab_size=1024).folder == folder  # VOCAB_SIZE chooses
+    assert tg.find_data(config(env, TOKENIZER_PATH=shipped)).folder == folder
+    hashed = hashlib.sha256(data.tokenizer.read_bytes()).hexdigest()  # so does an artifact
+    assert tg.find_data(config(env), tokenizer_sha256=hashed, vocab_size=300).folder.name == "fineweb10B_sp8192"
+    assert tg.find_data(config(env), vocab_size=999).sample
+
+
+def test_an_unset_vocabulary_is_the_tokenizer_s(tiny, script):
+    env = {**tiny, "ITERATIONS": "1", "EVAL_STRIDE": "0", "NGRAM_SCORE": "off"}
+    del env["VOCAB_SIZE"]
+    assert script(env).status == 0
+    values, sources = (events(tiny, "config")[0][key] for key in ("values", "sources"))
+    assert values["VOCAB_SIZE"] == VOCAB and sources["VOCAB_SIZE"] == "tokenizer"
+    result = script(env, VOCAB_SIZE=1024, RUN_ID="other")
+    assert result.status == 2 and "has 300 pieces but VOCAB_SIZE=1024" in result.err
+    assert script(env, MODE="eval", ARTIFACT=Path(tiny["LOG_DIR"]) / "tiny.pgz", RUN_ID="again").status == 0
 
 
 def test_a_tokenizer_of_another_size_is_refused(data, tmp_path):

@@ -13,6 +13,7 @@ from fake_cuda import DeviceMismatch, FakeCuda
 from test_recipes import small
 
 import train_gpt as tg
+from tools.plan import FlashFootprint, activation_bytes
 
 
 @pytest.fixture
@@ -121,9 +122,9 @@ def test_less_memory_makes_the_same_steps(data, tmp_path, script):
 # ---- parts, by budget
 
 
-def parts(module: types.ModuleType, recipe: str):
+def parts(module: types.ModuleType, recipe: str, **changes):
     """Trainer and consensus of a shrunken recipe on the pretend GPU."""
-    cfg = module.load_config(small(recipe, DEVICE="cuda"), has_gpu=lambda: False).cfg
+    cfg = module.load_config(small(recipe, DEVICE="cuda", **changes), has_gpu=lambda: False).cfg
     run = module.Run(cfg, 0, 0, 1, 1)
     stream = module.TokenStream([np.random.default_rng(0).integers(2, cfg.vocab_size, 20000)], cfg.vocab_size)
     model = module.GPT(cfg).place(run.device, module.attend_sdpa)
@@ -162,6 +163,28 @@ def test_statistics_that_do_not_fit_on_the_gpu_are_counted_on_the_cpu(tiny):
             assert gpu.launches > 500 and not gpu.faults
     assert devices == ["cuda", "cpu"]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["pr187", "pr850", "pr1095"])
+def test_the_plan_predicts_the_peak_of_a_step(recipe, monkeypatch):
+    """Within 10 %, of an eager step whose attention keeps what FlashAttention keeps."""
+    monkeypatch.setattr(tg, "rms_norm", lambda x: torch.nn.functional.rms_norm(x, (x.shape[-1],)))
+    with FakeCuda() as gpu:
+        cfg, run, stream, trainer, _ = parts(tg, recipe, TRAIN_BATCH_TOKENS=8192, VOCAB_SIZE=1024)
+        for block in trainer.model.blocks:
+            block.attn.attend = FlashFootprint.apply
+        inputs, targets = trainer.batcher.next(cfg.train_seq_len)
+        ctx = tg.Ctx(fake_quant=trainer.fake_quant)
+        trainer.backward(inputs, targets, ctx)
+        before = gpu.live
+        torch.cuda.reset_peak_memory_stats()
+        trainer.backward(inputs, targets, ctx)
+        measured = gpu.peak - before
+    with torch.device("meta"):
+        model = tg.GPT(cfg)
+    kept, peak = activation_bytes(cfg, model, torch.device("cuda"), 8192)
+    assert kept < peak
+    assert measured == pytest.approx(peak, rel=0.1)
 
 
 # ---- mistakes put in by hand: a harness that lets them pass proves nothing

@@ -413,7 +413,7 @@ def test_layer_scale_multiplies_what_blocks_read_or_what_they_add():
     x = torch.randn(2, T, 32)
     for how in ("in", "out"):  # zero output projections: the stream itself is not scaled
         block = build(ln_scale=how).blocks[3]
-        assert torch.equal(block(x, None, tg.Stream(x, build().rope, {}, tg.Ctx()), 3)[0], x)
+        assert torch.equal(block(x, x, None, tg.Stream(x, build().rope, {}, tg.Ctx()), 3)[0], x)
     torch.manual_seed(0)
     plain, scaled = (build(noise=0.1, ln_scale=how).blocks[3] for how in ("none", "out"))
     stream = tg.Stream(x, build().rope, {}, tg.Ctx())
@@ -421,7 +421,7 @@ def test_layer_scale_multiplies_what_blocks_read_or_what_they_add():
         for block in (plain, scaled):
             block.mlp_scale.zero_()
             block.resid_mix[0], block.resid_mix[1] = 1.0, 0.0
-    added, half = (block(x, None, stream, 3)[0] - x for block in (plain, scaled))
+    added, half = (block(x, x, None, stream, 3)[0] - x for block in (plain, scaled))
     assert torch.allclose(half, 0.5 * added, atol=1e-6)
 
 
