@@ -4332,6 +4332,11 @@ def next_state(state: Any, code: Any, states: int) -> Any:
     return (2 * state + (((code >> 1) ^ (state >> 1) ^ (state >> 2)) & 1)) % states
 
 
+def octave_eighths(n: Tensor) -> Tensor:
+    """2**(n/8) in fp32, the same on every machine: the power is rounded from float64."""
+    return torch.exp2(n.double() / 8).float()
+
+
 class ErrorSpread(NamedTuple):
     """GPTQ's view of the second moments of C inputs, columns as they stand."""
 
@@ -4357,11 +4362,6 @@ def error_spread(h_CC: Tensor, damp: float, variant: str) -> ErrorSpread:
     mean = weight_C.mean()
     gain = float(mean / h_1CC[0].diagonal().mean())
     return ErrorSpread((factor_CC / diagonal_C[:, None]).float(), (weight_C / mean).float(), gain)
-
-
-def octave_eighths(n: Tensor) -> Tensor:
-    """2**(n/8) in fp32, the same on every machine: the power is rounded from float64."""
-    return torch.exp2(n.double() / 8).float()
 
 
 def column_steps(weight_C: Tensor) -> Tensor:
@@ -4637,26 +4637,6 @@ def prune_codes_(items: list[TensorToCode], codes: list[Tensor], share: float) -
             q[size <= threshold] = 0
 
 
-def round_all(cfg: Config, items: list[TensorToCode]) -> list[Tensor]:
-    """Codes of every tensor: trellis paths, GPTQ in one batch for each shape where there are Hessians, else the nearest."""
-    groups: dict[tuple, list[int]] = {}
-    codes: list[Tensor] = [torch.empty(0)] * len(items)
-    for i, item in enumerate(items):
-        if item.states == 0 and item.hessian is None:
-            codes[i] = round_rows(item.w_RC, item.scale_R, item.top)
-        elif item.states == 0:
-            groups.setdefault((item.w_RC.shape, item.top), []).append(i)
-    for (_, top), members in groups.items():
-        columns = ([getattr(items[i], field) for i in members] for field in ("w_RC", "hessian", "scale_R"))
-        w, h, scale = map(torch.stack, columns)
-        found = gptq(w, h, scale, top, damp=cfg.gptq_percdamp, block=cfg.gptq_block_size, order=cfg.gptq_order,
-                     variant=cfg.gptq_variant)  # fmt: skip
-        for i, codes_RC in zip(members, found, strict=True):
-            codes[i] = codes_RC
-    search_paths(items, codes)
-    return codes
-
-
 def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
     """Put the codes of the tensors that are trellis paths into `codes`: rows of equal shape together, as many as the device
     likes at once; a CPU searches with a thread a core."""
@@ -4684,6 +4664,26 @@ def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda batch: search(*batch), batches))
+
+
+def round_all(cfg: Config, items: list[TensorToCode]) -> list[Tensor]:
+    """Codes of every tensor: trellis paths, GPTQ in one batch for each shape where there are Hessians, else the nearest."""
+    groups: dict[tuple, list[int]] = {}
+    codes: list[Tensor] = [torch.empty(0)] * len(items)
+    for i, item in enumerate(items):
+        if item.states == 0 and item.hessian is None:
+            codes[i] = round_rows(item.w_RC, item.scale_R, item.top)
+        elif item.states == 0:
+            groups.setdefault((item.w_RC.shape, item.top), []).append(i)
+    for (_, top), members in groups.items():
+        columns = ([getattr(items[i], field) for i in members] for field in ("w_RC", "hessian", "scale_R"))
+        w, h, scale = map(torch.stack, columns)
+        found = gptq(w, h, scale, top, damp=cfg.gptq_percdamp, block=cfg.gptq_block_size, order=cfg.gptq_order,
+                     variant=cfg.gptq_variant)  # fmt: skip
+        for i, codes_RC in zip(members, found, strict=True):
+            codes[i] = codes_RC
+    search_paths(items, codes)
+    return codes
 
 
 def low_rank_codes(residual_RC: Tensor, rank: int, bits: int, group: int = 0) -> LowRank:
@@ -4763,6 +4763,12 @@ def awq_groups(policy: Policy, inputs: Inputs) -> dict[str, Tensor]:
     return finer
 
 
+def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
+    """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
+    rows, columns = rows_and_columns(shape)
+    return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
+
+
 def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor | None) -> TensorToCode:
     """How a tensor is to be coded; `chosen` are the steps of its rows, where the byte budget has set them."""
     cfg, bits, w_RC = policy.cfg, policy.bits(name), matrix_of(w).clone()
@@ -4791,12 +4797,6 @@ def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor
     spread = inputs.spread(name) if states else None
     item.spread = spread and spread.in_steps(columns_C)
     return item
-
-
-def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
-    """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
-    rows, columns = rows_and_columns(shape)
-    return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
 
 
 def correct_residuals(cfg: Config, named: dict[str, Tensor], stored: dict[str, QuantizedTensor],
@@ -5953,20 +5953,24 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
     rms = float(w_RC.square().mean().sqrt().clamp_min(1e-8))
     by_row = role in PREDICTED_ROLES and w_RC.shape[0] > 1
     factor_R = row_factors(fisher_R) if by_row else torch.ones_like(fisher_R)
-    most = PATH_ROWS if states else CURVE_ROWS
+    most = PATH_ROWS if states and not by_row else CURVE_ROWS
     pick = torch.linspace(0, len(w_RC) - 1, min(len(w_RC), most), device=w_RC.device).long()
-    w, factor, fisher = w_RC[pick], factor_R[pick], fisher_R[pick] / w_RC.shape[1]
-    scales = [steps_by_row(w, step, factor) for step in STEP_GRID * rms]
+    w, all_scales = w_RC[pick], [steps_by_row(w_RC, step, factor_R) for step in STEP_GRID * rms]
+    scales = [scale[pick] for scale in all_scales]
     if states:
         found = trellis_codes(torch.stack([w / scale.float()[:, None] for scale in scales]), None, states)
     else:
         found = [round_rows(w, scale, largest_code(8)) for scale in scales]
     bits, harm = [], []
-    for scale, codes in zip(scales, found, strict=True):
-        error = (codes.float() * scale.float()[:, None] - w).square().sum(dim=1)
+    for everywhere, scale, codes in zip(all_scales, scales, found, strict=True):
+        error = (codes.float() * scale.float()[:, None] - w).square().mean(dim=1)
+        # An error goes with its step: what sampled rows are off by is scaled by the steps and importance of all rows.
+        share = float(fisher_R @ everywhere.float().square()) / max(
+            float(fisher_R[pick] @ scale.float().square()), 1e-30
+        )
         spread, values, _ = plan_codes(codes.cpu().numpy(), False, states > 0)
         bits.append(described_bits(spread, values, states > 0, len(w_RC)))
-        harm.append(0.5 * gain * float(fisher @ error) * len(w_RC) / len(w) + 1e-30)
+        harm.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
     saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * rms, factor_R)) if by_row else 0.0
     bits = np.maximum.accumulate(np.array(bits)[::-1])[::-1]  # of a coarser step never more: interpolation needs it
     return Curve(name, rms, factor_R, np.maximum(bits - saved, 0.02 * w_RC.numel()), np.array(harm))
