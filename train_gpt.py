@@ -193,14 +193,18 @@ class Config:
     muon_momentum: float = knob(0.95, "", "Muon momentum after its warm-up", lo=0, hi=1)
     muon_momentum_warmup_start: float = knob(0.85, "", "Muon momentum at step 0", lo=0, hi=1)
     muon_momentum_warmup_steps: int = knob(500, "steps", "steps over which Muon's momentum rises; 0 skips it", lo=0)
+    muon_row_normalize: bool = knob(False, "", "MuonEq-R: rows of Muon's momentum are brought to length 1 before orthogonalisation")
+    newton_schulz: str = knob("classic", "", "coefficients of the iterations: one tuple for all, or Polar Express's of each", choices=("classic", "polar"))
     muon_backend_steps: int = knob(5, "iterations", "Newton-Schulz iterations a step", lo=1, hi=10)
     muon_wd: float = knob(0.0, "", "decoupled weight decay of the matrices, times their rate", lo=0)
     muon_wd_order: str = knob("before", "", "decay a matrix before or after its update", choices=("before", "after"))
     adam_wd: float = knob(0.0, "", "decoupled weight decay of Adam's parameters, times their rate", lo=0)
+    embed_wd: float = knob(-1.0, "", "the same of embedding tables and heads; -1: ADAM_WD", lo=-1)
     beta1: float = knob(0.9, "", "Adam's decay of the gradient's mean", lo=0, hi=0.9999)
     beta2: float = knob(0.95, "", "Adam's decay of the gradient's square", lo=0, hi=0.99999)
     adam_eps: float = knob(1e-8, "", "Adam's epsilon", lo=0)
-    grad_clip_norm: float = knob(0.0, "", "largest global norm of the reduced gradient; 0 leaves it alone", lo=0)
+    grad_clip_norm: float = knob(0.0, "", "largest global norm of the gradient; 0 leaves it alone", lo=0)
+    grad_clip_local: bool = knob(False, "", "clip the part of each rank before the reduction, as published, instead of the reduced gradient")
     # ---- 6 TRAINING
     train_seq_len: int = knob(1024, "tokens", "sequence length in training", lo=8, hi=2**20, shape=True)
     train_batch_tokens: int = knob(524288, "tokens", "targets of one optimizer step, over all ranks", lo=8, hi=2**30)
@@ -210,6 +214,8 @@ class Config:
     warmup_steps: int = knob(20, "steps", "priming steps that compile kernels and are undone completely, before the clock", lo=0, hi=10000)
     lr_schedule: str = knob("warmdown", "", "flat then linear down, or flat then cosine down (wsd)", choices=("warmdown", "wsd"))
     warmdown_iters: int = knob(1200, "steps", "length of the linear warmdown, in steps or their measured time", lo=0)
+    warmdown_frac: float = knob(0.0, "", "length of the linear warmdown as a share of the budget; 0: WARMDOWN_ITERS", lo=0, hi=1)
+    min_lr: float = knob(0.0, "", "least learning-rate scale of both schedules", lo=0, hi=1)
     wsd_stable_frac: float = knob(0.75, "", "share of the budget before the cosine of wsd", lo=0, hi=1)
     prog_seq_enabled: bool = knob(False, "", "sequence-length curriculum")
     prog_seq_lens: str = knob("512,1024", "tokens", "lengths before TRAIN_SEQ_LEN")
@@ -217,6 +223,7 @@ class Config:
     val_loss_every: int = knob(1000, "steps", "validate during training; 0: only at the end", lo=0)
     train_log_every: int = knob(200, "steps", "step lines in the log", lo=1)
     ema_decay: float = knob(0.0, "", "exponential moving average of the weights; 0: off", lo=0, hi=0.999999)
+    ema_decays: str = knob("", "", "several averages at once instead of EMA_DECAY's, e.g. .99,.9965,.999: the one, or half and half of two, with the least loss on held-back training text is kept")
     ema_start_frac: float = knob(0.0, "", "share of the budget before the EMA starts", lo=0, hi=1)
     swa_every: int = knob(0, "steps", "stochastic weight averaging; 0: off", lo=0)
     swa_start_scale: float = knob(0.2, "", "SWA collects while the learning-rate scale is below this", lo=0, hi=2)
@@ -228,7 +235,7 @@ class Config:
     complement_alpha: float = knob(0.0, "", "complementary training: weight 1 - alpha p_bigram on each token (#803); 0: off", lo=0, hi=1)
     complement_normalized: bool = knob(False, "", "divide the weighted loss by the weights' sum instead of the token count")
     complement_sync: bool = knob(True, "", "sum the bigram counts over ranks; 0: each rank counts its own tokens, as published")
-    checkpoint_every: int = knob(0, "steps", "save a checkpoint, and one when stopped by a signal; 0: never", lo=0)
+    checkpoint_every: int = knob(0, "steps", "save a checkpoint, and one when a signal stops the training (TERM INT HUP USR1 USR2 XCPU; torchrun passes on only those in TORCHELASTIC_SIGNALS_TO_HANDLE); 0: never", lo=0)
     checkpoint_keep: int = knob(2, "files", "how many checkpoints stay", lo=1)
     resume: str = knob("", "", "auto: the newest checkpoint of RUN_ID if there is one; or a checkpoint file")
     # ---- 7 QUANTIZER
@@ -339,6 +346,12 @@ class Config:
     def xsa_layers(self) -> range:
         """Blocks with exclusive self attention."""
         return range(0 if self.xsa_last_n < 0 else self.num_layers - self.xsa_last_n, self.num_layers)
+
+    @property
+    def averages(self) -> list[float]:
+        """Decays of the exponential moving averages that are kept."""
+        several = [float(d) for d in self.ema_decays.split(",")] if self.ema_decays.strip() else []
+        return several or [self.ema_decay] * (self.ema_decay > 0)
 
     @property
     def carry_rows(self) -> list[list[float]]:
@@ -483,8 +496,15 @@ class Config:
                 yield f"PROG_SEQ_LENS={self.prog_seq_lens}: {t} exceeds TRAIN_SEQ_LEN={self.train_seq_len}"
         if self.complement_alpha and self.vocab_size > 16384:
             yield f"COMPLEMENT_ALPHA={self.complement_alpha} counts all pairs of tokens, too many at VOCAB_SIZE={self.vocab_size}: set it to 0"
-        if self.swa_every and self.swa_source == "ema" and not self.ema_decay:
-            yield "SWA_SOURCE=ema needs EMA_DECAY above 0"
+        try:
+            if not all(0 < d < 1 for d in self.averages) or len(set(self.averages)) < len(self.averages):
+                raise ValueError
+            if self.swa_every and len(self.averages) > 1:
+                yield f"EMA_DECAYS={self.ema_decays} and SWA_EVERY={self.swa_every}: only one EMA blends with SWA; unset one of them"
+            if self.swa_every and self.swa_source == "ema" and not self.averages:
+                yield "SWA_SOURCE=ema needs EMA_DECAY above 0"
+        except ValueError:
+            yield f"EMA_DECAYS={self.ema_decays!r}: expected different decays between 0 and 1, separated by commas"
         if self.mode == "train" and not self.max_wallclock_seconds and not self.iterations:
             yield "MAX_WALLCLOCK_SECONDS=0 and ITERATIONS=0: one of them must end the training"
         if self.mode == "train" and 0 < self.max_wallclock_seconds <= self.reserved_seconds:
@@ -608,6 +628,20 @@ RECIPES: dict[str, dict[str, Any]] = {
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr1095", "NGRAM_TABLE": "pr1095",
         **_INT8, "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
+    # #2135, but for the mask on BOS (always on) and the coding of weights: one step a tensor fills the limit, entropy coded.
+    "frontier": {
+        **_SEQ_2048, "VOCAB_SIZE": 8192, "NUM_LAYERS": 11, "MLP_MULT": 4.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1,
+        "ROPE_DIMS": 16, "LN_SCALE": "in", "QK_GAIN_INIT": 5.0, "LINEAR_INIT": "orthogonal", "ASYM_LOGIT_RESCALE": True,
+        "NUM_LOOPS": 2, "LOOP_START": 3, "LOOP_END": 5, "PARALLEL_START_LAYER": 8, "SKIP_GATES_ENABLED": True,
+        "ATTN_GATE": "sparse", "SPARSE_ATTN_GATE_SCALE": 0.5, "SMEAR": True, "SMEAR_FORM": "window",
+        "SMEAR_BEFORE_NORM": True, "MATRIX_LR": 0.028, "TIED_EMBED_LR": 0.03, "SCALAR_LR": 0.02, "MUON_MOMENTUM": 0.97,
+        "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500, "MUON_ROW_NORMALIZE": True,
+        "NEWTON_SCHULZ": "polar", "MUON_WD": 0.095, "EMBED_WD": 0.085, "ADAM_WD": 0.02, "BETA2": 0.99,
+        "GRAD_CLIP_NORM": 0.3, "WARMDOWN_FRAC": 0.85, "MIN_LR": 0.1, "EMA_DECAY": 0.9965, "VAL_LOSS_EVERY": 0,
+        "TRAIN_LOG_EVERY": 500, "EVAL_SEQ_LEN": 2560, "EVAL_STRIDE": 64, "TARGET_BYTES": 16_000_000,
+        "EMBED_BITS": 7, "CONTROL_BITS": 16, "QUANT_CLIP": "sigma", "QUANT_MIN_NUMEL": 65536, "GPTQ_ENABLED": True,
+        "GPTQ_N_SAMPLES": 1536,
+    },
 }  # fmt: skip
 BEST_GPU_RECIPE = "pr187"
 
@@ -630,7 +664,7 @@ def mapped(name: str, table: dict[str, str]) -> Converter:
 
 
 def float_or_none(text: str) -> float | None:
-    """A number, or None where the text is none."""
+    """The text as a number, or None if it is not one."""
     try:
         return float(text)
     except ValueError:
@@ -650,7 +684,7 @@ def computed(convert: Callable[[float], dict[str, Any]]) -> Converter:
 
 
 class SwitchedOff(dict[str, str]):
-    """Our knobs where a published switch is off: what it switches off stays off, however it is set."""
+    """The knobs that a published switch turns off; they win even over explicit settings of the same knobs."""
 
 
 def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
@@ -683,6 +717,17 @@ def kept(*published: float) -> Converter:
     def convert(value: str) -> dict[str, str]:
         if tuple(map(float_or_none, value.split(","))) != published:
             raise ConfigError(f"the published scorer is kept as it was, with {','.join(f'{x:g}' for x in published)}")
+        return {}
+
+    return convert
+
+
+def only(accepted: str, why: str) -> Converter:
+    """A published name that is taken at its one value that any published run used."""
+
+    def convert(value: str) -> dict[str, str]:
+        if value != accepted and (float_or_none(value) is None or float_or_none(value) != float_or_none(accepted)):
+            raise ConfigError(f"expected {accepted or 'nothing'}: {why}")
         return {}
 
     return convert
@@ -756,6 +801,30 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "NGRAM_ORDERS": kept(2, 3, 4, 5, 6, 7),
         "NGRAM_ALPHA_MAX": kept(0.95),
     },
+    "frontier": {
+        "ARTIFACT_DIR": renamed("LOG_DIR"),
+        "SMEAR_GATE_ENABLED": renamed("SMEAR"),
+        "SPARSE_ATTN_GATE_ENABLED": switch({"ATTN_GATE": "sparse"}, {"ATTN_GATE": "none"}),
+        "SPARSE_ATTN_GATE_INIT_STD": only("0", "the gate starts at zero"),
+        "GATED_ATTN_ENABLED": only("0", "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"),
+        "ATTN_OUT_GATE_ENABLED": only("0", "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"),
+        "LEAKY_RELU_SQ_SLOPE": renamed("LEAKY_SLOPE"),
+        "QK_GAIN_INIT_SCHEDULE": only("", "a gain by block showed no gain; QK_GAIN_INIT is that of all blocks"),
+        "PARALLEL_FINAL_LANE": only("mean", "the output is the mean of both lanes"),
+        "ROPE_YARN": only("0", "no published run of this stack rescaled its base; ROPE_TRAIN_LEN is the NTK rule"),
+        "RECUR_ALPHA_ENABLED": switch({"LOOP_CARRY": "1.56,.23,.04,.03;1.85,.13,-.34,.01;2.13,.06,.19,-.02"},
+                                      {"LOOP_CARRY": ""}),
+        "MUON_HUBER_WD": only("0", "the Huber form of the decay was an experiment that lost; MUON_WD is the decay"),
+        "FORCE_STOP_STEP": computed(lambda v: {"ITERATIONS": int(v)} if v > 0 else {}),
+        "GPTQ_CALIBRATION_BATCHES": computed(lambda v: {"GPTQ_N_SAMPLES": int(v * 98304 / 2048)}),
+        "GPTQ_CALIBRATION_MODE": chosen({"random": {"GPTQ_CALIBRATION": "train"}}),
+        "COMPRESSOR": mapped("COMPRESSOR", {"pergroup": "entropy", "brotli": "entropy"}),
+        "OPTROT_ENABLED": only("0", "rotations before rounding gained nothing"),
+        "PREQUANT_ONLY": only("0", "a run always scores what its artifact holds"),
+        "VAL_DOC_FRACTION": only("1", "VAL_TOKENS scores a prefix of the text"),
+        "EVAL_INCLUDE_TAIL": mapped("VAL_DROP_TAIL", {"0": "1", "1": "0"}),
+        "ALIAS_PREV_SMEAR_SCALE": only("1", "no shards here have fused case markers"),
+    },
 }  # fmt: skip
 
 # Published knobs that never did anything: accepted, reported, and without effect here too.
@@ -776,6 +845,18 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "TTT_FREEZE_BLOCKS": "the published adaptation freezes all base weights",
         "TTT_MOMENTUM": "the published adaptation uses AdamW",
         "SWA_ENABLED": "the published script always averaged; use SWA_EVERY",
+    },
+    "frontier": {
+        "DATA_DIR": "DATA_PATH names the folder of the shards",
+        "SMEAR_GATE_BOS_FIX": "no document sees the one before it, with either value; SMEAR_CROSS_DOC=1 is the published leak",
+        "ROPE_TRAIN_SEQ_LEN": "was read only where ROPE_YARN is 1",
+        "GATED_ATTN_INIT_STD": "belongs to GATED_ATTN_ENABLED",
+        "ATTN_OUT_GATE_SRC": "belongs to ATTN_OUT_GATE_ENABLED",
+        "GATED_ATTN_QUANT_GATE": "gates are stored as all control parameters are, in CONTROL_BITS",
+        "FUSED_CE_ENABLED": "the loss is the same; the device decides what computes it",
+        "MUON_HUBER_DELTA": "belongs to MUON_HUBER_WD",
+        "PERGROUP_ROUNDTRIP_CHECK": "every artifact is read back before it is scored",
+        "COMPILE_SHAPE_WARMUP": "priming always runs every shape of the training, before the clock",
     },
     "pr1095": {
         "SWA_ENABLED": "the published sums were collected and never applied; use SWA_EVERY",
@@ -825,7 +906,7 @@ ELSEWHERE = {name: ours for ours, names in {
 
 
 def bounds(name: str) -> str:
-    """What a number may be, in words with its unit: "1 to 10 iterations", "at least 0 s"; empty where anything goes."""
+    """A number's bounds in words with its unit: "1 to 10 iterations", "at least 0 s"; empty where it has none."""
     meta = FIELDS[name].metadata
     lo, hi = (None if math.isinf(limit) else f"{limit:.10g}" for limit in (meta["lo"], meta["hi"]))
     words = f"{lo} to {hi}" if lo and hi else f"at least {lo}" if lo else f"at most {hi}" if hi else ""
@@ -833,7 +914,7 @@ def bounds(name: str) -> str:
 
 
 def check_value(name: str, value: Any) -> Any:
-    """The same value if it is of the knob's type and within its bounds; else ConfigError says what would do."""
+    """The value itself; raises ConfigError with what is expected unless it has the knob's type and is within its bounds."""
     meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected {TYPE_WORDS[kind]}")
@@ -857,7 +938,7 @@ def expand_home(name: str, path: str) -> str:
 
 
 def parse_value(name: str, text: str) -> Any:
-    """Text of one knob -> its typed value; raises ConfigError naming knob, value and what would do."""
+    """Text of one knob -> its typed value; raises ConfigError with the knob, the text and what is expected."""
     meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
     if kind is bool or "0" in meta["choices"]:
         text = as_digit(text)
@@ -965,7 +1046,7 @@ LOCAL_KNOBS = frozenset("MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PA
 
 
 def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]) -> dict[str, Any]:
-    """What stands between defaults and environment: the recipe's values, or those that an artifact's header names."""
+    """The values that override the defaults and that the environment overrides: the recipe's, or those of an artifact's header."""
     if header is None:
         return RECIPES[recipe]
     values = {}
@@ -1028,7 +1109,7 @@ def source_text() -> str:
 
 
 def knob_groups() -> dict[str, list[str]]:
-    """Section -> its knobs, read from the `# ---- N NAME` comments inside Config, so that help cannot rot."""
+    """Section -> its knobs, read from the `# ---- N NAME` comments inside Config, so that --help is always complete."""
     groups: dict[str, list[str]] = {}
     inside = False
     for line in source_text().splitlines():
@@ -1062,12 +1143,12 @@ def dump_config(loaded: LoadedConfig) -> str:
 # ==== 2 RUNTIME =======================================================================================================
 
 LOG_SCHEMA = 1
-# Dense bf16 peak of one device in FLOP/s, for MFU; by a word of torch.cuda.get_device_name().
+# Dense bf16 peak of one device in FLOP/s, for MFU; looked up by part of torch.cuda.get_device_name().
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
               "RTX 4090": 165e12, "RTX 3090": 71e12, "A10G": 70e12, "L4": 121e12}  # fmt: skip
 
 
-# What asks a process to end, or warns it that it will be killed: by hand, by torchrun, by a terminal that closes, by a cluster.
+# Signals by which a user, torchrun, a terminal that closes or a cluster asks a process to end or warns that it will be killed.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
                      if hasattr(signal, name))  # fmt: skip
 
@@ -1077,7 +1158,7 @@ class Interrupted(RuntimeError):
 
 
 class BrokenRun(RuntimeError):
-    """The run failed through no mistake of the user (a loss that is not finite, a limit broken). Exit status 1."""
+    """The run failed, and not by a mistake of the user: a loss that is not finite, a full disk. Exit status 1."""
 
 
 def say(text: str, to_stderr: bool = False, end: str = "\n") -> OSError | None:
@@ -1109,7 +1190,10 @@ def cannot_write(path: Path, error: OSError) -> ConfigError | BrokenRun:
 
 
 def atomic_write(path: Path, blob: bytes) -> None:
-    """Write `blob` so that `path` appears whole or not at all: write aside, fsync, rename. Raises as `cannot_write` says."""
+    """Write `blob` to a file beside `path`, fsync it and rename it, so that `path` is complete or absent.
+
+    Raises what `cannot_write` returns.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1156,7 +1240,7 @@ def unlock_file(file: Any) -> None:
 
 
 def derive_seed(seed: int, *purpose: Any) -> int:
-    """A 63-bit seed for (seed, purpose...): streams of random numbers for different purposes never coincide."""
+    """A 63-bit seed for (seed, purpose...), so that each purpose has random numbers of its own."""
     return int.from_bytes(hashlib.sha256(repr((seed, *purpose)).encode()).digest()[:8], "little") >> 1
 
 
@@ -1222,7 +1306,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 
 def tune_cpu(local_world: int) -> None:
-    """Settings that make fp32 training on a CPU about twice as fast; `local_world` processes share its cores."""
+    """Set threads, matmul precision and malloc for fp32 training on a CPU: about twice as fast; `local_world` processes share the cores."""
     # torchrun sets OMP_NUM_THREADS=1 for several processes; share the cores instead.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // local_world))
@@ -1238,7 +1322,7 @@ def tune_cpu(local_world: int) -> None:
 
 
 def end_process_group(broken: bool = False) -> None:
-    """Leave the process group, if there is one, in a state in which the interpreter can end.
+    """Destroy the process group, if there is one, so that the interpreter can exit.
 
     After a failure NCCL's is left as it is: destroying it would wait for collectives that the other ranks never join.
 
@@ -1257,7 +1341,7 @@ def end_process_group(broken: bool = False) -> None:
 
 
 def group_store(rank: int, world: int) -> dist.Store:
-    """torchrun's key-value store under a prefix that the ranks of this attempt have agreed on.
+    """torchrun's key-value store, under a prefix that the ranks of this attempt (start or restart) have in common.
 
     torchrun keeps one store over its restarts, and a Gloo mesh that reads addresses left by the attempt before never forms
     (torch 2.13). So each process says hello with a fresh name, rank 0 answers with the names it has heard until all have
@@ -1278,7 +1362,7 @@ def group_store(rank: int, world: int) -> dist.Store:
 
 
 class Run:
-    """Where and as whom this process runs: ranks, device, logs, the stop signal. Made once, by `Run.start`."""
+    """This process in its run: rank, device, logs, the stop signal, collectives. Made once, by `Run.start`."""
 
     current: Run | None = None  # for main, which closes the logs whatever happens
 
@@ -1290,7 +1374,7 @@ class Run:
         self.signal: int | None = None
         self.signal_time = 0.0
         self.graceful = False  # True while a loop checks `signal` by itself
-        self.training_began = False  # from here on no mistake of the user is found, and nothing may lose the weights
+        self.training_began = False  # from then on a mistake exits with status 1, and the weights are kept
         self.on_terminal = rank == 0 and sys.stderr is not None and sys.stderr.isatty()
         self.lost: dict[str, str] = {}  # what could not be written -> the message
         self.moved_artifact: Path | None = None  # where the artifact is if ARTIFACT could not be written
@@ -1466,7 +1550,7 @@ class Run:
             raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
     def end_graceful(self) -> None:
-        """The loop no longer looks at `signal`: from here on a signal stops at once, also one it has not seen."""
+        """Called after the loop that checks `signal`: a signal that it has not seen, and any later one, stops the run at once."""
         self.graceful = False
         if self.signal is not None:
             raise Interrupted(f"stopped by {signal.Signals(self.signal).name}")
@@ -1503,7 +1587,7 @@ class Run:
         return value
 
     def reports_first(self) -> bool:
-        """True on exactly one rank: the first that asks. A mistake that all ranks see is told once, and one rank's own too."""
+        """True on exactly one rank, the first that calls this: it prints the error, whether one rank failed or all did."""
         return self.world == 1 or dist.distributed_c10d._get_default_store().add("said", 1) == 1
 
     def share(self, n: int) -> range:
@@ -1511,7 +1595,7 @@ class Run:
         return range(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
     def sync(self) -> None:
-        """Wait for the device, so that the clock reads work done."""
+        """Wait until the device has finished its queue, so that the clock includes it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -1525,7 +1609,7 @@ class Run:
 
 
 class Clock:
-    """Seconds of one activity, with pauses excluded and the device waited for at both ends."""
+    """Seconds of one activity without its pauses; each pause begins and ends with `Run.sync`."""
 
     def __init__(self, run: Run, elapsed: float = 0.0) -> None:
         self.run, self.total, self.since = run, elapsed, time.perf_counter()
@@ -2967,10 +3051,10 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops_per_token(model: GPT, seq_len: int) -> float:
+def flops_per_token(model: GPT, seq_len: int, plan: list[Step] | None = None) -> float:
     """Training FLOPs a token: 6 a matrix weight and pass through it, 6 T D a pass for causal attention's two products."""
     weights = {site: shape.numel() for site, shape in model.sites().items()}
-    passes = [step.block for step in model.plan]
+    passes = [step.block for step in plan or model.plan]
     blocks = sum(n * passes.count(int(site.split(".")[1])) for site, n in weights.items() if site.startswith("blocks."))
     others = sum(n for site, n in weights.items() if not site.startswith("blocks.") and site != "head")
     head = model.cfg.vocab_size * model.cfg.model_dim
@@ -2988,25 +3072,40 @@ def flops_per_token(model: GPT, seq_len: int) -> float:
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steep at zero, so that small singular values rise within few iterations
+# Coefficients (a, b, c) of each iteration; the last tuple serves all further ones.
+NEWTON_SCHULZ = {
+    "classic": ((3.4445, -4.7750, 2.0315),),  # steep at zero, so that small singular values rise within few iterations
+    # Polar Express (arXiv 2505.16932) as #1787 damped it: singular values of .001 to 1 end within .85 to 1.15.
+    "polar": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+              (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+              (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+              (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+              (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+}  # fmt: skip
 
 
-def orthogonalize(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def orthogonalize(G: Tensor, steps: int, dtype: torch.dtype, coefficients: str = "classic") -> Tensor:
     """Brings the singular values of every matrix in G (n, R, C) near 1 and keeps its singular vectors; returns `dtype`.
 
     Newton-Schulz iteration X <- (a + bA + cA^2) X with A = X X^T (Keller Jordan, kellerjordan.github.io/posts/muon).
     Five steps bring all but tiny singular values into about 0.7..1.2. Tall matrices are multiplied from the right: the
     Gram matrix always has the short side, and a transposed input gives the transposed result. Zeros stay zeros.
     """
-    a, b, c = NEWTON_SCHULZ
+    tuples = NEWTON_SCHULZ[coefficients]
     tall = G.size(1) > G.size(2)
     # The Frobenius norm bounds the largest singular value, and the iteration converges only below sqrt(3).
     X = (G / (torch.linalg.vector_norm(G, dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(steps):
+    for i in range(steps):
+        a, b, c = tuples[min(i, len(tuples) - 1)]
         A = X.mT @ X if tall else X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X
+
+
+def normalize_rows_(G: Tensor) -> Tensor:
+    """Brings every row of G (n, R, C) to length 1 in place (MuonEq-R, #1285); rows of zeros stay zeros."""
+    return G.div_(torch.linalg.vector_norm(G, dim=2, keepdim=True, dtype=torch.float32).clamp_min_(1e-7))
 
 
 def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
@@ -3037,11 +3136,12 @@ class MatrixBank(Collective):
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
     never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
-    `dtype` is that of the Newton-Schulz products. Gradients are reduced in fp32 and updates return in the dtype they were
+    `dtype` is that of the Newton-Schulz products; rows are normalised and coefficients chosen as the knobs say. Gradients are reduced in fp32 and updates return in the dtype they were
     made in, so the way costs no accuracy.
     """
 
-    def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype):
+    def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype, cfg: Config):
+        self.cfg = cfg
         self.names, self.params, self.run, self.dtype = list(named), list(named.values()), run, dtype
         rows, cols = self.params[0].shape
         self.share = -(-len(self.params) // run.world)
@@ -3059,12 +3159,14 @@ class MatrixBank(Collective):
         if self.run.world > 1:
             self.work = reduce_scatter(self.shard, self.grads, async_op=True)
 
-    def update(self, momentum: float, steps: int) -> None:
+    def update(self, momentum: float) -> None:
         """Orthogonalises the owned matrices' Nesterov momentum and starts gathering the updates of all owners."""
         self.wait()
         self.momentum.mul_(momentum).add_(self.shard)
         self.shard.add_(self.momentum, alpha=momentum)
-        self.updates = orthogonalize(self.shard, steps, self.dtype)
+        if self.cfg.muon_row_normalize:
+            normalize_rows_(self.shard)
+        self.updates = orthogonalize(self.shard, self.cfg.muon_backend_steps, self.dtype, self.cfg.newton_schulz)
         if self.run.world > 1:
             owned, self.updates = self.updates, self.updates.new_empty(self.grads.shape)
             self.work = all_gather(self.updates, owned, async_op=True)
@@ -3104,14 +3206,15 @@ class SmallParameters(Collective):
         sizes = [p.numel() for p in self.params]
         self.flat = torch.zeros(sum(sizes), device=run.device)
         self.grads = [g.view_as(p) for g, p in zip(self.flat.split(sizes), self.params, strict=True)]
-        groups: dict[float, list[nn.Parameter]] = {}
+        embed_wd = cfg.adam_wd if cfg.embed_wd < 0 else cfg.embed_wd
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for p in self.params:
-            groups.setdefault(rates[p.role] * p.lr_mult, []).append(p)
+            decay = cfg.adam_wd if p.role == "scalar" else embed_wd
+            groups.setdefault((rates[p.role] * p.lr_mult, decay), []).append(p)
         self.adam = torch.optim.AdamW(
-            [{"params": params, "rate": rate} for rate, params in groups.items()],
+            [{"params": ps, "rate": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()],
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
-            weight_decay=cfg.adam_wd,
             fused=True,
         )
 
@@ -3167,24 +3270,28 @@ class Optimizers:
         assert not missing, f"no optimizer owns {sorted(missing)}"
         # Biggest first: the longest transfers start earliest, and nothing hides the gathering of the last bank.
         banks = sorted(shapes.values(), key=lambda named: -sum(p.numel() for p in named.values()))
-        self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device)) for named in banks]
+        self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device), cfg) for named in banks]
         self.small = SmallParameters(small, rates, cfg, run)
 
     @torch.no_grad()
     def step(self, step: int, lr_scale: float) -> None:
         """One optimizer step: `step` (from 0) sets Muon's momentum, `lr_scale` multiplies every learning rate."""
         cfg = self.cfg
+        if cfg.grad_clip_local and cfg.grad_clip_norm:
+            # Published: each rank clips the gradient of its own mean, which is `world` times its part of the whole mean.
+            params = [p for part in (self.small, *self.banks) for p in part.params]
+            nn.utils.clip_grad_norm_(params, cfg.grad_clip_norm / self.run.world)
         self.small.reduce()  # first in the queue: Adam then works while the matrices travel
         for bank in self.banks:
             bank.reduce()
-        if cfg.grad_clip_norm > 0:
+        if cfg.grad_clip_norm > 0 and not cfg.grad_clip_local:
             self.clip(cfg.grad_clip_norm)
         self.small.step(lr_scale)
         start, warmup = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps
         momentum = muon_momentum(step, start, cfg.muon_momentum, warmup)
         for bank, previous in zip([*self.banks, None], [None, *self.banks], strict=True):
             if bank is not None:
-                bank.update(momentum, cfg.muon_backend_steps)
+                bank.update(momentum)
             if previous is not None:  # its updates were gathered while `bank` computed
                 previous.apply(cfg.matrix_lr * lr_scale, cfg.muon_wd, cfg.muon_wd_order)
 
@@ -3244,12 +3351,21 @@ def budget_frac(cfg: Config, step: int, elapsed: float, budget: float) -> float:
 def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
     """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
 
-    warmdown: flat, then linear to 0 over the last WARMDOWN_ITERS steps or, with a time limit, over the time they take at
-    the measured pace; whichever of the two limits is nearer counts. wsd: flat to WSD_STABLE_FRAC, then cosine to 0.
+    warmdown: flat, then linear to 0 over the last WARMDOWN_FRAC of the budget; without it over the last WARMDOWN_ITERS steps
+    or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
+    wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
     """
+    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
+
+
+def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
+    """`lr_scale` without its floor."""
+    frac = budget_frac(cfg, step, elapsed, budget)
     if cfg.lr_schedule == "wsd":
-        p = (budget_frac(cfg, step, elapsed, budget) - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
+        p = (frac - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
         return 0.5 * (1 + math.cos(math.pi * min(max(p, 0.0), 1.0)))
+    if cfg.warmdown_frac:
+        return min((1.0 - frac) / cfg.warmdown_frac, 1.0)
     if not cfg.warmdown_iters:
         return 1.0
     left = (cfg.iterations - step) / cfg.warmdown_iters if cfg.iterations else 1.0
@@ -3272,51 +3388,110 @@ def qat_sharpness(cfg: Config, frac: float) -> float:
 
 
 class WeightAverage:
-    """EMA and SWA of the weights, in fp32 on the device.
+    """EMAs and SWA of the weights, in fp32 on the device.
 
-    EMA: e <- d e + (1 - d) w each step from EMA_START_FRAC of the budget. SWA: plain mean, every SWA_EVERY steps while
-    the learning-rate scale is below SWA_START_SCALE, of the weights (#187) or of the EMA (#850).
+    EMA: e <- d e + (1 - d) w each step from EMA_START_FRAC of the budget, one for each decay. SWA: plain mean, every
+    SWA_EVERY steps while the learning-rate scale is below SWA_START_SCALE, of the weights (#187) or of the EMA (#850).
     """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.ema: list[Tensor] = []
+        self.emas: dict[float, list[Tensor]] = {}
         self.swa: list[Tensor] = []
         self.swa_n = 0
 
     @torch.no_grad()
     def update(self, step: int, frac: float, scale: float) -> None:
         """Take in the weights after optimizer step `step` (0-based)."""
-        if self.cfg.ema_decay and frac >= self.cfg.ema_start_frac:
-            if self.ema:
-                torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema_decay)
+        for decay in self.cfg.averages if frac >= self.cfg.ema_start_frac else ():
+            if decay in self.emas:
+                torch._foreach_lerp_(self.emas[decay], self.params, 1 - decay)
             else:
-                self.ema = [p.detach().clone() for p in self.params]
+                self.emas[decay] = [p.detach().clone() for p in self.params]
         if self.cfg.swa_every and scale < self.cfg.swa_start_scale and (step + 1) % self.cfg.swa_every == 0:
-            source = self.ema if self.cfg.swa_source == "ema" and self.ema else [p.detach() for p in self.params]
+            source = self.weights() if self.cfg.swa_source == "ema" else [p.detach() for p in self.params]
             self.swa_n += 1
             if self.swa:
                 torch._foreach_lerp_(self.swa, source, 1 / self.swa_n)
             else:
                 self.swa = [t.clone() for t in source]
 
+    def weights(self, *decays: float) -> list[Tensor]:
+        """The mean of those EMAs; without decays the only EMA, or the weights themselves where there is none yet."""
+        chosen = [self.emas[d] for d in decays or list(self.emas)[:1]]
+        if not chosen:
+            return [p.detach() for p in self.params]
+        return chosen[0] if len(chosen) == 1 else torch._foreach_lerp(*chosen, 0.5)
+
+    def candidates(self) -> list[tuple[float, ...]]:
+        """What may be chosen of several EMAs: each, and each pair, half and half."""
+        return [*((d,) for d in self.emas), *itertools.combinations(self.emas, 2)]
+
     @torch.no_grad()
-    def apply(self) -> str:
-        """Put the average in the model: EMA or weights, blended with SWA. Returns what it was, for the log."""
-        base = self.ema or [p.detach().clone() for p in self.params]
+    def apply(self, decays: tuple[float, ...] = ()) -> str:
+        """Put the average in the model: EMA (of `decays`) or weights, blended with SWA. Returns what it was, for the log."""
+        base = self.weights(*decays)
         if self.swa:
             base = torch._foreach_lerp(base, self.swa, self.cfg.swa_blend)
         torch._foreach_copy_(self.params, base)
-        name = f"ema({self.cfg.ema_decay})" if self.ema else "last"
+        decays = decays or tuple(self.emas)
+        name = f"ema({' + '.join(map(str, decays))})" if decays else "last"
         return f"{1 - self.cfg.swa_blend:g} {name} + {self.cfg.swa_blend:g} swa({self.swa_n})" if self.swa else name
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ema": self.ema, "swa": self.swa, "swa_n": self.swa_n}
+        return {"emas": self.emas, "swa": self.swa, "swa_n": self.swa_n}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         move = lambda ts: [t.to(p.device, copy=True) for t, p in zip(ts, self.params, strict=False)]  # noqa: E731
-        self.ema, self.swa, self.swa_n = move(state["ema"]), move(state["swa"]), state["swa_n"]
+        self.emas = {decay: move(ema) for decay, ema in state["emas"].items()}
+        self.swa, self.swa_n = move(state["swa"]), state["swa_n"]
+
+
+HELD_BACK_TOKENS = 2**15  # training text that chooses between averages, at least; whole steps of it
+
+
+def hold_back(stream: TokenStream, n: int) -> np.ndarray:
+    """The last n tokens of the training text, which the stream no longer has: nothing trains or calibrates on them."""
+    shards = list(stream.shards)
+    if len(shards[-1]) <= 2 * n:
+        raise ConfigError(f"EMA_DECAYS holds back {n} training tokens to choose by, at most half of the last shard's {len(shards[-1])}; "
+                          "use EMA_DECAY, a smaller TRAIN_BATCH_TOKENS or more data")  # fmt: skip
+    held = np.asarray(shards[-1][-n:])
+    shards[-1] = shards[-1][:-n]
+    stream.shards, stream.starts = shards, np.cumsum([0, *(len(s) for s in shards)])
+    stream.total = int(stream.starts[-1])
+    return held
+
+
+class AverageChoice:
+    """Chooses between several EMAs by their loss on held-back training text, in the shapes and graph of training."""
+
+    def __init__(self, cfg: Config, run: Run, stream: TokenStream) -> None:
+        self.batches = -(-HELD_BACK_TOKENS // cfg.train_batch_tokens)
+        held = hold_back(stream, self.batches * cfg.train_batch_tokens + 1)
+        self.run, self.seq_len = run, cfg.train_seq_len
+        self.batcher = Batcher(cfg, TokenStream([held], cfg.vocab_size), run)
+        n = len(cfg.averages)
+        # The time it takes, in training steps: one forward pass a candidate and batch is less than half a step.
+        self.steps = 0.5 * self.batches * (n + n * (n - 1) / 2)
+
+    def loss(self, nll: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """Mean nats a token of the held-back text; nll gives the sum over this rank's part of a batch."""
+        self.batcher.stream.position = 0
+        total = sum(nll(*self.batcher.next(self.seq_len)) for _ in range(self.batches))
+        return float(self.run.all_reduce(total)) / (self.batches * self.batcher.batch_tokens)
+
+    def choose(self, average: WeightAverage, nll: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, ...]:
+        """The candidate of least loss."""
+        losses = {}
+        for decays in average.candidates():
+            with torch.no_grad():
+                torch._foreach_copy_(average.params, average.weights(*decays))
+            losses[decays] = self.loss(nll)
+        shown = " ".join(f"{'+'.join(map(str, decays))}:{loss:.5f}" for decays, loss in losses.items())
+        self.run.log(f"average held_back_loss {shown}")
+        return min(losses, key=losses.__getitem__)
 
 
 # ---- complementary training
@@ -3481,11 +3656,11 @@ class Checkpoints:
         self.damaged: list[str] = []  # newer ones that RESUME=auto could not read
 
     def save(self, step: int, state: dict[str, Any]) -> Path | None:
-        """Write `state` as the checkpoint of `step` and return its path, on rank 0 None where it cannot be written.
+        """Write `state` as the checkpoint of `step`; returns its path, or None where it cannot be written.
 
         All ranks call it, rank 0 writes.
         """
-        path = self.folder / f"step_{step:06d}.pt"
+        path: Path | None = self.folder / f"step_{step:06d}.pt"
         if self.run.rank == 0:
             try:
                 self.write(path, state)
@@ -3496,8 +3671,8 @@ class Checkpoints:
                     old.unlink(missing_ok=True)
             except (ConfigError, BrokenRun, OSError) as e:
                 self.run.report_lost("checkpoint", f"of step {step} ({e})")
-                return None
-        return path
+                path = None
+        return self.run.broadcast(path)
 
     def write(self, path: Path, state: dict[str, Any]) -> None:
         """Write `state` and the knobs that it binds."""
@@ -3650,6 +3825,7 @@ class Trainer:
         self.batcher = Batcher(cfg, stream, run)
         self.optimizers = Optimizers(cfg, model, run)
         self.average = WeightAverage(cfg, model)
+        self.choice = AverageChoice(cfg, run, stream) if len(cfg.averages) > 1 else None
         self.counts = BigramCounts(cfg, run) if cfg.complement_alpha else None
         self.ngrams = HashedNgrams(run) if "pr1095" in cfg.ngram_tables else None
         self.fake_quant = FakeQuant(cfg.qat, cfg.qat_bits).to(run.device) if cfg.qat != "none" else None
@@ -3709,6 +3885,8 @@ class Trainer:
     def train_step(self, frac: float, scale: float) -> Tensor:
         """One optimizer step on the next batch; returns this rank's part of the mean loss (0-dim, on the device)."""
         inputs, targets = self.batcher.next(seq_len_at(self.cfg, frac))
+        if self.cfg.num_loops:
+            self.model.set_looped(frac >= self.cfg.enable_looping_at)
         loss = self.backward(inputs, targets, self.context(frac))
         self.optimizers.step(self.step, scale)
         self.average.update(self.step, frac, scale)
@@ -3716,6 +3894,17 @@ class Trainer:
             counts.update(inputs, targets)
         self.step += 1
         return loss
+
+    def held_back_nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum of -log p(target) over these sequences, by the graph and the micro-batches of training."""
+        rows = max(1, self.micro_tokens // inputs.shape[1])
+        parts = zip(inputs.split(rows), targets.split(rows), strict=True)
+        return sum(self.forward(*part, self.context(1.0)).detach().sum() for part in parts)
+
+    def apply_average(self) -> str:
+        """Put the weights' average in the model, the best one of several; returns what it was, for the log."""
+        several = self.choice is not None and self.average.emas
+        return self.average.apply(self.choice.choose(self.average, self.held_back_nll) if several else ())
 
     @property
     def counters(self) -> dict[str, BigramCounts | HashedNgrams]:
@@ -3744,7 +3933,8 @@ class Trainer:
         """
         weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         qat_start = self.cfg.qat_start_frac if self.fake_quant is not None else 0.0
-        fracs = sorted({0.0, qat_start, *(end for end, _ in self.cfg.seq_curriculum[:-1])})
+        loop_start = self.cfg.enable_looping_at if self.cfg.num_loops else 0.0
+        fracs = sorted({0.0, qat_start, loop_start, *(end for end, _ in self.cfg.seq_curriculum[:-1])})
         started, steps = time.perf_counter(), max(self.cfg.warmup_steps, len(fracs)) if self.cfg.warmup_steps else 0
         for i in range(steps):
             self.train_step(fracs[i % len(fracs)], 1.0)
@@ -3816,7 +4006,7 @@ class StopConsensus:
         return stop > 0
 
 
-RECENT_STEPS = 20  # whose slowest tells how long the next may take
+RECENT_STEPS = 20  # the slowest of them is the estimate for the next step
 
 
 class TrainingLoop:
@@ -3826,15 +4016,17 @@ class TrainingLoop:
                  validate: Callable[[GPT], tuple[float, float]]) -> None:  # fmt: skip
         self.cfg, self.run, self.trainer, self.checkpoints, self.validate = cfg, run, trainer, checkpoints, validate
         self.budget = training_budget(cfg)
-        self.flops = flops_per_token(trainer.model, cfg.train_seq_len)
+        plans = trainer.model.plans.items()
+        self.flops = {looped: flops_per_token(trainer.model, cfg.train_seq_len, plan) for looped, plan in plans}
+        self.trained_flops = 0.0
         name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
-        self.was = (cfg.seq_curriculum[0][1], False, False)
+        self.was = (cfg.seq_curriculum[0][1], False, False, False)
         self.epoch = 0
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds of the last steps
 
     def run_until_done(self, elapsed: float) -> TrainResult:
-        """Step until the time or the steps are used up, or a signal asks to stop."""
+        """Train until the time or the steps are used up or a signal arrives; returns what the rest of the run needs."""
         cfg, run, trainer = self.cfg, self.run, self.trainer
         self.clock, self.stop = Clock(run, elapsed), StopConsensus(run, elapsed)
         self.first_step = trainer.step
@@ -3866,19 +4058,21 @@ class TrainingLoop:
         return TrainResult(trainer.step, seconds, reason, trainer.micro_tokens)
 
     def out_of_time(self) -> bool:
-        """True if the training must end here so as not to cross the limit, were all steps as slow as the slowest recent one.
+        """True if the next step could pass the time limit, taking as long as the slowest of the recent steps.
 
         On a CPU not to stop means one step more. Where flags are read a step late, the device has two steps to finish
-        now, and a stop asked for after the next step comes after another two.
+        now, and a stop asked for after the next step comes after another two. The choice between averages comes on top.
         """
         now = self.clock.seconds()
         self.recent.append(now - self.last_elapsed)
         self.last_elapsed = now
-        return self.budget > 0 and now + max(self.recent) * (4 if self.stop.late else 1) > self.budget
+        ahead = (4 if self.stop.late else 1) + (self.trainer.choice.steps if self.trainer.choice else 0)
+        return self.budget > 0 and now + max(self.recent) * ahead > self.budget
 
     def after_step(self, loss: Tensor, scale: float) -> None:
-        """Step line, validation, checkpoint, trace, progress: whatever is due after this step."""
+        """Log, validate, save a checkpoint, advance profiler and progress bar, each where it is due after this step."""
         cfg, step = self.cfg, self.trainer.step
+        self.trained_flops += cfg.train_batch_tokens * self.flops[self.trainer.model.looped]
         if step % cfg.train_log_every == 0 or step - self.first_step <= 10:
             self.log_step(loss, scale)
         if cfg.val_loss_every and step % cfg.val_loss_every == 0 and step != cfg.iterations:
@@ -3899,7 +4093,7 @@ class TrainingLoop:
         now = self.clock.seconds()
         pace = (now - self.first_elapsed) / (step - self.first_step)
         rate = cfg.train_batch_tokens / pace
-        mfu = rate * self.flops / (self.peak * self.run.world) if self.peak else None
+        mfu = self.trained_flops / ((now - self.first_elapsed) * self.peak * self.run.world) if self.peak else None
         frac = budget_frac(cfg, step, now, self.budget)
         eta = (now - self.first_elapsed) * (1 - frac) / max(frac - self.first_frac, 1e-6)
         line = (f"step:{step}/{cfg.iterations} train_loss:{mean:.4f} lr_scale:{scale:.3f} train_time:{1000 * now:.0f}ms "
@@ -3916,11 +4110,12 @@ class TrainingLoop:
                        step_ms=1000 * pace, tokens_per_s=rate, mfu=mfu, eta_s=eta, **extra)  # fmt: skip
 
     def announce_switches(self, frac: float) -> None:
-        """Log what turns on at this share of the budget: sequence length, QAT; and each new pass over the data."""
+        """Log each change of sequence length, QAT, EMA and loops at this share of the budget, and each new pass over the data."""
         cfg = self.cfg
         qat = self.trainer.fake_quant is not None and frac >= cfg.qat_start_frac
-        now = (seq_len_at(cfg, frac), qat, bool(cfg.ema_decay) and frac >= cfg.ema_start_frac)
-        for name, old, new in zip(("seq_len", "qat", "ema"), self.was, now, strict=True):
+        now = (seq_len_at(cfg, frac), qat, bool(cfg.averages) and frac >= cfg.ema_start_frac,
+               cfg.num_loops > 0 and frac >= cfg.enable_looping_at)  # fmt: skip
+        for name, old, new in zip(("seq_len", "qat", "ema", "loop"), self.was, now, strict=True):
             if old != new:
                 self.run.log(f"switch:{name} step:{self.trainer.step} frac:{frac:.3f} value:{new}")
                 self.run.event("switch", step=self.trainer.step, frac=frac, name=name, value=new)
@@ -4003,14 +4198,18 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
         elapsed = resumed["elapsed"]
         checkpoints.notice_resumed(resumed)
     loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
-    if cfg.lr_schedule == "warmdown" and 0 < cfg.iterations < cfg.warmdown_iters:
+    if cfg.lr_schedule == "warmdown" and not cfg.warmdown_frac and 0 < cfg.iterations < cfg.warmdown_iters:
         run.notice(
             f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: rates fall from the first step on"
         )
     steps = f"{cfg.iterations} steps" if cfg.iterations else ""
     run.log("training ends after " + " or ".join(filter(None, (steps, f"{loop.budget:g}s" if loop.budget else ""))))
     result = loop.run_until_done(elapsed)
-    what = trainer.average.apply()
+    what = trainer.apply_average()
+    if trainer.choice is not None:
+        result = result._replace(seconds=loop.clock.seconds())
+    if cfg.num_loops and not model.looped:
+        run.notice(f"the plain plan is scored: training ended before ENABLE_LOOPING_AT={cfg.enable_looping_at:g}")
     run.log(f"train_end steps:{result.steps} train_time:{1000 * result.seconds:.0f}ms reason:{result.reason} "
             f"weights:{what} peak_memory:{run.peak_memory_mib():.0f}MiB")  # fmt: skip
     run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
@@ -4330,6 +4529,11 @@ def next_state(state: Any, code: Any, states: int) -> Any:
     return (2 * state + (((code >> 1) ^ (state >> 1) ^ (state >> 2)) & 1)) % states
 
 
+def octave_eighths(n: Tensor) -> Tensor:
+    """2**(n/8) in fp32, the same on every machine: the power is rounded from float64."""
+    return torch.exp2(n.double() / 8).float()
+
+
 class ErrorSpread(NamedTuple):
     """GPTQ's view of the second moments of C inputs, columns as they stand."""
 
@@ -4355,11 +4559,6 @@ def error_spread(h_CC: Tensor, damp: float, variant: str) -> ErrorSpread:
     mean = weight_C.mean()
     gain = float(mean / h_1CC[0].diagonal().mean())
     return ErrorSpread((factor_CC / diagonal_C[:, None]).float(), (weight_C / mean).float(), gain)
-
-
-def octave_eighths(n: Tensor) -> Tensor:
-    """2**(n/8) in fp32, the same on every machine: the power is rounded from float64."""
-    return torch.exp2(n.double() / 8).float()
 
 
 def column_steps(weight_C: Tensor) -> Tensor:
@@ -4635,26 +4834,6 @@ def prune_codes_(items: list[TensorToCode], codes: list[Tensor], share: float) -
             q[size <= threshold] = 0
 
 
-def round_all(cfg: Config, items: list[TensorToCode]) -> list[Tensor]:
-    """Codes of every tensor: trellis paths, GPTQ in one batch for each shape where there are Hessians, else the nearest."""
-    groups: dict[tuple, list[int]] = {}
-    codes: list[Tensor] = [torch.empty(0)] * len(items)
-    for i, item in enumerate(items):
-        if item.states == 0 and item.hessian is None:
-            codes[i] = round_rows(item.w_RC, item.scale_R, item.top)
-        elif item.states == 0:
-            groups.setdefault((item.w_RC.shape, item.top), []).append(i)
-    for (_, top), members in groups.items():
-        columns = ([getattr(items[i], field) for i in members] for field in ("w_RC", "hessian", "scale_R"))
-        w, h, scale = map(torch.stack, columns)
-        found = gptq(w, h, scale, top, damp=cfg.gptq_percdamp, block=cfg.gptq_block_size, order=cfg.gptq_order,
-                     variant=cfg.gptq_variant)  # fmt: skip
-        for i, codes_RC in zip(members, found, strict=True):
-            codes[i] = codes_RC
-    search_paths(items, codes)
-    return codes
-
-
 def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
     """Put the codes of the tensors that are trellis paths into `codes`: rows of equal shape together, as many as the device
     likes at once; a CPU searches with a thread a core."""
@@ -4682,6 +4861,26 @@ def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda batch: search(*batch), batches))
+
+
+def round_all(cfg: Config, items: list[TensorToCode]) -> list[Tensor]:
+    """Codes of every tensor: trellis paths, GPTQ in one batch for each shape where there are Hessians, else the nearest."""
+    groups: dict[tuple, list[int]] = {}
+    codes: list[Tensor] = [torch.empty(0)] * len(items)
+    for i, item in enumerate(items):
+        if item.states == 0 and item.hessian is None:
+            codes[i] = round_rows(item.w_RC, item.scale_R, item.top)
+        elif item.states == 0:
+            groups.setdefault((item.w_RC.shape, item.top), []).append(i)
+    for (_, top), members in groups.items():
+        columns = ([getattr(items[i], field) for i in members] for field in ("w_RC", "hessian", "scale_R"))
+        w, h, scale = map(torch.stack, columns)
+        found = gptq(w, h, scale, top, damp=cfg.gptq_percdamp, block=cfg.gptq_block_size, order=cfg.gptq_order,
+                     variant=cfg.gptq_variant)  # fmt: skip
+        for i, codes_RC in zip(members, found, strict=True):
+            codes[i] = codes_RC
+    search_paths(items, codes)
+    return codes
 
 
 def low_rank_codes(residual_RC: Tensor, rank: int, bits: int, group: int = 0) -> LowRank:
@@ -4761,6 +4960,12 @@ def awq_groups(policy: Policy, inputs: Inputs) -> dict[str, Tensor]:
     return finer
 
 
+def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
+    """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
+    rows, columns = rows_and_columns(shape)
+    return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
+
+
 def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor | None) -> TensorToCode:
     """How a tensor is to be coded; `chosen` are the steps of its rows, where the byte budget has set them."""
     cfg, bits, w_RC = policy.cfg, policy.bits(name), matrix_of(w).clone()
@@ -4789,12 +4994,6 @@ def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor
     spread = inputs.spread(name) if states else None
     item.spread = spread and spread.in_steps(columns_C)
     return item
-
-
-def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
-    """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
-    rows, columns = rows_and_columns(shape)
-    return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
 
 
 def correct_residuals(cfg: Config, named: dict[str, Tensor], stored: dict[str, QuantizedTensor],
@@ -5951,20 +6150,24 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
     rms = float(w_RC.square().mean().sqrt().clamp_min(1e-8))
     by_row = role in PREDICTED_ROLES and w_RC.shape[0] > 1
     factor_R = row_factors(fisher_R) if by_row else torch.ones_like(fisher_R)
-    most = PATH_ROWS if states else CURVE_ROWS
+    most = PATH_ROWS if states and not by_row else CURVE_ROWS
     pick = torch.linspace(0, len(w_RC) - 1, min(len(w_RC), most), device=w_RC.device).long()
-    w, factor, fisher = w_RC[pick], factor_R[pick], fisher_R[pick] / w_RC.shape[1]
-    scales = [steps_by_row(w, step, factor) for step in STEP_GRID * rms]
+    w, all_scales = w_RC[pick], [steps_by_row(w_RC, step, factor_R) for step in STEP_GRID * rms]
+    scales = [scale[pick] for scale in all_scales]
     if states:
         found = trellis_codes(torch.stack([w / scale.float()[:, None] for scale in scales]), None, states)
     else:
         found = [round_rows(w, scale, largest_code(8)) for scale in scales]
     bits, harm = [], []
-    for scale, codes in zip(scales, found, strict=True):
-        error = (codes.float() * scale.float()[:, None] - w).square().sum(dim=1)
+    for everywhere, scale, codes in zip(all_scales, scales, found, strict=True):
+        error = (codes.float() * scale.float()[:, None] - w).square().mean(dim=1)
+        # An error goes with its step: what sampled rows are off by is scaled by the steps and importance of all rows.
+        share = float(fisher_R @ everywhere.float().square()) / max(
+            float(fisher_R[pick] @ scale.float().square()), 1e-30
+        )
         spread, values, _ = plan_codes(codes.cpu().numpy(), False, states > 0)
         bits.append(described_bits(spread, values, states > 0, len(w_RC)))
-        harm.append(0.5 * gain * float(fisher @ error) * len(w_RC) / len(w) + 1e-30)
+        harm.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
     saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * rms, factor_R)) if by_row else 0.0
     bits = np.maximum.accumulate(np.array(bits)[::-1])[::-1]  # of a coarser step never more: interpolation needs it
     return Curve(name, rms, factor_R, np.maximum(bits - saved, 0.02 * w_RC.numel()), np.array(harm))
@@ -8027,7 +8230,7 @@ class OpenRun(NamedTuple):
 
 
 def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
-    """Read tokenizer and validation text and start the run; its logs are opened once nothing more can be found wrong.
+    """Read tokenizer and validation text, then start and name the run; logs are opened later, after all checks.
 
     An artifact's hash of its tokenizer, where it is given, chooses among downloads.
     """
@@ -8051,7 +8254,7 @@ def shown_path(path: Path) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes, in its maker's words where they can be read."""
+    """The model name of the GPU or CPU, or the architecture where the system does not tell it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -8061,7 +8264,7 @@ def device_name(device: torch.device) -> str:
 
 
 def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
-    """The head of every log: source, configuration with sources, versions, data, parameters."""
+    """Write the head of the log: source, configuration with the origin of each value, versions, data, parameters."""
     cfg, run, source = opened.cfg, opened.run, source_text()
     if run.rank:
         return
@@ -8108,15 +8311,17 @@ def build_model(cfg: Config, run: Run) -> GPT:
     return model
 
 
-def artifact_header(cfg: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the artifact says of itself: recipe, every knob that differs from its default, its tokenizer."""
+def artifact_header(cfg: Config, tokenizer: Tokenizer, looped: bool = True) -> dict[str, Any]:
+    """The artifact's header: recipe, every knob that differs from its default, the tokenizer's hash, the text's transform, and with
+    NUM_LOOPS whether the training reached the looped plan."""
     values = {
         n: getattr(cfg, n.lower())
         for n, f in FIELDS.items()
         if n not in LOCAL_KNOBS and getattr(cfg, n.lower()) != f.default
     }
     transform = {"transform": tokenizer.transform} if tokenizer.transform else {}
-    return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256, **transform}
+    plan = {"looped": looped} if cfg.num_loops else {}
+    return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256, **transform, **plan}
 
 
 def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
@@ -8128,11 +8333,11 @@ def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
 def pack_model(
     opened: OpenRun, model: GPT, calibration: Calibration | None, calibration_s: float, sections: dict[str, bytes]
 ) -> bytes:
-    """Quantise, pack, write and log the account; the file's bytes."""
+    """Quantise and pack the model, write the artifact and log its sizes; returns the file's bytes."""
     cfg, run = opened.cfg, opened.run
     filled = {n: p for n, p in model.named_parameters() if p.numel()}  # one block has no skip weights
     named, store = {n: p.detach() for n, p in filled.items()}, {n: p.store for n, p in filled.items()}
-    header = artifact_header(cfg, opened.tokenizer)
+    header = artifact_header(cfg, opened.tokenizer, model.looped)
     started = time.perf_counter()
     if cfg.target_bytes:
         budget = fill_budget(cfg, header, named, store, calibration, code_bytes(cfg), sections)
@@ -8184,14 +8389,17 @@ def write_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: Tra
 
 
 def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
-    """The model that the artifact holds, and nothing else, on the device."""
+    """The artifact's model, made from its bytes alone, on the device."""
     with torch.device("meta"):  # shapes alone: nothing is allocated for a file that does not fit them
         skeleton = GPT(cfg)
     held = 4 * sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
     if held > 4 * raw_limit(len(blob)):
         raise ArtifactError(f"its configuration asks for {held} bytes of model, too much for a file of {len(blob)}")
-    _, stored = unpack(blob, {n: tuple(p.shape) for n, p in skeleton.named_parameters() if p.numel()})
+    header, stored = unpack(blob, {n: tuple(p.shape) for n, p in skeleton.named_parameters() if p.numel()})
+    if type(looped := header.get("looped", True)) is not bool:
+        raise ArtifactError(f"it names {str(looped)[:40]!r} as its plan of blocks")
     model = GPT(cfg)
+    model.set_looped(looped)
     empty = {n: p for n, p in model.named_parameters() if not p.numel()}
     model.load_state_dict({**{n: dequantize(s) for n, s in stored.items()}, **empty}, strict=True)
     return model.place(run.device, choose_attention(cfg, run.device)[1])
@@ -8229,7 +8437,7 @@ def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
 def report_score(
     opened: OpenRun, results: list[StageResult], sizes: dict[str, int], train_s: float, eval_s: float
 ) -> bool:
-    """The last line; False (and why) if a limit did not hold."""
+    """Log the score, and before it each limit that was broken; returns whether all held."""
     cfg, run = opened.cfg, opened.run
     r = next(r for r in results if r.stage == cfg.final_stage)
     broken = []
@@ -8258,7 +8466,7 @@ def report_score(
 
 
 def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
-    """Reload the artifact, score it in every stage, print the score. Exit status."""
+    """Load the model from the artifact's bytes, score it in every stage and log the score; returns the exit status."""
     started = time.perf_counter()
     model = load_model(opened.cfg, opened.run, blob)
     opened.run.log(
@@ -8309,8 +8517,10 @@ def run_train(loaded: LoadedConfig) -> int:
     log_start(opened, stream.total, len(shards))
     model = build_model(cfg, run)
 
+    unlimited = dataclasses.replace(cfg, eval_wallclock_seconds=0.0)  # which is the limit of the evaluation afterwards
+
     def validate(model: GPT) -> tuple[float, float]:
-        result = evaluate(Evaluation(cfg, run, model, opened.text), ("roundtrip",))[0]
+        result = evaluate(Evaluation(unlimited, run, model, opened.text), ("roundtrip",))[0]
         return result.val_loss, result.val_bpb
 
     result = train(cfg, run, model, stream, checkpoints, resumed, validate)
@@ -8342,7 +8552,7 @@ def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -
 
 
 def open_scoring(loaded: LoadedConfig, header: dict[str, Any]) -> OpenRun:
-    """A job that scores an artifact, its logs open."""
+    """Start a run that scores an artifact, and open its logs."""
     opened = open_run(loaded, header["tokenizer_sha256"])
     check_tokenizer(opened.tokenizer, header, loaded.cfg)
     choose_attention(loaded.cfg, opened.run.device)
@@ -8404,7 +8614,7 @@ def open_artifact(named: str, path: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def dispatch(env: Mapping[str, str]) -> int:
-    """MODE -> its job. Exit status."""
+    """Run what MODE names; returns the exit status."""
     mode = translate(env, env.get("RECIPE", ""), [], []).get("MODE")  # EVAL_ONLY=1 means MODE=eval
     scoring = {"eval": run_eval, "audit": run_audit}
     if mode in scoring:
@@ -8415,7 +8625,7 @@ def dispatch(env: Mapping[str, str]) -> int:
 
 
 def show_toc() -> str:
-    """Banners with their lines."""
+    """The file's sections with their line numbers, the text of --toc."""
     return "\n".join(
         f"{i:5d}  {line[7:].rstrip(' =')}"
         for i, line in enumerate(source_text().splitlines(), 1)
@@ -8423,10 +8633,12 @@ def show_toc() -> str:
     )
 
 
-def finish(outcome: str, message: str, told: bool) -> None:
-    """Say what went wrong, once over all ranks unless it is already `told`, and close the logs."""
+def finish(outcome: str, message: str, reported: bool) -> None:
+    """Print the error, on one of the ranks and unless a traceback has `reported` it, then close the run."""
     run = Run.current
-    if message and not told and (is_first_on_node() if run is None else run.reports_first()):
+    if run is not None:
+        run.graceful = True  # a signal that arrives now must not cut this short
+    if message and not reported and (is_first_on_node() if run is None else run.reports_first()):
         say("\n".join(f"error: {line}" for line in message.splitlines()), to_stderr=True)
     if run is not None:
         for text in filter(None, (message, *run.lost.values())):
@@ -8440,7 +8652,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     """Exit status: 0 all that was asked for was done and every limit held; 2 a user's mistake; 1 a failure."""
     views = {"--help": describe_knobs, "-h": describe_knobs, "--toc": show_toc,
              "--dump-config": lambda: dump_config(load_config(env))}  # fmt: skip
-    status, outcome, message, told = 1, "failed", "", False
+    status, outcome, message, reported = 1, "failed", "", False
     Run.current = None
     try:
         if argv and argv[0] not in views:
@@ -8456,15 +8668,15 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         if Run.current is not None and Run.current.broadcast(bool(Run.current.lost)) and status == 0:
             status, outcome = 1, "incomplete"
     except (ConfigError, ArtifactError) as e:
-        begun = Run.current is not None and Run.current.training_began  # then it was ours to find it before
+        begun = Run.current is not None and Run.current.training_began  # then the script should have found it before
         status, outcome, message = 1 if begun else 2, "failed" if begun else "mistake", str(e)
     except (Interrupted, BrokenRun, KeyboardInterrupt) as e:
         status, outcome, message = 1, "stopped", str(e) or "stopped by SIGINT"
     except Exception as e:
-        message, told = f"{type(e).__name__}: {e}", True  # by its traceback
+        message, reported = f"{type(e).__name__}: {e}", True  # by its traceback
         raise
     finally:
-        finish(outcome, message, told)
+        finish(outcome, message, reported)
     return status or int(Run.current is not None and bool(Run.current.lost))
 
 
