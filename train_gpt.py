@@ -32,6 +32,7 @@ scored by the one score-first driver §9.
 from __future__ import annotations
 
 import ast
+import builtins
 import bz2
 import contextlib
 import copy
@@ -45,6 +46,7 @@ import hashlib
 import io
 import itertools
 import json
+import keyword
 import lzma
 import math
 import os
@@ -61,7 +63,7 @@ import uuid
 import zipfile
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -6449,6 +6451,69 @@ def strip_source(source: str) -> str:
     return f'"""{head}\n\n"""\n' + "".join(body)
 
 
+def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
+    """Local variables of a function and of those inside it -> names of one or two letters that occur nowhere in it.
+
+    Left alone are names of two letters or less, of parameters, and all that may mean something else: `taken` (defined outside,
+    or built in), global or nonlocal, defined inside, imported, caught, or read in an f-string, whose positions Python < 3.12
+    does not know.
+    """
+    nodes = list(ast.walk(function))
+    if any(
+        isinstance(n, (ast.ClassDef, ast.Match)) or getattr(n, "id", "") in ("locals", "vars", "eval", "exec")
+        for n in nodes
+    ):
+        return {}
+    uses = Counter(n.id for n in nodes if isinstance(n, ast.Name))
+    kept = taken | {n.arg for n in nodes if isinstance(n, ast.arg)} | {n.id for f in nodes if isinstance(f, ast.JoinedStr)
+                                                                      for n in ast.walk(f) if isinstance(n, ast.Name)}  # fmt: skip
+    for n in nodes:
+        kept |= (
+            set(n.names)
+            if isinstance(n, (ast.Global, ast.Nonlocal))
+            else {getattr(n, "name", None), getattr(n, "asname", None)}
+        )
+    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and len(n.id) > 2}
+    letters = [chr(c) for c in (*range(97, 123), *range(65, 91))]
+    free = (
+        w
+        for w in (*letters, *map("".join, itertools.product(letters, letters)))
+        if w not in kept | {*uses, *keyword.kwlist}
+    )
+    return dict(zip(sorted(stored - kept, key=lambda name: (-uses[name], name)), free, strict=False))
+
+
+def shorten_locals(source: str) -> str:
+    """The same program with short names for the local variables of functions; idempotent. Parameters keep theirs."""
+    tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
+    taken = {*dir(builtins), *(n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))}
+    taken |= {
+        t.id
+        for n in tree.body
+        for t in ast.walk(n)
+        if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) and isinstance(t, ast.Name)
+    }
+    taken |= {
+        (a.asname or a.name).split(".")[0]
+        for n in tree.body
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+        for a in n.names
+    }
+    methods = (f for n in tree.body for f in ([n] if isinstance(n, ast.FunctionDef) else getattr(n, "body", ())))
+    cuts = set()
+    for function in (f for f in methods if isinstance(f, ast.FunctionDef)):
+        names = shorter_names(function, taken)
+        cuts |= {
+            (n.lineno, n.col_offset, n.id, names[n.id])
+            for n in ast.walk(function)
+            if isinstance(n, ast.Name) and n.id in names
+        }
+    for row, column, old, new in sorted(cuts, reverse=True):
+        line = lines[row - 1]
+        lines[row - 1] = line[:column] + new.encode() + line[column + len(old) :]
+    return b"".join(lines).decode()
+
+
 def as_literal(packed: bytes) -> bytes:
     """Bytes as a string literal of a latin-1 source file: each stands for itself but for NUL, line ends, quote, backslash."""
     escapes = {b"\n": b"\\n", b"\r": b"\\r", b'"': b'\\"', b"\\": b"\\\\"}
@@ -6458,11 +6523,11 @@ def as_literal(packed: bytes) -> bytes:
 
 @functools.cache
 def pack_code(source: str) -> bytes:
-    """A script that unpacks and runs the stripped `source`; it shows linecache its lines, for tracebacks and Triton.
+    """A script that unpacks and runs the stripped `source` with short local names; it shows linecache its lines, for tracebacks and Triton.
 
     By bzip2 or LZMA, whichever is smaller: compressors that every Python has.
     """
-    text = strip_source(source).encode()
+    text = shorten_locals(strip_source(source)).encode()
     lzma1 = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
     forms = {b"bz2": bz2.compress(text), b"lzma": lzma.compress(text, lzma.FORMAT_ALONE, filters=lzma1)}
     name, packed = min(forms.items(), key=lambda form: len(form[1]))
