@@ -3977,7 +3977,12 @@ class TrainingLoop:
             return
         path = self.run.log_path.with_suffix(".trace.json")
         try:
+            path.unlink(missing_ok=True)
             self.profiler.export_chrome_trace(str(path))
+            with open(path, "rb") as f:  # torch does not tell when a trace could not be written
+                f.seek(-8, os.SEEK_END)
+                if not f.read().rstrip().endswith(b"}"):
+                    raise OSError("it is not complete")
         except (OSError, RuntimeError) as e:
             self.run.report_lost("trace", f"{path} ({e})")
             return
