@@ -192,14 +192,18 @@ class Config:
     muon_momentum: float = knob(0.95, "", "Muon momentum after its warm-up", lo=0, hi=1)
     muon_momentum_warmup_start: float = knob(0.85, "", "Muon momentum at step 0", lo=0, hi=1)
     muon_momentum_warmup_steps: int = knob(500, "steps", "steps over which Muon's momentum rises; 0 skips it", lo=0)
+    muon_row_normalize: bool = knob(False, "", "MuonEq-R: rows of Muon's momentum are brought to length 1 before orthogonalisation")
+    newton_schulz: str = knob("classic", "", "coefficients of the iterations: one tuple for all, or Polar Express's of each", choices=("classic", "polar"))
     muon_backend_steps: int = knob(5, "iterations", "Newton-Schulz iterations a step", lo=1, hi=10)
     muon_wd: float = knob(0.0, "", "decoupled weight decay of the matrices, times their rate", lo=0)
     muon_wd_order: str = knob("before", "", "decay a matrix before or after its update", choices=("before", "after"))
     adam_wd: float = knob(0.0, "", "decoupled weight decay of Adam's parameters, times their rate", lo=0)
+    embed_wd: float = knob(-1.0, "", "the same of embedding tables and heads; -1: ADAM_WD", lo=-1)
     beta1: float = knob(0.9, "", "Adam's decay of the gradient's mean", lo=0, hi=0.9999)
     beta2: float = knob(0.95, "", "Adam's decay of the gradient's square", lo=0, hi=0.99999)
     adam_eps: float = knob(1e-8, "", "Adam's epsilon", lo=0)
-    grad_clip_norm: float = knob(0.0, "", "largest global norm of the reduced gradient; 0 leaves it alone", lo=0)
+    grad_clip_norm: float = knob(0.0, "", "largest global norm of the gradient; 0 leaves it alone", lo=0)
+    grad_clip_local: bool = knob(False, "", "clip the part of each rank before the reduction, as published, instead of the reduced gradient")
     # ---- 6 TRAINING
     train_seq_len: int = knob(1024, "tokens", "sequence length in training", lo=8, hi=2**20, shape=True)
     train_batch_tokens: int = knob(524288, "tokens", "targets of one optimizer step, over all ranks", lo=8, hi=2**30)
@@ -209,6 +213,8 @@ class Config:
     warmup_steps: int = knob(20, "steps", "priming steps that compile kernels and are undone completely, before the clock", lo=0, hi=10000)
     lr_schedule: str = knob("warmdown", "", "flat then linear down, or flat then cosine down (wsd)", choices=("warmdown", "wsd"))
     warmdown_iters: int = knob(1200, "steps", "length of the linear warmdown, in steps or their measured time", lo=0)
+    warmdown_frac: float = knob(0.0, "", "length of the linear warmdown as a share of the budget; 0: WARMDOWN_ITERS", lo=0, hi=1)
+    min_lr: float = knob(0.0, "", "least learning-rate scale of both schedules", lo=0, hi=1)
     wsd_stable_frac: float = knob(0.75, "", "share of the budget before the cosine of wsd", lo=0, hi=1)
     prog_seq_enabled: bool = knob(False, "", "sequence-length curriculum")
     prog_seq_lens: str = knob("512,1024", "tokens", "lengths before TRAIN_SEQ_LEN")
@@ -216,6 +222,7 @@ class Config:
     val_loss_every: int = knob(1000, "steps", "validate during training; 0: only at the end", lo=0)
     train_log_every: int = knob(200, "steps", "step lines in the log", lo=1)
     ema_decay: float = knob(0.0, "", "exponential moving average of the weights; 0: off", lo=0, hi=0.999999)
+    ema_decays: str = knob("", "", "several averages at once instead of EMA_DECAY's, e.g. .99,.9965,.999: the one, or half and half of two, with the least loss on held-back training text is kept")
     ema_start_frac: float = knob(0.0, "", "share of the budget before the EMA starts", lo=0, hi=1)
     swa_every: int = knob(0, "steps", "stochastic weight averaging; 0: off", lo=0)
     swa_start_scale: float = knob(0.2, "", "SWA collects while the learning-rate scale is below this", lo=0, hi=2)
@@ -338,6 +345,12 @@ class Config:
     def xsa_layers(self) -> range:
         """Blocks with exclusive self attention."""
         return range(0 if self.xsa_last_n < 0 else self.num_layers - self.xsa_last_n, self.num_layers)
+
+    @property
+    def averages(self) -> list[float]:
+        """Decays of the exponential moving averages that are kept."""
+        several = [float(d) for d in self.ema_decays.split(",")] if self.ema_decays.strip() else []
+        return several or [self.ema_decay] * (self.ema_decay > 0)
 
     @property
     def carry_rows(self) -> list[list[float]]:
@@ -482,8 +495,15 @@ class Config:
                 yield f"PROG_SEQ_LENS={self.prog_seq_lens}: {t} exceeds TRAIN_SEQ_LEN={self.train_seq_len}"
         if self.complement_alpha and self.vocab_size > 16384:
             yield f"COMPLEMENT_ALPHA={self.complement_alpha} counts all pairs of tokens, too many at VOCAB_SIZE={self.vocab_size}: set it to 0"
-        if self.swa_every and self.swa_source == "ema" and not self.ema_decay:
-            yield "SWA_SOURCE=ema needs EMA_DECAY above 0"
+        try:
+            if not all(0 < d < 1 for d in self.averages) or len(set(self.averages)) < len(self.averages):
+                raise ValueError
+            if self.swa_every and len(self.averages) > 1:
+                yield f"EMA_DECAYS={self.ema_decays} and SWA_EVERY={self.swa_every}: only one EMA blends with SWA; unset one of them"
+            if self.swa_every and self.swa_source == "ema" and not self.averages:
+                yield "SWA_SOURCE=ema needs EMA_DECAY above 0"
+        except ValueError:
+            yield f"EMA_DECAYS={self.ema_decays!r}: expected different decays between 0 and 1, separated by commas"
         if self.mode == "train" and not self.max_wallclock_seconds and not self.iterations:
             yield "MAX_WALLCLOCK_SECONDS=0 and ITERATIONS=0: one of them must end the training"
         if self.mode == "train" and 0 < self.max_wallclock_seconds <= self.reserved_seconds:
@@ -607,6 +627,20 @@ RECIPES: dict[str, dict[str, Any]] = {
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr1095", "NGRAM_TABLE": "pr1095",
         **_INT8, "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
+    # #2135, but for the mask on BOS (always on) and the coding of weights: one step a tensor fills the limit, entropy coded.
+    "frontier": {
+        **_SEQ_2048, "VOCAB_SIZE": 8192, "NUM_LAYERS": 11, "MLP_MULT": 4.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1,
+        "ROPE_DIMS": 16, "LN_SCALE": "in", "QK_GAIN_INIT": 5.0, "LINEAR_INIT": "orthogonal", "ASYM_LOGIT_RESCALE": True,
+        "NUM_LOOPS": 2, "LOOP_START": 3, "LOOP_END": 5, "PARALLEL_START_LAYER": 8, "SKIP_GATES_ENABLED": True,
+        "ATTN_GATE": "sparse", "SPARSE_ATTN_GATE_SCALE": 0.5, "SMEAR": True, "SMEAR_FORM": "window",
+        "SMEAR_BEFORE_NORM": True, "MATRIX_LR": 0.028, "TIED_EMBED_LR": 0.03, "SCALAR_LR": 0.02, "MUON_MOMENTUM": 0.97,
+        "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500, "MUON_ROW_NORMALIZE": True,
+        "NEWTON_SCHULZ": "polar", "MUON_WD": 0.095, "EMBED_WD": 0.085, "ADAM_WD": 0.02, "BETA2": 0.99,
+        "GRAD_CLIP_NORM": 0.3, "WARMDOWN_FRAC": 0.85, "MIN_LR": 0.1, "EMA_DECAY": 0.9965, "VAL_LOSS_EVERY": 0,
+        "TRAIN_LOG_EVERY": 500, "EVAL_SEQ_LEN": 2560, "EVAL_STRIDE": 64, "TARGET_BYTES": 16_000_000,
+        "EMBED_BITS": 7, "CONTROL_BITS": 16, "QUANT_CLIP": "sigma", "QUANT_MIN_NUMEL": 65536, "GPTQ_ENABLED": True,
+        "GPTQ_N_SAMPLES": 1536,
+    },
 }  # fmt: skip
 BEST_GPU_RECIPE = "pr187"
 
@@ -687,6 +721,17 @@ def kept(*published: float) -> Converter:
     return convert
 
 
+def only(accepted: str, why: str) -> Converter:
+    """A published name that is taken at its one value that any published run used."""
+
+    def convert(value: str) -> dict[str, str]:
+        if value != accepted and (float_or_none(value) is None or float_or_none(value) != float_or_none(accepted)):
+            raise ConfigError(f"expected {accepted or 'nothing'}: {why}")
+        return {}
+
+    return convert
+
+
 # Published names that are not ours, and what they become: names common to all recipes under "*", then recipe by recipe.
 ALIASES: dict[str, dict[str, Converter]] = {
     "*": {
@@ -755,6 +800,30 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "NGRAM_ORDERS": kept(2, 3, 4, 5, 6, 7),
         "NGRAM_ALPHA_MAX": kept(0.95),
     },
+    "frontier": {
+        "ARTIFACT_DIR": renamed("LOG_DIR"),
+        "SMEAR_GATE_ENABLED": renamed("SMEAR"),
+        "SPARSE_ATTN_GATE_ENABLED": switch({"ATTN_GATE": "sparse"}, {"ATTN_GATE": "none"}),
+        "SPARSE_ATTN_GATE_INIT_STD": only("0", "the gate starts at zero"),
+        "GATED_ATTN_ENABLED": only("0", "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"),
+        "ATTN_OUT_GATE_ENABLED": only("0", "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"),
+        "LEAKY_RELU_SQ_SLOPE": renamed("LEAKY_SLOPE"),
+        "QK_GAIN_INIT_SCHEDULE": only("", "a gain by block showed no gain; QK_GAIN_INIT is that of all blocks"),
+        "PARALLEL_FINAL_LANE": only("mean", "the output is the mean of both lanes"),
+        "ROPE_YARN": only("0", "no published run of this stack rescaled its base; ROPE_TRAIN_LEN is the NTK rule"),
+        "RECUR_ALPHA_ENABLED": switch({"LOOP_CARRY": "1.56,.23,.04,.03;1.85,.13,-.34,.01;2.13,.06,.19,-.02"},
+                                      {"LOOP_CARRY": ""}),
+        "MUON_HUBER_WD": only("0", "the Huber form of the decay was an experiment that lost; MUON_WD is the decay"),
+        "FORCE_STOP_STEP": computed(lambda v: {"ITERATIONS": int(v)} if v > 0 else {}),
+        "GPTQ_CALIBRATION_BATCHES": computed(lambda v: {"GPTQ_N_SAMPLES": int(v * 98304 / 2048)}),
+        "GPTQ_CALIBRATION_MODE": chosen({"random": {"GPTQ_CALIBRATION": "train"}}),
+        "COMPRESSOR": mapped("COMPRESSOR", {"pergroup": "entropy", "brotli": "entropy"}),
+        "OPTROT_ENABLED": only("0", "rotations before rounding gained nothing"),
+        "PREQUANT_ONLY": only("0", "a run always scores what its artifact holds"),
+        "VAL_DOC_FRACTION": only("1", "VAL_TOKENS scores a prefix of the text"),
+        "EVAL_INCLUDE_TAIL": mapped("VAL_DROP_TAIL", {"0": "1", "1": "0"}),
+        "ALIAS_PREV_SMEAR_SCALE": only("1", "no shards here have fused case markers"),
+    },
 }  # fmt: skip
 
 # Published knobs that never did anything: accepted, reported, and without effect here too.
@@ -775,6 +844,18 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "TTT_FREEZE_BLOCKS": "the published adaptation freezes all base weights",
         "TTT_MOMENTUM": "the published adaptation uses AdamW",
         "SWA_ENABLED": "the published script always averaged; use SWA_EVERY",
+    },
+    "frontier": {
+        "DATA_DIR": "DATA_PATH names the folder of the shards",
+        "SMEAR_GATE_BOS_FIX": "no document sees the one before it, with either value; SMEAR_CROSS_DOC=1 is the published leak",
+        "ROPE_TRAIN_SEQ_LEN": "was read only where ROPE_YARN is 1",
+        "GATED_ATTN_INIT_STD": "belongs to GATED_ATTN_ENABLED",
+        "ATTN_OUT_GATE_SRC": "belongs to ATTN_OUT_GATE_ENABLED",
+        "GATED_ATTN_QUANT_GATE": "gates are stored as all control parameters are, in CONTROL_BITS",
+        "FUSED_CE_ENABLED": "the loss is the same; the device decides what computes it",
+        "MUON_HUBER_DELTA": "belongs to MUON_HUBER_WD",
+        "PERGROUP_ROUNDTRIP_CHECK": "every artifact is read back before it is scored",
+        "COMPILE_SHAPE_WARMUP": "priming always runs every shape of the training, before the clock",
     },
     "pr1095": {
         "SWA_ENABLED": "the published sums were collected and never applied; use SWA_EVERY",
@@ -2969,10 +3050,10 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops_per_token(model: GPT, seq_len: int) -> float:
+def flops_per_token(model: GPT, seq_len: int, plan: list[Step] | None = None) -> float:
     """Training FLOPs a token: 6 a matrix weight and pass through it, 6 T D a pass for causal attention's two products."""
     weights = {site: shape.numel() for site, shape in model.sites().items()}
-    passes = [step.block for step in model.plan]
+    passes = [step.block for step in plan or model.plan]
     blocks = sum(n * passes.count(int(site.split(".")[1])) for site, n in weights.items() if site.startswith("blocks."))
     others = sum(n for site, n in weights.items() if not site.startswith("blocks.") and site != "head")
     head = model.cfg.vocab_size * model.cfg.model_dim
@@ -2990,25 +3071,40 @@ def flops_per_token(model: GPT, seq_len: int) -> float:
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steep at zero, so that small singular values rise within few iterations
+# Coefficients (a, b, c) of each iteration; the last tuple serves all further ones.
+NEWTON_SCHULZ = {
+    "classic": ((3.4445, -4.7750, 2.0315),),  # steep at zero, so that small singular values rise within few iterations
+    # Polar Express (arXiv 2505.16932) as #1787 damped it: singular values of .001 to 1 end within .85 to 1.15.
+    "polar": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+              (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+              (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+              (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+              (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+}  # fmt: skip
 
 
-def orthogonalize(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def orthogonalize(G: Tensor, steps: int, dtype: torch.dtype, coefficients: str = "classic") -> Tensor:
     """Brings the singular values of every matrix in G (n, R, C) near 1 and keeps its singular vectors; returns `dtype`.
 
     Newton-Schulz iteration X <- (a + bA + cA^2) X with A = X X^T (Keller Jordan, kellerjordan.github.io/posts/muon).
     Five steps bring all but tiny singular values into about 0.7..1.2. Tall matrices are multiplied from the right: the
     Gram matrix always has the short side, and a transposed input gives the transposed result. Zeros stay zeros.
     """
-    a, b, c = NEWTON_SCHULZ
+    tuples = NEWTON_SCHULZ[coefficients]
     tall = G.size(1) > G.size(2)
     # The Frobenius norm bounds the largest singular value, and the iteration converges only below sqrt(3).
     X = (G / (torch.linalg.vector_norm(G, dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(steps):
+    for i in range(steps):
+        a, b, c = tuples[min(i, len(tuples) - 1)]
         A = X.mT @ X if tall else X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X
+
+
+def normalize_rows_(G: Tensor) -> Tensor:
+    """Brings every row of G (n, R, C) to length 1 in place (MuonEq-R, #1285); rows of zeros stay zeros."""
+    return G.div_(torch.linalg.vector_norm(G, dim=2, keepdim=True, dtype=torch.float32).clamp_min_(1e-7))
 
 
 def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
@@ -3039,11 +3135,12 @@ class MatrixBank(Collective):
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
     never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
-    `dtype` is that of the Newton-Schulz products. Gradients are reduced in fp32 and updates return in the dtype they were
+    `dtype` is that of the Newton-Schulz products; rows are normalised and coefficients chosen as the knobs say. Gradients are reduced in fp32 and updates return in the dtype they were
     made in, so the way costs no accuracy.
     """
 
-    def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype):
+    def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype, cfg: Config):
+        self.cfg = cfg
         self.names, self.params, self.run, self.dtype = list(named), list(named.values()), run, dtype
         rows, cols = self.params[0].shape
         self.share = -(-len(self.params) // run.world)
@@ -3061,12 +3158,14 @@ class MatrixBank(Collective):
         if self.run.world > 1:
             self.work = reduce_scatter(self.shard, self.grads, async_op=True)
 
-    def update(self, momentum: float, steps: int) -> None:
+    def update(self, momentum: float) -> None:
         """Orthogonalises the owned matrices' Nesterov momentum and starts gathering the updates of all owners."""
         self.wait()
         self.momentum.mul_(momentum).add_(self.shard)
         self.shard.add_(self.momentum, alpha=momentum)
-        self.updates = orthogonalize(self.shard, steps, self.dtype)
+        if self.cfg.muon_row_normalize:
+            normalize_rows_(self.shard)
+        self.updates = orthogonalize(self.shard, self.cfg.muon_backend_steps, self.dtype, self.cfg.newton_schulz)
         if self.run.world > 1:
             owned, self.updates = self.updates, self.updates.new_empty(self.grads.shape)
             self.work = all_gather(self.updates, owned, async_op=True)
@@ -3106,14 +3205,15 @@ class SmallParameters(Collective):
         sizes = [p.numel() for p in self.params]
         self.flat = torch.zeros(sum(sizes), device=run.device)
         self.grads = [g.view_as(p) for g, p in zip(self.flat.split(sizes), self.params, strict=True)]
-        groups: dict[float, list[nn.Parameter]] = {}
+        embed_wd = cfg.adam_wd if cfg.embed_wd < 0 else cfg.embed_wd
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for p in self.params:
-            groups.setdefault(rates[p.role] * p.lr_mult, []).append(p)
+            decay = cfg.adam_wd if p.role == "scalar" else embed_wd
+            groups.setdefault((rates[p.role] * p.lr_mult, decay), []).append(p)
         self.adam = torch.optim.AdamW(
-            [{"params": params, "rate": rate} for rate, params in groups.items()],
+            [{"params": ps, "rate": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()],
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
-            weight_decay=cfg.adam_wd,
             fused=True,
         )
 
@@ -3169,24 +3269,28 @@ class Optimizers:
         assert not missing, f"no optimizer owns {sorted(missing)}"
         # Biggest first: the longest transfers start earliest, and nothing hides the gathering of the last bank.
         banks = sorted(shapes.values(), key=lambda named: -sum(p.numel() for p in named.values()))
-        self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device)) for named in banks]
+        self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device), cfg) for named in banks]
         self.small = SmallParameters(small, rates, cfg, run)
 
     @torch.no_grad()
     def step(self, step: int, lr_scale: float) -> None:
         """One optimizer step: `step` (from 0) sets Muon's momentum, `lr_scale` multiplies every learning rate."""
         cfg = self.cfg
+        if cfg.grad_clip_local and cfg.grad_clip_norm:
+            # Published: each rank clips the gradient of its own mean, which is `world` times its part of the whole mean.
+            params = [p for part in (self.small, *self.banks) for p in part.params]
+            nn.utils.clip_grad_norm_(params, cfg.grad_clip_norm / self.run.world)
         self.small.reduce()  # first in the queue: Adam then works while the matrices travel
         for bank in self.banks:
             bank.reduce()
-        if cfg.grad_clip_norm > 0:
+        if cfg.grad_clip_norm > 0 and not cfg.grad_clip_local:
             self.clip(cfg.grad_clip_norm)
         self.small.step(lr_scale)
         start, warmup = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps
         momentum = muon_momentum(step, start, cfg.muon_momentum, warmup)
         for bank, previous in zip([*self.banks, None], [None, *self.banks], strict=True):
             if bank is not None:
-                bank.update(momentum, cfg.muon_backend_steps)
+                bank.update(momentum)
             if previous is not None:  # its updates were gathered while `bank` computed
                 previous.apply(cfg.matrix_lr * lr_scale, cfg.muon_wd, cfg.muon_wd_order)
 
@@ -3246,12 +3350,21 @@ def budget_frac(cfg: Config, step: int, elapsed: float, budget: float) -> float:
 def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
     """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
 
-    warmdown: flat, then linear to 0 over the last WARMDOWN_ITERS steps or, with a time limit, over the time they take at
-    the measured pace; whichever of the two limits is nearer counts. wsd: flat to WSD_STABLE_FRAC, then cosine to 0.
+    warmdown: flat, then linear to 0 over the last WARMDOWN_FRAC of the budget; without it over the last WARMDOWN_ITERS steps
+    or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
+    wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
     """
+    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
+
+
+def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
+    """`lr_scale` without its floor."""
+    frac = budget_frac(cfg, step, elapsed, budget)
     if cfg.lr_schedule == "wsd":
-        p = (budget_frac(cfg, step, elapsed, budget) - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
+        p = (frac - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
         return 0.5 * (1 + math.cos(math.pi * min(max(p, 0.0), 1.0)))
+    if cfg.warmdown_frac:
+        return min((1.0 - frac) / cfg.warmdown_frac, 1.0)
     if not cfg.warmdown_iters:
         return 1.0
     left = (cfg.iterations - step) / cfg.warmdown_iters if cfg.iterations else 1.0
@@ -3274,51 +3387,110 @@ def qat_sharpness(cfg: Config, frac: float) -> float:
 
 
 class WeightAverage:
-    """EMA and SWA of the weights, in fp32 on the device.
+    """EMAs and SWA of the weights, in fp32 on the device.
 
-    EMA: e <- d e + (1 - d) w each step from EMA_START_FRAC of the budget. SWA: plain mean, every SWA_EVERY steps while
-    the learning-rate scale is below SWA_START_SCALE, of the weights (#187) or of the EMA (#850).
+    EMA: e <- d e + (1 - d) w each step from EMA_START_FRAC of the budget, one for each decay. SWA: plain mean, every
+    SWA_EVERY steps while the learning-rate scale is below SWA_START_SCALE, of the weights (#187) or of the EMA (#850).
     """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.ema: list[Tensor] = []
+        self.emas: dict[float, list[Tensor]] = {}
         self.swa: list[Tensor] = []
         self.swa_n = 0
 
     @torch.no_grad()
     def update(self, step: int, frac: float, scale: float) -> None:
         """Take in the weights after optimizer step `step` (0-based)."""
-        if self.cfg.ema_decay and frac >= self.cfg.ema_start_frac:
-            if self.ema:
-                torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema_decay)
+        for decay in self.cfg.averages if frac >= self.cfg.ema_start_frac else ():
+            if decay in self.emas:
+                torch._foreach_lerp_(self.emas[decay], self.params, 1 - decay)
             else:
-                self.ema = [p.detach().clone() for p in self.params]
+                self.emas[decay] = [p.detach().clone() for p in self.params]
         if self.cfg.swa_every and scale < self.cfg.swa_start_scale and (step + 1) % self.cfg.swa_every == 0:
-            source = self.ema if self.cfg.swa_source == "ema" and self.ema else [p.detach() for p in self.params]
+            source = self.weights() if self.cfg.swa_source == "ema" else [p.detach() for p in self.params]
             self.swa_n += 1
             if self.swa:
                 torch._foreach_lerp_(self.swa, source, 1 / self.swa_n)
             else:
                 self.swa = [t.clone() for t in source]
 
+    def weights(self, *decays: float) -> list[Tensor]:
+        """The mean of those EMAs; without decays the only EMA, or the weights themselves where there is none yet."""
+        chosen = [self.emas[d] for d in decays or list(self.emas)[:1]]
+        if not chosen:
+            return [p.detach() for p in self.params]
+        return chosen[0] if len(chosen) == 1 else torch._foreach_lerp(*chosen, 0.5)
+
+    def candidates(self) -> list[tuple[float, ...]]:
+        """What may be chosen of several EMAs: each, and each pair, half and half."""
+        return [*((d,) for d in self.emas), *itertools.combinations(self.emas, 2)]
+
     @torch.no_grad()
-    def apply(self) -> str:
-        """Put the average in the model: EMA or weights, blended with SWA. Returns what it was, for the log."""
-        base = self.ema or [p.detach().clone() for p in self.params]
+    def apply(self, decays: tuple[float, ...] = ()) -> str:
+        """Put the average in the model: EMA (of `decays`) or weights, blended with SWA. Returns what it was, for the log."""
+        base = self.weights(*decays)
         if self.swa:
             base = torch._foreach_lerp(base, self.swa, self.cfg.swa_blend)
         torch._foreach_copy_(self.params, base)
-        name = f"ema({self.cfg.ema_decay})" if self.ema else "last"
+        decays = decays or tuple(self.emas)
+        name = f"ema({' + '.join(map(str, decays))})" if decays else "last"
         return f"{1 - self.cfg.swa_blend:g} {name} + {self.cfg.swa_blend:g} swa({self.swa_n})" if self.swa else name
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ema": self.ema, "swa": self.swa, "swa_n": self.swa_n}
+        return {"emas": self.emas, "swa": self.swa, "swa_n": self.swa_n}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         move = lambda ts: [t.to(p.device, copy=True) for t, p in zip(ts, self.params, strict=False)]  # noqa: E731
-        self.ema, self.swa, self.swa_n = move(state["ema"]), move(state["swa"]), state["swa_n"]
+        self.emas = {decay: move(ema) for decay, ema in state["emas"].items()}
+        self.swa, self.swa_n = move(state["swa"]), state["swa_n"]
+
+
+HELD_BACK_TOKENS = 2**15  # training text that chooses between averages, at least; whole steps of it
+
+
+def hold_back(stream: TokenStream, n: int) -> np.ndarray:
+    """The last n tokens of the training text, which the stream no longer has: nothing trains or calibrates on them."""
+    shards = list(stream.shards)
+    if len(shards[-1]) <= 2 * n:
+        raise ConfigError(f"EMA_DECAYS holds back {n} training tokens to choose by, at most half of the last shard's {len(shards[-1])}; "
+                          "use EMA_DECAY, a smaller TRAIN_BATCH_TOKENS or more data")  # fmt: skip
+    held = np.asarray(shards[-1][-n:])
+    shards[-1] = shards[-1][:-n]
+    stream.shards, stream.starts = shards, np.cumsum([0, *(len(s) for s in shards)])
+    stream.total = int(stream.starts[-1])
+    return held
+
+
+class AverageChoice:
+    """Chooses between several EMAs by their loss on held-back training text, in the shapes and graph of training."""
+
+    def __init__(self, cfg: Config, run: Run, stream: TokenStream) -> None:
+        self.batches = -(-HELD_BACK_TOKENS // cfg.train_batch_tokens)
+        held = hold_back(stream, self.batches * cfg.train_batch_tokens + 1)
+        self.run, self.seq_len = run, cfg.train_seq_len
+        self.batcher = Batcher(cfg, TokenStream([held], cfg.vocab_size), run)
+        n = len(cfg.averages)
+        # The time it takes, in training steps: one forward pass a candidate and batch is less than half a step.
+        self.steps = 0.5 * self.batches * (n + n * (n - 1) / 2)
+
+    def loss(self, nll: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """Mean nats a token of the held-back text; nll gives the sum over this rank's part of a batch."""
+        self.batcher.stream.position = 0
+        total = sum(nll(*self.batcher.next(self.seq_len)) for _ in range(self.batches))
+        return float(self.run.all_reduce(total)) / (self.batches * self.batcher.batch_tokens)
+
+    def choose(self, average: WeightAverage, nll: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, ...]:
+        """The candidate of least loss."""
+        losses = {}
+        for decays in average.candidates():
+            with torch.no_grad():
+                torch._foreach_copy_(average.params, average.weights(*decays))
+            losses[decays] = self.loss(nll)
+        shown = " ".join(f"{'+'.join(map(str, decays))}:{loss:.5f}" for decays, loss in losses.items())
+        self.run.log(f"average held_back_loss {shown}")
+        return min(losses, key=losses.__getitem__)
 
 
 # ---- complementary training
@@ -3652,6 +3824,7 @@ class Trainer:
         self.batcher = Batcher(cfg, stream, run)
         self.optimizers = Optimizers(cfg, model, run)
         self.average = WeightAverage(cfg, model)
+        self.choice = AverageChoice(cfg, run, stream) if len(cfg.averages) > 1 else None
         self.counts = BigramCounts(cfg, run) if cfg.complement_alpha else None
         self.ngrams = HashedNgrams(run) if "pr1095" in cfg.ngram_tables else None
         self.fake_quant = FakeQuant(cfg.qat, cfg.qat_bits).to(run.device) if cfg.qat != "none" else None
@@ -3711,6 +3884,8 @@ class Trainer:
     def train_step(self, frac: float, scale: float) -> Tensor:
         """One optimizer step on the next batch; returns this rank's part of the mean loss (0-dim, on the device)."""
         inputs, targets = self.batcher.next(seq_len_at(self.cfg, frac))
+        if self.cfg.num_loops:
+            self.model.set_looped(frac >= self.cfg.enable_looping_at)
         loss = self.backward(inputs, targets, self.context(frac))
         self.optimizers.step(self.step, scale)
         self.average.update(self.step, frac, scale)
@@ -3718,6 +3893,17 @@ class Trainer:
             counts.update(inputs, targets)
         self.step += 1
         return loss
+
+    def held_back_nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum of -log p(target) over these sequences, by the graph and the micro-batches of training."""
+        rows = max(1, self.micro_tokens // inputs.shape[1])
+        parts = zip(inputs.split(rows), targets.split(rows), strict=True)
+        return sum(self.forward(*part, self.context(1.0)).detach().sum() for part in parts)
+
+    def apply_average(self) -> str:
+        """Put the weights' average in the model, the best one of several; returns what it was, for the log."""
+        several = self.choice is not None and self.average.emas
+        return self.average.apply(self.choice.choose(self.average, self.held_back_nll) if several else ())
 
     @property
     def counters(self) -> dict[str, BigramCounts | HashedNgrams]:
@@ -3746,7 +3932,8 @@ class Trainer:
         """
         weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         qat_start = self.cfg.qat_start_frac if self.fake_quant is not None else 0.0
-        fracs = sorted({0.0, qat_start, *(end for end, _ in self.cfg.seq_curriculum[:-1])})
+        loop_start = self.cfg.enable_looping_at if self.cfg.num_loops else 0.0
+        fracs = sorted({0.0, qat_start, loop_start, *(end for end, _ in self.cfg.seq_curriculum[:-1])})
         started, steps = time.perf_counter(), max(self.cfg.warmup_steps, len(fracs)) if self.cfg.warmup_steps else 0
         for i in range(steps):
             self.train_step(fracs[i % len(fracs)], 1.0)
@@ -3828,10 +4015,12 @@ class TrainingLoop:
                  validate: Callable[[GPT], tuple[float, float]]) -> None:  # fmt: skip
         self.cfg, self.run, self.trainer, self.checkpoints, self.validate = cfg, run, trainer, checkpoints, validate
         self.budget = training_budget(cfg)
-        self.flops = flops_per_token(trainer.model, cfg.train_seq_len)
+        plans = trainer.model.plans.items()
+        self.flops = {looped: flops_per_token(trainer.model, cfg.train_seq_len, plan) for looped, plan in plans}
+        self.trained_flops = 0.0
         name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
-        self.was = (cfg.seq_curriculum[0][1], False, False)
+        self.was = (cfg.seq_curriculum[0][1], False, False, False)
         self.epoch = 0
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds of the last steps
 
@@ -3871,16 +4060,18 @@ class TrainingLoop:
         """True if the next step could pass the time limit, taking as long as the slowest of the recent steps.
 
         On a CPU not to stop means one step more. Where flags are read a step late, the device has two steps to finish
-        now, and a stop asked for after the next step comes after another two.
+        now, and a stop asked for after the next step comes after another two. The choice between averages comes on top.
         """
         now = self.clock.seconds()
         self.recent.append(now - self.last_elapsed)
         self.last_elapsed = now
-        return self.budget > 0 and now + max(self.recent) * (4 if self.stop.late else 1) > self.budget
+        ahead = (4 if self.stop.late else 1) + (self.trainer.choice.steps if self.trainer.choice else 0)
+        return self.budget > 0 and now + max(self.recent) * ahead > self.budget
 
     def after_step(self, loss: Tensor, scale: float) -> None:
         """Log, validate, save a checkpoint, advance profiler and progress bar, each where it is due after this step."""
         cfg, step = self.cfg, self.trainer.step
+        self.trained_flops += cfg.train_batch_tokens * self.flops[self.trainer.model.looped]
         if step % cfg.train_log_every == 0 or step - self.first_step <= 10:
             self.log_step(loss, scale)
         if cfg.val_loss_every and step % cfg.val_loss_every == 0 and step != cfg.iterations:
@@ -3901,7 +4092,7 @@ class TrainingLoop:
         now = self.clock.seconds()
         pace = (now - self.first_elapsed) / (step - self.first_step)
         rate = cfg.train_batch_tokens / pace
-        mfu = rate * self.flops / (self.peak * self.run.world) if self.peak else None
+        mfu = self.trained_flops / ((now - self.first_elapsed) * self.peak * self.run.world) if self.peak else None
         frac = budget_frac(cfg, step, now, self.budget)
         eta = (now - self.first_elapsed) * (1 - frac) / max(frac - self.first_frac, 1e-6)
         line = (f"step:{step}/{cfg.iterations} train_loss:{mean:.4f} lr_scale:{scale:.3f} train_time:{1000 * now:.0f}ms "
@@ -3918,11 +4109,12 @@ class TrainingLoop:
                        step_ms=1000 * pace, tokens_per_s=rate, mfu=mfu, eta_s=eta, **extra)  # fmt: skip
 
     def announce_switches(self, frac: float) -> None:
-        """Log each change of sequence length, QAT and EMA at this share of the budget, and each new pass over the data."""
+        """Log each change of sequence length, QAT, EMA and loops at this share of the budget, and each new pass over the data."""
         cfg = self.cfg
         qat = self.trainer.fake_quant is not None and frac >= cfg.qat_start_frac
-        now = (seq_len_at(cfg, frac), qat, bool(cfg.ema_decay) and frac >= cfg.ema_start_frac)
-        for name, old, new in zip(("seq_len", "qat", "ema"), self.was, now, strict=True):
+        now = (seq_len_at(cfg, frac), qat, bool(cfg.averages) and frac >= cfg.ema_start_frac,
+               cfg.num_loops > 0 and frac >= cfg.enable_looping_at)  # fmt: skip
+        for name, old, new in zip(("seq_len", "qat", "ema", "loop"), self.was, now, strict=True):
             if old != new:
                 self.run.log(f"switch:{name} step:{self.trainer.step} frac:{frac:.3f} value:{new}")
                 self.run.event("switch", step=self.trainer.step, frac=frac, name=name, value=new)
@@ -4010,14 +4202,18 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
         elapsed = resumed["elapsed"]
         checkpoints.notice_resumed(resumed)
     loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
-    if cfg.lr_schedule == "warmdown" and 0 < cfg.iterations < cfg.warmdown_iters:
+    if cfg.lr_schedule == "warmdown" and not cfg.warmdown_frac and 0 < cfg.iterations < cfg.warmdown_iters:
         run.notice(
             f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: rates fall from the first step on"
         )
     steps = f"{cfg.iterations} steps" if cfg.iterations else ""
     run.log("training ends after " + " or ".join(filter(None, (steps, f"{loop.budget:g}s" if loop.budget else ""))))
     result = loop.run_until_done(elapsed)
-    what = trainer.average.apply()
+    what = trainer.apply_average()
+    if trainer.choice is not None:
+        result = result._replace(seconds=loop.clock.seconds())
+    if cfg.num_loops and not model.looped:
+        run.notice(f"the plain plan is scored: training ended before ENABLE_LOOPING_AT={cfg.enable_looping_at:g}")
     run.log(f"train_end steps:{result.steps} train_time:{1000 * result.seconds:.0f}ms reason:{result.reason} "
             f"weights:{what} peak_memory:{run.peak_memory_mib():.0f}MiB")  # fmt: skip
     run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
@@ -4337,6 +4533,11 @@ def next_state(state: Any, code: Any, states: int) -> Any:
     return (2 * state + (((code >> 1) ^ (state >> 1) ^ (state >> 2)) & 1)) % states
 
 
+def octave_eighths(n: Tensor) -> Tensor:
+    """2**(n/8) in fp32, the same on every machine: the power is rounded from float64."""
+    return torch.exp2(n.double() / 8).float()
+
+
 class ErrorSpread(NamedTuple):
     """GPTQ's view of the second moments of C inputs, columns as they stand."""
 
@@ -4362,11 +4563,6 @@ def error_spread(h_CC: Tensor, damp: float, variant: str) -> ErrorSpread:
     mean = weight_C.mean()
     gain = float(mean / h_1CC[0].diagonal().mean())
     return ErrorSpread((factor_CC / diagonal_C[:, None]).float(), (weight_C / mean).float(), gain)
-
-
-def octave_eighths(n: Tensor) -> Tensor:
-    """2**(n/8) in fp32, the same on every machine: the power is rounded from float64."""
-    return torch.exp2(n.double() / 8).float()
 
 
 def column_steps(weight_C: Tensor) -> Tensor:
@@ -4642,26 +4838,6 @@ def prune_codes_(items: list[TensorToCode], codes: list[Tensor], share: float) -
             q[size <= threshold] = 0
 
 
-def round_all(cfg: Config, items: list[TensorToCode]) -> list[Tensor]:
-    """Codes of every tensor: trellis paths, GPTQ in one batch for each shape where there are Hessians, else the nearest."""
-    groups: dict[tuple, list[int]] = {}
-    codes: list[Tensor] = [torch.empty(0)] * len(items)
-    for i, item in enumerate(items):
-        if item.states == 0 and item.hessian is None:
-            codes[i] = round_rows(item.w_RC, item.scale_R, item.top)
-        elif item.states == 0:
-            groups.setdefault((item.w_RC.shape, item.top), []).append(i)
-    for (_, top), members in groups.items():
-        columns = ([getattr(items[i], field) for i in members] for field in ("w_RC", "hessian", "scale_R"))
-        w, h, scale = map(torch.stack, columns)
-        found = gptq(w, h, scale, top, damp=cfg.gptq_percdamp, block=cfg.gptq_block_size, order=cfg.gptq_order,
-                     variant=cfg.gptq_variant)  # fmt: skip
-        for i, codes_RC in zip(members, found, strict=True):
-            codes[i] = codes_RC
-    search_paths(items, codes)
-    return codes
-
-
 def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
     """Put the codes of the tensors that are trellis paths into `codes`: rows of equal shape together, as many as the device
     likes at once; a CPU searches with a thread a core."""
@@ -4689,6 +4865,26 @@ def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda batch: search(*batch), batches))
+
+
+def round_all(cfg: Config, items: list[TensorToCode]) -> list[Tensor]:
+    """Codes of every tensor: trellis paths, GPTQ in one batch for each shape where there are Hessians, else the nearest."""
+    groups: dict[tuple, list[int]] = {}
+    codes: list[Tensor] = [torch.empty(0)] * len(items)
+    for i, item in enumerate(items):
+        if item.states == 0 and item.hessian is None:
+            codes[i] = round_rows(item.w_RC, item.scale_R, item.top)
+        elif item.states == 0:
+            groups.setdefault((item.w_RC.shape, item.top), []).append(i)
+    for (_, top), members in groups.items():
+        columns = ([getattr(items[i], field) for i in members] for field in ("w_RC", "hessian", "scale_R"))
+        w, h, scale = map(torch.stack, columns)
+        found = gptq(w, h, scale, top, damp=cfg.gptq_percdamp, block=cfg.gptq_block_size, order=cfg.gptq_order,
+                     variant=cfg.gptq_variant)  # fmt: skip
+        for i, codes_RC in zip(members, found, strict=True):
+            codes[i] = codes_RC
+    search_paths(items, codes)
+    return codes
 
 
 def low_rank_codes(residual_RC: Tensor, rank: int, bits: int, group: int = 0) -> LowRank:
@@ -4768,6 +4964,12 @@ def awq_groups(policy: Policy, inputs: Inputs) -> dict[str, Tensor]:
     return finer
 
 
+def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
+    """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
+    rows, columns = rows_and_columns(shape)
+    return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
+
+
 def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor | None) -> TensorToCode:
     """How a tensor is to be coded; `chosen` are the steps of its rows, where the byte budget has set them."""
     cfg, bits, w_RC = policy.cfg, policy.bits(name), matrix_of(w).clone()
@@ -4796,12 +4998,6 @@ def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor
     spread = inputs.spread(name) if states else None
     item.spread = spread and spread.in_steps(columns_C)
     return item
-
-
-def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
-    """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
-    rows, columns = rows_and_columns(shape)
-    return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
 
 
 def correct_residuals(cfg: Config, named: dict[str, Tensor], stored: dict[str, QuantizedTensor],
@@ -5958,20 +6154,24 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
     rms = float(w_RC.square().mean().sqrt().clamp_min(1e-8))
     by_row = role in PREDICTED_ROLES and w_RC.shape[0] > 1
     factor_R = row_factors(fisher_R) if by_row else torch.ones_like(fisher_R)
-    most = PATH_ROWS if states else CURVE_ROWS
+    most = PATH_ROWS if states and not by_row else CURVE_ROWS
     pick = torch.linspace(0, len(w_RC) - 1, min(len(w_RC), most), device=w_RC.device).long()
-    w, factor, fisher = w_RC[pick], factor_R[pick], fisher_R[pick] / w_RC.shape[1]
-    scales = [steps_by_row(w, step, factor) for step in STEP_GRID * rms]
+    w, all_scales = w_RC[pick], [steps_by_row(w_RC, step, factor_R) for step in STEP_GRID * rms]
+    scales = [scale[pick] for scale in all_scales]
     if states:
         found = trellis_codes(torch.stack([w / scale.float()[:, None] for scale in scales]), None, states)
     else:
         found = [round_rows(w, scale, largest_code(8)) for scale in scales]
     bits, harm = [], []
-    for scale, codes in zip(scales, found, strict=True):
-        error = (codes.float() * scale.float()[:, None] - w).square().sum(dim=1)
+    for everywhere, scale, codes in zip(all_scales, scales, found, strict=True):
+        error = (codes.float() * scale.float()[:, None] - w).square().mean(dim=1)
+        # An error goes with its step: what sampled rows are off by is scaled by the steps and importance of all rows.
+        share = float(fisher_R @ everywhere.float().square()) / max(
+            float(fisher_R[pick] @ scale.float().square()), 1e-30
+        )
         spread, values, _ = plan_codes(codes.cpu().numpy(), False, states > 0)
         bits.append(described_bits(spread, values, states > 0, len(w_RC)))
-        harm.append(0.5 * gain * float(fisher @ error) * len(w_RC) / len(w) + 1e-30)
+        harm.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
     saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * rms, factor_R)) if by_row else 0.0
     bits = np.maximum.accumulate(np.array(bits)[::-1])[::-1]  # of a coarser step never more: interpolation needs it
     return Curve(name, rms, factor_R, np.maximum(bits - saved, 0.02 * w_RC.numel()), np.array(harm))
@@ -6565,8 +6765,18 @@ def size_table(roles: dict[str, dict[str, float]]) -> str:
 
 
 # ==== 9 EVALUATOR =====================================================================================================
-# The score is a code length: each target is scored once, left to right, by a distribution that the artifact and the
-# strict prefix fix; only then may anything learn from it. `score_first` is the one driver, experts live behind it.
+# The score is a code length: each target is scored once, from left to right, by a distribution that depends on the artifact
+# and on the tokens before it alone; only then may anything learn from it. `score_first` is the one driver of this rule.
+#
+#   target        a token that is scored; position t of the stream, whose prefix is tokens[:t]
+#   window        what one forward of the network reads; the targets that it scores are its last ones
+#   span, chunk   targets that are scored before the next learning: span in the n-grams, chunk in test-time training
+#   context       the k tokens before a target; an n-gram is a context of n - 1 tokens with its target; order: its n
+#   C, c, U       occurrences of a context before, those of them that its target followed, distinct tokens that followed
+#   expert        gives a distribution and learns from scored targets; its base is the expert that it corrects
+#   score, dist, update    log-probabilities of targets; the whole distribution at one; learning
+#   claim         the figure of a published scorer whose values do not sum to 1 over the vocabulary: never the score
+#   stage         one pass over the validation text with one expert; the last valid one is the score
 
 
 class BpbMeter:
@@ -6887,46 +7097,50 @@ class TestTimeNetwork(NetworkExpert):
         self.optimizer.step()
 
 
-# ---- exact n-gram statistics: one sort an order tells what an online counter would have known at every position
+# ---- exact n-gram statistics: one sort for each length gives what an online counter would have known at every position
 
 
 class NgramStats(NamedTuple):
-    """What a counter fed x_0 .. x_{t-1} knows about target t and its context x_{t-k} .. x_{t-1}; int32, one entry a target."""
+    """Counts of x_0 .. x_{t-1} for each target t and its context of k tokens x_{t-k} .. x_{t-1}; int32, one entry a target."""
 
-    total: Tensor  # C: earlier occurrences of the context
+    total: Tensor  # C: how often the context occurred before
     count: Tensor  # c: how many of them were followed by x_t
     kinds: Tensor  # U: distinct tokens that followed it
-    last: Tensor  # position of the token that followed its latest occurrence, -1 without one
+    last: Tensor  # position of the token that followed its latest occurrence, -1 where it is new
 
 
-class Grams(NamedTuple):
-    """The grams of one length that occur at least twice in the stream, equal ones side by side and in time order."""
+class RepeatedNngrams(NamedTuple):
+    """All occurrences of n-grams of one length that occur twice or more, (n,) int32: equal ones form a group, in order of time."""
 
     end: np.ndarray | Tensor  # position of the last token
-    rank: np.ndarray | Tensor  # earlier occurrences; 0 heads a group
+    rank: np.ndarray | Tensor  # earlier occurrences of the same n-gram; 0 starts a group
 
 
-class Columns(NamedTuple):
-    """What one length writes, by time. Slot N takes what would belong to the token after the stream."""
+class PositionStats(NamedTuple):
+    """Statistics of contexts of one length at every position, (N + 1,) int32; entry N belongs to no token and is dropped."""
 
     count: np.ndarray | Tensor
     kinds: np.ndarray | Tensor
     last: np.ndarray | Tensor
-    symbol: np.ndarray | Tensor  # x_t if the gram that ends at t repeats, else -1: longer ones are unique too
+    symbol: (
+        np.ndarray | Tensor
+    )  # x_t if the n-gram that ends at t occurs twice or more, else -1: no longer one that ends there does
 
 
-def _group_runs(grams: Grams, size: int = 1 << 17) -> list[Grams]:
-    """Cut the grams between groups into runs of about `size`: they sort in the processor's cache, and each in its own thread."""
-    heads = np.flatnonzero(grams.rank == 0)
-    at = np.searchsorted(heads, np.arange(size, len(grams.rank), size))
-    edges = [*np.unique(np.append(heads[at[at < len(heads)]], 0)).tolist(), len(grams.rank)]
-    return [Grams(grams.end[lo:hi], grams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)]
+def _split_between_groups(ngrams: RepeatedNngrams, size: int = 1 << 17) -> list[RepeatedNngrams]:
+    """The occurrences in parts of about `size`, cut between groups: a part sorts in the processor's cache, in its own thread."""
+    heads = np.flatnonzero(ngrams.rank == 0)
+    at = np.searchsorted(heads, np.arange(size, len(ngrams.rank), size))
+    edges = [*np.unique(np.append(heads[at[at < len(heads)]], 0)).tolist(), len(ngrams.rank)]
+    return [
+        RepeatedNngrams(ngrams.end[lo:hi], ngrams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)
+    ]
 
 
-def _ranked(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of sorted packed keys (gram above, index in the low `bits`): the indices, ranks among equal grams, slots of repeated grams.
+def _rank_in_groups(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(index, rank among equal n-grams, where n-grams repeat) of sorted keys: the n-gram above, the index in the low `bits`.
 
-    The index makes any sort stable, and NumPy's vectorised sort of plain integers is about ten times its argsort.
+    The index makes any sort stable, and NumPy sorts plain integers about ten times as fast as it argsorts them.
     """
     head = np.ones(len(key) + 1, bool)
     gram = key >> bits
@@ -6937,8 +7151,8 @@ def _ranked(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return key & ((1 << bits) - 1), rank, np.flatnonzero(~(head[:-1] & head[1:]))
 
 
-def _sort_tokens(tokens: np.ndarray, vocab_size: int, columns: Columns) -> Grams:
-    """Groups of the single tokens."""
+def _count_tokens(tokens: np.ndarray, vocab_size: int, columns: PositionStats) -> RepeatedNngrams:
+    """Occurrences of the single tokens; writes their counts into `columns`."""
     end = np.argsort(tokens.astype(np.uint16), kind="stable").astype(np.int32)  # NumPy sorts 16 bits by radix
     sizes = np.bincount(tokens, minlength=vocab_size)
     rank = np.arange(len(tokens), dtype=np.int32)
@@ -6947,11 +7161,16 @@ def _sort_tokens(tokens: np.ndarray, vocab_size: int, columns: Columns) -> Grams
     again = np.repeat(sizes > 1, sizes)
     end, rank = end[again], rank[again]
     columns.symbol[end] = tokens[end]
-    return Grams(end, rank)
+    return RepeatedNngrams(end, rank)
 
 
-def _sort_longer(context: Grams, symbol: np.ndarray, symbol_bits: int, columns: Columns) -> Grams:
-    """Extend a run of context groups by the token that follows; a follower whose own gram is unique needs no sorting."""
+def _extend_ngrams(
+    context: RepeatedNngrams, symbol: np.ndarray, symbol_bits: int, columns: PositionStats
+) -> RepeatedNngrams:
+    """Occurrences one token longer than those of `context`; writes the statistics of the contexts into `columns`.
+
+    A token that follows but whose own n-gram occurs once needs no sorting.
+    """
     target = context.end + np.int32(1)
     x, bits = symbol[target], max(len(target) - 1, 1).bit_length()
     live = np.flatnonzero(x >= 0)
@@ -6960,7 +7179,7 @@ def _sort_longer(context: Grams, symbol: np.ndarray, symbol_bits: int, columns: 
         key <<= width
         key |= part
     key.sort()
-    index, rank, again = _ranked(key, bits)
+    index, rank, again = _rank_in_groups(key, bits)
     count = np.zeros(len(target), np.int32)
     count[index] = rank
     new = count == 0
@@ -6971,21 +7190,21 @@ def _sort_longer(context: Grams, symbol: np.ndarray, symbol_bits: int, columns: 
     columns.last[target[met]] = target[met - 1]
     index = index[again]
     columns.symbol[target[index]] = x[index]
-    return Grams(target[index], rank[again])
+    return RepeatedNngrams(target[index], rank[again])
 
 
-def _lengthen_torch(
-    tokens_N: Tensor, vocab_size: int, grams: Grams | None, symbol: Tensor | None
-) -> tuple[Grams, Columns]:
-    """The same step as one stable sort on the tokens' device; the empty context is one group that ends at -1 .. N-2."""
+def _longer_ngrams_torch(
+    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNngrams | None, symbol: Tensor | None
+) -> tuple[RepeatedNngrams, PositionStats]:
+    """`_longer_ngrams` by one stable sort on the tokens' device; the empty context is one group that ends at -1 .. N-2."""
     n, device = len(tokens_N), tokens_N.device
-    if grams is None:
-        grams = Grams(torch.arange(-1, n - 1, device=device), torch.arange(n, device=device))
+    if ngrams is None:
+        ngrams = RepeatedNngrams(torch.arange(-1, n - 1, device=device), torch.arange(n, device=device))
         symbol = torch.cat([tokens_N.int(), tokens_N.new_full((1,), -1, dtype=torch.int32)])
-    columns = Columns(*(torch.full((n + 1,), fill, dtype=torch.int32, device=device) for fill in (0, 0, -1, -1)))
-    target = grams.end + 1
+    columns = PositionStats(*(torch.full((n + 1,), fill, dtype=torch.int32, device=device) for fill in (0, 0, -1, -1)))
+    target = ngrams.end + 1
     live = (symbol[target] >= 0).nonzero().squeeze(1)
-    group = (grams.rank == 0).cumsum(0)
+    group = (ngrams.rank == 0).cumsum(0)
     key, order = (group[live] * vocab_size + symbol[target[live]]).sort(stable=True)
     index = live[order]
     del group, live, order
@@ -6995,43 +7214,45 @@ def _lengthen_torch(
     rank = torch.arange(len(key), device=device) - starts[head[:-1].cumsum(0) - 1]
     count = torch.zeros_like(target).index_copy_(0, index, rank)
     kinds = (count == 0).cumsum(0) - (count == 0).long()
-    kinds -= kinds[torch.arange(len(target), device=device) - grams.rank]
-    met = grams.rank.nonzero().squeeze(1)
+    kinds -= kinds[torch.arange(len(target), device=device) - ngrams.rank]
+    met = ngrams.rank.nonzero().squeeze(1)
     columns.count[target], columns.kinds[target] = count.int(), kinds.int()
     columns.last[target[met]] = target[met - 1].int()
     again = (~(head[:-1] & head[1:])).nonzero().squeeze(1)
     index = index[again]
     columns.symbol[target[index]] = symbol[target[index]]
-    return Grams(target[index], rank[again]), columns
+    return RepeatedNngrams(target[index], rank[again]), columns
 
 
-def _lengthen(tokens_N: Tensor, vocab_size: int, grams: Grams | None, symbol) -> tuple[Grams, Columns]:
-    """Grams one token longer than `grams` (None: single tokens) and the statistics of `grams` as contexts."""
+def _longer_ngrams(
+    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNngrams | None, symbol
+) -> tuple[RepeatedNngrams, PositionStats]:
+    """(n-grams one token longer than `ngrams`, statistics of `ngrams` as contexts); None stands for the empty context."""
     if tokens_N.is_cuda:
-        return _lengthen_torch(tokens_N, vocab_size, grams, symbol)
+        return _longer_ngrams_torch(tokens_N, vocab_size, ngrams, symbol)
     tokens, threads = tokens_N.numpy(), torch.get_num_threads()
-    columns = Columns(*(np.full(len(tokens) + 1, fill, np.int32) for fill in (0, 0, -1, -1)))
-    if grams is None:
-        grams = _sort_tokens(tokens, vocab_size, columns)
+    columns = PositionStats(*(np.full(len(tokens) + 1, fill, np.int32) for fill in (0, 0, -1, -1)))
+    if ngrams is None:
+        ngrams = _count_tokens(tokens, vocab_size, columns)
         np.cumsum(columns.count[:-1] == 0, dtype=np.int32, out=columns.kinds[1:])
         columns.last[:-1] = np.arange(-1, len(tokens) - 1)
-        return grams, columns
+        return ngrams, columns
     bits = max(vocab_size - 1, 1).bit_length()
     with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(lambda run: _sort_longer(run, symbol, bits, columns), _group_runs(grams)))
-    return Grams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
+        parts = list(pool.map(lambda run: _extend_ngrams(run, symbol, bits, columns), _split_between_groups(ngrams)))
+    return RepeatedNngrams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
 
 
 def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> Iterator[NgramStats]:
-    """Yield the exact statistics of contexts of 0, 1 .. order-1 tokens, (N,) each: equal to a counter updated after every token.
+    """Yield the statistics of contexts of 0, 1 .. order-1 tokens, (N,) each, as a counter gives them that learns after every token.
 
-    Equal grams sorted by time: the rank inside the group is the number of earlier occurrences. No hash, no collision.
-    Working memory is one length's columns and sort, whatever the order. Same results on CPU and CUDA.
+    Equal n-grams are sorted by time, so the rank inside their group is the number of earlier occurrences: no hash and no
+    collision. Memory is that of one length, whatever the order. CPU and CUDA give the same results.
     """
     n, device = len(tokens_N), tokens_N.device
-    grams, symbol, total = None, None, torch.arange(n, dtype=torch.int32, device=device)
+    ngrams, symbol, total = None, None, torch.arange(n, dtype=torch.int32, device=device)
     for _ in range(order):
-        grams, columns = _lengthen(tokens_N, vocab_size, grams, symbol)
+        ngrams, columns = _longer_ngrams(tokens_N, vocab_size, ngrams, symbol)
         count, kinds, last = (torch.as_tensor(column)[:n] for column in columns[:3])
         yield NgramStats(total, count, kinds, last)
         symbol = columns.symbol
@@ -7039,7 +7260,7 @@ def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> Iterator[Ngram
 
 
 class Replay:
-    """The law spelled out: a dictionary of counters a context, fed one token at a time. Slow; the oracle of everything fast."""
+    """The same statistics from dictionaries, one token at a time: slow and plain, what the fast code is tested against."""
 
     def __init__(self, order: int):
         self.order = order
@@ -7071,13 +7292,13 @@ class Replay:
         self.history.append(token)
 
 
-# ---- n-gram experts: counts become distributions, and distributions become one
+# ---- n-gram experts: each corrects a distribution by counts
 
 
 class NgramTable:
-    """Statistics of contexts of 0 .. order-1 tokens over one stream, computed ahead because entry t depends on x_0 .. x_t alone.
+    """Statistics of contexts of 0 .. order-1 tokens of one stream, 12 bytes a token and length.
 
-    12 bytes a token and order.
+    They are computed for the whole stream at once, which is no look ahead: entry t depends on x_0 .. x_t alone.
     """
 
     def __init__(self, vocab_size: int, order: int, device: torch.device | str = "cpu") -> None:
@@ -7085,10 +7306,10 @@ class NgramTable:
         self.tokens: Tensor | None = None
 
     def load(self, tokens: Tensor) -> None:
-        """Compute the statistics of another stream; nothing to do for the one at hand."""
+        """Compute the statistics of a stream, unless it is the one that is loaded."""
         if self.tokens is tokens:
             return
-        self.tokens, self.held = tokens, (0, 0, None)
+        self.tokens, self.latest_span = tokens, (0, 0, None)
         shape = (self.order, len(tokens))
         self.columns = [torch.empty(shape, dtype=torch.int32, device=tokens.device) for _ in range(3)]
         for k, stats in enumerate(ngram_stats(tokens, self.vocab_size, self.order)):
@@ -7098,22 +7319,22 @@ class NgramTable:
     def span(self, tokens: Tensor, lo: int, hi: int) -> NgramStats:
         """Statistics of targets lo .. hi-1, (order, hi-lo) each."""
         self.load(tokens)
-        if self.held[:2] != (lo, hi):
+        if self.latest_span[:2] != (lo, hi):
             count, kinds, last = (column[:, lo:hi] for column in self.columns)
             total = torch.empty_like(count)
             total[0] = torch.arange(lo, hi, device=tokens.device)
             total[1:, 1 if lo == 0 else 0 :] = self.columns[0][:-1, max(lo - 1, 0) : hi - 1]
             if lo == 0:
                 total[:, 0] = 0
-            self.held = (lo, hi, NgramStats(total, count, kinds, last))
-        return self.held[2]
+            self.latest_span = (lo, hi, NgramStats(total, count, kinds, last))
+        return self.latest_span[2]
 
     def counts(self, k: int) -> Tensor:
         """(N,) c of contexts of k tokens, over the stream that was loaded."""
         return self.columns[0][k]
 
     def candidates(self, tokens: Tensor, t: int) -> NgramStats:
-        """The same for every candidate v at target t, (order, V) each, counted afresh from x_0 .. x_{t-1}."""
+        """Statistics of target t for every token of the vocabulary, (order, V) each, counted again from x_0 .. x_{t-1}."""
         shape = (self.order, self.vocab_size)
         stats = NgramStats(
             *(torch.full(shape, fill, dtype=torch.int32, device=tokens.device) for fill in (0, 0, 0, -1))
@@ -7143,10 +7364,10 @@ def log2_floor(x: Tensor) -> Tensor:
     return x.double().frexp().exponent.long() - 1
 
 
-class Query(NamedTuple):
-    """What an n-gram expert is asked: n targets with the token that came, or one target with every token (`whole`)."""
+class NgramQuery(NamedTuple):
+    """Input of an n-gram expert: n targets, each with the token that came, or one target with every token (`whole`)."""
 
-    p: Tensor  # (n,) float64: the base's probabilities of `token`
+    p: Tensor  # (n,) float64: what the base gives `token`
     stats: NgramStats  # (order, n)
     target: Tensor  # (n,) positions
     token: Tensor  # (n,)
@@ -7156,10 +7377,10 @@ class Query(NamedTuple):
 
 
 class NgramExpert(ABC):
-    """Turns its base's distribution into another. One `transform` serves score() and dist(), so what is charged is what sums to 1.
+    """Corrects the distribution of its base. score() and dist() share one `transform`, so what is scored is what sums to 1.
 
-    Of the query a subclass may use p, count and token for the token's own probability; all the rest is known before the target
-    and may decide weights. The base is a part of its own: the driver updates it.
+    A subclass may use p, count and token of a query for the probability of that token alone; all else is known before the
+    target and may decide weights. The driver updates the base by itself.
     """
 
     def __init__(self, table: NgramTable, base: Any) -> None:
@@ -7167,26 +7388,26 @@ class NgramExpert(ABC):
         self.pending: Any = None
 
     @abstractmethod
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
-        """(probabilities (n,) float64, what learn() needs of them)."""
+    def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
+        """(probabilities of the query's tokens (n,) float64, what learn() needs of them)."""
 
     @property
     def entropy(self) -> Tensor:
-        """The network's, by position: an expert may be the base of another."""
+        """(N,) of the network, nats: an expert may be the base of another."""
         return self.base.entropy
 
     @property
     def enrichment(self) -> Tensor | None:
-        """Likewise."""
+        """(N,) of the network, or None."""
         return self.base.enrichment
 
     def learn(self, pending: Any) -> None:  # noqa: B027 (optional: nothing is the default)
-        """Learn from a span that is scored; most experts have nothing to learn beyond the counts."""
+        """Learn from targets that are scored, given what transform() returned; by default only the counts learn."""
 
-    def query(self, p: Tensor, entropy: Tensor, tokens: Tensor, lo: int, hi: int) -> Query:
-        """What to ask for targets lo .. hi-1, of which the base gave those that came `p`."""
+    def query(self, p: Tensor, entropy: Tensor, tokens: Tensor, lo: int, hi: int) -> NgramQuery:
+        """The query for targets lo .. hi-1, whose tokens the base gave `p` (hi-lo,)."""
         target, stats = torch.arange(lo, hi, device=tokens.device), self.table.span(tokens, lo, hi)
-        return Query(p, stats, target, tokens[lo:hi], entropy, tokens, whole=False)
+        return NgramQuery(p, stats, target, tokens[lo:hi], entropy, tokens, whole=False)
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         p, entropy = self.base.score(tokens, lo, hi).exp(), self.base.entropy[lo:hi].double()
@@ -7197,18 +7418,18 @@ class NgramExpert(ABC):
         p = self.base.dist(tokens, t).to(tokens.device)
         every = torch.arange(len(p), device=tokens.device)
         stats, entropy = self.table.candidates(tokens, t), self.entropy[t].double().expand(len(p))
-        query = Query(p, stats, torch.full_like(every, t), every, entropy, tokens, whole=True)
+        query = NgramQuery(p, stats, torch.full_like(every, t), every, entropy, tokens, whole=True)
         return self.transform(query)[0]
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
         self.learn(self.pending)
 
 
-class Gate:
-    """Softmax weights over J parts: a prior plus one learned column a bucket of each feature, moved score-first.
+class LearnedWeights:
+    """Weights of J parts: softmax of a prior and of one learned vector for the bucket of each feature, learned after scoring.
 
-    A step is the summed gradient over the summed squared gradient, a diagonal Newton step for log loss with no rate to
-    anneal; `caution` pseudo-observations hold young buckets back.
+    A step is the summed gradient over all squared gradients so far, a diagonal Newton step for log loss whose rate needs no
+    schedule; `caution` is added to the squares, so that buckets with little data move little.
     """
 
     def __init__(
@@ -7220,12 +7441,12 @@ class Gate:
         self.rate, self.caution = rate, caution
 
     def weights(self, buckets: list[Tensor]) -> Tensor:
-        """(J, M) weights of M items, each in one bucket of every feature."""
+        """(J, M) weights of M items, given the bucket (M,) of each in every feature."""
         columns = (table.index_select(1, b) for table, b in zip(self.tables, buckets, strict=True))
         return sum(columns, self.prior_J1).softmax(0)
 
     def learn(self, buckets: list[Tensor], weights_JM: Tensor, posterior_JM: Tensor) -> None:
-        """Move towards the posteriors w_j p_j(x) / p(x) of items that are scored."""
+        """Move towards the posteriors w_j p_j(x) / p(x) (J, M) of items that are scored."""
         gradient = posterior_JM - weights_JM
         squared = gradient.square()
         for table, square, bucket in zip(self.tables, self.squares, buckets, strict=True):
@@ -7234,37 +7455,38 @@ class Gate:
 
 
 class Cascade(NgramExpert):
-    """Corrects its base by contexts of 1 .. order-1 tokens in turn, each length a learned mixture of four distributions.
+    """Corrects its base by contexts of 1 .. order-1 tokens, one length after the other, each a learned mixture of four parts.
 
-    Length k with counts C, c, U of a context seen before, on top of p_{k-1}: (1) c / C; (2) one count of each kind given back,
-    (max(c - 1, 0) + U p_{k-1}) / C; (3) p_{k-1}; (4) the token that followed last time. (1) and (2) mixed are absolute discounting
-    with a learned discount. Weights depend on k, C, U, the age of the last occurrence and the base's entropy.
+    Length k has counts C, c, U of a context seen before, and p_{k-1} from the shorter ones. The parts: (1) c / C; (2) the
+    counts discounted by 1, the rest by the shorter contexts, (max(c - 1, 0) + U p_{k-1}) / C; (3) p_{k-1}; (4) all on the token
+    that followed last time. (1) and (2) together are absolute discounting with a learned discount. Weights depend on k, C, U,
+    the age of the last occurrence and the base's entropy.
     """
 
-    # Leans to the shorter context: a strong network is not spoilt while the gate is young.
+    # Favours the shorter context, so that young weights do no harm to a strong network.
     PRIOR = [0.05, 0.15, 0.8, 0.02]  # fmt: skip
 
     def __init__(self, table: NgramTable, base: Any, rate: float = 0.8, caution: float = 3.0) -> None:
         super().__init__(table, base)
         self.levels = table.order - 1
-        self.gate = Gate(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
+        self.mixing = LearnedWeights(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
 
     def buckets(self, level: Tensor, total: Tensor, kinds: Tensor, trust: Tensor, entropy: Tensor) -> list[Tensor]:
-        """Each item's column in each feature's table; extremes share one."""
+        """The bucket (M,) of each item in each of the three features; extreme values share one."""
         seen = level * 128 + log2_floor(total).clamp_max(15) * 8 + log2_floor(kinds).clamp_max(7)
         sure = level * 24 + (entropy * 3).long().clamp(0, 23)
         return [seen, level * 10 + trust, sure]
 
-    def guess(self, query: Query, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """(the token of part 4, 0..9 by how old it is)."""
+    def guess(self, query: NgramQuery, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """(the token of part 4 (M,), 0..9 by the age of that occurrence)."""
         return query.tokens[last], (log2_floor(query.target[at] - last) // 2).clamp_max(9)
 
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
+    def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
         level, at = (query.stats.total[1:] > 0).nonzero(as_tuple=True)  # one item a target and matched length
         C, c, U, last = (x[level + 1, at] for x in query.stats)
         guess, trust = self.guess(query, at, last)
         buckets = self.buckets(level, C, U, trust, query.entropy[at])
-        w = self.gate.weights(buckets)
+        w = self.mixing.weights(buckets)
         C, c = C.double(), c.double()
         slope, repeats = U / C, (guess == query.token[at]).double()
         parts = torch.stack([c / C, (c - 1).clamp_min(0) / C, torch.zeros_like(C), repeats])
@@ -7281,23 +7503,23 @@ class Cascade(NgramExpert):
     def learn(self, pending: Any) -> None:
         buckets, w, parts = pending
         joint = w * parts
-        self.gate.learn(buckets, w, joint / joint.sum(0))
+        self.mixing.learn(buckets, w, joint / joint.sum(0))
 
 
 class PackedTable:
-    """The artifact's n-grams of the training text as contexts of 0 .. order-1 tokens, in NgramTable's terms.
+    """Statistics like NgramTable's from the artifact's n-grams of the training text; nothing depends on the scored text.
 
-    Counts are those of the kept followers alone, so that c / C is a distribution; `last` is not a position but the token that
-    followed most often. Nothing here depends on the text that is scored.
+    C counts the followers that were packed alone, so that c / C is a distribution. `last` is no position but the token that
+    followed most often.
     """
 
     def __init__(self, levels: list[Level], vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.vocab_size, self.order, self.device = vocab_size, len(levels), device
         put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
-        # NumPy's side answers one target at a time.
-        self.walk = [level.parent * vocab_size + level.token for level in levels]
-        self.walked, self.counted, self.of_context = [level.token for level in levels], [], []
-        self.keys = [put(keys) for keys in self.walk]
+        # NumPy arrays serve one target at a time, tensors many.
+        self.search_keys = [level.parent * vocab_size + level.token for level in levels]
+        self.follower_tokens, self.follower_counts, self.context_stats = [level.token for level in levels], [], []
+        self.keys = [put(keys) for keys in self.search_keys]
         self.tokens = [put(level.token) for level in levels]
         occurrences = np.array([(math.isqrt(4 << size) + 1) // 2 for size in range(82)])  # round(2^(size / 2)), exactly
         counts = [np.append(occurrences[level.size], 0) for level in levels]  # what is found nowhere has row -1
@@ -7310,12 +7532,12 @@ class PackedTable:
             for rows, values in zip((self.totals, self.kinds, self.likeliest), of_parent, strict=True):
                 rows.append(put(np.append(values, 0).astype(np.int32)))
             self.starts.append(start)
-            self.counted.append(count[:-1].astype(np.int32))
+            self.follower_counts.append(count[:-1].astype(np.int32))
             totals, kinds, likeliest = (np.append(values, 0) for values in of_parent)
-            self.of_context.append(np.stack([totals, np.zeros_like(totals), kinds, likeliest]).astype(np.int32))
+            self.context_stats.append(np.stack([totals, np.zeros_like(totals), kinds, likeliest]).astype(np.int32))
 
     def rows(self, tokens: Tensor) -> list[Tensor]:
-        """[k] -> (n,) row of the gram of k tokens that ends at each position, -1 where it is not kept or starts before."""
+        """[k] -> (n,) row of the n-gram of k tokens that ends at each position, -1 where it is not packed or starts before."""
         rows = [torch.zeros_like(tokens)]
         for keys in self.keys:
             before = torch.cat([rows[-1].new_full((1,), -1 if len(rows) > 1 else 0), rows[-1][:-1]])
@@ -7323,14 +7545,14 @@ class PackedTable:
         return rows
 
     def find(self, keys: Tensor, parent: Tensor, token: Tensor) -> Tensor:
-        """Rows of (parent, token), -1 where there is none."""
+        """(n,) row of each (parent, token), -1 where there is none."""
         key = torch.where(parent >= 0, parent * self.vocab_size + token, -1)
         at = torch.searchsorted(keys, key).clamp_max(max(len(keys) - 1, 0))
         return torch.where(keys[at] == key, at, -1) if len(keys) else torch.full_like(key, -1)
 
-    def stats(self, contexts: list[Tensor], grams: list[Tensor]) -> NgramStats:
-        """Statistics of contexts by length and of the same with the target."""
-        parts = zip(contexts, grams, self.totals, self.counts, self.kinds, self.likeliest, strict=True)
+    def stats(self, contexts: list[Tensor], ngrams: list[Tensor]) -> NgramStats:
+        """Statistics from the rows of contexts by length, and from the rows of the same with their target."""
+        parts = zip(contexts, ngrams, self.totals, self.counts, self.kinds, self.likeliest, strict=True)
         columns = zip(*((C[row], c[gram], U[row], best[row]) for row, gram, C, c, U, best in parts), strict=True)
         return NgramStats(*(torch.stack(column) for column in columns))
 
@@ -7342,11 +7564,11 @@ class PackedTable:
         return self.stats([cut(x, 1) for x in rows[:-1]], [cut(x, 0) for x in rows[1:]])
 
     def contexts(self, tokens: Tensor, t: int) -> list[int]:
-        """[k] -> row of the context of k tokens before target t, -1 where it is not kept: then no longer one is."""
+        """[k] -> row of the context of k tokens before target t, -1 where it is not packed: then no longer one is."""
         recent, rows = tokens[max(0, t - self.order + 1) : t].tolist(), [0]
         while len(rows) < self.order and len(rows) <= len(recent) and rows[-1] >= 0:
             row = 0
-            for keys, token in zip(self.walk, recent[-len(rows) :], strict=False):
+            for keys, token in zip(self.search_keys, recent[-len(rows) :], strict=False):
                 key = row * self.vocab_size + token
                 row = int(keys.searchsorted(key))
                 if row == len(keys) or keys[row] != key:
@@ -7355,41 +7577,41 @@ class PackedTable:
             rows.append(row)
         return rows + [-1] * (self.order - len(rows))
 
-    def kept(self, k: int, row: int) -> slice:
-        """Rows, in the next level, of what followed a context of k tokens."""
+    def follower_rows(self, k: int, row: int) -> slice:
+        """Rows, in the next level, of the tokens that followed a context of k tokens."""
         return slice(*self.starts[k][row : row + 2].tolist()) if row >= 0 else slice(0, 0)
 
     def followers(self, contexts: list[int]) -> Tensor:
-        """Tokens kept after the last token: whatever is kept after a longer context is among them."""
-        return self.tokens[1][self.kept(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
+        """Tokens that were packed after the last token: those packed after a longer context are among them."""
+        return self.tokens[1][self.follower_rows(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
 
-    def asked(self, contexts: list[int], tokens: Tensor) -> NgramStats:
-        """Statistics of one target for each of `tokens` (-1: one that is not kept), (order, n)."""
-        asked = tokens.cpu().numpy()
-        stats = np.zeros((4, self.order, len(asked)), np.int32)
-        slot = np.full(self.vocab_size, len(asked))
-        slot[asked[asked >= 0]] = np.flatnonzero(asked >= 0)
+    def stats_of(self, contexts: list[int], tokens: Tensor) -> NgramStats:
+        """Statistics of one target for each of `tokens`, (order, n); -1 stands for a token that never followed."""
+        wanted = tokens.cpu().numpy()
+        stats = np.zeros((4, self.order, len(wanted)), np.int32)
+        slot = np.full(self.vocab_size, len(wanted))
+        slot[wanted[wanted >= 0]] = np.flatnonzero(wanted >= 0)
         for k, row in enumerate(contexts):
-            span, found = self.kept(k, row), np.zeros(len(asked) + 1, np.int32)
-            found[slot[self.walked[k][span]]] = self.counted[k][span]
-            stats[:, k] = self.of_context[k][:, row, None]
+            span, found = self.follower_rows(k, row), np.zeros(len(wanted) + 1, np.int32)
+            found[slot[self.follower_tokens[k][span]]] = self.follower_counts[k][span]
+            stats[:, k] = self.context_stats[k][:, row, None]
             stats[1, k] = found[:-1]
         return NgramStats(*torch.from_numpy(stats).to(self.device))
 
     def candidates(self, tokens: Tensor, t: int) -> NgramStats:
         """Statistics of target t for every token of the vocabulary, (order, V) each."""
-        return self.asked(self.contexts(tokens, t), torch.arange(self.vocab_size))
+        return self.stats_of(self.contexts(tokens, t), torch.arange(self.vocab_size))
 
 
 class PackedCascade(Cascade):
-    """The cascade over n-grams of the training text: counts are fixed, only the weights learn from what is scored."""
+    """The cascade over n-grams of the training text: their counts are fixed, only the weights learn from scored text."""
 
-    def guess(self, query: Query, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def guess(self, query: NgramQuery, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return last, torch.zeros_like(last)
 
 
 def alpha_fixed(alpha: float) -> Callable[..., Tensor]:
-    """The same share whenever a context matched. PR #740's first form: 0.20."""
+    """A constant share where a context matched. PR #740's first form: 0.20."""
     return lambda entropy, _order, _confidence: torch.full_like(entropy, alpha)
 
 
@@ -7415,10 +7637,9 @@ def alpha_pr850(entropy: Tensor, order: Tensor, _confidence: Tensor) -> Tensor:
 
 
 class EnrichmentScale:
-    """Confidence of PR #187: the size of the pre-enrichment's step (the base's `enrichment`) over the largest one learned so far.
-
-    The published form divides by the maximum over the batch being scored, which looks ahead. 0.5 while nothing is known.
-    """
+    """Confidence of PR #187 in 0..1: how far the pre-enrichment moved an embedding (the base's `enrichment`), over the largest
+    such step among scored targets; 0.5 while there is none. The published form takes the largest of the batch that is being
+    scored, and so looks ahead."""
 
     def __init__(self, base: Any) -> None:
         self.base, self.largest = base, 0.0
@@ -7431,7 +7652,7 @@ class EnrichmentScale:
         return (steps[target] / self.largest).clamp_max(1.0).double()
 
     def of_batch(self, target: Tensor, rank: Tensor, ranks: int) -> Tensor:
-        """The published form: over the largest step of the same rank's part of the batch `target`, later positions included."""
+        """(n,) in the published form: over the largest step of the same rank's part of the batch `target`, later positions included."""
         steps = self.base.enrichment
         if steps is None:
             return torch.full_like(target, 0.5, dtype=torch.float64)
@@ -7439,7 +7660,7 @@ class EnrichmentScale:
         return steps / steps.new_zeros(ranks).scatter_reduce(0, rank, steps, "amax")[rank].clamp_min(1e-30)
 
     def learn(self, target: Tensor) -> None:
-        """Take in scored positions."""
+        """Learn from scored targets."""
         steps = self.base.enrichment
         if steps is not None:
             self.largest = max(self.largest, steps[target].max().item())
@@ -7455,7 +7676,7 @@ class Tilt(NgramExpert):
         super().__init__(table, base)
         self.k, self.beta, self.threshold = k, beta, threshold
 
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
+    def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
         total, last = query.stats.total[self.k], query.stats.last[self.k]
         hint = query.tokens[last]
         told = self.table.counts(self.k)[last] + 1  # how often the hint had followed, last time included
@@ -7465,11 +7686,11 @@ class Tilt(NgramExpert):
         return query.p * boost / (1 + torch.where(fires, p_hint, 0.0) * math.expm1(self.beta)), None
 
 
-# ---- the published scorers: hashed tables, asked for the target alone ("claimed") or for every token ("normalized")
+# ---- the published scorers: hashed tables, looked up for the target alone ("claimed") or for every token ("normalized")
 
 
 def xor_hash(*multipliers: int) -> tuple[Callable, Callable]:
-    """Hash of PRs #740 and #850: XOR of token times multiplier, oldest first; the target joins with its order's multiplier."""
+    """(hash of contexts, hash of context and target) of PRs #740 and #850: XOR of token times multiplier, oldest first."""
 
     def context(context_nk: Tensor) -> Tensor:
         h = torch.zeros_like(context_nk[:, 0])
@@ -7484,7 +7705,10 @@ def xor_hash(*multipliers: int) -> tuple[Callable, Callable]:
 
 
 def polynomial_hash(multiplier: int, target_multiplier: int) -> tuple[Callable, Callable]:
-    """Hash of PR #187. Its multiplier is a multiple of 8: tokens nine or more back vanish modulo 2^22, so orders 9 to 11 are one."""
+    """(hash of contexts, hash of context and target) of PR #187.
+
+    Its multiplier is a multiple of 8, so tokens nine or more back vanish modulo 2^22: orders 9 to 11 are the same.
+    """
 
     def context(context_nk: Tensor) -> Tensor:
         h = torch.zeros_like(context_nk[:, 0])
@@ -7495,7 +7719,7 @@ def polynomial_hash(multiplier: int, target_multiplier: int) -> tuple[Callable, 
     return context, lambda h, _order, token: h * target_multiplier + token
 
 
-class Published(NamedTuple):
+class PublishedCache(NamedTuple):
     """Constants of one published cache."""
 
     orders: tuple[int, ...]  # tried in this order; the first whose context cell holds 2 or more wins
@@ -7509,10 +7733,12 @@ class Published(NamedTuple):
 MULTIPLIERS_740 = (36313, 27191, 51647, 81929, 131071, 65537, 104729)
 MULTIPLIERS_850 = (36313, 27191, 51647, 81929, 131071, 174763, 233021, 283721, 347239)
 PUBLISHED = {
-    "pr740": Published((5,), xor_hash(*MULTIPLIERS_740), alpha_fixed(0.2), 128, 1, "blocks"),
-    "pr740b": Published((7, 6, 5, 4, 3, 2), xor_hash(*MULTIPLIERS_740), alpha_pr740, 128, 1, "blocks"),
-    "pr187": Published(tuple(range(11, 1, -1)), polynomial_hash(265443576, 1000003), alpha_pr187, 64, 256, "windows"),
-    "pr850": Published(tuple(range(9, 1, -1)), xor_hash(*MULTIPLIERS_850), alpha_pr850, 64, 1024, "shared"),
+    "pr740": PublishedCache((5,), xor_hash(*MULTIPLIERS_740), alpha_fixed(0.2), 128, 1, "blocks"),
+    "pr740b": PublishedCache((7, 6, 5, 4, 3, 2), xor_hash(*MULTIPLIERS_740), alpha_pr740, 128, 1, "blocks"),
+    "pr187": PublishedCache(
+        tuple(range(11, 1, -1)), polynomial_hash(265443576, 1000003), alpha_pr187, 64, 256, "windows"
+    ),
+    "pr850": PublishedCache(tuple(range(9, 1, -1)), xor_hash(*MULTIPLIERS_850), alpha_pr850, 64, 1024, "shared"),
 }
 
 
@@ -7520,11 +7746,11 @@ WHOLE_ROWS = 2048  # targets whose whole vocabulary is gathered at once
 
 
 class HashedCache:
-    """A published cache: per order a table of context cells and one of context-with-target cells, mixed into the base by alpha.
+    """A published cache: for each order a table of counts of contexts and one of contexts with their target, mixed with the base.
 
-    As published (`normalize` False) the target's cell over the context's cell is called its probability; collisions make the sum over
-    the vocabulary exceed 1, so the score is no code length. `normalize` gathers every token's cell and divides by their sum.
-    The driver updates every `span` targets. `ranks` caches, each fed its own part of the text, as on the published machines.
+    As published (`normalize` False) the count with the target over the count of the context is called a probability; collisions
+    make its sum over the vocabulary exceed 1, so the score is no code length. `normalize` divides by that sum. There are
+    `ranks` caches, each for its own part of the text, as on the published machines. The driver updates every `span` targets.
     """
 
     def __init__(self, name: str, base: Any, vocab_size: int, *, normalize: bool, buckets: int = 2**22, ranks: int = 8,
@@ -7544,18 +7770,18 @@ class HashedCache:
         return window * self.ranks // ((len(tokens) - 2) // self.spec.window + 1)
 
     def _cells(self, tokens: Tensor, target: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        """The context's hash and the flat index of its cell (of `tables[i, 0]`)."""
+        """(hash of each target's context, flat index of its count in `tables[i, 0]`)."""
         back = torch.arange(order - 1, 0, -1, device=tokens.device)
         h = self.spec.hash[0](tokens[(target[:, None] - back).clamp_min(0)])
         return h, self._rank(target, tokens) * self.buckets + (h & (self.buckets - 1))
 
     def _ratio(self, row: int, order: int, h: Tensor, rank: Tensor, token: Tensor, C: Tensor) -> Tensor:
-        """Cell of context and token over C: called a probability by its authors."""
+        """Count of context and token over the count C of the context: what the authors call a probability."""
         cell = rank * self.buckets + (self.spec.hash[1](h, order, token) & (self.buckets - 1))
         return torch.minimum(self.tables[row, 1][cell], C) / C
 
-    def _mass(self, row: int, order: int, h: Tensor, rank: Tensor, C: Tensor) -> Tensor:
-        """(n, 1) float64: sum of the ratios over the vocabulary, gathered for some targets at once."""
+    def _vocabulary_sum(self, row: int, order: int, h: Tensor, rank: Tensor, C: Tensor) -> Tensor:
+        """(n, 1) float64: sum of the ratios over the vocabulary, for WHOLE_ROWS targets at once."""
         every = torch.arange(self.vocab_size, device=h.device)[None]
         sums = [C.new_zeros(0, 1, dtype=torch.float64)]
         for h_n, rank_n, C_n in zip(*(x.split(WHOLE_ROWS) for x in (h, rank, C)), strict=True):
@@ -7563,7 +7789,7 @@ class HashedCache:
         return torch.cat(sums)
 
     def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor, entropy: Tensor) -> Tensor:
-        """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
+        """(n, m) float64: what becomes of the base's probabilities p of tokens `token` (n, m) at positions `target` (n,)."""
         confidence = self.batch[target - self.batch_start] if self.looks_ahead else self.scale.confidence(target)
         result, todo = p.clone(), torch.arange(len(target), device=tokens.device)
         for row, order in enumerate(self.spec.orders):
@@ -7576,7 +7802,7 @@ class HashedCache:
             ratio = self._ratio(row, order, h, rank, token[at], C).double()
             alpha = self.spec.alpha(entropy[at], torch.full_like(at, order), confidence[at])[:, None]
             if self.normalize:
-                mass = self._mass(row, order, h, rank, C)
+                mass = self._vocabulary_sum(row, order, h, rank, C)
                 alpha = torch.where(mass > 0, alpha, 0.0)
                 ratio = ratio / mass.clamp_min(1e-300)
             result[at] = (1 - alpha) * p[at] + alpha * ratio
@@ -7590,7 +7816,7 @@ class HashedCache:
         return self._mixed(tokens, target, p[:, None], tokens[lo:hi, None], entropy)[:, 0].log()
 
     def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """What score() said of every token at t: a distribution only with `normalize`."""
+        """(V,) float64: what score() gives every token at t; a distribution only with `normalize`."""
         p = self.base.dist(tokens, t).to(tokens.device)
         target, every = torch.tensor([t], device=tokens.device), torch.arange(len(p), device=tokens.device)
         return self._mixed(tokens, target, p[None], every[None], self.base.entropy[t : t + 1].double())[0]
@@ -7606,9 +7832,9 @@ class HashedCache:
 
 
 class HashedTable:
-    """#1095's packed table in the scorer's hands: counts of whole hashed n-grams of the training text, frozen.
+    """The scorer of #1095: counts of hashed n-grams of the training text, fixed.
 
-    As published (`normalize` False): the first order from 7 down whose cell c of context and target holds 2 or more gives
+    As published (`normalize` False): the first order from 7 down whose count c of context and target is 2 or more gives
     alpha c / (c + 1024) + (1 - alpha) p, alpha = min(.95, ln(1 + c) / 10), never below 1e-10. No context is counted, so this is no
     conditional probability, and alpha looks at the target. `normalize` divides by the sum over the vocabulary, C, and takes the
     order and alpha from C. Contexts start anew every `length` targets.
@@ -7620,13 +7846,13 @@ class HashedTable:
         self.base, self.vocab_size, self.length, self.normalize, self.least = base, vocab_size, length, normalize, least
 
     def _counts(self, tokens: Tensor, target: Tensor, token: Tensor, n: int) -> Tensor:
-        """(n, m) float64: cells of the n-grams that end in each `token` at each `target`."""
+        """(n, m) float64: counts of the n-grams that end in each `token` at each `target`."""
         before = hash_sequence(tokens[(target - k).clamp_min(0)] for k in range(n - 1, 0, -1))[:, None]
         h = (before * HASHED_MULTIPLIERS[n - 1] + token) & 0xFFFFFFFF
         return self.cells[n][h & (len(self.cells[n]) - 1)].double()
 
     def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor) -> Tensor:
-        """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
+        """(n, m) float64: what becomes of the base's probabilities p of tokens `token` (n, m) at positions `target` (n,)."""
         result, todo = p.clone(), torch.ones_like(token, dtype=torch.bool)
         room = (target - 1) % self.length + 1  # tokens before the target in its sequence
         every = torch.arange(self.vocab_size, device=tokens.device)[None]
@@ -7646,7 +7872,7 @@ class HashedTable:
         return torch.cat([self._mixed(tokens, t, q[:, None], tokens[t][:, None])[:, 0] for q, t in parts]).log()
 
     def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """What score() says of every token at t: a distribution only with `normalize`."""
+        """(V,) float64: what score() gives every token at t; a distribution only with `normalize`."""
         p = self.base.dist(tokens, t).to(tokens.device)
         return self._mixed(
             tokens, torch.tensor([t], device=tokens.device), p[None], torch.arange(len(p), device=tokens.device)[None]
@@ -8093,15 +8319,17 @@ def build_model(cfg: Config, run: Run) -> GPT:
     return model
 
 
-def artifact_header(cfg: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The artifact's header: recipe, every knob that differs from its default, the tokenizer's hash."""
+def artifact_header(cfg: Config, tokenizer: Tokenizer, looped: bool = True) -> dict[str, Any]:
+    """The artifact's header: recipe, every knob that differs from its default, the tokenizer's hash, the text's transform, and with
+    NUM_LOOPS whether the training reached the looped plan."""
     values = {
         n: getattr(cfg, n.lower())
         for n, f in FIELDS.items()
         if n not in LOCAL_KNOBS and getattr(cfg, n.lower()) != f.default
     }
     transform = {"transform": tokenizer.transform} if tokenizer.transform else {}
-    return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256, **transform}
+    plan = {"looped": looped} if cfg.num_loops else {}
+    return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256, **transform, **plan}
 
 
 def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
@@ -8117,7 +8345,7 @@ def pack_model(
     cfg, run = opened.cfg, opened.run
     filled = {n: p for n, p in model.named_parameters() if p.numel()}  # one block has no skip weights
     named, store = {n: p.detach() for n, p in filled.items()}, {n: p.store for n, p in filled.items()}
-    header = artifact_header(cfg, opened.tokenizer)
+    header = artifact_header(cfg, opened.tokenizer, model.looped)
     started = time.perf_counter()
     if cfg.target_bytes:
         budget = fill_budget(cfg, header, named, store, calibration, code_bytes(cfg), sections)
@@ -8175,8 +8403,11 @@ def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
     held = 4 * sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
     if held > 4 * raw_limit(len(blob)):
         raise ArtifactError(f"its configuration asks for {held} bytes of model, too much for a file of {len(blob)}")
-    _, stored = unpack(blob, {n: tuple(p.shape) for n, p in skeleton.named_parameters() if p.numel()})
+    header, stored = unpack(blob, {n: tuple(p.shape) for n, p in skeleton.named_parameters() if p.numel()})
+    if type(looped := header.get("looped", True)) is not bool:
+        raise ArtifactError(f"it names {str(looped)[:40]!r} as its plan of blocks")
     model = GPT(cfg)
+    model.set_looped(looped)
     empty = {n: p for n, p in model.named_parameters() if not p.numel()}
     model.load_state_dict({**{n: dequantize(s) for n, s in stored.items()}, **empty}, strict=True)
     return model.place(run.device, choose_attention(cfg, run.device)[1])

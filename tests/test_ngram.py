@@ -43,9 +43,9 @@ class ToyNetwork:
     def __init__(self, tokens: Tensor, vocab: int = VOCAB, seed: int = 3) -> None:
         z = torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         self.logp = z.log_softmax(-1)
-        self.watch(tokens)
+        self.set_features(tokens)
 
-    def watch(self, tokens: Tensor, hints: Tensor | None = None) -> None:
+    def set_features(self, tokens: Tensor, hints: Tensor | None = None) -> None:
         rows = self.logp[tokens.roll(1)]
         self.entropy = -(rows.exp() * rows).sum(1)
         self.enrichment = 1.0 + tokens.roll(1).double()
@@ -80,7 +80,7 @@ def build(name: str, tokens: Tensor):
     table, base = tg.NgramTable(VOCAB, 6), ToyNetwork(tokens)
     if name == "tilt":
         table.load(tokens)
-        base.watch(tokens, tokens[table.span(tokens, 0, len(tokens)).last[3]])
+        base.set_features(tokens, tokens[table.span(tokens, 0, len(tokens)).last[3]])
     return VALID[name](table, base)
 
 
@@ -107,10 +107,10 @@ def replayed(tokens: Tensor, order: int) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("lengthen", [tg._lengthen, tg._lengthen_torch])
+@pytest.mark.parametrize("lengthen", [tg._longer_ngrams, tg._longer_ngrams_torch])
 @pytest.mark.parametrize(("n", "vocab"), [(1, 2), (2, 2), (3, 2), (300, 1), (300, 2), (600, 7), (300, 400)])
 def test_the_engine_equals_a_counter_fed_token_by_token(monkeypatch, lengthen, n, vocab):
-    monkeypatch.setattr(tg, "_lengthen", lengthen)
+    monkeypatch.setattr(tg, "_longer_ngrams", lengthen)
     tokens = torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(n))
     if n == 600:
         tokens[400:500] = tokens[100:200]
@@ -123,9 +123,9 @@ def test_the_engine_equals_a_counter_fed_token_by_token(monkeypatch, lengthen, n
 def test_runs_of_groups_and_threads_do_not_change_the_statistics(monkeypatch):
     tokens = make_text(3000)
     whole = list(tg.ngram_stats(tokens, VOCAB, 6))
-    cut = tg._group_runs
+    cut = tg._split_between_groups
     torch.set_num_threads(3)
-    monkeypatch.setattr(tg, "_group_runs", lambda grams: cut(grams, 32))
+    monkeypatch.setattr(tg, "_split_between_groups", lambda ngrams: cut(ngrams, 32))
     for a, b in zip(whole, tg.ngram_stats(tokens, VOCAB, 6), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -367,5 +367,5 @@ def test_the_audit_notices_a_wrong_count():
     text = tg.ValidationText(tokens, torch.ones(500, dtype=torch.int64), True)
     assert tg.replay_check(text, table).passed
     table.columns[0][2, 300] += 1
-    table.held = (0, 0, None)
+    table.latest_span = (0, 0, None)
     assert not tg.replay_check(text, table).passed

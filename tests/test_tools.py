@@ -267,7 +267,7 @@ def test_incremental_counts_equal_the_sorted_engine(vocab_size, order):
     for t, token in enumerate(x.tolist()):
         if t % 5 == 1:
             contexts, expected = growing.contexts(x, t), table.candidates(x, t)
-            found = growing.asked(contexts, every)
+            found = growing.stats_of(contexts, every)
             for mine, theirs in zip(found, expected, strict=True):
                 assert torch.equal(mine[:, :-1], theirs), t
             assert not found.count[:, -1].any()

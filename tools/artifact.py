@@ -308,7 +308,7 @@ class GrowingTable:
             np.fromiter(entry.counts, np.int64, len(entry.counts)) if entry is not None else np.zeros(0, np.int64)
         )
 
-    def asked(self, contexts: list[Context | int | None], token: Tensor) -> tg.NgramStats:
+    def stats_of(self, contexts: list[Context | int | None], token: Tensor) -> tg.NgramStats:
         """Statistics of the next position, (order, n), for these tokens; -1 stands for one that never followed."""
         tokens = token.numpy()
         total, count, kinds, last = (np.full((self.order, len(tokens)), fill, np.int32) for fill in (0, 0, 0, -1))
@@ -392,7 +392,9 @@ class LaneMixture:
         token = torch.cat([followers, followers.new_full((1,), -1)])
         p = torch.cat([p_V[followers], p_V.new_ones(1)])
         entropy, target = self.entropy[lane, self.t].expand(len(token)), torch.full_like(token, self.t)
-        query = tg.Query(p, stage.table.asked(contexts, token), target, token, entropy, self.tokens[lane], whole=True)
+        query = tg.NgramQuery(
+            p, stage.table.stats_of(contexts, token), target, token, entropy, self.tokens[lane], whole=True
+        )
         p, _ = stage.expert.transform(query)
         self.shares[lane] *= float(p[-1])
         return (p_V * p[-1]).index_copy_(0, followers, p[:-1])
@@ -400,7 +402,7 @@ class LaneMixture:
     def mixture(self, lane: int) -> tuple[float, int, int]:
         """(weight of the network, tokens of the longest context seen before, how often) of the last distribution."""
         table = self.stages[lane][-1].table
-        total = table.asked(table.contexts(self.tokens[lane], self.t), torch.tensor([-1])).total[:, 0]
+        total = table.stats_of(table.contexts(self.tokens[lane], self.t), torch.tensor([-1])).total[:, 0]
         longest = int((total > 0).sum()) - 1
         return self.shares[lane], longest, int(total[longest])
 
