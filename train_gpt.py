@@ -3690,7 +3690,7 @@ class Checkpoints:
             if self.run.rank == 0:
                 cells = {n: torch.from_numpy(c.astype(np.int32)) for n, c in (result.cells or {}).items()}
                 state = {"model": model.state_dict(), "step": result.steps, "average": {}, "position": stream.position,
-                         "elapsed": result.seconds, "finished": {**result._asdict(), "cells": cells}}  # fmt: skip
+                         "elapsed": result.seconds, "looped": model.looped, "finished": {**result._asdict(), "cells": cells}}  # fmt: skip
                 path = self.folder / "trained.pt"
                 try:
                     self.write(path, state)
@@ -4190,6 +4190,7 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
     """
     if resumed is not None and "finished" in resumed:
         model.load_state_dict(resumed["model"])
+        model.set_looped(resumed["looped"])
         stream.position, run.training_began = resumed["position"], True
         run.notice(f"{resumed['path']} is the result of a whole training; it is packed and scored as it is")
         result = TrainResult(**resumed["finished"])
