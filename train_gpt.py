@@ -6,6 +6,7 @@
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
     MODE=audit ARTIFACT=logs/run.pgz python train_gpt.py           is that score a code length?
     python train_gpt.py --help | --dump-config | --toc
+    python tools/codec.py --help                                   also sample, explain: what an artifact is good for; plan
 
 Every knob is an environment variable, declared once in section 1. The file is ordered as data flows; a name is used only
 below its definition, so a reader can stop anywhere and have understood all above.
@@ -7581,10 +7582,6 @@ class PackedTable:
     def follower_rows(self, k: int, row: int) -> slice:
         """Rows, in the next level, of the tokens that followed a context of k tokens."""
         return slice(*self.starts[k][row : row + 2].tolist()) if row >= 0 else slice(0, 0)
-
-    def followers(self, contexts: list[int]) -> Tensor:
-        """Tokens that were packed after the last token: those packed after a longer context are among them."""
-        return self.tokens[1][self.follower_rows(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
 
     def stats_of(self, contexts: list[int], tokens: Tensor) -> NgramStats:
         """Statistics of one target for each of `tokens`, (order, n); -1 stands for a token that never followed."""
