@@ -4526,7 +4526,7 @@ def gptq(
 MIN_TRELLIS_ROWS, MAX_TRELLIS_COLUMNS = 16, 1 << 16  # a vector's codes stay independent: all rows take a column at once
 PATHS_AT_ONCE = {"cpu": 2048, "cuda": 65536}  # rows that are searched together
 RATE_PRICE = 0.45  # squared error, in steps^2, that a bit is worth: flat from 0.3 to 0.6 at 2 bits and more
-COLUMN_RANGE = 32  # steps of columns differ by up to 4 octaves from a tensor's
+COLUMN_RANGE = (-16, 32)  # steps of columns are up to 2 octaves finer than a tensor's, or 4 coarser: codes have 8 bits
 
 
 def next_state(state: Any, code: Any, states: int) -> Any:
@@ -4574,14 +4574,14 @@ def column_steps(weight_C: Tensor) -> Tensor:
     water-filling. The product of the weights is det H, whatever the order of columns.
     """
     octaves_C = -0.5 * weight_C.double().log2()
-    return (8 * (octaves_C - octaves_C.mean())).round().clamp(-COLUMN_RANGE, COLUMN_RANGE).to(torch.int8)
+    return (8 * (octaves_C - octaves_C.mean())).round().clamp(*COLUMN_RANGE).to(torch.int8)
 
 
 class TrellisSearch:
     """Viterbi search for the paths of N matrices of R rows through a trellis of S states, each survivor with its own weights.
 
     `x_NCR` are weights in steps, columns first. A column costs its squared error times `weight_NC`, and RATE_PRICE times the
-    bits of its code, taken from a Gaussian of the row's and the column's power. A code's error moves the columns after it
+    bits of its code, taken from a Gaussian of the row's and the column's power (`power_NC`, of all rows). A code's error moves the columns after it
     by `moves_NCC` (None: not at all). Errors of the last DELAY columns are kept for every survivor. Those before are the
     best survivor's, and survivors of another past are dropped: 5 times a trellis' memory decides it.
     """
@@ -4589,12 +4589,11 @@ class TrellisSearch:
     BLOCK, DELAY = 16, 32  # columns
     DROPPED = 1e30  # cost of a path that is out
 
-    def __init__(self, x_NCR: Tensor, moves_NCC: Tensor | None, weight_NC: Tensor, states: int):
+    def __init__(self, x_NCR: Tensor, moves_NCC: Tensor | None, weight_NC: Tensor, power_NC: Tensor, states: int):
         self.x_NCR, self.moves_NCC, self.states = x_NCR.clone(), moves_NCC, states
         n, columns, rows = x_NCR.shape
-        power_NCR = x_NCR.square()
-        power_NC = power_NCR.mean(dim=2) + 0.1
-        power_NR = (power_NCR / power_NC[:, :, None]).mean(dim=1) + 0.1
+        power_NC = power_NC + 0.1
+        power_NR = (x_NCR.square() / power_NC[:, :, None]).mean(dim=1) + 0.1
         bit_price = RATE_PRICE / (2 * math.log(2))
         self.price_NCR = ((bit_price / (power_NC * weight_NC))[:, :, None], power_NR.reciprocal()[:, None])
         self.ratio_NC = torch.cat([torch.ones_like(weight_NC[:, :1]), weight_NC[:, :-1] / weight_NC[:, 1:]], dim=1)
@@ -4691,13 +4690,19 @@ class TrellisSearch:
 
 
 @torch.no_grad()
-def trellis_codes(x_NRC: Tensor, spreads: list[ErrorSpread] | None, states: int) -> Tensor:
-    """Codes (N, R, C) int8 of N equal shapes in steps, paths through a trellis; `spreads` turn the search into GPTQ's."""
+def trellis_codes(
+    x_NRC: Tensor, spreads: list[ErrorSpread] | None, states: int, power_NC: Tensor | None = None
+) -> Tensor:
+    """Codes (N, R, C) int8 of N equal shapes in steps, paths through a trellis; `spreads` turn the search into GPTQ's.
+
+    `power_NC` are mean squares of columns, where these rows are only a part.
+    """
     n, _, columns = x_NRC.shape
     moves, weights = None, x_NRC.new_ones(n, columns)
     if spreads is not None:
         moves, weights = torch.stack([s.moves_CC for s in spreads]), torch.stack([s.weight_C for s in spreads])
-    return TrellisSearch(x_NRC.transpose(1, 2), moves, weights, states).codes().transpose(1, 2).contiguous()
+    power_NC = x_NRC.square().mean(dim=1) if power_NC is None else power_NC
+    return TrellisSearch(x_NRC.transpose(1, 2), moves, weights, power_NC, states).codes().transpose(1, 2).contiguous()
 
 
 # ---- calibration
@@ -4859,9 +4864,10 @@ def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
         ]
 
     def search(members: list[int], rows: slice) -> None:
-        steps = torch.stack([items[i].w_RC[rows] / items[i].scale_R[rows].float()[:, None] for i in members])
-        spreads = [items[i].spread for i in members]
-        found = trellis_codes(steps, None if spreads[0] is None else spreads, items[members[0]].states)
+        steps = torch.stack([items[i].w_RC / items[i].scale_R.float()[:, None] for i in members])
+        spreads, power_NC = [items[i].spread for i in members], steps.square().mean(dim=1)
+        known = None if spreads[0] is None else spreads
+        found = trellis_codes(steps[:, rows], known, items[members[0]].states, power_NC)
         for i, codes_RC in zip(members, found, strict=True):
             codes[i][rows] = codes_RC
 
@@ -4962,7 +4968,8 @@ def awq_groups(policy: Policy, inputs: Inputs) -> dict[str, Tensor]:
     finer: dict[str, Tensor] = {}
     for _, name, lo in sorted(ranked, reverse=True)[: cfg.awq_lite_group_top_k]:
         refined_C = finer.setdefault(name, torch.zeros_like(inputs.moments[name][0], dtype=torch.int8))
-        refined_C[lo : lo + cfg.awq_lite_group_size] = 8 * (cfg.awq_lite_bits - policy.bits(name))
+        octaves = cfg.awq_lite_bits - policy.bits(name) - (cfg.quant_trellis > 0)  # whose steps are halved already
+        refined_C[lo : lo + cfg.awq_lite_group_size] = 8 * octaves
     return finer
 
 
@@ -4970,6 +4977,12 @@ def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
     """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
     rows, columns = rows_and_columns(shape)
     return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
+
+
+def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor) -> Tensor:
+    """fp16 steps (R,), widened where a row's largest weight would not fit 8 bits."""
+    top = largest_code(8)
+    return row_scale(torch.maximum(step * row_factor_R * top, w_RC.abs().amax(dim=1)), top)
 
 
 def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor | None) -> TensorToCode:
@@ -4980,15 +4993,12 @@ def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor
     states = trellis_states(cfg, w.shape)
     columns_C, hessian = inputs.columns(name, states), inputs.moments[name]
     if chosen is None:
-        even_RC = (
-            w_RC
-            if columns_C is None
-            else w_RC / octave_eighths(inputs.columns(name, states) + inputs.finer.get(name, 0))
-        )
-        chosen = clipped_scale(even_RC, bits, policy.clip(name))
-        chosen = (
-            (chosen.float() / 2).clamp_min(SCALE_EPS).half() if states else chosen
-        )  # what one state sees is a step of 2
+        base_C = None if columns_C is None else columns_C + inputs.finer.get(name, 0)
+        chosen = clipped_scale(w_RC if base_C is None else w_RC / octave_eighths(base_C), bits, policy.clip(name))
+        if states:  # a state sees every second code
+            chosen = (chosen.float() / 2).clamp_min(SCALE_EPS).half()
+        if columns_C is not None:
+            chosen = steps_by_row(w_RC / octave_eighths(columns_C), 1.0, chosen.float())
         bits = 8 if states or columns_C is not None else bits
     else:
         bits = 8
@@ -6143,12 +6153,6 @@ def row_factors(fisher_R: Tensor) -> Tensor:
     importance_R = fisher_R + 0.02 * fisher_R.mean() + 1e-30
     octaves_R = -0.5 * torch.log2(importance_R / importance_R.log().mean().exp())
     return torch.exp2((2 * octaves_R).round().clamp(-4, 4) / 2)
-
-
-def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor) -> Tensor:
-    """fp16 steps (R,), widened where a row's largest weight would not fit 8 bits."""
-    top = largest_code(8)
-    return row_scale(torch.maximum(step * row_factor_R * top, w_RC.abs().amax(dim=1)), top)
 
 
 def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states: int = 0) -> Curve:
