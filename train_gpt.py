@@ -3347,18 +3347,8 @@ def budget_frac(cfg: Config, step: int, elapsed: float, budget: float) -> float:
     return min(max(by_time, by_steps), 1.0)
 
 
-def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
-    """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
-
-    warmdown: flat, then linear to 0 over the last WARMDOWN_FRAC of the budget; without it over the last WARMDOWN_ITERS steps
-    or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
-    wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
-    """
-    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
-
-
 def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
-    """`lr_scale` without its floor."""
+    """The learning-rate scale of `lr_scale` without its floor MIN_LR."""
     frac = budget_frac(cfg, step, elapsed, budget)
     if cfg.lr_schedule == "wsd":
         p = (frac - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
@@ -3371,6 +3361,16 @@ def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> floa
     if budget and step and elapsed:
         left = min(left, (budget - elapsed) / (cfg.warmdown_iters * elapsed / step))
     return min(max(left, 0.0), 1.0)
+
+
+def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
+    """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
+
+    warmdown: flat, then linear to 0 over the last WARMDOWN_FRAC of the budget; without it over the last WARMDOWN_ITERS steps
+    or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
+    wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
+    """
+    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
 
 
 def seq_len_at(cfg: Config, frac: float) -> int:
