@@ -2077,7 +2077,7 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
 
 # ==== 4 MODEL =========================================================================================================
 # Shapes: B sequences, T positions, D model width, H query heads, G key/value heads, K head width, V vocabulary, R C rows
-# and columns of a matrix. A parameter is tagged at birth: `role` routes it to its optimizer, `store` to its storage.
+# and columns of a matrix. Every parameter is made with two tags: `role` is its optimizer group, `store` how it is stored.
 
 
 class Ctx(NamedTuple):
@@ -2096,12 +2096,12 @@ def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Para
 
 
 def vector(*shape: int, value: float = 0.0) -> nn.Parameter:
-    """A constant control parameter: fp32, scalar Adam, kept in high precision."""
+    """A new control parameter of this shape, all `value`: fp32, trained by Adam at SCALAR_LR, stored in CONTROL_BITS."""
     return tag(nn.Parameter(torch.full(shape, value)), "scalar", "control")
 
 
 class UnitRMS(torch.autograd.Function):
-    """`rms_norm` on a CPU, where PyTorch composes it of six passes with as many saved tensors; this keeps y and 1 / rms."""
+    """x (..., D) -> x / rms(x), for `rms_norm` on a CPU: saves y and 1 / rms, where PyTorch's own saves six tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -2122,12 +2122,12 @@ class UnitRMS(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, no learned weight; eps is fp32's, also in bf16, whose own .0078 would swallow embeddings."""
+    """x / rms(x) over the last axis, no learned weight. eps is fp32's in every dtype: bf16's, .0078, exceeds the embeddings' mean square."""
     return UnitRMS.apply(x) if x.device.type in ("cpu", "meta") else F.rms_norm(x, (x.shape[-1],))
 
 
 def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
-    """Fill in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
+    """Fill the matrix in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
     if how == "zero":
         nn.init.zeros_(w_RC)
     elif how == "normal":
@@ -2140,7 +2140,7 @@ def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the fp32 master is cast to x's dtype at use. `site` names the projection to taps and LoRA."""
+    """y = x W^T without bias; W is kept in fp32 and cast to x's dtype. Taps and LoRA find the projection by its `site`."""
 
     def __init__(self, site: str, d_in: int, d_out: int, store: str, init: str, gain: float = 1.0,
                  role: str = "matrix", lr_mult: float = 1.0) -> None:  # fmt: skip
@@ -2162,7 +2162,7 @@ class Linear(nn.Module):
 
 
 def random_words(seed: int, n: int) -> np.ndarray:
-    """n uint64 of the SplitMix64 sequence from `seed`: integer arithmetic only, the same everywhere."""
+    """The first n uint64 of the SplitMix64 sequence of `seed`: integer arithmetic, so equal on every machine."""
     z = np.uint64(seed % 2**64) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -2209,8 +2209,8 @@ class AdapterLinear(Linear):
     """W = base + B A: a frozen random orthogonal base that is never stored, and a trained rank-r adapter (#1095).
 
     base = Q[:out, :in] / sqrt(in), so all its singular values are 1/sqrt(in). A ~ N(0, 1/in); B = 0 starts at the base
-    (published: N(0, 1/r) on q, kv and up, which swamps it). Masters are fp32. What is stored is A and B, never W, so QAT
-    leaves W alone.
+    (published: N(0, 1/r) on q, kv and up, much larger than the base). A and B are kept in fp32. They are what is stored, not
+    W, so QAT does not round W.
     """
 
     def __init__(self, cfg: Config, layer: int, kind: str, site: str, d_in: int, d_out: int, lr_mult: float) -> None:
@@ -2401,7 +2401,7 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionK
     return "sdpa", attend_sdpa
 
 
-# ---- what may act on the heads
+# ---- operations on the heads' outputs
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, share_H: Tensor | None = None) -> Tensor:
@@ -2430,15 +2430,15 @@ class GatedXsa(nn.Module):
         return exclude_self(y_BTHK, v_BTGK, torch.tanh(self.alpha_H).to(y_BTHK.dtype))
 
 
-def own_value_exclusion(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """What this block does with its own value in the attention's output: nothing, XSA, or gated XSA."""
+def choose_xsa(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """(attention output, values) -> attention output, for this block: unchanged, XSA, or gated XSA."""
     if layer not in cfg.xsa_layers:
         return lambda y, v: y  # noqa: ARG005
     return GatedXsa(cfg) if cfg.xsa_gated else exclude_self
 
 
 class NoGate(nn.Module):
-    """Leaves the heads alone."""
+    """Returns the heads' outputs unchanged."""
 
     def __init__(self, cfg: Config) -> None:  # noqa: ARG002
         super().__init__()
@@ -2488,7 +2488,7 @@ ATTN_GATES = {"none": NoGate, "input": InputGate, "scalar": ScalarGate, "sparse"
 
 
 class NoValueResidual(nn.Module):
-    """Keeps each block's own values."""
+    """Returns each block's own values unchanged."""
 
     def forward(self, v: Tensor, v0: Tensor) -> Tensor:  # noqa: ARG002
         return v
@@ -2521,7 +2521,7 @@ VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": SoftmaxValueResidual, "si
 
 
 class Embedding(nn.Module):
-    """Rows of a table; the fp32 master is cast to the compute dtype after the lookup."""
+    """ids (...) -> rows of the table (..., dim) in the compute dtype; the table itself is kept in fp32."""
 
     def __init__(self, rows: int, dim: int, std: float, role: str, store: str) -> None:
         super().__init__()
@@ -2645,7 +2645,7 @@ class ValueEmbedding(nn.Module):
 
 
 class Stream(NamedTuple):
-    """What every block of one forward pass shares."""
+    """Inputs that are the same for every block of one forward pass."""
 
     x0_BTD: Tensor  # the embedding stream
     rope_2TC: Tensor  # cosines and sines of these positions
@@ -2668,7 +2668,7 @@ class Attention(nn.Module):
         self.q_gain_H = vector(cfg.num_heads, value=cfg.qk_gain_init)
         self.gate = ATTN_GATES[cfg.attn_gate](cfg)
         self.value_residual = VALUE_RESIDUALS[cfg.value_residual if layer else "none"]()
-        self.exclude_self = own_value_exclusion(cfg, layer)
+        self.exclude_self = choose_xsa(cfg, layer)
         self.attend = attend_sdpa
 
     def heads(self, x_BTD: Tensor) -> Tensor:
@@ -2880,7 +2880,7 @@ class AsymSoftcap(Softcap):
 class KVCache:
     """Keys and values of earlier positions for each pass through a block of the longest plan, the last token and embedding.
 
-    B sequences of the same length in lockstep; `limit` positions at most. `length` counts those already seen.
+    B sequences of equal length, at most `limit` positions each, that advance together. `length` is the positions so far.
     """
 
     def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -3062,10 +3062,10 @@ def flops_per_token(model: GPT, seq_len: int, plan: list[Step] | None = None) ->
 
 # ==== 5 OPTIMIZER =====================================================================================================
 #
-# Matrices learn by Muon, everything else by AdamW. Nothing wraps the model: after backward a gradient holds this rank's
-# part of the sum. One step (a) starts every reduction, (b) lets Adam work while the matrices are still on their way,
-# (c) orthogonalises each matrix on the one rank that owns it, (d) applies a bank's updates while the next computes.
-# One process is the same code in a world of one rank, where nothing travels.
+# Muon trains the matrices, AdamW everything else. No wrapper around the model: after backward each gradient is this rank's
+# part of the sum. A step (a) starts all reductions, (b) runs AdamW while the matrices' gradients are being reduced,
+# (c) orthogonalises each matrix on the rank that owns it, (d) applies one bank's updates while the next bank computes.
+# One process runs the same code with a world of one rank and no communication.
 
 # PyTorch renamed these; FlashAttention's wheels often lag behind its newest version.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -3114,29 +3114,29 @@ def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> flo
 
 
 def copy_grads(params: list[nn.Parameter], places: list[Tensor]) -> None:
-    """Copies each gradient to its place; a parameter that this rank's loss did not touch counts as zeros."""
+    """Copies each parameter's gradient into its tensor of `places`; a parameter without a gradient gives zeros."""
     torch._foreach_copy_(places, [torch.zeros_like(p) if p.grad is None else p.grad for p in params])
 
 
 class Collective:
-    """Parameters with a collective under way: their gradients, or updates, travel between the ranks."""
+    """Parameters and at most one collective operation on them in flight: reducing gradients or gathering updates."""
 
     work: Any = None
 
     def wait(self) -> None:
-        """Returns (on a GPU: lets the stream go on) when the last reduction or gathering is complete."""
+        """Waits until the operation in flight, if any, is complete; on a GPU only the CUDA stream waits."""
         if self.work is not None:
             self.work.wait()
             self.work = None
 
 
 class MatrixBank(Collective):
-    """Muon for matrices of one shape (R, C), stacked and dealt out whole: rank r owns slots r*share .. (r+1)*share.
+    """Muon for all matrices of one shape (R, C), stacked; rank r owns the whole matrices in slots r*share .. (r+1)*share.
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
     never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
     `dtype` is that of the Newton-Schulz products; rows are normalised and coefficients chosen as the knobs say. Gradients are reduced in fp32 and updates return in the dtype they were
-    made in, so the way costs no accuracy.
+    computed in, so communication loses no accuracy.
     """
 
     def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype, cfg: Config):
@@ -3198,7 +3198,7 @@ class MatrixBank(Collective):
 
 
 class SmallParameters(Collective):
-    """AdamW for all that is no matrix: gradients travel in one flat fp32 buffer, every rank makes the same step."""
+    """AdamW for every parameter that is not a matrix: one flat fp32 buffer of gradients is reduced; all ranks step alike."""
 
     def __init__(self, named: dict[str, nn.Parameter], rates: dict[str, float], cfg: Config, run: Run):
         self.names, self.params, self.run = list(named), list(named.values()), run
@@ -3267,7 +3267,8 @@ class Optimizers:
                 shapes.setdefault(p.shape, {})[name] = p
         missing = trainable.keys() - small.keys() - {name for named in shapes.values() for name in named}
         assert not missing, f"no optimizer owns {sorted(missing)}"
-        # Biggest first: the longest transfers start earliest, and nothing hides the gathering of the last bank.
+        # Largest first: the longest reductions start earliest, and the gathering of the last bank, which overlaps with
+        # no computation, is the shortest.
         banks = sorted(shapes.values(), key=lambda named: -sum(p.numel() for p in named.values()))
         self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device), cfg) for named in banks]
         self.small = SmallParameters(small, rates, cfg, run)
@@ -3280,7 +3281,7 @@ class Optimizers:
             # Published: each rank clips the gradient of its own mean, which is `world` times its part of the whole mean.
             params = [p for part in (self.small, *self.banks) for p in part.params]
             nn.utils.clip_grad_norm_(params, cfg.grad_clip_norm / self.run.world)
-        self.small.reduce()  # first in the queue: Adam then works while the matrices travel
+        self.small.reduce()  # first, so that AdamW runs while the matrices' gradients are being reduced
         for bank in self.banks:
             bank.reduce()
         if cfg.grad_clip_norm > 0 and not cfg.grad_clip_local:
@@ -3309,7 +3310,7 @@ class Optimizers:
         return norm
 
     def zero_grad(self) -> None:
-        """Forgets every gradient."""
+        """Sets every gradient to None."""
         for part in (self.small, *self.banks):
             for p in part.params:
                 p.grad = None
