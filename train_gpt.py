@@ -3135,7 +3135,7 @@ class MatrixBank(Collective):
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
     never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
-    `dtype` is that of the Newton-Schulz products; rows are normalised and coefficients chosen as the knobs say. Gradients are reduced in fp32 and updates return in the dtype they were
+    `dtype` is that of the Newton-Schulz products. Gradients are reduced in fp32 and updates return in the dtype they were
     computed in, so communication loses no accuracy.
     """
 

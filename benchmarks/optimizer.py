@@ -3,8 +3,9 @@
     python benchmarks/optimizer.py [--recipe cpu pr850] [--rounds 7] [--device cpu|cuda]
 
 Every contender takes one step per round on its own copy of the recipe's model, in turn, so that a busy machine slows all
-alike; printed are medians and their ratios to the banks of the same dtype. AdamW's part is in every row. The dtype is that
-of the Newton-Schulz products (TRAIN_DTYPE); torch.optim.Muon always has bf16.
+alike; printed are medians of the times and of their ratios to the banks of the same dtype and round. AdamW's part is in
+every row. The dtype is that of the Newton-Schulz products (TRAIN_DTYPE); torch.optim.Muon always has bf16. "MuonEq-R,
+polar" are the banks with MUON_ROW_NORMALIZE=1 and NEWTON_SCHULZ=polar.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def model_with_gradients(recipe: str, device: torch.device) -> tuple[tg.Config, 
     return cfg, model
 
 
-def banks(recipe: str, device: torch.device, dtype: str, single: bool = False) -> Callable[[], None]:
-    """Our optimizer; `single` gives each matrix a bank of its own, which is the per-matrix loop."""
+def banks(recipe: str, device: torch.device, dtype: str, single: bool = False, **knobs) -> Callable[[], None]:
+    """Our optimizer with other knobs; `single` gives each matrix a bank of its own, which is the per-matrix loop."""
     cfg, model = model_with_gradients(recipe, device)
-    cfg = dataclasses.replace(cfg, train_dtype=dtype)
+    cfg = dataclasses.replace(cfg, train_dtype=dtype, muon_row_normalize=False, newton_schulz="classic")
+    cfg = dataclasses.replace(cfg, **knobs)
     run = SimpleNamespace(world=1, rank=0, device=device)
     optimizers = tg.Optimizers(cfg, model, run)
     if single:
@@ -74,11 +76,14 @@ def milliseconds(step: Callable[[], None], device: torch.device) -> float:
 
 def report(recipe: str, rounds: int, device: torch.device) -> None:
     """Measure one recipe and print its table."""
+    equal = {"muon_row_normalize": True, "newton_schulz": "polar"}
     contenders = {
         ("bf16", "banks"): banks(recipe, device, "bf16"),
+        ("bf16", "MuonEq-R, polar"): banks(recipe, device, "bf16", **equal),
         ("bf16", "torch.optim.Muon"): torch_muon(recipe, device),
         ("bf16", "one matrix at a time"): banks(recipe, device, "bf16", single=True),
         ("fp32", "banks"): banks(recipe, device, "fp32"),
+        ("fp32", "MuonEq-R, polar"): banks(recipe, device, "fp32", **equal),
         ("fp32", "one matrix at a time"): banks(recipe, device, "fp32", single=True),
     }
     times: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
@@ -87,10 +92,9 @@ def report(recipe: str, rounds: int, device: torch.device) -> None:
             elapsed = milliseconds(step, device)
             if i > 0:  # the first round allocates and warms up
                 times[key].append(elapsed)
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    for (dtype, name), median in medians.items():
-        ratio, least = median / medians[dtype, "banks"], min(times[dtype, name])
-        print(f"{recipe:8} {dtype} {name:20} {median:9.1f} ms   x{ratio:.2f}   (least {least:.1f})")
+    for (dtype, name), own in times.items():
+        ratio = statistics.median(t / base for t, base in zip(own, times[dtype, "banks"], strict=True))
+        print(f"{recipe:8} {dtype} {name:20} {statistics.median(own):9.1f} ms   x{ratio:.3f}   (least {min(own):.1f})")
 
 
 def main() -> None:
