@@ -823,6 +823,11 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "VAL_DOC_FRACTION": only("1", "VAL_TOKENS scores a prefix of the text"),
         "EVAL_INCLUDE_TAIL": mapped("VAL_DROP_TAIL", {"0": "1", "1": "0"}),
         "ALIAS_PREV_SMEAR_SCALE": only("1", "no shards here have fused case markers"),
+        "TTT_LORA_EMA_DECAY": only("0", "no published run scored with an average of a document's LoRA"),
+        "TTT_UPDATE_EVERY": only("1", "every scored chunk is learned"),
+        "TTT_EVAL_BATCHES": only("", "VAL_TOKENS scores a prefix of the text"),
+        **{name: only(value, "hints that look at the target's own word or pieces are no prediction")
+           for name, value in (("WITHIN_TAU", "99"), ("WITHIN_BOOST", "0"), ("WORD_TAU", "99"), ("WORD_BOOST", "0"), ("AGREE_ADD_BOOST", "0"))},
     },
 }  # fmt: skip
 
@@ -855,6 +860,9 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "FUSED_CE_ENABLED": "the loss is the same; the device decides what computes it",
         "MUON_HUBER_DELTA": "belongs to MUON_HUBER_WD",
         "PERGROUP_ROUNDTRIP_CHECK": "every artifact is read back before it is scored",
+        "TTT_SHORT_DOC_LEN": "TTT_SHORT_SCORE_FIRST_STEPS holds the lengths",
+        "TTT_SHORT_CHUNK_SIZE": "TTT_SHORT_SCORE_FIRST_STEPS holds the chunks",
+        "TRAIN_SEQ_SCHEDULE_MODE": "the schedule always follows the share of the budget",
         "COMPILE_SHAPE_WARMUP": "priming always runs every shape of the training, before the clock",
     },
     "pr1095": {

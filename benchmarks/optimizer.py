@@ -1,6 +1,6 @@
 """Cost of one optimizer step: batched banks against torch.optim.Muon and against one matrix at a time.
 
-    python benchmarks/optimizer.py [--recipe cpu pr850] [--rounds 7] [--device cpu|cuda]
+    python benchmarks/optimizer.py [--recipe cpu pr850] [--dtype bf16 fp32] [--rounds 7] [--device cpu|cuda]
 
 Every contender takes one step per round on its own copy of the recipe's model, in turn, so that a busy machine slows all
 alike; printed are medians of the times and of their ratios to the banks of the same dtype and round. AdamW's part is in
@@ -74,18 +74,17 @@ def milliseconds(step: Callable[[], None], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def report(recipe: str, rounds: int, device: torch.device) -> None:
+def report(recipe: str, dtypes: list[str], rounds: int, device: torch.device) -> None:
     """Measure one recipe and print its table."""
-    equal = {"muon_row_normalize": True, "newton_schulz": "polar"}
-    contenders = {
-        ("bf16", "banks"): banks(recipe, device, "bf16"),
-        ("bf16", "MuonEq-R, polar"): banks(recipe, device, "bf16", **equal),
-        ("bf16", "torch.optim.Muon"): torch_muon(recipe, device),
-        ("bf16", "one matrix at a time"): banks(recipe, device, "bf16", single=True),
-        ("fp32", "banks"): banks(recipe, device, "fp32"),
-        ("fp32", "MuonEq-R, polar"): banks(recipe, device, "fp32", **equal),
-        ("fp32", "one matrix at a time"): banks(recipe, device, "fp32", single=True),
-    }
+    contenders: dict[tuple[str, str], Callable[[], None]] = {}
+    for dtype in dtypes:
+        contenders[dtype, "banks"] = banks(recipe, device, dtype)
+        contenders[dtype, "MuonEq-R, polar"] = banks(
+            recipe, device, dtype, muon_row_normalize=True, newton_schulz="polar"
+        )
+        contenders[dtype, "one matrix at a time"] = banks(recipe, device, dtype, single=True)
+    if "bf16" in dtypes:
+        contenders["bf16", "torch.optim.Muon"] = torch_muon(recipe, device)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
     for i in range(rounds + 1):
         for key, step in contenders.items():
@@ -100,6 +99,7 @@ def report(recipe: str, rounds: int, device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", nargs="+", default=["cpu", "pr850"])
+    parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -109,7 +109,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"one optimizer step, {name}, median of {args.rounds}")
     for recipe in args.recipe:
-        report(recipe, args.rounds, device)
+        report(recipe, args.dtype, args.rounds, device)
 
 
 if __name__ == "__main__":
