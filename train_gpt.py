@@ -824,6 +824,11 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "VAL_DOC_FRACTION": only("1", "VAL_TOKENS scores a prefix of the text"),
         "EVAL_INCLUDE_TAIL": mapped("VAL_DROP_TAIL", {"0": "1", "1": "0"}),
         "ALIAS_PREV_SMEAR_SCALE": only("1", "no shards here have fused case markers"),
+        "TTT_LORA_EMA_DECAY": only("0", "no published run scored with an average of a document's LoRA"),
+        "TTT_UPDATE_EVERY": only("1", "every scored chunk is learned"),
+        "TTT_EVAL_BATCHES": only("", "VAL_TOKENS scores a prefix of the text"),
+        **{name: only(value, "hints that look at the target's own word or pieces are no prediction")
+           for name, value in (("WITHIN_TAU", "99"), ("WITHIN_BOOST", "0"), ("WORD_TAU", "99"), ("WORD_BOOST", "0"), ("AGREE_ADD_BOOST", "0"))},
     },
 }  # fmt: skip
 
@@ -856,6 +861,9 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "FUSED_CE_ENABLED": "the loss is the same; the device decides what computes it",
         "MUON_HUBER_DELTA": "belongs to MUON_HUBER_WD",
         "PERGROUP_ROUNDTRIP_CHECK": "every artifact is read back before it is scored",
+        "TTT_SHORT_DOC_LEN": "TTT_SHORT_SCORE_FIRST_STEPS holds the lengths",
+        "TTT_SHORT_CHUNK_SIZE": "TTT_SHORT_SCORE_FIRST_STEPS holds the chunks",
+        "TRAIN_SEQ_SCHEDULE_MODE": "the schedule always follows the share of the budget",
         "COMPILE_SHAPE_WARMUP": "priming always runs every shape of the training, before the clock",
     },
     "pr1095": {
@@ -2078,7 +2086,7 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
 
 # ==== 4 MODEL =========================================================================================================
 # Shapes: B sequences, T positions, D model width, H query heads, G key/value heads, K head width, V vocabulary, R C rows
-# and columns of a matrix. A parameter is tagged at birth: `role` routes it to its optimizer, `store` to its storage.
+# and columns of a matrix. Every parameter is made with two tags: `role` is its optimizer group, `store` how it is stored.
 
 
 class Ctx(NamedTuple):
@@ -2097,12 +2105,12 @@ def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Para
 
 
 def vector(*shape: int, value: float = 0.0) -> nn.Parameter:
-    """A constant control parameter: fp32, scalar Adam, kept in high precision."""
+    """A new control parameter of this shape, all `value`: fp32, trained by Adam at SCALAR_LR, stored in CONTROL_BITS."""
     return tag(nn.Parameter(torch.full(shape, value)), "scalar", "control")
 
 
 class UnitRMS(torch.autograd.Function):
-    """`rms_norm` on a CPU, where PyTorch composes it of six passes with as many saved tensors; this keeps y and 1 / rms."""
+    """x (..., D) -> x / rms(x), for `rms_norm` on a CPU: saves y and 1 / rms, where PyTorch's own saves six tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -2123,12 +2131,12 @@ class UnitRMS(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, no learned weight; eps is fp32's, also in bf16, whose own .0078 would swallow embeddings."""
+    """x / rms(x) over the last axis, no learned weight. eps is fp32's in every dtype: bf16's, .0078, exceeds the embeddings' mean square."""
     return UnitRMS.apply(x) if x.device.type in ("cpu", "meta") else F.rms_norm(x, (x.shape[-1],))
 
 
 def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
-    """Fill in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
+    """Fill the matrix in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
     if how == "zero":
         nn.init.zeros_(w_RC)
     elif how == "normal":
@@ -2141,7 +2149,7 @@ def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the fp32 master is cast to x's dtype at use. `site` names the projection to taps and LoRA."""
+    """y = x W^T without bias; W is kept in fp32 and cast to x's dtype. Taps and LoRA find the projection by its `site`."""
 
     def __init__(self, site: str, d_in: int, d_out: int, store: str, init: str, gain: float = 1.0,
                  role: str = "matrix", lr_mult: float = 1.0) -> None:  # fmt: skip
@@ -2163,7 +2171,7 @@ class Linear(nn.Module):
 
 
 def random_words(seed: int, n: int) -> np.ndarray:
-    """n uint64 of the SplitMix64 sequence from `seed`: integer arithmetic only, the same everywhere."""
+    """The first n uint64 of the SplitMix64 sequence of `seed`: integer arithmetic, so equal on every machine."""
     z = np.uint64(seed % 2**64) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -2210,8 +2218,8 @@ class AdapterLinear(Linear):
     """W = base + B A: a frozen random orthogonal base that is never stored, and a trained rank-r adapter (#1095).
 
     base = Q[:out, :in] / sqrt(in), so all its singular values are 1/sqrt(in). A ~ N(0, 1/in); B = 0 starts at the base
-    (published: N(0, 1/r) on q, kv and up, which swamps it). Masters are fp32. What is stored is A and B, never W, so QAT
-    leaves W alone.
+    (published: N(0, 1/r) on q, kv and up, much larger than the base). A and B are kept in fp32. They are what is stored, not
+    W, so QAT does not round W.
     """
 
     def __init__(self, cfg: Config, layer: int, kind: str, site: str, d_in: int, d_out: int, lr_mult: float) -> None:
@@ -2402,7 +2410,7 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionK
     return "sdpa", attend_sdpa
 
 
-# ---- what may act on the heads
+# ---- operations on the heads' outputs
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, share_H: Tensor | None = None) -> Tensor:
@@ -2431,15 +2439,15 @@ class GatedXsa(nn.Module):
         return exclude_self(y_BTHK, v_BTGK, torch.tanh(self.alpha_H).to(y_BTHK.dtype))
 
 
-def own_value_exclusion(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """What this block does with its own value in the attention's output: nothing, XSA, or gated XSA."""
+def choose_xsa(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """(attention output, values) -> attention output, for this block: unchanged, XSA, or gated XSA."""
     if layer not in cfg.xsa_layers:
         return lambda y, v: y  # noqa: ARG005
     return GatedXsa(cfg) if cfg.xsa_gated else exclude_self
 
 
 class NoGate(nn.Module):
-    """Leaves the heads alone."""
+    """Returns the heads' outputs unchanged."""
 
     def __init__(self, cfg: Config) -> None:  # noqa: ARG002
         super().__init__()
@@ -2489,7 +2497,7 @@ ATTN_GATES = {"none": NoGate, "input": InputGate, "scalar": ScalarGate, "sparse"
 
 
 class NoValueResidual(nn.Module):
-    """Keeps each block's own values."""
+    """Returns each block's own values unchanged."""
 
     def forward(self, v: Tensor, v0: Tensor) -> Tensor:  # noqa: ARG002
         return v
@@ -2522,7 +2530,7 @@ VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": SoftmaxValueResidual, "si
 
 
 class Embedding(nn.Module):
-    """Rows of a table; the fp32 master is cast to the compute dtype after the lookup."""
+    """ids (...) -> rows of the table (..., dim) in the compute dtype; the table itself is kept in fp32."""
 
     def __init__(self, rows: int, dim: int, std: float, role: str, store: str) -> None:
         super().__init__()
@@ -2646,7 +2654,7 @@ class ValueEmbedding(nn.Module):
 
 
 class Stream(NamedTuple):
-    """What every block of one forward pass shares."""
+    """Inputs that are the same for every block of one forward pass."""
 
     x0_BTD: Tensor  # the embedding stream
     rope_2TC: Tensor  # cosines and sines of these positions
@@ -2669,7 +2677,7 @@ class Attention(nn.Module):
         self.q_gain_H = vector(cfg.num_heads, value=cfg.qk_gain_init)
         self.gate = ATTN_GATES[cfg.attn_gate](cfg)
         self.value_residual = VALUE_RESIDUALS[cfg.value_residual if layer else "none"]()
-        self.exclude_self = own_value_exclusion(cfg, layer)
+        self.exclude_self = choose_xsa(cfg, layer)
         self.attend = attend_sdpa
 
     def heads(self, x_BTD: Tensor) -> Tensor:
@@ -2881,7 +2889,7 @@ class AsymSoftcap(Softcap):
 class KVCache:
     """Keys and values of earlier positions for each pass through a block of the longest plan, the last token and embedding.
 
-    B sequences of the same length in lockstep; `limit` positions at most. `length` counts those already seen.
+    B sequences of equal length, at most `limit` positions each, that advance together. `length` is the positions so far.
     """
 
     def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -3063,10 +3071,10 @@ def flops_per_token(model: GPT, seq_len: int, plan: list[Step] | None = None) ->
 
 # ==== 5 OPTIMIZER =====================================================================================================
 #
-# Matrices learn by Muon, everything else by AdamW. Nothing wraps the model: after backward a gradient holds this rank's
-# part of the sum. One step (a) starts every reduction, (b) lets Adam work while the matrices are still on their way,
-# (c) orthogonalises each matrix on the one rank that owns it, (d) applies a bank's updates while the next computes.
-# One process is the same code in a world of one rank, where nothing travels.
+# Muon trains the matrices, AdamW everything else. No wrapper around the model: after backward each gradient is this rank's
+# part of the sum. A step (a) starts all reductions, (b) runs AdamW while the matrices' gradients are being reduced,
+# (c) orthogonalises each matrix on the rank that owns it, (d) applies one bank's updates while the next bank computes.
+# One process runs the same code with a world of one rank and no communication.
 
 # PyTorch renamed these; FlashAttention's wheels often lag behind its newest version.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -3115,29 +3123,29 @@ def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> flo
 
 
 def copy_grads(params: list[nn.Parameter], places: list[Tensor]) -> None:
-    """Copies each gradient to its place; a parameter that this rank's loss did not touch counts as zeros."""
+    """Copies each parameter's gradient into its tensor of `places`; a parameter without a gradient gives zeros."""
     torch._foreach_copy_(places, [torch.zeros_like(p) if p.grad is None else p.grad for p in params])
 
 
 class Collective:
-    """Parameters with a collective under way: their gradients, or updates, travel between the ranks."""
+    """Parameters and at most one collective operation on them in flight: reducing gradients or gathering updates."""
 
     work: Any = None
 
     def wait(self) -> None:
-        """Returns (on a GPU: lets the stream go on) when the last reduction or gathering is complete."""
+        """Waits until the operation in flight, if any, is complete; on a GPU only the CUDA stream waits."""
         if self.work is not None:
             self.work.wait()
             self.work = None
 
 
 class MatrixBank(Collective):
-    """Muon for matrices of one shape (R, C), stacked and dealt out whole: rank r owns slots r*share .. (r+1)*share.
+    """Muon for all matrices of one shape (R, C), stacked; rank r owns the whole matrices in slots r*share .. (r+1)*share.
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
     never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
-    `dtype` is that of the Newton-Schulz products; rows are normalised and coefficients chosen as the knobs say. Gradients are reduced in fp32 and updates return in the dtype they were
-    made in, so the way costs no accuracy.
+    `dtype` is that of the Newton-Schulz products. Gradients are reduced in fp32 and updates return in the dtype they were
+    computed in, so communication loses no accuracy.
     """
 
     def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype, cfg: Config):
@@ -3199,7 +3207,7 @@ class MatrixBank(Collective):
 
 
 class SmallParameters(Collective):
-    """AdamW for all that is no matrix: gradients travel in one flat fp32 buffer, every rank makes the same step."""
+    """AdamW for every parameter that is not a matrix: one flat fp32 buffer of gradients is reduced; all ranks step alike."""
 
     def __init__(self, named: dict[str, nn.Parameter], rates: dict[str, float], cfg: Config, run: Run):
         self.names, self.params, self.run = list(named), list(named.values()), run
@@ -3268,7 +3276,8 @@ class Optimizers:
                 shapes.setdefault(p.shape, {})[name] = p
         missing = trainable.keys() - small.keys() - {name for named in shapes.values() for name in named}
         assert not missing, f"no optimizer owns {sorted(missing)}"
-        # Biggest first: the longest transfers start earliest, and nothing hides the gathering of the last bank.
+        # Largest first: the longest reductions start earliest, and the gathering of the last bank, which overlaps with
+        # no computation, is the shortest.
         banks = sorted(shapes.values(), key=lambda named: -sum(p.numel() for p in named.values()))
         self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device), cfg) for named in banks]
         self.small = SmallParameters(small, rates, cfg, run)
@@ -3281,7 +3290,7 @@ class Optimizers:
             # Published: each rank clips the gradient of its own mean, which is `world` times its part of the whole mean.
             params = [p for part in (self.small, *self.banks) for p in part.params]
             nn.utils.clip_grad_norm_(params, cfg.grad_clip_norm / self.run.world)
-        self.small.reduce()  # first in the queue: Adam then works while the matrices travel
+        self.small.reduce()  # first, so that AdamW runs while the matrices' gradients are being reduced
         for bank in self.banks:
             bank.reduce()
         if cfg.grad_clip_norm > 0 and not cfg.grad_clip_local:
@@ -3310,7 +3319,7 @@ class Optimizers:
         return norm
 
     def zero_grad(self) -> None:
-        """Forgets every gradient."""
+        """Sets every gradient to None."""
         for part in (self.small, *self.banks):
             for p in part.params:
                 p.grad = None
@@ -3348,18 +3357,8 @@ def budget_frac(cfg: Config, step: int, elapsed: float, budget: float) -> float:
     return min(max(by_time, by_steps), 1.0)
 
 
-def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
-    """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
-
-    warmdown: flat, then linear to 0 over the last WARMDOWN_FRAC of the budget; without it over the last WARMDOWN_ITERS steps
-    or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
-    wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
-    """
-    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
-
-
 def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
-    """`lr_scale` without its floor."""
+    """The learning-rate scale of `lr_scale` without its floor MIN_LR."""
     frac = budget_frac(cfg, step, elapsed, budget)
     if cfg.lr_schedule == "wsd":
         p = (frac - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
@@ -3372,6 +3371,16 @@ def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> floa
     if budget and step and elapsed:
         left = min(left, (budget - elapsed) / (cfg.warmdown_iters * elapsed / step))
     return min(max(left, 0.0), 1.0)
+
+
+def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
+    """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
+
+    warmdown: flat, then linear to 0 over the last WARMDOWN_FRAC of the budget; without it over the last WARMDOWN_ITERS steps
+    or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
+    wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
+    """
+    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
 
 
 def seq_len_at(cfg: Config, frac: float) -> int:
