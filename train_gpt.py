@@ -5537,6 +5537,26 @@ def chunk_starts(steps: list[tuple[float, int]], longest: int) -> Iterator[int]:
     yield at
 
 
+def deal_documents(
+    documents: list[Document], ranks: int, rows: int, chunks: list[int], window: int
+) -> list[list[list[Document]]]:
+    """Batches of each rank, documents of like length together. Work is counted in tokens sent through the network: a batch has at
+    most `rows` documents and no more work than a rank has on average, so that no rank waits long for the one with the longest documents."""
+    sent = [0, *itertools.accumulate(min(end - 1, window) for end in chunks[1:])]
+    work = {d: sent[bisect_right(chunks, d.targets)] for d in documents}
+    most, loads = sum(work.values()) / ranks, [0] * ranks
+    dealt: list[list[list[Document]]] = [[] for _ in range(ranks)]
+    ordered = deque(sorted(documents, key=lambda d: -d.targets))
+    while ordered:
+        batch, load, rank = [], 0, loads.index(min(loads))
+        while ordered and len(batch) < rows and (not batch or load + work[ordered[0]] <= most):
+            batch.append(ordered.popleft())
+            load += work[batch[-1]]
+        dealt[rank].append(batch)
+        loads[rank] += load
+    return dealt
+
+
 class DocumentCache:
     """Keys and values of a batch's earlier chunks as they were computed then, the last `window` positions with the new ones."""
 
@@ -5667,21 +5687,11 @@ class DocumentLoraNetwork(TestTimeNetwork):
         """The first target position after the chunk that holds `position`."""
         return self.chunks[bisect_right(self.chunks, position)]
 
-    def window_tokens(self, targets: int) -> int:
-        """Tokens that a document of so many targets sends through the network."""
-        ends = self.chunks[1 : bisect_right(self.chunks, targets) + 1]
-        return sum(min(end - 1, self.seq_len) for end in ends)
-
     def deal(self, documents: list[Document]) -> list[list[Document]]:
-        """This rank's batches of a block: documents of like length together, each batch to the rank with the least to do."""
-        ordered = sorted(documents, key=lambda d: -d.targets)
-        size = min(self.cfg.ttt_batch_size, -(-len(ordered) // self.run.world))
-        work, mine = [0] * self.run.world, []
-        for i in range(0, len(ordered), size):
-            rank = work.index(min(work))
-            work[rank] += sum(self.window_tokens(d.targets) for d in ordered[i : i + size])
-            mine += [ordered[i : i + size]] if rank == self.run.rank else []
-        return mine
+        """This rank's batches of a block."""
+        return deal_documents(documents, self.run.world, self.cfg.ttt_batch_size, self.chunks, self.seq_len)[
+            self.run.rank
+        ]
 
     def score_ahead(self, tokens: Tensor, until: int) -> None:  # noqa: ARG002
         """Score the block that begins with the first target not scored yet: all of it, since its documents do not see each other."""
