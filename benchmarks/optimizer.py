@@ -42,7 +42,7 @@ def banks(recipe: str, device: torch.device, dtype: str, single: bool = False) -
     optimizers = tg.Optimizers(cfg, model, run)
     if single:
         pairs = [pair for bank in optimizers.banks for pair in zip(bank.names, bank.params, strict=True)]
-        optimizers.banks = [tg.MatrixBank({name: p}, run, optimizers.banks[0].dtype) for name, p in pairs]
+        optimizers.banks = [tg.MatrixBank({name: p}, run, optimizers.banks[0].dtype, cfg) for name, p in pairs]
     return lambda: optimizers.step(0, 1.0)
 
 

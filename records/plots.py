@@ -23,6 +23,10 @@ COLOURS = {  # of the roles, the same in every picture
 }
 
 
+class NoMatplotlib(UserError):
+    """Pictures were asked for where they cannot be drawn."""
+
+
 def draw(runs: list[Run], out: Path, force: bool = False) -> list[Path]:
     """Writes every picture that `runs` have the events for and returns the paths; replaces none unless `force`."""
     pictures = {"curves": curves, "stages": waterfall, "bytes": bytes_by_role, "bpb_bytes": bpb_against_bytes}
@@ -45,7 +49,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise UserError("pictures need matplotlib: pip install matplotlib") from None
+        raise NoMatplotlib("pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -184,7 +188,7 @@ def waterfall(plt, runs: list[Run]):
 
 
 def _falls(axis, run: Run) -> list[float]:
-    steps = [(s, e["val_bpb"]) for s, e in sorted(run.stages.items(), key=lambda item: logs.stage_rank(item[0]))]
+    steps = [(s, e["val_bpb"]) for s, e in run.stages.items()]
     if run.vals and run.vals[-1].get("val_bpb") and run.vals[-1]["step"] == run.last_step:
         steps.insert(0, ("trained", run.vals[-1]["val_bpb"]))
     axis.set_xlim(-0.6, len(steps) - 0.4)

@@ -1,4 +1,4 @@
-"""Logs to runs: reads logs/*.jsonl (schema 1) and text logs with the baseline's keys; tells which may be compared."""
+"""Logs to runs: reads logs/*.jsonl (schema 1) and, by textlog.py, text logs; tells which runs may be compared."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 SCHEMA = 1
-STAGES = ["roundtrip", "sliding", "ttt", "normalized", "table", "ngram"]  # of our evaluation, as they are scored
 MAX_LOG_BYTES = 200_000_000
 STILL_WARM_S = 120  # a log without an end that was written to this recently belongs to a run still going
 BOOKKEEPING = {  # knobs that name, place or watch a run without touching its score
@@ -47,6 +47,7 @@ class Run:
     error: str | None = None
     ended: str | None = None
     damage: str | None = None  # why the log could not be read to its end
+    source: str | None = None  # the script that a text log prints
 
     @property
     def run_id(self) -> str:
@@ -80,9 +81,23 @@ class Run:
 
     @property
     def train_s(self) -> float | None:
-        if self.train_end:
-            return self.train_end["train_s"]
-        return max((e["train_s"] for e in self.steps + self.vals if e.get("train_s")), default=None)
+        """The largest clock that the log shows: the stop line's, or a step's after it, less its rounding."""
+        clocks = [e["train_s"] - e.get("rounding_s", 0.0) for e in self.steps + self.vals if e.get("train_s")]
+        return max([*clocks, *([self.train_end["train_s"]] if self.train_end else [])], default=None)
+
+    @property
+    def slowest_step_s(self) -> float | None:
+        """The slowest mean time of a step between two lines of the log's last quarter."""
+        events = sorted((e for e in self.steps + self.vals if e.get("train_s")), key=lambda e: e["step"])
+        pairs = [
+            (a, b) for a, b in pairwise(events) if 4 * b["step"] >= 3 * (self.last_step or 0) and b["step"] > a["step"]
+        ]
+        spans = [
+            (b["train_s"] - a["train_s"]) / (b["step"] - a["step"])
+            for a, b in pairs
+            if "rounding_s" not in b or b["rounding_s"] < 0.1
+        ]
+        return max(spans, default=self.ms_per_step and self.ms_per_step / 1000)
 
     @property
     def ms_per_step(self) -> float | None:
@@ -133,9 +148,13 @@ class Run:
         return self.ended in ("ok", "limit broken") and whole
 
 
-def stage_rank(name: str) -> int:
-    """Place of a stage in the evaluation; those of other scripts come first, in their logs' order."""
-    return STAGES.index(name) if name in STAGES else -1
+def stage_order(runs: Iterable[Run]) -> list[str]:
+    """Every stage of `runs` in the order of the logs, where two logs disagree by mean place."""
+    places: dict[str, list[int]] = {}
+    for run in runs:
+        for place, name in enumerate(run.stages):
+            places.setdefault(name, []).append(place)
+    return sorted(places, key=lambda name: sum(places[name]) / len(places[name]))
 
 
 def audit_checks(run: Run) -> list[tuple[str, bool]]:
@@ -180,6 +199,29 @@ def broken_limits(run: Run) -> str:
     return f"train {score.get('train_s', 0):.1f} s, eval {score.get('eval_s', 0):.1f} s"
 
 
+# ---- Lines
+
+
+def text_lines(path: Path) -> list[str]:
+    r"""Lines of a text file, ended by \n or \r\n alone. A byte-order mark is dropped; bytes that are not UTF-8 become surrogates."""
+    return split_lines(path.read_bytes())
+
+
+def split_lines(data: bytes) -> list[str]:
+    text = data.decode("utf-8-sig", "surrogateescape")
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def fault_of(line: str) -> str | None:
+    """What keeps a line from being UTF-8 text: its first lone surrogate or undecodable byte; None for a good one."""
+    found = re.search(r"[\ud800-\udfff]", line)
+    if not found:
+        return None
+    code = ord(found[0])
+    what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"lone surrogate U+{code:04X}"
+    return f"not UTF-8 ({what} at character {found.start() + 1}); save it as UTF-8"
+
+
 # ---- JSON logs
 
 _NUM = (int, float)
@@ -209,10 +251,13 @@ EVENT_FIELDS: dict[str, dict] = {  # what this tool reads of schema 1; a name wi
 def read_jsonl(path: Path) -> Run:
     """One run from its JSON log. A cut last line is damage to report; another schema version is a `UserError`."""
     run = Run(path)
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(text_lines(path), 1):
         try:
             event = json.loads(line)
             version, kind = event["v"], str(event["event"])
+            (
+                line + json.dumps(event, ensure_ascii=False) * ("\\ud" in line.lower())
+            ).encode()  # refuses lone surrogates
         except (ValueError, KeyError, TypeError, RecursionError):
             run.damage = f"truncated or damaged at line {number}"
             continue
@@ -274,147 +319,16 @@ def _by_step(events: list[dict]) -> list[dict]:
     return [e for _, e in sorted({e["step"]: e for e in events}.items())]
 
 
-# ---- Text logs, the baseline's and those of other people's scripts
-
-_NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
-_STEP = re.compile(rf"^(?:step:)?(\d+)/(\d+) (train_loss|val_loss): ?{_NUMBER}(?: val_bpb: ?{_NUMBER})?(.*)$")
-_TRAIN_TIME = re.compile(rf"train_time: ?{_NUMBER}(ms|s|m)\b")
-_STOPPED = re.compile(rf"^stopping_early:.* train_time: ?{_NUMBER}(ms|s|m) step: ?(\d+)")
-_STAGE = re.compile(rf"^(\w[\w .+-]*?):? val_loss: ?{_NUMBER},? val_bpb: ?{_NUMBER}(.*)$")
-_WHOLE_EVAL = re.compile(rf"^total_eval_time: ?{_NUMBER}(ms|s|m)\b")
-_GATES = re.compile(r"(\w*gate)=(\d+)")
-_EVAL_TIME = re.compile(rf"eval_time: ?{_NUMBER}(ms|s|m)\b")
-_PAIR = re.compile(r"(?:^|[\s:])([a-z][a-z0-9_]*)[:=] ?([^\s:=]+)(?=\s|$)")
-_TOTAL = re.compile(r"^Total submission size[^:]*: (\d+) bytes")
-_CODE = re.compile(r"^Code size[^:]*: (\d+) bytes")
-_MODEL = re.compile(r"^Serialized model [^:]*: (\d+) bytes")
-_CLAIM = re.compile(rf"^claimed_bpb: ?{_NUMBER}(?: z_mean: ?{_NUMBER} z_max: ?{_NUMBER})?")
-_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0}
-_MEASURED = {"step", "warmup_step", "train_loss", "val_loss", "val_bpb", "train_time", "step_avg", "eval_time"}
-
-
-def dumped_source(text: str) -> str | None:
-    """The script that the baseline and its heirs print at the top of their logs, up to a line of `=`."""
-    head, line, _ = text.partition("\n" + "=" * 100)
-    return head + "\n" if line and "import " in head else None
-
-
-def read_text_log(path: Path) -> Run:
-    """One run from a text log that keeps the baseline's keys; a `UserError` if no line of it is one of those."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    run, pairs, diagnostics = Run(path, info={"run_id": path.stem}), {}, {}
-    body = text.rpartition("\n" + "=" * 100)[2]
-    for line in body.splitlines():
-        if not _read_measure(run, diagnostics, line.strip()) and not run.steps:
-            pairs.update({k: v for k, v in _PAIR.findall(line) if k not in _MEASURED})
-    if not (run.steps or run.vals or run.stages):
-        raise UserError(
-            f"{path}: no line of a training log in it (step:N/M train_loss:.. or ... val_loss:.. val_bpb:..)"
-        )
-    _adopt_pairs(run, pairs)
-    if device := re.search(r"NVIDIA (?:H\d+|A\d+|B\d+|GeForce RTX \d+)[^|\n]{0,24}", text):
-        run.info["device_name"] = device[0].strip()
-    final = [name for name in run.stages if name not in diagnostics]
-    if final and not run.score:
-        last = run.stages[final[-1]]
-        evals = [e["seconds"] for e in run.stages.values() if e.get("seconds") is not None]
-        whole = run.info.pop("total_eval_s", None) or max(evals, default=None)
-        run.score = {**last, "train_s": run.train_s, "eval_s": whole, "complete": True}
-        run.ended = "ok"
-    if run.pack and run.score:
-        run.score.setdefault("total_bytes", run.pack.get("total_bytes"))
-    return run
-
-
-def _read_measure(run: Run, diagnostics: dict, line: str) -> bool:
-    """Takes one line's measurement into `run`; False if the line carries none."""
-    if match := _STEP.match(line):
-        step, total, key, value, bpb, rest = match.groups()
-        clock = _TRAIN_TIME.search(rest)
-        event = {"step": int(step), "total": int(total), key: float(value)}
-        event["train_s"] = float(clock[1]) * _SECONDS[clock[2]] if clock else None
-        if key == "val_loss":
-            event["val_bpb"] = float(bpb) if bpb else None
-        (run.steps if key == "train_loss" else run.vals).append(event)
-    elif match := _CLAIM.match(line):
-        z_mean, z_max = (float(g) if g else None for g in match.groups()[1:])
-        run.claims.append({"claimed_bpb": float(match[1]), "z_mean": z_mean, "z_max": z_max})
-    elif match := _STAGE.match(line):
-        name = re.sub(r"^final_|_exact$", "", match[1].strip()).replace(" ", "_")
-        clock = _EVAL_TIME.search(match[4])
-        seconds = float(clock[1]) * _SECONDS[clock[2]] if clock else run.stages.get(name, {}).get("seconds")
-        run.stages[name] = {"stage": name, "val_loss": float(match[2]), "val_bpb": float(match[3]), "seconds": seconds}
-        if "diagnostic" in name or "pre-quant" in name or "prequant" in name:
-            diagnostics[name] = True
-    elif match := _WHOLE_EVAL.match(line):
-        run.info["total_eval_s"] = float(match[1]) * _SECONDS[match[2]]
-    elif line.startswith("ngram_tilt:hints"):
-        run.info["target_gates"] = {name: int(n) for name, n in _GATES.findall(line) if int(n)}
-    elif match := _TOTAL.match(line):
-        run.pack = {**(run.pack or {}), "total_bytes": int(match[1])}
-    elif match := _CODE.match(line):
-        run.pack = {**(run.pack or {}), "code_bytes": int(match[1])}
-    elif match := _MODEL.match(line):
-        run.pack = {**(run.pack or {}), "artifact_bytes": int(match[1])}
-    elif line.startswith("score val_bpb:"):
-        run.score, run.ended = _score_line(run, dict(_PAIR.findall(line))), "ok"
-    elif match := _STOPPED.match(line):
-        run.train_end = {"steps": int(match[3]), "train_s": float(match[1]) * _SECONDS[match[2]], "reason": "wallclock"}
-    else:
-        return False
-    return True
-
-
-def _score_line(run: Run, pairs: dict[str, str]) -> dict:
-    """The last line of our own text logs, as the score event of the JSON log."""
-    whole = {k: int(pairs[k]) for k in ("artifact_bytes", "code_bytes", "total_bytes", "limit") if k in pairs}
-    seconds = {f"{k}_s": float(pairs[f"{k}_time"].rstrip("s")) for k in ("train", "eval") if f"{k}_time" in pairs}
-    loss = run.stages.get(pairs.get("stage", ""), {}).get("val_loss")
-    bpb = run.stages.get(pairs.get("stage", ""), {}).get("val_bpb", float(pairs["val_bpb"]))
-    run.pack = {**(run.pack or {}), **whole}
-    return {"stage": pairs.get("stage", "?"), "val_bpb": bpb, "val_loss": loss, **whole, **seconds, "complete": True}
-
-
-def _adopt_pairs(run: Run, pairs: dict[str, str]) -> None:
-    """Key:value lines before the first step: the config as this tool knows it, and the few facts it asks for."""
-    facts = {"world_size", "train_shards", "val_tokens", "tokens", "model_params", "dataset", "seed", "run_id"}
-    run.config = {k.upper(): _literal(v) for k, v in pairs.items() if k not in facts}
-    run.info["seed"] = _literal(pairs["seed"]) if "seed" in pairs else _seed_in_name(run.path)
-    run.info["run_id"] = pairs.get("run_id", run.path.stem)
-    if "world_size" in pairs:
-        run.info["world_size"] = _literal(pairs["world_size"])
-    if "model_params" in pairs:
-        run.info["params"] = _literal(pairs["model_params"])
-    tokens = pairs.get("val_tokens", pairs.get("tokens"))
-    data = {"path": pairs.get("dataset"), "train_shards": pairs.get("train_shards"), "val_tokens": tokens}
-    run.info["data"] = {k: _literal(v) for k, v in data.items() if v is not None}
-    if "tokenizer_path" in pairs:
-        run.info["tokenizer"] = {"path": pairs["tokenizer_path"]}
-
-
-def _literal(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-
-def _seed_in_name(path: Path) -> int | None:
-    match = re.search(r"seed[_-]?(\d+)", path.stem)
-    return int(match[1]) if match else None
-
-
 # ---- Many logs
 
 
 def log_files(places: Iterable[str | Path]) -> list[Path]:
-    """Log files in `places` (files or folders). Of a text log and a .jsonl of one stem, the .jsonl."""
+    """Log files in `places` (files, or folders and their logs/). Of a text log and a .jsonl of one stem, the .jsonl."""
     found: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            found += sorted(p for p in place.iterdir() if p.suffix in (".jsonl", ".txt", ".log") and p.is_file())
+            inside = [*place.iterdir(), *(place / "logs").glob("*")]
+            found += sorted(p for p in inside if p.suffix in (".jsonl", ".txt", ".log") and p.is_file())
         elif place.is_file():
             found.append(place)
         else:
@@ -423,14 +337,21 @@ def log_files(places: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(p for p in found if p.suffix == ".jsonl" or p.with_suffix("") not in twins))
 
 
-def read_log(path: Path) -> Run:
-    """One run from either kind of log; a `UserError` if it cannot be read or is none."""
+def read_logs(path: Path) -> list[Run]:
+    """The run of a JSON log or all runs of a text log; a `UserError` if it cannot be read or is none."""
+    import textlog  # which needs the `Run` of this module
+
     try:
         if (size := path.stat().st_size) > MAX_LOG_BYTES:
             raise UserError(f"{path}: {size:,} bytes; no log of a training run is that long")
-        return read_jsonl(path) if path.suffix == ".jsonl" else read_text_log(path)
+        return [read_jsonl(path)] if path.suffix == ".jsonl" else textlog.read_text_runs(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+
+
+def read_log(path: Path) -> Run:
+    """The last run of a log."""
+    return read_logs(path)[-1]
 
 
 def load_runs(places: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
@@ -439,7 +360,7 @@ def load_runs(places: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
     runs, messages = [], []
     for path in log_files(places):
         try:
-            runs.append(read_log(path))
+            runs += read_logs(path)
         except UserError as error:
             if path in places:
                 raise

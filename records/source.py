@@ -15,33 +15,35 @@ import hashlib
 import importlib
 import lzma
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+
+from patterns import Finding, find_patterns
+from syntax import calls, dotted, every, nodes, parse
 
 MAX_BYTES, MAX_LAYERS = 8_000_000, 4
 LARGE_LITERAL = 400  # bytes; shorter ones hold no training script
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One pattern in a script: which, where (line of the unpacked source) and the words of the source."""
-
-    pattern: str
-    line: int
-    text: str
+LARGE_PAYLOAD = 20_000  # bytes; shorter ones hold no text worth hiding
 
 
 @dataclass
 class Script:
-    """A script as found (`outer`) and as it runs (`source`, after `layers` unpackings); `opaque` says what resisted."""
+    """A script as found (`outer`) and as it runs (`source`, after `layers` unpackings).
+
+    `opaque` says what resisted; `unread` that it was decoded, and that this interpreter cannot parse it.
+    """
 
     outer: bytes
     source: str = ""
     layers: int = 0
     opaque: str | None = None
+    unread: str | None = None
     tree: ast.Module | None = None
+    name: str = "train_gpt.py"
     findings: list[Finding] = field(default_factory=list)
 
     def hashes(self) -> set[str]:
@@ -51,37 +53,45 @@ class Script:
 def read_script(path: Path) -> Script:
     """The script at `path`, unpacked as far as static decoding goes, with its findings. Never raises on content."""
     with path.open("rb") as file:
-        script = Script(file.read(MAX_BYTES + 1))
+        script = Script(file.read(MAX_BYTES + 1), name=path.name)
     if len(script.outer) > MAX_BYTES:
         script.opaque = f"more than {MAX_BYTES:,} bytes"
         return script
+    if not script.outer.strip():
+        script.opaque = f"holds no code ({len(script.outer):,} bytes)"
+        return script
     data = script.outer
     for script.layers in range(MAX_LAYERS + 1):
+        script.source = data.decode("utf-8", "surrogateescape")
         tree = parse(data)
         if tree is None:
-            script.opaque = "is no Python that can be parsed"
+            _explain(script, data)
             break
-        script.tree, script.source = tree, data.decode("utf-8", "surrogateescape")
+        script.tree = tree
         inner = _hidden_script(tree)
         if inner is None:
             break
         data = inner
-    if script.tree is not None and script.opaque is None:
+    if script.tree is not None and not (script.opaque or script.unread):
         script.opaque = _unread(script.tree)
-        script.findings = find_patterns(script.tree, script.source)
+        try:
+            script.findings = [*find_patterns(script.tree, script.source), *_payloads(script.tree)]
+        except RecursionError:
+            script.unread = "is nested too deeply to be searched"
     return script
 
 
-@functools.lru_cache(maxsize=8)
-def _nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
-    return tuple(ast.walk(tree))
-
-
-def parse(data: bytes) -> ast.Module | None:
-    try:
-        return ast.parse(data)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+def _explain(script: Script, data: bytes) -> None:
+    """Why the innermost layer has no tree: without libcst it may only be newer than this interpreter."""
+    decoded = f"decoded, {len(data):,} bytes, " if script.layers else ""
+    if find_spec("libcst") is None and _reads_as_python(data):
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        script.unread = (
+            f"{decoded}syntax that Python {version} does not parse; with libcst installed it is read all the same"
+        )
+    else:
+        script.opaque = f"{decoded}is no Python that can be parsed"
+    script.tree = None
 
 
 # ---- Packed scripts
@@ -89,37 +99,66 @@ def parse(data: bytes) -> ast.Module | None:
 
 def _literals(tree: ast.Module) -> Iterator[bytes]:
     """Large string and bytes constants, sums of constants joined, longest first."""
-    found = [_constant(node) for node in _nodes(tree) if isinstance(node, ast.Constant | ast.BinOp | ast.JoinedStr)]
+    found = [_constant(node) for node in every(tree, ast.Constant, ast.BinOp)]
     return iter(sorted({f for f in found if f and len(f) >= LARGE_LITERAL}, key=len, reverse=True))
 
 
 def _constant(node: ast.AST) -> bytes | None:
-    if isinstance(node, ast.Constant) and isinstance(node.value, bytes | str):
-        return node.value if isinstance(node.value, bytes) else node.value.encode("utf-8", "surrogatepass")
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        left, right = _constant(node.left), _constant(node.right)
-        return left + right if left is not None and right is not None else None
-    return None
+    """The bytes of a constant or a sum of constants."""
+    parts: list[bytes] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and isinstance(node.right, ast.Constant):
+        parts.append(_bytes_of(node.right))
+        node = node.left
+    parts.append(_bytes_of(node))
+    return b"".join(reversed(parts)) if None not in parts else None
+
+
+def _bytes_of(node: ast.AST) -> bytes | None:
+    value = node.value if isinstance(node, ast.Constant) else None
+    return (
+        value.encode("utf-8", "surrogatepass")
+        if isinstance(value, str)
+        else value
+        if isinstance(value, bytes)
+        else None
+    )
 
 
 def _hidden_script(tree: ast.Module) -> bytes | None:
     """The largest Python text that a literal of `tree` decodes to, if `tree` itself looks like its wrapper."""
-    if not _calls(tree, {"exec", "eval", "runpy.run_path", "compile", "importlib.import_module", "subprocess.run"}):
+    if not calls(tree, {"exec", "eval", "runpy.run_path", "compile", "importlib.import_module", "subprocess.run"}):
         return None
-    for literal in _literals(tree):
-        for raw in _decodings(literal):
-            for inflate in INFLATERS:
-                text = _quietly(inflate, raw)
-                if text and len(text) >= LARGE_LITERAL // 4 and _is_program(text):
-                    return text
-    return None
+    return next((text for literal in _literals(tree) for text in _contents(literal) if _is_program(text)), None)
+
+
+def _contents(literal: bytes) -> Iterator[bytes]:
+    """What a literal decodes and inflates to, in every known way."""
+    for raw in _decodings(literal):
+        for inflate in INFLATERS:
+            text = _quietly(inflate, raw)
+            if text and len(text) >= LARGE_LITERAL // 4:
+                yield text
 
 
 def _is_program(data: bytes) -> bool:
     if not re.search(rb"\b(import|def|exec)\b", data[:100_000]):
         return False
     tree = parse(data)
-    return tree is not None and any(isinstance(n, ast.Import | ast.ImportFrom | ast.FunctionDef) for n in tree.body)
+    if tree is None:
+        return _reads_as_python(data)
+    return any(isinstance(n, ast.Import | ast.ImportFrom | ast.FunctionDef) for n in tree.body)
+
+
+def _reads_as_python(data: bytes) -> bool:
+    """Text whose lines begin as a program's do, whatever version of Python it is written for."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    starts = (
+        r"(?m)^(?:import \w[\w., ]*(?:$|;)|from [\w.]+ import |\s*def \w+[\[(]|\s*class \w+|\s*return\b|if __name__)"
+    )
+    return len(re.findall(starts, text)) >= 3 and "\0" not in text
 
 
 def _decodings(literal: bytes) -> Iterator[bytes]:
@@ -202,173 +241,72 @@ INFLATERS: list[Callable[[bytes], bytes]] = [
 ]
 
 
+def _payloads(tree: ast.Module) -> Iterator[Finding]:
+    """Large literals that are no script: tables, or text that the artifact was not to hold."""
+    for node in every(tree, ast.Constant):
+        size = len(_bytes_of(node) or b"")
+        if size > LARGE_PAYLOAD and b" " not in (_bytes_of(node) or b"")[:200]:
+            yield Finding("large literal in the code", node.lineno, f"{size:,} bytes that no comment explains", "")
+
+
 def _unread(tree: ast.Module) -> str | None:
     """Why the innermost layer is still not the whole program: it executes something that is not in plain sight."""
     blobs = [literal for literal in _literals(tree) if len(literal) > 4 * LARGE_LITERAL and b" " not in literal[:200]]
-    if blobs and _calls(tree, {"exec", "eval", "runpy.run_path"}):
+    if blobs and calls(tree, {"exec", "eval", "runpy.run_path"}):
         return f"executes a literal of {len(blobs[0]):,} bytes that no known decoder opens"
-    if not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in _nodes(tree)) and _calls(tree, {"exec"}):
+    if not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in nodes(tree)) and calls(tree, {"exec"}):
         return "executes code that is not in the file"
     return None
 
 
-# ---- Patterns
-
-TARGET = re.compile(r"^(tgt|target|targets|y|y_batch|next_tok|next_token|nxt|label|labels)(_\w+|\d*)$")
-HASHLIKE = re.compile(r"(hash|ctx|context|bucket|key|^h\d?$|prefix)", re.I)
-TRAINISH = re.compile(r"train|calib|hessian|gptq|quantiz|collect", re.I)
-EVALISH = re.compile(r"eval|valid|score|audit|bpb|test|ttt|adapt|lora", re.I)  # adapting after scoring is evaluation
-VALIDATION = re.compile(r"(^|_)(val|validation)_(tokens|files|data|loader|path|shards|pattern|seqs)|fineweb_val", re.I)
-REJECTED_NAMES = {  # words of methods that were ruled out (issue #1017, the rejections of the challenge's last weeks)
-    "pre-quantisation TTT on validation text": re.compile(r"pre_?quant_?ttt", re.I),
-    "SLOT (optimises on the positions it scores)": re.compile(r"(^|_)slot_(lr|steps|delta|enabled|epochs)", re.I),
-    "ETLB": re.compile(r"(^|_)etlb(_|$)", re.I),
-    "byte-level PPM mixture (normalisation, denominator)": re.compile(r"(^|_)ppmd?(_|$)", re.I),
-    "second pass over scored text": re.compile(r"two_?pass|second_pass|rescor", re.I),
-    "hints computed outside the timer": re.compile(r"precompute_outside|outside_timer", re.I),
-}
-NETWORK = {"requests", "urllib", "socket", "http", "ftplib", "huggingface_hub", "wandb", "aiohttp"}
+def packed_size(script: Script) -> int:
+    """Bytes of the source packed as records pack theirs: raw LZMA in base85."""
+    data = script.source.encode("utf-8", "surrogateescape")
+    return len(base64.b85encode(lzma.compress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])))
 
 
-def find_patterns(tree: ast.Module, source: str) -> list[Finding]:
-    """Every finding in reading order, one a line and pattern."""
-    lines = source.splitlines()
-    raw = [
-        *_target_keys(tree),
-        *_pickles(tree),
-        *_validation_in_training(tree),
-        *_oracle_choices(tree),
-        *_target_gates(tree),
+@dataclass(frozen=True)
+class Likeness:
+    """How far another text is the same program, comments, docstrings, formatting and packing aside."""
+
+    equal: bool
+    constants: bool  # equal but for values of constants
+    form: bool  # both packed equally deep, so that a minifier explains no difference
+    names: float  # share of the names of both that both have
+
+
+def likeness(script: Script, text: str) -> Likeness:
+    """Compares the innermost layers of a script and of a text."""
+    data, layers = text.encode("utf-8", "surrogateescape"), 0
+    tree = parse(data)
+    while tree is not None and layers < MAX_LAYERS and (data := _hidden_script(tree)):
+        tree, layers = parse(data), layers + 1
+    if tree is None or script.tree is None:
+        return Likeness(False, False, False, 0.0)
+    ours, theirs = ({getattr(n, "id", getattr(n, "attr", "")) for n in nodes(t)} for t in (script.tree, tree))
+    shared = len(ours & theirs) / max(1, len(ours | theirs))
+    equal = _bare(tree) == _bare(script.tree)
+    return Likeness(equal, equal or _bare(tree, False) == _bare(script.tree, False), layers == script.layers, shared)
+
+
+def _bare(tree: ast.Module, constants: bool = True) -> list:
+    """The tree without positions and docstrings, or without any constant, flat."""
+    docstrings = set()
+    for node in nodes(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and len(body) > 1
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            docstrings |= {id(body[0]), id(body[0].value)}
+    kept = [node for node in nodes(tree) if id(node) not in docstrings]
+    words = [
+        (type(n).__name__, *(v for v in vars(n).values() if isinstance(v, str) and not isinstance(n, ast.Constant)))
+        for n in kept
     ]
-    raw += [*_network(tree), *_rejected_names(tree)]
-    seen = dict.fromkeys(sorted(raw, key=lambda f: (f[1], f[0])))
-    return [Finding(p, n, lines[n - 1].strip()[:100] if 0 < n <= len(lines) else "") for p, n in seen]
-
-
-def _names(node: ast.AST) -> set[str]:
-    """Identifiers in an expression: names, and the last part of attributes."""
-    out = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return out | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-
-
-def _target_keys(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """`ctx_hash ^ tgt * P`, or `(ctx * P + tgt) % B`: a cell chosen by the token whose probability it is to give."""
-    for node in _nodes(tree):
-        if not isinstance(node, ast.BinOp):
-            continue
-        mixed = node if isinstance(node.op, ast.BitXor) else None
-        if isinstance(node.op, ast.Mod | ast.BitAnd) and isinstance(node.left, ast.BinOp):
-            mixed = node.left
-        if mixed is None or not isinstance(mixed.op, ast.BitXor | ast.Add | ast.Mult | ast.BitOr):
-            continue
-        for one, other in ((mixed.left, mixed.right), (mixed.right, mixed.left)):
-            if any(TARGET.match(n) for n in _names(one)) and any(HASHLIKE.search(n) for n in _names(other)):
-                yield "target token in a cache key", node.lineno
-
-
-def _pickles(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    loaders = {"pickle.load", "pickle.loads", "dill.load", "dill.loads", "joblib.load", "marshal.loads", "marshal.load"}
-    for call in _calls(tree, loaders):
-        yield "pickle loading", call.lineno
-    for call in _calls(tree, {"torch.load"}):
-        if not _keyword_is(call, "weights_only", True):
-            yield "pickle loading", call.lineno
-    for call in _calls(tree, {"np.load", "numpy.load"}):
-        if _keyword_is(call, "allow_pickle", True):
-            yield "pickle loading", call.lineno
-
-
-def _validation_in_training(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Validation tokens named inside a function that trains or calibrates, other than handed to an evaluation."""
-    for function in _nodes(tree):
-        if not isinstance(function, ast.FunctionDef) or not TRAINISH.search(function.name):
-            continue
-        if EVALISH.search(function.name):
-            continue
-        inside_eval = {id(n) for call in ast.walk(function) if _is_evaluation(call) for n in ast.walk(call)}
-        for node in ast.walk(function):
-            word = getattr(node, "id", getattr(node, "attr", None))
-            word = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else word
-            if isinstance(word, str) and VALIDATION.search(word) and id(node) not in inside_eval:
-                if isinstance(node, ast.Constant) and " " in word:
-                    continue  # a docstring or message speaks of it, nothing opens it
-                yield "validation data in training code", node.lineno
-
-
-def _is_evaluation(node: ast.AST) -> bool:
-    """A call that evaluates or only reports: what is handed to it is not trained on."""
-    name = _dotted(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
-    return bool(EVALISH.search(name)) or name in ("print", "log", "log0", "len", "info")
-
-
-GATES = re.compile(r"(^|_)(gate|gates|gated|tilt|alpha)(_|$)", re.I)
-
-
-def _target_gates(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """`gate = starts_word[targets]`: how much an n-gram counts is decided by the token that it is to predict."""
-    for node in _nodes(tree):
-        gated = isinstance(node, ast.Assign) and any(GATES.search(n) for t in node.targets for n in _names(t))
-        names = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)} if gated else set()
-        if any(TARGET.match(n) for n in names):  # plain names alone: `query.target` may well be a position
-            yield "n-gram gate that looks at the target", node.lineno
-
-
-def _oracle_choices(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """torch.minimum(nll_a, nll_b): per token the better of two models, which needs the target."""
-    for call in _calls(tree, {"torch.minimum", "np.minimum", "torch.maximum", "np.maximum", "min", "max"}):
-        if len(call.args) == 2:
-            words = [{w for n in _names(a) for w in n.lower().split("_")} for a in call.args]
-            if all(w & {"nll", "losses", "logprob", "logprobs", "nlls"} for w in words):
-                yield "per-token choice by the target", call.lineno
-
-
-def _network(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    for node in _nodes(tree):
-        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        if any(m.split(".")[0] in NETWORK for m in modules):
-            yield "network module", node.lineno
-
-
-def _rejected_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """First use of each name (or knob in a string) that belongs to a method ruled out."""
-    found: dict[str, int] = {}
-    for node in _nodes(tree):
-        word = getattr(node, "id", getattr(node, "attr", getattr(node, "name", None)))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[A-Z_0-9]+", node.value):
-            word = node.value
-        for what, pattern in REJECTED_NAMES.items():
-            if isinstance(word, str) and pattern.search(word) and hasattr(node, "lineno"):
-                found[what] = min(node.lineno, found.get(what, node.lineno))
-    for what, line in found.items():
-        yield f"name of a rejected method: {what}", line
-
-
-def _calls(tree: ast.AST, names: set[str]) -> list[ast.Call]:
-    """Calls of `names` (dotted), import aliases resolved."""
-    aliases = {}
-    for node in _nodes(tree):
-        if isinstance(node, ast.Import):
-            aliases |= {a.asname: a.name for a in node.names if a.asname}
-        elif isinstance(node, ast.ImportFrom):
-            aliases |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
-    found = []
-    for node in _nodes(tree):
-        if isinstance(node, ast.Call):
-            head, dot, rest = _dotted(node.func).partition(".")
-            if aliases.get(head, head) + dot + rest in names:
-                found.append(node)
-    return found
-
-
-def _dotted(node: ast.AST) -> str:
-    if isinstance(node, ast.Attribute):
-        return f"{_dotted(node.value)}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def _keyword_is(call: ast.Call, name: str, value: object) -> bool:
-    return any(k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords)
+    return [*words, *(repr(n.value) for n in kept if constants and isinstance(n, ast.Constant))]
 
 
 # ---- What a script brings along
@@ -381,7 +319,9 @@ def helpers(script: Script, folder: Path) -> list[Path]:
         for path in _brought_along(waiting.pop(), folder):
             if path not in found:
                 found[path] = True
-                waiting += [Script(b"", tree=parse(path.read_bytes()))] if path.suffix == ".py" else []
+                waiting += (
+                    [Script(b"", tree=parse(path.read_bytes()), name=script.name)] if path.suffix == ".py" else []
+                )
     return sorted(found)
 
 
@@ -389,7 +329,7 @@ def _brought_along(script: Script, folder: Path) -> list[Path]:
     if script.tree is None:
         return []
     modules, words = set(), set()
-    for node in ast.walk(script.tree):
+    for node in every(script.tree, ast.Import, ast.ImportFrom, ast.Constant):
         if isinstance(node, ast.Import):
             modules |= {a.name.split(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -398,8 +338,21 @@ def _brought_along(script: Script, folder: Path) -> list[Path]:
             words.add(Path(node.value).name)
     found = []
     for path in sorted(folder.iterdir()):
-        code = path.suffix in (".py", ".c", ".cpp", ".cu", ".so", ".h", ".json", ".npy", ".npz", ".pkl", ".pt")
-        if path.name in ("train_gpt.py", "submission.json") or not code:
+        free = path.suffix in (
+            ".md",
+            ".txt",
+            ".log",
+            ".jsonl",
+            ".model",
+            ".vocab",
+            ".png",
+            ".yml",
+            ".yaml",
+            ".toml",
+            ".ipynb",
+            ".sh",
+        )
+        if path.name in (script.name, "submission.json") or free or not path.is_file():
             continue
         if path.name in words or (path.suffix == ".py" and path.stem in modules):
             found.append(path)
@@ -409,12 +362,12 @@ def _brought_along(script: Script, folder: Path) -> list[Path]:
 def knob_docs(source: str) -> dict[str, dict]:
     """`NAME -> {default, unit, doc}` of every `knob(default, unit, doc, ...)` in a script's Config, read statically."""
     tree, docs = parse(source.encode("utf-8", "surrogateescape")), {}
-    for node in _nodes(tree) if tree else ():
+    for node in nodes(tree) if tree else ():
         if not (
             isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call)
         ):
             continue
-        if _dotted(node.value.func) == "knob" and len(node.value.args) >= 3:
+        if dotted(node.value.func) == "knob" and len(node.value.args) >= 3:
             default, unit, doc = (_value(a) for a in node.value.args[:3])
             docs[node.target.id.upper()] = {"default": default, "unit": unit, "doc": doc}
     return docs

@@ -21,6 +21,7 @@ import rules
 import runs as logs
 import source
 import tables
+import textlog
 from runs import Run, UserError
 from stats import Sample
 
@@ -118,9 +119,18 @@ def _fill(folder: Path, logged: Material, args: argparse.Namespace, system: dict
     meta["compliance"] = compliance(verdicts)
     meta["runs_left_out"] = {f"{r.run_id} (seed {r.seed})": r.bpb() for r in logged.left_out}
     _write_json(folder / "submission.json", meta)
-    pictures = [p.name for p in plots.draw(seeds, folder)]
+    pictures = _draw(seeds, folder)
     (folder / "README.md").write_text(readme(seeds, meta, verdicts, pictures, args, system), encoding="utf-8")
     return verdicts
+
+
+def _draw(seeds: list[Run], folder: Path) -> list[str]:
+    """Names of the pictures; none where matplotlib is missing, and the caller is told."""
+    try:
+        return [p.name for p in plots.draw(seeds, folder)]
+    except plots.NoMatplotlib as missing:
+        print(f"no pictures in the folder: {missing}", file=sys.stderr)
+        return []
 
 
 _NO_AUDIT = "no audit of its stage {} by the script that ran: MODE=audit ARTIFACT={} python train_gpt.py"
@@ -183,7 +193,7 @@ def _script_that_ran(seeds: list[Run], script: Path) -> bytes | None:
     texts = [script.read_bytes()] if script.is_file() else []
     for run in seeds:
         twin = run.path.with_suffix(".txt")
-        dump = logs.dumped_source(twin.read_text(encoding="utf-8", errors="replace")) if twin.is_file() else None
+        dump = textlog.dumped_source(twin.read_text(encoding="utf-8", errors="replace")) if twin.is_file() else None
         lines = dump.rstrip("\n").splitlines(keepends=True) if dump else []
         texts += [("".join(lines[first:]) + "\n").encode() for first in range(min(len(lines), MAX_LINES_BEFORE_SOURCE))]
     return next((t for t in texts if hashlib.sha256(t).hexdigest() == wanted), None)
@@ -192,10 +202,10 @@ def _script_that_ran(seeds: list[Run], script: Path) -> bytes | None:
 def _pack(text: bytes, script: Path) -> bytes:
     """The self-extracting form that the script makes of itself (our own script: it may be run)."""
     with tempfile.TemporaryDirectory() as room:
-        copy, out = Path(room, "train_gpt.py"), Path(room, "packed.py")
+        copy, out = Path(room, "train_gpt.py"), Path(room, "train_gpt_packed.py")
         copy.write_bytes(text)
         kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH")  # no knob of the caller's
-        env = {k: v for k, v in os.environ.items() if k in kept} | {"MODE": "pack_code", "OUTPUT": str(out)}
+        env = {k: v for k, v in os.environ.items() if k in kept} | {"MODE": "pack_code", "LOG_DIR": room}
         done = subprocess.run([sys.executable, copy], env=env, cwd=room, capture_output=True, text=True)
         if done.returncode or not out.is_file():
             raise UserError(f"MODE=pack_code of {script} failed:\n{done.stderr[-500:]}")
@@ -221,9 +231,29 @@ def _copy_logs(folder: Path, seeds: list[Run]) -> list[str]:
     return problems
 
 
+def transform_of(run: Run) -> str | None:
+    """The name of the text transform that the data went through before the tokenizer, as the log has it."""
+    places = (run.info.get("data", {}), run.info, run.pack or {})
+    return next((p["transform"] for p in places if isinstance(p.get("transform"), str) and p["transform"]), None)
+
+
+def _copy_transform(folder: Path, run: Run, data: Path = HERE.parent / "data") -> list[str]:
+    """data/<transform>.py, from which a reviewer rebuilds the text and the byte counts."""
+    name = transform_of(run)
+    if name in (None, "none"):
+        return []
+    module = data / f"{name}.py"
+    if not re.fullmatch(r"\w+", name) or not module.is_file():
+        return [f"transform: the data went through {name!r}, and {module} is not here; a reviewer needs it"]
+    shutil.copyfile(module, folder / module.name)
+    return []
+
+
 def _copy_companions(folder: Path, seeds: list[Run]) -> list[str]:
-    """requirements.txt of the repository and the tokenizer, whose hash must be the log's."""
+    """requirements.txt of the repository, the text transform and the tokenizer, whose hash must be the log's."""
     shutil.copyfile(HERE.parent / "requirements.txt", folder / "requirements.txt")
+    if missing := _copy_transform(folder, seeds[0]):
+        return missing
     tokenizer = seeds[0].info.get("tokenizer", {})
     path = Path(tokenizer.get("path") or "")
     if not path.is_file():
@@ -504,6 +534,8 @@ def _against(seeds: list[Run], args: argparse.Namespace) -> list[str]:
 
 
 def _pictures(names: list[str]) -> str:
+    if not names:
+        return "## Pictures\n\nNone: matplotlib was not installed where this folder was written."
     return "## Pictures\n\n" + "\n\n".join(f"![{n.removesuffix('.png').replace('_', ' ')}]({n})" for n in names)
 
 
@@ -530,9 +562,11 @@ def _reproduce(seeds: list[Run]) -> str:
     text = f"## Reproduce\n\n```bash\n{line} {launch}\n```\n\n"
     text += f"The other seeds: {others}. " if others else ""
     counts = ", ".join(f"{data[k]:,} {k.split('_')[0]}" for k in ("train_tokens", "val_tokens") if data.get(k))
-    return (
-        text + f"Data: {where}; tokens: {counts}; sha256 of the validation tokens {str(data.get('val_sha256'))[:16]}."
-    )
+    text += f"Data: {where}; tokens: {counts}; sha256 of the validation tokens {str(data.get('val_sha256'))[:16]}."
+    if (transform := transform_of(run)) not in (None, "none"):
+        text += f" The text went through `{transform}.py` before the tokenizer. Bytes were counted by sidecar: "
+        text += "`fineweb_val_bytes_*.bin` holds, for each token, the bytes of the original text that it stands for."
+    return text
 
 
 # ---- The index of systems

@@ -49,13 +49,13 @@ def run(list_file: str, launch: str, only: int | None) -> int:
 def read_list(list_file: str) -> list[dict[str, str]]:
     """One dict of knobs a line, RUN_ID added; a `UserError` names the line that is no list of KNOB=value words."""
     try:
-        text = sys.stdin.read() if list_file == "-" else Path(list_file).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if list_file == "-" else Path(list_file).read_bytes()
     except OSError as error:
         raise UserError(f"{list_file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{list_file}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     jobs, ids = [], {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(logs.split_lines(data), 1):
+        if fault := logs.fault_of(line):
+            raise UserError(f"{list_file}, line {number}: {fault}")
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:

@@ -71,7 +71,7 @@ def table(runs: list[Run], messages: list[str], form: str, sort: str) -> str:
     """All runs, best score first, with the knobs that differ between them; unreadable logs close the list."""
     trained = [r for r in runs if r.mode == "train" or r.score] or runs  # an audit shows as its run's status
     knobs = logs.telling(trained)
-    stages = sorted(dict.fromkeys(s for r in trained for s in r.stages), key=logs.stage_rank)
+    stages = logs.stage_order(trained)
     header = ["run", *knobs, "seed", "steps", "ms/step", *stages, "score bpb", "total bytes", "train s", "eval s"]
     claims = any(r.claims for r in trained)
     header += (["claimed (no code length)"] if claims else []) + ["status"]

@@ -423,7 +423,6 @@ def test_the_published_order_is_a_claim_printed_after_the_score(tiny, script):
     ({"TTT_RESET": "none", "TTT_ORDER": "length"}, "TTT_ORDER=length orders the documents of"),
     ({"PHASED_TTT_NUM_PHASES": 1, "PHASED_TTT_PREFIX": 0}, "PHASED_TTT_PREFIX=0 leaves no text"),
     ({"TTT_KV_CACHE": 1, "TTT_EPOCHS": 2}, "TTT_EPOCHS=2: with TTT_KV_CACHE=1"),
-    ({"NGRAM_TILT_ENABLED": 1, "NGRAM_BASE": "uniform"}, "NGRAM_BASE=uniform: stage tilt tilts the network"),
 ])  # fmt: skip
 def test_bad_input_is_named(tiny, knobs, words):
     with pytest.raises(tg.ConfigError, match=words):

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "records"))
 
 import leaks  # noqa: E402
+import patterns  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
 import rules  # noqa: E402
@@ -38,6 +39,7 @@ import source  # noqa: E402
 import stats  # noqa: E402
 import submission  # noqa: E402
 import sweep  # noqa: E402
+import syntax  # noqa: E402
 import tables  # noqa: E402
 
 NATS_PER_BPB = 1.6885  # sp1024 on FineWeb
@@ -162,26 +164,7 @@ def run_cli(*words) -> int:
 # ---- statistics
 
 
-@pytest.mark.parametrize("t, df, p", [
-    (2.0, 10, 0.036694017385370196),  # scipy.stats.t.sf
-    (12.706204736432095, 1, 0.025),  # the 97.5 % quantile of any printed table
-    (2.3646242510102993, 7, 0.025),
-    (-1.0, 5, 0.8183912661754386),
-    (0.0, 3, 0.5),
-    (31.599054576443621, 2, 0.0005),
-])  # fmt: skip
-def test_tail_of_t_equals_published_values(t, df, p):
-    assert stats.t_above(t, df) == pytest.approx(p, rel=1e-9)
-
-
-def test_incomplete_beta_equals_its_closed_forms():
-    for x in (0.01, 0.3, 0.5, 0.77, 0.999):
-        assert stats.incomplete_beta(1, 3, x) == pytest.approx(1 - (1 - x) ** 3, rel=1e-12)
-        assert stats.incomplete_beta(2, 2, x) == pytest.approx(x * x * (3 - 2 * x), rel=1e-12)
-    assert stats.incomplete_beta(5, 7, 0.2) + stats.incomplete_beta(7, 5, 0.8) == pytest.approx(1.0, rel=1e-13)
-
-
-def test_welch_equals_scipy_on_unequal_groups():
+def test_welch_equals_published_values_on_unequal_groups():
     a = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9]
     b = [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2]
     test = stats.welch(stats.Sample.of(b), stats.Sample.of(a))  # scipy.stats.ttest_ind(equal_var=False, greater)
@@ -492,7 +475,7 @@ def test_files_that_cannot_be_read_or_written_are_one_message_and_status_two(wor
     path = write_run(world, "a")
     (world["root"] / "file").write_bytes(b"SEED=1 # \xe9\n")
     cases = {
-        "file: not UTF-8 (invalid continuation byte at byte 9)": ("sweep", world["root"] / "file"),
+        "file, line 1: not UTF-8 (byte 0xe9 at character 10); save it as UTF-8": ("sweep", world["root"] / "file"),
         "File exists: ": ("plot", path, "--out", world["root"] / "file"),
         "Not a directory: ": ("submit", path, "--name", "x", "--records", world["root"] / "file"),
     }
@@ -504,7 +487,7 @@ def test_files_that_cannot_be_read_or_written_are_one_message_and_status_two(wor
     def refuse(path: Path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     assert run_cli("table", path) == 2
     assert f"{path}: Permission denied" in capsys.readouterr().err
     assert run_cli("table", world["logs"]) == 0  # beside others it is a row of the table
@@ -820,7 +803,9 @@ def test_what_the_readmes_commands_write_is_ignored_by_git():
 
 
 def test_the_counted_form_is_packed_anew_and_must_have_the_logged_hash(world, capsys):
-    world["script"].write_text("import os\nopen(os.environ['OUTPUT'], 'wb').write(b'pack' + b'ed')\n")
+    world["script"].write_text(
+        "import os\nopen(os.environ['LOG_DIR'] + '/train_gpt_packed.py', 'wb').write(b'packed')\n"
+    )
     write_run(world, "s1", pack={"code_form": "packed", "code_bytes": 6})
     assert submit(world, "--non-record", runs=("s1",)) == 0
     folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
@@ -971,7 +956,7 @@ PATTERNS = [
 
 @pytest.mark.parametrize("text, pattern", PATTERNS)
 def test_rejected_patterns_are_flagged_with_their_line(text, pattern):
-    found = source.find_patterns(source.parse(text.encode()), text)
+    found = patterns.find_patterns(syntax.parse(text.encode()), text)
     assert [f.pattern for f in found] == [pattern] and found[0].line == text.count("\n") + 1
 
 
@@ -986,7 +971,7 @@ def test_rejected_patterns_are_flagged_with_their_line(text, pattern):
     "def ttt_train_chunk(val_tokens):\n    return val_tokens[:9]",  # learns what is scored already
 ])  # fmt: skip
 def test_honest_code_is_not_flagged(text):
-    assert source.find_patterns(source.parse(text.encode()), text) == []
+    assert patterns.find_patterns(syntax.parse(text.encode()), text) == []
 
 
 def test_knob_docs_are_read_from_the_source():

@@ -1,0 +1,173 @@
+"""A record folder, read once: its submission.json, the runs in its logs, its script. Nothing of it is run."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import runs as logs
+import source
+from runs import Run, UserError
+from textlog import dumped_source, seed_in_name
+
+NEAR = 6e-5  # bpb: most folders round to four digits
+MAX_LOGS = 200
+
+
+@dataclass
+class Entry:
+    """A record folder; `runs` holds each run once, one a seed, and `others` what else its logs hold."""
+
+    folder: Path
+    submission: dict | None = None
+    broken_json: str | None = None
+    runs: list[Run] = field(default_factory=list)
+    others: list[Run] = field(default_factory=list)
+    copies: list[tuple[Run, Run]] = field(default_factory=list)  # (the one that counts, the same run in another file)
+    reruns: list[tuple[Run, Run]] = field(default_factory=list)  # (the one that counts, another run of its seed)
+    unreadable: list[str] = field(default_factory=list)
+    script: source.Script | None = None
+    data_path: str | None = None
+
+    @property
+    def meta(self) -> dict:
+        return self.submission or {}
+
+    @property
+    def scored(self) -> list[Run]:
+        return [r for r in self.runs if r.score]
+
+    @property
+    def seed_results(self) -> dict[str, dict]:
+        """What submission.json says of each seed, under any of the names in use."""
+        nested = self.meta.get("results") if isinstance(self.meta.get("results"), dict) else {}
+        for found in (self.meta.get("seed_results"), nested.get("seeds"), self.meta.get("seeds")):
+            if isinstance(found, dict):
+                return {str(seed): said for seed, said in found.items() if isinstance(said, dict)}
+        return {}
+
+    @property
+    def named_seeds(self) -> set[str]:
+        listed = self.meta.get("seeds") if isinstance(self.meta.get("seeds"), list) else []
+        return {str(s) for s in [*listed, *self.seed_results]}
+
+    @property
+    def is_record(self) -> bool:
+        track = f"{self.folder.parent.name} {self.meta.get('track', '')}"
+        return "non_record" not in track and "non-record" not in track
+
+    def bent(self, record_status: str) -> str:
+        """`record_status` in the record track, WARN outside it."""
+        return record_status if self.is_record else "WARN"
+
+
+def read_entry(folder: Path, data_path: str | None = None) -> Entry:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    entry = Entry(folder, data_path=data_path)
+    _read_submission(entry)
+    found, entry.unreadable = logs.load_runs([folder])
+    if not any(r.score for r in found):
+        below = [p for p in folder.rglob("*") if p.suffix in (".jsonl", ".txt", ".log") and p.is_file()]
+        below = [p for p in sorted(below) if p.parent not in (folder, folder / "logs")][:MAX_LOGS]
+        found += _readable(below)
+    trained = [r for r in found if r.mode == "train" and (r.score or r.info.get("v"))]
+    entry.others = [r for r in found if r not in trained]
+    _attach_evaluations(trained)
+    entry.runs = _one_a_seed(entry, _without_copies(entry, trained))
+    for run in entry.runs:
+        for suffix in (".txt", ".log"):
+            if run.source is None and (text := run.path.with_suffix(suffix)).is_file():
+                run.source = dumped_source(text.read_text(encoding="utf-8-sig", errors="replace"))
+    if script := find_script(folder):
+        entry.script = source.read_script(script)
+    return entry
+
+
+def _read_submission(entry: Entry) -> None:
+    meta = entry.folder / "submission.json"
+    if not meta.is_file():
+        return
+    try:
+        entry.submission = json.loads(meta.read_text(encoding="utf-8-sig", errors="replace"))
+        if not isinstance(entry.submission, dict):
+            entry.submission, entry.broken_json = None, "is no JSON object"
+    except (ValueError, RecursionError) as error:
+        entry.broken_json = f"is no JSON: {error}"
+
+
+def _readable(paths: list[Path]) -> list[Run]:
+    """Runs of the files that are logs; a folder's other texts are none."""
+    found = []
+    for path in paths:
+        try:
+            found += logs.read_logs(path)
+        except UserError:
+            continue
+    return found
+
+
+def find_script(folder: Path) -> Path | None:
+    """train_gpt.py, or where there is none the largest script that trains."""
+    if (script := folder / "train_gpt.py").is_file():
+        return script
+    scripts = sorted(folder.glob("*.py"), key=lambda p: ("train" not in p.name, -p.stat().st_size))
+    trains = (p for p in scripts if b"torch" in p.read_bytes() or b"exec(" in p.read_bytes())
+    return next(trains, None)
+
+
+def _fingerprint(run: Run) -> tuple:
+    """Everything measured: two files with the same are one run."""
+    steps = tuple((e["step"], e.get("train_loss", e.get("val_loss")), e.get("train_s")) for e in run.steps + run.vals)
+    return steps, tuple((n, e["val_loss"], e["val_bpb"]) for n, e in run.stages.items())
+
+
+def _without_copies(entry: Entry, runs: list[Run]) -> list[Run]:
+    """Each run once, from the file that is named after its seed if one is."""
+    first: dict[tuple, Run] = {}
+    for run in sorted(runs, key=lambda r: (r.path.suffix != ".jsonl", seed_in_name(r.path) is None, str(r.path))):
+        known = first.setdefault(_fingerprint(run), run)
+        if known is not run:
+            entry.copies.append((known, run))
+    return [r for r in runs if r in first.values()]
+
+
+def _attach_evaluations(runs: list[Run]) -> None:
+    """A text log without steps that scores a seed trained in another log belongs to that run."""
+    for log in [r for r in runs if not (r.steps or r.vals or r.train_end or r.info.get("v"))]:
+        trained = [r for r in runs if r is not log and r.seed == log.seed is not None and (r.steps or r.train_end)]
+        if len(trained) == 1 and not trained[0].info.get("v") and _fingerprint(log)[1] != _fingerprint(trained[0])[1]:
+            run = trained[0]
+            run.stages |= log.stages
+            run.score = {
+                **(run.score or {}),
+                **{k: v for k, v in log.score.items() if v is not None},
+                "train_s": run.train_s,
+            }
+            runs.remove(log)
+
+
+def _one_a_seed(entry: Entry, runs: list[Run]) -> list[Run]:
+    """Of several runs of one seed the one that submission.json shows, else the first with a score."""
+    by_seed: dict[object, list[Run]] = {}
+    for run in runs:
+        by_seed.setdefault(run.seed if run.seed is not None else id(run), []).append(run)
+    kept = []
+    for seed, members in by_seed.items():
+        said = entry.seed_results.get(str(seed), {}).get("val_bpb")
+        shown = [r for r in members if r.score and is_number(said) and shows(r, said)]
+        best = next(iter([*shown, *(r for r in members if r.score), *members]))
+        kept.append(best)
+        entry.reruns += [(best, r) for r in members if r is not best]
+    return kept
+
+
+def shows(run: Run, bpb: float) -> bool:
+    """Whether a run's score or one of its stages is `bpb`."""
+    return min(abs(v - bpb) for v in [run.bpb(), *(e["val_bpb"] for e in run.stages.values())]) < NEAR
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,304 @@
+"""Text logs to runs: the baseline's keys, and what its heirs made of them. One file may hold several runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from runs import Run, UserError
+
+_NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+_COUNT = r"(\d[\d,_]*)"
+_TIME = rf"{_NUMBER} ?(ms|s|sec|seconds|m|min)\b"
+_BEFORE_KEY = re.compile(  # a time stamp, a logger's or a rank's name before the key
+    r"(?:\[[^\]\n]{1,40}\]|\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d)?(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?|\d{10}(?:\.\d+)?(?= )"
+    r"|\d\d:\d\d:\d\d(?:[.,]\d+)?|(?:INFO|DEBUG|WARNING)\b(?::root:)?|rank ?\d+\b)[\s:|>-]*"
+)
+_STEP = re.compile(
+    rf"(?:step[: ] ?)?(\d+)/(\d+):? +(train_loss|val_loss)[:=] ?{_NUMBER}(?:,? +val_bpb[:=] ?{_NUMBER})?(.*)$"
+)
+_TRAIN_TIME = re.compile(rf"train_time[:=] ?{_TIME}")
+_STOPPED = re.compile(rf"stopping_early:.* train_time[:=] ?{_TIME} step[:=] ?(\d+)")
+_LOSS, _BPB = (re.compile(rf"\b{key}[:=] ?{_NUMBER}") for key in ("val_loss", "val_bpb"))
+_STAGE_TIME = re.compile(rf"\b(?:eval_time|elapsed)[:=] ?{_TIME}")
+_WHOLE_EVAL = re.compile(rf"total_eval_time[:=] ?{_TIME}")
+_ADAPTED = re.compile(
+    rf"(?i)\b(\w*(?:ttt|adapt|lora|sgd)\w*)\b.*?\b(?:time|elapsed|took|done|finished|in)\b[^\d\n]{{0,12}}{_TIME}"
+)
+_UNTIMED = re.compile(r"(?i)compil|warm|random tokens|val_loss|train_time")
+_GATES = re.compile(r"(\w+)_gate=(\d+)")
+_PAIR = re.compile(r"(?:^|[\s:])([a-z][a-z0-9_]*)[:=] ?([^\s:=]+)(?=\s|$)")
+_VAL_TOKENS = re.compile(rf"(?i)\bval(?:idation)?[ _]tokens ?[:=] ?{_COUNT}(?=\s|$)")
+_TOTAL = re.compile(rf"(?i)\btotal[ _]submission[ _]size([^:\n]*): ?{_COUNT}")
+_CODE = re.compile(rf"(?i)\bcode[ _]size([^:\n]*): ?{_COUNT}")
+_MODEL = re.compile(rf"(?i)\bserialized[ _]model[ _][^:\n]*: ?{_COUNT}")
+_CLAIM = re.compile(rf"claimed_bpb: ?{_NUMBER}(?: z_mean: ?{_NUMBER} z_max: ?{_NUMBER})?")
+_DEVICE = re.compile(r"NVIDIA (?:H\d+|A\d+|B\d+|GeForce RTX \d+)[^|\n]{0,24}")
+_DIAGNOSTIC = re.compile(r"(?i)diagnostic|pre-?_?quant|post-?_?ema$")
+_RULER = re.compile(r"^={80,}\s*$", re.M)
+_CODE_LINE = re.compile(r'(?:import |from \w|def |class |@|#|"""|\'\'\')')
+_IS_SOURCE = re.compile(r"^(?:import \w|from \w[\w.]* import |exec\()", re.M)
+_MEASURES = re.compile(r"^(?:step:)?\d+/\d+ (?:train|val)_loss:", re.M)
+_SECONDS = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "seconds": 1.0, "m": 60.0, "min": 60.0}
+_MEASURED = {"step", "warmup_step", "train_loss", "val_loss", "val_bpb", "train_time", "step_avg", "eval_time"}
+_FACTS = {"world_size", "train_shards", "val_tokens", "tokens", "model_params", "dataset", "seed", "run_id"}
+
+
+def _seconds(number: str, unit: str) -> float:
+    return float(number) * _SECONDS[unit]
+
+
+def _rounding(number: str, unit: str) -> float:
+    """Half a unit of the last digit printed, in seconds: 9.9m may be 591 s."""
+    return 0.5 * 10.0 ** -len(number.partition(".")[2]) * _SECONDS[unit]
+
+
+def _whole(count: str) -> int:
+    return int(re.sub(r"[,_]", "", count))
+
+
+# ---- The parts of a log
+
+
+def sections(text: str) -> Iterator[tuple[bool, str]]:
+    """(whether it is source, its text) of the parts between lines of `=`; log lines before printed source stand apart."""
+    for part in _RULER.split(text):
+        lines = part.strip("\n").split("\n")
+        first = next((n for n, line in enumerate(lines) if _CODE_LINE.match(line)), 0)
+        if not _RULER.search(text) or not _IS_SOURCE.search(part) or _MEASURES.search(part):
+            yield False, part
+            continue
+        if first:
+            yield False, "\n".join(lines[:first])
+        yield True, "\n".join(lines[first:]) + "\n"
+
+
+def dumped_source(text: str) -> str | None:
+    """The script that the baseline and its heirs print in their logs, closed by a line of `=`."""
+    return next((part for is_source, part in sections(text) if is_source), None) if _RULER.search(text) else None
+
+
+# ---- Runs
+
+
+class _Reader:
+    """Collects runs line by line. A second script, or steps that begin anew after an end, start the next run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.runs, self.pairs, self.source = path, [], {}, None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.run = Run(self.path, info={})
+        self.diagnostics, self.labelled_total = set(), False
+
+    def dump(self, source: str) -> None:
+        if self.run.steps or self.run.vals or self.run.stages:
+            self.close()
+        self.source = source
+
+    def line(self, line: str) -> None:
+        line = line.strip()
+        while match := _BEFORE_KEY.match(line):
+            line = line[match.end() :]
+        if not self._measure(line):
+            found = {k: v.rstrip(",") for k, v in _PAIR.findall(line) if k not in _MEASURED}
+            if match := _VAL_TOKENS.search(line):
+                found["val_tokens"] = str(_whole(match[1]))
+            self.pairs.update(found)
+
+    def _measure(self, line: str) -> bool:
+        """Takes one line's measurement into the run; False if the line carries none."""
+        if match := _STEP.match(line):
+            self._step(match)
+        elif match := _STOPPED.match(line):
+            self.run.train_end = {
+                "steps": int(match[3]),
+                "train_s": _seconds(match[1], match[2]),
+                "reason": "wallclock",
+            }
+        elif match := _CLAIM.match(line):
+            z_mean, z_max = (float(g) if g else None for g in match.groups()[1:])
+            self.run.claims.append({"claimed_bpb": float(match[1]), "z_mean": z_mean, "z_max": z_max})
+        elif line.startswith("score val_bpb:"):
+            self.run.score, self.run.ended = _score_line(self.run, dict(_PAIR.findall(line))), "ok"
+        elif (loss := _LOSS.search(line)) and (bpb := _BPB.search(line)):
+            self._stage(line, loss, bpb)
+        elif match := _WHOLE_EVAL.match(line):
+            self.run.info["total_eval_s"] = _seconds(match[1], match[2])
+        elif line.startswith("ngram_tilt:hints"):
+            self.run.info["gates"] = {name: int(n) for name, n in _GATES.findall(line) if int(n)}
+        else:
+            return self._size(line) or self._adaptation(line)
+        return True
+
+    def _step(self, match: re.Match) -> None:
+        step, total, key, value, bpb, rest = match.groups()
+        if int(step) < (self.run.last_step or 0) and (self.run.stages or int(step) <= 1):
+            self.close()
+        clock = _TRAIN_TIME.search(rest)
+        event = {"step": int(step), "total": int(total), key: float(value), "train_s": None}
+        if clock:
+            event |= {"train_s": _seconds(*clock.groups()), "rounding_s": _rounding(*clock.groups())}
+        if key == "val_loss":
+            event["val_bpb"] = float(bpb) if bpb else None
+        (self.run.steps if key == "train_loss" else self.run.vals).append(event)
+        self._adopt()
+
+    def _stage(self, line: str, loss: re.Match, bpb: re.Match) -> None:
+        """`final_sliding_window_eval_exact stride:64 val_loss:.. val_bpb:..`: words with a value do not name the stage."""
+        head = line[: min(loss.start(), bpb.start())].strip(" :,|-").split()
+        words = [w.strip(":,") for w in head if not re.fullmatch(r"[\w.-]+[:=][\w.,/-]+", w)] or [
+            w.partition(":")[0] for w in head[:1]
+        ]
+        name = re.sub(r"^final_|_exact$", "", "_".join(words)) or "final"
+        if len(name) > 60 or not re.match(r"\w", name):
+            return  # prose
+        clock = _STAGE_TIME.search(line)
+        seconds = _seconds(*clock.groups()) if clock else self.run.stages.get(name, {}).get("seconds")
+        self._adopt()
+        entry = {"stage": name, "val_loss": float(loss[1]), "val_bpb": float(bpb[1]), "seconds": seconds}
+        self.run.stages.pop(name, None)
+        self.run.stages[name] = entry
+        if _DIAGNOSTIC.search(name):
+            self.diagnostics.add(name)
+
+    def _size(self, line: str) -> bool:
+        """Bytes of model, code and both; a total with a compressor's name counts before the bare one of raw weights."""
+        pack = self.run.pack or {}
+        if match := _CODE.search(line):
+            raw = re.search(r"(?i)uncompressed|\braw\b|source", match[1])
+            pack["code_uncompressed" if raw else "code_bytes"] = _whole(match[2])
+            pack.setdefault("code_bytes", _whole(match[2]))
+        if match := _TOTAL.search(line):
+            labelled = bool(match[1].strip(" _"))
+            if labelled or not self.labelled_total:
+                pack["total_bytes"], self.labelled_total = _whole(match[2]), labelled
+        if match := _MODEL.search(line):
+            pack["artifact_bytes"] = _whole(match[1])
+        changed = pack != (self.run.pack or {})
+        self.run.pack = pack or None
+        return changed
+
+    def _adaptation(self, line: str) -> bool:
+        match = None if _UNTIMED.search(line) else _ADAPTED.search(line)
+        if match:
+            times = self.run.info.setdefault("adapt_s", {})
+            name = "adaptation" if "adapt" in match[0].lower() else match[1]
+            times[name] = max(times.get(name, 0.0), _seconds(match[2], match[3]))
+        return bool(match)
+
+    def _adopt(self) -> None:
+        """The key:value lines read so far describe the run that measures now."""
+        if self.pairs or self.source:
+            if not (self.run.config or self.run.info.get("described")):
+                _describe(self.run, self.pairs)
+                self.run.info["described"], self.run.source = True, self.source
+            elif "val_tokens" in self.pairs:  # of the evaluation's own lines
+                self.run.info["data"].setdefault("val_tokens", _whole(self.pairs["val_tokens"]))
+            self.pairs, self.source = {}, None
+
+    def close(self) -> None:
+        """Ends the run: its last stage that is no diagnostic is the score. What stands before the next one is the next one's."""
+        run, pairs, source = self.run, self.pairs, self.source
+        if not (run.steps or run.vals or run.stages):
+            return
+        if not run.info.pop("described", None):
+            _describe(run, {})
+        final = [name for name in run.stages if name not in self.diagnostics]
+        if final and not run.score:
+            run.score = {**run.stages[final[-1]], "train_s": run.train_s, "complete": True}
+            run.ended = "ok"
+        if run.score and "eval_s" not in run.score:
+            run.score["eval_s"] = _eval_seconds(run)
+        if run.pack and run.score:
+            run.score.setdefault("total_bytes", run.pack.get("total_bytes"))
+        self.runs.append(run)
+        self._begin()
+        self.pairs, self.source = pairs, source
+
+
+def _eval_seconds(run: Run) -> float | None:
+    """The log's own total, or the score's stage and what adapted apart from it; else the longest stage."""
+    if whole := run.info.pop("total_eval_s", None):
+        return whole
+    seconds = [e["seconds"] for e in run.stages.values() if e.get("seconds") is not None]
+    stage = run.score.get("seconds") or max(seconds, default=None)
+    apart, perhaps = 0.0, 0.0
+    for name, took in run.info.get("adapt_s", {}).items():
+        adapts = bool(re.search("ttt|adapt|lora|sgd", str(run.score["stage"])))
+        if stage is None or took > 1.01 * stage or (name == "adaptation" and not adapts):
+            apart = max(apart, took)
+        elif not adapts or (name == "adaptation" and took < 0.97 * stage):
+            perhaps = max(perhaps, took)  # the stage's time may hold it
+    if perhaps:
+        run.info["eval_s_if_apart"] = (stage or 0.0) + apart + perhaps
+    return (stage or 0.0) + apart if stage is not None or apart else None
+
+
+def _describe(run: Run, pairs: dict[str, str]) -> None:
+    """Key:value lines before the first step: the config as this tool knows it, and the few facts it asks for."""
+    run.config = {k.upper(): literal(v) for k, v in pairs.items() if k not in _FACTS}
+    seed = int(pairs["seed"]) if pairs.get("seed", "").isdigit() else seed_in_name(run.path)
+    run.info |= {"seed": seed, "run_id": pairs.get("run_id", run.path.stem)}
+    for key, name in (("world_size", "world_size"), ("model_params", "params")):
+        if key in pairs:
+            run.info[name] = literal(pairs[key])
+    shards, tokens = pairs.get("train_shards"), pairs.get("val_tokens", pairs.get("tokens"))
+    tokens = tokens and re.sub(r"(?<=\d)[,_](?=\d)", "", tokens)
+    data = {"path": pairs.get("dataset"), "train_shards": shards and shards.partition("/")[0], "val_tokens": tokens}
+    run.info["data"] = {k: literal(v) for k, v in data.items() if v is not None}
+    if "tokenizer_path" in pairs:
+        run.info["tokenizer"] = {"path": pairs["tokenizer_path"]}
+
+
+def _score_line(run: Run, pairs: dict[str, str]) -> dict:
+    """The last line of our own text logs, as the score event of the JSON log."""
+    whole = {k: int(pairs[k]) for k in ("artifact_bytes", "code_bytes", "total_bytes", "limit") if k in pairs}
+    seconds = {f"{k}_s": float(pairs[f"{k}_time"].rstrip("s")) for k in ("train", "eval") if f"{k}_time" in pairs}
+    stage = run.stages.get(pairs.get("stage", ""), {})
+    run.pack = {**(run.pack or {}), **whole}
+    figures = {"val_bpb": stage.get("val_bpb", float(pairs["val_bpb"])), "val_loss": stage.get("val_loss")}
+    return {"stage": pairs.get("stage", "?"), **figures, **whole, **seconds, "complete": True}
+
+
+def literal(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def seed_in_name(path: Path) -> int | None:
+    """The seed that a log's name, or its folder's, speaks of."""
+    for name in (path.stem, path.parent.name):
+        if match := re.search(r"(?:seed|(?:^|_)s)[_-]?(\d+)(?!\d*[a-z])", name, re.I):
+            return int(match[1])
+    return None
+
+
+def read_text_runs(path: Path) -> list[Run]:
+    """Every run of a text log that keeps the baseline's keys; a `UserError` if no line of it is one of those."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    reader = _Reader(path)
+    for is_source, part in sections(text):
+        if is_source:
+            reader.dump(part)
+        else:
+            for line in part.split("\n"):
+                reader.line(line)
+    reader.close()
+    if not reader.runs:
+        raise UserError(
+            f"{path}: no line of a training log in it (step:N/M train_loss:.. or ... val_loss:.. val_bpb:..)"
+        )
+    device = _DEVICE.search(text)
+    for number, run in enumerate(reader.runs, 1):
+        if device:
+            run.info["device_name"] = re.sub(r"\s+(?:On|Off)?\s*$", "", device[0])
+        if len(reader.runs) > 1:
+            run.info["run_id"] = f"{path.stem}#{number}"
+    return reader.runs
