@@ -344,7 +344,6 @@ def test_ranks_count_the_same_text(tiny, script, tmp_path):
         ({"NGRAM_TABLE": "all"}, "NGRAM_TABLE='all': expected none or a list of pr1095, exact"),
         ({"NGRAM_SCORE": "claimed", "NGRAM_CLAIM": "pr1095"}, "NGRAM_TABLE=none lacks pr1095"),
         ({"EVAL_STAGES": "table"}, "stage table needs NGRAM_TABLE=exact"),
-        ({"NGRAM_TABLE": "exact", "NGRAM_MIX": "tilt"}, "NGRAM_MIX=tilt tilts the network itself"),
         ({"NGRAM_TABLE_BYTES": 10}, "NGRAM_TABLE_BYTES=10"),
         (
             {"RECIPE": "pr1095", "NGRAM_ORDERS": "2,3"},

@@ -209,7 +209,7 @@ def test_lanes_give_the_evaluators_distributions(recipe):
 
 @pytest.mark.parametrize("mix", tg.NGRAM_MIXES)
 def test_every_mixture_codes_as_it_scores(mix, tokenizer, sample_text):
-    cfg = load(NGRAM_MIX=mix, NGRAM_ORDER=3 if mix == "tilt" else 6, NGRAM_UPDATE_TOKENS=64)
+    cfg = load(NGRAM_MIX=mix, NGRAM_ORDER=6, NGRAM_UPDATE_TOKENS=64)
     codec = tc.Codec(open_tiny(cfg, tokenizer), 2)
     data = sample_text[:900].encode() + b" and once more: " + sample_text[:600].encode()
     packed, tokens = codec.compress_text(data), np.array(tokenizer.sp.encode(data.decode()))
