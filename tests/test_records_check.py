@@ -4,6 +4,7 @@ import bz2
 import json
 import lzma
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -752,6 +753,13 @@ def test_a_finding_in_a_one_line_program_shows_its_name():
     assert (
         finding.name == "prequant_ttt_epochs" and "prequant_ttt_epochs=21" in finding.text and len(finding.text) < 160
     )
+
+
+def test_text_that_the_terminal_cannot_show_is_shown_escaped(folder):
+    (folder / "train_gpt.py").write_bytes(b"# -*- coding: latin-1 -*-\nprequant_ttt = '\xe9\xff'\n" + SCRIPT.encode())
+    tool = [sys.executable, str(ROOT / "records" / "report.py"), "check", str(folder)]
+    done = subprocess.run(tool, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert b"Traceback" not in done.stderr and rb"prequant_ttt = '\udce9\udcff'" in done.stdout
 
 
 # ---- Summary and numbers
