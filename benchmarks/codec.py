@@ -21,21 +21,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
+from tools.artifact import Lanes, Predictor, TextTokens, open_predictor, read_artifact
+from tools.codec import Codec, SymbolEncoder
 
 
-def network(lanes: int, length: int, threads: int, ngram: bool) -> tuple[tg.Config, tg.Run, tg.GPT, tg.Lanes]:
-    """The cpu recipe with random weights, in lanes."""
+def random_predictor(threads: int) -> Predictor:
+    """The cpu recipe with random weights."""
     cfg = tg.load_config({"RECIPE": "cpu", "DEVICE": "cpu"}).cfg
     run = tg.Run(cfg, 0, 0, 1, 1)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = tg.GPT(cfg).place(run.device, tg.choose_attention(cfg, run.device)[1]).eval()
-    return cfg, run, model, tg.lane_experts(cfg, run, model, lanes, length, ngram)
+    return Predictor(
+        cfg, run, model, TextTokens(tg.Tokenizer(tg.SAMPLE_DIR / "tokenizer_1024.model", cfg.vocab_size).sp)
+    )
 
 
-def time_steps(lanes: tg.Lanes, text: np.ndarray, steps: int) -> tuple[float, float]:
+def time_steps(lanes: Lanes, text: np.ndarray, steps: int) -> tuple[float, float]:
     """Code `steps` tokens of each lane as the decoder does; (wall seconds, processor seconds)."""
-    coder, wall, processor = tg.SymbolEncoder(), time.perf_counter(), time.process_time()
+    coder, wall, processor = SymbolEncoder(), time.perf_counter(), time.process_time()
     for t in range(steps):
         p = lanes.dist().numpy()
         for lane in range(len(p)):
@@ -57,18 +61,19 @@ def time_recompute(cfg: tg.Config, model: tg.GPT, text: np.ndarray, steps: int) 
 def speed(threads: int) -> None:
     """Tokens a second by lanes, network alone and mixed, and what the cache saves."""
     val = np.asarray(tg.load_split(tg.SAMPLE_DIR, "val")[0][:200_000]).astype(np.int64)
+    predictor = random_predictor(threads)
     print("lanes mixture  tokens/s  per processor second")
     for count in (1, 8, 16, 32, 64):
         for ngram in (False, True):
             steps = 640  # the first window of 512 and a prefill: what a long text averages to, and a little more
-            cfg, _, model, lanes = network(count, steps, threads, ngram)
+            lanes = predictor.lanes(count, steps, ngram)
             text = val[: count * steps].reshape(count, steps)
             wall, processor = time_steps(lanes, text, steps)
             print(
                 f"{count:5d} {'ngram' if ngram else 'none':7} {count * steps / wall:9.0f} {count * steps / processor:9.0f}"
             )
             if count == 16 and not ngram:
-                other_wall, other = time_recompute(cfg, model, text, 4)
+                other_wall, other = time_recompute(predictor.cfg, predictor.model, text, 4)
                 print(f"      cache against recompute: {other / 4 / (processor / steps):.1f}x in processor time, "
                       f"{other_wall / 4 / (wall / steps):.1f}x in wall time")  # fmt: skip
 
@@ -93,12 +98,10 @@ OTHERS = {
 
 def sizes(artifact: Path, files: list[Path], threads: int) -> None:
     """A Markdown table of sizes; every file is decompressed again and compared."""
-    blob = artifact.read_bytes()
-    header = tg.read_header(blob)[0]
-    loaded = tg.load_config({"DEVICE": "cpu", "MODE": "compress", "ARTIFACT": str(artifact)}, header["config"])
-    codec = tg.open_codec(loaded, blob, header)
+    predictor = open_predictor(*read_artifact(str(artifact)))
+    codec = Codec(predictor)
     torch.set_num_threads(threads)
-    print(f"artifact {len(blob):,} bytes; sizes in bytes; restoration is part of ours\n")
+    print(f"artifact {predictor.size:,} bytes; sizes in bytes; restoration is part of ours\n")
     print(f"| file | bytes | ours | ours, bpb | loss | restoration | tokens/s back | {' | '.join(OTHERS)} |")
     print("|---" * (7 + len(OTHERS)) + "|")
     for path in files:

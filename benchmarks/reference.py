@@ -263,7 +263,9 @@ class Trainer:
     @torch.no_grad()
     def validate(self, data: Path, tokenizer: Path) -> tuple[float, float]:
         """(nats per token, bits per byte) of the whole validation split in sequences that do not overlap."""
-        stream = np.concatenate([read_shard(path) for path in sorted(data.glob("fineweb_val_*.bin"))]).astype(np.int64)
+        stream = np.concatenate([read_shard(path) for path in sorted(data.glob("fineweb_val_[0-9]*.bin"))]).astype(
+            np.int64
+        )
         sequences = (len(stream) - 1) // self.s.seq_len
         size, spaced, control = byte_counts(tokenizer, self.s.vocab)
         nats = total_bytes = 0.0

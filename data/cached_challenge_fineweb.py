@@ -4,9 +4,13 @@
     python data/cached_challenge_fineweb.py --variant sp1024 --train-shards 80
     python data/cached_challenge_fineweb.py --list
     python data/cached_challenge_fineweb.py --variant sp8192 --repo kevclark/parameter-golf
+    python data/cached_challenge_fineweb.py --make-caseops --vocab-size 8192 --train-shards 80
 
 The first line fills data/datasets/fineweb10B_sp1024 and data/tokenizers. The validation split always comes whole, with
 its byte counts where an export has them; of the training shards come the first N, in the order of the export.
+
+The last line fetches the documents themselves and makes shards of case-factored text with fused markers from them
+(make_shards.py --caseops) on all cores: the first 50,000 documents are validation, as in every export.
 
 What exists is read from the hub, not from a list kept here: EXPORTS only says where to look first. Every file is
 compared with the hub's size and hash, and a shard's header with its size, before it gets its name; a good file is not
@@ -29,12 +33,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import make_shards
+import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
-from shards import InputError, check_shard, run_tool, sha256_of, sync_folder, write_synced
+from make_shards import OFFICIAL_VAL_DOCS
+from shards import HEADER_BYTES, Failure, InputError, check_shard, locked, run_tool, sha256_of, sync_folder, write_whole
 from tqdm import tqdm
 
 DEFAULT_TRAIN_SHARDS = 80
+DOCUMENTS = "docs_selected.jsonl"
 LAYOUTS = {
     "nested": "{root}/datasets/fineweb10B_{variant}",  # the challenge's own: beside it {root}/tokenizers
     "flat": "fineweb_{variant}",
@@ -89,11 +97,11 @@ class Variant(NamedTuple):
 
 
 def list_files(hub: HfApi, repo: str) -> list[Remote]:
-    """All files of a dataset repository, by path; raises RepositoryError, or InputError if the hub does not answer."""
+    """All files of a dataset repository, by path; raises RepositoryError, or Failure if the hub does not answer."""
     try:
         tree = list(hub.list_repo_tree(repo, recursive=True, repo_type="dataset"))
     except Exception as error:  # the hub library's transport errors share no public base across its versions
-        kind = InputError if status_of(error) is None else RepositoryError
+        kind = Failure if status_of(error) is None else RepositoryError
         raise kind(f"{repo}: {explain(error)}") from None
     files = [item for item in tree if isinstance(item, RepoFile)]
     digests = [f"sha256:{item.lfs.sha256}" if item.lfs else f"git:{item.blob_id}" for item in files]
@@ -233,13 +241,30 @@ def wanted_files(choice: Choice, args: argparse.Namespace) -> dict[str, Remote]:
     for shard in variant.val + variant.train[:count]:
         files[f"datasets/fineweb10B_{variant.name}/{shard.name}"] = shard
     if args.with_docs:
-        documents = [
-            file for file in choice.files if re.fullmatch(r"docs_selected(\.source_manifest)?\.jsonl?", file.name)
-        ]
+        documents = document_files(choice.files)
         if not documents:
-            raise InputError(f"--with-docs: {choice.repo} holds no docs_selected.jsonl")
-        files.update({file.name: file for file in documents})
+            raise InputError(f"--with-docs: {choice.repo} holds no {DOCUMENTS}")
+        files.update(documents)
     return files
+
+
+def document_files(files: list[Remote]) -> dict[str, Remote]:
+    """The untokenised documents of a repository and what describes them, by local path; empty if it has none."""
+    found = {file.name: file for file in files if file.name in (DOCUMENTS, "docs_selected.source_manifest.json")}
+    return found if DOCUMENTS in found else {}
+
+
+def choose_documents(hub: HfApi, args: argparse.Namespace) -> tuple[str, dict[str, Remote]]:
+    """(repository, files) of the first export that holds the untokenised documents; InputError if none does."""
+    seen = []
+    for export in candidates(args, args.variant):
+        try:
+            if files := document_files(list_files(hub, export.repo)):
+                return export.repo, files
+            seen.append(f"{export.repo} holds none")
+        except RepositoryError as error:
+            seen.append(str(error))
+    raise InputError(f"--make-caseops needs {DOCUMENTS}: {'; '.join(seen)}")
 
 
 # ---- fetching
@@ -269,9 +294,7 @@ class Record:
     def add(self, local: str, digest: str) -> None:
         with self.lock:
             self.digests[local] = digest
-            aside = self.path.with_suffix(f".{os.getpid()}.partial")  # other downloads may run beside this one
-            write_synced(aside, json.dumps(self.digests, indent=1).encode())
-            os.replace(aside, self.path)
+            write_whole(self.path, json.dumps(self.digests, indent=1).encode())
 
 
 def fault(path: Path, remote: Remote) -> str | None:
@@ -302,19 +325,21 @@ def is_good(out: Path, local: str, remote: Remote, record: Record, verify: bool)
 
 
 def fetch(hub: HfApi, repo: str, remote: Remote, target: Path, staging: Path) -> None:
-    """Download one file aside, verify it and give it its name; damaged twice is an InputError."""
+    """Download one file aside, verify it and give it its name; damaged twice is a Failure."""
     for last in (False, True):
         try:
             got = hub.hf_hub_download(repo, remote.path, repo_type="dataset", local_dir=staging, force_download=last)
         except Exception as error:  # as in list_files
-            raise InputError(f"{repo}: {remote.path}: {explain(error)}; start again to continue") from None
+            if isinstance(error, OSError) and error.errno:  # a full disk, which run_tool names
+                raise
+            raise Failure(f"{repo}: {remote.path}: {explain(error)}; start again to continue") from None
         problem = fault(Path(got), remote)
         if problem is None:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(got, target)
             sync_folder(target.parent)
             return
-    raise InputError(f"{repo}: {remote.path} arrived damaged twice: {problem}")
+    raise Failure(f"{repo}: {remote.path} arrived damaged twice: {problem}")
 
 
 def check_space(out: Path, missing: dict[str, Remote]) -> None:
@@ -327,28 +352,29 @@ def check_space(out: Path, missing: dict[str, Remote]) -> None:
         )
 
 
-def fetch_all(hub: HfApi, choice: Choice, files: dict[str, Remote], args: argparse.Namespace) -> int:
-    """Fetch what is missing, several files at a time; returns how many were fetched."""
-    (args.out / "datasets").mkdir(parents=True, exist_ok=True)
-    record = Record(args.out / "datasets" / ".verified.json")
-    staging = args.out / "datasets" / f".{choice.variant.name}.partial"
-    checked = tqdm(files.items(), desc="checking files", unit="file", disable=None, leave=False)
-    missing = {k: file for k, file in checked if not is_good(args.out, k, file, record, args.verify)}
-    check_space(args.out, missing)
-    with (
-        ThreadPoolExecutor(args.jobs) as pool,
-        tqdm(total=len(missing), desc="files", unit="file", disable=None) as bar,
-    ):
-        tasks = {pool.submit(fetch, hub, choice.repo, file, args.out / k, staging): k for k, file in missing.items()}
-        try:
-            for task in as_completed(tasks):
-                task.result()
-                record.add(tasks[task], missing[tasks[task]].digest)
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    shutil.rmtree(staging, ignore_errors=True)
+def fetch_all(hub: HfApi, repo: str, name: str, files: dict[str, Remote], args: argparse.Namespace) -> int:
+    """Fetch what is missing for variant `name`, several files at a time; returns how many were fetched."""
+    datasets = args.out / "datasets"
+    staging = datasets / f".{name}.partial"
+    with locked(datasets / f"fineweb10B_{name}"):
+        record = Record(datasets / ".verified.json")
+        checked = tqdm(files.items(), desc="checking files", unit="file", disable=None, leave=False)
+        missing = {k: file for k, file in checked if not is_good(args.out, k, file, record, args.verify)}
+        check_space(args.out, missing)
+        with (
+            ThreadPoolExecutor(args.jobs) as pool,
+            tqdm(total=len(missing), desc="files", unit="file", disable=None) as bar,
+        ):
+            tasks = {pool.submit(fetch, hub, repo, file, args.out / k, staging): k for k, file in missing.items()}
+            try:
+                for task in as_completed(tasks):
+                    task.result()
+                    record.add(tasks[task], missing[tasks[task]].digest)
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        shutil.rmtree(staging, ignore_errors=True)
     return len(missing)
 
 
@@ -366,6 +392,28 @@ def list_exports(hub: HfApi, args: argparse.Namespace) -> None:
             print(error)
 
 
+def validation_documents(shards: list[Path]) -> int:
+    """BOS tokens in the validation shards among `shards`: an export with another split leaks validation into training."""
+    val = [path for path in shards if re.match(r"fineweb_val_\d", path.name)]
+    return sum(int((np.fromfile(path, "<u2", offset=HEADER_BYTES) == 1).sum()) for path in val)
+
+
+def make_caseops(hub: HfApi, args: argparse.Namespace) -> None:
+    """From the published documents to shards of case-factored text; a call that was stopped is simply made again."""
+    name = f"sp{args.vocab_size}_caseops_fused"
+    folder = args.out / "datasets" / f"fineweb10B_{name}"
+    if (folder / "manifest.json").is_file():
+        print(f"{folder} is made already; delete it to make it again")
+        make_shards.report(json.loads((folder / "manifest.json").read_text()), folder)
+        return
+    repo, files = choose_documents(hub, args)
+    fetched = fetch_all(hub, repo, name, files, args)
+    print(f"{repo}: {fetched} file(s) fetched, {len(files) - fetched} were there and good", flush=True)
+    words = ["--caseops", "--official-split", "--resume", "--vocab-size", args.vocab_size, "--out", folder]
+    words += ["--train-shards", args.train_shards or DEFAULT_TRAIN_SHARDS, args.out / DOCUMENTS]
+    make_shards.main([str(word) for word in words])
+
+
 def report(choice: Choice, files: dict[str, Remote], fetched: int, out: Path) -> None:
     """Say what is there now, with the settings that use it."""
     variant = choice.variant
@@ -375,6 +423,9 @@ def report(choice: Choice, files: dict[str, Remote], fetched: int, out: Path) ->
               for split in ("train", "val")}  # fmt: skip
     print(f"{choice.repo}: {fetched} file(s) fetched, {len(files) - fetched} were there and good")
     print(f"{tokens['train']:,} training tokens, {tokens['val']:,} validation tokens")
+    if variant.name.startswith("sp") and (documents := validation_documents(shards)) != OFFICIAL_VAL_DOCS:
+        print(f"validation holds {documents:,} documents, the official split {OFFICIAL_VAL_DOCS:,}: scores on it are no challenge scores, "
+              "and training shards that go with it may hold official validation text")  # fmt: skip
     extra = len(list(folder.glob("fineweb_train_*.bin"))) - sum("/fineweb_train_" in local for local in files)
     if extra:
         print(f"{extra} more training shard(s) from earlier downloads are in the folder and will be used too")
@@ -404,6 +455,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--root", default=os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"), metavar="FOLDER",
         help="folder of the nested layout (datasets)")  # fmt: skip
     add("--layout", help="nested, flat, or a folder with {variant} in it (known or found by itself)")
+    add("--make-caseops", action="store_true", help="shards of case-factored text from the untokenised documents")
+    add("--vocab-size", type=make_shards.positive, metavar="N", default=8192, help="with --make-caseops: pieces (8192)")
     add("--with-docs", action="store_true", help="also the untokenised documents, tens of gigabytes")
     add("--out", type=Path, default=Path(__file__).resolve().parent, metavar="DIR",
         help="folder that receives datasets/ and tokenizers/ (the folder of this script)")  # fmt: skip
@@ -418,9 +471,12 @@ def main(argv: list[str] | None = None, hub: HfApi | None = None) -> None:
     if args.list:
         list_exports(hub, args)
         return
+    if args.make_caseops:
+        make_caseops(hub, args)
+        return
     choice = choose(hub, args)
     files = wanted_files(choice, args)
-    fetched = fetch_all(hub, choice, files, args)
+    fetched = fetch_all(hub, choice.repo, choice.variant.name, files, args)
     report(choice, files, fetched, args.out)
 
 

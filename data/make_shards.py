@@ -4,44 +4,66 @@
     python data/make_shards.py corpus.jsonl.zst --out data/datasets/mine --vocab-size 1024 --val-docs 500
     python data/make_shards.py corpus.jsonl --out data/datasets/mine --tokenizer data/tokenizers/fineweb_1024_bpe.model
 
-Inputs, in the order given: .jsonl, .jsonl.gz, .jsonl.zst (one {"text": ...} a line is one document) and .txt (one
-document, or one between blank lines with --blank-line-docs). The first --val-docs documents are the validation split.
-A new tokenizer is trained on the other documents only.
+Inputs, in the order given: .jsonl (one {"text": ...} a line is one document) and .txt (one document; with
+--blank-line-docs one between blank lines, with --doc-bytes one every so many bytes), plain, .gz or .zst. The first
+--val-docs documents are the validation split. A new tokenizer is trained on the other documents only.
 
 DIR receives fineweb_val_*.bin, fineweb_train_*.bin, the tokenizer and manifest.json, all of them or none. Each document
 is its BOS and its pieces; every one is checked to decode to its normalised text, byte for byte as a scorer counts them.
 Point DATA_PATH at DIR and TOKENIZER_PATH at the tokenizer. The same input and settings give the same bytes.
+
+With --caseops the shards hold text whose case is factored out (caseops.py), and fineweb_val_bytes_*.bin the bytes of the
+original text for each validation token. An operator after a space is one piece with it unless --no-fused-markers.
 """
 
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
-import gzip
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import caseops
 import numpy as np
 import sentencepiece
-import zstandard
-from shards import SPACE, InputError, run_tool, sha256_of, shard_header, shard_name, sync_folder, write_synced
+from shards import (
+    SPACE,
+    Failure,
+    locked,
+    run_tool,
+    sha256_of,
+    shard_header,
+    shard_name,
+    sync_folder,
+    write_synced,
+    write_whole,
+)
+from text import Document, InputError, is_jsonl, read_documents
 from tqdm import tqdm
 
 OFFICIAL_VAL_DOCS = 50_000
+FIELD_SHARDS = 80  # what the published exports hold and runs of the field train on
 BATCH_CHARS = 1 << 19  # text handed to a worker at a time: large enough to hide the hand-over, small enough to share
-SETTINGS = ("val_docs", "shard_tokens", "blank_line_docs", "drop_copies")  # what decides the bytes, for the manifest
-STAGING = ".make_shards.partial"
+# What decides the bytes of the shards, for the manifest; and what else must be equal for a job to go on.
+SETTINGS = "val_docs shard_tokens blank_line_docs doc_bytes drop_copies".split()
+OTHER_SETTINGS = "vocab_size character_coverage tokenizer_bytes caseops fused_markers train_shards".split()
+STAGING, PROGRESS = ".make_shards.partial", "progress.json"
 # What published tokenizers of the challenge are trained with: all text is representable (bytes), digits stand alone.
 TRAINER = {
     "model_type": "bpe",
@@ -59,123 +81,36 @@ TRAINER = {
 # ---- documents
 
 
-class Document(NamedTuple):
-    """One text and where it came from ("file:line"), for messages."""
-
-    text: str
-    where: str
-
-
-def zstd_blocks(file: io.BufferedIOBase, name: str) -> Iterator[bytes]:
-    """Decompressed bytes of all frames; unlike the library's stream reader it notices a file cut short."""
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    fresh = True
-    while block := file.read(1 << 18):
-        while block:
-            yield frame.decompress(block)
-            fresh, block = False, b""
-            if frame.eof:
-                block, fresh = frame.unused_data, True
-                frame = zstandard.ZstdDecompressor().decompressobj()
-    if not fresh:
-        raise InputError(f"{name}: the zstd stream ends early; the file is cut short")
-
-
-def blocks(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
-    """Decompressed bytes of an open file by its name's ending; damage raises InputError."""
-    try:
-        if path.suffix == ".zst":
-            yield from zstd_blocks(file, str(path))
-            return
-        plain = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-        while block := plain.read(1 << 20):
-            yield block
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise InputError(f"{path}: cannot be decompressed ({error})") from None
-
-
-def text_of(path: Path, parts: Iterable[bytes]) -> Iterator[str]:
-    """UTF-8 text of byte blocks, a byte-order mark removed; other encodings raise InputError."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    try:
-        for part in parts:
-            yield decoder.decode(part)
-        yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason}); convert it first") from None
-
-
-def lines_of(parts: Iterable[str]) -> Iterator[str]:
-    """Lines ended by newline alone: str.splitlines would also cut inside a JSON string at U+2028."""
-    rest = ""
-    for part in parts:
-        *full, rest = (rest + part).split("\n")
-        yield from full
-    if rest:
-        yield rest
-
-
-def parse_line(line: str, where: str) -> Document:
-    """The document on one JSON line; raises InputError where there is none."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error}); each line must be an object with a string under text") from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise InputError(f'{where}: no string under "text"; each line must be {{"text": "..."}}')
-    if re.search(r"\\u[dD]", line) and re.search(r"[\ud800-\udfff]", text):
-        raise InputError(f"{where}: the text holds half a surrogate pair, which is no character")
-    return Document(text, where)
-
-
-def paragraphs(path: Path, lines: Iterable[str]) -> Iterator[Document]:
-    """Documents between blank lines of a .txt file."""
-    held: list[str] = []
-    start = 1
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            held.append(line)
-            continue
-        if held:
-            yield Document("\n".join(held), f"{path}:{start}")
-        held, start = [], number + 1
-    if held:
-        yield Document("\n".join(held), f"{path}:{start}")
-
-
-def file_documents(path: Path, blank_line_docs: bool, progress: Callable[[int], object]) -> Iterator[Document]:
-    """Documents of one file in order; `progress` is told how many bytes of the file were consumed since the last."""
-    with path.open("rb") as file:
-        seen = 0
-        text = text_of(path, blocks(path, file))
-        if path.suffix == ".txt" and not blank_line_docs:
-            found: Iterable[Document] = [Document("".join(text), str(path))]
-        elif path.suffix == ".txt":
-            found = paragraphs(path, lines_of(text))
-        else:
-            numbered = enumerate(lines_of(text), 1)
-            found = (parse_line(line, f"{path}:{number}") for number, line in numbered if line.strip())
-        for document in found:
-            yield document
-            progress(file.tell() - seen)
-            seen = file.tell()
-
-
 class Corpus(NamedTuple):
     """The input files, read anew by each pass."""
 
     paths: list[Path]
     blank_line_docs: bool
+    doc_bytes: int
+    official: bool  # a document without text is a mistake: the published split counts it
 
     def documents(self, label: str) -> Iterator[Document]:
         """Documents that are more than white space, in order, under a progress bar (on a terminal)."""
         total = sum(path.stat().st_size for path in self.paths)
         with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None) as bar:
             for path in self.paths:
-                for document in file_documents(path, self.blank_line_docs, bar.update):
+                for document in read_documents(path, self.blank_line_docs, self.doc_bytes, bar.update):
                     if document.text.strip():
                         yield document
+                    elif self.official:
+                        raise InputError(f"{document.where}: an empty document, which the official split would count")
+
+    def too_few(self, count: int, val_docs: int) -> InputError:
+        """The complaint of `count` documents that the validation split uses up."""
+        remedy = f"choose fewer (the official split is {OFFICIAL_VAL_DOCS:,})"
+        whole = not (self.blank_line_docs or self.doc_bytes) and not all(map(is_jsonl, self.paths))
+        if whole:
+            remedy = (
+                "a text file is one document; --blank-line-docs makes one of what stands between blank lines, "
+                f"--doc-bytes 4000 one of every 4,000 bytes; then {remedy}"
+            )
+        documents = f"{count:,} document{'s' * (count != 1)}"
+        return InputError(f"--val-docs {val_docs}: the input has {documents}, so none is left for training; {remedy}")
 
 
 def check_inputs(paths: list[Path]) -> None:
@@ -183,39 +118,43 @@ def check_inputs(paths: list[Path]) -> None:
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: no such file")
-        if not re.search(r"\.(txt|jsonl|jsonl\.gz|jsonl\.zst)$", path.name):
-            raise InputError(f"{path}: unknown ending; expected .txt, .jsonl, .jsonl.gz or .jsonl.zst")
+        if not re.search(r"\.(txt|jsonl)(\.gz|\.zst)?$", path.name):
+            raise InputError(f"{path}: unknown ending; expected .txt or .jsonl, or one of them with .gz or .zst")
 
 
 # ---- tokenizer
 
 
-def training_lines(documents: Iterable[Document], val_docs: int, limit: int) -> Iterator[str]:
-    """Lines of the documents after the validation split, up to `limit` bytes: the tokenizer never sees validation."""
+def training_lines(corpus: Corpus, args: argparse.Namespace) -> Iterator[str]:
+    """What a tokenizer is trained on: lines after the validation split, which it never sees, up to --tokenizer-bytes."""
     used = count = 0
-    for count, document in enumerate(documents, 1):
-        if count <= val_docs:
+    for count, document in enumerate(corpus.documents("tokenizer"), 1):
+        if count <= args.val_docs:
             continue
         for line in document.text.split("\n"):
             if line.strip():
                 used += len(line.encode())
-                yield line
-        if used >= limit:
+                yield caseops.encode(caseops.normalize(line)) if args.caseops else line
+        if used >= args.tokenizer_bytes:
             return
     if not used:
-        raise too_few_documents(count, val_docs)
+        raise corpus.too_few(count, args.val_docs)
 
 
-def too_few_documents(count: int, val_docs: int) -> InputError:
-    """The complaint of a corpus that the validation split would use up."""
-    return InputError(
-        f"--val-docs {val_docs}: the input has {count:,} documents, so none is left for training; "
-        f"choose fewer (the official split is {OFFICIAL_VAL_DOCS:,})"
-    )
+FEWEST_PIECES = 4 + 256 + len(caseops.OPERATORS) + len(caseops.FUSED)  # special pieces, bytes, operators
 
 
-def train_tokenizer(lines: Iterator[str], vocab_size: int, coverage: float) -> bytes:
-    """Serialised SentencePiece BPE model of exactly `vocab_size` pieces; InputError where the text cannot fill it."""
+def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """SentencePiece's settings: with --caseops the text is normalised before, and operators are pieces (ids 4 to 10)."""
+    if not args.caseops:
+        return TRAINER
+    symbols = [*caseops.OPERATORS, *(caseops.FUSED if args.fused_markers else ())]
+    changes = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return {**TRAINER, **changes, "user_defined_symbols": symbols}
+
+
+def train_tokenizer(lines: Iterator[str], vocab_size: int, settings: dict[str, Any]) -> bytes:
+    """Serialised SentencePiece model of exactly `vocab_size` pieces; InputError where the text cannot fill it."""
     model = io.BytesIO()
     failure: list[InputError] = []
 
@@ -230,10 +169,9 @@ def train_tokenizer(lines: Iterator[str], vocab_size: int, coverage: float) -> b
             sentence_iterator=guarded(),
             model_writer=model,
             vocab_size=vocab_size,
-            character_coverage=coverage,
             max_sentence_length=1 << 30,  # by default lines above 4,192 bytes would be left out in silence
             minloglevel=2,
-            **TRAINER,
+            **settings,
         )
     except (RuntimeError, OSError) as error:
         raise (failure or [vocabulary_error(vocab_size, str(error))])[0] from None
@@ -246,10 +184,14 @@ def vocabulary_error(vocab_size: int, reason: str) -> InputError:
     """The trainer's complaint in terms of --vocab-size."""
     most = re.search(r"value <= (\d+)", reason)
     least = re.search(r"required_chars\. \d+ vs (\d+)", reason) or re.search(r"smaller than (\d+)", reason)
+    if "all_chars_count" in reason:
+        return InputError("the training documents hold no character after normalisation; a tokenizer needs text")
     if most:
         remedy = f"this text fills at most {most[1]} pieces; give fewer, or more text"
     elif least:
         remedy = f"the special pieces, 256 bytes and single characters need {least[1]} already; give more"
+        if vocab_size > FEWEST_PIECES:  # so it is the characters that are too many
+            remedy += ", or fewer characters pieces of their own by a lower --character-coverage"
     else:
         remedy = f"the tokenizer could not be trained ({reason.strip()})"
     return InputError(f"--vocab-size {vocab_size}: {remedy}")
@@ -270,89 +212,115 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     return tokenizer
 
 
-def byte_counts(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a scorer counts, per piece: bytes (V,) int64 without a leading space, has that space (V,), is boundary (V,).
+def byte_counts(
+    tokenizer: sentencepiece.SentencePieceProcessor, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the trainer counts, per piece: its own rule, `train_gpt.piece_bytes`; InputError where it refuses the tokenizer."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    import train_gpt  # here, since it takes seconds
 
-    Boundary pieces (control, unknown, unused) stand for no bytes and swallow the space of the piece after them.
-    """
-    size = tokenizer.vocab_size()
-    pieces = [tokenizer.id_to_piece(i) for i in range(size)]
-    byte = np.array([tokenizer.is_byte(i) for i in range(size)])
-    silent = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
-    boundary = np.array([any(test(i) for test in silent) for i in range(size)])
-    length = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces], dtype=np.int64)
-    spaced = np.array([piece.startswith(SPACE) for piece in pieces]) & ~byte & ~boundary
-    return np.where(boundary, 0, np.where(byte, 1, length)), spaced, boundary
+    try:
+        return train_gpt.piece_bytes(tokenizer, name)
+    except train_gpt.ConfigError as error:
+        raise InputError(str(error)) from None
+
+
+class Encoded(NamedTuple):
+    """One document: tokens (n,) uint16, bytes of its normalised text that each adds (n,) uint16, a digest to find copies."""
+
+    tokens: np.ndarray
+    bytes: np.ndarray
+    digest: bytes
 
 
 class Encoder:
-    """Text to checked tokens with one tokenizer."""
+    """Text to checked tokens with one tokenizer, its case factored out or not."""
 
-    def __init__(self, model: bytes, name: str):
-        self.name, self.tokenizer = name, load_tokenizer(model, name)
-        self.length, self.spaced, self.boundary = byte_counts(self.tokenizer)
+    def __init__(self, model: bytes, name: str, case: bool = False):
+        self.name, self.tokenizer, self.case = name, load_tokenizer(model, name), case
+        self.length, self.spaced, self.boundary = byte_counts(self.tokenizer, name)
+        pieces = [self.tokenizer.id_to_piece(i) for i in range(len(self.length))]
+        if case and not set(caseops.OPERATORS) <= set(pieces):
+            raise InputError(
+                f"{name}: no tokenizer for --caseops, which has U+E001 to U+E004 as pieces; train one with --vocab-size"
+            )
+        self.operators, self.escape = caseops.operators_of(pieces), self.tokenizer.piece_to_id(caseops.ESCAPE)
 
-    def normalise(self, text: str) -> str:
-        return self.tokenizer.normalize(text).replace(SPACE, " ")
-
-    def encode(self, document: Document) -> tuple[np.ndarray, str]:
-        """(BOS and pieces as uint16, normalised text); raises InputError if one does not give back the other.
+    def prepare(self, text: str) -> tuple[str, str]:
+        """(normalised text, what the tokenizer is given for it).
 
         A scorer counts no leading space after BOS, so a document starts at its first other character: most tokenizers
         drop leading space themselves, the rest get the text without it.
         """
-        text = self.normalise(document.text)
-        source = text.lstrip(" ") if text.startswith(" ") else document.text
-        ids = self.tokenizer.encode(source)
-        tokens = np.array([self.tokenizer.bos_id(), *ids], dtype=np.int64)
-        self.check(document, tokens, ids, text.lstrip(" "))
-        return tokens.astype(np.uint16), text.lstrip(" ")
+        if self.case:
+            normal = caseops.normalize(text).lstrip(" ")
+            return normal, caseops.encode(normal)
+        normal = self.tokenizer.normalize(text).replace(SPACE, " ")
+        return normal.lstrip(" "), normal.lstrip(" ") if normal.startswith(" ") else text
 
-    def check(self, document: Document, tokens: np.ndarray, ids: list[int], text: str) -> None:
-        if self.tokenizer.decode(ids) != text:
+    def encode(self, document: Document) -> Encoded:
+        """BOS and pieces of a document; raises InputError unless they give back its normalised text and its bytes."""
+        text, source = self.prepare(document.text)
+        ids = self.tokenizer.encode(source)
+        if not self.restores(ids, source, text):
             raise InputError(
                 f"{document.where}: the tokenizer {self.name} does not give this document back; "
                 "use one with byte fallback, or train one with --vocab-size"
             )
-        counted, true = self.count_bytes(tokens), len(text.encode())
-        if counted != true:
+        tokens = np.array([self.tokenizer.bos_id(), *ids], dtype=np.int64)
+        counted, blob = self.count_bytes(tokens), text.encode()
+        if counted.sum() != len(blob):
             raise InputError(
-                f"{document.where}: {counted:,} bytes counted from the tokens of {self.name}, {true:,} in the text; "
-                "scores would be wrong: train a tokenizer with --vocab-size"
+                f"{document.where}: {counted.sum():,} bytes counted from the tokens of {self.name}, {len(blob):,} in the "
+                "text; scores would be wrong: train a tokenizer with --vocab-size"
             )
+        return Encoded(tokens.astype(np.uint16), counted.astype(np.uint16), hashlib.sha256(blob).digest()[:16])
 
-    def count_bytes(self, tokens: np.ndarray) -> int:
-        """Bytes that a scorer counts for the targets tokens[1:], each after its predecessor."""
+    def restores(self, ids: list[int], source: str, text: str) -> bool:
+        """Whether the pieces decode to the normalised text; a stream that comes back does, since it is a bijection of it."""
+        decoded = self.tokenizer.decode(ids)
+        if not self.case or decoded == source:
+            return self.case or decoded == text
+        try:  # a tokenizer that normalises afterwards
+            return caseops.decode(decoded) == text
+        except ValueError:
+            return False
+
+    def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of normalised text that each token adds after its predecessor, (n,) int64; 0 for the first, BOS."""
         inputs, targets = tokens[:-1], tokens[1:]
-        return int(self.length[targets].sum() + (self.spaced[targets] & ~self.boundary[inputs]).sum())
+        counted = self.length[targets] + (self.spaced[targets] & ~self.boundary[inputs])
+        counted = np.concatenate([[0], counted])
+        return caseops.original_bytes(tokens, counted, self.operators, self.escape) if self.case else counted
 
 
 # ---- parallel work
 
 
-class Encoded(NamedTuple):
-    """One document's tokens (n,) uint16, bytes of its normalised text, and a digest that finds copies."""
-
-    tokens: np.ndarray
-    text_bytes: int
-    digest: bytes
-
-
 _encoder: Encoder  # one a worker process, set by start_worker
 
 
-def start_worker(model: bytes, name: str) -> None:
+def start_worker(*settings: Any) -> None:
+    """`settings` are the Encoder's."""
     global _encoder
-    _encoder = Encoder(model, name)
+    _encoder = Encoder(*settings)
+    if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+        threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
+
+
+def leave_with(parent: Any) -> None:
+    """End this process when its parent does, even a killed one: an orphan would go on holding the folder's lock."""
+    parent.join()
+    os._exit(1)
 
 
 def encode_batch(batch: list[Document]) -> list[Encoded] | InputError:
     """Tokens of some documents; a mistake is returned, since an exception would lose its place in the order."""
     try:
-        pairs = [_encoder.encode(document) for document in batch]
+        return [_encoder.encode(document) for document in batch]
     except InputError as error:
         return error
-    return [Encoded(tokens, len(text.encode()), hashlib.sha256(text.encode()).digest()[:16]) for tokens, text in pairs]
 
 
 def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -369,148 +337,283 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def encode_all(documents: Iterable[Document], model: bytes, name: str, workers: int) -> Iterator[Encoded]:
-    """Tokens of all documents in their order, by `workers` processes; only a few batches are in flight at a time."""
-    with contextlib.ExitStack() as stack:
-        if workers == 1:
-            start_worker(model, name)
-            results = map(encode_batch, batched(documents))
-        else:
-            pool = stack.enter_context(multiprocessing.Pool(workers, start_worker, (model, name)))
-            results = windowed(pool, batched(documents), 3 * workers)
-        for result in results:
-            if isinstance(result, InputError):
-                raise result
-            yield from result
+def encode_all(documents: Iterable[Document], workers: int, *encoder: Any) -> Iterator[Encoded]:
+    """Tokens of all documents in their order, by `workers` processes with an Encoder each."""
+    if workers == 1:
+        start_worker(*encoder)
+        results = map(encode_batch, batched(documents))
+    else:
+        results = in_processes(documents, workers, *encoder)
+    for result in results:
+        if isinstance(result, InputError):
+            raise result
+        yield from result
 
 
-def windowed(pool: Any, batches: Iterable[list[Document]], width: int) -> Iterator[Any]:
-    """Ordered results with at most `width` batches submitted: Pool.imap would read the whole corpus into memory."""
-    pending: deque[Any] = deque()
-    for batch in batches:
-        pending.append(pool.apply_async(encode_batch, (batch,)))
-        if len(pending) >= width:
-            yield pending.popleft().get()
-    while pending:
-        yield pending.popleft().get()
+def in_processes(documents: Iterable[Document], workers: int, *encoder: Any) -> Iterator[Any]:
+    """Ordered results of `encode_batch`; only a few batches are in flight, or the whole corpus would be in memory."""
+    pending: deque[Future] = deque()
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=encoder)
+    try:
+        for batch in batched(documents):
+            pending.append(pool.submit(encode_batch, batch))
+            if len(pending) >= 3 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise Failure(f"--workers {workers}: one was killed, often for want of memory; try fewer") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- shards
 
 
 class Split:
-    """Writes one split's tokens into shards of exactly `shard_tokens` tokens (the last may be shorter)."""
+    """Writes one split's tokens into shards of exactly `shard_tokens` tokens (the last may be shorter), and with
+    `sidecars` their bytes into files of the same form."""
 
-    def __init__(self, folder: Path, name: str, shard_tokens: int):
-        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
-        self.documents = self.text_bytes = self.held = 0
-        self.parts: list[np.ndarray] = []
-        self.shards: list[dict[str, Any]] = []
+    def __init__(self, folder: Path, name: str, shard_tokens: int, sidecars: bool):
+        self.folder, self.name, self.shard_tokens, self.sidecars = folder, name, shard_tokens, sidecars
+        self.documents = self.text_bytes = self.tokens = self.held = 0
+        self.parts: list[np.ndarray] = []  # (2, n) each: tokens and bytes that are in no shard yet, `held` in all
+        self.files: dict[str, list[dict[str, Any]]] = {"shards": [], **({"sidecars": []} if sidecars else {})}
 
     def add(self, encoded: Encoded) -> None:
         self.documents += 1
-        self.text_bytes += encoded.text_bytes
-        tokens = encoded.tokens
-        while self.held + len(tokens) >= self.shard_tokens:  # documents may cross from one shard to the next
+        self.text_bytes += int(encoded.bytes.sum(dtype=np.int64))
+        self.tokens += len(encoded.tokens)
+        rows = np.stack([encoded.tokens, encoded.bytes])
+        while self.held + rows.shape[1] >= self.shard_tokens:  # documents may cross from one shard to the next
             room = self.shard_tokens - self.held
-            self.parts.append(tokens[:room])
+            self.parts.append(rows[:, :room])
             self.flush()
-            tokens = tokens[room:]
-        self.parts.append(tokens)
-        self.held += len(tokens)
+            rows = rows[:, room:]
+        self.parts.append(rows)
+        self.held += rows.shape[1]
 
     def flush(self) -> None:
         """Write what is held as the next shard, if there is anything."""
-        tokens = np.concatenate([*self.parts, np.empty(0, np.uint16)]).astype("<u2")
+        rows = np.concatenate([*self.parts, np.empty((2, 0), np.uint16)], axis=1).astype("<u2")
         self.parts, self.held = [], 0
-        if len(tokens):
-            path = self.folder / shard_name(self.name, len(self.shards))
-            write_synced(path, shard_header(len(tokens)) + tokens.tobytes())
-            self.shards.append({"file": path.name, "tokens": len(tokens), "sha256": sha256_of(path)})
+        if rows.shape[1]:
+            for kind, row, name in (("shards", rows[0], self.name), ("sidecars", rows[1], f"{self.name}_bytes")):
+                if kind in self.files:
+                    path = self.folder / shard_name(name, len(self.files[kind]))
+                    write_synced(path, shard_header(len(row)) + row.tobytes())
+                    about = {"file": path.name, "tokens": len(row), "sha256": sha256_of(path)}
+                    self.files[kind].append(about)
 
     def summary(self) -> dict[str, Any]:
         """The split's entry in the manifest; bytes are those of the normalised text, BOS counts as a token."""
-        tokens = sum(shard["tokens"] for shard in self.shards)
-        return {"documents": self.documents, "tokens": tokens, "bytes": self.text_bytes, "shards": self.shards}
+        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.text_bytes, **self.files}
+
+    def state(self) -> dict[str, Any]:
+        """All that `resume` needs, for JSON."""
+        return {**self.summary(), "held": np.concatenate([*self.parts, np.empty((2, 0), np.uint16)], axis=1).tolist()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.documents, self.text_bytes, self.tokens = state["documents"], state["bytes"], state["tokens"]
+        self.files = {kind: state[kind] for kind in self.files}
+        self.parts = [np.array(state["held"], dtype=np.uint16).reshape(2, -1)]
+        self.held = self.parts[0].shape[1]
 
 
-def write_splits(encoded: Iterable[Encoded], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Write both splits into `folder`; returns their summaries and how many training documents copy validation ones."""
-    val, train = (Split(folder, name, args.shard_tokens) for name in ("val", "train"))
-    val_digests: set[bytes] = set()
-    copies = 0
-    for item in encoded:
-        if val.documents < args.val_docs:
-            val.add(item)
-            val_digests.add(item.digest)
-            continue
-        copied = item.digest in val_digests
-        copies += copied
-        if not (copied and args.drop_copies):
-            train.add(item)
-    if not train.documents:
-        raise too_few_documents(val.documents + copies, args.val_docs)
-    val.flush()
-    train.flush()
-    return {"val": val.summary(), "train": train.summary(), "copies_of_validation": copies}
+class Job:
+    """Both splits on their way into `folder`; with --resume, progress.json there says after each shard where to go on."""
+
+    def __init__(self, folder: Path, corpus: Corpus, args: argparse.Namespace, tokenizer: dict[str, Any]):
+        self.folder, self.corpus, self.args, self.tokenizer = folder, corpus, args, tokenizer
+        self.val = Split(folder, "val", args.shard_tokens, args.caseops)
+        self.train = Split(folder, "train", args.shard_tokens, sidecars=False)
+        self.read = self.copies = 0  # documents of the corpus; those of training that are in validation too
+        self.digests: set[str] = set()
+        self.pace = Pace(args)
+
+    def write(self, encoded: Iterable[Encoded]) -> dict[str, Any]:
+        """Write all documents, or as many as --train-shards holds; returns the manifest's entries."""
+        limit = (self.args.train_shards or sys.maxsize) * self.args.shard_tokens
+        for item in encoded:
+            if self.train.tokens + len(item.tokens) > limit:
+                break
+            self.add(item)
+        if not self.train.documents:
+            raise self.corpus.too_few(self.val.documents + self.copies, self.args.val_docs)
+        for split in (self.val, self.train):
+            split.flush()
+            if not split.text_bytes:
+                raise InputError(
+                    f"--val-docs {self.args.val_docs}: the {split.name} split has no byte of text after normalisation, "
+                    "so nothing could be scored; put other documents there"
+                )
+        return {"val": self.val.summary(), "train": self.train.summary(), "copies_of_validation": self.copies}
+
+    def add(self, item: Encoded) -> None:
+        self.read += 1
+        if self.val.documents < self.args.val_docs:
+            self.val.add(item)
+            self.digests.add(item.digest.hex())
+            if self.val.documents == self.args.val_docs:
+                self.val.flush()
+                self.save()
+            return
+        copied, shards = item.digest.hex() in self.digests, len(self.train.files["shards"])
+        self.copies += copied
+        if not (copied and self.args.drop_copies):
+            self.train.add(item)
+            if len(self.train.files["shards"]) > shards:
+                self.save()
+                self.pace.tell(self.val, self.train)
+
+    def save(self) -> None:
+        """Write down where to go on."""
+        if self.args.resume:
+            state = {"identity": identity(self.args), "tokenizer": self.tokenizer, "read": self.read, "copies": self.copies,
+                     "digests": sorted(self.digests), "val": self.val.state(), "train": self.train.state()}  # fmt: skip
+            write_whole(self.folder / PROGRESS, json.dumps(state).encode())
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.read, self.copies, self.digests = state["read"], state["copies"], set(state["digests"])
+        self.val.resume(state["val"])
+        self.train.resume(state["train"])
+        self.pace.begin(self.val, self.train)
+        if self.read:
+            print(f"going on after {self.read:,} documents and {len(self.train.files['shards'])} training shards")
+
+
+class Pace:
+    """How fast text becomes shards, and what that means for the field's 80 shards of 100 M tokens."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.workers, self.bytes, self.tokens = args.workers, 0, 0
+        self.started = self.told = time.perf_counter()
+
+    def begin(self, *splits: Split) -> None:
+        """Count from here on: what the splits hold was written by an earlier process."""
+        self.bytes, self.tokens = sum(split.text_bytes for split in splits), sum(split.tokens for split in splits)
+
+    def tell(self, *splits: Split, wait: float = 30) -> None:
+        """Print the pace, unless `wait` seconds have not passed since the last time."""
+        now = time.perf_counter()
+        if now - self.told < wait:
+            return
+        self.told, seconds = now, now - self.started
+        done, tokens = (sum(getattr(split, what) for split in splits) for what in ("text_bytes", "tokens"))
+        per_token = seconds / max(1, tokens - self.tokens)
+        print(
+            f"{(done - self.bytes) / seconds / 1e6:.2f} MB/s of text on {self.workers} process(es); at this pace "
+            f"{FIELD_SHARDS} shards of 100,000,000 tokens take {per_token * FIELD_SHARDS * 1e8 / 3600:.1f} hours",
+            flush=True,
+        )
+
+
+def identity(args: argparse.Namespace) -> dict[str, Any]:
+    """What must be equal for a job to go on: inputs, tokenizer, settings."""
+    model = args.tokenizer and hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()
+    inputs = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in args.inputs]
+    return {"inputs": inputs, "model": model, **{key: getattr(args, key) for key in [*SETTINGS, *OTHER_SETTINGS]}}
+
+
+def saved_progress(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+    """What an interrupted job with the same inputs and settings wrote down last; None if there is none."""
+    try:
+        state = json.loads((folder / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return None
+    return state if state.get("identity") == identity(args) else None
+
+
+def files_of_set(out: Path) -> list[Path]:
+    """Files in `out` that an earlier call left: shards, tokenizers, the manifest (first, so that no set is half valid)."""
+    try:
+        named = json.loads((out / "manifest.json").read_text())["tokenizer"]["file"]
+    except (OSError, ValueError, LookupError, TypeError):
+        named = None
+    patterns = ("manifest.json", "fineweb_*.bin", "tokenizer*.model")
+    found = [path for pattern in patterns for path in sorted(out.glob(pattern))]
+    return found + [path for path in out.glob("*.model") if path.name == named and path not in found]
 
 
 @contextlib.contextmanager
-def staged(out: Path, force: bool) -> Iterator[Path]:
-    """A folder aside whose files move into `out` together at the end, or vanish on any failure."""
-    old = [path for pattern in ("fineweb_*.bin", "manifest.json") for path in sorted(out.glob(pattern))]
-    if old and not force:
-        raise InputError(f"--out {out}: {old[0].name} is there already; name another folder, or --force to replace it")
-    created = not out.exists()
-    folder = out / STAGING
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        for path in old:
-            path.unlink()
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.json"):  # the manifest comes last
-            os.replace(path, out / path.name)
-        sync_folder(out)
-    except BaseException:
-        shutil.rmtree(out if created else folder, ignore_errors=True)
-        raise
-    folder.rmdir()
+def staged(out: Path, args: argparse.Namespace) -> Iterator[Path]:
+    """A folder aside whose files take the place of the old set in `out` at the end, or vanish on any failure; with
+    --resume they wait there for the next call."""
+    with locked(out) as created:
+        if (old := files_of_set(out)) and not args.force:
+            raise InputError(
+                f"--out {out}: {old[0].name} is there already; name another folder, or --force to replace it"
+            )
+        folder = out / STAGING
+        if not (args.resume and saved_progress(folder, args)):
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        try:
+            yield folder
+            for path in old:
+                path.unlink()
+            for path in reversed(files_of_set(folder)):  # the manifest last
+                os.replace(path, out / path.name)
+            sync_folder(out)
+        except BaseException:
+            if not (args.resume and (folder / PROGRESS).exists()):
+                shutil.rmtree(out if created else folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder)
 
 
 # ---- the tool
 
 
-def obtain_tokenizer(corpus: Corpus, args: argparse.Namespace) -> tuple[bytes, str, dict[str, Any]]:
-    """(serialised model, file name, manifest entry) of the tokenizer that was named, or of one trained now."""
+def obtain_tokenizer(corpus: Corpus, args: argparse.Namespace) -> tuple[bytes, dict[str, Any]]:
+    """(serialised model, manifest entry) of the tokenizer that was named, or of one trained now."""
     if args.tokenizer:
-        model, name, how = args.tokenizer.read_bytes(), args.tokenizer.name, {"trained_here": False}
+        model, name, how = args.tokenizer.read_bytes(), f"{args.tokenizer.stem}.model", {"trained_here": False}
     else:
-        lines = training_lines(corpus.documents("tokenizer"), args.val_docs, args.tokenizer_bytes)
-        model = train_tokenizer(lines, args.vocab_size, args.character_coverage)
-        name = f"tokenizer_{args.vocab_size}.model"
-        how = {"trained_here": True, **TRAINER, "character_coverage": args.character_coverage}
-    size = load_tokenizer(model, name).vocab_size()
-    return model, name, {"file": name, "sha256": hashlib.sha256(model).hexdigest(), "vocab_size": size, **how}
+        settings = {**trainer_settings(args), "character_coverage": args.character_coverage}
+        model = train_tokenizer(training_lines(corpus, args), args.vocab_size, settings)
+        name, how = f"tokenizer_{args.vocab_size}.model", {"trained_here": True, **settings}
+    tokenizer = load_tokenizer(model, name)
+    byte_counts(tokenizer, name)
+    size = tokenizer.vocab_size()
+    return model, {"file": name, "sha256": hashlib.sha256(model).hexdigest(), "vocab_size": size, **how}
 
 
 def make_shards(args: argparse.Namespace) -> dict[str, Any]:
     """Do the whole job and return the manifest that was written."""
     check_inputs(args.inputs)
-    corpus = Corpus(args.inputs, args.blank_line_docs)
-    with staged(args.out, args.force) as folder:
-        model, name, about_tokenizer = obtain_tokenizer(corpus, args)
-        write_synced(folder / name, model)
-        splits = write_splits(encode_all(corpus.documents("shards"), model, name, args.workers), folder, args)
+    corpus = Corpus(args.inputs, args.blank_line_docs, args.doc_bytes, args.official_split)
+    with staged(args.out, args) as folder:
+        state = saved_progress(folder, args) if args.resume else None
+        if state:
+            about, model = state["tokenizer"], (folder / state["tokenizer"]["file"]).read_bytes()
+        else:
+            model, about = obtain_tokenizer(corpus, args)
+            write_synced(folder / about["file"], model)
+        job = Job(folder, corpus, args, about)
+        job.resume(state) if state else job.save()
+        documents = itertools.islice(corpus.documents("shards"), job.read, None)
+        splits = job.write(encode_all(documents, args.workers, model, about["file"], args.caseops))
+        if args.official_split and splits["val"]["documents"] != OFFICIAL_VAL_DOCS:
+            raise AssertionError(f"{splits['val']['documents']:,} validation documents, not {OFFICIAL_VAL_DOCS:,}")
+        transform = {"transform": "caseops", "fused_markers": fused_markers(model)} if args.caseops else {}
         manifest = {
             "format": "parameter-golf shards, version 1",
             "inputs": [{"file": p.name, "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in args.inputs],
             "settings": {key: getattr(args, key) for key in SETTINGS},
-            "tokenizer": about_tokenizer,
+            **transform,
+            "tokenizer": about,
             **splits,
         }
         write_synced(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    job.pace.tell(job.val, job.train, wait=0 if args.resume else 10)
     return manifest
+
+
+def fused_markers(model: bytes) -> bool:
+    """Whether an operator and the space before it are one piece of this tokenizer."""
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return all(tokenizer.piece_to_id(piece) != tokenizer.unk_id() for piece in caseops.FUSED)
 
 
 def report(manifest: dict[str, Any], out: Path) -> None:
@@ -542,7 +645,7 @@ def positive(text: str) -> int:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".txt, .jsonl, .jsonl.gz or .jsonl.zst")
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".txt or .jsonl, plain, .gz or .zst")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for shards, tokenizer and manifest.json")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--vocab-size", type=positive, default=1024, help="pieces of the tokenizer to train (1024)")
@@ -550,17 +653,36 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--val-docs", type=positive, default=OFFICIAL_VAL_DOCS, metavar="N",
         help="the first N documents are validation (official split, and default: 50,000)")  # fmt: skip
     add("--shard-tokens", type=positive, default=100_000_000, help="tokens a shard (100,000,000)")
-    add("--blank-line-docs", action="store_true", help="blank lines separate the documents of a .txt file")
+    cut = parser.add_mutually_exclusive_group()
+    cut.add_argument("--blank-line-docs", action="store_true", help="blank lines separate the documents of a .txt file")
+    cut.add_argument("--doc-bytes", type=positive, default=0, metavar="BYTES",
+        help="cut a .txt file into documents of about so many bytes, at the ends of lines")  # fmt: skip
+    add("--caseops", action="store_true", help="factor case out of the text, with a sidecar of original bytes")
+    add("--no-fused-markers", dest="fused_markers", action="store_false",
+        help="with --caseops: the space before an operator is a piece of its own, as published")  # fmt: skip
     add("--drop-copies", action="store_true", help="leave out training documents that equal a validation document")
     add("--tokenizer-bytes", type=positive, default=500_000_000, metavar="BYTES",
         help="train the tokenizer on the first so many bytes of training text (500,000,000)")  # fmt: skip
     add("--character-coverage", type=float, default=0.999,
-        help="share of characters that get pieces of their own, the rest are bytes (0.999)")  # fmt: skip
-    add("--workers", type=positive, default=os.cpu_count() or 1, help="processes that tokenise (all cores)")
+        help="share of characters that get pieces of their own, the rest are bytes; 0.98 to 1 (0.999)")  # fmt: skip
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--workers", type=positive, default=cores, help="processes that tokenise (all cores)")
+    add("--train-shards", type=positive, metavar="N", help="stop when so many training shards are full")
+    add("--official-split", action="store_true",
+        help="the input is the challenge's docs_selected.jsonl: every line is a document, 50,000 are validation")  # fmt: skip
     add("--force", action="store_true", help="replace the shards in DIR")
+    add("--resume", action="store_true", help="go on where the same command was interrupted")
     args = parser.parse_args(argv)
-    if not 0.9 <= args.character_coverage <= 1.0:
-        parser.error(f"--character-coverage {args.character_coverage}: expected 0.9 to 1.0")
+    if not 0.98 <= args.character_coverage <= 1.0:
+        parser.error(
+            f"--character-coverage {args.character_coverage}: expected 0.98 to 1.0, SentencePiece's own bounds"
+        )
+    if args.shard_tokens >= 1 << 31:
+        parser.error(f"--shard-tokens {args.shard_tokens}: a shard's header counts in 32 bits, so at most 2147483647")
+    if args.doc_bytes >= 1 << 31:
+        parser.error(f"--doc-bytes {args.doc_bytes}: expected at most 2147483647")
+    if args.official_split and args.val_docs != OFFICIAL_VAL_DOCS:
+        parser.error(f"--val-docs {args.val_docs}: the official split is {OFFICIAL_VAL_DOCS}")
     if args.vocab_size > 1 << 16:
         parser.error(f"--vocab-size {args.vocab_size}: shards hold uint16, so at most 65536")
     return args

@@ -6,19 +6,28 @@ so its size is 1024 + 2N bytes. Names: fineweb_train_000000.bin, fineweb_val_000
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from text import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MAGIC, VERSION, HEADER_BYTES, TOKEN_BYTES = 20240520, 1, 1024, 2
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
-class InputError(ValueError):
-    """A user's mistake, or the outside world's: its text is the whole message, exit status 2."""
+class Failure(InputError):
+    """What is no mistake of the user's, as a hub that does not answer: its text is the whole message, exit status 1."""
 
 
 def shard_name(split: str, index: int) -> str:
@@ -80,16 +89,75 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def run_tool(main: Callable[[], int | None]) -> int:
-    """Exit status of a command-line tool: its own or 0, 2 after one clear message, 130 when interrupted."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace the file at `path`, so that it holds the old content or all of the new, whenever this process ends."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_synced(aside, content)
+    os.replace(aside, path)
+
+
+_held: set[Path] = set()  # folders that this process has locked
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold `folder` for this process; yields whether it was made just now. InputError if another process holds it.
+
+    The lock is the system's on the folder itself: it ends with the process, however that ends, and leaves no file. A
+    process may lock a folder that it holds already. Where there are no such locks, nothing is locked.
+    """
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    key = folder.resolve()
+    if fcntl is None or key in _held:
+        yield created
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        return main() or 0
+        take_lock(handle, folder)
+        _held.add(key)
+        yield created
+    finally:
+        _held.discard(key)
+        os.close(handle)
+        if created:
+            with contextlib.suppress(OSError):  # unless something is in it
+                folder.rmdir()
+
+
+def take_lock(handle: int, folder: Path) -> None:
+    """Lock the open folder; InputError if another process has it, or has just removed it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        gone = not folder.exists() or not os.path.samestat(os.fstat(handle), folder.stat())
+    except BlockingIOError:
+        gone = True
+    except OSError:  # a file system without locks
+        gone = False
+    if gone:
+        raise InputError(f"{folder}: another process is writing into this folder; wait for its end, or name another")
+
+
+MISTAKES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+def run_tool(main: Callable[[], int | None]) -> int:
+    """Exit status of a command-line tool after at most one message: its own or 0; 2 for a user's mistake; 1 for a failure
+    such as a full disk; 130 when interrupted."""
+    try:
+        try:
+            return main() or 0
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # disk full, no permission, not a file: the system's own words and the file's name
+        return 1 if isinstance(error, Failure) else 2
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # the system's own words and the file's name
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, MISTAKES) or error.errno == errno.ENAMETOOLONG else 1
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was left", file=sys.stderr)
         return 130

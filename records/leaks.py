@@ -38,7 +38,7 @@ class Overlap:
 
 def find_overlap(data_path: Path) -> Overlap:
     """Reads every shard under `data_path` once. Raises `UserError` if shards are missing or are none."""
-    train, val = (sorted(data_path.glob(f"fineweb_{kind}_*.bin")) for kind in ("train", "val"))
+    train, val = (sorted(data_path.glob(f"fineweb_{kind}_[0-9]*.bin")) for kind in ("train", "val"))
     if not train or not val:
         raise UserError(f"{data_path}: no fineweb_train_*.bin and fineweb_val_*.bin to look for leaked documents in")
     order = list(document_hashes(val))

