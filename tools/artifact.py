@@ -168,7 +168,7 @@ def read_artifact(path: str) -> tuple[bytes, dict[str, Any], tg.LoadedConfig]:
 def open_predictor(blob: bytes, header: dict[str, Any], loaded: tg.LoadedConfig) -> Predictor:
     """The artifact's model on its device, with its tokenizer: one process, no data, no logs."""
     cfg = loaded.cfg
-    tokenizer = tg.Tokenizer(tg.find_data(cfg).tokenizer, cfg.vocab_size)
+    tokenizer = tg.Tokenizer(tg.find_data(cfg, header["tokenizer_sha256"]).tokenizer, cfg.vocab_size)
     tg.check_tokenizer(tokenizer, header, cfg)
     text = TextTokens(tokenizer.sp, header.get("transform", ""))
     run = tg.Run.start(cfg)
