@@ -6,6 +6,7 @@
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
     MODE=audit ARTIFACT=logs/run.pgz python train_gpt.py           is that score a code length?
     python train_gpt.py --help | --dump-config | --toc
+    python tools/codec.py --help                                   also sample, explain: what an artifact is good for; plan
 
 Every knob is an environment variable, declared once in section 1. The file is ordered as data flows; a name is used only
 below its definition, so a reader can stop anywhere and have understood all above.
@@ -60,7 +61,7 @@ import uuid
 import zipfile
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.adamw import adamw
 
 SCRIPT = Path(__file__).resolve()
 
@@ -82,7 +84,7 @@ SCRIPT = Path(__file__).resolve()
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)  # bits a weight may be stored in: codes up to 8, floats above
 # Of the evaluation, in the order they are scored.
-STAGES = ("roundtrip", "sliding", "ttt", "normalized", "table", "ngram")
+STAGES = ("roundtrip", "sliding", "ttt", "normalized", "tilt", "table", "ngram")
 NGRAM_SCORES = ("exact", "normalized", "claimed")
 NGRAM_TABLES = ("pr1095", "exact")
 
@@ -202,14 +204,18 @@ class Config:
     muon_momentum: float = knob(0.95, "", "Muon momentum after its warm-up", lo=0, hi=1)
     muon_momentum_warmup_start: float = knob(0.85, "", "Muon momentum at step 0", lo=0, hi=1)
     muon_momentum_warmup_steps: int = knob(500, "steps", "steps over which Muon's momentum rises; 0 skips it", lo=0)
+    muon_row_normalize: bool = knob(False, "", "MuonEq-R: rows of Muon's momentum are brought to length 1 before orthogonalisation")
+    newton_schulz: str = knob("classic", "", "coefficients of the iterations: one tuple for all, or Polar Express's of each", choices=("classic", "polar"))
     muon_backend_steps: int = knob(5, "iterations", "Newton-Schulz iterations a step", lo=1, hi=10)
     muon_wd: float = knob(0.0, "", "decoupled weight decay of the matrices, times their rate", lo=0)
     muon_wd_order: str = knob("before", "", "decay a matrix before or after its update", choices=("before", "after"))
     adam_wd: float = knob(0.0, "", "decoupled weight decay of Adam's parameters, times their rate", lo=0)
+    embed_wd: float = knob(-1.0, "", "the same of embedding tables and heads; -1: ADAM_WD", lo=-1)
     beta1: float = knob(0.9, "", "Adam's decay of the gradient's mean", lo=0, hi=0.9999)
     beta2: float = knob(0.95, "", "Adam's decay of the gradient's square", lo=0, hi=0.99999)
     adam_eps: float = knob(1e-8, "", "Adam's epsilon", lo=0)
-    grad_clip_norm: float = knob(0.0, "", "largest global norm of the reduced gradient; 0 leaves it alone", lo=0)
+    grad_clip_norm: float = knob(0.0, "", "largest global norm of the gradient; 0 leaves it alone", lo=0)
+    grad_clip_local: bool = knob(False, "", "clip the part of each rank before the reduction, as published, instead of the reduced gradient")
     # ---- 6 TRAINING
     doc_mask: bool = knob(False, "", "documents do not see each other: attention, smear and bigram stay inside each", shape=True)
     train_seq_len: int = knob(1024, "tokens", "sequence length in training", lo=8, hi=2**20, shape=True)
@@ -220,12 +226,15 @@ class Config:
     warmup_steps: int = knob(20, "steps", "priming steps that compile kernels and are undone completely, before the clock", lo=0, hi=10000)
     lr_schedule: str = knob("warmdown", "", "flat then linear down, or flat then cosine down (wsd)", choices=("warmdown", "wsd"))
     warmdown_iters: int = knob(1200, "steps", "length of the linear warmdown, in steps or their measured time", lo=0)
+    warmdown_frac: float = knob(0.0, "", "length of the linear warmdown as a share of the budget; 0: WARMDOWN_ITERS", lo=0, hi=1)
+    min_lr: float = knob(0.0, "", "least learning-rate scale of both schedules", lo=0, hi=1)
     wsd_stable_frac: float = knob(0.75, "", "share of the budget before the cosine of wsd", lo=0, hi=1)
     train_seq_schedule: str = knob("", "", "lengths instead of TRAIN_SEQ_LEN, each up to a share of the budget: 1024@0.1,2048@0.7,3072@1.0; what is left has TRAIN_SEQ_LEN", shape=True)
     seq_change_warmup_steps: int = knob(0, "steps", "after each change of length the learning rates rise from nearly nothing over so many steps", lo=0)
     val_loss_every: int = knob(1000, "steps", "validate during training; 0: only at the end", lo=0)
     train_log_every: int = knob(200, "steps", "step lines in the log", lo=1)
     ema_decay: float = knob(0.0, "", "exponential moving average of the weights; 0: off", lo=0, hi=0.999999)
+    ema_decays: str = knob("", "", "several averages at once instead of EMA_DECAY's, e.g. .99,.9965,.999: the one, or half and half of two, with the least loss on held-back training text is kept")
     ema_start_frac: float = knob(0.0, "", "share of the budget before the EMA starts", lo=0, hi=1)
     swa_every: int = knob(0, "steps", "stochastic weight averaging; 0: off", lo=0)
     swa_start_scale: float = knob(0.2, "", "SWA collects while the learning-rate scale is below this", lo=0, hi=2)
@@ -237,7 +246,7 @@ class Config:
     complement_alpha: float = knob(0.0, "", "complementary training: weight 1 - alpha p_bigram on each token (#803); 0: off", lo=0, hi=1)
     complement_normalized: bool = knob(False, "", "divide the weighted loss by the weights' sum instead of the token count")
     complement_sync: bool = knob(True, "", "sum the bigram counts over ranks; 0: each rank counts its own tokens, as published")
-    checkpoint_every: int = knob(0, "steps", "save a checkpoint, and one when stopped by a signal; 0: never", lo=0)
+    checkpoint_every: int = knob(0, "steps", "save a checkpoint, and one when a signal stops the training (TERM INT HUP USR1 USR2 XCPU; torchrun passes on only those in TORCHELASTIC_SIGNALS_TO_HANDLE); 0: never", lo=0)
     checkpoint_keep: int = knob(2, "files", "how many checkpoints stay", lo=1)
     resume: str = knob("", "", "auto: the newest checkpoint of RUN_ID if there is one; or a checkpoint file")
     # ---- 7 QUANTIZER
@@ -299,29 +308,61 @@ class Config:
     ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones and all single tokens", lo=1000, hi=2**28)
     ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8)
     ngram_table_tokens: int = knob(2**23, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1)
-    ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade", "tilt"))
-    ngram_order: int = knob(12, "tokens", "longest n-gram, the target included; the tilt's only one", lo=2, hi=64)
+    ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade",))
+    ngram_order: int = knob(12, "tokens", "longest n-gram, the target included", lo=2, hi=64)
     ngram_update_tokens: int = knob(0, "tokens", "targets between updates of the mixing weights; 0: 1024, or 1/4096 of the stream if more", lo=0)
     ngram_rate: float = knob(0.8, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
     ngram_min_count: int = knob(2, "", "occurrences a context needs in the published scorers", lo=1)
-    ngram_tilt_beta: float = knob(2.625, "nats", "NGRAM_MIX=tilt: push on the hinted token", lo=0, hi=20)
-    ngram_tilt_threshold: float = knob(0.8, "", "NGRAM_MIX=tilt: share of its context's successors a hint needs", lo=0, hi=1)
+    ngram_tilt_enabled: bool = knob(False, "", "stage tilt: raise the logit of the token that followed the same context before; table and ngram build on it")
+    ngram_tilt_order: int = knob(12, "tokens", "length of its n-gram, the target included; above NGRAM_ORDER it costs statistics of its own", lo=2, hi=64)
+    ngram_tilt_threshold: float = knob(0.8, "", "share of its context's successors a hint needs", lo=0, hi=1)
+    ngram_tilt_beta: float = knob(2.625, "nats", "what is added to the hint's logit", lo=0, hi=20)
+    ngram_tilt_gamma: float = knob(0.0, "", "that times (1 - q)^gamma, q the network's probability of the hint", lo=0, hi=20)
+    ngram_tilt_rate: float = knob(0.0, "", "step at which NGRAM_TILT_BETA is learned from scored text; 0: it stays", lo=0, hi=2)
     ttt_enabled: bool = knob(False, "", "test-time training: stage ttt, LoRA on the network, learning from scored text")
+    ttt_reset: str = knob("none", "", "none: one LoRA learns along the text; document: each document trains a LoRA of its own", choices=("none", "document"))
     ttt_lora_rank: int = knob(8, "", "rank of the LoRA", lo=1, hi=1024)
-    ttt_lora_sites: str = knob("q,v", "", "projections with LoRA: of q,k,v,kv,out,up,down in the blocks, and head")
-    ttt_lora_blocks: int = knob(2, "blocks", "how many of the last blocks have LoRA", lo=1, hi=256)
-    ttt_chunk_tokens: int = knob(65536, "tokens", "text scored before each learning", lo=1)
-    ttt_reset: str = knob("none", "", "forget at the start of each document, or never", choices=("none", "document"))
-    ttt_epochs: int = knob(1, "epochs", "passes over each scored chunk", lo=1, hi=100)
-    ttt_batch_seqs: int = knob(0, "sequences", "sequences of one TTT step; 0: the whole chunk", lo=0)
+    ttt_lora_alpha: float = knob(0.0, "", "the LoRA's output is scaled by alpha / rank; 0: by 1", lo=0, hi=1e6)
+    ttt_lora_sites: str = knob("q,v", "", "where LoRA acts: projections q,k,v,kv,out,up,down of the blocks; o, mlp: from the input to the output of attention, MLP; head")
+    ttt_lora_blocks: int = knob(2, "blocks", "how many of the last blocks have LoRA; 0: all", lo=0, hi=256)
+    ttt_q_lora: bool = knob(True, "", "0 takes q off TTT_LORA_SITES")
+    ttt_k_lora: bool = knob(True, "", "0 takes k off TTT_LORA_SITES")
+    ttt_v_lora: bool = knob(True, "", "0 takes v off TTT_LORA_SITES")
+    ttt_o_lora: bool = knob(True, "", "0 takes o off TTT_LORA_SITES")
+    ttt_mlp_lora: bool = knob(True, "", "0 takes mlp off TTT_LORA_SITES")
+    ttt_epochs: int = knob(1, "epochs", "gradient passes over each scored chunk", lo=1, hi=100)
     ttt_optimizer: str = knob("adamw", "", "optimizer of the LoRA", choices=("adamw", "sgd"))
     ttt_lr: float = knob(0.003, "", "learning rate of the LoRA", lo=0)
+    ttt_local_lr_mult: float = knob(1.0, "", "multiplies TTT_LR", lo=0)
     ttt_wd: float = knob(0.0, "", "decoupled weight decay of the LoRA with adamw", lo=0)
+    ttt_beta1: float = knob(0.9, "", "adamw: decay of the gradient's mean", lo=0, hi=0.9999)
+    ttt_beta2: float = knob(0.999, "", "adamw: decay of the gradient's square", lo=0, hi=0.99999)
+    ttt_adam_eps: float = knob(1e-8, "", "adamw: epsilon", lo=0)
     ttt_momentum: float = knob(0.9, "", "momentum of sgd", lo=0, hi=1)
-    ttt_grad_clip: float = knob(1.0, "", "largest gradient norm of a TTT step; 0: no limit", lo=0)
-    ttt_polyak_decay: float = knob(0.0, "", "score with an average of the LoRA that decays so a chunk; 0: the latest", lo=0, hi=0.99999)
+    ttt_grad_clip: float = knob(1.0, "", "largest gradient norm of a LoRA's step; 0: no limit", lo=0)
     ttt_byte_weighted: bool = knob(True, "", "TTT loss weighs each token by its bytes (at least 1)")
     ttt_temperature: float = knob(1.0, "", "logits are divided by this constant in stage ttt", lo=0.1, hi=10)
+    ttt_chunk_tokens: int = knob(65536, "tokens", "TTT_RESET=none: text scored before each learning", lo=1)
+    ttt_batch_seqs: int = knob(0, "sequences", "TTT_RESET=none: sequences of one step; 0: the whole chunk", lo=0)
+    ttt_polyak_decay: float = knob(0.0, "", "TTT_RESET=none: score with an average of the LoRA that decays so a chunk; 0: the latest", lo=0, hi=0.99999)
+    ttt_eval_seq_len: int = knob(0, "tokens", "TTT_RESET=document: longest context; 0: EVAL_SEQ_LEN", lo=0, hi=2**20)
+    ttt_batch_size: int = knob(64, "documents", "TTT_RESET=document: documents of one forward; changes speed, not results", lo=1)
+    ttt_chunk_size: int = knob(48, "tokens", "TTT_RESET=document: targets scored before each step of their document's LoRA", lo=1)
+    ttt_short_score_first_steps: str = knob("", "", "TTT_RESET=document: smaller chunks at the start of a document, 256:8,2000:24 for 8 below position 256, then 24 below 2,000")
+    ttt_block_tokens: int = knob(0, "tokens", "TTT_RESET=document: what all documents start from may change once so much is scored, at a document's end; 0: 1/24 of the text", lo=0)
+    ttt_warm_start_a: bool = knob(True, "", "TTT_RESET=document: A starts as the mean of the A that the block before learned, not as it was drawn")
+    ttt_kv_cache: bool = knob(False, "", "TTT_RESET=document: keep keys and values of earlier chunks as they were computed, with the LoRA of their time")
+    ttt_order: str = knob("text", "", "length: also run the published order, longest document first, as a claim", choices=("text", "length"))
+    phased_ttt_num_phases: int = knob(0, "phases", "TTT_RESET=document: how often all weights are trained on all scored text; 0: never", lo=0, hi=100)
+    phased_ttt_prefix: float = knob(0.3, "", "share of the text after which the last phase comes, the others at equal steps before", lo=0, hi=1)
+    global_ttt_lr: float = knob(0.001, "", "phases: learning rate, falling to 0 as a cosine", lo=0)
+    global_ttt_momentum: float = knob(0.9, "", "phases: momentum", lo=0, hi=1)
+    global_ttt_epochs: int = knob(1, "epochs", "phases: passes over the scored text", lo=1, hi=100)
+    global_ttt_chunk_tokens: int = knob(32768, "tokens", "phases: text of equal learning rate", lo=1)
+    global_ttt_batch_seqs: int = knob(32, "sequences", "phases: sequences of one step; 0: the whole chunk", lo=0)
+    global_ttt_warmup_chunks: int = knob(0, "chunks", "phases: the rate rises linearly over these", lo=0)
+    global_ttt_grad_clip: float = knob(1.0, "", "phases: largest gradient norm; 0: no limit", lo=0)
+    global_ttt_respect_doc_boundaries: bool = knob(True, "", "phases: no sequence runs over the start of a document")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -350,6 +391,12 @@ class Config:
         return range(0 if self.xsa_last_n < 0 else self.num_layers - self.xsa_last_n, self.num_layers)
 
     @property
+    def averages(self) -> list[float]:
+        """Decays of the exponential moving averages that are kept."""
+        several = [float(d) for d in self.ema_decays.split(",")] if self.ema_decays.strip() else []
+        return several or [self.ema_decay] * (self.ema_decay > 0)
+
+    @property
     def carry_rows(self) -> list[list[float]]:
         """LOOP_CARRY as numbers: (b, a1, a2, ..) of each looped block; empty without a carry."""
         rows = self.loop_carry.split(";") if self.loop_carry.strip() else []
@@ -358,6 +405,23 @@ class Config:
     @property
     def eval_len(self) -> int:
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def ttt_eval_len(self) -> int:
+        """Longest context of per-document test-time training."""
+        return self.ttt_eval_seq_len or self.eval_len
+
+    @property
+    def ttt_sites(self) -> set[str]:
+        """Where LoRA acts: TTT_LORA_SITES less what its switches take off."""
+        named = {site.strip() for site in self.ttt_lora_sites.split(",")}
+        return {site for site in named if getattr(self, f"ttt_{site}_lora", True)}
+
+    @property
+    def ttt_chunk_steps(self) -> list[tuple[float, int]]:
+        """[(position in its document below which a chunk starts, its targets)], rising; the last is without bound."""
+        steps = [step.split(":") for step in self.ttt_short_score_first_steps.split(",") if step.strip()]
+        return [*((float(int(below)), int(size)) for below, size in steps), (math.inf, self.ttt_chunk_size)]
 
     @property
     def value_layers(self) -> tuple[int, ...]:
@@ -373,7 +437,7 @@ class Config:
     @property
     def longest_seq(self) -> int:
         """Positions that the model must know: the longest sequence in training or window in evaluation."""
-        return max(self.train_seq_len, self.eval_len, *(length for _, length in self.seq_curriculum))
+        return max(self.train_seq_len, self.eval_len, self.ttt_eval_len, *(length for _, length in self.seq_curriculum))
 
     @property
     def calibrates(self) -> bool:
@@ -393,7 +457,7 @@ class Config:
             asked = {s.strip() for s in self.eval_stages.split(",")}
             return tuple(s for s in STAGES if s in asked)
         on = {"roundtrip": True, "sliding": self.eval_stride > 0, "ttt": self.ttt_enabled,
-              "normalized": "normalized" in self.ngram_scores, "table": "exact" in self.ngram_tables,
+              "normalized": "normalized" in self.ngram_scores, "tilt": self.ngram_tilt_enabled, "table": "exact" in self.ngram_tables,
               "ngram": "exact" in self.ngram_scores}  # fmt: skip
         return tuple(s for s in STAGES if on[s])
 
@@ -490,8 +554,15 @@ class Config:
                 yield f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of the sequence length {t}; nearest: {n}"
         if self.complement_alpha and self.vocab_size > 16384:
             yield f"COMPLEMENT_ALPHA={self.complement_alpha} counts all pairs of tokens, too many at VOCAB_SIZE={self.vocab_size}: set it to 0"
-        if self.swa_every and self.swa_source == "ema" and not self.ema_decay:
-            yield "SWA_SOURCE=ema needs EMA_DECAY above 0"
+        try:
+            if not all(0 < d < 1 for d in self.averages) or len(set(self.averages)) < len(self.averages):
+                raise ValueError
+            if self.swa_every and len(self.averages) > 1:
+                yield f"EMA_DECAYS={self.ema_decays} and SWA_EVERY={self.swa_every}: only one EMA blends with SWA; unset one of them"
+            if self.swa_every and self.swa_source == "ema" and not self.averages:
+                yield "SWA_SOURCE=ema needs EMA_DECAY above 0"
+        except ValueError:
+            yield f"EMA_DECAYS={self.ema_decays!r}: expected different decays between 0 and 1, separated by commas"
         if self.mode == "train" and not self.max_wallclock_seconds and not self.iterations:
             yield "MAX_WALLCLOCK_SECONDS=0 and ITERATIONS=0: one of them must end the training"
         if self.mode == "train" and 0 < self.max_wallclock_seconds <= self.reserved_seconds:
@@ -513,18 +584,47 @@ class Config:
     def _evaluation_errors(self) -> Iterator[str]:
         if self.eval_stride > self.eval_len:
             yield f"EVAL_STRIDE={self.eval_stride} exceeds the window of {self.eval_len}: some tokens would never be scored"
-        sites = {t.strip() for t in self.ttt_lora_sites.split(",")}
-        known = {"q", "out", "up", "down", "head", *(("kv",) if self.kv_fused else ("k", "v"))}
-        if self.ttt_enabled and (not sites or sites - known):
-            yield f"TTT_LORA_SITES={self.ttt_lora_sites!r}: this model has the sites {', '.join(sorted(known))}"
-        if self.ttt_enabled and self.ttt_lora_blocks > self.num_layers:
-            yield f"TTT_LORA_BLOCKS={self.ttt_lora_blocks} exceeds NUM_LAYERS={self.num_layers}"
+        if self.ttt_enabled or "ttt" in self.stages:
+            yield from self._ttt_errors()
+        if self.ttt_order != "text" and not (self.ttt_enabled and self.ttt_reset == "document"):
+            yield f"TTT_ORDER={self.ttt_order} orders the documents of TTT_ENABLED=1 TTT_RESET=document: set both, or TTT_ORDER=text"
         asked = [] if self.eval_stages == "auto" else [s.strip() for s in self.eval_stages.split(",")]
         unknown = [s for s in asked if s not in STAGES]
         if unknown:
             yield f"EVAL_STAGES={self.eval_stages!r}: unknown stage {', '.join(unknown)}; stages: {', '.join(STAGES)}"
         elif self.score_stage != "auto" and self.score_stage not in self.stages:
             yield f"SCORE_STAGE={self.score_stage} is not among the stages switched on: {', '.join(self.stages)}"
+
+    def _ttt_errors(self) -> Iterator[str]:
+        known = {"q", "out", "up", "down", "o", "mlp", "head", *(("kv",) if self.kv_fused else ("k", "v"))}
+        if not self.ttt_sites or self.ttt_sites - known:
+            yield f"TTT_LORA_SITES={self.ttt_lora_sites!r}: this model has the sites {', '.join(sorted(known))}; name some and leave their switches on"
+        if self.ttt_lora_blocks > self.num_layers:
+            yield f"TTT_LORA_BLOCKS={self.ttt_lora_blocks} exceeds NUM_LAYERS={self.num_layers}"
+        if self.ttt_reset == "document":
+            yield from self._document_errors()
+        elif self.phased_ttt_num_phases:
+            yield f"PHASED_TTT_NUM_PHASES={self.phased_ttt_num_phases}: phases come at the ends of blocks of documents; set TTT_RESET=document, or no phases"
+
+    def _document_errors(self) -> Iterator[str]:
+        if self.ttt_optimizer != "adamw":
+            yield f"TTT_OPTIMIZER={self.ttt_optimizer}: a document's own LoRA is trained with adamw (TTT_RESET=document)"
+        if self.ttt_kv_cache and self.ttt_epochs > 1:
+            yield f"TTT_EPOCHS={self.ttt_epochs}: with TTT_KV_CACHE=1 a chunk is sent through the network once; set one of them to its default"
+        if self.phased_ttt_num_phases and not self.phased_ttt_prefix:
+            yield "PHASED_TTT_PREFIX=0 leaves no text to train on before a phase: raise it, or PHASED_TTT_NUM_PHASES=0"
+        try:
+            below, sizes = zip(*self.ttt_chunk_steps, strict=True)
+            if min(sizes) < 1 or any(a >= b for a, b in zip((0, *below), below, strict=False)):
+                raise ValueError
+        except ValueError:
+            yield (f"TTT_SHORT_SCORE_FIRST_STEPS={self.ttt_short_score_first_steps!r}: expected POSITION:SIZE pairs of rising "
+                   "positions and sizes of at least 1, such as 256:8,2000:24")  # fmt: skip
+            return
+        if 0 < self.ttt_block_tokens < max(sizes):
+            yield f"TTT_BLOCK_TOKENS={self.ttt_block_tokens} is shorter than a chunk of {max(sizes)} targets: raise it, or 0 for 1/24 of the text"
+        if max(sizes) > self.ttt_eval_len:
+            yield f"TTT_CHUNK_SIZE={max(sizes)} exceeds the context of {self.ttt_eval_len}: some targets would never be scored; raise TTT_EVAL_SEQ_LEN"
 
     def _ngram_errors(self) -> Iterator[str]:
         if set(self.ngram_scores) - set(NGRAM_SCORES):
@@ -535,8 +635,6 @@ class Config:
             yield f"NGRAM_CLAIM=pr1095 scores with a table of the training text: NGRAM_TABLE={self.ngram_table} lacks pr1095"
         if "table" in self.stages and "exact" not in self.ngram_tables:
             yield f"EVAL_STAGES={self.eval_stages}: stage table needs NGRAM_TABLE=exact"
-        if self.ngram_mix == "tilt" and "exact" in self.ngram_tables:
-            yield "NGRAM_MIX=tilt tilts the network itself and does not go with NGRAM_TABLE=exact; choose NGRAM_MIX=cascade"
         if self.ngram_buckets & (self.ngram_buckets - 1):
             below = 1 << (self.ngram_buckets.bit_length() - 1)
             yield f"NGRAM_BUCKETS={self.ngram_buckets}: the published hashes need a power of two; nearest below: {below}"
@@ -615,6 +713,20 @@ RECIPES: dict[str, dict[str, Any]] = {
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr1095", "NGRAM_TABLE": "pr1095",
         **_INT8, "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
+    # #2135, but for the mask on BOS (always on) and the coding of weights: one step a tensor fills the limit, entropy coded.
+    "frontier": {
+        **_SEQ_2048, "VOCAB_SIZE": 8192, "NUM_LAYERS": 11, "MLP_MULT": 4.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1,
+        "ROPE_DIMS": 16, "LN_SCALE": "in", "QK_GAIN_INIT": 5.0, "LINEAR_INIT": "orthogonal", "ASYM_LOGIT_RESCALE": True,
+        "NUM_LOOPS": 2, "LOOP_START": 3, "LOOP_END": 5, "PARALLEL_START_LAYER": 8, "SKIP_GATES_ENABLED": True,
+        "ATTN_GATE": "sparse", "SPARSE_ATTN_GATE_SCALE": 0.5, "SMEAR": True, "SMEAR_FORM": "window",
+        "SMEAR_BEFORE_NORM": True, "MATRIX_LR": 0.028, "TIED_EMBED_LR": 0.03, "SCALAR_LR": 0.02, "MUON_MOMENTUM": 0.97,
+        "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500, "MUON_ROW_NORMALIZE": True,
+        "NEWTON_SCHULZ": "polar", "MUON_WD": 0.095, "EMBED_WD": 0.085, "ADAM_WD": 0.02, "BETA2": 0.99,
+        "GRAD_CLIP_NORM": 0.3, "WARMDOWN_FRAC": 0.85, "MIN_LR": 0.1, "EMA_DECAY": 0.9965, "VAL_LOSS_EVERY": 0,
+        "TRAIN_LOG_EVERY": 500, "EVAL_SEQ_LEN": 2560, "EVAL_STRIDE": 64, "TARGET_BYTES": 16_000_000,
+        "EMBED_BITS": 7, "CONTROL_BITS": 16, "QUANT_CLIP": "sigma", "QUANT_MIN_NUMEL": 65536, "GPTQ_ENABLED": True,
+        "GPTQ_N_SAMPLES": 1536,
+    },
 }  # fmt: skip
 BEST_GPU_RECIPE = "pr187"
 
@@ -637,7 +749,7 @@ def mapped(name: str, table: dict[str, str]) -> Converter:
 
 
 def float_or_none(text: str) -> float | None:
-    """A number, or None where the text is none."""
+    """The text as a number, or None if it is not one."""
     try:
         return float(text)
     except ValueError:
@@ -657,7 +769,7 @@ def computed(convert: Callable[[float], dict[str, Any]]) -> Converter:
 
 
 class SwitchedOff(dict[str, str]):
-    """Our knobs where a published switch is off: what it switches off stays off, however it is set."""
+    """The knobs that a published switch turns off; they win even over explicit settings of the same knobs."""
 
 
 def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
@@ -717,6 +829,17 @@ def published_curriculum(env: Mapping[str, str]) -> dict[str, str]:
     return {"TRAIN_SEQ_SCHEDULE": text}
 
 
+def only(accepted: str, why: str) -> Converter:
+    """A published name that is taken at its one value that any published run used."""
+
+    def convert(value: str) -> dict[str, str]:
+        if value != accepted and (float_or_none(value) is None or float_or_none(value) != float_or_none(accepted)):
+            raise ConfigError(f"expected {accepted or 'nothing'}: {why}")
+        return {}
+
+    return convert
+
+
 # Published names that are not ours, and what they become: names common to all recipes under "*", then recipe by recipe.
 ALIASES: dict[str, dict[str, Converter]] = {
     "*": {
@@ -745,6 +868,20 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "LQER_ENABLED": switch({"LQER_TOP_K": 3}, {"LQER_TOP_K": 0}),
         "PRUNE_PCT": renamed("PRUNE_FRAC"),
         "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact"}, {"NGRAM_SCORE": "off"}),
+        "TTT_LORA_LR": renamed("TTT_LR"),
+        "TTT_WEIGHT_DECAY": renamed("TTT_WD"),
+        "TTT_OPTIMIZER": mapped("TTT_OPTIMIZER", {"adam": "adamw"}),
+        "TTT_GRAD_STEPS": renamed("TTT_EPOCHS"),
+        "TTT_MASK": chosen({"": {}, "none": {}, "no_qv": {"TTT_Q_LORA": 0, "TTT_V_LORA": 0}}),
+        "TTT_SHORT_SCORE_FIRST_ENABLED": switch({}, {"TTT_SHORT_SCORE_FIRST_STEPS": ""}),
+        # The 2,500 longest documents hold 30 % of the published validation text.
+        "PHASED_TTT_PREFIX_DOCS": computed(lambda v: {"PHASED_TTT_PREFIX": min(1.0, 0.3 * v / 2500)}),
+        "GLOBAL_TTT_OPTIMIZER": chosen({"sgd": {}}),
+        "TTT_EVAL_ONLY": switch({"MODE": "eval"}, {}),
+        "TOKEN_ORDER": renamed("NGRAM_TILT_ORDER"),
+        "TOKEN_THRESHOLD": renamed("NGRAM_TILT_THRESHOLD"),
+        "TOKEN_BOOST": renamed("NGRAM_TILT_BETA"),
+        "ADAPTIVE_BOOST_GAMMA": renamed("NGRAM_TILT_GAMMA"),
         **{name: lambda _: {} for name in PUBLISHED_CURRICULUM},  # three names together are one knob: `published_curriculum`
     },
     "pr164": {  # its average, collected through the whole warmdown, replaces the weights
@@ -786,6 +923,35 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "NGRAM_ORDERS": kept(2, 3, 4, 5, 6, 7),
         "NGRAM_ALPHA_MAX": kept(0.95),
     },
+    "frontier": {
+        "ARTIFACT_DIR": renamed("LOG_DIR"),
+        "SMEAR_GATE_ENABLED": renamed("SMEAR"),
+        "SPARSE_ATTN_GATE_ENABLED": switch({"ATTN_GATE": "sparse"}, {"ATTN_GATE": "none"}),
+        "SPARSE_ATTN_GATE_INIT_STD": only("0", "the gate starts at zero"),
+        "GATED_ATTN_ENABLED": only("0", "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"),
+        "ATTN_OUT_GATE_ENABLED": only("0", "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"),
+        "LEAKY_RELU_SQ_SLOPE": renamed("LEAKY_SLOPE"),
+        "QK_GAIN_INIT_SCHEDULE": only("", "a gain by block showed no gain; QK_GAIN_INIT is that of all blocks"),
+        "PARALLEL_FINAL_LANE": only("mean", "the output is the mean of both lanes"),
+        "ROPE_YARN": only("0", "no published run of this stack rescaled its base; ROPE_TRAIN_LEN is the NTK rule"),
+        "RECUR_ALPHA_ENABLED": switch({"LOOP_CARRY": "1.56,.23,.04,.03;1.85,.13,-.34,.01;2.13,.06,.19,-.02"},
+                                      {"LOOP_CARRY": ""}),
+        "MUON_HUBER_WD": only("0", "the Huber form of the decay was an experiment that lost; MUON_WD is the decay"),
+        "FORCE_STOP_STEP": computed(lambda v: {"ITERATIONS": int(v)} if v > 0 else {}),
+        "GPTQ_CALIBRATION_BATCHES": computed(lambda v: {"GPTQ_N_SAMPLES": int(v * 98304 / 2048)}),
+        "GPTQ_CALIBRATION_MODE": chosen({"random": {"GPTQ_CALIBRATION": "train"}}),
+        "COMPRESSOR": mapped("COMPRESSOR", {"pergroup": "entropy", "brotli": "entropy"}),
+        "OPTROT_ENABLED": only("0", "rotations before rounding gained nothing"),
+        "PREQUANT_ONLY": only("0", "a run always scores what its artifact holds"),
+        "VAL_DOC_FRACTION": only("1", "VAL_TOKENS scores a prefix of the text"),
+        "EVAL_INCLUDE_TAIL": mapped("VAL_DROP_TAIL", {"0": "1", "1": "0"}),
+        "ALIAS_PREV_SMEAR_SCALE": only("1", "no shards here have fused case markers"),
+        "TTT_LORA_EMA_DECAY": only("0", "no published run scored with an average of a document's LoRA"),
+        "TTT_UPDATE_EVERY": only("1", "every scored chunk is learned"),
+        "TTT_EVAL_BATCHES": only("", "VAL_TOKENS scores a prefix of the text"),
+        **{name: only(value, "hints that look at the target's own word or pieces are no prediction")
+           for name, value in (("WITHIN_TAU", "99"), ("WITHIN_BOOST", "0"), ("WORD_TAU", "99"), ("WORD_BOOST", "0"), ("AGREE_ADD_BOOST", "0"))},
+    },
 }  # fmt: skip
 
 # Published knobs that never did anything: accepted, reported, and without effect here too.
@@ -795,6 +961,7 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "MTP_NUM_HEADS": "multi-token heads were off in every published run; they are left out because they need heads and a loss "
         "of their own, which no artifact holds and no other technique uses",
         "MTP_LOSS_WEIGHT": "belongs to MTP_NUM_HEADS",
+        "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are always computed inside the evaluation's clock",
         "DTG_ENABLED": "the per-token gate on block outputs was off in every published run; it is left out because nothing shows "
         "that it helps, and every block would carry its branch",
     },
@@ -806,6 +973,21 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "TTT_FREEZE_BLOCKS": "the published adaptation freezes all base weights",
         "TTT_MOMENTUM": "the published adaptation uses AdamW",
         "SWA_ENABLED": "the published script always averaged; use SWA_EVERY",
+    },
+    "frontier": {
+        "DATA_DIR": "DATA_PATH names the folder of the shards",
+        "SMEAR_GATE_BOS_FIX": "no document sees the one before it, with either value; SMEAR_CROSS_DOC=1 is the published leak",
+        "ROPE_TRAIN_SEQ_LEN": "was read only where ROPE_YARN is 1",
+        "GATED_ATTN_INIT_STD": "belongs to GATED_ATTN_ENABLED",
+        "ATTN_OUT_GATE_SRC": "belongs to ATTN_OUT_GATE_ENABLED",
+        "GATED_ATTN_QUANT_GATE": "gates are stored as all control parameters are, in CONTROL_BITS",
+        "FUSED_CE_ENABLED": "the loss is the same; the device decides what computes it",
+        "MUON_HUBER_DELTA": "belongs to MUON_HUBER_WD",
+        "PERGROUP_ROUNDTRIP_CHECK": "every artifact is read back before it is scored",
+        "TTT_SHORT_DOC_LEN": "TTT_SHORT_SCORE_FIRST_STEPS holds the lengths",
+        "TTT_SHORT_CHUNK_SIZE": "TTT_SHORT_SCORE_FIRST_STEPS holds the chunks",
+        "TRAIN_SEQ_SCHEDULE_MODE": "the schedule always follows the share of the budget",
+        "COMPILE_SHAPE_WARMUP": "priming always runs every shape of the training, before the clock",
     },
     "pr1095": {
         "SWA_ENABLED": "the published sums were collected and never applied; use SWA_EVERY",
@@ -847,7 +1029,7 @@ ELSEWHERE = {name: ours for ours, names in {
     "TRAIN_SEQ_LEN": "SEQ_LEN MAX_SEQ_LEN SEQUENCE_LENGTH BLOCK_SIZE CONTEXT_LENGTH",
     "MODEL_DIM": "DIM D_MODEL HIDDEN_SIZE HIDDEN_DIM N_EMBD EMBED_DIM", "NUM_LAYERS": "LAYERS N_LAYER N_LAYERS DEPTH",
     "NUM_HEADS": "HEADS N_HEAD N_HEADS", "MUON_MOMENTUM": "MOMENTUM", "GRAD_CLIP_NORM": "GRAD_CLIP MAX_GRAD_NORM",
-    "TRAIN_DTYPE": "DTYPE PRECISION BF16 FP16 AMP", "SEED": "RANDOM_SEED", "DATA_PATH": "DATA DATASET DATA_DIR DATASET_PATH",
+    "TRAIN_DTYPE": "DTYPE PRECISION BF16 FP16 AMP", "SEED": "RANDOM_SEED", "DATA_PATH": "DATA DATASET DATASET_PATH",
     "TOKENIZER_PATH": "TOKENIZER", "LOG_DIR": "OUT_DIR OUTPUT_DIR", "RUN_ID": "RUN_NAME EXPERIMENT EXPERIMENT_NAME",
     "RESUME": "CHECKPOINT CHECKPOINT_PATH RESUME_FROM", "CHECKPOINT_EVERY": "SAVE_EVERY SAVE_INTERVAL SAVE_STEPS",
     "VAL_LOSS_EVERY": "EVAL_EVERY EVAL_INTERVAL EVAL_STEPS", "TRAIN_LOG_EVERY": "LOG_EVERY LOG_INTERVAL LOGGING_STEPS",
@@ -855,7 +1037,7 @@ ELSEWHERE = {name: ours for ours, names in {
 
 
 def bounds(name: str) -> str:
-    """What a number may be, in words with its unit: "1 to 10 iterations", "at least 0 s"; empty where anything goes."""
+    """A number's bounds in words with its unit: "1 to 10 iterations", "at least 0 s"; empty where it has none."""
     meta = FIELDS[name].metadata
     lo, hi = (None if math.isinf(limit) else f"{limit:.10g}" for limit in (meta["lo"], meta["hi"]))
     words = f"{lo} to {hi}" if lo and hi else f"at least {lo}" if lo else f"at most {hi}" if hi else ""
@@ -863,7 +1045,7 @@ def bounds(name: str) -> str:
 
 
 def check_value(name: str, value: Any) -> Any:
-    """The same value if it is of the knob's type and within its bounds; else ConfigError says what would do."""
+    """The value itself; raises ConfigError with what is expected unless it has the knob's type and is within its bounds."""
     meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected {TYPE_WORDS[kind]}")
@@ -887,7 +1069,7 @@ def expand_home(name: str, path: str) -> str:
 
 
 def parse_value(name: str, text: str) -> Any:
-    """Text of one knob -> its typed value; raises ConfigError naming knob, value and what would do."""
+    """Text of one knob -> its typed value; raises ConfigError with the knob, the text and what is expected."""
     meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
     if kind is bool or "0" in meta["choices"]:
         text = as_digit(text)
@@ -999,7 +1181,7 @@ LOCAL_KNOBS = frozenset("MODE RECIPE RUN_ID LOG_DIR DEVICE FORCE PROFILE DATA_PA
 
 
 def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]) -> dict[str, Any]:
-    """What stands between defaults and environment: the recipe's values, or those that an artifact's header names."""
+    """The values that override the defaults and that the environment overrides: the recipe's, or those of an artifact's header."""
     if header is None:
         return RECIPES[recipe]
     values = {}
@@ -1062,7 +1244,7 @@ def source_text() -> str:
 
 
 def knob_groups() -> dict[str, list[str]]:
-    """Section -> its knobs, read from the `# ---- N NAME` comments inside Config, so that help cannot rot."""
+    """Section -> its knobs, read from the `# ---- N NAME` comments inside Config, so that --help is always complete."""
     groups: dict[str, list[str]] = {}
     inside = False
     for line in source_text().splitlines():
@@ -1096,12 +1278,12 @@ def dump_config(loaded: LoadedConfig) -> str:
 # ==== 2 RUNTIME =======================================================================================================
 
 LOG_SCHEMA = 1
-# Dense bf16 peak of one device in FLOP/s, for MFU; by a word of torch.cuda.get_device_name().
+# Dense bf16 peak of one device in FLOP/s, for MFU; looked up by part of torch.cuda.get_device_name().
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
               "RTX 4090": 165e12, "RTX 3090": 71e12, "A10G": 70e12, "L4": 121e12}  # fmt: skip
 
 
-# What asks a process to end, or warns it that it will be killed: by hand, by torchrun, by a terminal that closes, by a cluster.
+# Signals by which a user, torchrun, a terminal that closes or a cluster asks a process to end or warns that it will be killed.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
                      if hasattr(signal, name))  # fmt: skip
 
@@ -1111,7 +1293,7 @@ class Interrupted(RuntimeError):
 
 
 class BrokenRun(RuntimeError):
-    """The run failed through no mistake of the user (a loss that is not finite, a limit broken). Exit status 1."""
+    """The run failed, and not by a mistake of the user: a loss that is not finite, a full disk. Exit status 1."""
 
 
 def say(text: str, to_stderr: bool = False, end: str = "\n") -> OSError | None:
@@ -1143,7 +1325,10 @@ def cannot_write(path: Path, error: OSError) -> ConfigError | BrokenRun:
 
 
 def atomic_write(path: Path, blob: bytes) -> None:
-    """Write `blob` so that `path` appears whole or not at all: write aside, fsync, rename. Raises as `cannot_write` says."""
+    """Write `blob` to a file beside `path`, fsync it and rename it, so that `path` is complete or absent.
+
+    Raises what `cannot_write` returns.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1190,7 +1375,7 @@ def unlock_file(file: Any) -> None:
 
 
 def derive_seed(seed: int, *purpose: Any) -> int:
-    """A 63-bit seed for (seed, purpose...): streams of random numbers for different purposes never coincide."""
+    """A 63-bit seed for (seed, purpose...), so that each purpose has random numbers of its own."""
     return int.from_bytes(hashlib.sha256(repr((seed, *purpose)).encode()).digest()[:8], "little") >> 1
 
 
@@ -1256,7 +1441,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 
 def tune_cpu(local_world: int) -> None:
-    """Settings that make fp32 training on a CPU about twice as fast; `local_world` processes share its cores."""
+    """Set threads, matmul precision and malloc for fp32 training on a CPU: about twice as fast; `local_world` processes share the cores."""
     # torchrun sets OMP_NUM_THREADS=1 for several processes; share the cores instead.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // local_world))
@@ -1272,7 +1457,7 @@ def tune_cpu(local_world: int) -> None:
 
 
 def end_process_group(broken: bool = False) -> None:
-    """Leave the process group, if there is one, in a state in which the interpreter can end.
+    """Destroy the process group, if there is one, so that the interpreter can exit.
 
     After a failure NCCL's is left as it is: destroying it would wait for collectives that the other ranks never join.
 
@@ -1291,7 +1476,7 @@ def end_process_group(broken: bool = False) -> None:
 
 
 def group_store(rank: int, world: int) -> dist.Store:
-    """torchrun's key-value store under a prefix that the ranks of this attempt have agreed on.
+    """torchrun's key-value store, under a prefix that the ranks of this attempt (start or restart) have in common.
 
     torchrun keeps one store over its restarts, and a Gloo mesh that reads addresses left by the attempt before never forms
     (torch 2.13). So each process says hello with a fresh name, rank 0 answers with the names it has heard until all have
@@ -1312,7 +1497,7 @@ def group_store(rank: int, world: int) -> dist.Store:
 
 
 class Run:
-    """Where and as whom this process runs: ranks, device, logs, the stop signal. Made once, by `Run.start`."""
+    """This process in its run: rank, device, logs, the stop signal, collectives. Made once, by `Run.start`."""
 
     current: Run | None = None  # for main, which closes the logs whatever happens
 
@@ -1324,7 +1509,7 @@ class Run:
         self.signal: int | None = None
         self.signal_time = 0.0
         self.graceful = False  # True while a loop checks `signal` by itself
-        self.training_began = False  # from here on no mistake of the user is found, and nothing may lose the weights
+        self.training_began = False  # from then on a mistake exits with status 1, and the weights are kept
         self.on_terminal = rank == 0 and sys.stderr is not None and sys.stderr.isatty()
         self.lost: dict[str, str] = {}  # what could not be written -> the message
         self.moved_artifact: Path | None = None  # where the artifact is if ARTIFACT could not be written
@@ -1500,7 +1685,7 @@ class Run:
             raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
     def end_graceful(self) -> None:
-        """The loop no longer looks at `signal`: from here on a signal stops at once, also one it has not seen."""
+        """Called after the loop that checks `signal`: a signal that it has not seen, and any later one, stops the run at once."""
         self.graceful = False
         if self.signal is not None:
             raise Interrupted(f"stopped by {signal.Signals(self.signal).name}")
@@ -1537,7 +1722,7 @@ class Run:
         return value
 
     def reports_first(self) -> bool:
-        """True on exactly one rank: the first that asks. A mistake that all ranks see is told once, and one rank's own too."""
+        """True on exactly one rank, the first that calls this: it prints the error, whether one rank failed or all did."""
         return self.world == 1 or dist.distributed_c10d._get_default_store().add("said", 1) == 1
 
     def share(self, n: int) -> range:
@@ -1545,7 +1730,7 @@ class Run:
         return range(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
     def sync(self) -> None:
-        """Wait for the device, so that the clock reads work done."""
+        """Wait until the device has finished its queue, so that the clock includes it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -1559,7 +1744,7 @@ class Run:
 
 
 class Clock:
-    """Seconds of one activity, with pauses excluded and the device waited for at both ends."""
+    """Seconds of one activity without its pauses; each pause begins and ends with `Run.sync`."""
 
     def __init__(self, run: Run, elapsed: float = 0.0) -> None:
         self.run, self.total, self.since = run, elapsed, time.perf_counter()
@@ -2031,14 +2216,15 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
 
 # ==== 4 MODEL =========================================================================================================
 # Shapes: B sequences, T positions, D model width, H query heads, G key/value heads, K head width, V vocabulary, R C rows
-# and columns of a matrix. A parameter is tagged at birth: `role` routes it to its optimizer, `store` to its storage.
+# and columns of a matrix. Every parameter is made with two tags: `role` is its optimizer group, `store` how it is stored.
 
 
 class Ctx(NamedTuple):
     """What a caller may add to the forward pass; the default context is the plain model."""
 
     tap: Callable[[str, Tensor], None] | None = None  # sees the input of each projection (GPTQ Hessians)
-    lora: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({})  # site -> low-rank delta of its output (TTT)
+    lora: Mapping[tuple[int, str], Callable[[Tensor], Tensor]] = MappingProxyType({})  # (pass, site) -> what TTT adds
+    slot: int = -1  # which pass through a block this is: a block that runs twice has two LoRAs; -1 outside the blocks
     cache: KVCache | None = None  # keys and values of earlier positions (incremental decoding)
     fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
     segments: Segments | None = None  # what each position may see (DOC_MASK=1); None: found from the ids
@@ -2071,6 +2257,11 @@ def find_segments(ids_BT: Tensor, longest: int, least_bounds: int = 0, cache: KV
     return Segments(start, first, bounds, longest)
 
 
+def adapted(y: Tensor, x: Tensor, site: str, ctx: Ctx) -> Tensor:
+    """y (..., out) plus what the LoRA of this pass and site makes of x (..., in); y itself where there is none."""
+    return y + ctx.lora[ctx.slot, site](x) if (ctx.slot, site) in ctx.lora else y
+
+
 def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Parameter:
     """Mark a parameter with its optimizer role (matrix, scalar, embed), storage role and learning-rate multiplier."""
     p.role, p.store, p.lr_mult = role, store, lr_mult  # type: ignore[attr-defined]
@@ -2078,12 +2269,12 @@ def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Para
 
 
 def vector(*shape: int, value: float = 0.0) -> nn.Parameter:
-    """A constant control parameter: fp32, scalar Adam, kept in high precision."""
+    """A new control parameter of this shape, all `value`: fp32, trained by Adam at SCALAR_LR, stored in CONTROL_BITS."""
     return tag(nn.Parameter(torch.full(shape, value)), "scalar", "control")
 
 
 class UnitRMS(torch.autograd.Function):
-    """`rms_norm` on a CPU, where PyTorch composes it of six passes with as many saved tensors; this keeps y and 1 / rms."""
+    """x (..., D) -> x / rms(x), for `rms_norm` on a CPU: saves y and 1 / rms, where PyTorch's own saves six tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -2104,12 +2295,12 @@ class UnitRMS(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, no learned weight; eps is fp32's, also in bf16, whose own .0078 would swallow embeddings."""
+    """x / rms(x) over the last axis, no learned weight. eps is fp32's in every dtype: bf16's, .0078, exceeds the embeddings' mean square."""
     return UnitRMS.apply(x) if x.device.type in ("cpu", "meta") else F.rms_norm(x, (x.shape[-1],))
 
 
 def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
-    """Fill in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
+    """Fill the matrix in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
     if how == "zero":
         nn.init.zeros_(w_RC)
     elif how == "normal":
@@ -2122,7 +2313,7 @@ def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the fp32 master is cast to x's dtype at use. `site` names the projection to taps and LoRA."""
+    """y = x W^T without bias; W is kept in fp32 and cast to x's dtype. Taps and LoRA find the projection by its `site`."""
 
     def __init__(self, site: str, d_in: int, d_out: int, store: str, init: str, gain: float = 1.0,
                  role: str = "matrix", lr_mult: float = 1.0) -> None:  # fmt: skip
@@ -2139,12 +2330,11 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         if ctx.tap is not None:
             ctx.tap(self.site, x)
-        y = F.linear(x, self.matrix(ctx).to(x.dtype))
-        return y + ctx.lora[self.site](x) if self.site in ctx.lora else y
+        return adapted(F.linear(x, self.matrix(ctx).to(x.dtype)), x, self.site, ctx)
 
 
 def random_words(seed: int, n: int) -> np.ndarray:
-    """n uint64 of the SplitMix64 sequence from `seed`: integer arithmetic only, the same everywhere."""
+    """The first n uint64 of the SplitMix64 sequence of `seed`: integer arithmetic, so equal on every machine."""
     z = np.uint64(seed % 2**64) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -2191,8 +2381,8 @@ class AdapterLinear(Linear):
     """W = base + B A: a frozen random orthogonal base that is never stored, and a trained rank-r adapter (#1095).
 
     base = Q[:out, :in] / sqrt(in), so all its singular values are 1/sqrt(in). A ~ N(0, 1/in); B = 0 starts at the base
-    (published: N(0, 1/r) on q, kv and up, which swamps it). Masters are fp32. What is stored is A and B, never W, so QAT
-    leaves W alone.
+    (published: N(0, 1/r) on q, kv and up, much larger than the base). A and B are kept in fp32. They are what is stored, not
+    W, so QAT does not round W.
     """
 
     def __init__(self, cfg: Config, layer: int, kind: str, site: str, d_in: int, d_out: int, lr_mult: float) -> None:
@@ -2238,11 +2428,11 @@ def rope_base(cfg: Config) -> float:
     return cfg.rope_base * (longest / cfg.rope_train_len) ** (dims / (dims - 2))
 
 
-def rope_table(cfg: Config) -> Tensor:
-    """(2, longest window, rotated dims / 2) fp32: cosines and sines."""
+def rope_table(cfg: Config, positions: int = 0) -> Tensor:
+    """(2, positions, rotated dims / 2) fp32: cosines and sines; as many as the longest window if not told otherwise."""
     dims = cfg.rope_dims or cfg.head_dim
     freqs = rope_base(cfg) ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
-    angles = torch.arange(cfg.longest_seq, dtype=torch.float32)[:, None] * freqs
+    angles = torch.arange(max(cfg.longest_seq, positions), dtype=torch.float32)[:, None] * freqs
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -2442,7 +2632,7 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionK
     return ("varlen", attend_varlen) if packed else ("sdpa", attend_sdpa)
 
 
-# ---- what may act on the heads
+# ---- operations on the heads' outputs
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, share_H: Tensor | None = None) -> Tensor:
@@ -2471,15 +2661,15 @@ class GatedXsa(nn.Module):
         return exclude_self(y_BTHK, v_BTGK, torch.tanh(self.alpha_H).to(y_BTHK.dtype))
 
 
-def own_value_exclusion(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """What this block does with its own value in the attention's output: nothing, XSA, or gated XSA."""
+def choose_xsa(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """(attention output, values) -> attention output, for this block: unchanged, XSA, or gated XSA."""
     if layer not in cfg.xsa_layers:
         return lambda y, v: y  # noqa: ARG005
     return GatedXsa(cfg) if cfg.xsa_gated else exclude_self
 
 
 class NoGate(nn.Module):
-    """Leaves the heads alone."""
+    """Returns the heads' outputs unchanged."""
 
     def __init__(self, cfg: Config) -> None:  # noqa: ARG002
         super().__init__()
@@ -2529,7 +2719,7 @@ ATTN_GATES = {"none": NoGate, "input": InputGate, "scalar": ScalarGate, "sparse"
 
 
 class NoValueResidual(nn.Module):
-    """Keeps each block's own values."""
+    """Returns each block's own values unchanged."""
 
     def forward(self, v: Tensor, v0: Tensor) -> Tensor:  # noqa: ARG002
         return v
@@ -2562,7 +2752,7 @@ VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": SoftmaxValueResidual, "si
 
 
 class Embedding(nn.Module):
-    """Rows of a table; the fp32 master is cast to the compute dtype after the lookup."""
+    """ids (...) -> rows of the table (..., dim) in the compute dtype; the table itself is kept in fp32."""
 
     def __init__(self, rows: int, dim: int, std: float, role: str, store: str) -> None:
         super().__init__()
@@ -2684,7 +2874,7 @@ class ValueEmbedding(nn.Module):
 
 
 class Stream(NamedTuple):
-    """What every block of one forward pass shares."""
+    """Inputs that are the same for every block of one forward pass."""
 
     x0_BTD: Tensor  # the embedding stream
     rope_2TC: Tensor  # cosines and sines of these positions
@@ -2707,7 +2897,7 @@ class Attention(nn.Module):
         self.q_gain_H = vector(cfg.num_heads, value=cfg.qk_gain_init)
         self.gate = ATTN_GATES[cfg.attn_gate](cfg)
         self.value_residual = VALUE_RESIDUALS[cfg.value_residual if layer else "none"]()
-        self.exclude_self = own_value_exclusion(cfg, layer)
+        self.exclude_self = choose_xsa(cfg, layer)
         self.attend = attend_sdpa
 
     def heads(self, x_BTD: Tensor) -> Tensor:
@@ -2732,7 +2922,7 @@ class Attention(nn.Module):
         if s.ctx.cache is not None:
             k, all_v = s.ctx.cache.extend(slot, k, v)
         y = self.gate(self.exclude_self(self.attend(q, k, all_v, s.ctx.segments), v), x_BTD)
-        return self.out(y.reshape(x_BTD.shape), s.ctx), v0_BTGK
+        return adapted(self.out(y.reshape(x_BTD.shape), s.ctx), x_BTD, f"blocks.{self.layer}.attn", s.ctx), v0_BTGK
 
 
 class MLP(nn.Module):
@@ -2742,13 +2932,14 @@ class MLP(nn.Module):
         super().__init__()
         own = cfg.mlp_mult_encoder if layer < cfg.encoder_layers else cfg.mlp_mult_decoder
         hidden = int((own or cfg.mlp_mult) * cfg.model_dim)
-        self.slope = cfg.leaky_slope
+        self.layer, self.slope = layer, cfg.leaky_slope
         self.up = projection(cfg, layer, "mlp", "up", cfg.model_dim, hidden)
         self.down = projection(cfg, layer, "mlp", "down", hidden, cfg.model_dim)
 
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         z = self.up(x, ctx)
-        return self.down((F.leaky_relu(z, self.slope) if self.slope else F.relu(z)).square(), ctx)
+        y = self.down((F.leaky_relu(z, self.slope) if self.slope else F.relu(z)).square(), ctx)
+        return adapted(y, x, f"blocks.{self.layer}.mlp", ctx)
 
 
 def phase_mix(layer: int, layers: int) -> float:
@@ -2919,7 +3110,7 @@ class AsymSoftcap(Softcap):
 class KVCache:
     """Keys and values of earlier positions for each pass through a block of the longest plan, the last token and embedding.
 
-    B sequences of the same length in lockstep; `limit` positions at most. `length` counts those already seen.
+    B sequences of equal length, at most `limit` positions each, that advance together. `length` is the positions so far.
     """
 
     def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -3049,7 +3240,7 @@ class GPT(nn.Module):
             if step.skip is not None:
                 gate = None if self.skip_gates is None else self.skip_gates[step.skip]
                 a = self.merge_skip(a, saved.pop(), self.skip_weights[step.skip], gate)
-            a, m, v0 = self.blocks[step.block](a, m, v0, stream, slot)
+            a, m, v0 = self.blocks[step.block](a, m, v0, stream._replace(ctx=ctx._replace(slot=slot)), slot)
             a, m = self.carry(a, m, step, firsts)
             if step.save:
                 saved.append(a)
@@ -3067,8 +3258,8 @@ class GPT(nn.Module):
             if ctx.tap is not None:
                 ctx.tap("tok_emb", features)
             z = F.linear(features, self.tok_emb.weight.to(features.dtype))
-            z = z + ctx.lora["head"](features) if "head" in ctx.lora else z
-        return self.softcap(z.float())
+            z = adapted(z, features, "head", ctx)
+        return self.softcap(z.to(torch.promote_types(z.dtype, torch.float32)))
 
     def nll(self, inputs: Tensor, targets: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
         """-log p(target) in nats, (B, T) fp32."""
@@ -3108,10 +3299,10 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops_per_token(model: GPT, seq_len: int) -> float:
+def flops_per_token(model: GPT, seq_len: int, plan: list[Step] | None = None) -> float:
     """Training FLOPs a token: 6 a matrix weight and pass through it, 6 T D a pass for causal attention's two products."""
     weights = {site: shape.numel() for site, shape in model.sites().items()}
-    passes = [step.block for step in model.plan]
+    passes = [step.block for step in plan or model.plan]
     blocks = sum(n * passes.count(int(site.split(".")[1])) for site, n in weights.items() if site.startswith("blocks."))
     others = sum(n for site, n in weights.items() if not site.startswith("blocks.") and site != "head")
     head = model.cfg.vocab_size * model.cfg.model_dim
@@ -3120,34 +3311,49 @@ def flops_per_token(model: GPT, seq_len: int) -> float:
 
 # ==== 5 OPTIMIZER =====================================================================================================
 #
-# Matrices learn by Muon, everything else by AdamW. Nothing wraps the model: after backward a gradient holds this rank's
-# part of the sum. One step (a) starts every reduction, (b) lets Adam work while the matrices are still on their way,
-# (c) orthogonalises each matrix on the one rank that owns it, (d) applies a bank's updates while the next computes.
-# One process is the same code in a world of one rank, where nothing travels.
+# Muon trains the matrices, AdamW everything else. No wrapper around the model: after backward each gradient is this rank's
+# part of the sum. A step (a) starts all reductions, (b) runs AdamW while the matrices' gradients are being reduced,
+# (c) orthogonalises each matrix on the rank that owns it, (d) applies one bank's updates while the next bank computes.
+# One process runs the same code with a world of one rank and no communication.
 
 # PyTorch renamed these; FlashAttention's wheels often lag behind its newest version.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steep at zero, so that small singular values rise within few iterations
+# Coefficients (a, b, c) of each iteration; the last tuple serves all further ones.
+NEWTON_SCHULZ = {
+    "classic": ((3.4445, -4.7750, 2.0315),),  # steep at zero, so that small singular values rise within few iterations
+    # Polar Express (arXiv 2505.16932) as #1787 damped it: singular values of .001 to 1 end within .85 to 1.15.
+    "polar": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+              (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+              (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+              (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+              (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+}  # fmt: skip
 
 
-def orthogonalize(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def orthogonalize(G: Tensor, steps: int, dtype: torch.dtype, coefficients: str = "classic") -> Tensor:
     """Brings the singular values of every matrix in G (n, R, C) near 1 and keeps its singular vectors; returns `dtype`.
 
     Newton-Schulz iteration X <- (a + bA + cA^2) X with A = X X^T (Keller Jordan, kellerjordan.github.io/posts/muon).
     Five steps bring all but tiny singular values into about 0.7..1.2. Tall matrices are multiplied from the right: the
     Gram matrix always has the short side, and a transposed input gives the transposed result. Zeros stay zeros.
     """
-    a, b, c = NEWTON_SCHULZ
+    tuples = NEWTON_SCHULZ[coefficients]
     tall = G.size(1) > G.size(2)
     # The Frobenius norm bounds the largest singular value, and the iteration converges only below sqrt(3).
     X = (G / (torch.linalg.vector_norm(G, dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(steps):
+    for i in range(steps):
+        a, b, c = tuples[min(i, len(tuples) - 1)]
         A = X.mT @ X if tall else X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X
+
+
+def normalize_rows_(G: Tensor) -> Tensor:
+    """Brings every row of G (n, R, C) to length 1 in place (MuonEq-R, #1285); rows of zeros stay zeros."""
+    return G.div_(torch.linalg.vector_norm(G, dim=2, keepdim=True, dtype=torch.float32).clamp_min_(1e-7))
 
 
 def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
@@ -3157,32 +3363,33 @@ def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> flo
 
 
 def copy_grads(params: list[nn.Parameter], places: list[Tensor]) -> None:
-    """Copies each gradient to its place; a parameter that this rank's loss did not touch counts as zeros."""
+    """Copies each parameter's gradient into its tensor of `places`; a parameter without a gradient gives zeros."""
     torch._foreach_copy_(places, [torch.zeros_like(p) if p.grad is None else p.grad for p in params])
 
 
 class Collective:
-    """Parameters with a collective under way: their gradients, or updates, travel between the ranks."""
+    """Parameters and at most one collective operation on them in flight: reducing gradients or gathering updates."""
 
     work: Any = None
 
     def wait(self) -> None:
-        """Returns (on a GPU: lets the stream go on) when the last reduction or gathering is complete."""
+        """Waits until the operation in flight, if any, is complete; on a GPU only the CUDA stream waits."""
         if self.work is not None:
             self.work.wait()
             self.work = None
 
 
 class MatrixBank(Collective):
-    """Muon for matrices of one shape (R, C), stacked and dealt out whole: rank r owns slots r*share .. (r+1)*share.
+    """Muon for all matrices of one shape (R, C), stacked; rank r owns the whole matrices in slots r*share .. (r+1)*share.
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
     never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
     `dtype` is that of the Newton-Schulz products. Gradients are reduced in fp32 and updates return in the dtype they were
-    made in, so the way costs no accuracy.
+    computed in, so communication loses no accuracy.
     """
 
-    def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype):
+    def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype, cfg: Config):
+        self.cfg = cfg
         self.names, self.params, self.run, self.dtype = list(named), list(named.values()), run, dtype
         rows, cols = self.params[0].shape
         self.share = -(-len(self.params) // run.world)
@@ -3200,12 +3407,14 @@ class MatrixBank(Collective):
         if self.run.world > 1:
             self.work = reduce_scatter(self.shard, self.grads, async_op=True)
 
-    def update(self, momentum: float, steps: int) -> None:
+    def update(self, momentum: float) -> None:
         """Orthogonalises the owned matrices' Nesterov momentum and starts gathering the updates of all owners."""
         self.wait()
         self.momentum.mul_(momentum).add_(self.shard)
         self.shard.add_(self.momentum, alpha=momentum)
-        self.updates = orthogonalize(self.shard, steps, self.dtype)
+        if self.cfg.muon_row_normalize:
+            normalize_rows_(self.shard)
+        self.updates = orthogonalize(self.shard, self.cfg.muon_backend_steps, self.dtype, self.cfg.newton_schulz)
         if self.run.world > 1:
             owned, self.updates = self.updates, self.updates.new_empty(self.grads.shape)
             self.work = all_gather(self.updates, owned, async_op=True)
@@ -3238,21 +3447,22 @@ class MatrixBank(Collective):
 
 
 class SmallParameters(Collective):
-    """AdamW for all that is no matrix: gradients travel in one flat fp32 buffer, every rank makes the same step."""
+    """AdamW for every parameter that is not a matrix: one flat fp32 buffer of gradients is reduced; all ranks step alike."""
 
     def __init__(self, named: dict[str, nn.Parameter], rates: dict[str, float], cfg: Config, run: Run):
         self.names, self.params, self.run = list(named), list(named.values()), run
         sizes = [p.numel() for p in self.params]
         self.flat = torch.zeros(sum(sizes), device=run.device)
         self.grads = [g.view_as(p) for g, p in zip(self.flat.split(sizes), self.params, strict=True)]
-        groups: dict[float, list[nn.Parameter]] = {}
+        embed_wd = cfg.adam_wd if cfg.embed_wd < 0 else cfg.embed_wd
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for p in self.params:
-            groups.setdefault(rates[p.role] * p.lr_mult, []).append(p)
+            decay = cfg.adam_wd if p.role == "scalar" else embed_wd
+            groups.setdefault((rates[p.role] * p.lr_mult, decay), []).append(p)
         self.adam = torch.optim.AdamW(
-            [{"params": params, "rate": rate} for rate, params in groups.items()],
+            [{"params": ps, "rate": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()],
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
-            weight_decay=cfg.adam_wd,
             fused=True,
         )
 
@@ -3306,26 +3516,31 @@ class Optimizers:
                 shapes.setdefault(p.shape, {})[name] = p
         missing = trainable.keys() - small.keys() - {name for named in shapes.values() for name in named}
         assert not missing, f"no optimizer owns {sorted(missing)}"
-        # Biggest first: the longest transfers start earliest, and nothing hides the gathering of the last bank.
+        # Largest first: the longest reductions start earliest, and the gathering of the last bank, which overlaps with
+        # no computation, is the shortest.
         banks = sorted(shapes.values(), key=lambda named: -sum(p.numel() for p in named.values()))
-        self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device)) for named in banks]
+        self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device), cfg) for named in banks]
         self.small = SmallParameters(small, rates, cfg, run)
 
     @torch.no_grad()
     def step(self, step: int, lr_scale: float) -> None:
         """One optimizer step: `step` (from 0) sets Muon's momentum, `lr_scale` multiplies every learning rate."""
         cfg = self.cfg
-        self.small.reduce()  # first in the queue: Adam then works while the matrices travel
+        if cfg.grad_clip_local and cfg.grad_clip_norm:
+            # Published: each rank clips the gradient of its own mean, which is `world` times its part of the whole mean.
+            params = [p for part in (self.small, *self.banks) for p in part.params]
+            nn.utils.clip_grad_norm_(params, cfg.grad_clip_norm / self.run.world)
+        self.small.reduce()  # first, so that AdamW runs while the matrices' gradients are being reduced
         for bank in self.banks:
             bank.reduce()
-        if cfg.grad_clip_norm > 0:
+        if cfg.grad_clip_norm > 0 and not cfg.grad_clip_local:
             self.clip(cfg.grad_clip_norm)
         self.small.step(lr_scale)
         start, warmup = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps
         momentum = muon_momentum(step, start, cfg.muon_momentum, warmup)
         for bank, previous in zip([*self.banks, None], [None, *self.banks], strict=True):
             if bank is not None:
-                bank.update(momentum, cfg.muon_backend_steps)
+                bank.update(momentum)
             if previous is not None:  # its updates were gathered while `bank` computed
                 previous.apply(cfg.matrix_lr * lr_scale, cfg.muon_wd, cfg.muon_wd_order)
 
@@ -3344,7 +3559,7 @@ class Optimizers:
         return norm
 
     def zero_grad(self) -> None:
-        """Forgets every gradient."""
+        """Sets every gradient to None."""
         for part in (self.small, *self.banks):
             for p in part.params:
                 p.grad = None
@@ -3382,21 +3597,30 @@ def budget_frac(cfg: Config, step: int, elapsed: float, budget: float) -> float:
     return min(max(by_time, by_steps), 1.0)
 
 
-def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
-    """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
-
-    warmdown: flat, then linear to 0 over the last WARMDOWN_ITERS steps or, with a time limit, over the time they take at
-    the measured pace; whichever of the two limits is nearer counts. wsd: flat to WSD_STABLE_FRAC, then cosine to 0.
-    """
+def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
+    """The learning-rate scale of `lr_scale` without its floor MIN_LR."""
+    frac = budget_frac(cfg, step, elapsed, budget)
     if cfg.lr_schedule == "wsd":
-        p = (budget_frac(cfg, step, elapsed, budget) - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
+        p = (frac - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
         return 0.5 * (1 + math.cos(math.pi * min(max(p, 0.0), 1.0)))
+    if cfg.warmdown_frac:
+        return min((1.0 - frac) / cfg.warmdown_frac, 1.0)
     if not cfg.warmdown_iters:
         return 1.0
     left = (cfg.iterations - step) / cfg.warmdown_iters if cfg.iterations else 1.0
     if budget and step and elapsed:
         left = min(left, (budget - elapsed) / (cfg.warmdown_iters * elapsed / step))
     return min(max(left, 0.0), 1.0)
+
+
+def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
+    """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
+
+    warmdown: flat, then linear to 0 over the last WARMDOWN_FRAC of the budget; without it over the last WARMDOWN_ITERS steps
+    or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
+    wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
+    """
+    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
 
 
 def seq_len_at(cfg: Config, frac: float) -> int:
@@ -3413,51 +3637,110 @@ def qat_sharpness(cfg: Config, frac: float) -> float:
 
 
 class WeightAverage:
-    """EMA and SWA of the weights, in fp32 on the device.
+    """EMAs and SWA of the weights, in fp32 on the device.
 
-    EMA: e <- d e + (1 - d) w each step from EMA_START_FRAC of the budget. SWA: plain mean, every SWA_EVERY steps while
-    the learning-rate scale is below SWA_START_SCALE, of the weights (#187) or of the EMA (#850).
+    EMA: e <- d e + (1 - d) w each step from EMA_START_FRAC of the budget, one for each decay. SWA: plain mean, every
+    SWA_EVERY steps while the learning-rate scale is below SWA_START_SCALE, of the weights (#187) or of the EMA (#850).
     """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.ema: list[Tensor] = []
+        self.emas: dict[float, list[Tensor]] = {}
         self.swa: list[Tensor] = []
         self.swa_n = 0
 
     @torch.no_grad()
     def update(self, step: int, frac: float, scale: float) -> None:
         """Take in the weights after optimizer step `step` (0-based)."""
-        if self.cfg.ema_decay and frac >= self.cfg.ema_start_frac:
-            if self.ema:
-                torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema_decay)
+        for decay in self.cfg.averages if frac >= self.cfg.ema_start_frac else ():
+            if decay in self.emas:
+                torch._foreach_lerp_(self.emas[decay], self.params, 1 - decay)
             else:
-                self.ema = [p.detach().clone() for p in self.params]
+                self.emas[decay] = [p.detach().clone() for p in self.params]
         if self.cfg.swa_every and scale < self.cfg.swa_start_scale and (step + 1) % self.cfg.swa_every == 0:
-            source = self.ema if self.cfg.swa_source == "ema" and self.ema else [p.detach() for p in self.params]
+            source = self.weights() if self.cfg.swa_source == "ema" else [p.detach() for p in self.params]
             self.swa_n += 1
             if self.swa:
                 torch._foreach_lerp_(self.swa, source, 1 / self.swa_n)
             else:
                 self.swa = [t.clone() for t in source]
 
+    def weights(self, *decays: float) -> list[Tensor]:
+        """The mean of those EMAs; without decays the only EMA, or the weights themselves where there is none yet."""
+        chosen = [self.emas[d] for d in decays or list(self.emas)[:1]]
+        if not chosen:
+            return [p.detach() for p in self.params]
+        return chosen[0] if len(chosen) == 1 else torch._foreach_lerp(*chosen, 0.5)
+
+    def candidates(self) -> list[tuple[float, ...]]:
+        """What may be chosen of several EMAs: each, and each pair, half and half."""
+        return [*((d,) for d in self.emas), *itertools.combinations(self.emas, 2)]
+
     @torch.no_grad()
-    def apply(self) -> str:
-        """Put the average in the model: EMA or weights, blended with SWA. Returns what it was, for the log."""
-        base = self.ema or [p.detach().clone() for p in self.params]
+    def apply(self, decays: tuple[float, ...] = ()) -> str:
+        """Put the average in the model: EMA (of `decays`) or weights, blended with SWA. Returns what it was, for the log."""
+        base = self.weights(*decays)
         if self.swa:
             base = torch._foreach_lerp(base, self.swa, self.cfg.swa_blend)
         torch._foreach_copy_(self.params, base)
-        name = f"ema({self.cfg.ema_decay})" if self.ema else "last"
+        decays = decays or tuple(self.emas)
+        name = f"ema({' + '.join(map(str, decays))})" if decays else "last"
         return f"{1 - self.cfg.swa_blend:g} {name} + {self.cfg.swa_blend:g} swa({self.swa_n})" if self.swa else name
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ema": self.ema, "swa": self.swa, "swa_n": self.swa_n}
+        return {"emas": self.emas, "swa": self.swa, "swa_n": self.swa_n}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         move = lambda ts: [t.to(p.device, copy=True) for t, p in zip(ts, self.params, strict=False)]  # noqa: E731
-        self.ema, self.swa, self.swa_n = move(state["ema"]), move(state["swa"]), state["swa_n"]
+        self.emas = {decay: move(ema) for decay, ema in state["emas"].items()}
+        self.swa, self.swa_n = move(state["swa"]), state["swa_n"]
+
+
+HELD_BACK_TOKENS = 2**15  # training text that chooses between averages, at least; whole steps of it
+
+
+def hold_back(stream: TokenStream, n: int) -> np.ndarray:
+    """The last n tokens of the training text, which the stream no longer has: nothing trains or calibrates on them."""
+    shards = list(stream.shards)
+    if len(shards[-1]) <= 2 * n:
+        raise ConfigError(f"EMA_DECAYS holds back {n} training tokens to choose by, at most half of the last shard's {len(shards[-1])}; "
+                          "use EMA_DECAY, a smaller TRAIN_BATCH_TOKENS or more data")  # fmt: skip
+    held = np.asarray(shards[-1][-n:])
+    shards[-1] = shards[-1][:-n]
+    stream.shards, stream.starts = shards, np.cumsum([0, *(len(s) for s in shards)])
+    stream.total = int(stream.starts[-1])
+    return held
+
+
+class AverageChoice:
+    """Chooses between several EMAs by their loss on held-back training text, in the shapes and graph of training."""
+
+    def __init__(self, cfg: Config, run: Run, stream: TokenStream) -> None:
+        self.batches = -(-HELD_BACK_TOKENS // cfg.train_batch_tokens)
+        held = hold_back(stream, self.batches * cfg.train_batch_tokens + 1)
+        self.run, self.seq_len = run, cfg.train_seq_len
+        self.batcher = Batcher(cfg, TokenStream([held], cfg.vocab_size), run)
+        n = len(cfg.averages)
+        # The time it takes, in training steps: one forward pass a candidate and batch is less than half a step.
+        self.steps = 0.5 * self.batches * (n + n * (n - 1) / 2)
+
+    def loss(self, nll: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """Mean nats a token of the held-back text; nll gives the sum over this rank's part of a batch."""
+        self.batcher.stream.position = 0
+        total = sum(nll(*self.batcher.next(self.seq_len)) for _ in range(self.batches))
+        return float(self.run.all_reduce(total)) / (self.batches * self.batcher.batch_tokens)
+
+    def choose(self, average: WeightAverage, nll: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, ...]:
+        """The candidate of least loss."""
+        losses = {}
+        for decays in average.candidates():
+            with torch.no_grad():
+                torch._foreach_copy_(average.params, average.weights(*decays))
+            losses[decays] = self.loss(nll)
+        shown = " ".join(f"{'+'.join(map(str, decays))}:{loss:.5f}" for decays, loss in losses.items())
+        self.run.log(f"average held_back_loss {shown}")
+        return min(losses, key=losses.__getitem__)
 
 
 # ---- complementary training
@@ -3622,11 +3905,11 @@ class Checkpoints:
         self.damaged: list[str] = []  # newer ones that RESUME=auto could not read
 
     def save(self, step: int, state: dict[str, Any]) -> Path | None:
-        """Write `state` as the checkpoint of `step` and return its path, on rank 0 None where it cannot be written.
+        """Write `state` as the checkpoint of `step`; returns its path, or None where it cannot be written.
 
         All ranks call it, rank 0 writes.
         """
-        path = self.folder / f"step_{step:06d}.pt"
+        path: Path | None = self.folder / f"step_{step:06d}.pt"
         if self.run.rank == 0:
             try:
                 self.write(path, state)
@@ -3637,8 +3920,8 @@ class Checkpoints:
                     old.unlink(missing_ok=True)
             except (ConfigError, BrokenRun, OSError) as e:
                 self.run.report_lost("checkpoint", f"of step {step} ({e})")
-                return None
-        return path
+                path = None
+        return self.run.broadcast(path)
 
     def write(self, path: Path, state: dict[str, Any]) -> None:
         """Write `state` and the knobs that it binds."""
@@ -3657,7 +3940,7 @@ class Checkpoints:
             if self.run.rank == 0:
                 cells = {n: torch.from_numpy(c.astype(np.int32)) for n, c in (result.cells or {}).items()}
                 state = {"model": model.state_dict(), "step": result.steps, "average": {}, "position": stream.position,
-                         "elapsed": result.seconds, "finished": {**result._asdict(), "cells": cells}}  # fmt: skip
+                         "elapsed": result.seconds, "looped": model.looped, "finished": {**result._asdict(), "cells": cells}}  # fmt: skip
                 path = self.folder / "trained.pt"
                 try:
                     self.write(path, state)
@@ -3791,6 +4074,7 @@ class Trainer:
         self.batcher = Batcher(cfg, stream, run)
         self.optimizers = Optimizers(cfg, model, run)
         self.average = WeightAverage(cfg, model)
+        self.choice = AverageChoice(cfg, run, stream) if len(cfg.averages) > 1 else None
         self.counts = BigramCounts(cfg, run) if cfg.complement_alpha else None
         self.ngrams = HashedNgrams(run) if "pr1095" in cfg.ngram_tables else None
         self.fake_quant = FakeQuant(cfg.qat, cfg.qat_bits).to(run.device) if cfg.qat != "none" else None
@@ -3877,6 +4161,8 @@ class Trainer:
         """One optimizer step on the next batch; returns this rank's part of the mean loss (0-dim, on the device)."""
         self.follow_curriculum(seq_len_at(self.cfg, frac))
         inputs, targets = self.batcher.next(self.seq_len)
+        if self.cfg.num_loops:
+            self.model.set_looped(frac >= self.cfg.enable_looping_at)
         loss = self.backward(inputs, targets, self.context(frac))
         self.optimizers.step(self.step, scale * self.rewarm)
         self.average.update(self.step, frac, scale)
@@ -3884,6 +4170,17 @@ class Trainer:
             counts.update(inputs, targets)
         self.step += 1
         return loss
+
+    def held_back_nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum of -log p(target) over these sequences, by the graph and the micro-batches of training."""
+        rows = max(1, self.micro_tokens // inputs.shape[1])
+        parts = zip(inputs.split(rows), targets.split(rows), strict=True)
+        return sum(self.forward(*part, self.context(1.0)).detach().sum() for part in parts)
+
+    def apply_average(self) -> str:
+        """Put the weights' average in the model, the best one of several; returns what it was, for the log."""
+        several = self.choice is not None and self.average.emas
+        return self.average.apply(self.choice.choose(self.average, self.held_back_nll) if several else ())
 
     @property
     def counters(self) -> dict[str, BigramCounts | HashedNgrams]:
@@ -3914,7 +4211,8 @@ class Trainer:
         """
         weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         qat_start = self.cfg.qat_start_frac if self.fake_quant is not None else 0.0
-        fracs = sorted({0.0, qat_start, *(end for end, _ in self.cfg.seq_curriculum[:-1])})
+        loop_start = self.cfg.enable_looping_at if self.cfg.num_loops else 0.0
+        fracs = sorted({0.0, qat_start, loop_start, *(end for end, _ in self.cfg.seq_curriculum[:-1])})
         started, steps = time.perf_counter(), max(self.cfg.warmup_steps, len(fracs)) if self.cfg.warmup_steps else 0
         for i in range(steps):
             self.train_step(fracs[i % len(fracs)], 1.0)
@@ -3987,7 +4285,7 @@ class StopConsensus:
         return stop > 0
 
 
-RECENT_STEPS = 20  # whose slowest tells how long the next may take
+RECENT_STEPS = 20  # the slowest of them is the estimate for the next step
 
 
 class TrainingLoop:
@@ -3997,15 +4295,17 @@ class TrainingLoop:
                  validate: Callable[[GPT], tuple[float, float]]) -> None:  # fmt: skip
         self.cfg, self.run, self.trainer, self.checkpoints, self.validate = cfg, run, trainer, checkpoints, validate
         self.budget = training_budget(cfg)
-        self.flops = flops_per_token(trainer.model, cfg.train_seq_len)
+        plans = trainer.model.plans.items()
+        self.flops = {looped: flops_per_token(trainer.model, cfg.train_seq_len, plan) for looped, plan in plans}
+        self.trained_flops = 0.0
         name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
-        self.was = (cfg.seq_curriculum[0][1], False, False)
+        self.was = (cfg.seq_curriculum[0][1], False, False, False)
         self.epoch = 0
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds of the last steps
 
     def run_until_done(self, elapsed: float) -> TrainResult:
-        """Step until the time or the steps are used up, or a signal asks to stop."""
+        """Train until the time or the steps are used up or a signal arrives; returns what the rest of the run needs."""
         cfg, run, trainer = self.cfg, self.run, self.trainer
         self.clock, self.stop = Clock(run, elapsed), StopConsensus(run, elapsed)
         self.first_step = trainer.step
@@ -4037,19 +4337,21 @@ class TrainingLoop:
         return TrainResult(trainer.step, seconds, reason, trainer.micro_tokens)
 
     def out_of_time(self) -> bool:
-        """True if the training must end here so as not to cross the limit, were all steps as slow as the slowest recent one.
+        """True if the next step could pass the time limit, taking as long as the slowest of the recent steps.
 
         On a CPU not to stop means one step more. Where flags are read a step late, the device has two steps to finish
-        now, and a stop asked for after the next step comes after another two.
+        now, and a stop asked for after the next step comes after another two. The choice between averages comes on top.
         """
         now = self.clock.seconds()
         self.recent.append(now - self.last_elapsed)
         self.last_elapsed = now
-        return self.budget > 0 and now + max(self.recent) * (4 if self.stop.late else 1) > self.budget
+        ahead = (4 if self.stop.late else 1) + (self.trainer.choice.steps if self.trainer.choice else 0)
+        return self.budget > 0 and now + max(self.recent) * ahead > self.budget
 
     def after_step(self, loss: Tensor, scale: float) -> None:
-        """Step line, validation, checkpoint, trace, progress: whatever is due after this step."""
+        """Log, validate, save a checkpoint, advance profiler and progress bar, each where it is due after this step."""
         cfg, step = self.cfg, self.trainer.step
+        self.trained_flops += cfg.train_batch_tokens * self.flops[self.trainer.model.looped]
         if step % cfg.train_log_every == 0 or step - self.first_step <= 10:
             self.log_step(loss, scale)
         if cfg.val_loss_every and step % cfg.val_loss_every == 0 and step != cfg.iterations:
@@ -4070,7 +4372,7 @@ class TrainingLoop:
         now = self.clock.seconds()
         pace = (now - self.first_elapsed) / (step - self.first_step)
         rate = cfg.train_batch_tokens / pace
-        mfu = rate * self.flops / (self.peak * self.run.world) if self.peak else None
+        mfu = self.trained_flops / ((now - self.first_elapsed) * self.peak * self.run.world) if self.peak else None
         frac = budget_frac(cfg, step, now, self.budget)
         eta = (now - self.first_elapsed) * (1 - frac) / max(frac - self.first_frac, 1e-6)
         line = (f"step:{step}/{cfg.iterations} train_loss:{mean:.4f} lr_scale:{scale:.3f} train_time:{1000 * now:.0f}ms "
@@ -4087,11 +4389,12 @@ class TrainingLoop:
                        step_ms=1000 * pace, tokens_per_s=rate, mfu=mfu, eta_s=eta, **extra)  # fmt: skip
 
     def announce_switches(self, frac: float) -> None:
-        """Log what turns on at this share of the budget: sequence length, QAT; and each new pass over the data."""
+        """Log each change of sequence length, QAT, EMA and loops at this share of the budget, and each new pass over the data."""
         cfg = self.cfg
         qat = self.trainer.fake_quant is not None and frac >= cfg.qat_start_frac
-        now = (seq_len_at(cfg, frac), qat, bool(cfg.ema_decay) and frac >= cfg.ema_start_frac)
-        for name, old, new in zip(("seq_len", "qat", "ema"), self.was, now, strict=True):
+        now = (seq_len_at(cfg, frac), qat, bool(cfg.averages) and frac >= cfg.ema_start_frac,
+               cfg.num_loops > 0 and frac >= cfg.enable_looping_at)  # fmt: skip
+        for name, old, new in zip(("seq_len", "qat", "ema", "loop"), self.was, now, strict=True):
             if old != new:
                 self.run.log(f"switch:{name} step:{self.trainer.step} frac:{frac:.3f} value:{new}")
                 self.run.event("switch", step=self.trainer.step, frac=frac, name=name, value=new)
@@ -4146,7 +4449,12 @@ class TrainingLoop:
             return
         path = self.run.log_path.with_suffix(".trace.json")
         try:
+            path.unlink(missing_ok=True)
             self.profiler.export_chrome_trace(str(path))
+            with open(path, "rb") as f:  # torch does not tell when a trace could not be written
+                f.seek(-8, os.SEEK_END)
+                if not f.read().rstrip().endswith(b"}"):
+                    raise OSError("it is not complete")
         except (OSError, RuntimeError) as e:
             self.run.report_lost("trace", f"{path} ({e})")
             return
@@ -4162,6 +4470,7 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
     """
     if resumed is not None and "finished" in resumed:
         model.load_state_dict(resumed["model"])
+        model.set_looped(resumed["looped"])
         stream.position, run.training_began = resumed["position"], True
         run.notice(f"{resumed['path']} is the result of a whole training; it is packed and scored as it is")
         result = TrainResult(**resumed["finished"])
@@ -4174,14 +4483,18 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
         elapsed = resumed["elapsed"]
         checkpoints.notice_resumed(resumed)
     loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
-    if cfg.lr_schedule == "warmdown" and 0 < cfg.iterations < cfg.warmdown_iters:
+    if cfg.lr_schedule == "warmdown" and not cfg.warmdown_frac and 0 < cfg.iterations < cfg.warmdown_iters:
         run.notice(
             f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: rates fall from the first step on"
         )
     steps = f"{cfg.iterations} steps" if cfg.iterations else ""
     run.log("training ends after " + " or ".join(filter(None, (steps, f"{loop.budget:g}s" if loop.budget else ""))))
     result = loop.run_until_done(elapsed)
-    what = trainer.average.apply()
+    what = trainer.apply_average()
+    if trainer.choice is not None:
+        result = result._replace(seconds=loop.clock.seconds())
+    if cfg.num_loops and not model.looped:
+        run.notice(f"the plain plan is scored: training ended before ENABLE_LOOPING_AT={cfg.enable_looping_at:g}")
     run.log(f"train_end steps:{result.steps} train_time:{1000 * result.seconds:.0f}ms reason:{result.reason} "
             f"weights:{what} peak_memory:{run.peak_memory_mib():.0f}MiB")  # fmt: skip
     run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
@@ -4492,13 +4805,18 @@ def gptq(
 MIN_TRELLIS_ROWS, MAX_TRELLIS_COLUMNS = 16, 1 << 16  # a vector's codes stay independent: all rows take a column at once
 PATHS_AT_ONCE = {"cpu": 2048, "cuda": 65536}  # rows that are searched together
 RATE_PRICE = 0.45  # squared error, in steps^2, that a bit is worth: flat from 0.3 to 0.6 at 2 bits and more
-COLUMN_RANGE = 32  # steps of columns differ by up to 4 octaves from a tensor's
+COLUMN_RANGE = (-16, 32)  # steps of columns are up to 2 octaves finer than a tensor's, or 4 coarser: codes have 8 bits
 
 
 def next_state(state: Any, code: Any, states: int) -> Any:
     """State after `code` in `state`, for numbers and integer arrays: the code's bit 1, flipped by the state's bits 1 and 2, is
     shifted in. States of even number allow even codes, odd ones odd codes; every row starts in state 0."""
     return (2 * state + (((code >> 1) ^ (state >> 1) ^ (state >> 2)) & 1)) % states
+
+
+def octave_eighths(n: Tensor) -> Tensor:
+    """2**(n/8) in fp32, the same on every machine: the power is rounded from float64."""
+    return torch.exp2(n.double() / 8).float()
 
 
 class ErrorSpread(NamedTuple):
@@ -4528,11 +4846,6 @@ def error_spread(h_CC: Tensor, damp: float, variant: str) -> ErrorSpread:
     return ErrorSpread((factor_CC / diagonal_C[:, None]).float(), (weight_C / mean).float(), gain)
 
 
-def octave_eighths(n: Tensor) -> Tensor:
-    """2**(n/8) in fp32, the same on every machine: the power is rounded from float64."""
-    return torch.exp2(n.double() / 8).float()
-
-
 def column_steps(weight_C: Tensor) -> Tensor:
     """(C,) int8 eighths of an octave: steps with which an error of one step costs the same in every column.
 
@@ -4540,14 +4853,14 @@ def column_steps(weight_C: Tensor) -> Tensor:
     water-filling. The product of the weights is det H, whatever the order of columns.
     """
     octaves_C = -0.5 * weight_C.double().log2()
-    return (8 * (octaves_C - octaves_C.mean())).round().clamp(-COLUMN_RANGE, COLUMN_RANGE).to(torch.int8)
+    return (8 * (octaves_C - octaves_C.mean())).round().clamp(*COLUMN_RANGE).to(torch.int8)
 
 
 class TrellisSearch:
     """Viterbi search for the paths of N matrices of R rows through a trellis of S states, each survivor with its own weights.
 
     `x_NCR` are weights in steps, columns first. A column costs its squared error times `weight_NC`, and RATE_PRICE times the
-    bits of its code, taken from a Gaussian of the row's and the column's power. A code's error moves the columns after it
+    bits of its code, taken from a Gaussian of the row's and the column's power (`power_NC`, of all rows). A code's error moves the columns after it
     by `moves_NCC` (None: not at all). Errors of the last DELAY columns are kept for every survivor. Those before are the
     best survivor's, and survivors of another past are dropped: 5 times a trellis' memory decides it.
     """
@@ -4555,12 +4868,11 @@ class TrellisSearch:
     BLOCK, DELAY = 16, 32  # columns
     DROPPED = 1e30  # cost of a path that is out
 
-    def __init__(self, x_NCR: Tensor, moves_NCC: Tensor | None, weight_NC: Tensor, states: int):
+    def __init__(self, x_NCR: Tensor, moves_NCC: Tensor | None, weight_NC: Tensor, power_NC: Tensor, states: int):
         self.x_NCR, self.moves_NCC, self.states = x_NCR.clone(), moves_NCC, states
         n, columns, rows = x_NCR.shape
-        power_NCR = x_NCR.square()
-        power_NC = power_NCR.mean(dim=2) + 0.1
-        power_NR = (power_NCR / power_NC[:, :, None]).mean(dim=1) + 0.1
+        power_NC = power_NC + 0.1
+        power_NR = (x_NCR.square() / power_NC[:, :, None]).mean(dim=1) + 0.1
         bit_price = RATE_PRICE / (2 * math.log(2))
         self.price_NCR = ((bit_price / (power_NC * weight_NC))[:, :, None], power_NR.reciprocal()[:, None])
         self.ratio_NC = torch.cat([torch.ones_like(weight_NC[:, :1]), weight_NC[:, :-1] / weight_NC[:, 1:]], dim=1)
@@ -4657,13 +4969,19 @@ class TrellisSearch:
 
 
 @torch.no_grad()
-def trellis_codes(x_NRC: Tensor, spreads: list[ErrorSpread] | None, states: int) -> Tensor:
-    """Codes (N, R, C) int8 of N equal shapes in steps, paths through a trellis; `spreads` turn the search into GPTQ's."""
+def trellis_codes(
+    x_NRC: Tensor, spreads: list[ErrorSpread] | None, states: int, power_NC: Tensor | None = None
+) -> Tensor:
+    """Codes (N, R, C) int8 of N equal shapes in steps, paths through a trellis; `spreads` turn the search into GPTQ's.
+
+    `power_NC` are mean squares of columns, where these rows are only a part.
+    """
     n, _, columns = x_NRC.shape
     moves, weights = None, x_NRC.new_ones(n, columns)
     if spreads is not None:
         moves, weights = torch.stack([s.moves_CC for s in spreads]), torch.stack([s.weight_C for s in spreads])
-    return TrellisSearch(x_NRC.transpose(1, 2), moves, weights, states).codes().transpose(1, 2).contiguous()
+    power_NC = x_NRC.square().mean(dim=1) if power_NC is None else power_NC
+    return TrellisSearch(x_NRC.transpose(1, 2), moves, weights, power_NC, states).codes().transpose(1, 2).contiguous()
 
 
 # ---- calibration
@@ -4806,26 +5124,6 @@ def prune_codes_(items: list[TensorToCode], codes: list[Tensor], share: float) -
             q[size <= threshold] = 0
 
 
-def round_all(cfg: Config, items: list[TensorToCode]) -> list[Tensor]:
-    """Codes of every tensor: trellis paths, GPTQ in one batch for each shape where there are Hessians, else the nearest."""
-    groups: dict[tuple, list[int]] = {}
-    codes: list[Tensor] = [torch.empty(0)] * len(items)
-    for i, item in enumerate(items):
-        if item.states == 0 and item.hessian is None:
-            codes[i] = round_rows(item.w_RC, item.scale_R, item.top)
-        elif item.states == 0:
-            groups.setdefault((item.w_RC.shape, item.top), []).append(i)
-    for (_, top), members in groups.items():
-        columns = ([getattr(items[i], field) for i in members] for field in ("w_RC", "hessian", "scale_R"))
-        w, h, scale = map(torch.stack, columns)
-        found = gptq(w, h, scale, top, damp=cfg.gptq_percdamp, block=cfg.gptq_block_size, order=cfg.gptq_order,
-                     variant=cfg.gptq_variant)  # fmt: skip
-        for i, codes_RC in zip(members, found, strict=True):
-            codes[i] = codes_RC
-    search_paths(items, codes)
-    return codes
-
-
 def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
     """Put the codes of the tensors that are trellis paths into `codes`: rows of equal shape together, as many as the device
     likes at once; a CPU searches with a thread a core."""
@@ -4845,14 +5143,35 @@ def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
         ]
 
     def search(members: list[int], rows: slice) -> None:
-        steps = torch.stack([items[i].w_RC[rows] / items[i].scale_R[rows].float()[:, None] for i in members])
-        spreads = [items[i].spread for i in members]
-        found = trellis_codes(steps, None if spreads[0] is None else spreads, items[members[0]].states)
+        steps = torch.stack([items[i].w_RC / items[i].scale_R.float()[:, None] for i in members])
+        spreads, power_NC = [items[i].spread for i in members], steps.square().mean(dim=1)
+        known = None if spreads[0] is None else spreads
+        found = trellis_codes(steps[:, rows], known, items[members[0]].states, power_NC)
         for i, codes_RC in zip(members, found, strict=True):
             codes[i][rows] = codes_RC
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda batch: search(*batch), batches))
+
+
+def round_all(cfg: Config, items: list[TensorToCode]) -> list[Tensor]:
+    """Codes of every tensor: trellis paths, GPTQ in one batch for each shape where there are Hessians, else the nearest."""
+    groups: dict[tuple, list[int]] = {}
+    codes: list[Tensor] = [torch.empty(0)] * len(items)
+    for i, item in enumerate(items):
+        if item.states == 0 and item.hessian is None:
+            codes[i] = round_rows(item.w_RC, item.scale_R, item.top)
+        elif item.states == 0:
+            groups.setdefault((item.w_RC.shape, item.top), []).append(i)
+    for (_, top), members in groups.items():
+        columns = ([getattr(items[i], field) for i in members] for field in ("w_RC", "hessian", "scale_R"))
+        w, h, scale = map(torch.stack, columns)
+        found = gptq(w, h, scale, top, damp=cfg.gptq_percdamp, block=cfg.gptq_block_size, order=cfg.gptq_order,
+                     variant=cfg.gptq_variant)  # fmt: skip
+        for i, codes_RC in zip(members, found, strict=True):
+            codes[i] = codes_RC
+    search_paths(items, codes)
+    return codes
 
 
 def low_rank_codes(residual_RC: Tensor, rank: int, bits: int, group: int = 0) -> LowRank:
@@ -4928,8 +5247,21 @@ def awq_groups(policy: Policy, inputs: Inputs) -> dict[str, Tensor]:
     finer: dict[str, Tensor] = {}
     for _, name, lo in sorted(ranked, reverse=True)[: cfg.awq_lite_group_top_k]:
         refined_C = finer.setdefault(name, torch.zeros_like(inputs.moments[name][0], dtype=torch.int8))
-        refined_C[lo : lo + cfg.awq_lite_group_size] = 8 * (cfg.awq_lite_bits - policy.bits(name))
+        octaves = cfg.awq_lite_bits - policy.bits(name) - (cfg.quant_trellis > 0)  # whose steps are halved already
+        refined_C[lo : lo + cfg.awq_lite_group_size] = 8 * octaves
     return finer
+
+
+def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
+    """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
+    rows, columns = rows_and_columns(shape)
+    return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
+
+
+def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor) -> Tensor:
+    """fp16 steps (R,), widened where a row's largest weight would not fit 8 bits."""
+    top = largest_code(8)
+    return row_scale(torch.maximum(step * row_factor_R * top, w_RC.abs().amax(dim=1)), top)
 
 
 def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor | None) -> TensorToCode:
@@ -4940,15 +5272,12 @@ def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor
     states = trellis_states(cfg, w.shape)
     columns_C, hessian = inputs.columns(name, states), inputs.moments[name]
     if chosen is None:
-        even_RC = (
-            w_RC
-            if columns_C is None
-            else w_RC / octave_eighths(inputs.columns(name, states) + inputs.finer.get(name, 0))
-        )
-        chosen = clipped_scale(even_RC, bits, policy.clip(name))
-        chosen = (
-            (chosen.float() / 2).clamp_min(SCALE_EPS).half() if states else chosen
-        )  # what one state sees is a step of 2
+        base_C = None if columns_C is None else columns_C + inputs.finer.get(name, 0)
+        chosen = clipped_scale(w_RC if base_C is None else w_RC / octave_eighths(base_C), bits, policy.clip(name))
+        if states:  # a state sees every second code
+            chosen = (chosen.float() / 2).clamp_min(SCALE_EPS).half()
+        if columns_C is not None:
+            chosen = steps_by_row(w_RC / octave_eighths(columns_C), 1.0, chosen.float())
         bits = 8 if states or columns_C is not None else bits
     else:
         bits = 8
@@ -4960,12 +5289,6 @@ def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor
     spread = inputs.spread(name) if states else None
     item.spread = spread and spread.in_steps(columns_C)
     return item
-
-
-def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
-    """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
-    rows, columns = rows_and_columns(shape)
-    return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
 
 
 def correct_residuals(cfg: Config, named: dict[str, Tensor], stored: dict[str, QuantizedTensor],
@@ -6111,31 +6434,29 @@ def row_factors(fisher_R: Tensor) -> Tensor:
     return torch.exp2((2 * octaves_R).round().clamp(-4, 4) / 2)
 
 
-def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor) -> Tensor:
-    """fp16 steps (R,), widened where a row's largest weight would not fit 8 bits."""
-    top = largest_code(8)
-    return row_scale(torch.maximum(step * row_factor_R * top, w_RC.abs().amax(dim=1)), top)
-
-
 def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states: int = 0) -> Curve:
     """Code a sample of rows at every step of the grid; `gain` is GPTQ's share of the error without it, `states` the trellis'."""
     rms = float(w_RC.square().mean().sqrt().clamp_min(1e-8))
     by_row = role in PREDICTED_ROLES and w_RC.shape[0] > 1
     factor_R = row_factors(fisher_R) if by_row else torch.ones_like(fisher_R)
-    most = PATH_ROWS if states else CURVE_ROWS
+    most = PATH_ROWS if states and not by_row else CURVE_ROWS
     pick = torch.linspace(0, len(w_RC) - 1, min(len(w_RC), most), device=w_RC.device).long()
-    w, factor, fisher = w_RC[pick], factor_R[pick], fisher_R[pick] / w_RC.shape[1]
-    scales = [steps_by_row(w, step, factor) for step in STEP_GRID * rms]
+    w, all_scales = w_RC[pick], [steps_by_row(w_RC, step, factor_R) for step in STEP_GRID * rms]
+    scales = [scale[pick] for scale in all_scales]
     if states:
         found = trellis_codes(torch.stack([w / scale.float()[:, None] for scale in scales]), None, states)
     else:
         found = [round_rows(w, scale, largest_code(8)) for scale in scales]
     bits, harm = [], []
-    for scale, codes in zip(scales, found, strict=True):
-        error = (codes.float() * scale.float()[:, None] - w).square().sum(dim=1)
+    for everywhere, scale, codes in zip(all_scales, scales, found, strict=True):
+        error = (codes.float() * scale.float()[:, None] - w).square().mean(dim=1)
+        # An error goes with its step: what sampled rows are off by is scaled by the steps and importance of all rows.
+        share = float(fisher_R @ everywhere.float().square()) / max(
+            float(fisher_R[pick] @ scale.float().square()), 1e-30
+        )
         spread, values, _ = plan_codes(codes.cpu().numpy(), False, states > 0)
         bits.append(described_bits(spread, values, states > 0, len(w_RC)))
-        harm.append(0.5 * gain * float(fisher @ error) * len(w_RC) / len(w) + 1e-30)
+        harm.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
     saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * rms, factor_R)) if by_row else 0.0
     bits = np.maximum.accumulate(np.array(bits)[::-1])[::-1]  # of a coarser step never more: interpolation needs it
     return Curve(name, rms, factor_R, np.maximum(bits - saved, 0.02 * w_RC.numel()), np.array(harm))
@@ -6729,8 +7050,18 @@ def size_table(roles: dict[str, dict[str, float]]) -> str:
 
 
 # ==== 9 EVALUATOR =====================================================================================================
-# The score is a code length: each target is scored once, left to right, by a distribution that the artifact and the
-# strict prefix fix; only then may anything learn from it. `score_first` is the one driver, experts live behind it.
+# The score is a code length: each target is scored once, from left to right, by a distribution that depends on the artifact
+# and on the tokens before it alone; only then may anything learn from it. `score_first` is the one driver of this rule.
+#
+#   target        a token that is scored; position t of the stream, whose prefix is tokens[:t]
+#   window        what one forward of the network reads; the targets that it scores are its last ones
+#   span, chunk   targets that are scored before the next learning: span in the n-grams, chunk in test-time training
+#   context       the k tokens before a target; an n-gram is a context of n - 1 tokens with its target; order: its n
+#   C, c, U       occurrences of a context before, those of them that its target followed, distinct tokens that followed
+#   expert        gives a distribution and learns from scored targets; its base is the expert that it corrects
+#   score, dist, update    log-probabilities of targets; the whole distribution at one; learning
+#   claim         the figure of a published scorer whose values do not sum to 1 over the vocabulary: never the score
+#   stage         one pass over the validation text with one expert; the last valid one is the score
 
 
 class BpbMeter:
@@ -6756,6 +7087,20 @@ class BpbMeter:
         return self.nats / math.log(2) / max(self.bytes, 1)
 
 
+def score_then_learn(
+    tokens: Tensor, n: int, edge: Callable[[int], int], scorer: Any, parts: list[Any]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The one loop of the evaluation. Yields (lo, hi, scores) of one span of the targets 1 .. n-1 after the other: each is scored,
+    and handed to the caller, before any of `parts` learns it. A span that begins at lo ends at edge(lo)."""
+    lo = 1
+    while lo < n:
+        hi = edge(lo)
+        yield lo, hi, scorer.score(tokens, lo, hi)
+        for part in parts:
+            part.update(tokens, lo, hi)
+        lo = hi
+
+
 class Window(NamedTuple):
     """One forward: inputs tokens[start:hi-1], of whose targets those in [lo, hi) are scored."""
 
@@ -6774,16 +7119,21 @@ def window_at(lo: int, end: int, seq_len: int, stride: int) -> Window:
     return Window(max(0, full - 1 - seq_len), lo, min(full, end))
 
 
+def score_logits(z_BTV: Tensor, targets_BT: Tensor, hints_BT: Tensor) -> Tensor:
+    """(3, B, T) from logits: log p of the targets, entropy in nats, probability of the hints."""
+    lse = z_BTV.logsumexp(-1)
+    p = torch.exp(z_BTV - lse[..., None])
+    logp = z_BTV.gather(-1, targets_BT[..., None]).squeeze(-1) - lse
+    hint_prob = p.gather(-1, hints_BT[..., None]).squeeze(-1)
+    return torch.stack([logp, lse - (p * z_BTV).sum(-1), hint_prob])
+
+
 def score_windows(
     model: GPT, inputs: Tensor, targets: Tensor, hints: Tensor, n: int, ctx: Ctx, temperature: float
 ) -> Tensor:
-    """(3, B, n) fp32 of the last n targets: log p, entropy in nats, probability of the hint."""
+    """`score_logits` of the last n targets of each row, (3, B, n)."""
     z = model.logits(model.features(inputs, ctx)[:, -n:], ctx) / temperature
-    lse = z.logsumexp(-1)
-    p = torch.exp(z - lse[..., None])
-    logp = z.gather(-1, targets[:, -n:, None]).squeeze(-1) - lse
-    hint_prob = p.gather(-1, hints[:, -n:, None]).squeeze(-1)
-    return torch.stack([logp, lse - (p * z).sum(-1), hint_prob])
+    return score_logits(z, targets[:, -n:], hints[:, -n:])
 
 
 def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
@@ -6829,8 +7179,8 @@ class NetworkExpert:
         self.rows = max(1, (cfg.val_batch_tokens or default) // self.seq_len)
         # How many targets to score ahead: all ranks agree on it, whatever memory each of them has left.
         self.ahead = 16 * self.rows * run.world * self.stride
-        device = text.tokens.device
-        self.logp, self.entropy, self.hint_prob = torch.zeros(3, self.n_tokens, device=device)
+        device, dtype = text.tokens.device, torch.promote_types(model.compute_dtype, torch.float32)
+        self.logp, self.entropy, self.hint_prob = torch.zeros(3, self.n_tokens, device=device, dtype=dtype)
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
         self.done = 1  # targets below are scored
         wanted = run.device.type == "cuda" and cfg.compile != "0"
@@ -6890,13 +7240,16 @@ class NetworkExpert:
         """Fill the buffers up to target `until` (or the next learning), each rank a contiguous share of the windows."""
         plan = self.plan(until)
         end = plan[-1].hi
-        fresh = torch.zeros(3, end - self.done, device=self.run.device)
+        fresh = torch.zeros(3, end - self.done, device=self.run.device, dtype=self.logp.dtype)
         mine = (plan[i] for i in self.run.share(len(plan)))
         for _, equal in itertools.groupby(mine, lambda w: (w.hi - w.start, w.hi - w.lo)):
             while batch := list(itertools.islice(equal, self.rows)):
                 self.score_batch(tokens, batch, fresh)
-        fresh = self.run.all_reduce(fresh).to(self.logp.device)
-        for buffer, values in zip((self.logp, self.entropy, self.hint_prob), fresh, strict=True):
+        self.keep(self.run.all_reduce(fresh), end)
+
+    def keep(self, fresh: Tensor, end: int) -> None:
+        """Put the scores (3, n) of the targets up to `end` into the buffers."""
+        for buffer, values in zip((self.logp, self.entropy, self.hint_prob), fresh.to(self.logp.device), strict=True):
             buffer[self.done : end] = values
         self.done = end
 
@@ -6935,163 +7288,522 @@ class NetworkExpert:
         fresh[:, batch[0].lo - self.done : batch[-1].hi - self.done] = values.flatten(1)
 
 
-class Lora(nn.Module):
-    """B A x beside one projection: A (r, in) ~ N(0, 1/in), B (out, r) = 0, so it starts as nothing. fp32, no scale."""
+class Lora(NamedTuple):
+    """(alpha / r) B A x beside one site: A (r, in), B (out, r) fp32, or one pair a sequence with a leading axis. B = 0 at first, so it
+    starts as nothing."""
 
-    def __init__(self, shape: tuple[int, int], rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        d_out, d_in = shape
-        self.a = nn.Parameter(torch.randn(rank, d_in, generator=generator) / math.sqrt(d_in))
-        self.b = nn.Parameter(torch.zeros(d_out, rank))
+    a: Tensor
+    b: Tensor
+    scale: float
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+    def __call__(self, x: Tensor) -> Tensor:
+        y = x @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype)  # one product a factor, however many sequences
+        return y if self.scale == 1.0 else y * self.scale
 
 
-def lora_sites(cfg: Config, model: GPT) -> dict[str, tuple[int, int]]:
-    """Site -> (out, in) of every projection that TTT_LORA_SITES and TTT_LORA_BLOCKS choose."""
-    kinds = {t.strip() for t in cfg.ttt_lora_sites.split(",")}
-    first = cfg.num_layers - cfg.ttt_lora_blocks
-    chosen = {}
-    for site, shape in model.sites().items():
-        parts = site.split(".")
-        if parts[0] == "blocks" and parts[-1] in kinds and int(parts[1]) >= first:
-            chosen[site] = tuple(shape)
-    return {**chosen, "head": (cfg.vocab_size, cfg.model_dim)} if "head" in kinds else chosen
+SITE_NAMES = {"o": "attn", "mlp": "mlp"}  # sites that are a whole branch; all others end in their projection's name
+
+
+def lora_sites(cfg: Config, model: GPT) -> dict[tuple[int, str], tuple[int, int]]:
+    """(pass through a block, site) -> (out, in) of every LoRA that the knobs choose; the head's pass is -1."""
+    projections, chosen = model.sites(), {}
+    first, width = cfg.num_layers - cfg.ttt_lora_blocks if cfg.ttt_lora_blocks else 0, cfg.model_dim
+    for slot, step in enumerate(model.plan):
+        block = f"blocks.{step.block}."
+        branches = {block + part: (width, width) for kind, part in SITE_NAMES.items() if kind in cfg.ttt_sites}
+        inner = {site: tuple(shape) for site, shape in projections.items()
+                 if site.startswith(block) and site.rsplit(".", 1)[-1] in cfg.ttt_sites}  # fmt: skip
+        if step.block >= first:
+            chosen.update({(slot, site): shape for site, shape in {**inner, **branches}.items()})
+    return {**chosen, (-1, "head"): (cfg.vocab_size, width)} if "head" in cfg.ttt_sites else chosen
 
 
 class TestTimeNetwork(NetworkExpert):
-    """The network with a LoRA that learns each chunk of text once it is scored (#850; arXiv 2411.07279's family).
+    """The network with LoRA that learn from scored text, at the targets in `edges` alone; a subclass says what is learned there.
 
-    The base weights are frozen. Scores use the Polyak average of the LoRA, P <- d P + (1 - d) W after each chunk. Chunks
-    have TTT_CHUNK_TOKENS targets and, with TTT_RESET=document, also end with their document, where the LoRA starts anew.
-    Ranks share a chunk's sequences and sum the gradients, so that all keep the same LoRA.
+    It computes with a copy of the model, so that no other stage sees what was learned here. Ranks share the work and sum
+    gradients, so that all of them learn the same.
     """
 
     __test__ = False  # the name begins with Test, but it is none
+    edges: list[int]  # rising, the end of the text last
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
-        super().__init__(cfg, run, model, text, stride)
-        self.byte_weights = text.bytes.clamp_min(1).float() if cfg.ttt_byte_weighted else torch.ones(self.n_tokens)
-        self.temperature = cfg.ttt_temperature
-        edges = set(range(1 + cfg.ttt_chunk_tokens, self.n_tokens, cfg.ttt_chunk_tokens))
-        self.starts = set()
-        if cfg.ttt_reset == "document":  # a BOS is the last target of the document before it
-            self.starts = set((torch.nonzero(text.tokens[1:] == BOS).flatten() + 2).tolist())
-        self.edges = sorted({e for e in edges | self.starts if e < self.n_tokens} | {self.n_tokens})
+        super().__init__(cfg, run, copy.deepcopy(model).requires_grad_(False), text, stride)
+        weights = text.bytes.clamp_min(1) if cfg.ttt_byte_weighted else torch.ones_like(text.bytes)
+        self.weights = weights.to(self.logp.dtype)
+        self.temperature, self.scale = cfg.ttt_temperature, cfg.ttt_lora_alpha / cfg.ttt_lora_rank or 1.0
+        self.lr = cfg.ttt_lr * cfg.ttt_local_lr_mult
         self.learned = 1  # targets below are learned
+        self.learning_rows = max(1, self.rows // 4)  # sequences of full length that a backward pass takes at once
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "ttt"))  # the same on every rank
-        shapes = lora_sites(cfg, model)
-        self.live = {site: Lora(shape, cfg.ttt_lora_rank, generator).to(run.device) for site, shape in shapes.items()}
-        self.averaged = copy.deepcopy(self.live)
-        sides = (self.live, self.averaged)
-        self.params, self.mean = ([p for lora in side.values() for p in lora.parameters()] for side in sides)
-        self.initial = [p.detach().clone() for p in self.params]
-        self.ctx = Ctx(lora=self.averaged)
-        self.reset()
+        self.shapes = lora_sites(cfg, self.model)
+        drawn = (self.draw(torch.empty(cfg.ttt_lora_rank, d_in), generator) for _, d_in in self.shapes.values())
+        self.a = [a.to(run.device, self.logp.dtype) for a in drawn]
+
+    @staticmethod
+    def draw(a: Tensor, generator: torch.Generator) -> Tensor:
+        """Fill an A (r, in) with N(0, 1/in)."""
+        return a.normal_(std=a.shape[1] ** -0.5, generator=generator)
+
+    def zeros(self, *copies: int) -> list[Tensor]:
+        """B of every site, (*copies, out, r)."""
+        return [a.new_zeros(*copies, d_out, len(a)) for a, (d_out, _) in zip(self.a, self.shapes.values(), strict=True)]
+
+    def adapters(self, a: list[Tensor], b: list[Tensor]) -> Ctx:
+        """The context of a forward with these A and B."""
+        return Ctx(lora={site: Lora(*pair, self.scale) for site, *pair in zip(self.shapes, a, b, strict=True)})
 
     def learns_at(self, t: int) -> int:
-        """The end of the chunk that holds target `t`."""
+        """The first edge after target `t`."""
         return self.edges[min(bisect_right(self.edges, t), len(self.edges) - 1)]
 
     def last_learned(self, t: int) -> int:
-        """The start of the chunk that holds target `t`."""
+        """The last edge up to target `t`."""
         return self.edges[i - 1] if (i := bisect_right(self.edges, t)) else 1
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """The LoRA as it began, in place (a compiled forward stays valid), and a fresh optimizer."""
-        cfg = self.cfg
-        for side in (self.params, self.mean):
-            torch._foreach_copy_(side, self.initial)
-        if cfg.ttt_optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(self.params, cfg.ttt_lr, betas=(0.9, 0.999), weight_decay=cfg.ttt_wd)
-        else:
-            self.optimizer = torch.optim.SGD(self.params, cfg.ttt_lr, momentum=cfg.ttt_momentum)
-
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
-        """Targets below `hi` are scored: learn every chunk that is now complete, but not after the last one."""
+        """Targets below `hi` are scored: learn up to every edge among them, but nothing after the last one."""
         while self.learned < hi and (end := self.learns_at(self.learned)) <= hi < self.n_tokens:
-            if end in self.starts:
-                self.reset()
-            else:
-                self.learn(tokens, self.learned, end)
+            self.learn(tokens, self.learned, end)
             self.learned = end
 
     def learn(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """Learn from the targets [lo, hi), all of them scored."""
+        raise NotImplementedError
+
+    def descend(self, tokens: Tensor, spans: list[tuple[int, int]], params: list[Tensor], ctx: Ctx, clip: float,
+                optimizer: torch.optim.Optimizer) -> None:  # fmt: skip
+        """One step of the optimizer on the weighted mean nll of the targets in `spans`, whose sequences the ranks share."""
+        for p, g in zip(params, self.gradient(tokens, spans, params, ctx), strict=True):
+            p.grad = self.run.all_reduce(g)
+        if clip:
+            nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def gradient(self, tokens: Tensor, spans: list[tuple[int, int]], params: list[Tensor], ctx: Ctx) -> list[Tensor]:
+        """This rank's part of it; where memory runs out it starts again with half as many sequences at once."""
+        total = sum(float(self.weights[lo:hi].sum()) for lo, hi in spans)
+        mine = sorted((spans[i] for i in self.run.share(len(spans))), key=lambda span: span[0] - span[1])
+        while True:
+            grads = [torch.zeros_like(p) for p in params]
+            try:
+                for batch in self.like_lengths(mine):
+                    loss = self.weighted_nll(tokens, batch, ctx) / total
+                    torch._foreach_add_(grads, torch.autograd.grad(loss, params, materialize_grads=True))
+                return grads
+            except torch.OutOfMemoryError:
+                if self.learning_rows == 1:
+                    raise ConfigError(
+                        f"EVAL_SEQ_LEN={self.seq_len}: memory runs out learning one sequence; use a shorter one"
+                    ) from None
+            self.learning_rows //= 2
+            torch.cuda.empty_cache()
+
+    def like_lengths(self, spans: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """Batches of spans, longest first, that are padded to `learning_rows` sequences of full length at most."""
+        while spans:
+            rows = max(1, self.learning_rows * self.seq_len // (spans[0][1] - spans[0][0]))
+            yield spans[:rows]
+            spans = spans[rows:]
+
+    def weighted_nll(self, tokens: Tensor, spans: list[tuple[int, int]], ctx: Ctx) -> Tensor:
+        """Sum over the targets in `spans` of weight times nats; the first is the longest, the others are padded to it."""
+        lo, hi = (torch.tensor(ends, device=tokens.device)[:, None] for ends in zip(*spans, strict=True))
+        at = (lo + torch.arange(-1, spans[0][1] - spans[0][0], device=tokens.device)).minimum(hi - 1)
+        inside = F.pad(at[:, 1:] > at[:, :-1], (1, 0), value=True)
+        ids = torch.where(inside, tokens[at], BOS).to(self.run.device)
+        weights = torch.where(inside, self.weights[at], 0.0)[:, 1:].to(self.run.device)
+        return (self.model.nll(ids[:, :-1], ids[:, 1:], ctx) * weights).sum()
+
+
+class SharedLoraNetwork(TestTimeNetwork):
+    """One LoRA that learns each chunk of TTT_CHUNK_TOKENS targets once it is scored (#850; arXiv 2411.07279's family).
+
+    Scores use the Polyak average of the LoRA, P <- d P + (1 - d) W after each chunk.
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
+        super().__init__(cfg, run, model, text, stride)
+        self.edges = [*range(1 + cfg.ttt_chunk_tokens, self.n_tokens, cfg.ttt_chunk_tokens), self.n_tokens]
+        live = [self.a, self.zeros()]
+        mean = [[p.clone() for p in side] for side in live]
+        self.params, self.mean = ([p for side in both for p in side] for both in (live, mean))
+        for p in self.params:
+            p.requires_grad_()
+        self.live, self.ctx = self.adapters(*live), self.adapters(*mean)
+        if cfg.ttt_optimizer == "adamw":
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                self.params, self.lr, (cfg.ttt_beta1, cfg.ttt_beta2), cfg.ttt_adam_eps, cfg.ttt_wd
+            )
+        else:
+            self.optimizer = torch.optim.SGD(self.params, self.lr, cfg.ttt_momentum)
+
+    def learn(self, tokens: Tensor, lo: int, hi: int) -> None:
         """TTT_EPOCHS passes over the targets [lo, hi), then one step of the average."""
-        starts = list(range(lo, hi, self.seq_len))
-        size = self.cfg.ttt_batch_seqs or len(starts)
-        for _ in range(self.cfg.ttt_epochs):
-            for i in range(0, len(starts), size):
-                self.learn_batch(tokens, [(s, min(s + self.seq_len, hi)) for s in starts[i : i + size]])
+        spans = [(s, min(s + self.seq_len, hi)) for s in range(lo, hi, self.seq_len)]
+        size = self.cfg.ttt_batch_seqs or len(spans)
+        for i in [*range(0, len(spans), size)] * self.cfg.ttt_epochs:
+            self.descend(tokens, spans[i : i + size], self.params, self.live, self.cfg.ttt_grad_clip, self.optimizer)
         with torch.no_grad():
             torch._foreach_lerp_(self.mean, self.params, 1 - self.cfg.ttt_polyak_decay)
 
-    def learn_batch(self, tokens: Tensor, spans: list[tuple[int, int]]) -> None:
-        """One optimizer step on the weighted mean nll of the targets in `spans`."""
-        total, rows = sum(float(self.byte_weights[lo:hi].sum()) for lo, hi in spans), max(1, self.rows // 4)
-        self.optimizer.zero_grad(set_to_none=True)
-        frozen = [p for p in self.model.parameters() if p.requires_grad]
-        for p in frozen:
-            p.requires_grad_(False)
-        mine = [spans[i] for i in self.run.share(len(spans))]
-        for _, same in itertools.groupby(mine, lambda span: span[1] - span[0]):
-            equal = list(same)
-            for at in range(0, len(equal), rows):
-                ids, weights = (torch.stack([x[lo - shift : hi] for lo, hi in equal[at : at + rows]]).to(self.run.device)
-                                for x, shift in ((tokens, 1), (self.byte_weights, 0)))  # fmt: skip
-                nll = self.model.nll(ids[:, :-1], ids[:, 1:], Ctx(lora=self.live))
-                (nll * weights).sum().div(total).backward()
-        for p in frozen:
-            p.requires_grad_(True)
-        for p in self.params:
-            p.grad = self.run.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
-        if self.cfg.ttt_grad_clip:
-            nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
-        self.optimizer.step()
+
+# ---- test-time training document by document
 
 
-# ---- exact n-gram statistics: one sort an order tells what an online counter would have known at every position
+class Document(NamedTuple):
+    """Tokens start .. start + targets of the stream: a BOS, and after it the targets, of which the next document's BOS is the last."""
+
+    start: int
+    targets: int
+
+
+def documents_of(tokens: Tensor) -> list[Document]:
+    """The documents of a stream, which between them have each target 1 .. n-1 once; the first begins with the stream."""
+    n = len(tokens)
+    begins = [0, *(i for i in (tokens == BOS).nonzero().flatten().tolist() if 0 < i < n - 1)]
+    return [Document(s, e - s) for s, e in zip(begins, [*begins[1:], n - 1], strict=True)]
+
+
+def block_edges(documents: list[Document], size: int) -> list[int]:
+    """Where blocks end (the first target of the next one): at the first document's end that brings a block to `size` targets."""
+    edges, begin = [], 1
+    for document in documents:
+        end = document.start + document.targets + 1
+        if end - begin >= size:
+            edges.append(end)
+            begin = end
+    last = documents[-1].start + documents[-1].targets + 1
+    return edges if edges and edges[-1] == last else [*edges, last]
+
+
+def phase_edges(edges: list[int], prefix: float, phases: int) -> list[int]:
+    """The block ends at which the weights are trained: the first past i / phases of the share `prefix` of the text, i = 1 .. phases."""
+    total = edges[-1] - 1
+    due = [
+        edges[min(bisect_left(edges, 1 + prefix * total * i / phases), len(edges) - 1)] for i in range(1, phases + 1)
+    ]
+    return sorted(set(due) - {edges[-1]})
+
+
+def block_size(cfg: Config, n_tokens: int) -> int:
+    """TTT_BLOCK_TOKENS, or 1/24 of the text."""
+    return cfg.ttt_block_tokens or -(-(n_tokens - 1) // 24)
+
+
+def check_phases(cfg: Config, tokens: Tensor) -> None:
+    """Raises ConfigError where the text has too few blocks for the phases of test-time training."""
+    if not (cfg.ttt_enabled and cfg.ttt_reset == "document" and cfg.phased_ttt_num_phases):
+        return
+    edges = block_edges(documents_of(tokens), block_size(cfg, len(tokens)))
+    found = len(phase_edges(edges, cfg.phased_ttt_prefix, cfg.phased_ttt_num_phases))
+    if found < cfg.phased_ttt_num_phases:
+        raise ConfigError(
+            f"PHASED_TTT_NUM_PHASES={cfg.phased_ttt_num_phases}: the text's {len(edges)} blocks of TTT_BLOCK_TOKENS="
+            f"{block_size(cfg, len(tokens))} have room for {found} up to PHASED_TTT_PREFIX={cfg.phased_ttt_prefix:g}; "
+            "take shorter blocks or fewer phases"
+        )
+
+
+def chunk_starts(steps: list[tuple[float, int]], longest: int) -> Iterator[int]:
+    """The target positions at which a document's chunks start: 1, and so on to the first past `longest`."""
+    at = 1
+    while at <= longest:
+        yield at
+        at += next(size for below, size in steps if at - 1 < below)
+    yield at
+
+
+def deal_documents(
+    documents: list[Document], ranks: int, rows: int, chunks: list[int], window: int
+) -> list[list[list[Document]]]:
+    """Batches of each rank, documents of like length together. Work is counted in tokens sent through the network: a batch has at
+    most `rows` documents and no more work than a rank has on average, so that no rank waits long for the one with the longest documents."""
+    sent = [0, *itertools.accumulate(min(end - 1, window) for end in chunks[1:])]
+    work = {d: sent[bisect_right(chunks, d.targets)] for d in documents}
+    most, loads = sum(work.values()) / ranks, [0] * ranks
+    dealt: list[list[list[Document]]] = [[] for _ in range(ranks)]
+    ordered = deque(sorted(documents, key=lambda d: -d.targets))
+    while ordered:
+        batch, load, rank = [], 0, loads.index(min(loads))
+        while ordered and len(batch) < rows and (not batch or load + work[ordered[0]] <= most):
+            batch.append(ordered.popleft())
+            load += work[batch[-1]]
+        dealt[rank].append(batch)
+        loads[rank] += load
+    return dealt
+
+
+class DocumentCache:
+    """Keys and values of a batch's earlier chunks as they were computed then, the last `window` positions with the new ones."""
+
+    def __init__(self, window: int) -> None:
+        self.window, self.length = window, 0
+        self.slots: dict[int, list[Tensor]] = {}
+        self.last_id: Tensor | None = None  # (R,)
+        self.last_embedding: Tensor | None = None  # (R, 1, D) before the smear
+
+    def first(self, rows: int) -> DocumentCache:
+        """Drop all rows but the first ones."""
+        self.slots = {slot: [x[:rows] for x in pair] for slot, pair in self.slots.items()}
+        self.last_id = None if self.last_id is None else self.last_id[:rows]
+        self.last_embedding = None if self.last_embedding is None else self.last_embedding[:rows].detach()
+        return self
+
+    def extend(self, slot: int, k_RTGK: Tensor, v_RTGK: Tensor) -> list[Tensor]:
+        """Keys and values to attend to: the earlier ones, which are constants to what is learned now, and these."""
+        new = [k_RTGK, v_RTGK]
+        if slot in self.slots:
+            skip = max(0, self.slots[slot][0].shape[1] + k_RTGK.shape[1] - self.window)
+            new = [torch.cat([old[:, skip:], x], 1) for old, x in zip(self.slots[slot], new, strict=True)]
+        self.slots[slot] = [x.detach() for x in new]
+        return new
+
+
+class DocumentBatch:
+    """Documents of one block, scored and learned chunk by chunk side by side, each with LoRA and optimizer of its own.
+
+    Its targets are positions in the document, from 1; rows are sorted by length, so those that go on stand first.
+    """
+
+    def __init__(self, network: DocumentLoraNetwork, documents: list[Document]) -> None:
+        self.network, rows = network, len(documents)
+        self.documents = sorted(documents, key=lambda d: -d.targets)
+        device, self.n = network.logp.device, self.documents[0].targets + 1
+        self.start_R, self.targets_R = torch.tensor(self.documents, device=device).T
+        self.a = [a.repeat(rows, 1, 1) for a in network.a]
+        self.b = network.zeros(rows)
+        self.moments = [[torch.zeros_like(p) for p in (*self.a, *self.b)] for _ in range(2)]
+        self.taken = [torch.zeros((), device=network.run.device) for _ in range(2 * len(self.a))]
+        self.steps_R = torch.zeros(rows, device=network.run.device, dtype=network.logp.dtype)
+        self.cache = DocumentCache(network.seq_len) if network.cfg.ttt_kv_cache else None
+
+    def rows(self, position: int) -> int:
+        """How many documents have a target at `position`."""
+        return bisect_left(self.documents, 1, key=lambda d: d.targets < position)
+
+    def gather(self, stream: Tensor, lo: int, hi: int, rows: int, fill: int) -> Tensor:
+        """(rows, hi - lo): entries lo .. hi-1 of each document, `fill` beyond its end."""
+        offset = torch.arange(lo, hi, device=stream.device)
+        start, inside = self.start_R[:rows, None], offset <= self.targets_R[:rows, None]
+        return torch.where(inside, stream[torch.where(inside, start + offset, 0)], fill).to(self.network.run.device)
+
+    def forward(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        """Logits (rows, hi - lo, V) of the targets lo .. hi-1; keeps the loss of the documents that go on after them."""
+        network, learners = self.network, self.rows(hi)
+        rows = self.rows(lo)
+        start = lo - 1 if self.cache is not None else max(0, hi - 1 - network.cfg.ttt_eval_len)
+        ids = self.gather(tokens, start, hi, rows, BOS)
+        self.live = [p[:rows].detach().requires_grad_(learners > 0) for p in (*self.a, *self.b)]
+        ctx = network.adapters(self.live[: len(self.a)], self.live[len(self.a) :])
+        if self.cache is not None:
+            ctx = ctx._replace(cache=self.cache.first(rows))
+        with torch.set_grad_enabled(learners > 0):
+            z = network.model.logits(network.model.features(ids[:, :-1], ctx)[:, lo - hi :], ctx)
+            targets = ids[:learners, lo - hi :]
+            nll = F.cross_entropy(z[:learners].flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+            weights = self.gather(network.weights, lo, hi, learners, 0)
+            self.loss = (nll * weights).sum(1).div(weights.sum(1)).sum()
+        return z.detach()
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        """(3, rows, hi - lo): see `score_logits`."""
+        self.z = self.forward(tokens, lo, hi) / self.network.temperature
+        rows = len(self.z)
+        targets, hints = (self.gather(x, lo, hi, rows, 0) for x in (tokens, self.network.hints))
+        return score_logits(self.z, targets, hints)
+
+    @torch.no_grad()
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """Each document that goes on takes TTT_EPOCHS steps on the mean nll of its targets lo .. hi-1."""
+        cfg, rows = self.network.cfg, self.rows(hi)
+        if not rows:
+            return
+        for epoch in range(cfg.ttt_epochs):
+            if epoch:
+                self.forward(tokens, lo, hi)
+            grads = [g[:rows] for g in torch.autograd.grad(self.loss, self.live)]
+            if cfg.ttt_grad_clip:
+                norm_R = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+                torch._foreach_mul_(grads, (cfg.ttt_grad_clip / (norm_R + 1e-6)).clamp_max(1.0)[:, None, None])
+            params, mean, square = ([p[:rows] for p in side] for side in ((*self.a, *self.b), *self.moments))
+            adamw(params, grads, mean, square, [], self.taken, amsgrad=False, beta1=cfg.ttt_beta1,
+                                    beta2=cfg.ttt_beta2, lr=self.network.lr, weight_decay=cfg.ttt_wd,
+                                    eps=cfg.ttt_adam_eps, maximize=False)  # fmt: skip
+            self.steps_R[:rows] += 1
+
+
+class DocumentLoraNetwork(TestTimeNetwork):
+    """Every document has LoRA of its own, trained on its own scored chunks; what all start from changes at the ends of blocks (#1530).
+
+    A block ends with the first document that brings it to TTT_BLOCK_TOKENS targets. Inside it all documents start from its state
+    (model, A) with B = 0 and a fresh AdamW, so they may be computed in any order, on any rank. Chunks lie at fixed positions of
+    a document and see at most TTT_EVAL_SEQ_LEN tokens. After a block A becomes the mean of its documents' A by steps taken (#1767),
+    and at PHASED_TTT_NUM_PHASES of the block ends all weights are trained on all scored text (#1610).
+    The published order, longest document first, is no code for the text as it stands: see `order_claim`.
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
+        super().__init__(cfg, run, model, text, stride)
+        self.rows, self.seq_len = cfg.ttt_batch_size, cfg.ttt_eval_len
+        self.documents = documents_of(text.tokens)
+        self.edges = block_edges(self.documents, block_size(cfg, self.n_tokens))
+        self.phases = phase_edges(self.edges, cfg.phased_ttt_prefix, cfg.phased_ttt_num_phases)
+        longest = max(document.targets for document in self.documents)
+        self.chunks = list(chunk_starts(cfg.ttt_chunk_steps, longest))
+        if cfg.ttt_kv_cache:  # positions count from the document's start, however long it is
+            self.model.rope = rope_table(cfg, longest + max(cfg.ttt_chunk_size, self.seq_len)).to(self.model.rope)
+        self.sum_a, self.steps = self.a, 0.0  # what the documents of the block leave behind
+
+    @staticmethod
+    def draw(a: Tensor, generator: torch.Generator) -> Tensor:
+        """Fill an A (r, in) with U(-1, 1) / sqrt(in)."""
+        return a.uniform_(-1, 1, generator=generator).div_(a.shape[1] ** 0.5)
+
+    def chunk_end(self, position: int) -> int:
+        """The first target position after the chunk that holds `position`."""
+        return self.chunks[bisect_right(self.chunks, position)]
+
+    def deal(self, documents: list[Document]) -> list[list[Document]]:
+        """This rank's batches of a block."""
+        return deal_documents(documents, self.run.world, self.cfg.ttt_batch_size, self.chunks, self.seq_len)[
+            self.run.rank
+        ]
+
+    def score_ahead(self, tokens: Tensor, until: int) -> None:  # noqa: ARG002
+        """Score the block that begins with the first target not scored yet: all of it, since its documents do not see each other."""
+        lo, end = self.done, self.learns_at(self.done)
+        begins = [bisect_left(self.documents, edge - 1, key=lambda d: d.start) for edge in (lo, end)]
+        fresh = torch.zeros(3, end - lo, device=self.run.device, dtype=self.logp.dtype)
+        self.sum_a, self.steps = [torch.zeros_like(a) for a in self.a], fresh.new_zeros(1)
+        for batch in self.deal(self.documents[begins[0] : begins[1]]):
+            self.walk(tokens, batch, fresh, lo)
+        for total in (fresh, self.steps, *self.sum_a):
+            self.run.all_reduce(total)
+        self.keep(fresh, end)
+
+    def walk(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> None:
+        """Score documents into `fresh`, whose entry 0 is target `first`, and add up their A; halves the batches for good when
+        memory runs out, and starts the batch at hand again."""
+        for i in range(0, len(documents), rows := self.rows):
+            part = documents[i : i + rows]
+            if (batch := self.walked(tokens, part, fresh, first)) is not None:
+                for total, a in zip(self.sum_a, batch.a, strict=True):
+                    total += torch.einsum("n,nri->ri", batch.steps_R, a)
+                self.steps += batch.steps_R.sum().to(self.steps.device)
+            elif len(part) == 1:
+                raise ConfigError(
+                    f"TTT_EVAL_SEQ_LEN={self.seq_len}: one document does not fit in memory; use a shorter one"
+                )
+            else:
+                self.rows = len(part) // 2
+                torch.cuda.empty_cache()
+                self.walk(tokens, part, fresh, first)
+
+    def walked(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> DocumentBatch | None:
+        """A batch that is scored and learned to its end; None where memory runs out."""
+        try:
+            batch = DocumentBatch(self, documents)
+            for lo, hi, values in score_then_learn(tokens, batch.n, self.chunk_end, batch, [batch]):
+                rows, offset = values.shape[1], torch.arange(lo, hi, device=fresh.device)
+                inside = offset <= batch.targets_R[:rows, None]
+                fresh[:, (batch.start_R[:rows, None] + offset - first)[inside]] = values.to(fresh)[:, inside]
+            return batch
+        except torch.OutOfMemoryError:
+            return None
+
+    def dist(self, tokens: Tensor, t: int) -> Tensor:
+        """(V,) float64: walks the document of target t up to it once more, from the block's state."""
+        i = bisect_right(self.documents, t - 1, key=lambda d: d.start) - 1
+        start = self.documents[i].start
+        batch = DocumentBatch(self, [Document(start, t - start)])
+        for lo, _, _ in score_then_learn(tokens[: t + 1], batch.n, self.chunk_end, batch, [batch]):
+            chunk = lo
+        return batch.z[0, t - start - chunk].cpu().double().softmax(-1)
+
+    def learn(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
+        """The block is scored: its documents' A, and at a phase all scored text, change what the next one starts from."""
+        if self.cfg.ttt_warm_start_a and self.steps > 0:
+            self.a = [total / self.steps.to(total) for total in self.sum_a]
+        if hi in self.phases:
+            self.train_weights(tokens, hi)
+
+    def train_weights(self, tokens: Tensor, end: int) -> None:
+        """A phase: GLOBAL_TTT_EPOCHS passes of SGD on all weights over the targets [1, end), in the order of the text."""
+        cfg, started = self.cfg, time.perf_counter()
+        params = list(self.model.requires_grad_().parameters())
+        optimizer = torch.optim.SGD(params, cfg.global_ttt_lr, cfg.global_ttt_momentum)
+        chunks = [*range(1, end, cfg.global_ttt_chunk_tokens)] * cfg.global_ttt_epochs
+        for step, lo in enumerate(chunks):
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / max(len(chunks) - 1, 1))
+            warmup = min(1.0, (step + 1) / max(cfg.global_ttt_warmup_chunks, 1))
+            optimizer.param_groups[0]["lr"] = cfg.global_ttt_lr * cosine * warmup
+            spans = self.sequences(lo, min(lo + cfg.global_ttt_chunk_tokens, end))
+            size = cfg.global_ttt_batch_seqs or len(spans)
+            for i in range(0, len(spans), size):
+                self.descend(tokens, spans[i : i + size], params, Ctx(), cfg.global_ttt_grad_clip, optimizer)
+        self.model.requires_grad_(False)
+        self.run.sync()
+        self.run.log(f"ttt: trained all weights on {end - 1} scored tokens, {time.perf_counter() - started:.1f}s")
+
+    def sequences(self, lo: int, hi: int) -> list[tuple[int, int]]:
+        """Targets [lo, hi) as sequences of TTT_EVAL_SEQ_LEN, new ones at the starts of documents unless told otherwise."""
+        first, last = (bisect_right(self.documents, t - 1, key=lambda d: d.start) for t in (lo, hi - 1))
+        starts = [d.start + 1 for d in self.documents[first:last]] if self.cfg.global_ttt_respect_doc_boundaries else []
+        bounds = [lo, *starts, hi]
+        return [(s, min(s + self.seq_len, end)) for begin, end in itertools.pairwise(bounds)
+                for s in range(begin, end, self.seq_len)]  # fmt: skip
+
+
+TEST_TIME = {"none": SharedLoraNetwork, "document": DocumentLoraNetwork}
+
+
+# ---- exact n-gram statistics: one sort for each length gives what an online counter would have known at every position
 
 
 class NgramStats(NamedTuple):
-    """What a counter fed x_0 .. x_{t-1} knows about target t and its context x_{t-k} .. x_{t-1}; int32, one entry a target."""
+    """Counts of x_0 .. x_{t-1} for each target t and its context of k tokens x_{t-k} .. x_{t-1}; int32, one entry a target."""
 
-    total: Tensor  # C: earlier occurrences of the context
+    total: Tensor  # C: how often the context occurred before
     count: Tensor  # c: how many of them were followed by x_t
     kinds: Tensor  # U: distinct tokens that followed it
-    last: Tensor  # position of the token that followed its latest occurrence, -1 without one
+    last: Tensor  # position of the token that followed its latest occurrence, -1 where it is new
 
 
-class Grams(NamedTuple):
-    """The grams of one length that occur at least twice in the stream, equal ones side by side and in time order."""
+class RepeatedNngrams(NamedTuple):
+    """All occurrences of n-grams of one length that occur twice or more, (n,) int32: equal ones form a group, in order of time."""
 
     end: np.ndarray | Tensor  # position of the last token
-    rank: np.ndarray | Tensor  # earlier occurrences; 0 heads a group
+    rank: np.ndarray | Tensor  # earlier occurrences of the same n-gram; 0 starts a group
 
 
-class Columns(NamedTuple):
-    """What one length writes, by time. Slot N takes what would belong to the token after the stream."""
+class PositionStats(NamedTuple):
+    """Statistics of contexts of one length at every position, (N + 1,) int32; entry N belongs to no token and is dropped."""
 
     count: np.ndarray | Tensor
     kinds: np.ndarray | Tensor
     last: np.ndarray | Tensor
-    symbol: np.ndarray | Tensor  # x_t if the gram that ends at t repeats, else -1: longer ones are unique too
+    symbol: (
+        np.ndarray | Tensor
+    )  # x_t if the n-gram that ends at t occurs twice or more, else -1: no longer one that ends there does
 
 
-def _group_runs(grams: Grams, size: int = 1 << 17) -> list[Grams]:
-    """Cut the grams between groups into runs of about `size`: they sort in the processor's cache, and each in its own thread."""
-    heads = np.flatnonzero(grams.rank == 0)
-    at = np.searchsorted(heads, np.arange(size, len(grams.rank), size))
-    edges = [*np.unique(np.append(heads[at[at < len(heads)]], 0)).tolist(), len(grams.rank)]
-    return [Grams(grams.end[lo:hi], grams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)]
+def _split_between_groups(ngrams: RepeatedNngrams, size: int = 1 << 17) -> list[RepeatedNngrams]:
+    """The occurrences in parts of about `size`, cut between groups: a part sorts in the processor's cache, in its own thread."""
+    heads = np.flatnonzero(ngrams.rank == 0)
+    at = np.searchsorted(heads, np.arange(size, len(ngrams.rank), size))
+    edges = [*np.unique(np.append(heads[at[at < len(heads)]], 0)).tolist(), len(ngrams.rank)]
+    return [
+        RepeatedNngrams(ngrams.end[lo:hi], ngrams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)
+    ]
 
 
-def _ranked(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of sorted packed keys (gram above, index in the low `bits`): the indices, ranks among equal grams, slots of repeated grams.
+def _rank_in_groups(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(index, rank among equal n-grams, where n-grams repeat) of sorted keys: the n-gram above, the index in the low `bits`.
 
-    The index makes any sort stable, and NumPy's vectorised sort of plain integers is about ten times its argsort.
+    The index makes any sort stable, and NumPy sorts plain integers about ten times as fast as it argsorts them.
     """
     head = np.ones(len(key) + 1, bool)
     gram = key >> bits
@@ -7102,8 +7814,8 @@ def _ranked(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return key & ((1 << bits) - 1), rank, np.flatnonzero(~(head[:-1] & head[1:]))
 
 
-def _sort_tokens(tokens: np.ndarray, vocab_size: int, columns: Columns) -> Grams:
-    """Groups of the single tokens."""
+def _count_tokens(tokens: np.ndarray, vocab_size: int, columns: PositionStats) -> RepeatedNngrams:
+    """Occurrences of the single tokens; writes their counts into `columns`."""
     end = np.argsort(tokens.astype(np.uint16), kind="stable").astype(np.int32)  # NumPy sorts 16 bits by radix
     sizes = np.bincount(tokens, minlength=vocab_size)
     rank = np.arange(len(tokens), dtype=np.int32)
@@ -7112,11 +7824,16 @@ def _sort_tokens(tokens: np.ndarray, vocab_size: int, columns: Columns) -> Grams
     again = np.repeat(sizes > 1, sizes)
     end, rank = end[again], rank[again]
     columns.symbol[end] = tokens[end]
-    return Grams(end, rank)
+    return RepeatedNngrams(end, rank)
 
 
-def _sort_longer(context: Grams, symbol: np.ndarray, symbol_bits: int, columns: Columns) -> Grams:
-    """Extend a run of context groups by the token that follows; a follower whose own gram is unique needs no sorting."""
+def _extend_ngrams(
+    context: RepeatedNngrams, symbol: np.ndarray, symbol_bits: int, columns: PositionStats
+) -> RepeatedNngrams:
+    """Occurrences one token longer than those of `context`; writes the statistics of the contexts into `columns`.
+
+    A token that follows but whose own n-gram occurs once needs no sorting.
+    """
     target = context.end + np.int32(1)
     x, bits = symbol[target], max(len(target) - 1, 1).bit_length()
     live = np.flatnonzero(x >= 0)
@@ -7125,7 +7842,7 @@ def _sort_longer(context: Grams, symbol: np.ndarray, symbol_bits: int, columns: 
         key <<= width
         key |= part
     key.sort()
-    index, rank, again = _ranked(key, bits)
+    index, rank, again = _rank_in_groups(key, bits)
     count = np.zeros(len(target), np.int32)
     count[index] = rank
     new = count == 0
@@ -7136,21 +7853,21 @@ def _sort_longer(context: Grams, symbol: np.ndarray, symbol_bits: int, columns: 
     columns.last[target[met]] = target[met - 1]
     index = index[again]
     columns.symbol[target[index]] = x[index]
-    return Grams(target[index], rank[again])
+    return RepeatedNngrams(target[index], rank[again])
 
 
-def _lengthen_torch(
-    tokens_N: Tensor, vocab_size: int, grams: Grams | None, symbol: Tensor | None
-) -> tuple[Grams, Columns]:
-    """The same step as one stable sort on the tokens' device; the empty context is one group that ends at -1 .. N-2."""
+def _longer_ngrams_torch(
+    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNngrams | None, symbol: Tensor | None
+) -> tuple[RepeatedNngrams, PositionStats]:
+    """`_longer_ngrams` by one stable sort on the tokens' device; the empty context is one group that ends at -1 .. N-2."""
     n, device = len(tokens_N), tokens_N.device
-    if grams is None:
-        grams = Grams(torch.arange(-1, n - 1, device=device), torch.arange(n, device=device))
+    if ngrams is None:
+        ngrams = RepeatedNngrams(torch.arange(-1, n - 1, device=device), torch.arange(n, device=device))
         symbol = torch.cat([tokens_N.int(), tokens_N.new_full((1,), -1, dtype=torch.int32)])
-    columns = Columns(*(torch.full((n + 1,), fill, dtype=torch.int32, device=device) for fill in (0, 0, -1, -1)))
-    target = grams.end + 1
+    columns = PositionStats(*(torch.full((n + 1,), fill, dtype=torch.int32, device=device) for fill in (0, 0, -1, -1)))
+    target = ngrams.end + 1
     live = (symbol[target] >= 0).nonzero().squeeze(1)
-    group = (grams.rank == 0).cumsum(0)
+    group = (ngrams.rank == 0).cumsum(0)
     key, order = (group[live] * vocab_size + symbol[target[live]]).sort(stable=True)
     index = live[order]
     del group, live, order
@@ -7160,43 +7877,45 @@ def _lengthen_torch(
     rank = torch.arange(len(key), device=device) - starts[head[:-1].cumsum(0) - 1]
     count = torch.zeros_like(target).index_copy_(0, index, rank)
     kinds = (count == 0).cumsum(0) - (count == 0).long()
-    kinds -= kinds[torch.arange(len(target), device=device) - grams.rank]
-    met = grams.rank.nonzero().squeeze(1)
+    kinds -= kinds[torch.arange(len(target), device=device) - ngrams.rank]
+    met = ngrams.rank.nonzero().squeeze(1)
     columns.count[target], columns.kinds[target] = count.int(), kinds.int()
     columns.last[target[met]] = target[met - 1].int()
     again = (~(head[:-1] & head[1:])).nonzero().squeeze(1)
     index = index[again]
     columns.symbol[target[index]] = symbol[target[index]]
-    return Grams(target[index], rank[again]), columns
+    return RepeatedNngrams(target[index], rank[again]), columns
 
 
-def _lengthen(tokens_N: Tensor, vocab_size: int, grams: Grams | None, symbol) -> tuple[Grams, Columns]:
-    """Grams one token longer than `grams` (None: single tokens) and the statistics of `grams` as contexts."""
+def _longer_ngrams(
+    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNngrams | None, symbol
+) -> tuple[RepeatedNngrams, PositionStats]:
+    """(n-grams one token longer than `ngrams`, statistics of `ngrams` as contexts); None stands for the empty context."""
     if tokens_N.is_cuda:
-        return _lengthen_torch(tokens_N, vocab_size, grams, symbol)
+        return _longer_ngrams_torch(tokens_N, vocab_size, ngrams, symbol)
     tokens, threads = tokens_N.numpy(), torch.get_num_threads()
-    columns = Columns(*(np.full(len(tokens) + 1, fill, np.int32) for fill in (0, 0, -1, -1)))
-    if grams is None:
-        grams = _sort_tokens(tokens, vocab_size, columns)
+    columns = PositionStats(*(np.full(len(tokens) + 1, fill, np.int32) for fill in (0, 0, -1, -1)))
+    if ngrams is None:
+        ngrams = _count_tokens(tokens, vocab_size, columns)
         np.cumsum(columns.count[:-1] == 0, dtype=np.int32, out=columns.kinds[1:])
         columns.last[:-1] = np.arange(-1, len(tokens) - 1)
-        return grams, columns
+        return ngrams, columns
     bits = max(vocab_size - 1, 1).bit_length()
     with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(lambda run: _sort_longer(run, symbol, bits, columns), _group_runs(grams)))
-    return Grams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
+        parts = list(pool.map(lambda run: _extend_ngrams(run, symbol, bits, columns), _split_between_groups(ngrams)))
+    return RepeatedNngrams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
 
 
 def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> Iterator[NgramStats]:
-    """Yield the exact statistics of contexts of 0, 1 .. order-1 tokens, (N,) each: equal to a counter updated after every token.
+    """Yield the statistics of contexts of 0, 1 .. order-1 tokens, (N,) each, as a counter gives them that learns after every token.
 
-    Equal grams sorted by time: the rank inside the group is the number of earlier occurrences. No hash, no collision.
-    Working memory is one length's columns and sort, whatever the order. Same results on CPU and CUDA.
+    Equal n-grams are sorted by time, so the rank inside their group is the number of earlier occurrences: no hash and no
+    collision. Memory is that of one length, whatever the order. CPU and CUDA give the same results.
     """
     n, device = len(tokens_N), tokens_N.device
-    grams, symbol, total = None, None, torch.arange(n, dtype=torch.int32, device=device)
+    ngrams, symbol, total = None, None, torch.arange(n, dtype=torch.int32, device=device)
     for _ in range(order):
-        grams, columns = _lengthen(tokens_N, vocab_size, grams, symbol)
+        ngrams, columns = _longer_ngrams(tokens_N, vocab_size, ngrams, symbol)
         count, kinds, last = (torch.as_tensor(column)[:n] for column in columns[:3])
         yield NgramStats(total, count, kinds, last)
         symbol = columns.symbol
@@ -7204,7 +7923,7 @@ def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> Iterator[Ngram
 
 
 class Replay:
-    """The law spelled out: a dictionary of counters a context, fed one token at a time. Slow; the oracle of everything fast."""
+    """The same statistics from dictionaries, one token at a time: slow and plain, what the fast code is tested against."""
 
     def __init__(self, order: int):
         self.order = order
@@ -7236,13 +7955,13 @@ class Replay:
         self.history.append(token)
 
 
-# ---- n-gram experts: counts become distributions, and distributions become one
+# ---- n-gram experts: each corrects a distribution by counts
 
 
 class NgramTable:
-    """Statistics of contexts of 0 .. order-1 tokens over one stream, computed ahead because entry t depends on x_0 .. x_t alone.
+    """Statistics of contexts of 0 .. order-1 tokens of one stream, 12 bytes a token and length.
 
-    12 bytes a token and order.
+    They are computed for the whole stream at once, which is no look ahead: entry t depends on x_0 .. x_t alone.
     """
 
     def __init__(self, vocab_size: int, order: int, device: torch.device | str = "cpu") -> None:
@@ -7250,10 +7969,10 @@ class NgramTable:
         self.tokens: Tensor | None = None
 
     def load(self, tokens: Tensor) -> None:
-        """Compute the statistics of another stream; nothing to do for the one at hand."""
+        """Compute the statistics of a stream, unless it is the one that is loaded."""
         if self.tokens is tokens:
             return
-        self.tokens, self.held = tokens, (0, 0, None)
+        self.tokens, self.latest_span = tokens, (0, 0, None)
         shape = (self.order, len(tokens))
         self.columns = [torch.empty(shape, dtype=torch.int32, device=tokens.device) for _ in range(3)]
         for k, stats in enumerate(ngram_stats(tokens, self.vocab_size, self.order)):
@@ -7263,22 +7982,22 @@ class NgramTable:
     def span(self, tokens: Tensor, lo: int, hi: int) -> NgramStats:
         """Statistics of targets lo .. hi-1, (order, hi-lo) each."""
         self.load(tokens)
-        if self.held[:2] != (lo, hi):
+        if self.latest_span[:2] != (lo, hi):
             count, kinds, last = (column[:, lo:hi] for column in self.columns)
             total = torch.empty_like(count)
             total[0] = torch.arange(lo, hi, device=tokens.device)
             total[1:, 1 if lo == 0 else 0 :] = self.columns[0][:-1, max(lo - 1, 0) : hi - 1]
             if lo == 0:
                 total[:, 0] = 0
-            self.held = (lo, hi, NgramStats(total, count, kinds, last))
-        return self.held[2]
+            self.latest_span = (lo, hi, NgramStats(total, count, kinds, last))
+        return self.latest_span[2]
 
     def counts(self, k: int) -> Tensor:
         """(N,) c of contexts of k tokens, over the stream that was loaded."""
         return self.columns[0][k]
 
     def candidates(self, tokens: Tensor, t: int) -> NgramStats:
-        """The same for every candidate v at target t, (order, V) each, counted afresh from x_0 .. x_{t-1}."""
+        """Statistics of target t for every token of the vocabulary, (order, V) each, counted again from x_0 .. x_{t-1}."""
         shape = (self.order, self.vocab_size)
         stats = NgramStats(
             *(torch.full(shape, fill, dtype=torch.int32, device=tokens.device) for fill in (0, 0, 0, -1))
@@ -7308,10 +8027,10 @@ def log2_floor(x: Tensor) -> Tensor:
     return x.double().frexp().exponent.long() - 1
 
 
-class Query(NamedTuple):
-    """What an n-gram expert is asked: n targets with the token that came, or one target with every token (`whole`)."""
+class NgramQuery(NamedTuple):
+    """Input of an n-gram expert: n targets, each with the token that came, or one target with every token (`whole`)."""
 
-    p: Tensor  # (n,) float64: the base's probabilities of `token`
+    p: Tensor  # (n,) float64: what the base gives `token`
     stats: NgramStats  # (order, n)
     target: Tensor  # (n,) positions
     token: Tensor  # (n,)
@@ -7321,10 +8040,10 @@ class Query(NamedTuple):
 
 
 class NgramExpert(ABC):
-    """Turns its base's distribution into another. One `transform` serves score() and dist(), so what is charged is what sums to 1.
+    """Corrects the distribution of its base. score() and dist() share one `transform`, so what is scored is what sums to 1.
 
-    Of the query a subclass may use p, count and token for the token's own probability; all the rest is known before the target
-    and may decide weights. The base is a part of its own: the driver updates it.
+    A subclass may use p, count and token of a query for the probability of that token alone; all else is known before the
+    target and may decide weights. The driver updates the base by itself.
     """
 
     def __init__(self, table: NgramTable, base: Any) -> None:
@@ -7332,26 +8051,26 @@ class NgramExpert(ABC):
         self.pending: Any = None
 
     @abstractmethod
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
-        """(probabilities (n,) float64, what learn() needs of them)."""
+    def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
+        """(probabilities of the query's tokens (n,) float64, what learn() needs of them)."""
 
     @property
     def entropy(self) -> Tensor:
-        """The network's, by position: an expert may be the base of another."""
+        """(N,) of the network, nats: an expert may be the base of another."""
         return self.base.entropy
 
     @property
     def enrichment(self) -> Tensor | None:
-        """Likewise."""
+        """(N,) of the network, or None."""
         return self.base.enrichment
 
     def learn(self, pending: Any) -> None:  # noqa: B027 (optional: nothing is the default)
-        """Learn from a span that is scored; most experts have nothing to learn beyond the counts."""
+        """Learn from targets that are scored, given what transform() returned; by default only the counts learn."""
 
-    def query(self, p: Tensor, entropy: Tensor, tokens: Tensor, lo: int, hi: int) -> Query:
-        """What to ask for targets lo .. hi-1, of which the base gave those that came `p`."""
+    def query(self, p: Tensor, entropy: Tensor, tokens: Tensor, lo: int, hi: int) -> NgramQuery:
+        """The query for targets lo .. hi-1, whose tokens the base gave `p` (hi-lo,)."""
         target, stats = torch.arange(lo, hi, device=tokens.device), self.table.span(tokens, lo, hi)
-        return Query(p, stats, target, tokens[lo:hi], entropy, tokens, whole=False)
+        return NgramQuery(p, stats, target, tokens[lo:hi], entropy, tokens, whole=False)
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         p, entropy = self.base.score(tokens, lo, hi).exp(), self.base.entropy[lo:hi].double()
@@ -7362,18 +8081,18 @@ class NgramExpert(ABC):
         p = self.base.dist(tokens, t).to(tokens.device)
         every = torch.arange(len(p), device=tokens.device)
         stats, entropy = self.table.candidates(tokens, t), self.entropy[t].double().expand(len(p))
-        query = Query(p, stats, torch.full_like(every, t), every, entropy, tokens, whole=True)
+        query = NgramQuery(p, stats, torch.full_like(every, t), every, entropy, tokens, whole=True)
         return self.transform(query)[0]
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
         self.learn(self.pending)
 
 
-class Gate:
-    """Softmax weights over J parts: a prior plus one learned column a bucket of each feature, moved score-first.
+class LearnedWeights:
+    """Weights of J parts: softmax of a prior and of one learned vector for the bucket of each feature, learned after scoring.
 
-    A step is the summed gradient over the summed squared gradient, a diagonal Newton step for log loss with no rate to
-    anneal; `caution` pseudo-observations hold young buckets back.
+    A step is the summed gradient over all squared gradients so far, a diagonal Newton step for log loss whose rate needs no
+    schedule; `caution` is added to the squares, so that buckets with little data move little.
     """
 
     def __init__(
@@ -7385,12 +8104,12 @@ class Gate:
         self.rate, self.caution = rate, caution
 
     def weights(self, buckets: list[Tensor]) -> Tensor:
-        """(J, M) weights of M items, each in one bucket of every feature."""
+        """(J, M) weights of M items, given the bucket (M,) of each in every feature."""
         columns = (table.index_select(1, b) for table, b in zip(self.tables, buckets, strict=True))
         return sum(columns, self.prior_J1).softmax(0)
 
     def learn(self, buckets: list[Tensor], weights_JM: Tensor, posterior_JM: Tensor) -> None:
-        """Move towards the posteriors w_j p_j(x) / p(x) of items that are scored."""
+        """Move towards the posteriors w_j p_j(x) / p(x) (J, M) of items that are scored."""
         gradient = posterior_JM - weights_JM
         squared = gradient.square()
         for table, square, bucket in zip(self.tables, self.squares, buckets, strict=True):
@@ -7399,37 +8118,38 @@ class Gate:
 
 
 class Cascade(NgramExpert):
-    """Corrects its base by contexts of 1 .. order-1 tokens in turn, each length a learned mixture of four distributions.
+    """Corrects its base by contexts of 1 .. order-1 tokens, one length after the other, each a learned mixture of four parts.
 
-    Length k with counts C, c, U of a context seen before, on top of p_{k-1}: (1) c / C; (2) one count of each kind given back,
-    (max(c - 1, 0) + U p_{k-1}) / C; (3) p_{k-1}; (4) the token that followed last time. (1) and (2) mixed are absolute discounting
-    with a learned discount. Weights depend on k, C, U, the age of the last occurrence and the base's entropy.
+    Length k has counts C, c, U of a context seen before, and p_{k-1} from the shorter ones. The parts: (1) c / C; (2) the
+    counts discounted by 1, the rest by the shorter contexts, (max(c - 1, 0) + U p_{k-1}) / C; (3) p_{k-1}; (4) all on the token
+    that followed last time. (1) and (2) together are absolute discounting with a learned discount. Weights depend on k, C, U,
+    the age of the last occurrence and the base's entropy.
     """
 
-    # Leans to the shorter context: a strong network is not spoilt while the gate is young.
+    # Favours the shorter context, so that young weights do no harm to a strong network.
     PRIOR = [0.05, 0.15, 0.8, 0.02]  # fmt: skip
 
     def __init__(self, table: NgramTable, base: Any, rate: float = 0.8, caution: float = 3.0) -> None:
         super().__init__(table, base)
         self.levels = table.order - 1
-        self.gate = Gate(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
+        self.mixing = LearnedWeights(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
 
     def buckets(self, level: Tensor, total: Tensor, kinds: Tensor, trust: Tensor, entropy: Tensor) -> list[Tensor]:
-        """Each item's column in each feature's table; extremes share one."""
+        """The bucket (M,) of each item in each of the three features; extreme values share one."""
         seen = level * 128 + log2_floor(total).clamp_max(15) * 8 + log2_floor(kinds).clamp_max(7)
         sure = level * 24 + (entropy * 3).long().clamp(0, 23)
         return [seen, level * 10 + trust, sure]
 
-    def guess(self, query: Query, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """(the token of part 4, 0..9 by how old it is)."""
+    def guess(self, query: NgramQuery, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """(the token of part 4 (M,), 0..9 by the age of that occurrence)."""
         return query.tokens[last], (log2_floor(query.target[at] - last) // 2).clamp_max(9)
 
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
+    def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
         level, at = (query.stats.total[1:] > 0).nonzero(as_tuple=True)  # one item a target and matched length
         C, c, U, last = (x[level + 1, at] for x in query.stats)
         guess, trust = self.guess(query, at, last)
         buckets = self.buckets(level, C, U, trust, query.entropy[at])
-        w = self.gate.weights(buckets)
+        w = self.mixing.weights(buckets)
         C, c = C.double(), c.double()
         slope, repeats = U / C, (guess == query.token[at]).double()
         parts = torch.stack([c / C, (c - 1).clamp_min(0) / C, torch.zeros_like(C), repeats])
@@ -7446,23 +8166,23 @@ class Cascade(NgramExpert):
     def learn(self, pending: Any) -> None:
         buckets, w, parts = pending
         joint = w * parts
-        self.gate.learn(buckets, w, joint / joint.sum(0))
+        self.mixing.learn(buckets, w, joint / joint.sum(0))
 
 
 class PackedTable:
-    """The artifact's n-grams of the training text as contexts of 0 .. order-1 tokens, in NgramTable's terms.
+    """Statistics like NgramTable's from the artifact's n-grams of the training text; nothing depends on the scored text.
 
-    Counts are those of the kept followers alone, so that c / C is a distribution; `last` is not a position but the token that
-    followed most often. Nothing here depends on the text that is scored.
+    C counts the followers that were packed alone, so that c / C is a distribution. `last` is no position but the token that
+    followed most often.
     """
 
     def __init__(self, levels: list[Level], vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.vocab_size, self.order, self.device = vocab_size, len(levels), device
         put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
-        # NumPy's side answers one target at a time.
-        self.walk = [level.parent * vocab_size + level.token for level in levels]
-        self.walked, self.counted, self.of_context = [level.token for level in levels], [], []
-        self.keys = [put(keys) for keys in self.walk]
+        # NumPy arrays serve one target at a time, tensors many.
+        self.search_keys = [level.parent * vocab_size + level.token for level in levels]
+        self.follower_tokens, self.follower_counts, self.context_stats = [level.token for level in levels], [], []
+        self.keys = [put(keys) for keys in self.search_keys]
         self.tokens = [put(level.token) for level in levels]
         occurrences = np.array([(math.isqrt(4 << size) + 1) // 2 for size in range(82)])  # round(2^(size / 2)), exactly
         counts = [np.append(occurrences[level.size], 0) for level in levels]  # what is found nowhere has row -1
@@ -7475,12 +8195,12 @@ class PackedTable:
             for rows, values in zip((self.totals, self.kinds, self.likeliest), of_parent, strict=True):
                 rows.append(put(np.append(values, 0).astype(np.int32)))
             self.starts.append(start)
-            self.counted.append(count[:-1].astype(np.int32))
+            self.follower_counts.append(count[:-1].astype(np.int32))
             totals, kinds, likeliest = (np.append(values, 0) for values in of_parent)
-            self.of_context.append(np.stack([totals, np.zeros_like(totals), kinds, likeliest]).astype(np.int32))
+            self.context_stats.append(np.stack([totals, np.zeros_like(totals), kinds, likeliest]).astype(np.int32))
 
     def rows(self, tokens: Tensor) -> list[Tensor]:
-        """[k] -> (n,) row of the gram of k tokens that ends at each position, -1 where it is not kept or starts before."""
+        """[k] -> (n,) row of the n-gram of k tokens that ends at each position, -1 where it is not packed or starts before."""
         rows = [torch.zeros_like(tokens)]
         for keys in self.keys:
             before = torch.cat([rows[-1].new_full((1,), -1 if len(rows) > 1 else 0), rows[-1][:-1]])
@@ -7488,14 +8208,14 @@ class PackedTable:
         return rows
 
     def find(self, keys: Tensor, parent: Tensor, token: Tensor) -> Tensor:
-        """Rows of (parent, token), -1 where there is none."""
+        """(n,) row of each (parent, token), -1 where there is none."""
         key = torch.where(parent >= 0, parent * self.vocab_size + token, -1)
         at = torch.searchsorted(keys, key).clamp_max(max(len(keys) - 1, 0))
         return torch.where(keys[at] == key, at, -1) if len(keys) else torch.full_like(key, -1)
 
-    def stats(self, contexts: list[Tensor], grams: list[Tensor]) -> NgramStats:
-        """Statistics of contexts by length and of the same with the target."""
-        parts = zip(contexts, grams, self.totals, self.counts, self.kinds, self.likeliest, strict=True)
+    def stats(self, contexts: list[Tensor], ngrams: list[Tensor]) -> NgramStats:
+        """Statistics from the rows of contexts by length, and from the rows of the same with their target."""
+        parts = zip(contexts, ngrams, self.totals, self.counts, self.kinds, self.likeliest, strict=True)
         columns = zip(*((C[row], c[gram], U[row], best[row]) for row, gram, C, c, U, best in parts), strict=True)
         return NgramStats(*(torch.stack(column) for column in columns))
 
@@ -7507,11 +8227,11 @@ class PackedTable:
         return self.stats([cut(x, 1) for x in rows[:-1]], [cut(x, 0) for x in rows[1:]])
 
     def contexts(self, tokens: Tensor, t: int) -> list[int]:
-        """[k] -> row of the context of k tokens before target t, -1 where it is not kept: then no longer one is."""
+        """[k] -> row of the context of k tokens before target t, -1 where it is not packed: then no longer one is."""
         recent, rows = tokens[max(0, t - self.order + 1) : t].tolist(), [0]
         while len(rows) < self.order and len(rows) <= len(recent) and rows[-1] >= 0:
             row = 0
-            for keys, token in zip(self.walk, recent[-len(rows) :], strict=False):
+            for keys, token in zip(self.search_keys, recent[-len(rows) :], strict=False):
                 key = row * self.vocab_size + token
                 row = int(keys.searchsorted(key))
                 if row == len(keys) or keys[row] != key:
@@ -7520,41 +8240,37 @@ class PackedTable:
             rows.append(row)
         return rows + [-1] * (self.order - len(rows))
 
-    def kept(self, k: int, row: int) -> slice:
-        """Rows, in the next level, of what followed a context of k tokens."""
+    def follower_rows(self, k: int, row: int) -> slice:
+        """Rows, in the next level, of the tokens that followed a context of k tokens."""
         return slice(*self.starts[k][row : row + 2].tolist()) if row >= 0 else slice(0, 0)
 
-    def followers(self, contexts: list[int]) -> Tensor:
-        """Tokens kept after the last token: whatever is kept after a longer context is among them."""
-        return self.tokens[1][self.kept(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
-
-    def asked(self, contexts: list[int], tokens: Tensor) -> NgramStats:
-        """Statistics of one target for each of `tokens` (-1: one that is not kept), (order, n)."""
-        asked = tokens.cpu().numpy()
-        stats = np.zeros((4, self.order, len(asked)), np.int32)
-        slot = np.full(self.vocab_size, len(asked))
-        slot[asked[asked >= 0]] = np.flatnonzero(asked >= 0)
+    def stats_of(self, contexts: list[int], tokens: Tensor) -> NgramStats:
+        """Statistics of one target for each of `tokens`, (order, n); -1 stands for a token that never followed."""
+        wanted = tokens.cpu().numpy()
+        stats = np.zeros((4, self.order, len(wanted)), np.int32)
+        slot = np.full(self.vocab_size, len(wanted))
+        slot[wanted[wanted >= 0]] = np.flatnonzero(wanted >= 0)
         for k, row in enumerate(contexts):
-            span, found = self.kept(k, row), np.zeros(len(asked) + 1, np.int32)
-            found[slot[self.walked[k][span]]] = self.counted[k][span]
-            stats[:, k] = self.of_context[k][:, row, None]
+            span, found = self.follower_rows(k, row), np.zeros(len(wanted) + 1, np.int32)
+            found[slot[self.follower_tokens[k][span]]] = self.follower_counts[k][span]
+            stats[:, k] = self.context_stats[k][:, row, None]
             stats[1, k] = found[:-1]
         return NgramStats(*torch.from_numpy(stats).to(self.device))
 
     def candidates(self, tokens: Tensor, t: int) -> NgramStats:
         """Statistics of target t for every token of the vocabulary, (order, V) each."""
-        return self.asked(self.contexts(tokens, t), torch.arange(self.vocab_size))
+        return self.stats_of(self.contexts(tokens, t), torch.arange(self.vocab_size))
 
 
 class PackedCascade(Cascade):
-    """The cascade over n-grams of the training text: counts are fixed, only the weights learn from what is scored."""
+    """The cascade over n-grams of the training text: their counts are fixed, only the weights learn from scored text."""
 
-    def guess(self, query: Query, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def guess(self, query: NgramQuery, at: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return last, torch.zeros_like(last)
 
 
 def alpha_fixed(alpha: float) -> Callable[..., Tensor]:
-    """The same share whenever a context matched. PR #740's first form: 0.20."""
+    """A constant share where a context matched. PR #740's first form: 0.20."""
     return lambda entropy, _order, _confidence: torch.full_like(entropy, alpha)
 
 
@@ -7580,10 +8296,9 @@ def alpha_pr850(entropy: Tensor, order: Tensor, _confidence: Tensor) -> Tensor:
 
 
 class EnrichmentScale:
-    """Confidence of PR #187: the size of the pre-enrichment's step (the base's `enrichment`) over the largest one learned so far.
-
-    The published form divides by the maximum over the batch being scored, which looks ahead. 0.5 while nothing is known.
-    """
+    """Confidence of PR #187 in 0..1: how far the pre-enrichment moved an embedding (the base's `enrichment`), over the largest
+    such step among scored targets; 0.5 while there is none. The published form takes the largest of the batch that is being
+    scored, and so looks ahead."""
 
     def __init__(self, base: Any) -> None:
         self.base, self.largest = base, 0.0
@@ -7596,7 +8311,7 @@ class EnrichmentScale:
         return (steps[target] / self.largest).clamp_max(1.0).double()
 
     def of_batch(self, target: Tensor, rank: Tensor, ranks: int) -> Tensor:
-        """The published form: over the largest step of the same rank's part of the batch `target`, later positions included."""
+        """(n,) in the published form: over the largest step of the same rank's part of the batch `target`, later positions included."""
         steps = self.base.enrichment
         if steps is None:
             return torch.full_like(target, 0.5, dtype=torch.float64)
@@ -7604,37 +8319,55 @@ class EnrichmentScale:
         return steps / steps.new_zeros(ranks).scatter_reduce(0, rank, steps, "amax")[rank].clamp_min(1e-30)
 
     def learn(self, target: Tensor) -> None:
-        """Take in scored positions."""
+        """Learn from scored targets."""
         steps = self.base.enrichment
         if steps is not None:
             self.largest = max(self.largest, steps[target].max().item())
 
 
 class Tilt(NgramExpert):
-    """p(v) e^{beta [v = hint]} / Z with Z = 1 + p(hint) (e^beta - 1), where the hint filled `threshold` of its context's successors.
+    """p(v) e^{s [v = hint]} / Z with Z = 1 + q (e^s - 1), q = p(hint), where the hint filled `threshold` of its context's successors.
 
-    The hint is the token that followed the context of `k` tokens last time. Token-only form of PRs #1514 and #2018; neutral at beta 0.
+    The hint is the token that followed the context of order-1 tokens last time. Token-only form of PRs #1514 and #2018. The
+    strength is s = beta (1 - q)^gamma (#2129), with beta fixed, or learned from scored targets: steps of `rate` times the summed
+    gradient over the summed squared gradient. Neutral at beta 0.
     """
 
-    def __init__(self, table: NgramTable, base: Any, k: int, beta: float = 2.625, threshold: float = 0.8) -> None:
+    def __init__(self, table: NgramTable, base: Any, order: int, beta: float = 2.625, threshold: float = 0.8,
+                 gamma: float = 0.0, rate: float = 0.0) -> None:  # fmt: skip
         super().__init__(table, base)
-        self.k, self.beta, self.threshold = k, beta, threshold
+        self.k, self.beta, self.threshold, self.gamma, self.rate, self.squares = (
+            order - 1,
+            beta,
+            threshold,
+            gamma,
+            rate,
+            3.0,
+        )
 
-    def transform(self, query: Query) -> tuple[Tensor, Any]:
+    def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
         total, last = query.stats.total[self.k], query.stats.last[self.k]
         hint = query.tokens[last]
-        told = self.table.counts(self.k)[last] + 1  # how often the hint had followed, last time included
-        fires = (total > 0) & (told >= self.threshold * total)
-        p_hint = query.p[hint] if query.whole else self.base.hint_prob[query.target].double()
-        boost = torch.exp(self.beta * (fires & (hint == query.token)).double())
-        return query.p * boost / (1 + torch.where(fires, p_hint, 0.0) * math.expm1(self.beta)), None
+        seen = self.table.counts(self.k)[last] + 1  # how often the hint had followed, last time included
+        fires = (total > 0) & (seen >= self.threshold * total)
+        q = query.p[hint] if query.whole else self.base.hint_prob[query.target].double()
+        room = torch.where(fires, (1 - q).clamp_min(0) ** self.gamma, 0.0)
+        strength, hit = self.beta * room, (hint == query.token).double()
+        z = 1 + q * torch.expm1(strength)
+        return query.p * torch.exp(strength * hit) / z, (room, hit, q * torch.exp(strength) / z)
+
+    def learn(self, pending: Any) -> None:
+        room, hit, tilted = pending
+        gradient = room * (hit - tilted)  # of log p by beta
+        self.squares += gradient.square().sum().item()
+        self.beta = max(0.0, self.beta + self.rate * gradient.sum().item() / self.squares)
 
 
-# ---- the published scorers: hashed tables, asked for the target alone ("claimed") or for every token ("normalized")
+# ---- the published scorers: hashed tables, looked up for the target alone ("claimed") or for every token ("normalized")
 
 
 def xor_hash(*multipliers: int) -> tuple[Callable, Callable]:
-    """Hash of PRs #740 and #850: XOR of token times multiplier, oldest first; the target joins with its order's multiplier."""
+    """(hash of contexts, hash of context and target) of PRs #740 and #850: XOR of token times multiplier, oldest first."""
 
     def context(context_nk: Tensor) -> Tensor:
         h = torch.zeros_like(context_nk[:, 0])
@@ -7649,7 +8382,10 @@ def xor_hash(*multipliers: int) -> tuple[Callable, Callable]:
 
 
 def polynomial_hash(multiplier: int, target_multiplier: int) -> tuple[Callable, Callable]:
-    """Hash of PR #187. Its multiplier is a multiple of 8: tokens nine or more back vanish modulo 2^22, so orders 9 to 11 are one."""
+    """(hash of contexts, hash of context and target) of PR #187.
+
+    Its multiplier is a multiple of 8, so tokens nine or more back vanish modulo 2^22: orders 9 to 11 are the same.
+    """
 
     def context(context_nk: Tensor) -> Tensor:
         h = torch.zeros_like(context_nk[:, 0])
@@ -7660,7 +8396,7 @@ def polynomial_hash(multiplier: int, target_multiplier: int) -> tuple[Callable, 
     return context, lambda h, _order, token: h * target_multiplier + token
 
 
-class Published(NamedTuple):
+class PublishedCache(NamedTuple):
     """Constants of one published cache."""
 
     orders: tuple[int, ...]  # tried in this order; the first whose context cell holds 2 or more wins
@@ -7668,16 +8404,25 @@ class Published(NamedTuple):
     alpha: Callable[[Tensor, Tensor, Tensor], Tensor]
     window: int  # targets a window scores
     batch: int  # windows scored between two updates of a rank's tables
-    layout: str  # "blocks": a rank owns a stretch of the text; "windows": every n-th window; "shared": one table
+    layout: (
+        str  # "blocks": a rank owns a contiguous share of the text; "windows": every n-th window; "shared": one table
+    )
+
+    @property
+    def chunk(self) -> int:
+        """Targets between two updates of a rank's tables."""
+        return self.window * self.batch
 
 
 MULTIPLIERS_740 = (36313, 27191, 51647, 81929, 131071, 65537, 104729)
 MULTIPLIERS_850 = (36313, 27191, 51647, 81929, 131071, 174763, 233021, 283721, 347239)
 PUBLISHED = {
-    "pr740": Published((5,), xor_hash(*MULTIPLIERS_740), alpha_fixed(0.2), 128, 1, "blocks"),
-    "pr740b": Published((7, 6, 5, 4, 3, 2), xor_hash(*MULTIPLIERS_740), alpha_pr740, 128, 1, "blocks"),
-    "pr187": Published(tuple(range(11, 1, -1)), polynomial_hash(265443576, 1000003), alpha_pr187, 64, 256, "windows"),
-    "pr850": Published(tuple(range(9, 1, -1)), xor_hash(*MULTIPLIERS_850), alpha_pr850, 64, 1024, "shared"),
+    "pr740": PublishedCache((5,), xor_hash(*MULTIPLIERS_740), alpha_fixed(0.2), 128, 1, "blocks"),
+    "pr740b": PublishedCache((7, 6, 5, 4, 3, 2), xor_hash(*MULTIPLIERS_740), alpha_pr740, 128, 1, "blocks"),
+    "pr187": PublishedCache(
+        tuple(range(11, 1, -1)), polynomial_hash(265443576, 1000003), alpha_pr187, 64, 256, "windows"
+    ),
+    "pr850": PublishedCache(tuple(range(9, 1, -1)), xor_hash(*MULTIPLIERS_850), alpha_pr850, 64, 1024, "shared"),
 }
 
 
@@ -7685,11 +8430,11 @@ WHOLE_ROWS = 2048  # targets whose whole vocabulary is gathered at once
 
 
 class HashedCache:
-    """A published cache: per order a table of context cells and one of context-with-target cells, mixed into the base by alpha.
+    """A published cache: for each order a table of counts of contexts and one of contexts with their target, mixed with the base.
 
-    As published (`normalize` False) the target's cell over the context's cell is called its probability; collisions make the sum over
-    the vocabulary exceed 1, so the score is no code length. `normalize` gathers every token's cell and divides by their sum.
-    The driver updates every `span` targets. `ranks` caches, each fed its own part of the text, as on the published machines.
+    As published (`normalize` False) the count with the target over the count of the context is called a probability; collisions
+    make its sum over the vocabulary exceed 1, so the score is no code length. `normalize` divides by that sum. There are
+    `ranks` caches, each for its own part of the text, as on the published machines. The driver updates every `span` targets.
     """
 
     def __init__(self, name: str, base: Any, vocab_size: int, *, normalize: bool, buckets: int = 2**22, ranks: int = 8,
@@ -7697,7 +8442,7 @@ class HashedCache:
         self.spec, self.base, self.vocab_size, self.normalize = PUBLISHED[name], base, vocab_size, normalize
         self.buckets, self.least = buckets, least
         self.ranks = 1 if normalize or self.spec.layout == "shared" else ranks
-        self.span = self.spec.window * self.spec.batch * (self.ranks if self.spec.layout == "windows" else 1)
+        self.span = self.spec.chunk * (self.ranks if self.spec.layout == "windows" else 1)
         shape = (len(self.spec.orders), 2, self.ranks * buckets)
         self.tables = torch.zeros(shape, dtype=torch.int32, device=device)
         self.scale, self.looks_ahead = EnrichmentScale(base), not normalize
@@ -7709,18 +8454,18 @@ class HashedCache:
         return window * self.ranks // ((len(tokens) - 2) // self.spec.window + 1)
 
     def _cells(self, tokens: Tensor, target: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        """The context's hash and the flat index of its cell (of `tables[i, 0]`)."""
+        """(hash of each target's context, flat index of its count in `tables[i, 0]`)."""
         back = torch.arange(order - 1, 0, -1, device=tokens.device)
         h = self.spec.hash[0](tokens[(target[:, None] - back).clamp_min(0)])
         return h, self._rank(target, tokens) * self.buckets + (h & (self.buckets - 1))
 
     def _ratio(self, row: int, order: int, h: Tensor, rank: Tensor, token: Tensor, C: Tensor) -> Tensor:
-        """Cell of context and token over C: called a probability by its authors."""
+        """Count of context and token over the count C of the context: what the authors call a probability."""
         cell = rank * self.buckets + (self.spec.hash[1](h, order, token) & (self.buckets - 1))
         return torch.minimum(self.tables[row, 1][cell], C) / C
 
-    def _mass(self, row: int, order: int, h: Tensor, rank: Tensor, C: Tensor) -> Tensor:
-        """(n, 1) float64: sum of the ratios over the vocabulary, gathered for some targets at once."""
+    def _vocabulary_sum(self, row: int, order: int, h: Tensor, rank: Tensor, C: Tensor) -> Tensor:
+        """(n, 1) float64: sum of the ratios over the vocabulary, for WHOLE_ROWS targets at once."""
         every = torch.arange(self.vocab_size, device=h.device)[None]
         sums = [C.new_zeros(0, 1, dtype=torch.float64)]
         for h_n, rank_n, C_n in zip(*(x.split(WHOLE_ROWS) for x in (h, rank, C)), strict=True):
@@ -7728,7 +8473,7 @@ class HashedCache:
         return torch.cat(sums)
 
     def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor, entropy: Tensor) -> Tensor:
-        """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
+        """(n, m) float64: what becomes of the base's probabilities p of tokens `token` (n, m) at positions `target` (n,)."""
         confidence = self.batch[target - self.batch_start] if self.looks_ahead else self.scale.confidence(target)
         result, todo = p.clone(), torch.arange(len(target), device=tokens.device)
         for row, order in enumerate(self.spec.orders):
@@ -7741,7 +8486,7 @@ class HashedCache:
             ratio = self._ratio(row, order, h, rank, token[at], C).double()
             alpha = self.spec.alpha(entropy[at], torch.full_like(at, order), confidence[at])[:, None]
             if self.normalize:
-                mass = self._mass(row, order, h, rank, C)
+                mass = self._vocabulary_sum(row, order, h, rank, C)
                 alpha = torch.where(mass > 0, alpha, 0.0)
                 ratio = ratio / mass.clamp_min(1e-300)
             result[at] = (1 - alpha) * p[at] + alpha * ratio
@@ -7755,7 +8500,7 @@ class HashedCache:
         return self._mixed(tokens, target, p[:, None], tokens[lo:hi, None], entropy)[:, 0].log()
 
     def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """What score() said of every token at t: a distribution only with `normalize`."""
+        """(V,) float64: what score() gives every token at t; a distribution only with `normalize`."""
         p = self.base.dist(tokens, t).to(tokens.device)
         target, every = torch.tensor([t], device=tokens.device), torch.arange(len(p), device=tokens.device)
         return self._mixed(tokens, target, p[None], every[None], self.base.entropy[t : t + 1].double())[0]
@@ -7771,9 +8516,9 @@ class HashedCache:
 
 
 class HashedTable:
-    """#1095's packed table in the scorer's hands: counts of whole hashed n-grams of the training text, frozen.
+    """The scorer of #1095: counts of hashed n-grams of the training text, fixed.
 
-    As published (`normalize` False): the first order from 7 down whose cell c of context and target holds 2 or more gives
+    As published (`normalize` False): the first order from 7 down whose count c of context and target is 2 or more gives
     alpha c / (c + 1024) + (1 - alpha) p, alpha = min(.95, ln(1 + c) / 10), never below 1e-10. No context is counted, so this is no
     conditional probability, and alpha looks at the target. `normalize` divides by the sum over the vocabulary, C, and takes the
     order and alpha from C. Contexts start anew every `length` targets.
@@ -7785,13 +8530,13 @@ class HashedTable:
         self.base, self.vocab_size, self.length, self.normalize, self.least = base, vocab_size, length, normalize, least
 
     def _counts(self, tokens: Tensor, target: Tensor, token: Tensor, n: int) -> Tensor:
-        """(n, m) float64: cells of the n-grams that end in each `token` at each `target`."""
+        """(n, m) float64: counts of the n-grams that end in each `token` at each `target`."""
         before = hash_sequence(tokens[(target - k).clamp_min(0)] for k in range(n - 1, 0, -1))[:, None]
         h = (before * HASHED_MULTIPLIERS[n - 1] + token) & 0xFFFFFFFF
         return self.cells[n][h & (len(self.cells[n]) - 1)].double()
 
     def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor) -> Tensor:
-        """Mixed values for positions `target` (n,) and `token` (n, m); p the base's probabilities of them."""
+        """(n, m) float64: what becomes of the base's probabilities p of tokens `token` (n, m) at positions `target` (n,)."""
         result, todo = p.clone(), torch.ones_like(token, dtype=torch.bool)
         room = (target - 1) % self.length + 1  # tokens before the target in its sequence
         every = torch.arange(self.vocab_size, device=tokens.device)[None]
@@ -7811,7 +8556,7 @@ class HashedTable:
         return torch.cat([self._mixed(tokens, t, q[:, None], tokens[t][:, None])[:, 0] for q, t in parts]).log()
 
     def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """What score() says of every token at t: a distribution only with `normalize`."""
+        """(V,) float64: what score() gives every token at t; a distribution only with `normalize`."""
         p = self.base.dist(tokens, t).to(tokens.device)
         return self._mixed(
             tokens, torch.tensor([t], device=tokens.device), p[None], torch.arange(len(p), device=tokens.device)[None]
@@ -7837,22 +8582,21 @@ NO_TABLES = Tables()
 def score_first(
     network: NetworkExpert, text: ValidationText, scorer: Any, parts: list[Any], chunk: int, deadline: float
 ) -> BpbMeter:
-    """The one driver: for each chunk, the scorer scores its targets, then every part may learn from them.
+    """The driver of every stage: the account of what `scorer` scores, chunk by chunk, before every part may learn it.
 
     A chunk never crosses a point at which `network` learns. `deadline` is a reading of time.perf_counter(), rank 0's counts;
     BrokenRun if it passes, since a score of a part is no score.
     """
     run, meter = network.run, BpbMeter()
     n, since = len(text.tokens), time.perf_counter()
-    lo = 1
-    while lo < n:
-        hi = min(lo + chunk, network.learns_at(lo))
-        meter.add(scorer.score(text.tokens, lo, hi), text.bytes[lo:hi])
-        for part in parts:
-            part.update(text.tokens, lo, hi)
+
+    def edge(lo: int) -> int:
+        return min(lo + chunk, network.learns_at(lo))
+
+    for lo, hi, logp in score_then_learn(text.tokens, n, edge, scorer, parts):
+        meter.add(logp, text.bytes[lo:hi])
         run.progress("evaluating", hi, n, since)
         due = 256 * lo // n < 256 * hi // n < 256 and deadline < math.inf  # now and then, since the ranks must agree
-        lo = hi
         if due and run.broadcast(time.perf_counter() > deadline):
             raise BrokenRun(f"EVAL_WALLCLOCK_SECONDS={run.cfg.eval_wallclock_seconds:g} passed after {hi} of {n} tokens; "
                             "raise EVAL_STRIDE or switch a stage off: a score of a part is no score")  # fmt: skip
@@ -7872,9 +8616,6 @@ class StageResult(NamedTuple):
 
 NGRAM_MIXES: dict[str, Callable[[Config, NgramTable, Any], NgramExpert]] = {
     "cascade": lambda cfg, table, base: Cascade(table, base, cfg.ngram_rate),
-    "tilt": lambda cfg, table, base: Tilt(
-        table, base, cfg.ngram_order - 1, cfg.ngram_tilt_beta, cfg.ngram_tilt_threshold
-    ),
 }
 
 
@@ -7888,6 +8629,9 @@ class Evaluation:
         self.networks: dict[str, NetworkExpert] = {}
         self.table = NgramTable(cfg.vocab_size, cfg.ngram_order, self.device)
         self.packed = PackedTable(tables.trie, cfg.vocab_size, self.device) if tables.trie else None
+        self.tilt_table = self.table
+        if cfg.ngram_tilt_order > cfg.ngram_order:
+            self.tilt_table = NgramTable(cfg.vocab_size, cfg.ngram_tilt_order, self.device)
 
     @property
     def best_network(self) -> str:
@@ -7903,12 +8647,12 @@ class Evaluation:
             stage = self.best_network
         if stage not in self.networks:
             stride = cfg.eval_len if stage == "roundtrip" else cfg.eval_stride or cfg.eval_len
-            network = (TestTimeNetwork if stage == "ttt" else NetworkExpert)(
+            network = (TEST_TIME[cfg.ttt_reset] if stage == "ttt" else NetworkExpert)(
                 cfg, self.run, self.model, self.text, stride
             )
-            if cfg.ngram_mix == "tilt" and "ngram" in cfg.stages and stage == self.best_network:
-                self.table.load(self.text.tokens)  # a hint depends on its prefix alone
-                network.hints = self.text.tokens[self.table.columns[2][-1]]
+            if cfg.ngram_tilt_enabled and stage == self.best_network:
+                self.tilt_table.load(self.text.tokens)  # a hint depends on its prefix alone
+                network.hints = self.text.tokens[self.tilt_table.columns[2][cfg.ngram_tilt_order - 1]]
             self.networks[stage] = network
         return self.networks[stage]
 
@@ -7930,14 +8674,25 @@ class Evaluation:
         if stage in ("normalized", "claimed"):
             scorer, span = self.published(stage, network)
             return scorer, [network, scorer], span
-        if stage in ("table", "ngram"):
+        if stage in ("tilt", "table", "ngram"):
             chain: list[Any] = [network]
-            if self.packed is not None:
-                chain.append(PackedCascade(self.packed, network, cfg.ngram_rate))
+            if cfg.ngram_tilt_enabled:
+                chain.append(Tilt(self.tilt_table, network, cfg.ngram_tilt_order, cfg.ngram_tilt_beta,
+                                  cfg.ngram_tilt_threshold, cfg.ngram_tilt_gamma, cfg.ngram_tilt_rate))  # fmt: skip
+            if stage != "tilt" and self.packed is not None:
+                chain.append(PackedCascade(self.packed, chain[-1], cfg.ngram_rate))
             if stage == "ngram":
                 chain.append(NGRAM_MIXES[cfg.ngram_mix](cfg, self.table, chain[-1]))
             return chain[-1], chain, span
         return network, [network], network.ahead
+
+    def move_to_cpu(self) -> None:
+        """Continue on the CPU with what is scored: small spans there cost less than launches on a GPU."""
+        self.device = torch.device("cpu")
+        self.text = self.text._replace(tokens=self.text.tokens.cpu(), bytes=self.text.bytes.cpu())
+        for network in self.networks.values():
+            for name in ("logp", "entropy", "hint_prob", "hints"):
+                setattr(network, name, getattr(network, name).cpu())
 
     def score(self, stage: str, scorer: Any, parts: list[Any], span: int, deadline: float) -> StageResult:
         """Score the whole text with one expert."""
@@ -7967,22 +8722,53 @@ class RecordingScorer:
 
 
 CLAIM_SAMPLES = 64  # targets at which Z is measured
+SMALL_SPAN = 4096  # targets between two updates below which a claim is run on the CPU
 
 
 def claim(evaluation: Evaluation) -> None:
-    """Run NGRAM_CLAIM as published and log what it claims beside the measured Z. It is no stage and never the score, so its
-    time is not the evaluation's."""
+    """Run NGRAM_CLAIM as published and log what it claims beside the measured sum Z of its probabilities. It is no stage and
+    never the score, so it runs once the score is reported, outside the evaluation's time."""
     cfg, run = evaluation.cfg, evaluation.run
     evaluation.model.eval()
+    if PUBLISHED.get(cfg.ngram_claim, PUBLISHED["pr850"]).chunk < SMALL_SPAN:
+        evaluation.score("network", *evaluation.scorer("network"), math.inf)  # scored already unless its stage is off
+        evaluation.move_to_cpu()
     scorer, parts, span = evaluation.scorer("claimed")
     n = len(evaluation.text.tokens)
-    watched = RecordingScorer(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
-    r = evaluation.score("claimed", watched, parts, span, math.inf)
-    sums = [p.sum().item() for p in watched.dists.values()]
+    recorded = RecordingScorer(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
+    r = evaluation.score("claimed", recorded, parts, span, math.inf)
+    sums = [p.sum().item() for p in recorded.dists.values()]
     z_mean, z_max = sum(sums) / len(sums), max(sums)
     run.log(f"{cfg.ngram_claim} claimed_bpb:{r.val_bpb:.8f} z_mean:{z_mean:.3f} z_max:{z_max:.3f} (not a code length)")
     run.event("claim", name=cfg.ngram_claim, claimed_bpb=r.val_bpb, z_mean=z_mean, z_max=z_max, seconds=r.seconds,
               note="not a code length")  # fmt: skip
+
+
+def longest_first(text: ValidationText) -> tuple[ValidationText, float]:
+    """(the text with its documents in order of falling length, the bits that tell a decoder of it their true order).
+
+    Documents of equal length stand in the order of the text, so log2(n! / product over lengths of m_l!) bits: n documents,
+    m_l of length l.
+    """
+    begins = [document.start for document in documents_of(text.tokens)]
+    pieces = sorted(itertools.pairwise([*begins, len(text.tokens)]), key=lambda piece: piece[0] - piece[1])
+    order = torch.cat([torch.arange(*piece, device=text.tokens.device) for piece in pieces])
+    equal = Counter(end - begin for begin, end in pieces)
+    nats = math.lgamma(len(pieces) + 1) - sum(math.lgamma(m + 1) for m in equal.values())
+    return text._replace(tokens=text.tokens[order], bytes=text.bytes[order]), nats / math.log(2)
+
+
+def order_claim(evaluation: Evaluation) -> None:
+    """Stage ttt as published, on the longest documents first, and the bits of order that its figure leaves out. Never the score."""
+    cfg, run = evaluation.cfg, evaluation.run
+    text, order_bits = longest_first(evaluation.text)
+    other = Evaluation(cfg, run, evaluation.model, text)
+    r = other.score("ttt", *other.scorer("ttt"), math.inf)
+    order_bpb = order_bits / max(r.bytes, 1)
+    run.log(f"ttt_order:length claimed_bpb:{r.val_bpb:.8f} order_bits:{order_bits:.0f} order_bpb:{order_bpb:.8f} "
+            f"with_order_bpb:{r.val_bpb + order_bpb:.8f} (not a code length of the text: its documents are reordered)")  # fmt: skip
+    run.event("order_claim", name="ttt_order_length", claimed_bpb=r.val_bpb, order_bits=order_bits, order_bpb=order_bpb,
+              seconds=r.seconds, note="not a code length of the text")  # fmt: skip
 
 
 class StageLog:
@@ -8034,10 +8820,14 @@ class Audit:
     ) -> None:
         n = min(len(text.tokens), max(AUDIT_TOKENS, cfg.eval_len + 2))
         self.often = max(1, n // 8)  # learning comes within the prefix, or nothing would be seen of it
-        self.cfg = dataclasses.replace(cfg, ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, self.often))
+        block = max(self.often, *(size for _, size in cfg.ttt_chunk_steps)) if cfg.ttt_block_tokens > self.often else 0
+        self.cfg = dataclasses.replace(
+            cfg, ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, self.often), ttt_block_tokens=block
+        )
         self.run, self.model, self.stage, self.tables = run, model, stage, tables
-        # Learning on a GPU sums in no fixed order.
-        self.tolerance = 1e-3 if run.device.type == "cuda" and cfg.ttt_enabled else 1e-6
+        # Learning on a GPU sums in no fixed order, and documents learn in batches of other shapes where the text differs.
+        inexact = run.device.type == "cuda" or cfg.ttt_reset == "document"
+        self.tolerance = 1e-3 if cfg.ttt_enabled and inexact else 1e-6
         self.text = text._replace(tokens=text.tokens[:n], bytes=text.bytes[:n])
         self.noise = torch.randint(
             cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "audit"))
@@ -8144,12 +8934,14 @@ def bytes_check(text: ValidationText, tokenizer: Tokenizer, exact: bool) -> Audi
 def audit(
     cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, text_check: AuditCheck, artifact: str
 ) -> bool:
-    """Audit every stage that is switched on and log each check, `text_check` too; False if one failed. `artifact` is its
-    SHA-256."""
+    """Audit every stage that is switched on, with NGRAM_SCORE=claimed also the claim, and log each check, `text_check` too; False
+    if one failed. `artifact` is its SHA-256."""
     model.eval()
     evaluation = Evaluation(cfg, run, model, text, tables)
     named = [("text", text_check), ("counts", replay_check(evaluation.text, evaluation.table))]
-    for stage in cfg.stages:
+    if cfg.ngram_score != "claimed" and "claimed" in cfg.ngram_scores:
+        run.notice(f"the claim {cfg.ngram_claim} is no stage and not audited here: NGRAM_SCORE=claimed audits it")
+    for stage in (*cfg.stages, *(["claimed"] if cfg.ngram_score == "claimed" else [])):
         named += [(stage, check) for check in Audit(cfg, run, model, text, stage, tables).checks()]
     for part, check in named:
         run.log(f"audit {part}: {check.name}: {'passed' if check.passed else 'FAILED'} ({check.detail})")
@@ -8177,7 +8969,7 @@ class OpenRun(NamedTuple):
 
 
 def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
-    """Read tokenizer and validation text and start the run; its logs are opened once nothing more can be found wrong.
+    """Read tokenizer and validation text, then start and name the run; logs are opened later, after all checks.
 
     An artifact's hash of its tokenizer, where it is given, chooses among downloads.
     """
@@ -8189,6 +8981,7 @@ def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     cfg = loaded.cfg
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform)
     text = load_validation(cfg, paths.folder, tokenizer)
+    check_phases(cfg, text.tokens)
     run = Run.start(cfg)
     run.claim_name()
     return OpenRun(loaded, run, paths, tokenizer, text)
@@ -8201,7 +8994,7 @@ def shown_path(path: Path) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes, in its maker's words where they can be read."""
+    """The model name of the GPU or CPU, or the architecture where the system does not tell it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -8211,7 +9004,7 @@ def device_name(device: torch.device) -> str:
 
 
 def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
-    """The head of every log: source, configuration with sources, versions, data, parameters."""
+    """Write the head of the log: source, configuration with the origin of each value, versions, data, parameters."""
     cfg, run, source = opened.cfg, opened.run, source_text()
     if run.rank:
         return
@@ -8258,15 +9051,17 @@ def build_model(cfg: Config, run: Run) -> GPT:
     return model
 
 
-def artifact_header(cfg: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the artifact says of itself: recipe, every knob that differs from its default, its tokenizer."""
+def artifact_header(cfg: Config, tokenizer: Tokenizer, looped: bool = True) -> dict[str, Any]:
+    """The artifact's header: recipe, every knob that differs from its default, the tokenizer's hash, the text's transform, and with
+    NUM_LOOPS whether the training reached the looped plan."""
     values = {
         n: getattr(cfg, n.lower())
         for n, f in FIELDS.items()
         if n not in LOCAL_KNOBS and getattr(cfg, n.lower()) != f.default
     }
     transform = {"transform": tokenizer.transform} if tokenizer.transform else {}
-    return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256, **transform}
+    plan = {"looped": looped} if cfg.num_loops else {}
+    return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256, **transform, **plan}
 
 
 def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
@@ -8278,11 +9073,11 @@ def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
 def pack_model(
     opened: OpenRun, model: GPT, calibration: Calibration | None, calibration_s: float, sections: dict[str, bytes]
 ) -> bytes:
-    """Quantise, pack, write and log the account; the file's bytes."""
+    """Quantise and pack the model, write the artifact and log its sizes; returns the file's bytes."""
     cfg, run = opened.cfg, opened.run
     filled = {n: p for n, p in model.named_parameters() if p.numel()}  # one block has no skip weights
     named, store = {n: p.detach() for n, p in filled.items()}, {n: p.store for n, p in filled.items()}
-    header = artifact_header(cfg, opened.tokenizer)
+    header = artifact_header(cfg, opened.tokenizer, model.looped)
     started = time.perf_counter()
     if cfg.target_bytes:
         budget = fill_budget(cfg, header, named, store, calibration, code_bytes(cfg), sections)
@@ -8334,14 +9129,17 @@ def write_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: Tra
 
 
 def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
-    """The model that the artifact holds, and nothing else, on the device."""
+    """The artifact's model, made from its bytes alone, on the device."""
     with torch.device("meta"):  # shapes alone: nothing is allocated for a file that does not fit them
         skeleton = GPT(cfg)
     held = 4 * sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
     if held > 4 * raw_limit(len(blob)):
         raise ArtifactError(f"its configuration asks for {held} bytes of model, too much for a file of {len(blob)}")
-    _, stored = unpack(blob, {n: tuple(p.shape) for n, p in skeleton.named_parameters() if p.numel()})
+    header, stored = unpack(blob, {n: tuple(p.shape) for n, p in skeleton.named_parameters() if p.numel()})
+    if type(looped := header.get("looped", True)) is not bool:
+        raise ArtifactError(f"it names {str(looped)[:40]!r} as its plan of blocks")
     model = GPT(cfg)
+    model.set_looped(looped)
     empty = {n: p for n, p in model.named_parameters() if not p.numel()}
     model.load_state_dict({**{n: dequantize(s) for n, s in stored.items()}, **empty}, strict=True)
     return model.place(run.device, choose_attention(cfg, run.device)[1])
@@ -8379,7 +9177,7 @@ def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
 def report_score(
     opened: OpenRun, results: list[StageResult], sizes: dict[str, int], train_s: float, eval_s: float
 ) -> bool:
-    """The last line; False (and why) if a limit did not hold."""
+    """Log the score, and before it each limit that was broken; returns whether all held."""
     cfg, run = opened.cfg, opened.run
     r = next(r for r in results if r.stage == cfg.final_stage)
     broken = []
@@ -8408,7 +9206,7 @@ def report_score(
 
 
 def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
-    """Reload the artifact, score it in every stage, print the score. Exit status."""
+    """Load the model from the artifact's bytes, score it in every stage and log the score; returns the exit status."""
     started = time.perf_counter()
     model = load_model(opened.cfg, opened.run, blob)
     opened.run.log(
@@ -8417,10 +9215,11 @@ def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
     sizes = account_bytes(opened, blob)
     evaluation = Evaluation(opened.cfg, opened.run, model, opened.text, load_tables(opened.cfg, blob))
     results = evaluate(evaluation, opened.cfg.stages, StageLog(opened.run, opened.text.complete))
-    eval_s = time.perf_counter() - started
+    held = report_score(opened, results, sizes, train_s, time.perf_counter() - started)
+    if opened.cfg.ttt_order == "length":
+        order_claim(evaluation)
     if "claimed" in opened.cfg.ngram_scores:
         claim(evaluation)
-    held = report_score(opened, results, sizes, train_s, eval_s)
     # Clocks differ by rank, and ranks that end differently keep torchrun waiting.
     return 0 if opened.run.broadcast(held) else 1
 
@@ -8459,8 +9258,10 @@ def run_train(loaded: LoadedConfig) -> int:
     log_start(opened, stream.total, len(shards))
     model = build_model(cfg, run)
 
+    unlimited = dataclasses.replace(cfg, eval_wallclock_seconds=0.0)  # which is the limit of the evaluation afterwards
+
     def validate(model: GPT) -> tuple[float, float]:
-        result = evaluate(Evaluation(cfg, run, model, opened.text), ("roundtrip",))[0]
+        result = evaluate(Evaluation(unlimited, run, model, opened.text), ("roundtrip",))[0]
         return result.val_loss, result.val_bpb
 
     result = train(cfg, run, model, stream, checkpoints, resumed, validate)
@@ -8492,7 +9293,7 @@ def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -
 
 
 def open_scoring(loaded: LoadedConfig, header: dict[str, Any]) -> OpenRun:
-    """A job that scores an artifact, its logs open."""
+    """Start a run that scores an artifact, and open its logs."""
     opened = open_run(loaded, header["tokenizer_sha256"])
     check_tokenizer(opened.tokenizer, header, loaded.cfg)
     choose_attention(loaded.cfg, opened.run.device)
@@ -8554,7 +9355,7 @@ def open_artifact(named: str, path: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def dispatch(env: Mapping[str, str]) -> int:
-    """MODE -> its job. Exit status."""
+    """Run what MODE names; returns the exit status."""
     mode = translate(env, env.get("RECIPE", ""), [], []).get("MODE")  # EVAL_ONLY=1 means MODE=eval
     scoring = {"eval": run_eval, "audit": run_audit}
     if mode in scoring:
@@ -8565,7 +9366,7 @@ def dispatch(env: Mapping[str, str]) -> int:
 
 
 def show_toc() -> str:
-    """Banners with their lines."""
+    """The file's sections with their line numbers, the text of --toc."""
     return "\n".join(
         f"{i:5d}  {line[7:].rstrip(' =')}"
         for i, line in enumerate(source_text().splitlines(), 1)
@@ -8573,10 +9374,12 @@ def show_toc() -> str:
     )
 
 
-def finish(outcome: str, message: str, told: bool) -> None:
-    """Say what went wrong, once over all ranks unless it is already `told`, and close the logs."""
+def finish(outcome: str, message: str, reported: bool) -> None:
+    """Print the error, on one of the ranks and unless a traceback has `reported` it, then close the run."""
     run = Run.current
-    if message and not told and (is_first_on_node() if run is None else run.reports_first()):
+    if run is not None:
+        run.graceful = True  # a signal that arrives now must not cut this short
+    if message and not reported and (is_first_on_node() if run is None else run.reports_first()):
         say("\n".join(f"error: {line}" for line in message.splitlines()), to_stderr=True)
     if run is not None:
         for text in filter(None, (message, *run.lost.values())):
@@ -8590,7 +9393,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     """Exit status: 0 all that was asked for was done and every limit held; 2 a user's mistake; 1 a failure."""
     views = {"--help": describe_knobs, "-h": describe_knobs, "--toc": show_toc,
              "--dump-config": lambda: dump_config(load_config(env))}  # fmt: skip
-    status, outcome, message, told = 1, "failed", "", False
+    status, outcome, message, reported = 1, "failed", "", False
     Run.current = None
     try:
         if argv and argv[0] not in views:
@@ -8606,15 +9409,15 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         if Run.current is not None and Run.current.broadcast(bool(Run.current.lost)) and status == 0:
             status, outcome = 1, "incomplete"
     except (ConfigError, ArtifactError) as e:
-        begun = Run.current is not None and Run.current.training_began  # then it was ours to find it before
+        begun = Run.current is not None and Run.current.training_began  # then the script should have found it before
         status, outcome, message = 1 if begun else 2, "failed" if begun else "mistake", str(e)
     except (Interrupted, BrokenRun, KeyboardInterrupt) as e:
         status, outcome, message = 1, "stopped", str(e) or "stopped by SIGINT"
     except Exception as e:
-        message, told = f"{type(e).__name__}: {e}", True  # by its traceback
+        message, reported = f"{type(e).__name__}: {e}", True  # by its traceback
         raise
     finally:
-        finish(outcome, message, told)
+        finish(outcome, message, reported)
     return status or int(Run.current is not None and bool(Run.current.lost))
 
 

@@ -141,6 +141,9 @@ def training_lines(corpus: Corpus, args: argparse.Namespace) -> Iterator[str]:
         raise corpus.too_few(count, args.val_docs)
 
 
+FEWEST_PIECES = 4 + 256 + len(caseops.OPERATORS) + len(caseops.FUSED)  # special pieces, bytes, operators
+
+
 def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
     """SentencePiece's settings: with --caseops the text is normalised before, and operators are pieces (ids 4 to 10)."""
     if not args.caseops:
@@ -181,13 +184,14 @@ def vocabulary_error(vocab_size: int, reason: str) -> InputError:
     """The trainer's complaint in terms of --vocab-size."""
     most = re.search(r"value <= (\d+)", reason)
     least = re.search(r"required_chars\. \d+ vs (\d+)", reason) or re.search(r"smaller than (\d+)", reason)
+    if "all_chars_count" in reason:
+        return InputError("the training documents hold no character after normalisation; a tokenizer needs text")
     if most:
         remedy = f"this text fills at most {most[1]} pieces; give fewer, or more text"
     elif least:
-        remedy = (
-            f"the special pieces, 256 bytes and single characters need {least[1]} already; give more, or fewer characters "
-            "pieces of their own by a lower --character-coverage"
-        )
+        remedy = f"the special pieces, 256 bytes and single characters need {least[1]} already; give more"
+        if vocab_size > FEWEST_PIECES:  # so it is the characters that are too many
+            remedy += ", or fewer characters pieces of their own by a lower --character-coverage"
     else:
         remedy = f"the tokenizer could not be trained ({reason.strip()})"
     return InputError(f"--vocab-size {vocab_size}: {remedy}")

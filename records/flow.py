@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from syntax import FUNCTIONS, last_name, own
+from syntax import FUNCTIONS, Scope, children, every, last_name, scopes
 
 _ENDING = r"(?:_(?:all|full|cpu|gpu|cuda|np|flat|local|dev|device|t|x|y|\d+))*$"
 VALIDATION = re.compile(
@@ -38,6 +38,9 @@ _EPOCHS = re.compile(r"(?:^|_)(?:epochs?|ep|n_?pass(?:es)?|passes|rounds?)(?:_|$
 _CALIBRATES = re.compile(r"calib|hessian|gptq|collect_(?:act|stat)", re.I)
 _IS_MODEL = re.compile(r"model|net$|forward|logits|compiled", re.I)  # a name of what is trained, not of a scorer
 _ADDING = {"append", "add_", "copy_", "extend", "index_add_", "scatter_add_"}
+_STORES = re.compile(r"\w*compress|save\w*|dumps?|tofile")
+_BINDING = (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.AsyncFor, ast.comprehension, ast.With)
+_ACTS = (ast.Call, ast.AugAssign, ast.Assign, ast.Expr)
 _MAX_DEPTH = 12
 
 
@@ -69,22 +72,13 @@ class Flow:
 
     def __init__(self, tree: ast.Module) -> None:
         self.tree = tree
-        self.functions: dict[str, ast.AST] = {}
-        self.parents: dict[ast.AST, ast.AST] = {}
+        self.scopes = {scope.node: scope for scope in scopes(tree)}
+        self.functions = {scope.name: scope.node for scope in self.scopes.values() if isinstance(scope.node, FUNCTIONS)}
         self._bindings: dict[ast.AST, dict[str, list]] = {}
+        self._acts: dict[ast.AST, tuple[list, set[int]]] = {}
         self._summaries: dict[tuple, Summary] = {}
         self._under_way: set[tuple] = set()
         self._known: dict[tuple, bool] = {}
-        self._register()
-
-    def _register(self) -> None:
-        waiting = [(self.tree, child) for child in ast.iter_child_nodes(self.tree)]
-        while waiting:
-            scope, node = waiting.pop()
-            if isinstance(node, FUNCTIONS):
-                self.functions[node.name], self.parents[node] = node, scope
-                scope = node
-            waiting += [(scope, child) for child in ast.iter_child_nodes(node)]
 
     # ---- What is a validation token
 
@@ -94,7 +88,7 @@ class Flow:
             found: dict[str, list] = {}
             for name in _parameters(scope):
                 found.setdefault(name, []).append(((0, 0), None))
-            for node in own(scope):
+            for node in self.scopes[scope].of(*_BINDING):
                 for target, value in _bound(node):
                     for name in _target_names(target):
                         found.setdefault(name, []).append((_at(node), value))
@@ -127,7 +121,7 @@ class Flow:
             return any(map(ask, node.generators))
         if isinstance(node, (*FUNCTIONS, ast.Lambda, ast.Compare)):
             return False
-        return any(ask(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
+        return any(ask(child) for child in children(node) if isinstance(child, ast.expr))
 
     def _name(self, name: str, scope: ast.AST, at: tuple, given: frozenset, loss: bool, deep: int) -> bool:
         if VALIDATION.search(name) or _NEVER.search(name):
@@ -142,8 +136,8 @@ class Flow:
                 self._known[key] = False  # while it is asked: a value computed from itself
                 self._known[key] = self.tokens(value, scope, where, given, loss, deep + 1)
             return self._known[key]
-        outer = self.parents.get(scope)
-        return outer is not None and self._name(name, outer, (1 << 60, 0), frozenset(), loss, deep + 1)
+        outer = self.scopes[scope].outer
+        return outer is not None and self._name(name, outer.node, (1 << 60, 0), frozenset(), loss, deep + 1)
 
     def _call(self, node: ast.Call, ask, loss: bool) -> bool:
         name = last_name(node.func)
@@ -173,8 +167,11 @@ class Flow:
 
     def _summarise(self, scope: ast.AST, given: frozenset) -> Summary:
         items, trains = [], False
-        epochs: set[int] = set()
-        for node, loops, quiet, guards in _walk(scope, epochs):
+        if scope not in self._acts:
+            epochs: set[int] = set()
+            self._acts[scope] = [act for act in _walk(scope, epochs) if isinstance(act[0], _ACTS)], epochs
+        acts, epochs = self._acts[scope]
+        for node, loops, quiet, guards in acts:
             if isinstance(node, ast.Call):
                 found, other = self._of_call(node, scope, given)
                 found = [step and step._replace(guards=step.guards | guards) for step in found]
@@ -247,42 +244,41 @@ class Flow:
 
     def steps(self) -> list[Step]:
         """Every step on validation tokens that nothing excuses, of the module and of functions that nothing here calls."""
-        called = {last_name(n.func) for n in ast.walk(self.tree) if isinstance(n, ast.Call)}
-        called |= {n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-        scopes = [self.tree, *(f for name, f in self.functions.items() if name not in called)]
-        return list(dict.fromkeys(step for scope in scopes for step in self.summary(scope).steps))
+        used = {last_name(n.func) for n in every(self.tree, ast.Call)}
+        used |= {n.id for n in every(self.tree, ast.Name) if isinstance(n.ctx, ast.Load)}
+        entries = [self.tree, *(f for name, f in self.functions.items() if name not in used)]
+        return list(dict.fromkeys(step for entry in entries for step in self.summary(entry).steps))
+
+    def _handed(self, call: ast.Call, scope: Scope, more: tuple = ()) -> bool:
+        """Whether a call gets validation tokens."""
+        arguments = [*call.args, *(k.value for k in call.keywords), *more]
+        return any(self.tokens(a, scope.node, _at(call), frozenset()) for a in arguments)
 
     def calibrations(self) -> Iterator[tuple[int, str]]:
         """(line, name) of calls and loops that calibrate and get validation tokens."""
-        for scope in [self.tree, *self.functions.values()]:
-            for node in own(scope):
-                if isinstance(node, ast.Call) and self._calibrates(last_name(node.func)):
-                    if any(
-                        self.tokens(a, scope, _at(node), frozenset())
-                        for a in [*node.args, *(k.value for k in node.keywords)]
-                    ):
-                        yield node.lineno, last_name(node.func)
-                elif isinstance(node, ast.For) and any(
-                    self._calibrates(n) for n in _words(node.iter) | _words(node.target)
-                ):
-                    for use in ast.walk(node):
-                        if isinstance(use, ast.Subscript) and self.tokens(use, scope, _at(use), frozenset()):
-                            yield use.lineno, _word(use)
-
-    @staticmethod
-    def _calibrates(name: str) -> bool:
-        return bool(_CALIBRATES.search(name)) and not EVALUATES.search(name)
+        for scope in self.scopes.values():
+            for call in scope.of(ast.Call):
+                if _calibrates(last_name(call.func)) and self._handed(call, scope):
+                    yield call.lineno, last_name(call.func)
+            for loop in scope.of(ast.For):
+                if any(map(_calibrates, _words(loop.iter) | _words(loop.target))):
+                    uses = [n for n in ast.walk(loop) if isinstance(n, ast.Subscript)]
+                    found = (n for n in uses if self.tokens(n, scope.node, _at(n), frozenset()))
+                    yield from ((n.lineno, _word(n)) for n in found)
 
     def stored(self) -> Iterator[tuple[int, str]]:
         """(line, name) of calls that compress or save validation tokens."""
-        for scope in [self.tree, *self.functions.values()]:
-            for node in own(scope):
-                if isinstance(node, ast.Call) and re.fullmatch(
-                    r"(?:\w*compress|save\w*|dumps?|tofile)", last_name(node.func)
+        for scope in self.scopes.values():
+            for call in scope.of(ast.Call):
+                name = last_name(call.func)
+                if _STORES.fullmatch(name) and self._handed(
+                    call, scope, (call.func.value,) if name == "tofile" else ()
                 ):
-                    handed = [*node.args, *([node.func.value] if last_name(node.func) == "tofile" else [])]
-                    if any(self.tokens(a, scope, _at(node), frozenset()) for a in handed):
-                        yield node.lineno, last_name(node.func)
+                    yield call.lineno, name
+
+
+def _calibrates(name: str) -> bool:
+    return bool(_CALIBRATES.search(name)) and not EVALUATES.search(name)
 
 
 def _judged(item: Item, items: list[Item], top: bool, epochs: set[int]) -> Step | None:
@@ -297,7 +293,7 @@ def _judged(item: Item, items: list[Item], top: bool, epochs: set[int]) -> Step 
 
 def _walk(scope: ast.AST, epochs: set[int]) -> Iterator[tuple[ast.AST, tuple, bool, frozenset]]:
     """Nodes of one function: the loops around them, whether gradients are off, the names that decide whether they run."""
-    waiting = [(child, (), _is_quiet(scope), frozenset()) for child in ast.iter_child_nodes(scope)]
+    waiting = [(child, (), _is_quiet(scope), frozenset()) for child in children(scope)]
     while waiting:
         node, loops, quiet, guards = waiting.pop()
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
@@ -311,7 +307,7 @@ def _walk(scope: ast.AST, epochs: set[int]) -> Iterator[tuple[ast.AST, tuple, bo
         elif isinstance(node, ast.With):
             quiet = quiet or any(re.search("no_grad|inference_mode", last_name(i.context_expr)) for i in node.items)
         inside = {id(child) for child in node.body} if isinstance(node, ast.If) else set()
-        for child in ast.iter_child_nodes(node):
+        for child in children(node):
             more = _words(node.test) if id(child) in inside else frozenset()
             waiting.append((child, loops, quiet, guards | more))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from flow import EVALUATES, VALIDATION, Flow
-from syntax import FUNCTIONS, calls, dotted, keyword_is, last_name, names, nodes, own
+from syntax import Scope, calls, dotted, every, keyword_is, last_name, names, nodes, scopes
 
 
 class Finding(NamedTuple):
@@ -95,26 +95,16 @@ def _excerpt(text: str, name: str, width: int = 100) -> str:
 Found = Iterator[tuple]  # pattern, line, name and perhaps guards
 
 
-def _scopes(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
-    """(name, node) of the module, whose name is empty, and of every function."""
-    yield "", tree
-    yield from ((node.name, node) for node in nodes(tree) if isinstance(node, FUNCTIONS))
-
-
 def _first(words: set[str], pattern: re.Pattern) -> str:
     return min((w for w in words if pattern.search(w)), default="")
 
 
 def _target_keys(tree: ast.Module) -> Found:
     """`ctx_hash ^ tgt * P`, or `(ctx * P + tgt) % B`: a cell chosen by the token whose probability it is to give."""
-    for scope_name, scope in _scopes(tree):
-        for node in own(scope) if not _LEARNS.search(scope_name) else ():
-            mixed = node if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor) else None
-            if (
-                isinstance(node, ast.BinOp)
-                and isinstance(node.op, (ast.Mod, ast.BitAnd))
-                and isinstance(node.left, ast.BinOp)
-            ):
+    for scope in scopes(tree):
+        for node in scope.of(ast.BinOp) if not _LEARNS.search(scope.name) else ():
+            mixed = node if isinstance(node.op, ast.BitXor) else None
+            if isinstance(node.op, (ast.Mod, ast.BitAnd)) and isinstance(node.left, ast.BinOp):
                 mixed = node.left
             if mixed is None or not isinstance(mixed.op, (ast.BitXor, ast.Add, ast.Mult, ast.BitOr)):
                 continue
@@ -138,11 +128,13 @@ def _pickles(tree: ast.Module) -> Found:
 
 def _in_training(tree: ast.Module) -> Found:
     """Validation tokens inside a function that trains or calibrates, neither handed to an evaluation nor only held for one."""
-    for name, scope in _scopes(tree):
-        if not _TRAINS.search(name) or EVALUATES.search(name) or _ADAPTS.search(name):
+    for scope in scopes(tree):
+        if not _TRAINS.search(scope.name) or EVALUATES.search(scope.name) or _ADAPTS.search(scope.name):
             continue
-        spared = {id(n) for node in own(scope) for part in _spared(node) for n in ast.walk(part)}
-        for node in own(scope):
+        if isinstance(scope.node, ast.ClassDef):
+            continue
+        spared = {id(n) for node in scope.nodes for part in _spared(node) for n in ast.walk(part)}
+        for node in scope.of(ast.Name, ast.Attribute, ast.Constant):
             word = getattr(node, "id", getattr(node, "attr", None))
             word = node.value if isinstance(node, ast.Constant) else word
             if not isinstance(word, str) or not VALIDATION.search(word) or id(node) in spared:
@@ -168,11 +160,15 @@ def _spared(node: ast.AST) -> Iterator[ast.AST]:
 
 def _target_gates(tree: ast.Module) -> Found:
     """`gate = starts_word[targets]`: how much an n-gram counts is decided by the token that it is to predict."""
-    for node in nodes(tree):
-        gated = isinstance(node, ast.Assign) and any(_GATES.search(n) for t in node.targets for n in names(t))
-        plain = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)} if gated else set()
-        if target := _first(plain, _TARGET):  # plain names alone: `query.target` may well be a position
-            yield GATE, node.lineno, target
+    for scope in scopes(tree):
+        scores = EVALUATES.search(scope.name) or re.search("gram|hint|tilt|mix", scope.name, re.I)
+        for node in scope.of(ast.Assign):
+            if not any(_GATES.search(n) for t in node.targets for n in names(t)):
+                continue
+            plain = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
+            plain -= set() if scores else {"y", "labels"}  # elsewhere a network's activations
+            if target := _first(plain, _TARGET):  # plain names alone: `query.target` may well be a position
+                yield GATE, node.lineno, target
 
 
 def _oracle_choices(tree: ast.Module) -> Found:
@@ -186,29 +182,28 @@ def _oracle_choices(tree: ast.Module) -> Found:
 
 def _thresholds(tree: ast.Module) -> Found:
     """`w = where(target_logp > -2, a, b)`: the weight of an expert is chosen by what the target turned out to cost."""
-    for name, scope in _scopes(tree):
-        if _TRAINS.search(name) and not (EVALUATES.search(name) or _ADAPTS.search(name)):
+    for scope in scopes(tree):
+        if _TRAINS.search(scope.name) and not (EVALUATES.search(scope.name) or _ADAPTS.search(scope.name)):
             continue  # a training loss may choose its tokens
-        costs = _target_costs(scope)
-        for node in own(scope):
-            if isinstance(node, ast.Call) and last_name(node.func) == "where" and node.args:
-                tests, chosen = [node.args[0]], True
-            elif isinstance(node, ast.IfExp):
-                tests, chosen = [node.test], True
-            elif isinstance(node, ast.If):
-                tests, chosen = [node.test], any(_WEIGHT.search(n) for part in node.body for n in _assigned(part))
-            elif isinstance(node, ast.Assign) and any(_WEIGHT.search(n) for n in _assigned(node)):
-                tests, chosen = [node.value], True
-            else:
-                continue
-            for test in (t for part in tests if chosen for t in ast.walk(part) if isinstance(t, ast.Compare)):
-                cost = min((n for n in names(test) if n in costs or _OF_TARGET.search(n)), default="")
-                if cost and not any(_best(n) for n in names(test)):
-                    yield THRESHOLD, node.lineno, cost
+        compared = [n for test in scope.of(ast.Compare) for n in names(test)]
+        costs = _target_costs(scope) if compared else set()
+        if not any(n in costs or _OF_TARGET.search(n) for n in compared):
+            continue
+        for line, test in _weighing_tests(scope):
+            for compare in (t for t in ast.walk(test) if isinstance(t, ast.Compare)):
+                words = names(compare)
+                cost = min((n for n in words if n in costs or _OF_TARGET.search(n)), default="")
+                if cost and not any(re.search(r"best|isfinite|isnan", n, re.I) for n in words):
+                    yield THRESHOLD, line, cost
 
 
-def _best(name: str) -> bool:
-    return bool(re.search(r"best|isfinite|isnan", name, re.I))
+def _weighing_tests(scope: Scope) -> Iterator[tuple[int, ast.AST]]:
+    """(line, expression) of what decides between two values or a weight."""
+    yield from ((n.lineno, n.args[0]) for n in scope.of(ast.Call) if last_name(n.func) == "where" and n.args)
+    yield from ((n.lineno, n.test) for n in scope.of(ast.IfExp))
+    weighed = (n for n in scope.of(ast.If) if any(_WEIGHT.search(w) for part in n.body for w in _assigned(part)))
+    yield from ((n.lineno, n.test) for n in weighed)
+    yield from ((n.lineno, n.value) for n in scope.of(ast.Assign) if any(map(_WEIGHT.search, _assigned(n))))
 
 
 def _assigned(node: ast.AST) -> set[str]:
@@ -216,62 +211,51 @@ def _assigned(node: ast.AST) -> set[str]:
     return {n for t in targets if t is not None for n in names(t)}
 
 
-def _target_costs(scope: ast.AST) -> set[str]:
+def _target_costs(scope: Scope) -> set[str]:
     """Names of a function that hold what each target costs: gathered at the target, or a cross entropy without reduction."""
+    costly = {id(n) for n in scope.of(ast.Call, ast.Subscript) if _costs_a_target(n)}
     costs: set[str] = set()
-    for node in own(scope):
-        if not isinstance(node, ast.Assign):
-            continue
-        for call in (c for c in ast.walk(node.value) if isinstance(c, (ast.Call, ast.Subscript))):
-            if isinstance(call, ast.Subscript):
-                source, at = call.value, names(call.slice)
-                gathered = bool(_first(names(source), re.compile("log|prob", re.I))) and isinstance(
-                    call.slice, ast.Tuple
-                )
-            else:
-                gathered, at = (
-                    last_name(call.func) in ("gather", "take_along_axis"),
-                    {n for a in call.args for n in names(a)},
-                )
-            entropy = isinstance(call, ast.Call) and any(
-                k.arg == "reduction" and getattr(k.value, "value", "") == "none" for k in call.keywords
-            )
-            if entropy or (gathered and _first(at, _TARGET)):
-                costs |= _assigned(node)
-        if isinstance(node.value, (ast.UnaryOp, ast.Name)) and names(node.value) & costs:
+    for node in scope.of(ast.Assign) if costly else ():
+        copied = isinstance(node.value, (ast.UnaryOp, ast.Name)) and names(node.value) & costs
+        if copied or any(id(n) in costly for n in ast.walk(node.value)):
             costs |= _assigned(node)
     return costs
 
 
+def _costs_a_target(node: ast.AST) -> bool:
+    if isinstance(node, ast.Subscript):
+        gathered = isinstance(node.slice, ast.Tuple) and any(re.search("log|prob", n, re.I) for n in names(node.value))
+        return gathered and bool(_first(names(node.slice), _TARGET))
+    if last_name(node.func) in ("gather", "take_along_axis"):
+        return bool(_first({n for a in node.args for n in names(a)}, _TARGET))
+    return any(k.arg == "reduction" and getattr(k.value, "value", "") == "none" for k in node.keywords)
+
+
 def _no_distribution(tree: ast.Module) -> Found:
     """`w * p + (1 - w) * rank`: what is mixed with probabilities is none, so the mixture sums to no one."""
-    for name, scope in _scopes(tree):
-        for node in own(scope) if not (_TRAINS.search(name) and not EVALUATES.search(name)) else ():
-            if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)):
-                continue
-            sides = [
-                side
-                for side in (node.left, node.right)
-                if isinstance(side, ast.BinOp) and isinstance(side.op, ast.Mult)
-            ]
-            factors = [(f, g) for side in sides for f, g in ((side.left, side.right), (side.right, side.left))]
-            rest = [
-                (f, g) for f, g in factors if isinstance(f, ast.BinOp) and isinstance(f.op, ast.Sub) and _is_one(f.left)
-            ]
-            if len(sides) < 2 or not rest:
-                continue
-            weight = names(rest[0][0])
-            experts = [
-                names(rest[0][1]),
-                *(names(g) for f, g in factors if names(f) == weight and not isinstance(f, ast.BinOp)),
-            ]
+    for scope in scopes(tree):
+        if _TRAINS.search(scope.name) and not EVALUATES.search(scope.name):
+            continue
+        for node in scope.of(ast.BinOp):
+            experts = _mixed(node) if isinstance(node.op, ast.Add) else []
             odd = [
-                word
+                w
                 for words in experts
-                if (word := _first(words, _NO_PROBABILITY)) and not _first(words, re.compile("softmax"))
+                if (w := _first(words, _NO_PROBABILITY)) and not any("softmax" in n for n in words)
             ]
             if odd and any(_first(words, _PROBABILITY) for words in experts):
                 yield NO_DISTRIBUTION, node.lineno, odd[0]
+
+
+def _mixed(node: ast.BinOp) -> list[set[str]]:
+    """Names of the two experts of `w * a + (1 - w) * b`, in any order; none if it is another sum."""
+    sides = [side for side in (node.left, node.right) if isinstance(side, ast.BinOp) and isinstance(side.op, ast.Mult)]
+    factors = [(f, g) for side in sides for f, g in ((side.left, side.right), (side.right, side.left))]
+    rest = [(f, g) for f, g in factors if isinstance(f, ast.BinOp) and isinstance(f.op, ast.Sub) and _is_one(f.left)]
+    if len(sides) < 2 or not rest:
+        return []
+    same = [names(g) for f, g in factors if not isinstance(f, ast.BinOp) and names(f) == names(rest[0][0])]
+    return [names(rest[0][1]), *same]
 
 
 def _is_one(node: ast.AST) -> bool:
@@ -279,7 +263,7 @@ def _is_one(node: ast.AST) -> bool:
 
 
 def _network(tree: ast.Module) -> Found:
-    for node in nodes(tree):
+    for node in every(tree, ast.Import, ast.ImportFrom):
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for module in modules:
@@ -289,16 +273,16 @@ def _network(tree: ast.Module) -> Found:
 
 def _rejected_names(tree: ast.Module) -> Found:
     """First use of each name (or knob in a string) that belongs to a method ruled out."""
-    found: dict[str, tuple[int, str]] = {}
+    first: dict[str, int] = {}
     for node in nodes(tree):
-        word = getattr(node, "id", getattr(node, "attr", getattr(node, "name", None)))
+        word = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[A-Z_0-9]+", node.value):
             word = node.value
-        for what, pattern in REJECTED.items():
-            if isinstance(word, str) and pattern.search(word) and hasattr(node, "lineno"):
-                found[what] = min((node.lineno, word), found.get(what, (node.lineno, word)))
-    for what, (line, word) in found.items():
-        yield f"name of a rejected method: {what}", line, word
+        if isinstance(word, str) and hasattr(node, "lineno"):
+            first[word] = min(node.lineno, first.get(word, node.lineno))
+    for what, pattern in REJECTED.items():
+        if found := [(line, word) for word, line in first.items() if pattern.search(word)]:
+            yield f"name of a rejected method: {what}", *min(found)
 
 
 def is_off(value: object) -> bool:

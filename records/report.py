@@ -5,14 +5,16 @@
     report.py plot    [logs ...] --out pictures    curves, waterfall of stages, bytes by role, bpb against bytes
     report.py sweep   sweep.txt                    runs one configuration a line, skips what is finished
     report.py submit  logs ... --name my_idea      writes records/<track>/<date>_<name>/, or says what is missing
-    report.py check   records/track_*/FOLDER       PASS/WARN/FAIL a line for any record folder, never running it
+    report.py check   records/track_*/FOLDER       a reviewer's summary and PASS/WARN/FAIL a rule for any record folder
     report.py index                                rewrites the table of systems in records/README.md
 
-Exit status: 0 all good, 1 something was found to fail, 2 a mistake of the user. Needs numpy, and matplotlib to draw.
+Exit status: 0 all good, 1 something was found to fail, 2 a mistake of the user. Needs numpy, scipy to test a gain,
+matplotlib to draw, and libcst to read scripts in newer Python than the one that runs it.
 
-Modules: runs.py reads logs, stats.py has the t-test, tables.py prints, plots.py draws, source.py reads scripts without
-running them, rules.py holds the challenge's rules, leaks.py looks for validation documents in training shards,
-submission.py writes folders, sweep.py runs lists.
+Modules: runs.py reads JSON logs and textlog.py others, stats.py has the t-test, tables.py prints, plots.py draws.
+entry.py reads a record folder and rules.py judges it; source.py unpacks scripts without running them, syntax.py (and
+downgrade.py) parses them, patterns.py and flow.py find what was ruled out; leaks.py looks for validation documents in
+training shards. submission.py writes folders, sweep.py runs lists.
 """
 
 from __future__ import annotations

@@ -584,8 +584,10 @@ def _finding(entry: Entry, pattern: str, found: list[source.Finding]) -> Line:
     status = FAIL if pattern in HARD else WARN
     if pattern == patterns.TRAINED:
         where = f"{found[0].name}, {where}"
-        if knobs := [k for k in found[0].guards if patterns.is_off(patterns.defaults(entry.script.tree).get(k))]:
-            status, where = WARN, f"{where}; off unless {', '.join(knobs)} was set, which the logs do not print"
+        printed, default = _printed(entry), patterns.defaults(entry.script.tree)
+        silent = [k for k in found[0].guards if patterns.is_off(default.get(k)) and not any(k in p for p in printed)]
+        if silent:
+            status, where = WARN, f"{where}; off unless {', '.join(silent)} was set, which the logs do not print"
     if status == FAIL and _audited(entry)[0] == PASS:
         return (
             WARN,
@@ -595,12 +597,17 @@ def _finding(entry: Entry, pattern: str, found: list[source.Finding]) -> Line:
     return status, f"code: {pattern}", where
 
 
+def _printed(entry: Entry) -> list[dict[str, object]]:
+    """Knobs as each seed's log prints them, in lower case."""
+    return [{k.lower(): v for k, v in r.config.items()} for r in entry.scored]
+
+
 def _switched_off(entry: Entry, finding: source.Finding) -> str | None:
     """The knob, as every log prints it, that keeps what a finding is about from running."""
     method = finding.pattern.partition(": ")[2]
     wanted = patterns.REJECTED.get(method)
-    configs = [{k.lower(): v for k, v in r.config.items()} for r in entry.scored if r.config]
-    if not configs or len(configs) < len(entry.scored):
+    configs = _printed(entry)
+    if not all(configs) or not configs:
         return None
     knobs = [k for k in configs[0] if k in finding.guards or (wanted and wanted.search(k))]
     knobs = [k for k in knobs if k.endswith("_enabled")] or knobs

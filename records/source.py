@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from patterns import Finding, find_patterns
-from syntax import calls, dotted, nodes, parse
+from syntax import calls, dotted, every, nodes, parse
 
 MAX_BYTES, MAX_LAYERS = 8_000_000, 4
 LARGE_LITERAL = 400  # bytes; shorter ones hold no training script
@@ -99,7 +99,7 @@ def _explain(script: Script, data: bytes) -> None:
 
 def _literals(tree: ast.Module) -> Iterator[bytes]:
     """Large string and bytes constants, sums of constants joined, longest first."""
-    found = [_constant(node) for node in nodes(tree) if isinstance(node, ast.Constant | ast.BinOp | ast.JoinedStr)]
+    found = [_constant(node) for node in every(tree, ast.Constant, ast.BinOp)]
     return iter(sorted({f for f in found if f and len(f) >= LARGE_LITERAL}, key=len, reverse=True))
 
 
@@ -243,7 +243,7 @@ INFLATERS: list[Callable[[bytes], bytes]] = [
 
 def _payloads(tree: ast.Module) -> Iterator[Finding]:
     """Large literals that are no script: tables, or text that the artifact was not to hold."""
-    for node in nodes(tree):
+    for node in every(tree, ast.Constant):
         size = len(_bytes_of(node) or b"")
         if size > LARGE_PAYLOAD and b" " not in (_bytes_of(node) or b"")[:200]:
             yield Finding("large literal in the code", node.lineno, f"{size:,} bytes that no comment explains", "")
@@ -329,7 +329,7 @@ def _brought_along(script: Script, folder: Path) -> list[Path]:
     if script.tree is None:
         return []
     modules, words = set(), set()
-    for node in ast.walk(script.tree):
+    for node in every(script.tree, ast.Import, ast.ImportFrom, ast.Constant):
         if isinstance(node, ast.Import):
             modules |= {a.name.split(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom):

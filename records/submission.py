@@ -231,9 +231,29 @@ def _copy_logs(folder: Path, seeds: list[Run]) -> list[str]:
     return problems
 
 
+def transform_of(run: Run) -> str | None:
+    """The name of the text transform that the data went through before the tokenizer, as the log has it."""
+    places = (run.info.get("data", {}), run.info, run.pack or {})
+    return next((p["transform"] for p in places if isinstance(p.get("transform"), str) and p["transform"]), None)
+
+
+def _copy_transform(folder: Path, run: Run) -> list[str]:
+    """data/<transform>.py, from which a reviewer rebuilds the text and the byte counts."""
+    name = transform_of(run)
+    if name in (None, "none"):
+        return []
+    module = HERE.parent / "data" / f"{name}.py"
+    if not re.fullmatch(r"\w+", name) or not module.is_file():
+        return [f"transform: the data went through {name!r}, and {module} is not here; a reviewer needs it"]
+    shutil.copyfile(module, folder / module.name)
+    return []
+
+
 def _copy_companions(folder: Path, seeds: list[Run]) -> list[str]:
-    """requirements.txt of the repository and the tokenizer, whose hash must be the log's."""
+    """requirements.txt of the repository, the text transform and the tokenizer, whose hash must be the log's."""
     shutil.copyfile(HERE.parent / "requirements.txt", folder / "requirements.txt")
+    if missing := _copy_transform(folder, seeds[0]):
+        return missing
     tokenizer = seeds[0].info.get("tokenizer", {})
     path = Path(tokenizer.get("path") or "")
     if not path.is_file():
@@ -542,9 +562,11 @@ def _reproduce(seeds: list[Run]) -> str:
     text = f"## Reproduce\n\n```bash\n{line} {launch}\n```\n\n"
     text += f"The other seeds: {others}. " if others else ""
     counts = ", ".join(f"{data[k]:,} {k.split('_')[0]}" for k in ("train_tokens", "val_tokens") if data.get(k))
-    return (
-        text + f"Data: {where}; tokens: {counts}; sha256 of the validation tokens {str(data.get('val_sha256'))[:16]}."
-    )
+    text += f"Data: {where}; tokens: {counts}; sha256 of the validation tokens {str(data.get('val_sha256'))[:16]}."
+    if (transform := transform_of(run)) not in (None, "none"):
+        text += f" The text went through `{transform}.py` before the tokenizer. Bytes were counted by sidecar: "
+        text += "`fineweb_val_bytes_*.bin` holds, for each token, the bytes of the original text that it stands for."
+    return text
 
 
 # ---- The index of systems

@@ -8,13 +8,13 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 DOWNGRADE, NEWER_SECONDS = Path(__file__).with_name("downgrade.py"), 60
 _STATEMENT = re.compile(rb"(?m)(?:^|;)\s*(?:import|from|def|class|async def)\s+\w")
 
 
+@functools.lru_cache(maxsize=4)
 def parse(data: bytes) -> ast.Module | None:
     """The tree of a module, by `ast`, and where that fails by libcst (see downgrade.py); None if neither reads it."""
     try:
@@ -45,20 +45,67 @@ def _newer(data: bytes) -> ast.Module | None:
 
 def _settled(tree: ast.Module) -> ast.Module:
     """Everything inside an f-string stands where the f-string begins: interpreters place it differently."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
-            for inner in ast.walk(node):
-                if hasattr(inner, "lineno"):
-                    inner.lineno, inner.col_offset = node.lineno, node.col_offset
+    for node in every(tree, ast.JoinedStr):
+        for inner in ast.walk(node):
+            if hasattr(inner, "lineno"):
+                inner.lineno, inner.col_offset = node.lineno, node.col_offset
     return tree
 
 
 # ---- Questions
 
 
-@functools.lru_cache(maxsize=8)
-def nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
-    return tuple(ast.walk(tree))
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class Scope:
+    """A module, function or class: its own nodes in the order of the text, without those of scopes inside it."""
+
+    def __init__(self, name: str, node: ast.AST, outer: Scope | None) -> None:
+        self.name, self.node, self.outer = name, node, outer
+        self.nodes: list[ast.AST] = []
+        self.by_type: dict[type, list] = {}
+
+    def of(self, *types: type) -> list:
+        found = [self.by_type.get(t, ()) for t in types]
+        return [*found[0]] if len(found) == 1 else [n for group in found for n in group]
+
+
+def children(node: ast.AST) -> list[ast.AST]:
+    found = []
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if isinstance(value, ast.AST):
+            found.append(value)
+        elif isinstance(value, list):
+            found += [v for v in value if isinstance(v, ast.AST)]
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def scopes(tree: ast.Module) -> list[Scope]:
+    """Every scope of a module, the module's own first."""
+    found = [Scope("", tree, None)]
+    waiting = [(child, found[0]) for child in reversed(children(tree))]
+    while waiting:
+        node, scope = waiting.pop()
+        scope.nodes.append(node)
+        scope.by_type.setdefault(type(node), []).append(node)
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            scope = Scope(node.name, node, scope)
+            found.append(scope)
+        waiting += [(child, scope) for child in reversed(children(node))]
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def nodes(tree: ast.Module) -> list[ast.AST]:
+    return [node for scope in scopes(tree) for node in scope.nodes]
+
+
+def every(tree: ast.Module, *types: type) -> list:
+    """All nodes of the types."""
+    return [node for scope in scopes(tree) for node in scope.of(*types)]
 
 
 def names(node: ast.AST) -> set[str]:
@@ -79,35 +126,22 @@ def last_name(node: ast.AST) -> str:
     return getattr(node, "attr", getattr(node, "id", ""))
 
 
-def calls(tree: ast.AST, wanted: set[str]) -> list[ast.Call]:
-    """Calls of `wanted` (dotted), import aliases resolved."""
-    aliases = {}
-    for node in nodes(tree):
-        if isinstance(node, ast.Import):
-            aliases |= {a.asname: a.name for a in node.names if a.asname}
-        elif isinstance(node, ast.ImportFrom):
-            aliases |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
-    found = []
-    for node in nodes(tree):
-        if isinstance(node, ast.Call):
-            head, dot, rest = dotted(node.func).partition(".")
-            if aliases.get(head, head) + dot + rest in wanted:
-                found.append(node)
+@functools.lru_cache(maxsize=4)
+def _called(tree: ast.Module) -> dict[str, list[ast.Call]]:
+    """Dotted name, import aliases resolved -> its calls."""
+    aliases = {a.asname: a.name for n in every(tree, ast.Import) for a in n.names if a.asname}
+    aliases |= {a.asname or a.name: f"{n.module}.{a.name}" for n in every(tree, ast.ImportFrom) for a in n.names}
+    found: dict[str, list[ast.Call]] = {}
+    for call in every(tree, ast.Call):
+        head, dot, rest = dotted(call.func).partition(".")
+        found.setdefault(aliases.get(head, head) + dot + rest, []).append(call)
     return found
+
+
+def calls(tree: ast.Module, wanted: set[str]) -> list[ast.Call]:
+    """Calls of `wanted` (dotted), import aliases resolved."""
+    return [call for name in sorted(wanted) for call in _called(tree).get(name, ())]
 
 
 def keyword_is(call: ast.Call, name: str, value: object) -> bool:
     return any(k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords)
-
-
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-def own(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes of a function or module but those of functions and classes inside it, in the order of the text."""
-    waiting = list(ast.iter_child_nodes(node))[::-1]
-    while waiting:
-        child = waiting.pop()
-        yield child
-        if not isinstance(child, (*FUNCTIONS, ast.ClassDef)):
-            waiting += list(ast.iter_child_nodes(child))[::-1]

@@ -185,7 +185,7 @@ class _Reader:
         match = None if _UNTIMED.search(line) else _ADAPTED.search(line)
         if match:
             times = self.run.info.setdefault("adapt_s", {})
-            name = "adaptation" if "adapt" in match[1].lower() else match[1]
+            name = "adaptation" if "adapt" in match[0].lower() else match[1]
             times[name] = max(times.get(name, 0.0), _seconds(match[2], match[3]))
         return bool(match)
 
@@ -298,7 +298,7 @@ def read_text_runs(path: Path) -> list[Run]:
     device = _DEVICE.search(text)
     for number, run in enumerate(reader.runs, 1):
         if device:
-            run.info["device_name"] = device[0].strip()
+            run.info["device_name"] = re.sub(r"\s+(?:On|Off)?\s*$", "", device[0])
         if len(reader.runs) > 1:
             run.info["run_id"] = f"{path.stem}#{number}"
     return reader.runs

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SCRIPT, config, events, losses, process_env, score_of, tiny_env
@@ -264,6 +265,33 @@ def test_exit_status_2_does_not_occur_once_training_has_begun(tiny, script, monk
     monkeypatch.setattr(owner, name, lambda *_, **__: (_ for _ in ()).throw(error("KNOB=1: no")))
     result = script(tiny, WARMUP_STEPS=0, ITERATIONS=1, EVAL_STRIDE=0, NGRAM_SCORE="off")
     assert result.status == 1 and "error: KNOB=1: no" in result.err and events(tiny, "end")[0]["status"] == "failed"
+
+
+def test_the_limit_of_the_evaluation_does_not_end_the_training(tiny, whole, script, monkeypatch):
+    limits, evaluate = [], tg.evaluate
+    monkeypatch.setattr(
+        tg, "evaluate", lambda e, *args: limits.append(e.cfg.eval_wallclock_seconds) or evaluate(e, *args)
+    )
+    result = script(tiny, VAL_LOSS_EVERY=1, EVAL_WALLCLOCK_SECONDS=1e-9)
+    assert limits == [0.0] * 6 + [1e-9]
+    assert result.status == 1 and "EVAL_WALLCLOCK_SECONDS=1e-09" in result.out + result.err
+    assert len(events(tiny, "val")) == 6 and losses(tiny) == losses(whole) and artifact(tiny)
+
+
+@pytest.mark.parametrize("predictable", [False, True])
+def test_tensors_whose_codes_are_all_zero_are_packed(predictable):
+    """As after few steps, at the coarse steps of a small TARGET_BYTES."""
+    zeros = [np.zeros(shape, np.int8) for shape in ((3, 8), (1, 1), (40, 20))]
+    found = tg.decode_codes(tg.encode_codes(zeros, predictable), [z.shape for z in zeros])
+    assert all((a == b).all() and a.shape == b.shape for a, b in zip(zeros, found, strict=True))
+
+
+def test_a_model_of_one_block_is_packed_reloaded_and_scored_again(tiny, script):
+    """It has no skip weights: a tensor of no elements."""
+    assert script(tiny, NUM_LAYERS=1, CONTROL_BITS=6, QUANT_MIN_NUMEL=0).status == 0
+    base = {name: tiny[name] for name in ("DATA_PATH", "LOG_DIR", "DEVICE", "ATTENTION")}
+    assert script(base, MODE="eval", RUN_ID="again", ARTIFACT=f"{tiny['LOG_DIR']}/tiny.pgz").status == 0
+    assert score_of({**base, "RUN_ID": "again"}) == score_of(tiny)
 
 
 def test_a_script_that_is_edited_during_the_run_changes_nothing(tiny, whole, script, monkeypatch, tmp_path):

@@ -119,7 +119,66 @@ def test_a_batch_equals_its_matrices_one_by_one_and_zeros_stay_zeros():
     assert torch.equal(together[1], torch.zeros(20, 30))
 
 
+def test_polar_coefficients_bring_all_but_the_tiniest_singular_values_close_to_one():
+    """Damped as published: values of [.001, 1] end within [.85, 1.15]; the classic tuple leaves .001 at a half."""
+    values = torch.logspace(-3, 0, 400, dtype=torch.float64)
+    ends = {}
+    for name, tuples in tg.NEWTON_SCHULZ.items():
+        x = values.clone()
+        for i in range(5):
+            a, b, c = tuples[min(i, len(tuples) - 1)]
+            x = a * x + b * x**3 + c * x**5
+        ends[name] = x
+    assert ends["polar"].min() >= 0.85 and ends["polar"].max() <= 1.15
+    assert ends["classic"].min() < 0.6
+
+    q, r = (torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(i)))[0] for i in (0, 1))
+    spectrum = torch.logspace(-2, 0, 64)
+    G = ((q * spectrum) @ r)[None]
+    for dtype, slack in ((torch.float32, 0.0), (torch.bfloat16, 0.05)):
+        after = torch.linalg.svdvals(tg.orthogonalize(G, 5, dtype, "polar").float())
+        assert after.min() > 0.85 - slack and after.max() < 1.15 + slack
+
+
+def test_further_iterations_repeat_the_last_polar_tuple():
+    G = torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(0))
+    a, b, c = tg.NEWTON_SCHULZ["polar"][-1]
+    X = tg.orthogonalize(G, 5, torch.float32, "polar")[0]
+    A = X @ X.T
+    torch.testing.assert_close(tg.orthogonalize(G, 6, torch.float32, "polar")[0], a * X + (b * A + c * A @ A) @ X)
+
+
+def test_row_normalisation_gives_rows_of_length_one():
+    G = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 5)[:, None]
+    G[1, 2] = 0
+    lengths = tg.normalize_rows_(G.clone()).norm(dim=2)
+    expected = torch.ones(2, 5)
+    expected[1, 2] = 0
+    torch.testing.assert_close(lengths, expected)
+    half = tg.normalize_rows_(G.bfloat16())
+    assert half.dtype == torch.bfloat16 and (half.float().norm(dim=2) - expected).abs().max() < 0.02
+
+
 # ---- Muon
+
+
+def test_row_normalisation_and_polar_coefficients_act_on_the_nesterov_momentum():
+    model = Toy()
+    start = weights(model)
+    knobs = {"muon_row_normalize": True, "newton_schulz": "polar", "matrix_lr": 0.1, "muon_momentum_warmup_start": 0.9}
+    optimizers = tg.Optimizers(config(**knobs), model, ALONE)
+    set_grads(model, 0, [1])
+    grads = {name: model.get_parameter(name).grad.clone() for name in SHAPES}
+    optimizers.step(0, 1.0)
+    for name, (rows, cols) in SHAPES.items():
+        u = tg.normalize_rows_(1.9 * grads[name][None])
+        delta = (
+            0.1
+            * (2 if name == "b" else 1)
+            * math.sqrt(max(1, rows / cols))
+            * tg.orthogonalize(u, 5, torch.float32, "polar")[0]
+        )
+        torch.testing.assert_close(model.get_parameter(name).detach(), start[name] - delta, rtol=1e-4, atol=1e-5)
 
 
 def test_momentum_rises_linearly_then_stays():
@@ -220,6 +279,25 @@ def test_adam_weight_decay_is_decoupled_and_spares_matrices():
     assert torch.equal(decayed.a, plain.a)
 
 
+def test_tables_and_heads_may_decay_at_a_rate_of_their_own():
+    """-1, the default, is ADAM_WD."""
+    runs = {}
+    for name, knobs in {
+        "none": {},
+        "same": {"adam_wd": 0.4},
+        "apart": {"adam_wd": 0.4, "embed_wd": 0.1},
+        "off": {"adam_wd": 0.4, "embed_wd": 0.0},
+    }.items():
+        model = Toy(head_role="head")
+        start = weights(model)
+        cfg = config(tied_embed_lr=0.1, head_lr=0.1, scalar_lr=0.1, **knobs)
+        train(model, tg.Optimizers(cfg, model, ALONE), range(1), [1])
+        runs[name] = weights(model)
+    for part, decays in {"table": (0.4, 0.1, 0.0), "head": (0.4, 0.1, 0.0), "gain": (0.4, 0.4, 0.4)}.items():
+        for name, decay in zip(("same", "apart", "off"), decays, strict=True):
+            torch.testing.assert_close(runs[name][part], runs["none"][part] - 0.1 * decay * start[part])
+
+
 def test_a_parameter_without_a_role_is_named():
     model = Toy()
     model.orphan = nn.Parameter(torch.zeros(3))
@@ -278,6 +356,13 @@ def test_a_limit_above_the_norm_changes_nothing():
         train(model, tg.Optimizers(config(grad_clip_norm=limit), model, ALONE), range(3), [1])
     assert_same(weights(free), weights(limited))
     assert not torch.equal(free.a, tight.a) and not torch.equal(free.gain, tight.gain)
+
+
+def test_clipping_before_the_reduction_equals_clipping_after_it_on_one_rank():
+    local, after = Toy(), Toy()
+    for model, early in ((local, True), (after, False)):
+        train(model, tg.Optimizers(config(grad_clip_norm=1.0, grad_clip_local=early), model, ALONE), range(3), [1])
+    assert_same(weights(local), weights(after), rtol=1e-4, atol=1e-5)
 
 
 # ---- state
@@ -348,6 +433,11 @@ def worker(rank: int, world: int, folder: str) -> None:
         optimizers.load_state_dict(alone["state"])
         train(model, optimizers, range(2, STEPS), [rank])
         out["resumed"] = weights(model)
+        if dtype == "fp32":
+            model = Toy()
+            clipped = tg.Optimizers(config(train_dtype=dtype, **SHARED, grad_clip_local=True), model, run)
+            train(model, clipped, range(STEPS), [rank])
+            out["local"] = weights(model)
         torch.save(out, f"{folder}/{dtype}-{rank}.pt")
     tg.end_process_group()
 
@@ -360,6 +450,23 @@ def train_alone(dtype: str, parts: list[int]) -> dict[str, dict]:
     out["half"], out["state"] = weights(model), optimizers.state_dict()
     train(model, optimizers, range(2, STEPS), parts)
     return out | {"weights": weights(model)}
+
+
+def train_clipped_by_parts(parts: list[int]) -> dict[str, torch.Tensor]:
+    """What GRAD_CLIP_LOCAL does on as many ranks: each part is clipped to its share of the limit, then they are summed."""
+    model = Toy()
+    optimizers = tg.Optimizers(config(train_dtype="fp32", **{**SHARED, "grad_clip_norm": 0.0}), model, ALONE)
+    for step in range(STEPS):
+        sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        for part in parts:
+            set_grads(model, step, [part])
+            nn.utils.clip_grad_norm_(model.parameters(), SHARED["grad_clip_norm"] / len(parts))
+            for name, p in model.named_parameters():
+                sums[name] += 0 if p.grad is None else p.grad
+        for name, p in model.named_parameters():
+            p.grad = sums[name]
+        optimizers.step(step, lr_scale=1.0 - 0.1 * step)
+    return weights(model)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -378,6 +485,9 @@ def test_several_processes_equal_one(world, tmp_path):
         assert_same(ranks[0]["state"], expected["state"], **tolerance)
         assert_same(ranks[0]["weights"], expected["weights"], **tolerance)
         assert_same(ranks[0]["resumed"], expected["weights"], **tolerance)
+
+        if dtype == "fp32":
+            assert_same(ranks[0]["local"], train_clipped_by_parts(parts), **tolerance)
 
         model = Toy()  # one process continues from the state of several
         model.load_state_dict(expected["half"])

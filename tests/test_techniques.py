@@ -55,6 +55,25 @@ def test_a_warmdown_longer_than_the_run_still_ends_at_zero():
 
 
 @pytest.mark.parametrize("budget", [0.0, 80.0])
+def test_warmdown_as_a_share_of_the_budget_ends_at_the_floor(budget):
+    """By the clock where there is a limit, else by steps: WARMDOWN_FRAC=.85 and MIN_LR=.1 as published."""
+    cfg = config(iterations=100 if budget else 80, warmdown_frac=0.85, min_lr=0.1)
+    scales = [tg.lr_scale(cfg, step, float(step) if budget else 0.0, budget) for step in range(81)]
+    assert scales[:13] == [1.0] * 13 and scales[80] == 0.1
+    expected = [max((1 - step / 80) / 0.85, 0.1) for step in range(13, 81)]
+    assert scales[13:] == pytest.approx(expected)
+    slow = [tg.lr_scale(cfg, step, 4.0 * step, 320.0) for step in range(81)] if budget else scales
+    assert slow == pytest.approx(scales)  # the clock decides, not the pace
+
+
+@pytest.mark.parametrize("knobs", [{"warmdown_iters": 40}, {"lr_schedule": "wsd"}])
+def test_no_schedule_falls_below_the_floor(knobs):
+    plain, floored = config(iterations=100, **knobs), config(iterations=100, min_lr=0.3, **knobs)
+    scales = [(tg.lr_scale(plain, s, 0.0, 0.0), tg.lr_scale(floored, s, 0.0, 0.0)) for s in range(101)]
+    assert all(b == max(a, 0.3) for a, b in scales) and min(a for a, _ in scales) < 0.01
+
+
+@pytest.mark.parametrize("budget", [0.0, 80.0])
 def test_wsd_is_flat_then_a_cosine_to_zero(budget):
     cfg = config(iterations=80, lr_schedule="wsd", wsd_stable_frac=0.75)
     scales = [tg.lr_scale(cfg, step, float(step) if budget else 0.0, budget) for step in range(81)]
@@ -199,7 +218,7 @@ def test_blended_weights_load_into_a_fresh_model_and_give_its_loss():
 def test_averages_are_fp32_whatever_the_step_left():
     t = trainer(ema_decay=0.999)
     t.train_step(0.0, 1.0)
-    assert {e.dtype for e in t.average.ema} == {torch.float32}
+    assert {e.dtype for e in t.average.emas[0.999]} == {torch.float32}
 
 
 # ---- quantisation-aware training
@@ -387,5 +406,5 @@ def test_priming_forgets_what_it_counted_and_averaged():
     t = trainer(complement_alpha=0.5, ema_decay=0.9, qat="ste", qat_start_frac=0.5, warmup_steps=3)
     before = {k: v.clone() for k, v in t.model.state_dict().items()}
     t.prime()
-    assert t.counts.pairs.sum() == 0 and t.counts.totals.sum() == 0 and not t.average.ema and t.step == 0
+    assert t.counts.pairs.sum() == 0 and t.counts.totals.sum() == 0 and not t.average.emas and t.step == 0
     assert all(torch.equal(before[k], v) for k, v in t.model.state_dict().items())

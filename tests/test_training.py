@@ -344,7 +344,7 @@ def test_one_rank_that_wants_to_stop_stops_all_and_a_bad_rank_is_named(tiny):
         watch.exchange(7, stop, torch.tensor(loss), 10.0 + watch.run.rank)
     total = sum(sent)
     for watch in watches:
-        watch.pending = [(7, total), (8, total + torch.tensor([0.0, math.nan, 0.0, 0.0, 1.0, 0.0]))]
+        watch.pending = [(7, total, None), (8, total + torch.tensor([0.0, math.nan, 0.0, 0.0, 1.0, 0.0]), None)]
         assert watch.read() is True
         assert watch.seconds == 10.0, "all ranks schedule by the clock of the first"
         with pytest.raises(tg.BrokenRun, match="step 8 on rank 1; last good: step 7 loss 6"):

@@ -1,0 +1,562 @@
+"""RECIPE=frontier: its published command line, depth recurrence, lanes, gates, carry, softcap, and a run from end to end."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOS, config, events, losses, score_of, tiny_env, write_shard
+from test_model import V, build, like, tokens
+from test_model import config as model_config
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import train_gpt as tg
+
+T = 24
+LOOPS = {"num_loops": 2, "loop_start": 1, "loop_end": 2}
+FRONTIER = {
+    **LOOPS, "num_layers": 5, "parallel_start_layer": 3, "attn_gate": "sparse", "sparse_attn_gate_scale": 0.5, "gate_window": 6,
+    "smear": True, "smear_form": "window", "smear_before_norm": True, "skip_gates_enabled": True, "xsa_last_n": -1,
+    "asym_logit_rescale": True, "rope_dims": 4, "ln_scale": "in", "leaky_slope": 0.5, "qk_gain_init": 5.0,
+}  # fmt: skip
+CARRY = {**LOOPS, "loop_carry": "1.5,.2,-.1;.8,.3,.4"}
+TECHNIQUES = {
+    "loops": LOOPS, "carry": CARRY, "lanes": {"parallel_start_layer": 2}, "sparse gate": {"attn_gate": "sparse", "gate_window": 6},
+    "window smear": {"smear": True, "smear_form": "window", "smear_before_norm": True}, "skip gates": {"skip_gates_enabled": True},
+    "gated xsa": {"xsa_last_n": -1, "xsa_gated": True}, "asym": {"asym_logit_rescale": True}, "all": FRONTIER,
+}  # fmt: skip
+
+
+# ---- the recipe
+
+# The environment of #2135's run (Appendix A of its description), without the names of test-time training, n-gram tilt,
+# low-rank correction and case operators.
+PUBLISHED = """
+    VOCAB_SIZE=8192 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048 EVAL_SEQ_LEN=2560
+    VAL_LOSS_EVERY=0 TRAIN_LOG_EVERY=500 WARMUP_STEPS=20 NUM_LAYERS=11 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=4.0
+    XSA_LAST_N=-1 ROPE_BASE=1e4 ROPE_DIMS=16 ROPE_TRAIN_SEQ_LEN=2048 ROPE_YARN=0 LN_SCALE=1 QK_GAIN_INIT=5.0
+    QK_GAIN_INIT_SCHEDULE= TIE_EMBEDDINGS=1 TIED_EMBED_INIT_STD=.005 LOGIT_SOFTCAP=30 ASYM_LOGIT_RESCALE=1
+    SKIP_GATES_ENABLED=1 NUM_LOOPS=2 LOOP_START=3 LOOP_END=5 ENABLE_LOOPING_AT=.35 PARALLEL_START_LAYER=8
+    PARALLEL_FINAL_LANE=mean SMEAR_GATE_ENABLED=1 SMEAR_GATE_BOS_FIX=0 GATE_WINDOW=12 SPARSE_ATTN_GATE_ENABLED=1
+    SPARSE_ATTN_GATE_INIT_STD=0 SPARSE_ATTN_GATE_SCALE=.5 GATED_ATTN_ENABLED=0 GATED_ATTN_INIT_STD=.01
+    ATTN_OUT_GATE_ENABLED=0 ATTN_OUT_GATE_SRC=proj GATED_ATTN_QUANT_GATE=0 FUSED_CE_ENABLED=1 MATRIX_LR=.028
+    TIED_EMBED_LR=.03 EMBED_LR=.6 SCALAR_LR=.02 MUON_MOMENTUM=.97 MUON_MOMENTUM_WARMUP_START=.92
+    MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_BACKEND_STEPS=5 MUON_ROW_NORMALIZE=1 MUON_WD=.095 EMBED_WD=.085 ADAM_WD=.02
+    MUON_HUBER_WD=0 MUON_HUBER_DELTA=.1 BETA1=.9 BETA2=.99 ADAM_EPS=1e-8 GRAD_CLIP_NORM=.3 WARMDOWN_FRAC=.85 MIN_LR=.1
+    EMA_DECAY=.9965 MATRIX_BITS=6 EMBED_BITS=7 MATRIX_CLIP_SIGMAS=12.85 ATTN_CLIP_SIGMAS=13 MLP_CLIP_SIGMAS=11.5
+    EMBED_CLIP_SIGMAS=14 GPTQ_CALIBRATION_BATCHES=32 GPTQ_CALIBRATION_MODE=random OPTROT_ENABLED=0 COMPRESSOR=pergroup
+    PERGROUP_ROUNDTRIP_CHECK=0 PREQUANT_ONLY=0 VAL_DOC_FRACTION=1.0 COMPILE_SHAPE_WARMUP=1 EVAL_INCLUDE_TAIL=1
+    FORCE_STOP_STEP=0 LEAKY_RELU_SQ_SLOPE=.5 RECUR_ALPHA_ENABLED=0 ALIAS_PREV_SMEAR_SCALE=1 TTT_LORA_EMA_DECAY=0
+    TTT_UPDATE_EVERY=1 TTT_EVAL_BATCHES= WITHIN_TAU=99.0 WITHIN_BOOST=0 WORD_TAU=99 WORD_BOOST=0 AGREE_ADD_BOOST=0
+    TTT_SHORT_DOC_LEN=2000 TTT_SHORT_CHUNK_SIZE=24 TRAIN_SEQ_SCHEDULE_MODE=wallclock
+"""
+ENV = dict(word.split("=") for word in PUBLISHED.split())
+
+
+def load(**env) -> tg.LoadedConfig:
+    return tg.load_config({"RECIPE": "frontier", **{k: str(v) for k, v in env.items()}}, has_gpu=lambda: False)
+
+
+def test_the_published_environment_is_the_recipe():
+    """Each name is a knob, an alias, or reported as without effect; none changes what the recipe already says."""
+    loaded = load(**ENV)
+    assert loaded.cfg == load().cfg
+    dead = tg.NO_EFFECT["frontier"]
+    assert {notice.split("=")[0] for notice in loaded.notices} == ENV.keys() & dead.keys()
+    for name, value in ENV.items():
+        assert name in {**tg.FIELDS, **tg.ALIASES["*"], **tg.ALIASES["frontier"], **dead}
+        assert bool(load(**{name: value}).notices) == (name in dead), name
+
+
+@pytest.mark.parametrize("env, values", [
+    ({"SPARSE_ATTN_GATE_ENABLED": 0}, {"attn_gate": "none"}), ({"SMEAR_GATE_ENABLED": 0}, {"smear": False}),
+    ({"LEAKY_RELU_SQ_SLOPE": 0.3}, {"leaky_slope": 0.3}), ({"FORCE_STOP_STEP": 4000}, {"iterations": 4000}),
+    ({"GPTQ_CALIBRATION_BATCHES": 16}, {"gptq_n_samples": 768}), ({"EVAL_INCLUDE_TAIL": 0}, {"val_drop_tail": True}),
+    ({"COMPRESSOR": "lzma"}, {"compressor": "lzma"}), ({"ARTIFACT_DIR": "out"}, {"log_dir": "out"}),
+    ({"RECUR_ALPHA_ENABLED": 1}, {"carry_rows": [[1.56, 0.23, 0.04, 0.03], [1.85, 0.13, -0.34, 0.01], [2.13, 0.06, 0.19, -0.02]]}),
+])  # fmt: skip
+def test_published_switches_of_the_stack_become_ours(env, values):
+    cfg = load(**env).cfg
+    assert {k: getattr(cfg, k) for k in values} == values
+
+
+@pytest.mark.parametrize("name, value", [
+    ("GATED_ATTN_ENABLED", "1"), ("ROPE_YARN", "1"), ("PARALLEL_FINAL_LANE", "attn"), ("MUON_HUBER_WD", ".1"),
+    ("QK_GAIN_INIT_SCHEDULE", "5,4"), ("GPTQ_CALIBRATION_MODE", "doc_start"), ("PREQUANT_ONLY", "1"),
+])  # fmt: skip
+def test_what_no_published_run_used_is_refused_by_name(name, value):
+    with pytest.raises(tg.ConfigError, match=f"{name}='{value}': expected"):
+        load(**{name: value})
+
+
+def test_parameters_of_the_full_size():
+    """Published: 35,945,673 with AsymLogit, 35,945,671 without. 48 of those are lane scalars of the 8 blocks without lanes,
+    which no pass reads; ours has only the 18 of blocks 8 to 10."""
+    counts = []
+    for on in (1, 0):
+        with torch.device("meta"):
+            model = tg.GPT(load(ASYM_LOGIT_RESCALE=on).cfg)
+        counts.append(tg.count_parameters(model))
+    lanes = [p.numel() for name, p in model.named_parameters() if name.endswith("lane_mix")]
+    assert counts == [35_945_673 - 48, 35_945_671 - 48] and lanes == [6, 6, 6]
+    assert sum(p.numel() for n, p in model.named_parameters() if ".gate." in n) == 1056
+    assert sum(p.numel() for n, p in model.named_parameters() if n.startswith("smear.")) == 13
+
+
+# ---- depth recurrence
+
+
+def test_the_plans_before_and_after_the_switch():
+    cfg = load().cfg
+    plain, looped = tg.layer_plan(cfg, looped=False), tg.layer_plan(cfg, looped=True)
+    assert [s.block for s in plain] == list(range(11))
+    assert [s.skip for s in plain] == [None] * 5 + [0, 1, 2, 3, 4, None]
+    assert [s.block for s in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert [s.skip for s in looped] == [None] * 8 + [0, 1, 2, 3, 4, 5, 6, 7, None]
+    assert [s.repeat for s in looped] == [0] * 6 + [1] * 3 + [2] * 3 + [0] * 5
+    saved, pairs = [], []
+    for s in looped:
+        pairs += [(s.block, saved.pop())] if s.skip is not None else []
+        saved += [s.block] if s.save else []
+    assert pairs == list(zip([5, 3, 4, 5, 6, 7, 8, 9], [4, 3, 5, 4, 3, 2, 1, 0], strict=True)) and not saved
+    assert tg.layer_plan(load(NUM_LOOPS=0).cfg) == plain
+
+
+def test_the_looped_plan_with_an_uneven_number_of_passes_halves_as_skip_split_says():
+    knobs = {"num_layers": 4, "num_loops": 1, "loop_start": 1, "loop_end": 1}
+    for split, half in (("floor", 2), ("ceil", 3)):
+        plan = tg.layer_plan(model_config(**knobs, skip_split=split))
+        assert [s.save for s in plan] == [True] * half + [False] * (5 - half)
+
+
+def test_a_loop_is_the_model_with_its_blocks_written_out():
+    looped = build(noise=0.2, num_layers=4, num_loops=1, loop_start=1, loop_end=2)
+    plain = build(num_layers=6)
+    with torch.no_grad():
+        for i, source in enumerate([0, 1, 2, 1, 2, 3]):
+            plain.blocks[i].load_state_dict(looped.blocks[source].state_dict())
+        plain.skip_weights.copy_(looped.skip_weights)
+        plain.tok_emb.weight.copy_(looped.tok_emb.weight)
+    assert torch.equal(looped.features(tokens()), plain.features(tokens()))
+    four = like(build(num_layers=4), build(num_layers=4))
+    with torch.no_grad():
+        four.load_state_dict({**looped.state_dict(), "skip_weights": looped.skip_weights[:2]})
+    looped.set_looped(False)
+    assert torch.equal(looped.features(tokens()), four.features(tokens()))
+
+
+def test_the_carry_follows_its_formula_and_holds_the_first_passes_fixed():
+    model, plain = build(noise=0.2, **CARRY), build(noise=0.2, **LOOPS)
+    ids, seen = tokens(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _block, args, out: seen.append((args[0], out[0])))
+    model.features(ids)
+    first = {1: seen[1][1], 2: seen[2][1]}
+    assert torch.equal(seen[2][0], first[1])  # the first pass hands on what it made
+    rows = {1: (1.5, 0.2, -0.1), 2: (0.8, 0.3, 0.4)}
+    order = [s.block for s in model.plan]
+    for at in (3, 4, 5, 6):
+        b, a1, a2 = rows[order[at]]
+        expected = b * seen[at][1] + a1 * first[1] + a2 * first[2]
+        read = seen[at + 1][0]
+        if model.plan[at + 1].skip is None:
+            assert torch.allclose(read, expected, atol=1e-5)
+    neutral = like(build(**LOOPS, loop_carry="1,0,0;1,0,0"), plain)
+    assert torch.allclose(neutral.features(ids), plain.features(ids), atol=1e-6)
+    carry = tg.LoopCarry(model.cfg)
+    x, kept = torch.randn(3, requires_grad=True), {}
+    carry(x, x, tg.Step(1, False, False, None, 0), kept)
+    carry(x, x, tg.Step(2, False, False, None, 0), kept)
+    out, lane = carry(x, x, tg.Step(1, False, False, None, 1), kept)
+    out.sum().backward()
+    assert out is lane and torch.allclose(x.grad, torch.full((3,), 1.5))
+
+
+# ---- lanes, gates, softcap
+
+
+def test_lanes_follow_their_formula():
+    model = build(noise=0.2, **{**FRONTIER, **dict.fromkeys(("num_loops",), 0)})
+    block, twin = model.blocks[3], build(**{**FRONTIER, "num_loops": 0, "parallel_start_layer": 0}).blocks[3]
+    assert type(model.blocks[2]) is tg.Block and type(block) is tg.ParallelBlock
+    assert torch.equal(tg.ParallelBlock(model.cfg, 3).lane_mix.detach(), torch.tensor([[1.1, 1, 1], [1.1, 1, 1]]))
+    a, m, x0 = torch.randn(3, 2, T, 32)
+    stream = tg.Stream(x0, model.rope[:, :T], {}, tg.Ctx())
+    n = 1 / math.sqrt(4)
+    y = (
+        block.attn_scale
+        * block.attn(tg.rms_norm(block.resid_mix[0] * a + block.resid_mix[1] * x0) * n, None, stream, 3)[0]
+    )
+    z = block.mlp_scale * block.mlp(tg.rms_norm(m) * n, tg.Ctx())
+    (ra, paa, pma), (rm, pam, pmm) = block.lane_mix
+    outs = block(a, m, None, stream, 3)
+    assert torch.allclose(outs[0], ra * a + paa * y + pma * z, atol=1e-5)
+    assert torch.allclose(outs[1], rm * m + pam * y + pmm * z, atol=1e-5)
+    assert torch.allclose(block.join(a, m), (a + m) / 2) and twin.join(a, m) is a
+
+
+def test_skips_reach_the_attention_lane_alone():
+    model, read = build(noise=0.2, num_layers=4, parallel_start_layer=2), {}
+    for i in (1, 2):
+        model.blocks[i].register_forward_hook(
+            lambda _block, args, out, i=i: read.update({i: (args[0], args[1], out[0])})
+        )
+    model.features(tokens())
+    a, m, _ = read[2]
+    assert torch.equal(m, read[1][2]) and torch.allclose(a, m + model.skip_weights[0] * read[1][2], atol=1e-6)
+
+
+def test_the_sparse_gate_reads_its_window_of_the_normalised_input():
+    gate = tg.SparseGate(model_config(**FRONTIER))
+    assert gate.weight_HW.shape == (4, 6) and not gate.weight_HW.any()
+    x, y = torch.randn(2, T, 32), torch.randn(2, T, 4, 8)
+    assert torch.equal(gate(y, x), 0.5 * y)
+    with torch.no_grad():
+        gate.weight_HW.normal_()
+    expected = y * torch.sigmoid(0.5 * x[..., :6] @ gate.weight_HW.T)[..., None]
+    assert torch.allclose(gate(y, x), expected, atol=1e-6)
+
+
+def test_the_window_smear_adds_a_share_of_the_token_before_and_never_crosses_a_bos():
+    knobs = {"smear": True, "smear_form": "window", "smear_before_norm": True, "gate_window": 6}
+    for leak in (False, True):
+        smear = tg.WindowSmear(model_config(**knobs, smear_cross_doc=leak))
+        x, before = torch.randn(2, 5, 32), torch.randn(2, 1, 32)
+        starts = torch.zeros(2, 5, dtype=torch.bool)
+        starts[0, 3] = True
+        assert torch.equal(smear(x, before, starts), x)
+        with torch.no_grad():
+            smear.weight_W.normal_()
+            smear.scale.fill_(0.7)
+        share = 0.7 * torch.sigmoid(x[..., :6] @ smear.weight_W)
+        share[0, 3] *= leak
+        assert torch.allclose(
+            smear(x, before, starts), x + share[..., None] * torch.cat([before, x[:, :-1]], 1), atol=1e-6
+        )
+
+
+def test_a_skip_gate_blends():
+    x, skip, w, g = torch.randn(4, 7)
+    assert torch.allclose(tg.blend_skip(x, skip, w, g), g.sigmoid() * x + (1 - g.sigmoid()) * w * skip, atol=1e-6)
+    model = build(skip_gates_enabled=True)
+    assert not model.skip_gates.any() and model.skip_gates.shape == model.skip_weights.shape
+
+
+def test_gated_exclusion_starts_as_plain_attention_and_ends_as_exclusion():
+    plain, xsa = build(noise=0.2), build(noise=0.2, xsa_last_n=-1)
+    gated = like(build(xsa_last_n=-1, xsa_gated=True), plain)
+    assert torch.allclose(gated.features(tokens()), plain.features(tokens()), atol=1e-6)
+    with torch.no_grad():
+        for block in gated.blocks:
+            block.attn.exclude_self.alpha_H.fill_(20.0)
+    assert torch.allclose(gated.features(tokens()), xsa.features(tokens()), atol=1e-4)
+
+
+def test_the_softcap_of_two_sides_equals_one_until_its_scalars_move():
+    plain = build(noise=0.3)
+    model = like(build(asym_logit_rescale=True), plain)
+    ids = tokens()
+    assert torch.equal(model.nll(ids[:, :-1], ids[:, 1:]), plain.nll(ids[:, :-1], ids[:, 1:]))
+    caps = model.softcap.caps
+    assert not caps.requires_grad and caps.store == "control" and "softcap.caps" in model.state_dict()
+    with torch.no_grad():
+        caps.copy_(torch.tensor([20.0, 40.0]))
+    z = torch.tensor([-50.0, -1.0, 0.0, 1.0, 50.0])
+    c = torch.tensor([40.0, 40.0, 20.0, 20.0, 20.0])
+    assert torch.allclose(model.softcap(z), c * torch.tanh(z / c))
+
+
+def test_the_gradient_of_the_two_sided_cap():
+    softcap = tg.AsymSoftcap(model_config()).double()
+    z = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    caps = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    call = torch.func.functional_call
+    assert torch.autograd.gradcheck(lambda z, caps: call(softcap, {"caps": caps}, (z,)), (z, caps))
+
+
+# ---- gradients, cache, graphs
+
+
+@pytest.mark.parametrize("name", [n for n in TECHNIQUES if n != "carry"])
+def test_the_gradient_is_that_of_finite_differences(name):
+    """In double precision, along a random direction of all parameters. A carry holds its first passes fixed by design."""
+    model = build(noise=0.2, **TECHNIQUES[name]).double()
+    model.compute_dtype = torch.float64
+    ids, weight = tokens(length=8), torch.randn(2, 8, 32, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    params = [p for p in model.parameters() if p.requires_grad]
+    way = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params]
+
+    def f(step: float) -> torch.Tensor:
+        with torch.no_grad():
+            torch._foreach_add_(params, way, alpha=step)
+            value = (model.features(ids) * weight).sum()
+            torch._foreach_sub_(params, way, alpha=step)
+        return value
+
+    (model.features(ids) * weight).sum().backward()
+    slope = sum((p.grad * d).sum() for p, d in zip(params, way, strict=True) if p.grad is not None)
+    numeric = (f(1e-6) - f(-1e-6)) / 2e-6
+    assert float(slope) == pytest.approx(float(numeric), rel=1e-5)
+    unreached = {n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert not unreached
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize("looped", [True, False])
+def test_a_cache_gives_the_features_of_the_whole_text(name, looped):
+    model = build(noise=0.1, **TECHNIQUES[name])
+    model.set_looped(looped)
+    ids = tokens()
+    ids[:, 6] = ids[:, 15] = BOS
+    cache = tg.KVCache(model.cfg, 2, T, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        parts = [model.features(piece, tg.Ctx(cache=cache)) for piece in ids.split([5, 1, 1, 1, 8, 8], dim=1)]
+        assert torch.allclose(torch.cat(parts, 1), model.features(ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_no_token_changes_what_was_predicted_before_it(name):
+    model = build(noise=0.1, **TECHNIQUES[name])
+    ids = tokens()
+    other = ids.clone()
+    other[:, 11] = ids[:, 11] % (V - 2) + 2
+    a, b = model.features(ids), model.features(other)
+    assert torch.equal(a[:, :11], b[:, :11]) and not torch.equal(a[:, 11], b[:, 11])
+
+
+def test_two_plans_are_two_graphs_without_a_break():
+    loop = {"num_layers": 4, "num_loops": 1, "loop_start": 1, "loop_end": 1, "loop_carry": "1.5,.2"}
+    model, ids = build(noise=0.1, **{**FRONTIER, **loop}), tokens()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
+    for looped in (False, True, False, True):
+        model.set_looped(looped)
+        loss = compiled(ids[:, :-1], ids[:, 1:]).mean()
+        loss.backward()
+        assert torch.allclose(loss, model(ids[:, :-1], ids[:, 1:]).mean(), atol=1e-6)
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
+# ---- mistakes
+
+BAD = [
+    ({"num_loops": 1, "loop_start": 3, "loop_end": 5}, "NUM_LOOPS=1 through LOOP_START=3 to LOOP_END=5: expected rising block numbers of 0 to 3"),
+    ({"num_loops": 1, "loop_start": 2, "loop_end": 1}, "LOOP_START=2 to LOOP_END=1: expected rising"),
+    ({**LOOPS, "parallel_start_layer": 2}, "reaches into the lanes: PARALLEL_START_LAYER=2 must lie above LOOP_END"),
+    ({**LOOPS, "encoder_recurrence": True}, "NUM_LOOPS=2 and ENCODER_RECURRENCE=1 both repeat blocks"),
+    ({"encoder_recurrence": True, "parallel_start_layer": 1}, "ENCODER_RECURRENCE=1 repeats blocks with lanes"),
+    ({"parallel_start_layer": 4}, "PARALLEL_START_LAYER=4 is no block with NUM_LAYERS=4"),
+    ({"attn_gate": "sparse", "gate_window": 33}, "GATE_WINDOW=33 is wider than the model: MODEL_DIM=32"),
+    ({"smear": True, "smear_form": "window", "gate_window": 40}, "GATE_WINDOW=40 is wider than the model"),
+    ({**LOOPS, "loop_carry": "1,2,3"}, "LOOP_CARRY='1,2,3': expected 2 looped blocks, separated by ';', of 3 numbers each"),
+    ({**LOOPS, "loop_carry": "1,2,x;1,2,3"}, "LOOP_CARRY='1,2,x;1,2,3': expected"),
+    ({**LOOPS, "loop_carry": "1,2,nan;1,2,3"}, "LOOP_CARRY='1,2,nan;1,2,3': expected"),
+    ({"loop_carry": "1,2"}, "LOOP_CARRY='1,2': expected 0 looped blocks"),
+    ({"ema_decays": ".99,1"}, "EMA_DECAYS='.99,1': expected different decays between 0 and 1"),
+    ({"ema_decays": ".99,.99"}, "EMA_DECAYS='.99,.99': expected different decays"),
+    ({"ema_decays": ".99;.9"}, "EMA_DECAYS='.99;.9': expected different decays"),
+    ({"ema_decays": ".9,.99", "swa_every": 3}, "EMA_DECAYS=.9,.99 and SWA_EVERY=3: only one EMA"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("knobs, message", BAD, ids=[m for _, m in BAD])
+def test_a_combination_that_makes_no_sense_is_refused(knobs, message):
+    with pytest.raises(tg.ConfigError) as error:
+        model_config(**knobs)
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_all_mistakes_are_reported_at_once():
+    env = {"NUM_LAYERS": "4", "GATE_WINDOW": "900", "EMA_DECAYS": "2", "MODEL_DIM": "256"}
+    with pytest.raises(tg.ConfigError) as error:
+        load(**env)
+    named = sorted(re.match(r"[A-Z_]+", line).group() for line in str(error.value).splitlines())
+    assert named == ["EMA_DECAYS", "GATE_WINDOW", "NUM_LOOPS", "PARALLEL_START_LAYER"]
+    with pytest.raises(tg.ConfigError, match="ENABLE_LOOPING_AT=1.5: expected 0 to 1"):
+        load(ENABLE_LOOPING_AT="1.5")
+
+
+# ---- runs
+
+
+NARROW = {"MODEL_DIM": 32, "NUM_HEADS": 2, "NUM_KV_HEADS": 1}
+
+
+def frontier_env(data, folder, **changes) -> dict[str, str]:
+    """The recipe at 4 blocks of 256, one looped pass, lanes in the last; 6 steps, the loops from the third on."""
+    sizes = {"RECIPE": "frontier", "NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "MLP_MULT": 2,
+             "NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 2, "PARALLEL_START_LAYER": 3, "EVAL_SEQ_LEN": 48, "EVAL_STRIDE": 48,
+             "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 128, "GPTQ_N_SAMPLES": 4, "TARGET_BYTES": 0, "WARMUP_STEPS": 2,
+             "QUANT_MIN_NUMEL": 1000, "NGRAM_SCORE": "off", "VAL_TOKENS": 600}  # fmt: skip
+    return tiny_env(data, folder, **{**sizes, **changes})
+
+
+def test_a_run_of_the_recipe_from_end_to_end(data, tmp_path, script):
+    """Trains through the switch, packs, reloads, scores, decodes with a cache, and passes the audit."""
+    env = frontier_env(data, tmp_path, RUN_ID="f")
+    result = script(env)
+    assert result.status == 0, result.err
+    switch = [e for e in events(env, "switch") if e["name"] == "loop"]
+    assert [(e["step"], e["value"]) for e in switch] == [(3, True)]  # ENABLE_LOOPING_AT=.35 of 6 steps
+    assert all(math.isfinite(loss) for loss in losses(env).values()) and len(losses(env)) == 6
+    blob = (tmp_path / "f.pgz").read_bytes()
+    assert tg.read_header(blob).fields["looped"] is True
+    cfg = config(env)
+    model = tg.load_model(cfg, tg.Run(cfg, rank=0, local_rank=0, world=1, local_world=1), blob)
+    ids = torch.from_numpy(data.val[:40].astype("int64"))[None]
+    cache = tg.KVCache(cfg, 1, 40, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        steps = torch.cat([model.features(ids[:, i : i + 1], tg.Ctx(cache=cache)) for i in range(40)], 1)
+        assert torch.allclose(model.logits(steps), model.logits(model.features(ids)), atol=1e-3)
+    audit = script(env, MODE="audit", ARTIFACT=tmp_path / "f.pgz", RUN_ID="audit", VAL_TOKENS=300)
+    assert audit.status == 0, audit.out + audit.err
+
+
+def test_a_run_that_ends_before_the_switch_scores_the_plan_it_trained(data, tmp_path, script):
+    env = frontier_env(data, tmp_path, RUN_ID="p", ENABLE_LOOPING_AT=1, ITERATIONS=2, **NARROW)
+    result = script(env)
+    assert result.status == 0, result.err
+    assert "the plain plan is scored: training ended before ENABLE_LOOPING_AT=1" in result.out
+    blob = (tmp_path / "p.pgz").read_bytes()
+    assert tg.read_header(blob).fields["looped"] is False
+    again = {**env, "MODE": "eval", "ARTIFACT": str(tmp_path / "p.pgz"), "RUN_ID": "again"}
+    assert script(again).status == 0 and score_of(again) == score_of(env)
+    cfg = config(env)
+    run = tg.Run(cfg, rank=0, local_rank=0, world=1, local_world=1)
+    model = tg.load_model(cfg, run, blob)
+    assert not model.looped
+    ids = tokens(length=12)
+    plain = model.features(ids)
+    model.set_looped(True)
+    assert not torch.allclose(plain, model.features(ids), atol=1e-4)
+    header, stored = tg.unpack(blob)
+    with pytest.raises(tg.ArtifactError, match="'maybe' as its plan"):
+        names = ("config", "tokenizer_sha256")
+        tg.load_model(cfg, run, tg.pack(cfg, {**{n: header[n] for n in names}, "looped": "maybe"}, stored))
+
+
+def test_a_resumed_run_keeps_its_averages_and_its_loops(data, tmp_path, script):
+    env = frontier_env(data, tmp_path, EMA_DECAYS=".5,.9", **NARROW)
+    whole, halves = {**env, "RUN_ID": "whole"}, {**env, "RUN_ID": "halves", "CHECKPOINT_EVERY": "4"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "HELD_BACK_TOKENS", 128)
+        assert script(whole).status == 0 and script(halves).status == 0
+        again = script(halves, RESUME=str(tmp_path / "halves.ckpt" / "step_000004.pt"), FORCE=1)
+        assert again.status == 0, again.err
+    assert losses(halves) == losses(whole)
+    assert (tmp_path / "halves.pgz").read_bytes() == (tmp_path / "whole.pgz").read_bytes()
+
+
+# ---- several averages
+
+
+def averaging_trainer(decays: str, monkeypatch, **knobs) -> tg.Trainer:
+    monkeypatch.setattr(tg, "HELD_BACK_TOKENS", 100)
+    cfg = model_config(device="cpu", ema_decays=decays, **knobs)
+    torch.manual_seed(0)
+    shards = [np.random.default_rng(i).integers(2, V, 1000).astype(np.uint16) for i in (0, 1)]
+    run = tg.Run(cfg, rank=0, local_rank=0, world=1, local_world=1)
+    torch.set_num_threads(1)  # products this small only wait for one another
+    return tg.Trainer(cfg, run, tg.GPT(cfg), tg.TokenStream(shards, V))
+
+
+def test_the_average_of_least_loss_on_held_back_text_is_kept(monkeypatch):
+    t = averaging_trainer(".1,.6,.95", monkeypatch)
+    for _ in range(8):
+        t.train_step(0.0, 1.0)
+    emas = {d: [e.clone() for e in es] for d, es in t.average.emas.items()}
+    candidates = [(0.1,), (0.6,), (0.95,), (0.1, 0.6), (0.1, 0.95), (0.6, 0.95)]
+    assert t.average.candidates() == candidates
+    held = torch.from_numpy(t.choice.batcher.stream.shards[0].astype("int64"))
+    assert len(held) == 3 * 48 + 1  # whole steps of at least HELD_BACK_TOKENS
+    losses = []
+    for decays in candidates:
+        with torch.no_grad():
+            for i, p in enumerate(t.average.params):
+                p.copy_(sum(emas[d][i] for d in decays) / len(decays))
+            losses.append(t.model.nll(held[:-1].view(-1, T), held[1:].view(-1, T)).mean().item())
+    what = t.apply_average()
+    best = candidates[losses.index(min(losses))]
+    assert what == f"ema({' + '.join(map(str, best))})"
+    for i, p in enumerate(t.average.params):
+        assert torch.allclose(p, sum(emas[d][i] for d in best) / len(best), atol=1e-6)
+
+
+def test_held_back_text_is_never_trained_on(monkeypatch):
+    """The stream ends before it and wraps to the first shard."""
+    t = averaging_trainer(".5,.9", monkeypatch)
+    stream, held = t.batcher.stream, t.choice.batcher.stream.shards[0]
+    assert stream.total == 2000 - len(held) and [len(s) for s in stream.shards] == [1000, 1000 - len(held)]
+    everything = stream.read(0, stream.total + 5)
+    assert everything[-5:].tolist() == everything[:5].tolist()
+    with pytest.raises(tg.ConfigError, match="EMA_DECAYS holds back 1033 training tokens"):
+        monkeypatch.setattr(tg, "HELD_BACK_TOKENS", 1024)
+        cfg = model_config(device="cpu", ema_decays=".5,.9", train_batch_tokens=1032)
+        tg.AverageChoice(cfg, t.run, stream)
+
+
+def test_the_choice_is_made_inside_the_clock(monkeypatch):
+    """The loop stops early enough: six candidates of three batches at half a step each, beside the step itself."""
+    t = averaging_trainer(".1,.6,.95", monkeypatch, max_wallclock_seconds=20.0)
+    loop = tg.TrainingLoop(t.cfg, t.run, t, None, None)
+    loop.clock, loop.stop, loop.last_elapsed = tg.Clock(t.run), tg.StopConsensus(t.run), 0.0
+    now = iter([1.0, 10.1, 9.8])
+    monkeypatch.setattr(loop.clock, "seconds", lambda: next(now))
+    assert t.choice.steps == 0.5 * 3 * 6
+    loop.recent.append(1.0)
+    assert not loop.out_of_time()  # 1 + 1 x 10 < 20
+    loop.recent.clear()
+    loop.recent.append(1.0)
+    loop.last_elapsed = 9.1
+    assert loop.out_of_time()  # 10.1 + 1 x 10 > 20
+    loop.last_elapsed = 9.1
+    assert not loop.out_of_time()
+
+
+def test_the_choice_never_looks_at_validation_text(data, tmp_path, script):
+    """Another validation text changes the score alone: neither the choice nor a byte of the artifact."""
+    other = tmp_path / "other"
+    shutil.copytree(data.folder, other)
+    for path in other.glob("fineweb_val_*"):
+        write_shard(path, data.train[:700])
+    base = {"EMA_DECAYS": ".3,.6,.9", "EVAL_STRIDE": 0, **NARROW}
+    envs = [frontier_env(data, tmp_path / name, RUN_ID="e", **base, DATA_PATH=folder)
+            for name, folder in (("a", data.folder), ("b", other))]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "HELD_BACK_TOKENS", 128)
+        outs = [script(env) for env in envs]
+    assert [out.status for out in outs] == [0, 0]
+    chosen = [re.findall(r"^average held_back_loss .*$", out.out, re.M) for out in outs]
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 1
+    assert events(envs[0], "train_end")[0]["weights"] == events(envs[1], "train_end")[0]["weights"]
+    a, b = ((tmp_path / name / "e.pgz").read_bytes() for name in ("a", "b"))
+    assert a == b and score_of(envs[0]) != score_of(envs[1])
+
+
+def test_one_decay_in_the_list_is_the_plain_average(monkeypatch):
+    listed, plain = averaging_trainer(".9", monkeypatch), averaging_trainer("", monkeypatch, ema_decay=0.9)
+    for t in (listed, plain):
+        assert t.choice is None
+        for _ in range(3):
+            t.train_step(0.0, 1.0)
+        assert t.apply_average() == "ema(0.9)"
+    for p, q in zip(listed.average.params, plain.average.params, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_softmax_of_the_two_sided_cap_is_a_distribution():
+    model = build(noise=0.3, asym_logit_rescale=True)
+    with torch.no_grad():
+        model.softcap.caps.copy_(torch.tensor([25.0, 35.0]))
+    ids = tokens()
+    p = model.logits(model.features(ids)).double().softmax(-1)
+    nll = model.nll(ids[:, :-1], ids[:, 1:])
+    assert torch.allclose(p.sum(-1), torch.ones(2, T, dtype=torch.float64))
+    assert torch.allclose(-p[:, :-1].log().gather(-1, ids[:, 1:, None])[..., 0].float(), nll, atol=1e-5)

@@ -1,0 +1,814 @@
+"""report.py check: one small folder for each kind of record that was misread or let pass, made here."""
+
+import bz2
+import json
+import lzma
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "records"))
+
+import patterns  # noqa: E402
+import report  # noqa: E402
+import rules  # noqa: E402
+import runs as logs  # noqa: E402
+import source  # noqa: E402
+import syntax  # noqa: E402
+
+VAL_TOKENS, NATS_PER_BPB = 40_540_160, math.log(2) * 151_075_000 / 40_540_160
+SCRIPT = """import os
+
+import torch
+
+
+class Hyperparameters:
+    val_files = "fineweb_val_*.bin"
+    matrix_lr = float(os.environ.get("MATRIX_LR", "0.02"))
+
+
+def eval_val(model, val_tokens):
+    nll_sum = 0.0
+    with torch.inference_mode():
+        for start in range(0, val_tokens.numel() - 1, 1024):
+            nll_sum += model(val_tokens[start : start + 1025])
+    return nll_sum
+
+
+def main():
+    val_tokens = load_validation_tokens(Hyperparameters.val_files)
+    for step in range(100):
+        x, y = train_loader.next_batch()
+        loss = model(x, y)
+        loss.backward()
+        if step % 50 == 0:
+            val_loss = eval_val(model, val_tokens)
+    print(eval_val(model, val_tokens))
+
+
+main()
+"""
+BAR = "=" * 100
+SEEDS = {1: 1.1003, 2: 1.1010, 3: 1.1002}
+
+
+def log_text(seed: int, bpb: float, **change) -> str:
+    """One run as the challenge's scripts print it; `change` replaces what a key stands for."""
+    part = {
+        "head": f"{SCRIPT}\n{BAR}\n",
+        "named": f"seed:{seed}",
+        "shards": 80,
+        "tokens": f"tokens:{VAL_TOKENS}",
+        "gates": "",
+    }
+    part |= {"stop": "599950", "steps": "", "code": f"Code size: {len(SCRIPT)} bytes", "total": 15_900_000}
+    part |= {
+        "stage": "final_int6_roundtrip_exact",
+        "adapted": "",
+        "eval": " eval_time:90000ms",
+        "loss": bpb * NATS_PER_BPB,
+    }
+    part |= {"device": "NVIDIA H100 80GB HBM3", "config": ""} | change
+    part.setdefault("artifact", part["total"] - len(SCRIPT))
+    return f"""{part["head"]}|   0  {part["device"]}          On  |   00000000:19:00.0 Off |
+{BAR}
+{part["config"]}train_loader:dataset:fineweb10B_sp8192 train_shards:{part["shards"]}
+val_loader:shards pattern=./fineweb_val_*.bin {part["tokens"]}
+world_size:8 grad_accum_steps:1
+{part["named"]}
+step:1/20000 train_loss:9.0 train_time:70ms step_avg:70.00ms
+step:8000/20000 train_loss:2.{seed} train_time:560000ms step_avg:70.00ms
+{part["steps"]}step:8570/20000 val_loss:2.9 val_bpb:1.12 train_time:{part["stop"]}ms step_avg:70.00ms
+stopping_early: wallclock_cap train_time:{part["stop"]}ms step:8570/20000
+Serialized model: 135418111 bytes
+{part["code"]}
+Serialized model int6+zstd: {part["artifact"]} bytes
+Total submission size int6+zstd: {part["total"]} bytes
+{part["adapted"]}{part["gates"]}{part["stage"]} val_loss:{part["loss"]:.8f} val_bpb:{bpb:.8f}{part["eval"]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A record of three seeds that nobody objects to."""
+    made = tmp_path / "track_10min_16mb" / "2026-04-10_Idea"
+    made.mkdir(parents=True)
+    (made / "README.md").write_text("# Idea\n")
+    (made / "requirements.txt").write_text("torch\n")
+    (made / "train_gpt.py").write_text(SCRIPT)
+    meta = {
+        "author": "A",
+        "github_id": "a",
+        "name": "Idea",
+        "date": "2026-04-10",
+        "track": "10min_16mb",
+        "seeds": [1, 2, 3],
+    }
+    meta |= {"val_bpb": 1.1005, "seed_results": {str(s): {"val_bpb": b} for s, b in SEEDS.items()}}
+    (made / "submission.json").write_text(json.dumps(meta))
+    write_logs(made)
+    return made
+
+
+def write_logs(folder: Path, **change) -> None:
+    for seed, bpb in SEEDS.items():
+        (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, **change))
+
+
+def edit(folder: Path, **fields) -> None:
+    path = folder / "submission.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def verdicts(folder: Path) -> dict[str, rules.Check]:
+    return {c.rule: c for c in rules.checks(rules.read_entry(folder))}
+
+
+def failing(folder: Path) -> set[str]:
+    return {c.rule for c in verdicts(folder).values() if c.status == "FAIL"}
+
+
+def warned(folder: Path) -> set[str]:
+    return {c.rule for c in verdicts(folder).values() if c.status == "WARN"}
+
+
+USUAL = {"validation documents in training", rules.AUDIT}  # what no folder shows
+
+
+def test_a_clean_record_has_only_the_warnings_that_no_folder_can_spare(folder):
+    assert failing(folder) == set() and warned(folder) == USUAL
+
+
+# ---- 1 newer Python, packed
+
+NEWER = '''import os
+import torch
+type Pair[T] = tuple[T, T]
+def show[T: int = int](args: T, *more: *tuple[int, ...]) -> str:
+    return f"{args["name"]!r:>{args["width"]}} {"\\n".join(args)}" " and the rest"
+class Cache[K]:
+    def probability(self, ctx_hash, target):
+        text = f"""{
+            ctx_hash  # of the context
+        } over
+        three lines"""
+        return (ctx_hash ^ target * 36313) % self.size
+try:
+    show({})
+except* ValueError as error:
+    last = Cache[*error]
+'''
+
+
+def latin1_packed(text: str, pack) -> bytes:
+    """A source file declared latin-1 whose one literal holds the compressed bytes themselves."""
+    literal = pack(text.encode())
+    for raw, written in ((b"\\", b"\\\\"), (b"\0", b"\\0"), (b"\n", b"\\n"), (b"\r", b"\\r"), (b'"', b'\\"')):
+        literal = literal.replace(raw, written)
+    literal = literal.replace(b"\\0", b"\\x00")  # a digit may follow
+    name = pack.__module__.removeprefix("_")
+    return (
+        b"# -*- coding: latin-1 -*-\nimport "
+        + name.encode()
+        + b"\nexec("
+        + name.encode()
+        + b'.decompress("'
+        + literal
+        + b'".encode("latin-1")))\n'
+    )
+
+
+def packed(text: str) -> str:
+    import base64
+
+    raw = base64.b85encode(lzma.compress(text.encode(), lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])).decode()
+    return f'import lzma as L,base64 as B\nexec(L.decompress(B.b85decode("{raw}"),format=L.FORMAT_RAW,filters=[]))\n'
+
+
+def test_newer_syntax_is_read_by_every_interpreter_with_the_same_findings(folder):
+    (folder / "train_gpt.py").write_text(packed(NEWER))
+    script = source.read_script(folder / "train_gpt.py")
+    assert (script.opaque, script.unread, script.layers, script.source) == (None, None, 1, NEWER)
+    assert [(f.pattern, f.line) for f in script.findings] == [(patterns.TARGET_KEY, 12)]
+
+
+def test_the_fallback_parser_keeps_lines_and_meaning():
+    command = [sys.executable, str(syntax.DOWNGRADE)]
+    old = subprocess.run(command, input=NEWER, capture_output=True, text=True, check=True).stdout
+    tree = syntax.ast.parse(old, feature_version=(3, 10))
+    assert [type(n).__name__ for n in tree.body] == ["Import", "Import", "Assign", "FunctionDef", "ClassDef", "Try"]
+    assert [n.lineno for n in tree.body] == [1, 2, 3, 4, 6, 13]
+    assert {"args", "name", "width"} <= {getattr(n, "id", getattr(n, "value", None)) for n in syntax.ast.walk(tree)}
+    assert subprocess.run(command, input="def (", capture_output=True, text=True).returncode == 1
+
+
+def test_what_no_parser_may_read_is_named_and_does_not_end_the_checker(folder, monkeypatch):
+    (folder / "train_gpt.py").write_text("import os\ndef f(:\n" + "(" * 100_000)  # ends libcst's own process
+    assert verdicts(folder)["code readable"].status == "FAIL"
+    monkeypatch.setattr(syntax, "DOWNGRADE", folder / "none.py")
+    monkeypatch.setattr(source, "find_spec", lambda _: None)
+    syntax.parse.cache_clear()
+    broken = "import os\n\n\ndef main():\n    return f'{os.environ['A']:%%%' + (]\n\n\ndef other():\n    return 1\n"
+    broken += "".join(f"# {n * 7919 % 1009}\n" for n in range(300))
+    (folder / "train_gpt.py").write_text(packed(broken))
+    check = verdicts(folder)["code readable"]
+    assert check.status == "WARN" and f"decoded, {len(broken):,} bytes, syntax that Python 3." in check.detail
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress])
+def test_bytes_in_a_latin_1_literal_are_opened(folder, pack):
+    text = SCRIPT + "".join(f"# {n * 7919 % 1009}\n" for n in range(200))
+    blob = latin1_packed(text, pack)
+    (folder / "train_gpt.py").write_bytes(blob)
+    script = source.read_script(folder / "train_gpt.py")
+    assert (script.source, script.layers, script.opaque) == (text, 1, None) and len(blob) < len(text)
+
+
+# ---- 2 gates
+
+HINTS = "ngram_tilt:hints total=40540160 gated=628130 token_gate={} within_gate={} word_gate={} agree2plus=0\n"
+
+
+@pytest.mark.parametrize("fired, status", [
+    ((628_130, 0, 0), "PASS"),
+    ((628_130, 31, 0), "FAIL"),
+    ((628_130, 0, 9), "FAIL"),
+    ((0, 0, 0), None),
+])  # fmt: skip
+def test_the_gates_that_fired_decide(folder, fired, status):
+    write_logs(folder, gates=HINTS.format(*fired))
+    assert getattr(verdicts(folder).get("n-gram gate"), "status", None) == status
+
+
+def test_a_gate_of_another_name_asks_for_a_look(folder):
+    write_logs(folder, gates=HINTS.format(5, 0, 0).replace("agree2plus", "doc_gate=7 agree2plus"))
+    assert verdicts(folder)["n-gram gate"].status == "WARN" and "doc_gate=7" in verdicts(folder)["n-gram gate"].detail
+
+
+# ---- 3 seconds
+
+
+@pytest.mark.parametrize(
+    "stop, status", [("600137", "WARN"), ("600038", "WARN"), ("600600", "FAIL"), ("601900", "FAIL")]
+)
+def test_a_stop_within_a_slow_step_has_one_verdict(folder, stop, status):
+    write_logs(folder, stop=stop)
+    flags = {"train_under_600s": False, "artifact_under_16mb": True}
+    edit(folder, compliance=flags)
+    got = verdicts(folder)
+    assert got["training time"].status == got["own compliance list"].status == status
+    assert {c.rule for c in got.values() if c.status == "FAIL"} <= {"training time", "own compliance list"}
+
+
+def test_a_broken_limit_of_our_own_logs_is_judged_by_its_rule_alone(tmp_path):
+    run = logs.Run(
+        tmp_path,
+        score={"limits_ok": False, "train_s": 600.04, "val_bpb": 1.1},
+        train_end={"steps": 10, "train_s": 600.04},
+    )
+    run.steps = [{"step": 0, "train_s": 0.0}, {"step": 10, "train_s": 600.04}]
+    lines = list(rules.limits(rules.Entry(tmp_path / "track_10min_16mb" / "x", runs=[run])))
+    assert [s for s, rule, _ in lines if "600.0 s" in _ or "limits of" in rule] == ["WARN"]
+
+
+def test_step_lines_after_the_stop_line_count(folder):
+    write_logs(folder, steps="step:8500/20000 train_loss:2.0 train_time:640000ms step_avg:75.00ms\n")
+    assert verdicts(folder)["training time"].status == "FAIL"
+
+
+def test_minutes_with_one_digit_are_no_overrun(folder):
+    write_logs(folder, steps="8500/20000 train_loss: 2.0 train_time: 10.0m tok/s: 6500000\n")
+    assert verdicts(folder)["training time"].status == "PASS"
+
+
+# ---- 4 copies, 5 forms of logs
+
+
+def test_the_same_run_in_two_files_is_one_seed(folder):
+    (folder / "train.log").write_text((folder / "train_seed1.log").read_text())
+    (folder / "train_seed3.log").unlink()
+    got = verdicts(folder)
+    assert got["seeds"].status == "FAIL" and got["seeds"].detail.startswith("2 (1, 2)")
+    assert "train.log is train_seed1.log" in got["copies of logs"].detail
+
+
+@pytest.mark.parametrize("line, stage", [
+    ("final_sliding_window_eval_exact stride:64 val_loss:2.84 val_bpb:1.1", "sliding_window_eval"),
+    ("[2026-04-10 12:00:01] final_int6_ttt_exact val_loss:2.84 val_bpb:1.1", "int6_ttt"),
+    ("2026-04-10T12:00:01,123 INFO: final_x_exact val_loss: 2.84, val_bpb: 1.1", "x"),
+    ("12:00:01 [rank0]: legal_ttt_exact val_loss:2.84 val_bpb:1.1 eval_time:297727ms", "legal_ttt"),
+    ("ttt_sliding:done val_loss=2.84 val_bpb=1.1 elapsed=297.5s", "ttt_sliding"),
+    ("quantized_ttt_phased val_bpb:1.1 val_loss:2.84", "quantized_ttt_phased"),
+])  # fmt: skip
+def test_every_form_of_a_score_line_is_a_stage(tmp_path, line, stage):
+    path = tmp_path / "train.log"
+    path.write_text(f"seed:5\n[2026-04-10 11:59:59] step:7/9 train_loss:3.0 train_time:70ms\n{line}\n")
+    run = logs.read_log(path)
+    assert (run.stage, run.bpb(), run.loss(), run.seed, run.last_step) == (stage, 1.1, 2.84, 5, 7)
+
+
+def test_sizes_are_read_with_their_labels(tmp_path):
+    text = log_text(1, 1.1, code="Code size (compressed): 37,155 bytes\nCode size (uncompressed): 191274 bytes")
+    (tmp_path / "a.log").write_text(text + "Total submission size: 135600000 bytes\n")
+    pack = logs.read_log(tmp_path / "a.log").pack
+    assert (pack["code_bytes"], pack["code_uncompressed"], pack["total_bytes"]) == (37_155, 191_274, 15_900_000)
+    (tmp_path / "b.log").write_text(
+        "step:1/9 train_loss:3.0\ncode_size:56228 bytes total_submission_size:52625931 bytes\n"
+        "serialized_model_int8_zlib:14179856 bytes (payload:15335872)\ntotal_submission_size_int8_zlib:14236084 bytes\n"
+    )
+    pack = logs.read_log(tmp_path / "b.log").pack
+    assert pack == {"code_bytes": 56_228, "total_bytes": 14_236_084, "artifact_bytes": 14_179_856}
+
+
+def test_a_hyperparameter_block_before_the_source_is_the_runs(folder):
+    block = "Hyperparameters:\n  matrix_lr: 0.026\n  seed: {}\n" + BAR + "\n"
+    for seed, bpb in SEEDS.items():
+        head = block.format(seed) + f"{SCRIPT}\n{BAR}\n"
+        (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, head=head, named="warmup_step:1/20"))
+    entry = rules.read_entry(folder)
+    assert [r.seed for r in entry.scored] == [1, 2, 3] and entry.scored[0].config["MATRIX_LR"] == 0.026
+    assert failing(folder) == set() and verdicts(folder)["script that ran"].status == "PASS"
+
+
+def test_runs_appended_to_one_file_are_runs(folder):
+    for path in folder.glob("*.log"):
+        path.unlink()
+    (folder / "train.log").write_text("".join(log_text(s, b) for s, b in SEEDS.items()))
+    got = verdicts(folder)
+    assert got["seeds"].detail.startswith("3 (1, 2, 3)") and failing(folder) == set()
+
+
+def test_an_aborted_start_in_the_same_file_is_no_run(folder):
+    path = folder / "train_seed1.log"
+    aborted = log_text(1, 1.1).partition("step:8000")[0]
+    path.write_text(aborted + path.read_text())
+    assert failing(folder) == set() and verdicts(folder)["seeds"].detail.startswith("3 (")
+
+
+def test_an_original_and_a_rerun_count_once_as_submission_json_has_it(folder):
+    (folder / "train_seed1_rerun.log").write_text(log_text(1, 1.0912))
+    got = verdicts(folder)
+    assert failing(folder) == set() and got["seeds"].detail.startswith("3 (1, 2, 3)")
+    assert (
+        got["seeds differ"].status == "WARN"
+        and "1.10030 in train_seed1, 1.09120 in train_seed1_rerun" in got["seeds differ"].detail
+    )
+
+
+@pytest.mark.parametrize("place", ["logs", "runs/h100"])
+def test_logs_in_a_subfolder_are_read(folder, capsys, place):
+    (folder / place).mkdir(parents=True)
+    for path in folder.glob("*.log"):
+        path.rename(folder / place / path.name)
+    assert failing(folder) == set() and verdicts(folder)["seeds"].detail.startswith("3 (")
+    if place == "logs":
+        assert report.main(["table", str(folder)]) == 0
+        assert "train_seed1" in capsys.readouterr().out
+
+
+def test_a_score_in_a_log_of_its_own_is_its_seeds(folder):
+    for seed, bpb in SEEDS.items():
+        whole = log_text(seed, bpb)
+        head, _, stage = whole.rpartition("final_int6_roundtrip_exact")
+        (folder / f"train_seed{seed}.log").write_text(head + "diagnostic quantized val_loss:3.0 val_bpb:1.15\n")
+        (folder / f"eval_seed{seed}.log").write_text(f"seed:{seed}\nfinal_int6_ttt_exact{stage}")
+    assert failing(folder) == set() and verdicts(folder)["val_bpb"].status == "PASS"
+
+
+# ---- 6 readable source, 7 helpers
+
+
+def test_readable_source_whose_packed_form_was_counted_is_a_warning_with_both_figures(folder):
+    write_logs(
+        folder,
+        code=f"Code size (uncompressed): {len(SCRIPT)} bytes\nCode size (compressed): 311 bytes",
+        total=15_999_990,
+    )
+    check = verdicts(folder)["code bytes"]
+    assert (
+        check.status == "WARN"
+        and f"{len(SCRIPT):,} bytes, the logs counted 311" in check.detail
+        and failing(folder) == set()
+    )
+    write_logs(
+        folder, code="Code size (uncompressed): 99999 bytes\nCode size (compressed): 411 bytes", total=15_999_990
+    )
+    check = verdicts(folder)["code bytes"]
+    assert check.status == "WARN" and "differs from the 99,999 uncompressed" in check.detail
+    write_logs(folder, code="Code size: 11 bytes", total=15_999_990 + len(SCRIPT))
+    assert {"bytes"} <= failing(folder)
+
+
+def test_a_packed_script_whose_source_the_logs_counted_is_within_the_limit(folder):
+    long = SCRIPT + "".join(f"x{n} = {n * 7919}\n" for n in range(2000))
+    (folder / "train_gpt.py").write_text(packed(long))
+    sizes = {"code": f"Code size: {len(long)} bytes", "total": 16_010_000, "artifact": 16_010_000 - len(long)}
+    write_logs(folder, head=f"{long}\n{BAR}\n", **sizes)
+    assert verdicts(folder)["bytes"].status == "WARN" and failing(folder) == set()
+
+
+def test_helpers_that_were_counted_are_not_added_again(folder):
+    (folder / "train_gpt.py").write_text("import kernels\n" + SCRIPT)
+    (folder / "kernels.py").write_text("#" * 200_000)
+    head, size = f"import kernels\n{SCRIPT}\n{BAR}\n", len("import kernels\n" + SCRIPT)
+    write_logs(folder, head=head, code=f"Code size: {size} bytes")
+    assert failing(folder) == {"helper files"}
+    write_logs(folder, head=head, code=f"Code size: {size + 200_000} bytes")
+    assert failing(folder) == set() and "counted already" in verdicts(folder)["helper files"].detail
+
+
+def test_a_payload_beside_the_script_is_a_helper_whatever_it_is_called(folder):
+    (folder / "train_gpt.py").write_text(SCRIPT + "blob = open('prefix.xz', 'rb').read()\n")
+    (folder / "prefix.xz").write_bytes(b"#" * 200_000)
+    assert "helper files" in failing(folder)
+
+
+# ---- script that ran
+
+
+def test_a_script_is_what_ran_but_for_comments_constants_or_packing(folder):
+    (folder / "train_gpt.py").write_text("# a comment\n" + SCRIPT.replace("        loss", "\n        loss"))
+    assert "comments and formatting aside" in verdicts(folder)["script that ran"].detail
+    (folder / "train_gpt.py").write_text(packed(SCRIPT))
+    assert verdicts(folder)["script that ran"].status == "PASS"
+    (folder / "train_gpt.py").write_text(SCRIPT.replace("0.02", "0.03"))
+    assert verdicts(folder)["script that ran"].status == "WARN"
+    (folder / "train_gpt.py").write_text(packed(SCRIPT.replace("val_loss = ", "")))
+    assert verdicts(folder)["script that ran"].status == "WARN"
+    (folder / "train_gpt.py").write_text(SCRIPT.replace("loss.backward()", "pass"))
+    assert verdicts(folder)["script that ran"].status == "FAIL"
+
+
+# ---- Missed: 1 training on validation text
+
+ADAPT = """
+def {name}(model, stream, opt):
+    for start in range(0, stream.numel() - 1, 1024):
+        piece = stream[start : start + 1025].to("cuda")
+        loss = model(piece[:-1], piece[1:])
+        loss.backward()
+        opt.step()
+"""
+
+
+def with_call(call: str, more: str) -> str:
+    return (
+        SCRIPT.replace("    print(eval_val(model, val_tokens))", f"{call}    print(eval_val(model, val_tokens))") + more
+    )
+
+
+ILLEGAL = {
+    "an adaptation before the scores": with_call(
+        "    ttt_adapt(model, val_tokens, opt)\n", ADAPT.format(name="ttt_adapt")
+    ),
+    "under an evaluation's name": with_call(
+        "    eval_polish(model, val_tokens, opt)\n", ADAPT.format(name="eval_polish")
+    ),
+    "under any name": with_call("    refine(model, val_tokens, opt)\n", ADAPT.format(name="refine")),
+    "by keyword": with_call("    refine(opt=opt, stream=val_tokens, model=model)\n", ADAPT.format(name="refine")),
+    "one call further": with_call(
+        "    outer(val_tokens)\n", "def outer(t):\n    refine(model, t, opt)\n" + ADAPT.format(name="refine")
+    ),
+    "of a file under another name": with_call(
+        "    held = read_shard(Hyperparameters.val_files)\n    refine(model, held, opt)\n", ADAPT.format(name="refine")
+    ),
+    "in main itself": with_call(
+        "    for ep in range(30):\n        local = val_tokens[ep : ep + 9]\n        l = model(local)\n        (l / 2).backward()\n",
+        "",
+    ),
+    "epochs around the score": """
+def eval_ttt(model, val_tokens, byte_lut):
+    for epoch in range(3):
+        nll_sum, byte_sum = 0.0, 0
+        for start in range(0, 99, 9):
+            piece = val_tokens[start : start + 9]
+            with torch.no_grad():
+                nll_sum += model(piece)
+            model(piece).backward()
+    return nll_sum
+""",
+    "handed to a scheduler": with_call("    timed('x', refine, model, val_tokens, opt)\n", ADAPT.format(name="refine")),
+    "a calibration on it": SCRIPT.replace(
+        "    for step", "    hessians = collect_hessians(model, val_tokens)\n    for step"
+    ),
+    "a loop that calibrates on it": SCRIPT.replace(
+        "    for step",
+        "    for i in range(n_calib_batches):\n        model.forward_logits(val_tokens[i : i + 9])\n    for step",
+    ),
+}
+
+LEGAL = {
+    "score, then learn the chunk": """
+def eval_val_ttt(model, val_tokens, byte_lut):
+    nll_sum = byte_sum = 0.0
+    for start in range(0, 99, 32768):
+        chunk = val_tokens[start : start + 32769]
+        with torch.inference_mode():
+            for w in windows:
+                nll_sum += F.cross_entropy(model(chunk[w]), chunk[w + 1], reduction="none").sum()
+                byte_sum += byte_lut[chunk].sum()
+        for _ep in range(args.ttt_epochs):
+            for at in range(0, 9):
+                loss = model(chunk[at : at + 9])
+                loss.backward()
+                optimizer.step()
+    return nll_sum / byte_sum
+""",
+    "per document, in helpers": """
+def accumulate(ptl, x, loss_sum, byte_sum):
+    loss_sum += ptl.sum()
+    byte_sum += table[x].sum()
+
+
+def global_sgd(h, val_data, stop, model):
+    for piece in val_data.val_tokens[:stop].split(512):
+        model(piece).mean().backward()
+
+
+def eval_phased(h, model, val_data):
+    while queue:
+        doc = val_data.val_tokens[a:b]
+        ptl = forward_ttt(model, doc)
+        with torch.no_grad():
+            accumulate(ptl, doc, loss_sum, byte_sum)
+        if more:
+            ptl.mean().backward()
+        if boundary:
+            global_sgd(h, val_data, b, model)
+    return loss_sum
+""",
+    "warm-up on training tokens": """
+def warm_up(model, val_tokens):
+    x, y = train_loader.next_batch()
+    (model(x, y) * scale).backward()
+    return eval_val(model, val_tokens)
+""",
+    "a network's own gate": "class Attention:\n    def forward(self, x):\n        y = attend(x)\n        gate = sigmoid(linear(y))\n        return y * gate\n",
+    "a training loss that chooses its tokens": """
+def train_step(x, targets):
+    nll = F.cross_entropy(model(x), targets, reduction="none")
+    weight = torch.where(nll > 2.0, 1.0, 0.5)
+    return (nll * weight).mean()
+""",
+    "learning the token once it is scored": "def update(self, ctx_hash, target):\n    self.count[(ctx_hash ^ target * 7) % self.size] += 1\n",
+    "a mixture of two distributions": "def eval_mix(p_nn, p_gram, alpha):\n    return alpha * p_nn + (1 - alpha) * p_gram\n",
+    "a confidence of the prefix alone": "def eval_mix(p, gram, conf):\n    w = torch.where(conf > 0.9, 0.1, 0.5)\n    return w * p + (1 - w) * gram\n",
+}
+
+
+def found(text: str) -> set[str]:
+    return {f.pattern for f in patterns.find_patterns(syntax.parse(text.encode()), text)}
+
+
+@pytest.mark.parametrize("kind", ILLEGAL)
+def test_training_on_validation_text_before_scoring_it_is_found_under_any_name(kind):
+    assert found(ILLEGAL[kind]) & {patterns.TRAINED, patterns.IN_TRAINING}
+
+
+@pytest.mark.parametrize("kind", LEGAL)
+def test_scoring_first_is_not_flagged(kind):
+    assert found(SCRIPT + LEGAL[kind]) == set()
+
+
+def test_a_finding_fails_the_folder_and_names_the_function(folder):
+    text = ILLEGAL["an adaptation before the scores"]
+    (folder / "train_gpt.py").write_text(text)
+    write_logs(folder, head=f"{text}\n{BAR}\n", code=f"Code size: {len(text)} bytes")
+    assert failing(folder) == {f"code: {patterns.TRAINED}"}
+    assert verdicts(folder)[f"code: {patterns.TRAINED}"].detail.startswith("ttt_adapt, line ")
+
+
+def test_validation_text_kept_for_the_artifact_is_found():
+    assert patterns.STORED in found(
+        "import zlib\ndef pack(val_tokens):\n    return zlib.compress(val_tokens.numpy().tobytes())\n"
+    )
+    assert any("hidden in the artifact" in p for p in found("PAID_PREFIX = 1\npaid_prefix_blob = load('x')\n"))
+
+
+# ---- Missed: 2 the text's size
+
+
+@pytest.mark.parametrize("key", ["tokens:40540160", "Validation tokens: 40,540,160", "val_tokens: 40540160"])
+def test_spaces_counted_twice_show_in_the_texts_size(folder, key):
+    write_logs(folder, tokens=key)
+    assert verdicts(folder)["validation text"].status == "PASS"
+    for seed, bpb in SEEDS.items():
+        loss = bpb * NATS_PER_BPB * 177.8 / 151.075
+        (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, tokens=key, loss=loss))
+    check = verdicts(folder)["validation text"]
+    assert check.status == "FAIL" and "177,8" in check.detail and "counted twice" in check.detail
+
+
+def test_a_token_count_printed_after_training_is_read(folder):
+    write_logs(folder, tokens="", adapted="Validation tokens: 9,662,464\n")
+    assert verdicts(folder)["validation text"].status == "FAIL"
+
+
+# ---- Missed: 3 and 4 mixtures
+
+THRESHOLDS = [
+    "def eval_mix(logp, targets, lam):\n    lp = logp.gather(1, targets[:, None])\n    return torch.where(lp > -2.0, 0.1, lam)\n",
+    "def score(nll_model, p_gram):\n    alpha = 0.9 if target_logp < CUT else 0.2\n    return alpha * p_gram\n",
+    "def mix(logits, y):\n    cost = F.cross_entropy(logits, y, reduction='none')\n    weight = (cost < 3.0).float()\n    return weight\n",
+    "def mix(probs, y):\n    q = probs[rows, y]\n    if q > 0.5:\n        gate = 1.0\n    return gate\n",
+    "def mix(lp_tgt):\n    return np.where(lp_tgt > TAU, 1, 0)\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", THRESHOLDS)
+def test_a_weight_that_asks_what_the_target_cost_is_found(text):
+    assert patterns.THRESHOLD in found(text)
+
+
+@pytest.mark.parametrize("text", [
+    "def eval_mix(p_nn, entropy, alpha):\n    return alpha * p_nn + (1 - alpha) * entropy\n",
+    "def eval_mix(p_nn, rank_score, a):\n    return (1.0 - a) * rank_score + a * p_nn\n",
+])  # fmt: skip
+def test_an_expert_that_is_no_distribution_is_found(text):
+    assert found(text) == {patterns.NO_DISTRIBUTION}
+
+
+# ---- Missed: 5 evaluation time
+
+
+@pytest.mark.parametrize("adapted, evaluated, status", [
+    ("ttt_adapt: done in 430.0s\n", "280000ms", "FAIL"),
+    ("adaptation time: 280000ms\n", "430000ms", "FAIL"),
+    ("TTT phase elapsed: 500.0s\n", "150000ms", "FAIL"),
+    ("ttt_adapt: done in 200.0s\n", "280000ms", "PASS"),
+    ("ttt_lora:compile warmup done (500.0s)\n", "280000ms", "PASS"),
+])  # fmt: skip
+def test_adaptation_and_scoring_printed_apart_are_one_time(folder, adapted, evaluated, status):
+    write_logs(folder, adapted=adapted, eval=f" eval_time:{evaluated}")
+    assert verdicts(folder)["evaluation time"].status == status
+
+
+def test_progress_inside_the_score_is_not_added_and_a_total_is_believed(folder):
+    progress = "ttt_chunk [1/99] bpb=1.2 time=5.1s\nttt_chunk [99/99] bpb=1.1 time=369.4s\n"
+    write_logs(folder, adapted=progress, stage="legal_ttt_exact", eval=" eval_time:370000ms")
+    assert verdicts(folder)["evaluation time"].status == "PASS"
+    write_logs(folder, adapted="ttt adaptation took 300.0s\n", stage="legal_ttt_exact", eval=" eval_time:370000ms")
+    assert verdicts(folder)["evaluation time"].status == "WARN"
+    write_logs(folder, adapted="adaptation took 300.0s\n", eval=" eval_time:370000ms\ntotal_eval_time:380.0s")
+    assert verdicts(folder)["evaluation time"].status == "PASS"
+
+
+# ---- Missed: 6 the script's file, 8 the score
+
+
+def test_an_empty_a_renamed_and_a_missing_script_are_three_findings(folder):
+    (folder / "train_gpt.py").write_bytes(b"")
+    assert failing(folder) >= {"file train_gpt.py", "code readable"}
+    assert verdicts(folder)["file train_gpt.py"].detail == "empty (0 bytes)"
+    (folder / "train_gpt.py").unlink()
+    assert failing(folder) == {"file train_gpt.py", "code readable"}
+    (folder / "train_ours.py").write_text(SCRIPT + "key = (ctx_hash ^ target) % size\n")
+    got = verdicts(folder)
+    assert got["file train_gpt.py"].status == "WARN" and "train_ours.py" in got["file train_gpt.py"].detail
+    assert got[f"code: {patterns.TARGET_KEY}"].status == "FAIL"
+
+
+def below_the_best(folder: Path, text: str = SCRIPT, **change) -> rules.Check:
+    (folder / "train_gpt.py").write_text(text)
+    for seed in SEEDS:
+        (folder / f"train_seed{seed}.log").write_text(
+            log_text(seed, 1.05 + seed / 1e4, head=f"{text}\n{BAR}\n", **change)
+        )
+    edit(folder, val_bpb=1.0502, seed_results={})
+    return verdicts(folder)["plausible score"]
+
+
+def test_a_score_below_the_best_verified_one_says_where_to_look_first(folder):
+    assert "plausible score" not in verdicts(folder)
+    check = below_the_best(folder)
+    assert check.status == "WARN" and "1.0565" in check.detail and "validation documents in training" in check.detail
+    assert "1499 training shards" in below_the_best(folder, shards=1499).detail
+    assert (
+        "expert that is no distribution"
+        in below_the_best(
+            folder, SCRIPT + "def eval_mix(p_nn, entropy, a):\n    return a * p_nn + (1 - a) * entropy\n"
+        ).detail
+    )
+    assert patterns.TRAINED in below_the_best(folder, ILLEGAL["under any name"]).detail
+
+
+# ---- Messages
+
+
+def test_a_log_that_holds_another_seed_is_named(folder):
+    (folder / "train_seed3.log").write_text(log_text(1337, 1.1002))
+    check = verdicts(folder)["a log for each seed"]
+    assert (check.status, check.detail) == ("FAIL", "none for seed 3: train_seed3.log holds seed 1337")
+    edit(folder, seeds=[], seed_results={})
+    assert verdicts(folder)["a log for each seed"].detail == "train_seed3.log holds seed 1337"
+
+
+KNOBS = """
+class More:
+    slot_enabled = bool(int(os.environ.get("SLOT_ENABLED", "0")))
+    slot_steps = 8
+    ppm_order = 5
+    prequant_ttt_enabled = bool(int(os.environ.get("PREQUANT_TTT_ENABLED", "0")))
+"""
+
+
+def test_a_ruled_out_method_that_every_log_shows_off_is_no_warning(folder):
+    text = SCRIPT + KNOBS
+    (folder / "train_gpt.py").write_text(text)
+    write_logs(folder, head=f"{text}\n{BAR}\n", config="")
+    methods = [r for r in warned(folder) if r.startswith("code: name of")]
+    assert len(methods) == 3
+    off = "slot_enabled: False\nslot_steps: 8\nppm_order: 0\nprequant_ttt_enabled: False\n"
+    write_logs(folder, head=f"{text}\n{BAR}\n", config=off)
+    assert warned(folder) - {"code bytes"} == USUAL
+    assert "slot_enabled=False" in verdicts(folder)["code patterns"].detail
+    write_logs(folder, head=f"{text}\n{BAR}\n", config=off.replace("slot_enabled: False", "slot_enabled: True"))
+    assert [r for r in warned(folder) if r.startswith("code: name of")] == [
+        "code: name of a rejected method: SLOT (optimises on the positions it scores)"
+    ]
+
+
+def test_what_a_knob_keeps_from_running_follows_the_logs_and_then_the_default(folder):
+    call = "    if args.prequant_ttt_enabled:\n        refine(model, val_tokens, opt)\n"
+    text = with_call(call, ADAPT.format(name="refine")) + KNOBS
+    rule = f"code: {patterns.TRAINED}"
+    (folder / "train_gpt.py").write_text(text)
+    for config, status in (
+        ("prequant_ttt_enabled: True\n", "FAIL"),
+        ("prequant_ttt_enabled: False\n", None),
+        ("", "WARN"),
+    ):
+        write_logs(folder, head=f"{text}\n{BAR}\n", config=config)
+        assert getattr(verdicts(folder).get(rule), "status", None) == status, config
+
+
+def test_a_finding_in_a_one_line_program_shows_its_name():
+    text = "import os;" + "".join(f"a{n}={n};" for n in range(400)) + "prequant_ttt_epochs=21;" + "b=1;" * 100
+    (finding,) = patterns.find_patterns(syntax.parse(text.encode()), text)
+    assert (
+        finding.name == "prequant_ttt_epochs" and "prequant_ttt_epochs=21" in finding.text and len(finding.text) < 160
+    )
+
+
+# ---- Summary and numbers
+
+
+def test_the_summary_stands_first_and_names_the_three_findings_that_matter_most(folder, capsys):
+    write_logs(folder, stop="601900", total=16_100_000, device="NVIDIA H200")
+    assert report.main(["check", str(folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(folder)
+    assert lines[1].startswith(
+        "  FAIL  1.10050 bpb; 16,100,000 bytes; train 601.9 s; eval 90.0 s; seeds 1, 2, 3; 3 FAIL"
+    )
+    assert [line.strip()[:7] for line in lines[2:5]] == ["1. FAIL", "2. FAIL", "3. FAIL"]
+    assert report.main(["check", str(folder), "--json"]) == 1
+    listed = json.loads(capsys.readouterr().out)[str(folder)]
+    assert (listed[0]["rule"], listed[0]["status"]) == ("summary", "FAIL")
+
+
+@pytest.mark.parametrize("lack, meta", [
+    ("val_bpb", {"val_bpb": None, "mean_val_bpb": 1.1005}),
+    ("val_bpb", {"val_bpb": None, "results": {"mean_val_bpb": 1.1005, "seeds": {"1": {"val_bpb": 1.1003}}}}),
+])  # fmt: skip
+def test_a_missing_val_bpb_fails_and_the_mean_is_shown(folder, lack, meta):
+    edit(folder, **meta)
+    check = verdicts(folder)["submission fields"]
+    assert check.status == "FAIL" and lack in check.detail and "mean_val_bpb is 1.10050" in check.detail
+
+
+def test_check_needs_neither_scipy_nor_matplotlib_nor_torch(folder):
+    edit(folder, comparison_baseline_bpb=1.2)
+    blocked = "import sys\nfor m in ('scipy', 'matplotlib', 'torch', 'libcst'):\n    sys.modules[m] = None\n"
+    code = f"{blocked}sys.path.insert(0, {str(ROOT / 'records')!r})\nimport report\nsys.exit(report.main(['check', {str(folder)!r}]))\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the test of significance needs scipy" in done.stdout
+
+
+def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_dropped(tmp_path):
+    event = {"v": 1, "event": "run", "run_id": "a\u2028b\u0085c"}
+    end = {"v": 1, "event": "end", "status": "ok"}
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(e, ensure_ascii=False) for e in (event, end)).encode())
+    run = logs.read_log(path)
+    assert (run.run_id, run.ended, run.damage) == ("a\u2028b\u0085c", "ok", None)
+    path.write_text(json.dumps(event) + "\n" + json.dumps({"v": 1, "event": "error", "message": "\ud800"}) + "\n")
+    assert logs.read_log(path).damage == "truncated or damaged at line 2"
+
+
+def test_stages_of_any_name_stand_in_the_order_of_the_logs(tmp_path):
+    runs = [logs.Run(tmp_path, stages=dict.fromkeys(names)) for names in (("a", "new", "c"), ("a", "c"), ("new", "c"))]
+    assert logs.stage_order(runs) == ["a", "new", "c"]
+
+
+def test_a_hundred_folders_take_seconds_each_fraction_of_one(folder):
+    import time
+
+    began = time.process_time()
+    rules.checks(rules.read_entry(folder))
+    assert time.process_time() - began < 2.0
