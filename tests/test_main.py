@@ -430,7 +430,7 @@ def test_gpus_train_over_nccl(tiny, script):
         {"GPTQ_ENABLED": "1", "COMPLEMENT_ALPHA": "0.5", "PROG_SEQ_ENABLED": "1", "PROG_SEQ_LENS": "16,16"},
         {"NGRAM_SCORE": "exact,normalized,claimed", "NGRAM_TABLE": "pr1095,exact", "TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "256"},
         {"COMPILE": "1", "TTT_ENABLED": "1", "TTT_RESET": "document", "NGRAM_SCORE": "exact"},
-        {"TARGET_BYTES": "150000", "CODE_FORM": "packed", "NGRAM_SCORE": "exact", "NGRAM_MIX": "tilt"},
+        {"TARGET_BYTES": "150000", "CODE_FORM": "packed", "NGRAM_SCORE": "exact", "NGRAM_TILT_ENABLED": "1"},
     ],
 )  # fmt: skip
 def test_a_gpu_trains_packs_and_scores(tiny, script, changes):
