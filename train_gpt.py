@@ -3691,7 +3691,7 @@ class WeightAverage:
         return f"{1 - self.cfg.swa_blend:g} {name} + {self.cfg.swa_blend:g} swa({self.swa_n})" if self.swa else name
 
     def state_dict(self) -> dict[str, Any]:
-        return {"emas": self.emas, "swa": self.swa, "swa_n": self.swa_n}
+        return {"emas": {**self.emas}, "swa": self.swa, "swa_n": self.swa_n}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         move = lambda ts: [t.to(p.device, copy=True) for t, p in zip(ts, self.params, strict=False)]  # noqa: E731
