@@ -715,7 +715,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr1095", "NGRAM_TABLE": "pr1095",
         **_INT8, "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
-    # #2135, but for the mask on BOS (always on) and the coding of weights: one step a tensor fills the limit, entropy coded.
+    # #2135, but for the mask on BOS (always on) and the coding of weights: one step a tensor fills the limit, trellis paths.
     "frontier": {
         **_SEQ_2048, "VOCAB_SIZE": 8192, "NUM_LAYERS": 11, "MLP_MULT": 4.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1,
         "ROPE_DIMS": 16, "LN_SCALE": "in", "QK_GAIN_INIT": 5.0, "LINEAR_INIT": "orthogonal", "ASYM_LOGIT_RESCALE": True,
@@ -727,7 +727,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "GRAD_CLIP_NORM": 0.3, "WARMDOWN_FRAC": 0.85, "MIN_LR": 0.1, "EMA_DECAY": 0.9965, "VAL_LOSS_EVERY": 0,
         "TRAIN_LOG_EVERY": 500, "EVAL_SEQ_LEN": 2560, "EVAL_STRIDE": 64, "TARGET_BYTES": 16_000_000,
         "EMBED_BITS": 7, "CONTROL_BITS": 16, "QUANT_CLIP": "sigma", "QUANT_MIN_NUMEL": 65536, "GPTQ_ENABLED": True,
-        "GPTQ_N_SAMPLES": 1536,
+        "GPTQ_N_SAMPLES": 1536, "QUANT_TRELLIS": 8,
     },
 }  # fmt: skip
 BEST_GPU_RECIPE = "pr187"
@@ -865,8 +865,6 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "MATRIX_BITS": renamed("ATTN_BITS", "MLP_BITS"),
         "GPTQ_DAMP": renamed("GPTQ_PERCDAMP"),
         "FULL_GPTQ": renamed("GPTQ_ENABLED"),
-        "GPTQ_CALIBRATION_BATCHES": computed(lambda v: {"GPTQ_N_SAMPLES": int(v * 48)}),  # of 98,304 tokens, 2,048 each
-        "GPTQ_CALIBRATION_MODE": mapped("GPTQ_CALIBRATION", {"random": "train"}),
         "LQER_ENABLED": switch({"LQER_TOP_K": 3}, {"LQER_TOP_K": 0}),
         "PRUNE_PCT": renamed("PRUNE_FRAC"),
         "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact"}, {"NGRAM_SCORE": "off"}),
