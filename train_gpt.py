@@ -6,6 +6,7 @@
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
     MODE=audit ARTIFACT=logs/run.pgz python train_gpt.py           is that score a code length?
     python train_gpt.py --help | --dump-config | --toc
+    python tools/codec.py --help                                   also sample, explain: what an artifact is good for; plan
 
 Every knob is an environment variable, declared once in section 1. The file is ordered as data flows; a name is used only
 below its definition, so a reader can stop anywhere and have understood all above.
@@ -914,6 +915,11 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "VAL_DOC_FRACTION": only("1", "VAL_TOKENS scores a prefix of the text"),
         "EVAL_INCLUDE_TAIL": mapped("VAL_DROP_TAIL", {"0": "1", "1": "0"}),
         "ALIAS_PREV_SMEAR_SCALE": only("1", "no shards here have fused case markers"),
+        "TTT_LORA_EMA_DECAY": only("0", "no published run scored with an average of a document's LoRA"),
+        "TTT_UPDATE_EVERY": only("1", "every scored chunk is learned"),
+        "TTT_EVAL_BATCHES": only("", "VAL_TOKENS scores a prefix of the text"),
+        **{name: only(value, "hints that look at the target's own word or pieces are no prediction")
+           for name, value in (("WITHIN_TAU", "99"), ("WITHIN_BOOST", "0"), ("WORD_TAU", "99"), ("WORD_BOOST", "0"), ("AGREE_ADD_BOOST", "0"))},
     },
 }  # fmt: skip
 
@@ -947,6 +953,9 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "FUSED_CE_ENABLED": "the loss is the same; the device decides what computes it",
         "MUON_HUBER_DELTA": "belongs to MUON_HUBER_WD",
         "PERGROUP_ROUNDTRIP_CHECK": "every artifact is read back before it is scored",
+        "TTT_SHORT_DOC_LEN": "TTT_SHORT_SCORE_FIRST_STEPS holds the lengths",
+        "TTT_SHORT_CHUNK_SIZE": "TTT_SHORT_SCORE_FIRST_STEPS holds the chunks",
+        "TRAIN_SEQ_SCHEDULE_MODE": "the schedule always follows the share of the budget",
         "COMPILE_SHAPE_WARMUP": "priming always runs every shape of the training, before the clock",
     },
     "pr1095": {
@@ -989,7 +998,7 @@ ELSEWHERE = {name: ours for ours, names in {
     "TRAIN_SEQ_LEN": "SEQ_LEN MAX_SEQ_LEN SEQUENCE_LENGTH BLOCK_SIZE CONTEXT_LENGTH",
     "MODEL_DIM": "DIM D_MODEL HIDDEN_SIZE HIDDEN_DIM N_EMBD EMBED_DIM", "NUM_LAYERS": "LAYERS N_LAYER N_LAYERS DEPTH",
     "NUM_HEADS": "HEADS N_HEAD N_HEADS", "MUON_MOMENTUM": "MOMENTUM", "GRAD_CLIP_NORM": "GRAD_CLIP MAX_GRAD_NORM",
-    "TRAIN_DTYPE": "DTYPE PRECISION BF16 FP16 AMP", "SEED": "RANDOM_SEED", "DATA_PATH": "DATA DATASET DATA_DIR DATASET_PATH",
+    "TRAIN_DTYPE": "DTYPE PRECISION BF16 FP16 AMP", "SEED": "RANDOM_SEED", "DATA_PATH": "DATA DATASET DATASET_PATH",
     "TOKENIZER_PATH": "TOKENIZER", "LOG_DIR": "OUT_DIR OUTPUT_DIR", "RUN_ID": "RUN_NAME EXPERIMENT EXPERIMENT_NAME",
     "RESUME": "CHECKPOINT CHECKPOINT_PATH RESUME_FROM", "CHECKPOINT_EVERY": "SAVE_EVERY SAVE_INTERVAL SAVE_STEPS",
     "VAL_LOSS_EVERY": "EVAL_EVERY EVAL_INTERVAL EVAL_STEPS", "TRAIN_LOG_EVERY": "LOG_EVERY LOG_INTERVAL LOGGING_STEPS",
@@ -2169,7 +2178,7 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
 
 # ==== 4 MODEL =========================================================================================================
 # Shapes: B sequences, T positions, D model width, H query heads, G key/value heads, K head width, V vocabulary, R C rows
-# and columns of a matrix. A parameter is tagged at birth: `role` routes it to its optimizer, `store` to its storage.
+# and columns of a matrix. Every parameter is made with two tags: `role` is its optimizer group, `store` how it is stored.
 
 
 class Ctx(NamedTuple):
@@ -2194,12 +2203,12 @@ def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Para
 
 
 def vector(*shape: int, value: float = 0.0) -> nn.Parameter:
-    """A constant control parameter: fp32, scalar Adam, kept in high precision."""
+    """A new control parameter of this shape, all `value`: fp32, trained by Adam at SCALAR_LR, stored in CONTROL_BITS."""
     return tag(nn.Parameter(torch.full(shape, value)), "scalar", "control")
 
 
 class UnitRMS(torch.autograd.Function):
-    """`rms_norm` on a CPU, where PyTorch composes it of six passes with as many saved tensors; this keeps y and 1 / rms."""
+    """x (..., D) -> x / rms(x), for `rms_norm` on a CPU: saves y and 1 / rms, where PyTorch's own saves six tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -2220,12 +2229,12 @@ class UnitRMS(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, no learned weight; eps is fp32's, also in bf16, whose own .0078 would swallow embeddings."""
+    """x / rms(x) over the last axis, no learned weight. eps is fp32's in every dtype: bf16's, .0078, exceeds the embeddings' mean square."""
     return UnitRMS.apply(x) if x.device.type in ("cpu", "meta") else F.rms_norm(x, (x.shape[-1],))
 
 
 def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
-    """Fill in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
+    """Fill the matrix in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
     if how == "zero":
         nn.init.zeros_(w_RC)
     elif how == "normal":
@@ -2238,7 +2247,7 @@ def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the fp32 master is cast to x's dtype at use. `site` names the projection to taps and LoRA."""
+    """y = x W^T without bias; W is kept in fp32 and cast to x's dtype. Taps and LoRA find the projection by its `site`."""
 
     def __init__(self, site: str, d_in: int, d_out: int, store: str, init: str, gain: float = 1.0,
                  role: str = "matrix", lr_mult: float = 1.0) -> None:  # fmt: skip
@@ -2259,7 +2268,7 @@ class Linear(nn.Module):
 
 
 def random_words(seed: int, n: int) -> np.ndarray:
-    """n uint64 of the SplitMix64 sequence from `seed`: integer arithmetic only, the same everywhere."""
+    """The first n uint64 of the SplitMix64 sequence of `seed`: integer arithmetic, so equal on every machine."""
     z = np.uint64(seed % 2**64) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -2306,8 +2315,8 @@ class AdapterLinear(Linear):
     """W = base + B A: a frozen random orthogonal base that is never stored, and a trained rank-r adapter (#1095).
 
     base = Q[:out, :in] / sqrt(in), so all its singular values are 1/sqrt(in). A ~ N(0, 1/in); B = 0 starts at the base
-    (published: N(0, 1/r) on q, kv and up, which swamps it). Masters are fp32. What is stored is A and B, never W, so QAT
-    leaves W alone.
+    (published: N(0, 1/r) on q, kv and up, much larger than the base). A and B are kept in fp32. They are what is stored, not
+    W, so QAT does not round W.
     """
 
     def __init__(self, cfg: Config, layer: int, kind: str, site: str, d_in: int, d_out: int, lr_mult: float) -> None:
@@ -2499,7 +2508,7 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionK
     return "sdpa", attend_sdpa
 
 
-# ---- what may act on the heads
+# ---- operations on the heads' outputs
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, share_H: Tensor | None = None) -> Tensor:
@@ -2528,15 +2537,15 @@ class GatedXsa(nn.Module):
         return exclude_self(y_BTHK, v_BTGK, torch.tanh(self.alpha_H).to(y_BTHK.dtype))
 
 
-def own_value_exclusion(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """What this block does with its own value in the attention's output: nothing, XSA, or gated XSA."""
+def choose_xsa(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """(attention output, values) -> attention output, for this block: unchanged, XSA, or gated XSA."""
     if layer not in cfg.xsa_layers:
         return lambda y, v: y  # noqa: ARG005
     return GatedXsa(cfg) if cfg.xsa_gated else exclude_self
 
 
 class NoGate(nn.Module):
-    """Leaves the heads alone."""
+    """Returns the heads' outputs unchanged."""
 
     def __init__(self, cfg: Config) -> None:  # noqa: ARG002
         super().__init__()
@@ -2586,7 +2595,7 @@ ATTN_GATES = {"none": NoGate, "input": InputGate, "scalar": ScalarGate, "sparse"
 
 
 class NoValueResidual(nn.Module):
-    """Keeps each block's own values."""
+    """Returns each block's own values unchanged."""
 
     def forward(self, v: Tensor, v0: Tensor) -> Tensor:  # noqa: ARG002
         return v
@@ -2619,7 +2628,7 @@ VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": SoftmaxValueResidual, "si
 
 
 class Embedding(nn.Module):
-    """Rows of a table; the fp32 master is cast to the compute dtype after the lookup."""
+    """ids (...) -> rows of the table (..., dim) in the compute dtype; the table itself is kept in fp32."""
 
     def __init__(self, rows: int, dim: int, std: float, role: str, store: str) -> None:
         super().__init__()
@@ -2743,7 +2752,7 @@ class ValueEmbedding(nn.Module):
 
 
 class Stream(NamedTuple):
-    """What every block of one forward pass shares."""
+    """Inputs that are the same for every block of one forward pass."""
 
     x0_BTD: Tensor  # the embedding stream
     rope_2TC: Tensor  # cosines and sines of these positions
@@ -2766,7 +2775,7 @@ class Attention(nn.Module):
         self.q_gain_H = vector(cfg.num_heads, value=cfg.qk_gain_init)
         self.gate = ATTN_GATES[cfg.attn_gate](cfg)
         self.value_residual = VALUE_RESIDUALS[cfg.value_residual if layer else "none"]()
-        self.exclude_self = own_value_exclusion(cfg, layer)
+        self.exclude_self = choose_xsa(cfg, layer)
         self.attend = attend_sdpa
 
     def heads(self, x_BTD: Tensor) -> Tensor:
@@ -2979,7 +2988,7 @@ class AsymSoftcap(Softcap):
 class KVCache:
     """Keys and values of earlier positions for each pass through a block of the longest plan, the last token and embedding.
 
-    B sequences of the same length in lockstep; `limit` positions at most. `length` counts those already seen.
+    B sequences of equal length, at most `limit` positions each, that advance together. `length` is the positions so far.
     """
 
     def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -3161,10 +3170,10 @@ def flops_per_token(model: GPT, seq_len: int, plan: list[Step] | None = None) ->
 
 # ==== 5 OPTIMIZER =====================================================================================================
 #
-# Matrices learn by Muon, everything else by AdamW. Nothing wraps the model: after backward a gradient holds this rank's
-# part of the sum. One step (a) starts every reduction, (b) lets Adam work while the matrices are still on their way,
-# (c) orthogonalises each matrix on the one rank that owns it, (d) applies a bank's updates while the next computes.
-# One process is the same code in a world of one rank, where nothing travels.
+# Muon trains the matrices, AdamW everything else. No wrapper around the model: after backward each gradient is this rank's
+# part of the sum. A step (a) starts all reductions, (b) runs AdamW while the matrices' gradients are being reduced,
+# (c) orthogonalises each matrix on the rank that owns it, (d) applies one bank's updates while the next bank computes.
+# One process runs the same code with a world of one rank and no communication.
 
 # PyTorch renamed these; FlashAttention's wheels often lag behind its newest version.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -3213,29 +3222,29 @@ def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> flo
 
 
 def copy_grads(params: list[nn.Parameter], places: list[Tensor]) -> None:
-    """Copies each gradient to its place; a parameter that this rank's loss did not touch counts as zeros."""
+    """Copies each parameter's gradient into its tensor of `places`; a parameter without a gradient gives zeros."""
     torch._foreach_copy_(places, [torch.zeros_like(p) if p.grad is None else p.grad for p in params])
 
 
 class Collective:
-    """Parameters with a collective under way: their gradients, or updates, travel between the ranks."""
+    """Parameters and at most one collective operation on them in flight: reducing gradients or gathering updates."""
 
     work: Any = None
 
     def wait(self) -> None:
-        """Returns (on a GPU: lets the stream go on) when the last reduction or gathering is complete."""
+        """Waits until the operation in flight, if any, is complete; on a GPU only the CUDA stream waits."""
         if self.work is not None:
             self.work.wait()
             self.work = None
 
 
 class MatrixBank(Collective):
-    """Muon for matrices of one shape (R, C), stacked and dealt out whole: rank r owns slots r*share .. (r+1)*share.
+    """Muon for all matrices of one shape (R, C), stacked; rank r owns the whole matrices in slots r*share .. (r+1)*share.
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
     never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
-    `dtype` is that of the Newton-Schulz products; rows are normalised and coefficients chosen as the knobs say. Gradients are reduced in fp32 and updates return in the dtype they were
-    made in, so the way costs no accuracy.
+    `dtype` is that of the Newton-Schulz products. Gradients are reduced in fp32 and updates return in the dtype they were
+    computed in, so communication loses no accuracy.
     """
 
     def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype, cfg: Config):
@@ -3297,7 +3306,7 @@ class MatrixBank(Collective):
 
 
 class SmallParameters(Collective):
-    """AdamW for all that is no matrix: gradients travel in one flat fp32 buffer, every rank makes the same step."""
+    """AdamW for every parameter that is not a matrix: one flat fp32 buffer of gradients is reduced; all ranks step alike."""
 
     def __init__(self, named: dict[str, nn.Parameter], rates: dict[str, float], cfg: Config, run: Run):
         self.names, self.params, self.run = list(named), list(named.values()), run
@@ -3366,7 +3375,8 @@ class Optimizers:
                 shapes.setdefault(p.shape, {})[name] = p
         missing = trainable.keys() - small.keys() - {name for named in shapes.values() for name in named}
         assert not missing, f"no optimizer owns {sorted(missing)}"
-        # Biggest first: the longest transfers start earliest, and nothing hides the gathering of the last bank.
+        # Largest first: the longest reductions start earliest, and the gathering of the last bank, which overlaps with
+        # no computation, is the shortest.
         banks = sorted(shapes.values(), key=lambda named: -sum(p.numel() for p in named.values()))
         self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device), cfg) for named in banks]
         self.small = SmallParameters(small, rates, cfg, run)
@@ -3379,7 +3389,7 @@ class Optimizers:
             # Published: each rank clips the gradient of its own mean, which is `world` times its part of the whole mean.
             params = [p for part in (self.small, *self.banks) for p in part.params]
             nn.utils.clip_grad_norm_(params, cfg.grad_clip_norm / self.run.world)
-        self.small.reduce()  # first in the queue: Adam then works while the matrices travel
+        self.small.reduce()  # first, so that AdamW runs while the matrices' gradients are being reduced
         for bank in self.banks:
             bank.reduce()
         if cfg.grad_clip_norm > 0 and not cfg.grad_clip_local:
@@ -3408,7 +3418,7 @@ class Optimizers:
         return norm
 
     def zero_grad(self) -> None:
-        """Forgets every gradient."""
+        """Sets every gradient to None."""
         for part in (self.small, *self.banks):
             for p in part.params:
                 p.grad = None
@@ -3446,18 +3456,8 @@ def budget_frac(cfg: Config, step: int, elapsed: float, budget: float) -> float:
     return min(max(by_time, by_steps), 1.0)
 
 
-def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
-    """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
-
-    warmdown: flat, then linear to 0 over the last WARMDOWN_FRAC of the budget; without it over the last WARMDOWN_ITERS steps
-    or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
-    wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
-    """
-    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
-
-
 def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
-    """`lr_scale` without its floor."""
+    """The learning-rate scale of `lr_scale` without its floor MIN_LR."""
     frac = budget_frac(cfg, step, elapsed, budget)
     if cfg.lr_schedule == "wsd":
         p = (frac - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
@@ -3470,6 +3470,16 @@ def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> floa
     if budget and step and elapsed:
         left = min(left, (budget - elapsed) / (cfg.warmdown_iters * elapsed / step))
     return min(max(left, 0.0), 1.0)
+
+
+def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
+    """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
+
+    warmdown: flat, then linear to 0 over the last WARMDOWN_FRAC of the budget; without it over the last WARMDOWN_ITERS steps
+    or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
+    wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
+    """
+    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
 
 
 def seq_len_at(cfg: Config, frac: float) -> int:
@@ -3789,7 +3799,7 @@ class Checkpoints:
             if self.run.rank == 0:
                 cells = {n: torch.from_numpy(c.astype(np.int32)) for n, c in (result.cells or {}).items()}
                 state = {"model": model.state_dict(), "step": result.steps, "average": {}, "position": stream.position,
-                         "elapsed": result.seconds, "finished": {**result._asdict(), "cells": cells}}  # fmt: skip
+                         "elapsed": result.seconds, "looped": model.looped, "finished": {**result._asdict(), "cells": cells}}  # fmt: skip
                 path = self.folder / "trained.pt"
                 try:
                     self.write(path, state)
@@ -4268,7 +4278,12 @@ class TrainingLoop:
             return
         path = self.run.log_path.with_suffix(".trace.json")
         try:
+            path.unlink(missing_ok=True)
             self.profiler.export_chrome_trace(str(path))
+            with open(path, "rb") as f:  # torch does not tell when a trace could not be written
+                f.seek(-8, os.SEEK_END)
+                if not f.read().rstrip().endswith(b"}"):
+                    raise OSError("it is not complete")
         except (OSError, RuntimeError) as e:
             self.run.report_lost("trace", f"{path} ({e})")
             return
@@ -4284,6 +4299,7 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
     """
     if resumed is not None and "finished" in resumed:
         model.load_state_dict(resumed["model"])
+        model.set_looped(resumed["looped"])
         stream.position, run.training_began = resumed["position"], True
         run.notice(f"{resumed['path']} is the result of a whole training; it is packed and scored as it is")
         result = TrainResult(**resumed["finished"])
@@ -4618,7 +4634,7 @@ def gptq(
 MIN_TRELLIS_ROWS, MAX_TRELLIS_COLUMNS = 16, 1 << 16  # a vector's codes stay independent: all rows take a column at once
 PATHS_AT_ONCE = {"cpu": 2048, "cuda": 65536}  # rows that are searched together
 RATE_PRICE = 0.45  # squared error, in steps^2, that a bit is worth: flat from 0.3 to 0.6 at 2 bits and more
-COLUMN_RANGE = 32  # steps of columns differ by up to 4 octaves from a tensor's
+COLUMN_RANGE = (-16, 32)  # steps of columns are up to 2 octaves finer than a tensor's, or 4 coarser: codes have 8 bits
 
 
 def next_state(state: Any, code: Any, states: int) -> Any:
@@ -4666,14 +4682,14 @@ def column_steps(weight_C: Tensor) -> Tensor:
     water-filling. The product of the weights is det H, whatever the order of columns.
     """
     octaves_C = -0.5 * weight_C.double().log2()
-    return (8 * (octaves_C - octaves_C.mean())).round().clamp(-COLUMN_RANGE, COLUMN_RANGE).to(torch.int8)
+    return (8 * (octaves_C - octaves_C.mean())).round().clamp(*COLUMN_RANGE).to(torch.int8)
 
 
 class TrellisSearch:
     """Viterbi search for the paths of N matrices of R rows through a trellis of S states, each survivor with its own weights.
 
     `x_NCR` are weights in steps, columns first. A column costs its squared error times `weight_NC`, and RATE_PRICE times the
-    bits of its code, taken from a Gaussian of the row's and the column's power. A code's error moves the columns after it
+    bits of its code, taken from a Gaussian of the row's and the column's power (`power_NC`, of all rows). A code's error moves the columns after it
     by `moves_NCC` (None: not at all). Errors of the last DELAY columns are kept for every survivor. Those before are the
     best survivor's, and survivors of another past are dropped: 5 times a trellis' memory decides it.
     """
@@ -4681,12 +4697,11 @@ class TrellisSearch:
     BLOCK, DELAY = 16, 32  # columns
     DROPPED = 1e30  # cost of a path that is out
 
-    def __init__(self, x_NCR: Tensor, moves_NCC: Tensor | None, weight_NC: Tensor, states: int):
+    def __init__(self, x_NCR: Tensor, moves_NCC: Tensor | None, weight_NC: Tensor, power_NC: Tensor, states: int):
         self.x_NCR, self.moves_NCC, self.states = x_NCR.clone(), moves_NCC, states
         n, columns, rows = x_NCR.shape
-        power_NCR = x_NCR.square()
-        power_NC = power_NCR.mean(dim=2) + 0.1
-        power_NR = (power_NCR / power_NC[:, :, None]).mean(dim=1) + 0.1
+        power_NC = power_NC + 0.1
+        power_NR = (x_NCR.square() / power_NC[:, :, None]).mean(dim=1) + 0.1
         bit_price = RATE_PRICE / (2 * math.log(2))
         self.price_NCR = ((bit_price / (power_NC * weight_NC))[:, :, None], power_NR.reciprocal()[:, None])
         self.ratio_NC = torch.cat([torch.ones_like(weight_NC[:, :1]), weight_NC[:, :-1] / weight_NC[:, 1:]], dim=1)
@@ -4783,13 +4798,19 @@ class TrellisSearch:
 
 
 @torch.no_grad()
-def trellis_codes(x_NRC: Tensor, spreads: list[ErrorSpread] | None, states: int) -> Tensor:
-    """Codes (N, R, C) int8 of N equal shapes in steps, paths through a trellis; `spreads` turn the search into GPTQ's."""
+def trellis_codes(
+    x_NRC: Tensor, spreads: list[ErrorSpread] | None, states: int, power_NC: Tensor | None = None
+) -> Tensor:
+    """Codes (N, R, C) int8 of N equal shapes in steps, paths through a trellis; `spreads` turn the search into GPTQ's.
+
+    `power_NC` are mean squares of columns, where these rows are only a part.
+    """
     n, _, columns = x_NRC.shape
     moves, weights = None, x_NRC.new_ones(n, columns)
     if spreads is not None:
         moves, weights = torch.stack([s.moves_CC for s in spreads]), torch.stack([s.weight_C for s in spreads])
-    return TrellisSearch(x_NRC.transpose(1, 2), moves, weights, states).codes().transpose(1, 2).contiguous()
+    power_NC = x_NRC.square().mean(dim=1) if power_NC is None else power_NC
+    return TrellisSearch(x_NRC.transpose(1, 2), moves, weights, power_NC, states).codes().transpose(1, 2).contiguous()
 
 
 # ---- calibration
@@ -4951,9 +4972,10 @@ def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
         ]
 
     def search(members: list[int], rows: slice) -> None:
-        steps = torch.stack([items[i].w_RC[rows] / items[i].scale_R[rows].float()[:, None] for i in members])
-        spreads = [items[i].spread for i in members]
-        found = trellis_codes(steps, None if spreads[0] is None else spreads, items[members[0]].states)
+        steps = torch.stack([items[i].w_RC / items[i].scale_R.float()[:, None] for i in members])
+        spreads, power_NC = [items[i].spread for i in members], steps.square().mean(dim=1)
+        known = None if spreads[0] is None else spreads
+        found = trellis_codes(steps[:, rows], known, items[members[0]].states, power_NC)
         for i, codes_RC in zip(members, found, strict=True):
             codes[i][rows] = codes_RC
 
@@ -5054,7 +5076,8 @@ def awq_groups(policy: Policy, inputs: Inputs) -> dict[str, Tensor]:
     finer: dict[str, Tensor] = {}
     for _, name, lo in sorted(ranked, reverse=True)[: cfg.awq_lite_group_top_k]:
         refined_C = finer.setdefault(name, torch.zeros_like(inputs.moments[name][0], dtype=torch.int8))
-        refined_C[lo : lo + cfg.awq_lite_group_size] = 8 * (cfg.awq_lite_bits - policy.bits(name))
+        octaves = cfg.awq_lite_bits - policy.bits(name) - (cfg.quant_trellis > 0)  # whose steps are halved already
+        refined_C[lo : lo + cfg.awq_lite_group_size] = 8 * octaves
     return finer
 
 
@@ -5062,6 +5085,12 @@ def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
     """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
     rows, columns = rows_and_columns(shape)
     return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
+
+
+def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor) -> Tensor:
+    """fp16 steps (R,), widened where a row's largest weight would not fit 8 bits."""
+    top = largest_code(8)
+    return row_scale(torch.maximum(step * row_factor_R * top, w_RC.abs().amax(dim=1)), top)
 
 
 def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor | None) -> TensorToCode:
@@ -5072,15 +5101,12 @@ def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor
     states = trellis_states(cfg, w.shape)
     columns_C, hessian = inputs.columns(name, states), inputs.moments[name]
     if chosen is None:
-        even_RC = (
-            w_RC
-            if columns_C is None
-            else w_RC / octave_eighths(inputs.columns(name, states) + inputs.finer.get(name, 0))
-        )
-        chosen = clipped_scale(even_RC, bits, policy.clip(name))
-        chosen = (
-            (chosen.float() / 2).clamp_min(SCALE_EPS).half() if states else chosen
-        )  # what one state sees is a step of 2
+        base_C = None if columns_C is None else columns_C + inputs.finer.get(name, 0)
+        chosen = clipped_scale(w_RC if base_C is None else w_RC / octave_eighths(base_C), bits, policy.clip(name))
+        if states:  # a state sees every second code
+            chosen = (chosen.float() / 2).clamp_min(SCALE_EPS).half()
+        if columns_C is not None:
+            chosen = steps_by_row(w_RC / octave_eighths(columns_C), 1.0, chosen.float())
         bits = 8 if states or columns_C is not None else bits
     else:
         bits = 8
@@ -6235,12 +6261,6 @@ def row_factors(fisher_R: Tensor) -> Tensor:
     importance_R = fisher_R + 0.02 * fisher_R.mean() + 1e-30
     octaves_R = -0.5 * torch.log2(importance_R / importance_R.log().mean().exp())
     return torch.exp2((2 * octaves_R).round().clamp(-4, 4) / 2)
-
-
-def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor) -> Tensor:
-    """fp16 steps (R,), widened where a row's largest weight would not fit 8 bits."""
-    top = largest_code(8)
-    return row_scale(torch.maximum(step * row_factor_R * top, w_RC.abs().amax(dim=1)), top)
 
 
 def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states: int = 0) -> Curve:
@@ -8051,10 +8071,6 @@ class PackedTable:
     def follower_rows(self, k: int, row: int) -> slice:
         """Rows, in the next level, of the tokens that followed a context of k tokens."""
         return slice(*self.starts[k][row : row + 2].tolist()) if row >= 0 else slice(0, 0)
-
-    def followers(self, contexts: list[int]) -> Tensor:
-        """Tokens that were packed after the last token: those packed after a longer context are among them."""
-        return self.tokens[1][self.follower_rows(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
 
     def stats_of(self, contexts: list[int], tokens: Tensor) -> NgramStats:
         """Statistics of one target for each of `tokens`, (order, n); -1 stands for a token that never followed."""

@@ -1,11 +1,12 @@
 """Bytes for the same codes against byte compressors, quantisation gap against bytes, seconds of pack, unpack and GPTQ.
 
-    python benchmarks/artifact.py [--weights logs/weights.pgz] [--data FOLDER] [--seconds 600] [--parts bytes gap speed]
+    python benchmarks/artifact.py [--weights logs/weights.pgz] [--data FOLDER] [--seconds 600] [--parts bytes error gap speed]
 
 Without a file at --weights it trains the `cpu` recipe for --seconds first and keeps the weights there in fp32. --data holds
 shards and their tokenizer (default: the shipped sample): training and calibration read its training split, gaps are
 measured on its validation split and choose nothing. Codes go to the byte compressors as row-major int8, and to lrzip also
-with rows sorted by similarity, the permutation counted.
+with rows sorted by similarity, the permutation counted. `error` compares Hessian-weighted error at equal bytes of the file,
+independent codes against trellises, and the bytes of both and of the compressors at equal error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import importlib.util
 import lzma
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -205,6 +207,60 @@ def compare_gaps(subject: Subject) -> None:
               f"{gaps[1] / gaps[0]:.3f} {gaps[2] / gaps[0]:.3f}   budget {budget.spent / size:.2%} in {packs} packs, {seconds:.1f}s", flush=True)  # fmt: skip
 
 
+# ---- error at equal bytes, bytes at equal error
+
+
+def weighted_error(named: dict, stored: dict[str, tg.QuantizedTensor], moments: dict) -> float:
+    """tr(E H E^T) over all tensors whose inputs were seen."""
+    total = 0.0
+    for name, h_CC in moments.items():
+        if h_CC is not None and stored[name].codes is not None:
+            error_RC = (tg.dequantize(stored[name]) - named[name]).reshape(stored[name].codes.shape).double()
+            total += float((error_RC @ h_CC.double() * error_RC).sum())
+    return total
+
+
+def compare_errors(subject: Subject, rates: tuple[float, ...] = (3.0, 3.5, 4.0, 4.5)) -> None:
+    """At equal bytes of the file, filled by the byte budget: error and gap of 4 and 8 states against independent codes."""
+    cfg = dataclasses.replace(subject.cfg, gptq_enabled=True, target_bytes=1)
+    calibration = tg.calibrate(cfg, RUN, subject.model, tg.calibration_inputs(cfg, RUN, subject.model, subject.stream))
+    moments = tg.Inputs(cfg, subject.named, calibration.hessians).moments
+    policy, before = tg.Policy(cfg, subject.named, subject.store), subject.bpb(subject.named)
+    coded = sum(w.numel() for n, w in subject.named.items() if policy.bits(n) <= 8)
+    for rate in rates:
+        plain = None
+        for states in (0, 4, 8):
+            aim = dataclasses.replace(cfg, target_bytes=int(coded * rate / 8) + 6000, quant_trellis=states)
+            budget, seconds, packs = timed_budget(aim, subject.named, subject.store, calibration)
+            found = weighted_error(subject.named, budget.stored, moments), subject.gap(budget.stored, before)
+            plain = plain or found
+            print(f"{rate} bits, {states} states: {budget.spent:,} bytes, {aim.target_bytes - budget.spent:,} left; error "
+                  f"{10 * np.log10(found[0] / plain[0]):+.2f} dB, gap {found[1]:+.6f} ({found[1] / plain[1]:.3f}); "
+                  f"{packs} packs, {seconds:.1f}s", flush=True)  # fmt: skip
+
+
+def compare_at_equal_error(states: int = 8, shape: tuple[int, int] = (1024, 512)) -> None:
+    """Bytes of Gaussian weights without Hessians: paths in our stream, independent codes of the same error in all others."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.rand(shape[1]).add(0.5)
+    codes = tg.trellis_codes((w / 0.2)[None], None, states)[0]
+    goal, step = float((codes * 0.2 - w).square().mean()), 0.4
+    for _ in range(6):
+        uniform = (w / step).round().clamp(-127, 127).to(torch.int8)
+        step *= (goal / float((uniform * step - w).square().mean())) ** 0.5
+    ours, raw = len(tg.encode_paths([codes.numpy()], states)), uniform.numpy().tobytes()
+    others = {"our stream of independent codes": len(tg.encode_codes([uniform.numpy()])), "zstd-22": len(tg.zstd_pack(raw, 22)),
+              "lzma-9e": len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))}  # fmt: skip
+    if importlib.util.find_spec("brotli"):
+        import brotli
+
+        others["brotli-11"] = len(brotli.compress(raw, quality=11))
+    if shutil.which("lrzip"):
+        others["lrzip -z -L9"] = lrzip_bytes(raw)
+    print(f"equal error, {w.numel():,} weights: {states} states {ours:,} bytes = {8 * ours / w.numel():.4f} bits each")
+    for name, size in others.items():
+        print(f"  {name:<32} {size:>10,} bytes {8 * size / w.numel():.4f} bits   ours / it: {ours / size:.4f}")
+
+
 # ---- speed
 
 
@@ -267,6 +323,32 @@ def time_gptq(recipe: str) -> None:
     )
 
 
+def time_trellis(shapes: dict[str, torch.Size], store: dict[str, str], states: int = 8) -> None:
+    """Seconds to encode and decode 36 M weights as trellis paths inside GPTQ, as one file."""
+    cfg = tg.Config(quant_clip="sigma", control_bits=16, quant_trellis=states, gptq_enabled=True)
+    named, hessians = {n: torch.randn(shape) * 0.02 for n, shape in shapes.items()}, {}
+    for columns in {shape[1] for n, shape in shapes.items() if len(shape) == 2}:
+        x = torch.randn(2 * columns, columns)
+        shared = x.T @ x
+        hessians |= {
+            n.removesuffix(".weight"): shared.clone() for n, s in shapes.items() if len(s) == 2 and s[1] == columns
+        }
+    clock = lambda: np.array([time.perf_counter(), time.process_time()])  # noqa: E731
+    t0 = clock()
+    stored = tg.quantize(cfg, named, store, hessians)
+    t1 = clock()
+    blob = tg.pack(cfg, {}, stored)
+    t2 = clock()
+    tg.unpack(blob)
+    t3 = clock()
+    total, peak = sum(w.numel() for w in named.values()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    spans = "; ".join(
+        f"{what} {t[0]:.1f}s ({t[1]:.1f}s of CPU)"
+        for what, t in (("search", t1 - t0), ("pack", t2 - t1), ("unpack", t3 - t2))
+    )
+    print(f"{states} states, {total:,} weights, {len(blob):,} bytes: {spans}; peak memory {peak:.0f} MiB", flush=True)
+
+
 def measure_speed() -> None:
     """Pack and unpack of the baseline and of a 36 M shape (11 x 512, MLP 4x, 8,192 pieces), GPTQ of pr850."""
     _, shapes, store = shapes_of("baseline")
@@ -277,6 +359,7 @@ def measure_speed() -> None:
     shapes, store = {n: p.shape for n, p in large.named_parameters()}, {n: p.store for n, p in large.named_parameters()}
     time_packing("36 M", shapes, store)
     time_budget("36 M", shapes, store)
+    time_trellis(shapes, store)
     time_gptq("pr850")
 
 
@@ -285,7 +368,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("logs/weights.pgz"))
     parser.add_argument("--data", type=Path, default=tg.SAMPLE_DIR)
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--parts", nargs="+", choices=("bytes", "gap", "speed"), default=("bytes", "gap", "speed"))
+    parser.add_argument(
+        "--parts", nargs="+", choices=("bytes", "error", "gap", "speed"), default=("bytes", "error", "gap", "speed")
+    )
     args = parser.parse_args()
     if set(args.parts) != {"speed"}:
         if not args.weights.exists():
@@ -293,8 +378,12 @@ def main() -> None:
         subject = Subject(args.weights, args.data)
         if "bytes" in args.parts:
             compare_bytes(subject)
+        if "error" in args.parts:
+            compare_errors(subject)
         if "gap" in args.parts:
             compare_gaps(subject)
+    if "error" in args.parts:
+        compare_at_equal_error()
     if "speed" in args.parts:
         measure_speed()
 

@@ -185,13 +185,20 @@ def test_one_edit_is_one_insertion_deletion_substitution_or_swap():
 
 @pytest.mark.parametrize("name, knob", [
     ("MAX_WALLCLOCK_SECS", "MAX_WALLCLOCK_SECONDS"), ("num_layers", "NUM_LAYERS"), ("NGRAM_ALPHA_MIN", "NGRAM_ALPHA"), ("TTT_STEPS", "TTT_"),
-    ("ARTIFACT_DIR", "ARTIFACT"), ("DATA_DIR", "DATA_PATH"), ("LR", "MATRIX_LR"), ("LEARNING_RATE", "MATRIX_LR"), ("EPOCHS", "ITERATIONS"),
+    ("DATASET", "DATA_PATH"), ("LR", "MATRIX_LR"), ("LEARNING_RATE", "MATRIX_LR"), ("EPOCHS", "ITERATIONS"),
     ("BATCH_SIZE", "TRAIN_BATCH_TOKENS"), ("SEQ_LEN", "TRAIN_SEQ_LEN"), ("D_MODEL", "MODEL_DIM"), ("N_LAYER", "NUM_LAYERS"),
 ])  # fmt: skip
 def test_what_is_merely_alike_or_the_name_of_another_trainer_is_a_notice(name, knob):
     loaded = load(**BASE, **{name: "0.1"})
     assert loaded.cfg == load(**BASE).cfg
     assert [n for n in loaded.notices if n.startswith(f"{name} is no knob and is ignored (the nearest knob is {knob}")]
+
+
+@pytest.mark.parametrize("name", ["ARTIFACT_DIR", "DATA_DIR", "RUN_CONFIG"])
+def test_a_published_name_of_another_recipe_is_a_notice(name):
+    loaded = load(**BASE, **{name: "x"})
+    assert loaded.cfg == load(**BASE).cfg
+    assert loaded.notices == [f"{name} is a name of another recipe and is ignored with RECIPE=baseline"]
 
 
 def test_names_of_other_trainers_lead_to_knobs():

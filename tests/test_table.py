@@ -16,6 +16,7 @@ from test_ngram import VOCAB as SMALL
 from test_ngram import ToyNetwork, make_text, tiny_audit, walk
 
 import train_gpt as tg
+from tools.artifact import LaneTable
 
 # ---- #1095's hashed counts
 
@@ -232,7 +233,7 @@ def test_statistics_are_those_of_the_kept_grams(seed):
         whole = table.candidates(x, t)
         for column, values in zip(whole, stats, strict=True):
             assert torch.equal(column[:, int(x[t])], values[:, t - 1])
-        followers = table.followers(table.contexts(x, t), 1)
+        followers = LaneTable.followers(table, table.contexts(x, t))
         assert set(followers.tolist()) == set(whole.count[1].nonzero()[:, 0].tolist())
     assert torch.equal(table.span(x, 300, 310).count, stats.count[:, 299:309])
 
