@@ -54,6 +54,7 @@ import platform
 import re
 import shutil
 import signal
+import string
 import struct
 import sys
 import tempfile
@@ -1245,15 +1246,18 @@ def source_text() -> str:
 
 def knob_groups() -> dict[str, list[str]]:
     """Section -> its knobs, read from the `# ---- N NAME` comments inside Config, so that --help is always complete."""
-    groups: dict[str, list[str]] = {}
-    inside = False
-    for line in source_text().splitlines():
-        inside = (inside or line.startswith("class Config:")) and not line.startswith("    def ")
-        if inside and line.startswith("    # ---- "):
-            groups[line[11:]] = []
-        elif inside and groups and ": " in line and "= knob(" in line:
-            groups[list(groups)[-1]].append(line.split(":")[0].strip().upper())
-    return groups or {"knobs": list(FIELDS)}
+    groups: dict[str, list[str]] = {"knobs": []}
+    text = source_text().partition("\nclass Config:")[2]
+    for group, name in re.findall(
+        r"^ +# ---- (.*)|^ +(\w+): ?\w+ ?= ?knob\(|^ +def ", text.partition("\nclass ")[0], re.M
+    ):
+        if group:
+            groups[group] = []
+        elif name:
+            groups[list(groups)[-1]].append(name.upper())
+        else:
+            break
+    return {group: names for group, names in groups.items() if names} or {"knobs": list(FIELDS)}
 
 
 def describe_knobs() -> str:
@@ -1442,9 +1446,11 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 def tune_cpu(local_world: int) -> None:
     """Set threads, matmul precision and malloc for fp32 training on a CPU: about twice as fast; `local_world` processes share the cores."""
-    # torchrun sets OMP_NUM_THREADS=1 for several processes; share the cores instead.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // local_world))
+    if (
+        local_world > 1 or "OMP_NUM_THREADS" not in os.environ
+    ):  # for several processes torchrun sets it to 1: share the cores instead
+        torch.set_num_threads(max(1, cores // local_world))
     # Sends products to oneDNN, twice as fast as MKL on AVX-512 that is not Intel's; rounding stays that of fp32 but where
     # the CPU has bf16 tiles (AMX).
     torch.set_float32_matmul_precision("medium")
@@ -6689,7 +6695,7 @@ KEPT_COMMENTS = ("# ====", "# ---- ")  # --toc and --help read them
 
 
 def removable(source: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
-    """(where to begin cutting, where to end, what to put there) for docstrings and for annotations that nothing reads.
+    """(where to begin cutting, where to end, what to put there) for docstrings, texts of knobs, and annotations that nothing reads.
 
     A cut begins at the start of a docstring or at the end of an annotated name; for a function's result the first node is
     the annotation itself. Fields of classes keep theirs, and so do decorated functions: Triton reads them.
@@ -6698,6 +6704,8 @@ def removable(source: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
         body = getattr(node, "body", None)
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, False) is not None:
             yield body[0], body[0], "pass" if len(body) == 1 else ""
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "knob":
+            yield node.args[2], node.args[2], '""'
         if isinstance(node, ast.FunctionDef) and not node.decorator_list:
             args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
             yield from ((arg, arg.annotation, "") for arg in args if arg is not None and arg.annotation is not None)
@@ -6708,9 +6716,44 @@ def removable(source: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
                 yield child.target, child.annotation, ""
 
 
+def squeeze(source: str) -> str:
+    """The same tokens with the least white space: a statement a line, a space a level, no comments but banners; idempotent.
+
+    From Python 3.12 on the tokens of an f-string come one by one; it is copied as it stands.
+    """
+    lines, out, level, inside = source.splitlines(keepends=True), [], 0, 0
+    last = tokenize.TokenInfo(tokenize.NEWLINE, "\n", (1, 0), (1, 0), "")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]
+        level += (kind == "INDENT") - (kind == "DEDENT")
+        if inside or kind == "FSTRING_START":
+            inside += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+            if kind == "FSTRING_START" and inside == 1:
+                start = token.start
+            if inside:
+                continue
+            (top, left), (bottom, right) = start, token.end
+            text = lines[top - 1][left:right] if top == bottom else "".join(
+                [lines[top - 1][left:], *lines[top : bottom - 1], lines[bottom - 1][:right]])  # fmt: skip
+            token = token._replace(type=tokenize.STRING, string=text)
+        if kind == "COMMENT" and token.string.startswith(KEPT_COMMENTS):
+            out.append(" " * (token.start[1] > 0) + token.string + "\n")
+        elif kind == "NEWLINE":
+            out.append("\n")
+            last = token
+        elif kind not in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER"):
+            words = (last.type in (tokenize.NAME, tokenize.NUMBER, tokenize.STRING)
+                     and token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.STRING))  # fmt: skip
+            dotted = last.type == tokenize.NUMBER and token.string.startswith(".")
+            out.append(" " * level if last.type == tokenize.NEWLINE else " " if words or dotted else "")
+            out.append(token.string)
+            last = token
+    return "".join(out)
+
+
 def strip_source(source: str) -> str:
-    """The script without docstrings, comments, blank lines and most annotations, but for the banners and the first paragraph
-    of all; idempotent."""
+    """The script without docstrings, comments, texts of knobs, white space and most annotations, but for the banners and the first
+    paragraph of all; idempotent."""
     lines = source.splitlines(keepends=True)
     starts = list(itertools.accumulate(map(len, lines), initial=0))
     place = lambda row, column: starts[row - 1] + len(lines[row - 1].encode()[:column].decode())  # noqa: E731
@@ -6721,21 +6764,14 @@ def strip_source(source: str) -> str:
             begin += len(first.arg)
         elif first is not last:
             begin = place(first.end_lineno, first.end_col_offset)
-        elif not isinstance(first, ast.Expr):  # the result of a function, after its arrow
+        elif not put and not isinstance(first, ast.Expr):  # the result of a function, after its arrow
             begin = len(source[: source.rindex("->", 0, begin)].rstrip())
         cuts.append((begin, end, put))
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and not token.string.startswith(KEPT_COMMENTS):
-            begin = starts[token.start[0] - 1]
-            cuts.append((begin + len(token.line[: token.start[1]].rstrip()), begin + token.end[1], ""))
     text = source
     for begin, end, put in sorted(cuts, reverse=True):
         text = text[:begin] + put + text[end:]
-    blank = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline)
-             if t.type == tokenize.NL and not t.line.strip()}  # fmt: skip
     head = source.split("\n\n")[0].strip('"')
-    body = (line for row, line in enumerate(text.splitlines(keepends=True), 1) if row not in blank)
-    return f'"""{head}\n\n"""\n' + "".join(body)
+    return f'"""{head}\n\n"""\n' + squeeze(text)
 
 
 def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
@@ -6770,31 +6806,54 @@ def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
     return dict(zip(sorted(stored - kept, key=lambda name: (-uses[name], name)), free, strict=False))
 
 
-def shorten_locals(source: str) -> str:
-    """The same program with short names for the local variables of functions; idempotent. Parameters keep theirs."""
+def module_names(tree: ast.Module) -> set[str]:
+    """Functions, classes and constants of the script that may have another name: bound at the top of the script alone, not read
+    in an f-string, printed by no message (exceptions) and sought by no text (Config)."""
+    top = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))} - {"Config"}
+    top |= {t.id for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in ast.walk(n)
+            if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)}  # fmt: skip
+    inner = [m for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) for m in ast.walk(n) if m is not n]
+    bound = {getattr(m, "arg", getattr(m, "name", getattr(m, "id", None))) for m in inner
+             if not isinstance(m, (ast.Name, ast.keyword)) or isinstance(getattr(m, "ctx", None), ast.Store)}  # fmt: skip
+    texts = {
+        m.id for f in ast.walk(tree) if isinstance(f, ast.JoinedStr) for m in ast.walk(f) if isinstance(m, ast.Name)
+    }
+    raised = {
+        n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith(("Error", "Run", "Interrupted"))
+    }
+    return {n for n in top - bound - texts - raised if len(n) > 4 and not n.startswith("__")}
+
+
+def shorten_names(source: str) -> str:
+    """The same program with short names for what the script defines and for the local variables of functions; idempotent.
+
+    Parameters, attributes and fields keep theirs.
+    """
     tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
     taken = {*dir(builtins), *(n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))}
-    taken |= {
-        t.id
-        for n in tree.body
-        for t in ast.walk(n)
-        if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) and isinstance(t, ast.Name)
-    }
-    taken |= {
-        (a.asname or a.name).split(".")[0]
-        for n in tree.body
-        if isinstance(n, (ast.Import, ast.ImportFrom))
-        for a in n.names
-    }
+    taken |= {t.id for n in tree.body if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) for t in ast.walk(n)
+              if isinstance(t, ast.Name)}  # fmt: skip
+    imported = [a for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
+    taken |= {(a.asname or a.name).split(".")[0] for a in imported}
+    uses = Counter(n.id for n in ast.walk(tree) if isinstance(n, ast.Name))
+    ranked = sorted(module_names(tree), key=lambda name: (-uses[name], name))
+    used = {*uses, *(n.arg for n in ast.walk(tree) if isinstance(n, ast.arg))}
+    short = (
+        w
+        for k in (1, 2)
+        for c in itertools.product(string.ascii_letters, repeat=k)
+        if (w := "_" + "".join(c)) not in used
+    )
+    renamed_globals = dict(zip(ranked, short, strict=False))
+    cuts = {(n.lineno, n.col_offset + len("def " if isinstance(n, ast.FunctionDef) else "class "), n.name, renamed_globals[n.name])
+            for n in tree.body if getattr(n, "name", "") in renamed_globals}  # fmt: skip
+    cuts |= {(n.lineno, n.col_offset, n.id, renamed_globals[n.id]) for n in ast.walk(tree)
+             if isinstance(n, ast.Name) and n.id in renamed_globals}  # fmt: skip
     methods = (f for n in tree.body for f in ([n] if isinstance(n, ast.FunctionDef) else getattr(n, "body", ())))
-    cuts = set()
     for function in (f for f in methods if isinstance(f, ast.FunctionDef)):
         names = shorter_names(function, taken)
-        cuts |= {
-            (n.lineno, n.col_offset, n.id, names[n.id])
-            for n in ast.walk(function)
-            if isinstance(n, ast.Name) and n.id in names
-        }
+        cuts |= {(n.lineno, n.col_offset, n.id, names[n.id]) for n in ast.walk(function)
+                 if isinstance(n, ast.Name) and n.id in names}  # fmt: skip
     for row, column, old, new in sorted(cuts, reverse=True):
         line = lines[row - 1]
         lines[row - 1] = line[:column] + new.encode() + line[column + len(old) :]
@@ -6802,19 +6861,19 @@ def shorten_locals(source: str) -> str:
 
 
 def as_literal(packed: bytes) -> bytes:
-    """Bytes as a string literal of a latin-1 source file: each stands for itself but for NUL, line ends, quote, backslash."""
-    escapes = {b"\n": b"\\n", b"\r": b"\\r", b'"': b'\\"', b"\\": b"\\\\"}
+    """Bytes as a string literal of a latin-1 source file: each stands for itself but for NUL, CR, backslash, and a quote before a quote."""
+    escapes = {b"\r": b"\\r", b'"': b'\\"', b"\\": b"\\\\"}
     nul = lambda m: b"\\000" if packed[m.end() : m.end() + 1].isdigit() else b"\\0"  # noqa: E731
-    return b'"' + re.sub(rb'[\0\n\r"\\]', lambda m: escapes.get(m[0]) or nul(m), packed) + b'"'
+    return b'"""' + re.sub(rb'[\0\r\\]|"(?="|\Z)', lambda m: escapes.get(m[0]) or nul(m), packed) + b'"""'
 
 
 @functools.cache
 def pack_code(source: str) -> bytes:
-    """A script that unpacks and runs the stripped `source` with short local names; it shows linecache its lines, for tracebacks and Triton.
+    """A script that unpacks and runs the stripped `source` with short names; it shows linecache its lines, for tracebacks and Triton.
 
     By bzip2 or LZMA, whichever is smaller: compressors that every Python has.
     """
-    text = shorten_locals(strip_source(source)).encode()
+    text = shorten_names(strip_source(source)).encode()
     lzma1 = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
     forms = {b"bz2": bz2.compress(text), b"lzma": lzma.compress(text, lzma.FORMAT_ALONE, filters=lzma1)}
     name, packed = min(forms.items(), key=lambda form: len(form[1]))
