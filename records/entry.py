@@ -28,6 +28,7 @@ class Entry:
     reruns: list[tuple[Run, Run]] = field(default_factory=list)  # (the one that counts, another run of its seed)
     unreadable: list[str] = field(default_factory=list)
     script: source.Script | None = None
+    helpers: list[Path] = field(default_factory=list)  # files of the folder that the script uses
     data_path: str | None = None
 
     @property
@@ -82,6 +83,7 @@ def read_entry(folder: Path, data_path: str | None = None) -> Entry:
                 run.source = dumped_source(text.read_text(encoding="utf-8-sig", errors="replace"))
     if script := find_script(folder):
         entry.script = source.read_script(script)
+        entry.helpers = source.helpers(entry.script, folder)
     return entry
 
 

@@ -203,7 +203,7 @@ def _supported(entry: Entry, bpb: float) -> Line:
     """Whether the logs' mean (or one log) shows `bpb` as a stage, or only as a claimed figure."""
     scored, rule = entry.scored, "val_bpb"
     named = [r for r in scored if str(r.seed) in entry.named_seeds]
-    named = named if len(named) == len(entry.named_seeds) else scored
+    named = named if named and len(named) == len(entry.named_seeds) else scored
     means = {"score": [r.bpb() for r in named]}
     means |= {f"stage {s}": [r.bpb(s) for r in named if s in r.stages] for s in {s for r in named for s in r.stages}}
     claims = [c["claimed_bpb"] for r in entry.runs for c in r.claims]
@@ -280,7 +280,7 @@ def _code_bytes(entry: Entry, on_disk: int) -> Lines:
         return
     if not counted:
         return
-    helpers = sum(p.stat().st_size for p in source.helpers(entry.script, entry.folder))
+    helpers = sum(p.stat().st_size for p in entry.helpers)
     if helpers and on_disk + helpers in counted:
         yield PASS, "code bytes", f"{name} and its helper files are the {on_disk + helpers:,} bytes that were counted"
         return
@@ -302,7 +302,7 @@ def _code_bytes(entry: Entry, on_disk: int) -> Lines:
 
 
 def _helper_bytes(entry: Entry, total: int) -> Line:
-    found, rule, script = source.helpers(entry.script, entry.folder), "helper files", entry.script
+    found, rule, script = entry.helpers, "helper files", entry.script
     if not found:
         return PASS, rule, f"{script.name} uses no file of this folder but itself"
     extra = sum(p.stat().st_size for p in found)

@@ -91,7 +91,7 @@ class _Reader:
 
     def _begin(self) -> None:
         self.run = Run(self.path, info={})
-        self.diagnostics, self.labelled_total = set(), False
+        self.diagnostics, self.labelled_total, self.last_step = set(), False, 0
 
     def dump(self, source: str) -> None:
         if self.run.steps or self.run.vals or self.run.stages:
@@ -135,8 +135,9 @@ class _Reader:
 
     def _step(self, match: re.Match) -> None:
         step, total, key, value, bpb, rest = match.groups()
-        if int(step) < (self.run.last_step or 0) and (self.run.stages or int(step) <= 1):
+        if int(step) < self.last_step and (self.run.stages or int(step) <= 1):
             self.close()
+        self.last_step = max(self.last_step, int(step))
         clock = _TRAIN_TIME.search(rest)
         event = {"step": int(step), "total": int(total), key: float(value), "train_s": None}
         if clock:
