@@ -18,8 +18,8 @@ from syntax import FUNCTIONS, Scope, children, every, last_name, scopes
 
 _ENDING = r"(?:_(?:all|full|cpu|gpu|cuda|np|flat|local|dev|device|t|x|y|\d+))*$"
 VALIDATION = re.compile(
-    r"(?:^|_)(?:val|valid|validation)_(?:tokens?|toks?|data|docs?|seqs?|stream|ids|text|inputs?|targets?|loader|files?|path"
-    rf"|shards?|pattern|chunks?|x|y|set|split|ds|dataset){_ENDING}|fineweb_val",
+    r"(?:^|_)(?:val|valid|validation)_(?:tokens?|toks?|data|docs?|seqs?|stream|ids|text|inputs?|targets?"
+    rf"|loader|files?|path|shards?|pattern|chunks?|x|y|set|split|ds|dataset){_ENDING}|fineweb_val",
     re.I,
 )
 _NEVER = re.compile(

@@ -15,7 +15,7 @@ from syntax import Scope, calls, dotted, every, keyword_is, last_name, names, no
 
 
 class Finding(NamedTuple):
-    """One pattern in a script: which, where (line of the unpacked source), the words of the source, the name it is about."""
+    """One pattern in a script: which, in which line of the unpacked source, its words, the name it is about."""
 
     pattern: str
     line: int
@@ -25,7 +25,8 @@ class Finding(NamedTuple):
 
 
 TRAINED = "training on validation text before it is scored"
-STORED = "validation text stored by the script"
+STORED = "validation text compressed by the script"
+SAVED = "validation text saved to a file"
 TARGET_KEY = "target token in a cache key"
 IN_TRAINING = "validation data in training code"
 ORACLE = "per-token choice by the target"
@@ -311,4 +312,4 @@ def _flow(tree: ast.Module) -> Found:
     flow = Flow(tree)
     yield from ((TRAINED, step.line, step.name, tuple(sorted(step.guards))) for step in flow.steps())
     yield from ((IN_TRAINING, line, name) for line, name in flow.calibrations())
-    yield from ((STORED, line, name) for line, name in flow.stored())
+    yield from ((STORED if "compress" in name else SAVED, line, name) for line, name in flow.stored())

@@ -203,7 +203,7 @@ def broken_limits(run: Run) -> str:
 
 
 def text_lines(path: Path) -> list[str]:
-    r"""Lines of a text file, ended by \n or \r\n alone. A byte-order mark is dropped; bytes that are not UTF-8 become surrogates."""
+    r"""Lines of a text file, ended by \n or \r\n alone; no byte-order mark, bytes that are not UTF-8 as surrogates."""
     return split_lines(path.read_bytes())
 
 

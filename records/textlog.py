@@ -274,11 +274,10 @@ def literal(text: str) -> int | float | str:
 
 
 def seed_in_name(path: Path) -> int | None:
-    """The seed that a log's name, or its folder's, speaks of."""
-    for name in (path.stem, path.parent.name):
-        if match := re.search(r"(?:seed|(?:^|_)s)[_-]?(\d+)(?!\d*[a-z])", name, re.I):
-            return int(match[1])
-    return None
+    """The seed that a log's name speaks of, or a folder of its own such as seed_1337."""
+    match = re.search(r"(?:seed|(?:^|_)s)[_-]?(\d+)(?!\d*[a-z])", path.stem, re.I)
+    match = match or re.fullmatch(r"(?:seed|s)[_-]?(\d+)", path.parent.name, re.I)
+    return int(match[1]) if match else None
 
 
 def read_text_runs(path: Path) -> list[Run]:
