@@ -171,7 +171,7 @@ def shows(run: Run, bpb: float) -> bool:
 
 
 def near(bpb: float) -> float:
-    """How far a figure may be from what it rounds or cuts off, by the digits it is given with (three at least, five at most)."""
+    """How far a figure may be from what it rounds or cuts off, by its digits (three at least, five at most)."""
     digits = min(max(len(repr(float(bpb)).partition(".")[2]), 3), 5)
     return max(6e-5, 1.01 * 10.0**-digits)
 

@@ -1,10 +1,10 @@
 """Follows validation tokens through a script, call by call: is a loss on them stepped before they are scored?
 
-A name, a file or an argument makes a value a validation token (`VALIDATION`), and so does what is cut, loaded or computed
-from one. A *score* adds a loss on such tokens to a sum, a *step* sends one backward. In a function that evaluates, a step is
-in order once something was scored before it; in one that trains (its losses on other tokens go backward too), or at the top,
-only a score in the same loop counts, since scores taken while training prove nothing. A loop over epochs around both scores
-again what was learned.
+A value is a validation token by its name or its file (`VALIDATION`), by the argument it arrives as, and by being cut,
+loaded or computed from one. A *score* adds a loss on such tokens to a sum, a *step* sends one backward. In a function that
+evaluates, a step is in order once something was scored before it. In one that trains (losses on other tokens go backward
+too) and at the top only a score in the same loop counts: scores taken while training prove nothing. A loop over epochs
+around both scores again what was learned.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _NEVER = re.compile(
 _FACTS = {"shape", "device", "dtype", "size", "numel", "ndim", "dim", "nbytes", "is_cuda"}
 _NO_TOKENS = {"len", "range", "int", "float", "bool", "str", "print", "min", "max", "round", "isinstance", "type"}
 _HANDS_ON = re.compile(
-    r"load|read|glob|open|memmap|fromfile|from_numpy|frombuffer|cat|stack|tensor|array|numpy|batch|chunk|split|shard|token|stream|zip"
-    r"|enumerate|iter|list|tuple|sorted|reversed|seq|doc|window|tqdm|path|pad|long|next|slice|build|get",
+    r"load|read|glob|open|memmap|fromfile|from_numpy|frombuffer|cat|stack|tensor|array|numpy|batch|chunk|split"
+    r"|shard|token|stream|zip|enumerate|iter|list|tuple|sorted|reversed|seq|doc|window|tqdm|path|pad|long|next|slice|build|get",
     re.I,
 )
 EVALUATES = re.compile(r"eval|valid|score|audit|bpb|test", re.I)
@@ -238,7 +238,7 @@ class Flow:
     # ---- Answers
 
     def steps(self) -> list[Step]:
-        """Every step on validation tokens that nothing excuses, of the module and of functions that nothing here calls."""
+        """Every step on validation tokens that nothing excuses, in the module and in functions that nothing calls."""
         used = {last_name(n.func) for n in every(self.tree, ast.Call)}
         used |= {n.id for n in every(self.tree, ast.Name) if isinstance(n.ctx, ast.Load)}
         entries = [self.tree, *(f for name, f in self.functions.items() if name not in used)]

@@ -335,7 +335,7 @@ def _hardware(entry: Entry) -> Line:
 
 
 def _training_time(entry: Entry) -> Line:
-    """Over by up to one step is how the baseline stops; logs average over many steps, so a step may take thrice the mean."""
+    """Over by up to one step is how the baseline stops; logs give means, so a step may take thrice as long."""
     meta = entry.meta
     seconds = _said(meta, {"train_time_s", "train_wallclock_seconds"})
     seconds += [ms / 1000 for ms in _said(meta, {"train_wallclock_ms", "train_wallclock_ms_max"})]
@@ -446,7 +446,7 @@ def _script_is_logged(entry: Entry, scored: list[Run]) -> Lines:
 
 
 def _like_the_dump(entry: Entry, dumped: list[str]) -> Line:
-    """Equal, equal but for comments and formatting, perhaps the same in another form (a person must look), or another script."""
+    """Equal, equal but for comments, perhaps the same in another form (a person must look), or another script."""
     rule, name, texts = "script that ran", entry.script.name, list(dict.fromkeys(dumped))
     inner = entry.script.source.encode("utf-8", "surrogateescape")
     shipped = [_lines(text.decode("utf-8", "replace")) for text in (entry.script.outer, inner)]
@@ -638,7 +638,8 @@ def validity(entry: Entry) -> Lines:
         bpb = next((v for _, v in _mean_figures(entry)), None)
     if bpb is None or sample or bpb >= (BEST_VERIFIED if entry.is_record else IMPLAUSIBLE_BPB):
         return
-    detail = f"{bpb:.4f} bpb is below the best verified score, {BEST_VERIFIED} ({BEST_VERIFIED_BY}); look first at {_look_first(entry, bpb)}"
+    best = f"the best verified score, {BEST_VERIFIED} ({BEST_VERIFIED_BY})"
+    detail = f"{bpb:.4f} bpb is below {best}; look first at {_look_first(entry, bpb)}"
     status = FAIL if bpb < IMPLAUSIBLE_BPB and _audited(entry)[0] != PASS else WARN
     yield status, "plausible score", detail
 
@@ -693,7 +694,7 @@ def _audited(entry: Entry) -> Line:
 
 # ---- A reviewer's summary
 
-_WEIGHT = (  # which findings matter most, the first that fits: a wrong score before a wrong budget before a missing paper
+_WEIGHT = (  # what matters most: a file that cannot be read, a wrong score, a figure without support, a budget
     r"submission\.json|code readable|file train_gpt|training logs",
     r"code: (?!pickle|network|large)|n-gram gate|validation (?:text|documents|complete)|plausible|audit",
     r"val_bpb|script that ran|one script|a log for each seed",

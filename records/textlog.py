@@ -62,7 +62,7 @@ def _whole(count: str) -> int:
 
 
 def sections(text: str) -> Iterator[tuple[bool, str]]:
-    """(whether it is source, its text) of the parts between lines of `=`; log lines before printed source stand apart."""
+    """(whether it is source, its text) of each part between lines of `=`; log lines before source stand apart."""
     for part in _RULER.split(text):
         lines = part.strip("\n").split("\n")
         first = next((n for n, line in enumerate(lines) if _CODE_LINE.match(line)), 0)
@@ -148,7 +148,7 @@ class _Reader:
         self._adopt()
 
     def _stage(self, line: str, loss: re.Match, bpb: re.Match) -> None:
-        """`final_sliding_window_eval_exact stride:64 val_loss:.. val_bpb:..`: words with a value do not name the stage."""
+        """`final_sliding_window_eval_exact stride:64 val_loss:.. val_bpb:..`: words with a value name no stage."""
         head = line[: min(loss.start(), bpb.start())].strip(" :,|-").split()
         words = [w.strip(":,") for w in head if not re.fullmatch(r"[\w.-]+[:=][\w.,/-]+", w)] or [
             w.partition(":")[0] for w in head[:1]
@@ -201,7 +201,7 @@ class _Reader:
             self.pairs, self.source = {}, None
 
     def close(self) -> None:
-        """Ends the run: its last stage that is no diagnostic is the score. What stands before the next one is the next one's."""
+        """Ends the run; its last stage that is no diagnostic is the score. Lines read since describe the next run."""
         run, pairs, source = self.run, self.pairs, self.source
         if not (run.steps or run.vals or run.stages):
             return
