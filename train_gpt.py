@@ -4200,7 +4200,7 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         self.average.load_state_dict(state["average"])
         self.step, self.batcher.stream.position = state["step"], state["position"]
-        self.seq_len, self.changed_at = state["curriculum"]
+        self.seq_len, self.changed_at = state.get("curriculum", (self.seq_len, self.changed_at))
         for name, counts in self.counters.items():
             counts.load_state_dict(state[name])
 
