@@ -2799,6 +2799,12 @@ class BigramHash(nn.Module):
         return y if self.scale is None else y * self.scale.to(dtype)
 
 
+def one_back(x_BTD: Tensor, before_B1D: Tensor, first_BT: Tensor | None) -> Tensor:
+    """(B, T, D): what stands one position earlier; `before_B1D` before the row, zeros before positions that are `first_BT`."""
+    shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+    return shifted if first_BT is None else shifted.masked_fill(first_BT[..., None], 0)
+
+
 class Smear(nn.Module):
     """SmearGate: y_t = (1 - s) x_t + s x_{t-1}, s = sigmoid(g) per channel, x_{-1} = 0. Neutral at g = -inf.
 
@@ -2811,7 +2817,8 @@ class Smear(nn.Module):
         self.gate = vector(cfg.model_dim, value=cfg.smear_init)
         self.cross_doc = cfg.smear_cross_doc
 
-    def forward(self, x_BTD: Tensor, shifted: Tensor, starts_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor, first_BT: Tensor | None = None) -> Tensor:
+        shifted = one_back(x_BTD, before_B1D, first_BT)
         s = torch.sigmoid(self.gate).to(x_BTD.dtype)
         if not self.cross_doc:
             s = s * ~starts_BT[..., None]
@@ -2829,7 +2836,8 @@ class WindowSmear(nn.Module):
         self.weight_W, self.scale = vector(cfg.gate_window), vector(1)
         self.cross_doc = cfg.smear_cross_doc
 
-    def forward(self, x_BTD: Tensor, shifted: Tensor, starts_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor, first_BT: Tensor | None = None) -> Tensor:
+        shifted = one_back(x_BTD, before_B1D, first_BT)
         w, scale = self.weight_W.to(x_BTD.dtype), self.scale.to(x_BTD.dtype)
         s = scale * torch.sigmoid(F.linear(x_BTD[..., : len(w)], w[None]))
         if not self.cross_doc:
@@ -3187,10 +3195,7 @@ class GPT(nn.Module):
         if ctx.cache is not None:
             before = before if ctx.cache.last_embedding is None else ctx.cache.last_embedding
             ctx.cache.last_embedding = x[:, -1:]
-        shifted = torch.cat([before, x[:, :-1]], dim=1)
-        if ctx.segments is not None:
-            shifted = shifted.masked_fill(ctx.segments.first_BT[..., None], 0)
-        return self.smear(x, shifted, ids == BOS)
+        return self.smear(x, before, ids == BOS, None if ctx.segments is None else ctx.segments.first_BT)
 
     def embed_plain(self, ids: Tensor, ctx: Ctx) -> Tensor:
         """ids (B, T) -> (B, T, D): token (+ bigram), smeared where that comes before the norm."""
@@ -4200,7 +4205,7 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         self.average.load_state_dict(state["average"])
         self.step, self.batcher.stream.position = state["step"], state["position"]
-        self.seq_len, self.changed_at = state["curriculum"]
+        self.seq_len, self.changed_at = state.get("curriculum", (self.seq_len, self.changed_at))
         for name, counts in self.counters.items():
             counts.load_state_dict(state[name])
 
