@@ -6,6 +6,7 @@
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
     MODE=audit ARTIFACT=logs/run.pgz python train_gpt.py           is that score a code length?
     python train_gpt.py --help | --dump-config | --toc
+    python tools/codec.py --help                                   also sample, explain: what an artifact is good for; plan
 
 Every knob is an environment variable, declared once in section 1. The file is ordered as data flows; a name is used only
 below its definition, so a reader can stop anywhere and have understood all above.
@@ -31,6 +32,7 @@ scored by the one score-first driver §9.
 from __future__ import annotations
 
 import ast
+import builtins
 import bz2
 import contextlib
 import copy
@@ -44,6 +46,7 @@ import hashlib
 import io
 import itertools
 import json
+import keyword
 import lzma
 import math
 import os
@@ -60,7 +63,7 @@ import uuid
 import zipfile
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -75,6 +78,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.adamw import adamw
 
 SCRIPT = Path(__file__).resolve()
 
@@ -82,7 +86,7 @@ SCRIPT = Path(__file__).resolve()
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)  # bits a weight may be stored in: codes up to 8, floats above
 # Of the evaluation, in the order they are scored.
-STAGES = ("roundtrip", "sliding", "ttt", "normalized", "table", "ngram")
+STAGES = ("roundtrip", "sliding", "ttt", "normalized", "tilt", "table", "ngram")
 NGRAM_SCORES = ("exact", "normalized", "claimed")
 NGRAM_TABLES = ("pr1095", "exact")
 
@@ -96,6 +100,16 @@ def knob(default: Any, unit: str, doc: str, *, choices: tuple = (), lo: float = 
     """Declare one knob; `shape` marks those that fix the model or its tokenizer, which an artifact's header binds."""
     meta = {"unit": unit, "doc": doc, "choices": choices, "lo": lo, "hi": hi, "shape": shape}
     return field(default=default, metadata=meta)
+
+
+def parse_schedule(text: str) -> list[tuple[float, int]]:
+    """ "1024@0.1,2048@0.7" -> [(0.1, 1024), (0.7, 2048)]: lengths of 8 tokens or more up to rising shares. ValueError if not that."""
+    pairs = [part.split("@") for part in text.split(",")] if text.strip() else []
+    steps = [(float(share), int(length)) for length, share in pairs]
+    shares = [share for share, _ in steps]
+    if shares != sorted(shares) or not all(0 <= share <= 1 and length >= 8 for share, length in steps):
+        raise ValueError
+    return steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +219,7 @@ class Config:
     grad_clip_norm: float = knob(0.0, "", "largest global norm of the gradient; 0 leaves it alone", lo=0)
     grad_clip_local: bool = knob(False, "", "clip the part of each rank before the reduction, as published, instead of the reduced gradient")
     # ---- 6 TRAINING
+    doc_mask: bool = knob(False, "", "documents do not see each other: attention, smear and bigram stay inside each", shape=True)
     train_seq_len: int = knob(1024, "tokens", "sequence length in training", lo=8, hi=2**20, shape=True)
     train_batch_tokens: int = knob(524288, "tokens", "targets of one optimizer step, over all ranks", lo=8, hi=2**30)
     micro_batch_tokens: int = knob(0, "tokens", "most tokens of one forward on one rank; 0: on a GPU as many as fit, found while priming, else 8192", lo=0)
@@ -216,9 +231,8 @@ class Config:
     warmdown_frac: float = knob(0.0, "", "length of the linear warmdown as a share of the budget; 0: WARMDOWN_ITERS", lo=0, hi=1)
     min_lr: float = knob(0.0, "", "least learning-rate scale of both schedules", lo=0, hi=1)
     wsd_stable_frac: float = knob(0.75, "", "share of the budget before the cosine of wsd", lo=0, hi=1)
-    prog_seq_enabled: bool = knob(False, "", "sequence-length curriculum")
-    prog_seq_lens: str = knob("512,1024", "tokens", "lengths before TRAIN_SEQ_LEN")
-    prog_seq_fracs: str = knob("0.33,0.55", "", "shares of the budget at which each of those lengths ends")
+    train_seq_schedule: str = knob("", "", "lengths instead of TRAIN_SEQ_LEN, each up to a share of the budget: 1024@0.1,2048@0.7,3072@1.0; what is left has TRAIN_SEQ_LEN", shape=True)
+    seq_change_warmup_steps: int = knob(0, "steps", "after each change of length the learning rates rise from nearly nothing over so many steps", lo=0)
     val_loss_every: int = knob(1000, "steps", "validate during training; 0: only at the end", lo=0)
     train_log_every: int = knob(200, "steps", "step lines in the log", lo=1)
     ema_decay: float = knob(0.0, "", "exponential moving average of the weights; 0: off", lo=0, hi=0.999999)
@@ -296,29 +310,61 @@ class Config:
     ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones and all single tokens", lo=1000, hi=2**28)
     ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8)
     ngram_table_tokens: int = knob(2**23, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1)
-    ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade", "tilt"))
-    ngram_order: int = knob(12, "tokens", "longest n-gram, the target included; the tilt's only one", lo=2, hi=64)
+    ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade",))
+    ngram_order: int = knob(12, "tokens", "longest n-gram, the target included", lo=2, hi=64)
     ngram_update_tokens: int = knob(0, "tokens", "targets between updates of the mixing weights; 0: 1024, or 1/4096 of the stream if more", lo=0)
     ngram_rate: float = knob(0.8, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
     ngram_min_count: int = knob(2, "", "occurrences a context needs in the published scorers", lo=1)
-    ngram_tilt_beta: float = knob(2.625, "nats", "NGRAM_MIX=tilt: push on the hinted token", lo=0, hi=20)
-    ngram_tilt_threshold: float = knob(0.8, "", "NGRAM_MIX=tilt: share of its context's successors a hint needs", lo=0, hi=1)
+    ngram_tilt_enabled: bool = knob(False, "", "stage tilt: raise the logit of the token that followed the same context before; table and ngram build on it")
+    ngram_tilt_order: int = knob(12, "tokens", "length of its n-gram, the target included; above NGRAM_ORDER it costs statistics of its own", lo=2, hi=64)
+    ngram_tilt_threshold: float = knob(0.8, "", "share of its context's successors a hint needs", lo=0, hi=1)
+    ngram_tilt_beta: float = knob(2.625, "nats", "what is added to the hint's logit", lo=0, hi=20)
+    ngram_tilt_gamma: float = knob(0.0, "", "that times (1 - q)^gamma, q the network's probability of the hint", lo=0, hi=20)
+    ngram_tilt_rate: float = knob(0.0, "", "step at which NGRAM_TILT_BETA is learned from scored text; 0: it stays", lo=0, hi=2)
     ttt_enabled: bool = knob(False, "", "test-time training: stage ttt, LoRA on the network, learning from scored text")
+    ttt_reset: str = knob("none", "", "none: one LoRA learns along the text; document: each document trains a LoRA of its own", choices=("none", "document"))
     ttt_lora_rank: int = knob(8, "", "rank of the LoRA", lo=1, hi=1024)
-    ttt_lora_sites: str = knob("q,v", "", "projections with LoRA: of q,k,v,kv,out,up,down in the blocks, and head")
-    ttt_lora_blocks: int = knob(2, "blocks", "how many of the last blocks have LoRA", lo=1, hi=256)
-    ttt_chunk_tokens: int = knob(65536, "tokens", "text scored before each learning", lo=1)
-    ttt_reset: str = knob("none", "", "forget at the start of each document, or never", choices=("none", "document"))
-    ttt_epochs: int = knob(1, "epochs", "passes over each scored chunk", lo=1, hi=100)
-    ttt_batch_seqs: int = knob(0, "sequences", "sequences of one TTT step; 0: the whole chunk", lo=0)
+    ttt_lora_alpha: float = knob(0.0, "", "the LoRA's output is scaled by alpha / rank; 0: by 1", lo=0, hi=1e6)
+    ttt_lora_sites: str = knob("q,v", "", "where LoRA acts: projections q,k,v,kv,out,up,down of the blocks; o, mlp: from the input to the output of attention, MLP; head")
+    ttt_lora_blocks: int = knob(2, "blocks", "how many of the last blocks have LoRA; 0: all", lo=0, hi=256)
+    ttt_q_lora: bool = knob(True, "", "0 takes q off TTT_LORA_SITES")
+    ttt_k_lora: bool = knob(True, "", "0 takes k off TTT_LORA_SITES")
+    ttt_v_lora: bool = knob(True, "", "0 takes v off TTT_LORA_SITES")
+    ttt_o_lora: bool = knob(True, "", "0 takes o off TTT_LORA_SITES")
+    ttt_mlp_lora: bool = knob(True, "", "0 takes mlp off TTT_LORA_SITES")
+    ttt_epochs: int = knob(1, "epochs", "gradient passes over each scored chunk", lo=1, hi=100)
     ttt_optimizer: str = knob("adamw", "", "optimizer of the LoRA", choices=("adamw", "sgd"))
     ttt_lr: float = knob(0.003, "", "learning rate of the LoRA", lo=0)
+    ttt_local_lr_mult: float = knob(1.0, "", "multiplies TTT_LR", lo=0)
     ttt_wd: float = knob(0.0, "", "decoupled weight decay of the LoRA with adamw", lo=0)
+    ttt_beta1: float = knob(0.9, "", "adamw: decay of the gradient's mean", lo=0, hi=0.9999)
+    ttt_beta2: float = knob(0.999, "", "adamw: decay of the gradient's square", lo=0, hi=0.99999)
+    ttt_adam_eps: float = knob(1e-8, "", "adamw: epsilon", lo=0)
     ttt_momentum: float = knob(0.9, "", "momentum of sgd", lo=0, hi=1)
-    ttt_grad_clip: float = knob(1.0, "", "largest gradient norm of a TTT step; 0: no limit", lo=0)
-    ttt_polyak_decay: float = knob(0.0, "", "score with an average of the LoRA that decays so a chunk; 0: the latest", lo=0, hi=0.99999)
+    ttt_grad_clip: float = knob(1.0, "", "largest gradient norm of a LoRA's step; 0: no limit", lo=0)
     ttt_byte_weighted: bool = knob(True, "", "TTT loss weighs each token by its bytes (at least 1)")
     ttt_temperature: float = knob(1.0, "", "logits are divided by this constant in stage ttt", lo=0.1, hi=10)
+    ttt_chunk_tokens: int = knob(65536, "tokens", "TTT_RESET=none: text scored before each learning", lo=1)
+    ttt_batch_seqs: int = knob(0, "sequences", "TTT_RESET=none: sequences of one step; 0: the whole chunk", lo=0)
+    ttt_polyak_decay: float = knob(0.0, "", "TTT_RESET=none: score with an average of the LoRA that decays so a chunk; 0: the latest", lo=0, hi=0.99999)
+    ttt_eval_seq_len: int = knob(0, "tokens", "TTT_RESET=document: longest context; 0: EVAL_SEQ_LEN", lo=0, hi=2**20)
+    ttt_batch_size: int = knob(64, "documents", "TTT_RESET=document: documents of one forward; changes speed, not results", lo=1)
+    ttt_chunk_size: int = knob(48, "tokens", "TTT_RESET=document: targets scored before each step of their document's LoRA", lo=1)
+    ttt_short_score_first_steps: str = knob("", "", "TTT_RESET=document: smaller chunks at the start of a document, 256:8,2000:24 for 8 below position 256, then 24 below 2,000")
+    ttt_block_tokens: int = knob(0, "tokens", "TTT_RESET=document: what all documents start from may change once so much is scored, at a document's end; 0: 1/24 of the text", lo=0)
+    ttt_warm_start_a: bool = knob(True, "", "TTT_RESET=document: A starts as the mean of the A that the block before learned, not as it was drawn")
+    ttt_kv_cache: bool = knob(False, "", "TTT_RESET=document: keep keys and values of earlier chunks as they were computed, with the LoRA of their time")
+    ttt_order: str = knob("text", "", "length: also run the published order, longest document first, as a claim", choices=("text", "length"))
+    phased_ttt_num_phases: int = knob(0, "phases", "TTT_RESET=document: how often all weights are trained on all scored text; 0: never", lo=0, hi=100)
+    phased_ttt_prefix: float = knob(0.3, "", "share of the text after which the last phase comes, the others at equal steps before", lo=0, hi=1)
+    global_ttt_lr: float = knob(0.001, "", "phases: learning rate, falling to 0 as a cosine", lo=0)
+    global_ttt_momentum: float = knob(0.9, "", "phases: momentum", lo=0, hi=1)
+    global_ttt_epochs: int = knob(1, "epochs", "phases: passes over the scored text", lo=1, hi=100)
+    global_ttt_chunk_tokens: int = knob(32768, "tokens", "phases: text of equal learning rate", lo=1)
+    global_ttt_batch_seqs: int = knob(32, "sequences", "phases: sequences of one step; 0: the whole chunk", lo=0)
+    global_ttt_warmup_chunks: int = knob(0, "chunks", "phases: the rate rises linearly over these", lo=0)
+    global_ttt_grad_clip: float = knob(1.0, "", "phases: largest gradient norm; 0: no limit", lo=0)
+    global_ttt_respect_doc_boundaries: bool = knob(True, "", "phases: no sequence runs over the start of a document")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -363,6 +409,23 @@ class Config:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def ttt_eval_len(self) -> int:
+        """Longest context of per-document test-time training."""
+        return self.ttt_eval_seq_len or self.eval_len
+
+    @property
+    def ttt_sites(self) -> set[str]:
+        """Where LoRA acts: TTT_LORA_SITES less what its switches take off."""
+        named = {site.strip() for site in self.ttt_lora_sites.split(",")}
+        return {site for site in named if getattr(self, f"ttt_{site}_lora", True)}
+
+    @property
+    def ttt_chunk_steps(self) -> list[tuple[float, int]]:
+        """[(position in its document below which a chunk starts, its targets)], rising; the last is without bound."""
+        steps = [step.split(":") for step in self.ttt_short_score_first_steps.split(",") if step.strip()]
+        return [*((float(int(below)), int(size)) for below, size in steps), (math.inf, self.ttt_chunk_size)]
+
+    @property
     def value_layers(self) -> tuple[int, ...]:
         """Blocks that add the value embedding."""
         return tuple(int(i) for i in self.ve_layers.split(",") if i.strip()) if self.ve_dim else ()
@@ -370,10 +433,13 @@ class Config:
     @property
     def seq_curriculum(self) -> list[tuple[float, int]]:
         """[(share of the budget at which this sequence length ends, length)], rising; the last ends at 1."""
-        if not self.prog_seq_enabled:
-            return [(1.0, self.train_seq_len)]
-        fracs = [float(f) for f in self.prog_seq_fracs.split(",")]
-        return list(zip([*fracs, 1.0], [*map(int, self.prog_seq_lens.split(",")), self.train_seq_len], strict=True))
+        steps = parse_schedule(self.train_seq_schedule)
+        return steps if steps and steps[-1][0] == 1 else [*steps, (1.0, self.train_seq_len)]
+
+    @property
+    def longest_seq(self) -> int:
+        """Positions that the model must know: the longest sequence in training or window in evaluation."""
+        return max(self.train_seq_len, self.eval_len, self.ttt_eval_len, *(length for _, length in self.seq_curriculum))
 
     @property
     def calibrates(self) -> bool:
@@ -393,7 +459,7 @@ class Config:
             asked = {s.strip() for s in self.eval_stages.split(",")}
             return tuple(s for s in STAGES if s in asked)
         on = {"roundtrip": True, "sliding": self.eval_stride > 0, "ttt": self.ttt_enabled,
-              "normalized": "normalized" in self.ngram_scores, "table": "exact" in self.ngram_tables,
+              "normalized": "normalized" in self.ngram_scores, "tilt": self.ngram_tilt_enabled, "table": "exact" in self.ngram_tables,
               "ngram": "exact" in self.ngram_scores}  # fmt: skip
         return tuple(s for s in STAGES if on[s])
 
@@ -480,19 +546,14 @@ class Config:
     def _training_errors(self) -> Iterator[str]:
         try:
             lens = [t for _, t in self.seq_curriculum]
-            fracs = [f for f, _ in self.seq_curriculum]
-            if fracs != sorted(fracs) or not all(0 <= f <= 1 for f in fracs) or min(lens) < 8:
-                raise ValueError
         except ValueError:
             lens = []
-            yield (f"PROG_SEQ_LENS={self.prog_seq_lens!r}, PROG_SEQ_FRACS={self.prog_seq_fracs!r}: expected as many "
-                   "lengths (8 or more) as rising shares between 0 and 1")  # fmt: skip
+            yield (f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule!r}: expected LENGTH@SHARE,LENGTH@SHARE..., lengths of 8 tokens or more and "
+                   "rising shares between 0 and 1, as in 1024@0.1,2048@0.7,3072@1.0")  # fmt: skip
         for t in lens:
             if self.train_batch_tokens % t:
                 n = max(1, round(self.train_batch_tokens / t)) * t
                 yield f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of the sequence length {t}; nearest: {n}"
-            if t > self.train_seq_len:
-                yield f"PROG_SEQ_LENS={self.prog_seq_lens}: {t} exceeds TRAIN_SEQ_LEN={self.train_seq_len}"
         if self.complement_alpha and self.vocab_size > 16384:
             yield f"COMPLEMENT_ALPHA={self.complement_alpha} counts all pairs of tokens, too many at VOCAB_SIZE={self.vocab_size}: set it to 0"
         try:
@@ -525,18 +586,47 @@ class Config:
     def _evaluation_errors(self) -> Iterator[str]:
         if self.eval_stride > self.eval_len:
             yield f"EVAL_STRIDE={self.eval_stride} exceeds the window of {self.eval_len}: some tokens would never be scored"
-        sites = {t.strip() for t in self.ttt_lora_sites.split(",")}
-        known = {"q", "out", "up", "down", "head", *(("kv",) if self.kv_fused else ("k", "v"))}
-        if self.ttt_enabled and (not sites or sites - known):
-            yield f"TTT_LORA_SITES={self.ttt_lora_sites!r}: this model has the sites {', '.join(sorted(known))}"
-        if self.ttt_enabled and self.ttt_lora_blocks > self.num_layers:
-            yield f"TTT_LORA_BLOCKS={self.ttt_lora_blocks} exceeds NUM_LAYERS={self.num_layers}"
+        if self.ttt_enabled or "ttt" in self.stages:
+            yield from self._ttt_errors()
+        if self.ttt_order != "text" and not (self.ttt_enabled and self.ttt_reset == "document"):
+            yield f"TTT_ORDER={self.ttt_order} orders the documents of TTT_ENABLED=1 TTT_RESET=document: set both, or TTT_ORDER=text"
         asked = [] if self.eval_stages == "auto" else [s.strip() for s in self.eval_stages.split(",")]
         unknown = [s for s in asked if s not in STAGES]
         if unknown:
             yield f"EVAL_STAGES={self.eval_stages!r}: unknown stage {', '.join(unknown)}; stages: {', '.join(STAGES)}"
         elif self.score_stage != "auto" and self.score_stage not in self.stages:
             yield f"SCORE_STAGE={self.score_stage} is not among the stages switched on: {', '.join(self.stages)}"
+
+    def _ttt_errors(self) -> Iterator[str]:
+        known = {"q", "out", "up", "down", "o", "mlp", "head", *(("kv",) if self.kv_fused else ("k", "v"))}
+        if not self.ttt_sites or self.ttt_sites - known:
+            yield f"TTT_LORA_SITES={self.ttt_lora_sites!r}: this model has the sites {', '.join(sorted(known))}; name some and leave their switches on"
+        if self.ttt_lora_blocks > self.num_layers:
+            yield f"TTT_LORA_BLOCKS={self.ttt_lora_blocks} exceeds NUM_LAYERS={self.num_layers}"
+        if self.ttt_reset == "document":
+            yield from self._document_errors()
+        elif self.phased_ttt_num_phases:
+            yield f"PHASED_TTT_NUM_PHASES={self.phased_ttt_num_phases}: phases come at the ends of blocks of documents; set TTT_RESET=document, or no phases"
+
+    def _document_errors(self) -> Iterator[str]:
+        if self.ttt_optimizer != "adamw":
+            yield f"TTT_OPTIMIZER={self.ttt_optimizer}: a document's own LoRA is trained with adamw (TTT_RESET=document)"
+        if self.ttt_kv_cache and self.ttt_epochs > 1:
+            yield f"TTT_EPOCHS={self.ttt_epochs}: with TTT_KV_CACHE=1 a chunk is sent through the network once; set one of them to its default"
+        if self.phased_ttt_num_phases and not self.phased_ttt_prefix:
+            yield "PHASED_TTT_PREFIX=0 leaves no text to train on before a phase: raise it, or PHASED_TTT_NUM_PHASES=0"
+        try:
+            below, sizes = zip(*self.ttt_chunk_steps, strict=True)
+            if min(sizes) < 1 or any(a >= b for a, b in zip((0, *below), below, strict=False)):
+                raise ValueError
+        except ValueError:
+            yield (f"TTT_SHORT_SCORE_FIRST_STEPS={self.ttt_short_score_first_steps!r}: expected POSITION:SIZE pairs of rising "
+                   "positions and sizes of at least 1, such as 256:8,2000:24")  # fmt: skip
+            return
+        if 0 < self.ttt_block_tokens < max(sizes):
+            yield f"TTT_BLOCK_TOKENS={self.ttt_block_tokens} is shorter than a chunk of {max(sizes)} targets: raise it, or 0 for 1/24 of the text"
+        if max(sizes) > self.ttt_eval_len:
+            yield f"TTT_CHUNK_SIZE={max(sizes)} exceeds the context of {self.ttt_eval_len}: some targets would never be scored; raise TTT_EVAL_SEQ_LEN"
 
     def _ngram_errors(self) -> Iterator[str]:
         if set(self.ngram_scores) - set(NGRAM_SCORES):
@@ -547,8 +637,6 @@ class Config:
             yield f"NGRAM_CLAIM=pr1095 scores with a table of the training text: NGRAM_TABLE={self.ngram_table} lacks pr1095"
         if "table" in self.stages and "exact" not in self.ngram_tables:
             yield f"EVAL_STAGES={self.eval_stages}: stage table needs NGRAM_TABLE=exact"
-        if self.ngram_mix == "tilt" and "exact" in self.ngram_tables:
-            yield "NGRAM_MIX=tilt tilts the network itself and does not go with NGRAM_TABLE=exact; choose NGRAM_MIX=cascade"
         if self.ngram_buckets & (self.ngram_buckets - 1):
             below = 1 << (self.ngram_buckets.bit_length() - 1)
             yield f"NGRAM_BUCKETS={self.ngram_buckets}: the published hashes need a power of two; nearest below: {below}"
@@ -721,6 +809,28 @@ def kept(*published: float) -> Converter:
     return convert
 
 
+PUBLISHED_CURRICULUM = {
+    "PROG_SEQ_ENABLED": "0",
+    "PROG_SEQ_LENS": "512,1024",
+    "PROG_SEQ_FRACS": "0.33,0.55",
+}  # #850's defaults
+
+
+def published_curriculum(env: Mapping[str, str]) -> dict[str, str]:
+    """TRAIN_SEQ_SCHEDULE from #850's three names, where it is not set and they switch it on."""
+    on, lens, fracs = (env.get(name, default) for name, default in PUBLISHED_CURRICULUM.items())
+    switch({}, {})(on)
+    if as_digit(on) == "0" or "TRAIN_SEQ_SCHEDULE" in env:
+        return {}
+    try:
+        text = ",".join(f"{n}@{f}" for n, f in zip(lens.split(","), fracs.split(","), strict=True))
+        parse_schedule(text)
+    except ValueError:
+        raise ConfigError(f"PROG_SEQ_LENS={lens!r}, PROG_SEQ_FRACS={fracs!r}: expected as many lengths (8 or more) as rising shares "
+                          "between 0 and 1") from None  # fmt: skip
+    return {"TRAIN_SEQ_SCHEDULE": text}
+
+
 def only(accepted: str, why: str) -> Converter:
     """A published name that is taken at its one value that any published run used."""
 
@@ -758,6 +868,21 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "LQER_ENABLED": switch({"LQER_TOP_K": 3}, {"LQER_TOP_K": 0}),
         "PRUNE_PCT": renamed("PRUNE_FRAC"),
         "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact"}, {"NGRAM_SCORE": "off"}),
+        "TTT_LORA_LR": renamed("TTT_LR"),
+        "TTT_WEIGHT_DECAY": renamed("TTT_WD"),
+        "TTT_OPTIMIZER": mapped("TTT_OPTIMIZER", {"adam": "adamw"}),
+        "TTT_GRAD_STEPS": renamed("TTT_EPOCHS"),
+        "TTT_MASK": chosen({"": {}, "none": {}, "no_qv": {"TTT_Q_LORA": 0, "TTT_V_LORA": 0}}),
+        "TTT_SHORT_SCORE_FIRST_ENABLED": switch({}, {"TTT_SHORT_SCORE_FIRST_STEPS": ""}),
+        # The 2,500 longest documents hold 30 % of the published validation text.
+        "PHASED_TTT_PREFIX_DOCS": computed(lambda v: {"PHASED_TTT_PREFIX": min(1.0, 0.3 * v / 2500)}),
+        "GLOBAL_TTT_OPTIMIZER": chosen({"sgd": {}}),
+        "TTT_EVAL_ONLY": switch({"MODE": "eval"}, {}),
+        "TOKEN_ORDER": renamed("NGRAM_TILT_ORDER"),
+        "TOKEN_THRESHOLD": renamed("NGRAM_TILT_THRESHOLD"),
+        "TOKEN_BOOST": renamed("NGRAM_TILT_BETA"),
+        "ADAPTIVE_BOOST_GAMMA": renamed("NGRAM_TILT_GAMMA"),
+        **{name: lambda _: {} for name in PUBLISHED_CURRICULUM},  # three names together are one knob: `published_curriculum`
     },
     "pr164": {  # its average, collected through the whole warmdown, replaces the weights
         "SWA_ENABLED": switch({"SWA_EVERY": 200, "SWA_START_SCALE": 1.0, "SWA_BLEND": 1.0}, {"SWA_EVERY": 0}),
@@ -821,6 +946,11 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "VAL_DOC_FRACTION": only("1", "VAL_TOKENS scores a prefix of the text"),
         "EVAL_INCLUDE_TAIL": mapped("VAL_DROP_TAIL", {"0": "1", "1": "0"}),
         "ALIAS_PREV_SMEAR_SCALE": only("1", "no shards here have fused case markers"),
+        "TTT_LORA_EMA_DECAY": only("0", "no published run scored with an average of a document's LoRA"),
+        "TTT_UPDATE_EVERY": only("1", "every scored chunk is learned"),
+        "TTT_EVAL_BATCHES": only("", "VAL_TOKENS scores a prefix of the text"),
+        **{name: only(value, "hints that look at the target's own word or pieces are no prediction")
+           for name, value in (("WITHIN_TAU", "99"), ("WITHIN_BOOST", "0"), ("WORD_TAU", "99"), ("WORD_BOOST", "0"), ("AGREE_ADD_BOOST", "0"))},
     },
 }  # fmt: skip
 
@@ -831,6 +961,7 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "MTP_NUM_HEADS": "multi-token heads were off in every published run; they are left out because they need heads and a loss "
         "of their own, which no artifact holds and no other technique uses",
         "MTP_LOSS_WEIGHT": "belongs to MTP_NUM_HEADS",
+        "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are always computed inside the evaluation's clock",
         "DTG_ENABLED": "the per-token gate on block outputs was off in every published run; it is left out because nothing shows "
         "that it helps, and every block would carry its branch",
     },
@@ -853,6 +984,9 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "FUSED_CE_ENABLED": "the loss is the same; the device decides what computes it",
         "MUON_HUBER_DELTA": "belongs to MUON_HUBER_WD",
         "PERGROUP_ROUNDTRIP_CHECK": "every artifact is read back before it is scored",
+        "TTT_SHORT_DOC_LEN": "TTT_SHORT_SCORE_FIRST_STEPS holds the lengths",
+        "TTT_SHORT_CHUNK_SIZE": "TTT_SHORT_SCORE_FIRST_STEPS holds the chunks",
+        "TRAIN_SEQ_SCHEDULE_MODE": "the schedule always follows the share of the budget",
         "COMPILE_SHAPE_WARMUP": "priming always runs every shape of the training, before the clock",
     },
     "pr1095": {
@@ -895,7 +1029,7 @@ ELSEWHERE = {name: ours for ours, names in {
     "TRAIN_SEQ_LEN": "SEQ_LEN MAX_SEQ_LEN SEQUENCE_LENGTH BLOCK_SIZE CONTEXT_LENGTH",
     "MODEL_DIM": "DIM D_MODEL HIDDEN_SIZE HIDDEN_DIM N_EMBD EMBED_DIM", "NUM_LAYERS": "LAYERS N_LAYER N_LAYERS DEPTH",
     "NUM_HEADS": "HEADS N_HEAD N_HEADS", "MUON_MOMENTUM": "MOMENTUM", "GRAD_CLIP_NORM": "GRAD_CLIP MAX_GRAD_NORM",
-    "TRAIN_DTYPE": "DTYPE PRECISION BF16 FP16 AMP", "SEED": "RANDOM_SEED", "DATA_PATH": "DATA DATASET DATA_DIR DATASET_PATH",
+    "TRAIN_DTYPE": "DTYPE PRECISION BF16 FP16 AMP", "SEED": "RANDOM_SEED", "DATA_PATH": "DATA DATASET DATASET_PATH",
     "TOKENIZER_PATH": "TOKENIZER", "LOG_DIR": "OUT_DIR OUTPUT_DIR", "RUN_ID": "RUN_NAME EXPERIMENT EXPERIMENT_NAME",
     "RESUME": "CHECKPOINT CHECKPOINT_PATH RESUME_FROM", "CHECKPOINT_EVERY": "SAVE_EVERY SAVE_INTERVAL SAVE_STEPS",
     "VAL_LOSS_EVERY": "EVAL_EVERY EVAL_INTERVAL EVAL_STEPS", "TRAIN_LOG_EVERY": "LOG_EVERY LOG_INTERVAL LOGGING_STEPS",
@@ -995,6 +1129,10 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
     dead = {**NO_EFFECT["*"], **own}
     ours: dict[str, str] = {}
     off: dict[str, str] = {}
+    try:
+        ours.update(published_curriculum(env))
+    except ConfigError as e:
+        errors.append(str(e))
     for name, text in env.items():
         if name in own or (name in dead and name not in aliases):
             notices.append(f"{name}={text} has no effect: {dead[name]}")
@@ -1846,6 +1984,8 @@ class Batcher:
 
     def __init__(self, cfg: Config, stream: TokenStream, run: Run) -> None:
         self.stream, self.run, self.batch_tokens = stream, run, cfg.train_batch_tokens
+        start = stream.shards[0][:CHECKED_TOKENS]
+        self.bos_share = float(np.mean(start == BOS))  # of all tokens, roughly: how many segments to have room for
 
     def next(self, seq_len: int) -> tuple[Tensor, Tensor]:
         """This rank's (inputs, targets) of the next step, each (n, seq_len) int64 on the device; advances the stream."""
@@ -1853,6 +1993,7 @@ class Batcher:
         tokens = self.stream.read(rows.start * seq_len, len(rows) * seq_len + 1)
         self.stream.position += self.batch_tokens
         t = torch.from_numpy(tokens)
+        self.host = t[:-1].view(-1, seq_len)  # the inputs, on the CPU
         if self.run.device.type == "cuda":
             t = t.pin_memory().to(self.run.device, non_blocking=True)
         else:
@@ -2075,16 +2216,50 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
 
 # ==== 4 MODEL =========================================================================================================
 # Shapes: B sequences, T positions, D model width, H query heads, G key/value heads, K head width, V vocabulary, R C rows
-# and columns of a matrix. A parameter is tagged at birth: `role` routes it to its optimizer, `store` to its storage.
+# and columns of a matrix. Every parameter is made with two tags: `role` is its optimizer group, `store` how it is stored.
 
 
 class Ctx(NamedTuple):
     """What a caller may add to the forward pass; the default context is the plain model."""
 
     tap: Callable[[str, Tensor], None] | None = None  # sees the input of each projection (GPTQ Hessians)
-    lora: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({})  # site -> low-rank delta of its output (TTT)
+    lora: Mapping[tuple[int, str], Callable[[Tensor], Tensor]] = MappingProxyType({})  # (pass, site) -> what TTT adds
+    slot: int = -1  # which pass through a block this is: a block that runs twice has two LoRAs; -1 outside the blocks
     cache: KVCache | None = None  # keys and values of earlier positions (incremental decoding)
     fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
+    segments: Segments | None = None  # what each position may see (DOC_MASK=1); None: found from the ids
+
+
+class Segments(NamedTuple):
+    """Which positions see each other: those of one segment, a document or a part of one. Positions count from the row's start."""
+
+    start_BT: Tensor  # int64: where the segment of each position begins
+    first_BT: Tensor  # bool: the position begins a segment
+    bounds_M: Tensor  # int32: where segments begin in all rows laid end to end, padded with B T
+    longest: int  # no segment is longer
+
+
+def find_segments(ids_BT: Tensor, longest: int, least_bounds: int = 0, cache: KVCache | None = None) -> Segments:
+    """Segments begin with each row, at each BOS, and every `longest` positions after such a beginning.
+
+    With a cache the ids continue its rows. Bounds are padded to a power of two and to `least_bounds`, since the compiler makes
+    code for each size.
+    """
+    length, begun = (0, ids_BT.new_zeros(len(ids_BT), 1)) if cache is None else (cache.length, cache.start_B1)
+    at_T = torch.arange(length, length + ids_BT.shape[1], device=ids_BT.device)
+    start = torch.where(ids_BT == BOS, at_T, begun).cummax(dim=1).values
+    start = start + (at_T - start) // longest * longest
+    first = start == at_T
+    found = first.flatten().nonzero().flatten()
+    size = max(least_bounds, 1 << len(found).bit_length())  # at least one more than were found
+    bounds = torch.full((size,), ids_BT.numel(), dtype=torch.int32, device=ids_BT.device)
+    bounds[: len(found)] = found
+    return Segments(start, first, bounds, longest)
+
+
+def adapted(y: Tensor, x: Tensor, site: str, ctx: Ctx) -> Tensor:
+    """y (..., out) plus what the LoRA of this pass and site makes of x (..., in); y itself where there is none."""
+    return y + ctx.lora[ctx.slot, site](x) if (ctx.slot, site) in ctx.lora else y
 
 
 def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Parameter:
@@ -2094,12 +2269,12 @@ def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Para
 
 
 def vector(*shape: int, value: float = 0.0) -> nn.Parameter:
-    """A constant control parameter: fp32, scalar Adam, kept in high precision."""
+    """A new control parameter of this shape, all `value`: fp32, trained by Adam at SCALAR_LR, stored in CONTROL_BITS."""
     return tag(nn.Parameter(torch.full(shape, value)), "scalar", "control")
 
 
 class UnitRMS(torch.autograd.Function):
-    """`rms_norm` on a CPU, where PyTorch composes it of six passes with as many saved tensors; this keeps y and 1 / rms."""
+    """x (..., D) -> x / rms(x), for `rms_norm` on a CPU: saves y and 1 / rms, where PyTorch's own saves six tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -2120,12 +2295,12 @@ class UnitRMS(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, no learned weight; eps is fp32's, also in bf16, whose own .0078 would swallow embeddings."""
+    """x / rms(x) over the last axis, no learned weight. eps is fp32's in every dtype: bf16's, .0078, exceeds the embeddings' mean square."""
     return UnitRMS.apply(x) if x.device.type in ("cpu", "meta") else F.rms_norm(x, (x.shape[-1],))
 
 
 def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
-    """Fill in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
+    """Fill the matrix in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
     if how == "zero":
         nn.init.zeros_(w_RC)
     elif how == "normal":
@@ -2138,7 +2313,7 @@ def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the fp32 master is cast to x's dtype at use. `site` names the projection to taps and LoRA."""
+    """y = x W^T without bias; W is kept in fp32 and cast to x's dtype. Taps and LoRA find the projection by its `site`."""
 
     def __init__(self, site: str, d_in: int, d_out: int, store: str, init: str, gain: float = 1.0,
                  role: str = "matrix", lr_mult: float = 1.0) -> None:  # fmt: skip
@@ -2155,12 +2330,11 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         if ctx.tap is not None:
             ctx.tap(self.site, x)
-        y = F.linear(x, self.matrix(ctx).to(x.dtype))
-        return y + ctx.lora[self.site](x) if self.site in ctx.lora else y
+        return adapted(F.linear(x, self.matrix(ctx).to(x.dtype)), x, self.site, ctx)
 
 
 def random_words(seed: int, n: int) -> np.ndarray:
-    """n uint64 of the SplitMix64 sequence from `seed`: integer arithmetic only, the same everywhere."""
+    """The first n uint64 of the SplitMix64 sequence of `seed`: integer arithmetic, so equal on every machine."""
     z = np.uint64(seed % 2**64) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -2207,8 +2381,8 @@ class AdapterLinear(Linear):
     """W = base + B A: a frozen random orthogonal base that is never stored, and a trained rank-r adapter (#1095).
 
     base = Q[:out, :in] / sqrt(in), so all its singular values are 1/sqrt(in). A ~ N(0, 1/in); B = 0 starts at the base
-    (published: N(0, 1/r) on q, kv and up, which swamps it). Masters are fp32. What is stored is A and B, never W, so QAT
-    leaves W alone.
+    (published: N(0, 1/r) on q, kv and up, much larger than the base). A and B are kept in fp32. They are what is stored, not
+    W, so QAT does not round W.
     """
 
     def __init__(self, cfg: Config, layer: int, kind: str, site: str, d_in: int, d_out: int, lr_mult: float) -> None:
@@ -2254,17 +2428,19 @@ def rope_base(cfg: Config) -> float:
     return cfg.rope_base * (longest / cfg.rope_train_len) ** (dims / (dims - 2))
 
 
-def rope_table(cfg: Config) -> Tensor:
-    """(2, longest window, rotated dims / 2) fp32: cosines and sines."""
+def rope_table(cfg: Config, positions: int = 0) -> Tensor:
+    """(2, positions, rotated dims / 2) fp32: cosines and sines; as many as the longest window if not told otherwise."""
     dims = cfg.rope_dims or cfg.head_dim
     freqs = rope_base(cfg) ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
-    angles = torch.arange(max(cfg.train_seq_len, cfg.eval_len), dtype=torch.float32)[:, None] * freqs
+    angles = torch.arange(max(cfg.longest_seq, positions), dtype=torch.float32)[:, None] * freqs
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x_BTHK: Tensor, rope_2TC: Tensor) -> Tensor:
-    """Half-split rotation of the first 2C dims of each head, (a cos + b sin, -a sin + b cos); the others pass through."""
-    cos, sin = rope_2TC.to(x_BTHK.dtype)[:, :, None]
+    """Half-split rotation of the first 2C dims of each head, (a cos + b sin, -a sin + b cos); the others pass through.
+
+    The table is (2, T, C) for all rows, or (2, B, T, C)."""
+    cos, sin = rope_2TC.to(x_BTHK.dtype)[..., None, :]
     half = cos.shape[-1]
     a, b = x_BTHK[..., :half], x_BTHK[..., half : 2 * half]
     parts = [a * cos + b * sin, b * cos - a * sin]
@@ -2282,11 +2458,29 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-# ---- attention kernels: (B, T, H, K), (B, S, G, K), (B, S, G, K) -> (B, T, H, K), causal, aligned at the last position
+# ---- attention kernels: (B, T, H, K), (B, S, G, K), (B, S, G, K) -> (B, T, H, K), causal, aligned at the last position;
+# with segments a position sees those of its own alone
 
 
-def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+def attend_segments(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segments) -> Tensor:
+    """SDPA one segment after the other; with a cache of earlier keys, by a mask."""
+    t, s, n = q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.shape[2] // k_BSGK.shape[2]
+    q, k, v = q_BTHK, k_BSGK.repeat_interleave(n, 2), v_BSGK.repeat_interleave(n, 2)
+    if t == s:
+        q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (q, k, v))
+        spans = [slice(lo, hi) for lo, hi in itertools.pairwise(segments.bounds_M.tolist()) if lo < hi]
+        parts = [F.scaled_dot_product_attention(q[:, x], k[:, x], v[:, x], is_causal=True) for x in spans]
+        return torch.cat(parts, dim=1).transpose(0, 1).reshape(q_BTHK.shape)
+    at_S = torch.arange(s, device=q.device)
+    seen = (at_S >= segments.start_BT[..., None]) & (at_S <= at_S[s - t :, None])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
+
+
+def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segments | None = None) -> Tensor:
     """PyTorch's scaled_dot_product_attention. Key/value heads are expanded on the CPU, where enable_gqa is slower."""
+    if segments is not None:
+        return attend_segments(q_BTHK, k_BSGK, v_BSGK, segments)
     if q_BTHK.shape[1] == 1:  # decoding: query heads that share keys stand as query positions, nothing is expanded
         k, v = k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
         q_BGNK = q_BTHK.reshape(len(q_BTHK), k.shape[1], -1, q_BTHK.shape[3])
@@ -2308,74 +2502,112 @@ class BlockedAttention(torch.autograd.Function):
     """Causal softmax(q k^T / sqrt K) v by blocks of queries, products only up to the diagonal: 2.7x SDPA on a CPU.
 
     q (N, T, H, K), k and v (N, T, G, K). Query heads that share keys are rows of one product, so keys are never expanded.
-    Keeps the probabilities for the backward pass, about N H T T / 2 numbers.
+    Keeps the probabilities for the backward pass, about N H T T / 2 numbers. Each of `blocks` is (first key, first query, end of
+    both): causal inside, all of the T queries in order.
     """
 
     ROWS = 128  # queries a block: smaller wastes less above the diagonal, larger makes better products
 
     @staticmethod
-    def forward(ctx: Any, q_NTHK: Tensor, k_NTGK: Tensor, v_NTGK: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, q_NTHK: Tensor, k_NTGK: Tensor, v_NTGK: Tensor, blocks: tuple[tuple[int, int, int], ...]
+    ) -> Tensor:
         (N, T, H, K), G = q_NTHK.shape, k_NTGK.shape[2]
         q = (q_NTHK * K**-0.5).transpose(1, 2).reshape(N * G, H // G, T, K)
         k, v = (x.transpose(1, 2).reshape(N * G, T, K) for x in (k_NTGK, v_NTGK))
         y, probs = torch.empty_like(q), []
-        for lo in range(0, T, BlockedAttention.ROWS):
-            hi = min(lo + BlockedAttention.ROWS, T)
-            scores = q[:, :, lo:hi].reshape(N * G, -1, K) @ k[:, :hi].mT
+        for first, lo, hi in blocks:
+            scores = q[:, :, lo:hi].reshape(N * G, -1, K) @ k[:, first:hi].mT
             future = scores.new_full((hi - lo, hi - lo), -math.inf).triu_(1)
-            scores.view(N * G, -1, hi - lo, hi)[..., lo:].add_(future)
+            scores.view(N * G, -1, hi - lo, hi - first)[..., lo - first :].add_(future)
             p = scores.softmax(-1)
-            y[:, :, lo:hi] = (p @ v[:, :hi]).view(N * G, -1, hi - lo, K)
+            y[:, :, lo:hi] = (p @ v[:, first:hi]).view(N * G, -1, hi - lo, K)
             probs += [p] if any(ctx.needs_input_grad) else []
+        ctx.blocks = blocks
         ctx.save_for_backward(q, k, v, *probs)
         return y.view(N, H, T, K).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NTHK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy_NTHK: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *probs = ctx.saved_tensors
         N, T, H, K = dy_NTHK.shape
         dy = dy_NTHK.transpose(1, 2).reshape(q.shape)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        lo = 0
-        for p in probs:
-            hi = p.shape[-1]
+        for p, (first, lo, hi) in zip(probs, ctx.blocks, strict=True):
             dy_rows, q_rows = (x[:, :, lo:hi].reshape(len(q), -1, K) for x in (dy, q))
-            dv[:, :hi].baddbmm_(p.mT, dy_rows)
-            ds = torch._softmax_backward_data(dy_rows @ v[:, :hi].mT, p, -1, p.dtype)
-            dq[:, :, lo:hi] = (ds @ k[:, :hi]).view(len(q), -1, hi - lo, K)
-            dk[:, :hi].baddbmm_(ds.mT, q_rows)
-            lo = hi
+            dv[:, first:hi].baddbmm_(p.mT, dy_rows)
+            ds = torch._softmax_backward_data(dy_rows @ v[:, first:hi].mT, p, -1, p.dtype)
+            dq[:, :, lo:hi] = (ds @ k[:, first:hi]).view(len(q), -1, hi - lo, K)
+            dk[:, first:hi].baddbmm_(ds.mT, q_rows)
         dk, dv = (x.view(N, -1, T, K).transpose(1, 2) for x in (dk, dv))
-        return dq.mul_(K**-0.5).view(N, H, T, K).transpose(1, 2), dk, dv
+        return dq.mul_(K**-0.5).view(N, H, T, K).transpose(1, 2), dk, dv, None
 
 
-def attend_blocks(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+def blocks_of(first: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """BlockedAttention's blocks of one causal segment [first, end)."""
+    for lo in range(first, end, BlockedAttention.ROWS):
+        yield first, lo, min(lo + BlockedAttention.ROWS, end)
+
+
+@torch.compiler.disable  # the blocks differ from step to step
+def attend_segment_blocks(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) -> Tensor:
+    """BlockedAttention over the segments of all rows: no product reaches into another document."""
+    edges = itertools.pairwise(segments.bounds_M.tolist())
+    blocks = tuple(block for first, end in edges for block in blocks_of(first, end))
+    q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q_BTHK, k_BTGK, v_BTGK))
+    return BlockedAttention.apply(q, k, v, blocks).reshape(q_BTHK.shape)
+
+
+def attend_blocks(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segments | None = None) -> Tensor:
     """BlockedAttention; SDPA where a cache makes the keys longer than the queries."""
     if q_BTHK.shape[1] != k_BSGK.shape[1]:
-        return attend_sdpa(q_BTHK, k_BSGK, v_BSGK)
-    return BlockedAttention.apply(q_BTHK, k_BSGK, v_BSGK)
+        return attend_sdpa(q_BTHK, k_BSGK, v_BSGK, segments)
+    if segments is not None:
+        return attend_segment_blocks(q_BTHK, k_BSGK, v_BSGK, segments)
+    return BlockedAttention.apply(q_BTHK, k_BSGK, v_BSGK, tuple(blocks_of(0, q_BTHK.shape[1])))
 
 
-AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionKernel = Callable[..., Tensor]  # (q, k, v, segments or None)
+
+
+def attend_packed(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """A kernel of packed sequences, (N, H, K) with bounds and the greatest length, over the segments of all rows."""
+    if q.shape[1] != k.shape[1]:
+        return attend_segments(q, k, v, segments)
+    bounds, most = segments.bounds_M, segments.longest
+    y = kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, bounds, most, most)
+    return (y[0] if isinstance(y, tuple) else y).view(q.shape)
 
 
 def attend_flash(module: str) -> AttentionKernel:
     """FlashAttention from `module` (flash_attn_interface is version 3, flash_attn version 2)."""
-    kernel = __import__(module, fromlist=["flash_attn_func"]).flash_attn_func
+    kernels = __import__(module, fromlist=["flash_attn_func", "flash_attn_varlen_func"])
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = kernel(q, k, v, causal=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
+        if segments is not None:
+            return attend_packed(functools.partial(kernels.flash_attn_varlen_func, causal=True), q, k, v, segments)
+        y = kernels.flash_attn_func(q, k, v, causal=True)
         return y[0] if isinstance(y, tuple) else y
 
     return attend
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
+    """PyTorch's own FlashAttention of packed sequences, in bf16 on a GPU; SDPA without segments."""
+    if segments is None:
+        return attend_sdpa(q, k, v)
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = q.shape[2] != k.shape[2]
+    return attend_packed(functools.partial(varlen_attn, window_size=(-1, 0), enable_gqa=grouped), q, k, v, segments)
 
 
 PLAIN_ATTENTION = {"sdpa": attend_sdpa, "blocks": attend_blocks}  # run wherever PyTorch does
 
 
 def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
-    """(name, kernel) of ATTENTION on this device; `auto`: blocks on a CPU, else FlashAttention 3, then 2, then SDPA.
+    """(name, kernel) of ATTENTION on this device; `auto`: blocks on a CPU, else FlashAttention 3, then 2, then what PyTorch has.
 
     Raises ConfigError if a kernel is forced that is not installed or cannot run here.
     """
@@ -2396,10 +2628,11 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionK
             reason = f"{module} cannot be imported ({e})"
         if name != "auto":
             raise ConfigError(f"ATTENTION={name}: {reason}; use ATTENTION=auto or ATTENTION=sdpa")
-    return "sdpa", attend_sdpa
+    packed = cfg.doc_mask and device.type == "cuda" and compute_dtype(cfg.train_dtype, device) == torch.bfloat16
+    return ("varlen", attend_varlen) if packed else ("sdpa", attend_sdpa)
 
 
-# ---- what may act on the heads
+# ---- operations on the heads' outputs
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, share_H: Tensor | None = None) -> Tensor:
@@ -2428,15 +2661,15 @@ class GatedXsa(nn.Module):
         return exclude_self(y_BTHK, v_BTGK, torch.tanh(self.alpha_H).to(y_BTHK.dtype))
 
 
-def own_value_exclusion(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """What this block does with its own value in the attention's output: nothing, XSA, or gated XSA."""
+def choose_xsa(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """(attention output, values) -> attention output, for this block: unchanged, XSA, or gated XSA."""
     if layer not in cfg.xsa_layers:
         return lambda y, v: y  # noqa: ARG005
     return GatedXsa(cfg) if cfg.xsa_gated else exclude_self
 
 
 class NoGate(nn.Module):
-    """Leaves the heads alone."""
+    """Returns the heads' outputs unchanged."""
 
     def __init__(self, cfg: Config) -> None:  # noqa: ARG002
         super().__init__()
@@ -2486,7 +2719,7 @@ ATTN_GATES = {"none": NoGate, "input": InputGate, "scalar": ScalarGate, "sparse"
 
 
 class NoValueResidual(nn.Module):
-    """Keeps each block's own values."""
+    """Returns each block's own values unchanged."""
 
     def forward(self, v: Tensor, v0: Tensor) -> Tensor:  # noqa: ARG002
         return v
@@ -2519,7 +2752,7 @@ VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": SoftmaxValueResidual, "si
 
 
 class Embedding(nn.Module):
-    """Rows of a table; the fp32 master is cast to the compute dtype after the lookup."""
+    """ids (...) -> rows of the table (..., dim) in the compute dtype; the table itself is kept in fp32."""
 
     def __init__(self, rows: int, dim: int, std: float, role: str, store: str) -> None:
         super().__init__()
@@ -2578,8 +2811,7 @@ class Smear(nn.Module):
         self.gate = vector(cfg.model_dim, value=cfg.smear_init)
         self.cross_doc = cfg.smear_cross_doc
 
-    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor) -> Tensor:
-        shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+    def forward(self, x_BTD: Tensor, shifted: Tensor, starts_BT: Tensor) -> Tensor:
         s = torch.sigmoid(self.gate).to(x_BTD.dtype)
         if not self.cross_doc:
             s = s * ~starts_BT[..., None]
@@ -2597,8 +2829,7 @@ class WindowSmear(nn.Module):
         self.weight_W, self.scale = vector(cfg.gate_window), vector(1)
         self.cross_doc = cfg.smear_cross_doc
 
-    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor) -> Tensor:
-        shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+    def forward(self, x_BTD: Tensor, shifted: Tensor, starts_BT: Tensor) -> Tensor:
         w, scale = self.weight_W.to(x_BTD.dtype), self.scale.to(x_BTD.dtype)
         s = scale * torch.sigmoid(F.linear(x_BTD[..., : len(w)], w[None]))
         if not self.cross_doc:
@@ -2643,7 +2874,7 @@ class ValueEmbedding(nn.Module):
 
 
 class Stream(NamedTuple):
-    """What every block of one forward pass shares."""
+    """Inputs that are the same for every block of one forward pass."""
 
     x0_BTD: Tensor  # the embedding stream
     rope_2TC: Tensor  # cosines and sines of these positions
@@ -2666,7 +2897,7 @@ class Attention(nn.Module):
         self.q_gain_H = vector(cfg.num_heads, value=cfg.qk_gain_init)
         self.gate = ATTN_GATES[cfg.attn_gate](cfg)
         self.value_residual = VALUE_RESIDUALS[cfg.value_residual if layer else "none"]()
-        self.exclude_self = own_value_exclusion(cfg, layer)
+        self.exclude_self = choose_xsa(cfg, layer)
         self.attend = attend_sdpa
 
     def heads(self, x_BTD: Tensor) -> Tensor:
@@ -2690,8 +2921,8 @@ class Attention(nn.Module):
         k, all_v = rotate(rms_norm(k), s.rope_2TC), v
         if s.ctx.cache is not None:
             k, all_v = s.ctx.cache.extend(slot, k, v)
-        y = self.gate(self.exclude_self(self.attend(q, k, all_v), v), x_BTD)
-        return self.out(y.reshape(x_BTD.shape), s.ctx), v0_BTGK
+        y = self.gate(self.exclude_self(self.attend(q, k, all_v, s.ctx.segments), v), x_BTD)
+        return adapted(self.out(y.reshape(x_BTD.shape), s.ctx), x_BTD, f"blocks.{self.layer}.attn", s.ctx), v0_BTGK
 
 
 class MLP(nn.Module):
@@ -2701,13 +2932,14 @@ class MLP(nn.Module):
         super().__init__()
         own = cfg.mlp_mult_encoder if layer < cfg.encoder_layers else cfg.mlp_mult_decoder
         hidden = int((own or cfg.mlp_mult) * cfg.model_dim)
-        self.slope = cfg.leaky_slope
+        self.layer, self.slope = layer, cfg.leaky_slope
         self.up = projection(cfg, layer, "mlp", "up", cfg.model_dim, hidden)
         self.down = projection(cfg, layer, "mlp", "down", hidden, cfg.model_dim)
 
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         z = self.up(x, ctx)
-        return self.down((F.leaky_relu(z, self.slope) if self.slope else F.relu(z)).square(), ctx)
+        y = self.down((F.leaky_relu(z, self.slope) if self.slope else F.relu(z)).square(), ctx)
+        return adapted(y, x, f"blocks.{self.layer}.mlp", ctx)
 
 
 def phase_mix(layer: int, layers: int) -> float:
@@ -2878,7 +3110,7 @@ class AsymSoftcap(Softcap):
 class KVCache:
     """Keys and values of earlier positions for each pass through a block of the longest plan, the last token and embedding.
 
-    B sequences of the same length in lockstep; `limit` positions at most. `length` counts those already seen.
+    B sequences of equal length, at most `limit` positions each, that advance together. `length` is the positions so far.
     """
 
     def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -2887,6 +3119,7 @@ class KVCache:
         self.limit, self.length = limit, 0
         self.last_id: Tensor | None = None  # (B,)
         self.last_embedding: Tensor | None = None  # (B, 1, D) before the smear
+        self.start_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # where each row's segment begins
 
     def extend(self, slot: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
         """Append this call's keys and values; returns all so far."""
@@ -2945,7 +3178,8 @@ class GPT(nn.Module):
         first = torch.full_like(ids_BT[:, :1], -1)
         if ctx.cache is not None and ctx.cache.last_id is not None:
             first = ctx.cache.last_id[:, None]
-        return torch.cat([first, ids_BT[:, :-1]], dim=1)
+        before = torch.cat([first, ids_BT[:, :-1]], dim=1)
+        return before if ctx.segments is None else before.masked_fill(ctx.segments.first_BT, -1)
 
     def smeared(self, x: Tensor, ids: Tensor, ctx: Ctx) -> Tensor:
         """SmearGate over this call's positions, with the embedding before them from the cache."""
@@ -2953,7 +3187,10 @@ class GPT(nn.Module):
         if ctx.cache is not None:
             before = before if ctx.cache.last_embedding is None else ctx.cache.last_embedding
             ctx.cache.last_embedding = x[:, -1:]
-        return self.smear(x, before, ids == BOS)
+        shifted = torch.cat([before, x[:, :-1]], dim=1)
+        if ctx.segments is not None:
+            shifted = shifted.masked_fill(ctx.segments.first_BT[..., None], 0)
+        return self.smear(x, shifted, ids == BOS)
 
     def embed_plain(self, ids: Tensor, ctx: Ctx) -> Tensor:
         """ids (B, T) -> (B, T, D): token (+ bigram), smeared where that comes before the norm."""
@@ -2973,15 +3210,27 @@ class GPT(nn.Module):
     @torch.no_grad()
     def enrichment(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T) fp32: how far the pre-enrichment moves each embedding, ||f(x) - x|| (#187's confidence)."""
-        x = self.embed_plain(ids, Ctx())
-        return (self.pre_enrich(x, Ctx()) - x).float().norm(dim=-1)
+        ctx = self.with_segments(ids, Ctx())
+        x = self.embed_plain(ids, ctx)
+        return (self.pre_enrich(x, ctx) - x).float().norm(dim=-1)
+
+    def with_segments(self, ids: Tensor, ctx: Ctx) -> Ctx:
+        """The context with the segments of `ids` under DOC_MASK=1, unless it has them."""
+        if not self.cfg.doc_mask or ctx.segments is not None or ids.is_meta:
+            return ctx
+        longest = ids.shape[1] if ctx.cache is None else ctx.cache.limit
+        return ctx._replace(segments=find_segments(ids, longest, cache=ctx.cache))
 
     def features(self, ids: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
         """ids (B, T) int64 -> final normalised stream (B, T, D). With a cache, ids continue the cached positions."""
-        start = 0 if ctx.cache is None else ctx.cache.length
+        ctx, start = self.with_segments(ids, ctx), 0 if ctx.cache is None else ctx.cache.length
         a = m = x0 = self.embed(ids, ctx)
         values = {} if self.ve is None else self.ve(ids, self.compute_dtype, ctx)
-        stream = Stream(x0, self.rope[:, start : start + ids.shape[1]], values, ctx)
+        rope = self.rope[:, start : start + ids.shape[1]]
+        if ctx.segments is not None:  # positions in the segment, since all rows of a step may be one stream
+            at_T = torch.arange(start, start + ids.shape[1], device=ids.device)
+            rope = self.rope[:, at_T - ctx.segments.start_BT]
+        stream = Stream(x0, rope, values, ctx)
         v0: Tensor | None = None
         saved: list[Tensor] = []
         firsts: dict[int, Tensor] = {}
@@ -2991,12 +3240,14 @@ class GPT(nn.Module):
             if step.skip is not None:
                 gate = None if self.skip_gates is None else self.skip_gates[step.skip]
                 a = self.merge_skip(a, saved.pop(), self.skip_weights[step.skip], gate)
-            a, m, v0 = self.blocks[step.block](a, m, v0, stream, slot)
+            a, m, v0 = self.blocks[step.block](a, m, v0, stream._replace(ctx=ctx._replace(slot=slot)), slot)
             a, m = self.carry(a, m, step, firsts)
             if step.save:
                 saved.append(a)
         if ctx.cache is not None:
             ctx.cache.length, ctx.cache.last_id = start + ids.shape[1], ids[:, -1]
+            if ctx.segments is not None:
+                ctx.cache.start_B1 = ctx.segments.start_BT[:, -1:]
         return rms_norm(self.blocks[-1].join(a, m))
 
     def logits(self, features: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
@@ -3007,8 +3258,8 @@ class GPT(nn.Module):
             if ctx.tap is not None:
                 ctx.tap("tok_emb", features)
             z = F.linear(features, self.tok_emb.weight.to(features.dtype))
-            z = z + ctx.lora["head"](features) if "head" in ctx.lora else z
-        return self.softcap(z.float())
+            z = adapted(z, features, "head", ctx)
+        return self.softcap(z.to(torch.promote_types(z.dtype, torch.float32)))
 
     def nll(self, inputs: Tensor, targets: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
         """-log p(target) in nats, (B, T) fp32."""
@@ -3060,10 +3311,10 @@ def flops_per_token(model: GPT, seq_len: int, plan: list[Step] | None = None) ->
 
 # ==== 5 OPTIMIZER =====================================================================================================
 #
-# Matrices learn by Muon, everything else by AdamW. Nothing wraps the model: after backward a gradient holds this rank's
-# part of the sum. One step (a) starts every reduction, (b) lets Adam work while the matrices are still on their way,
-# (c) orthogonalises each matrix on the one rank that owns it, (d) applies a bank's updates while the next computes.
-# One process is the same code in a world of one rank, where nothing travels.
+# Muon trains the matrices, AdamW everything else. No wrapper around the model: after backward each gradient is this rank's
+# part of the sum. A step (a) starts all reductions, (b) runs AdamW while the matrices' gradients are being reduced,
+# (c) orthogonalises each matrix on the rank that owns it, (d) applies one bank's updates while the next bank computes.
+# One process runs the same code with a world of one rank and no communication.
 
 # PyTorch renamed these; FlashAttention's wheels often lag behind its newest version.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -3112,29 +3363,29 @@ def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> flo
 
 
 def copy_grads(params: list[nn.Parameter], places: list[Tensor]) -> None:
-    """Copies each gradient to its place; a parameter that this rank's loss did not touch counts as zeros."""
+    """Copies each parameter's gradient into its tensor of `places`; a parameter without a gradient gives zeros."""
     torch._foreach_copy_(places, [torch.zeros_like(p) if p.grad is None else p.grad for p in params])
 
 
 class Collective:
-    """Parameters with a collective under way: their gradients, or updates, travel between the ranks."""
+    """Parameters and at most one collective operation on them in flight: reducing gradients or gathering updates."""
 
     work: Any = None
 
     def wait(self) -> None:
-        """Returns (on a GPU: lets the stream go on) when the last reduction or gathering is complete."""
+        """Waits until the operation in flight, if any, is complete; on a GPU only the CUDA stream waits."""
         if self.work is not None:
             self.work.wait()
             self.work = None
 
 
 class MatrixBank(Collective):
-    """Muon for matrices of one shape (R, C), stacked and dealt out whole: rank r owns slots r*share .. (r+1)*share.
+    """Muon for all matrices of one shape (R, C), stacked; rank r owns the whole matrices in slots r*share .. (r+1)*share.
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
     never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
-    `dtype` is that of the Newton-Schulz products; rows are normalised and coefficients chosen as the knobs say. Gradients are reduced in fp32 and updates return in the dtype they were
-    made in, so the way costs no accuracy.
+    `dtype` is that of the Newton-Schulz products. Gradients are reduced in fp32 and updates return in the dtype they were
+    computed in, so communication loses no accuracy.
     """
 
     def __init__(self, named: dict[str, nn.Parameter], run: Run, dtype: torch.dtype, cfg: Config):
@@ -3196,7 +3447,7 @@ class MatrixBank(Collective):
 
 
 class SmallParameters(Collective):
-    """AdamW for all that is no matrix: gradients travel in one flat fp32 buffer, every rank makes the same step."""
+    """AdamW for every parameter that is not a matrix: one flat fp32 buffer of gradients is reduced; all ranks step alike."""
 
     def __init__(self, named: dict[str, nn.Parameter], rates: dict[str, float], cfg: Config, run: Run):
         self.names, self.params, self.run = list(named), list(named.values()), run
@@ -3265,7 +3516,8 @@ class Optimizers:
                 shapes.setdefault(p.shape, {})[name] = p
         missing = trainable.keys() - small.keys() - {name for named in shapes.values() for name in named}
         assert not missing, f"no optimizer owns {sorted(missing)}"
-        # Biggest first: the longest transfers start earliest, and nothing hides the gathering of the last bank.
+        # Largest first: the longest reductions start earliest, and the gathering of the last bank, which overlaps with
+        # no computation, is the shortest.
         banks = sorted(shapes.values(), key=lambda named: -sum(p.numel() for p in named.values()))
         self.banks = [MatrixBank(named, run, compute_dtype(cfg.train_dtype, run.device), cfg) for named in banks]
         self.small = SmallParameters(small, rates, cfg, run)
@@ -3278,7 +3530,7 @@ class Optimizers:
             # Published: each rank clips the gradient of its own mean, which is `world` times its part of the whole mean.
             params = [p for part in (self.small, *self.banks) for p in part.params]
             nn.utils.clip_grad_norm_(params, cfg.grad_clip_norm / self.run.world)
-        self.small.reduce()  # first in the queue: Adam then works while the matrices travel
+        self.small.reduce()  # first, so that AdamW runs while the matrices' gradients are being reduced
         for bank in self.banks:
             bank.reduce()
         if cfg.grad_clip_norm > 0 and not cfg.grad_clip_local:
@@ -3307,7 +3559,7 @@ class Optimizers:
         return norm
 
     def zero_grad(self) -> None:
-        """Forgets every gradient."""
+        """Sets every gradient to None."""
         for part in (self.small, *self.banks):
             for p in part.params:
                 p.grad = None
@@ -3345,18 +3597,8 @@ def budget_frac(cfg: Config, step: int, elapsed: float, budget: float) -> float:
     return min(max(by_time, by_steps), 1.0)
 
 
-def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
-    """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
-
-    warmdown: flat, then linear to 0 over the last WARMDOWN_FRAC of the budget; without it over the last WARMDOWN_ITERS steps
-    or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
-    wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
-    """
-    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
-
-
 def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
-    """`lr_scale` without its floor."""
+    """The learning-rate scale of `lr_scale` without its floor MIN_LR."""
     frac = budget_frac(cfg, step, elapsed, budget)
     if cfg.lr_schedule == "wsd":
         p = (frac - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
@@ -3369,6 +3611,16 @@ def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> floa
     if budget and step and elapsed:
         left = min(left, (budget - elapsed) / (cfg.warmdown_iters * elapsed / step))
     return min(max(left, 0.0), 1.0)
+
+
+def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
+    """Multiplier 0..1 on every learning rate at `step` (0-based) after `elapsed` of `budget` seconds (0: no limit).
+
+    warmdown: flat, then linear to 0 over the last WARMDOWN_FRAC of the budget; without it over the last WARMDOWN_ITERS steps
+    or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
+    wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
+    """
+    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
 
 
 def seq_len_at(cfg: Config, frac: float) -> int:
@@ -3437,7 +3689,7 @@ class WeightAverage:
         return f"{1 - self.cfg.swa_blend:g} {name} + {self.cfg.swa_blend:g} swa({self.swa_n})" if self.swa else name
 
     def state_dict(self) -> dict[str, Any]:
-        return {"emas": self.emas, "swa": self.swa, "swa_n": self.swa_n}
+        return {"emas": {**self.emas}, "swa": self.swa, "swa_n": self.swa_n}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         move = lambda ts: [t.to(p.device, copy=True) for t, p in zip(ts, self.params, strict=False)]  # noqa: E731
@@ -3688,7 +3940,7 @@ class Checkpoints:
             if self.run.rank == 0:
                 cells = {n: torch.from_numpy(c.astype(np.int32)) for n, c in (result.cells or {}).items()}
                 state = {"model": model.state_dict(), "step": result.steps, "average": {}, "position": stream.position,
-                         "elapsed": result.seconds, "finished": {**result._asdict(), "cells": cells}}  # fmt: skip
+                         "elapsed": result.seconds, "looped": model.looped, "finished": {**result._asdict(), "cells": cells}}  # fmt: skip
                 path = self.folder / "trained.pt"
                 try:
                     self.write(path, state)
@@ -3829,6 +4081,7 @@ class Trainer:
         for p in model.parameters() if run.world > 1 else ():  # an initial QR or SVD may differ between machines
             dist.broadcast(p.data, src=0)
         self.forward: Callable[..., Tensor] = model
+        self.start_curriculum()
         self.micro_tokens = first_micro_batch(cfg, run.device)
         self.step = 0
 
@@ -3852,11 +4105,24 @@ class Trainer:
         rows = max(1, self.micro_tokens // inputs.shape[1])
         loss = torch.zeros((), device=self.run.device)
         for i in range(0, len(inputs), rows):
-            nll = self.forward(inputs[i : i + rows], targets[i : i + rows], ctx)
-            part = (nll if weights is None else nll * weights[i : i + rows]).sum() / total
+            ids, following = inputs[i : i + rows], targets[i : i + rows]
+            if self.cfg.doc_mask:
+                ids, following, ctx = self.one_stream(ids, following, i, ctx)
+            nll = self.forward(ids, following, ctx)
+            part = (nll if weights is None else nll * weights[i : i + rows].view_as(nll)).sum() / total
             part.backward()
             loss += part.detach()
         return loss
+
+    def one_stream(self, ids_BT: Tensor, targets_BT: Tensor, row: int, ctx: Ctx) -> tuple[Tensor, Tensor, Ctx]:
+        """Rows from `row` of the step laid end to end, (1, B T) each, and the context with their segments of at most T tokens."""
+        (rows, longest), device = ids_BT.shape, ids_BT.device
+        # The segments are found where the ids came from: asking a GPU how many there are would wait for it.
+        host = ids_BT if device.type == "cpu" else self.batcher.host[row : row + rows]
+        expected = rows * longest * self.batcher.bos_share + rows
+        segments = find_segments(host.reshape(1, -1), longest, 1 << int(2 * expected).bit_length())
+        moved = [x.to(device, non_blocking=True) for x in segments[:3]]
+        return ids_BT.reshape(1, -1), targets_BT.reshape(1, -1), ctx._replace(segments=Segments(*moved, longest))
 
     def backward(self, inputs: Tensor, targets: Tensor, ctx: Ctx) -> Tensor:
         """Gradient of the step's mean loss over this rank's sequences; returns their part of that mean.
@@ -3879,13 +4145,26 @@ class Trainer:
                 retry = self.run_eager
             retry()  # out here, where the exception no longer holds the memory of the failed pass
 
+    def start_curriculum(self) -> None:
+        """As before the first step: no length has changed."""
+        self.seq_len, self.changed_at = self.cfg.seq_curriculum[0][1], -self.cfg.seq_change_warmup_steps
+        self.rewarm = 1.0  # share of the learning rates
+
+    def follow_curriculum(self, seq_len: int) -> None:
+        """Take the sequence length of this step; after a change the rates rise over SEQ_CHANGE_WARMUP_STEPS steps (#2014)."""
+        if seq_len != self.seq_len:
+            self.seq_len, self.changed_at = seq_len, self.step
+        steps = self.cfg.seq_change_warmup_steps
+        self.rewarm = min(1.0, (self.step - self.changed_at + 1) / steps) if steps else 1.0
+
     def train_step(self, frac: float, scale: float) -> Tensor:
         """One optimizer step on the next batch; returns this rank's part of the mean loss (0-dim, on the device)."""
-        inputs, targets = self.batcher.next(seq_len_at(self.cfg, frac))
+        self.follow_curriculum(seq_len_at(self.cfg, frac))
+        inputs, targets = self.batcher.next(self.seq_len)
         if self.cfg.num_loops:
             self.model.set_looped(frac >= self.cfg.enable_looping_at)
         loss = self.backward(inputs, targets, self.context(frac))
-        self.optimizers.step(self.step, scale)
+        self.optimizers.step(self.step, scale * self.rewarm)
         self.average.update(self.step, frac, scale)
         for counts in self.counters.values():
             counts.update(inputs, targets)
@@ -3912,6 +4191,7 @@ class Trainer:
         """All that a resumed run needs; every rank must call it."""
         return {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict(), "step": self.step,
                 "average": self.average.state_dict(), "position": self.batcher.stream.position,
+                "curriculum": [self.seq_len, self.changed_at],
                 **{name: counts.state_dict() for name, counts in self.counters.items()}}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -3920,6 +4200,7 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         self.average.load_state_dict(state["average"])
         self.step, self.batcher.stream.position = state["step"], state["position"]
+        self.seq_len, self.changed_at = state["curriculum"]
         for name, counts in self.counters.items():
             counts.load_state_dict(state[name])
 
@@ -3942,6 +4223,7 @@ class Trainer:
         self.counts = self.counts and BigramCounts(self.cfg, self.run)
         self.ngrams = self.ngrams and HashedNgrams(self.run)
         self.step, self.batcher.stream.position = 0, 0
+        self.start_curriculum()
         if steps:
             seconds = time.perf_counter() - started
             self.run.log(f"primed: {steps} steps undone, {seconds:.1f}s, micro-batch {self.micro_tokens} tokens")
@@ -4040,7 +4322,7 @@ class TrainingLoop:
             loss = trainer.train_step(frac, scale)
             stop = self.out_of_time() or run.signal is not None
             stop = self.stop.exchange(trainer.step, stop, loss, self.last_elapsed)
-            self.after_step(loss, scale)
+            self.after_step(loss, scale * trainer.rewarm)
             if stop:
                 reason = "signal" if run.signal is not None else "wallclock"
                 break
@@ -4167,7 +4449,12 @@ class TrainingLoop:
             return
         path = self.run.log_path.with_suffix(".trace.json")
         try:
+            path.unlink(missing_ok=True)
             self.profiler.export_chrome_trace(str(path))
+            with open(path, "rb") as f:  # torch does not tell when a trace could not be written
+                f.seek(-8, os.SEEK_END)
+                if not f.read().rstrip().endswith(b"}"):
+                    raise OSError("it is not complete")
         except (OSError, RuntimeError) as e:
             self.run.report_lost("trace", f"{path} ({e})")
             return
@@ -4183,6 +4470,7 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
     """
     if resumed is not None and "finished" in resumed:
         model.load_state_dict(resumed["model"])
+        model.set_looped(resumed["looped"])
         stream.position, run.training_began = resumed["position"], True
         run.notice(f"{resumed['path']} is the result of a whole training; it is packed and scored as it is")
         result = TrainResult(**resumed["finished"])
@@ -6455,6 +6743,69 @@ def strip_source(source: str) -> str:
     return f'"""{head}\n\n"""\n' + "".join(body)
 
 
+def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
+    """Local variables of a function and of those inside it -> names of one or two letters that occur nowhere in it.
+
+    Left alone are names of two letters or less, of parameters, and all that may mean something else: `taken` (defined outside,
+    or built in), global or nonlocal, defined inside, imported, caught, or read in an f-string, whose positions Python < 3.12
+    does not know.
+    """
+    nodes = list(ast.walk(function))
+    if any(
+        isinstance(n, (ast.ClassDef, ast.Match)) or getattr(n, "id", "") in ("locals", "vars", "eval", "exec")
+        for n in nodes
+    ):
+        return {}
+    uses = Counter(n.id for n in nodes if isinstance(n, ast.Name))
+    kept = taken | {n.arg for n in nodes if isinstance(n, ast.arg)} | {n.id for f in nodes if isinstance(f, ast.JoinedStr)
+                                                                      for n in ast.walk(f) if isinstance(n, ast.Name)}  # fmt: skip
+    for n in nodes:
+        kept |= (
+            set(n.names)
+            if isinstance(n, (ast.Global, ast.Nonlocal))
+            else {getattr(n, "name", None), getattr(n, "asname", None)}
+        )
+    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and len(n.id) > 2}
+    letters = [chr(c) for c in (*range(97, 123), *range(65, 91))]
+    free = (
+        w
+        for w in (*letters, *map("".join, itertools.product(letters, letters)))
+        if w not in kept | {*uses, *keyword.kwlist}
+    )
+    return dict(zip(sorted(stored - kept, key=lambda name: (-uses[name], name)), free, strict=False))
+
+
+def shorten_locals(source: str) -> str:
+    """The same program with short names for the local variables of functions; idempotent. Parameters keep theirs."""
+    tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
+    taken = {*dir(builtins), *(n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))}
+    taken |= {
+        t.id
+        for n in tree.body
+        for t in ast.walk(n)
+        if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) and isinstance(t, ast.Name)
+    }
+    taken |= {
+        (a.asname or a.name).split(".")[0]
+        for n in tree.body
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+        for a in n.names
+    }
+    methods = (f for n in tree.body for f in ([n] if isinstance(n, ast.FunctionDef) else getattr(n, "body", ())))
+    cuts = set()
+    for function in (f for f in methods if isinstance(f, ast.FunctionDef)):
+        names = shorter_names(function, taken)
+        cuts |= {
+            (n.lineno, n.col_offset, n.id, names[n.id])
+            for n in ast.walk(function)
+            if isinstance(n, ast.Name) and n.id in names
+        }
+    for row, column, old, new in sorted(cuts, reverse=True):
+        line = lines[row - 1]
+        lines[row - 1] = line[:column] + new.encode() + line[column + len(old) :]
+    return b"".join(lines).decode()
+
+
 def as_literal(packed: bytes) -> bytes:
     """Bytes as a string literal of a latin-1 source file: each stands for itself but for NUL, line ends, quote, backslash."""
     escapes = {b"\n": b"\\n", b"\r": b"\\r", b'"': b'\\"', b"\\": b"\\\\"}
@@ -6464,11 +6815,11 @@ def as_literal(packed: bytes) -> bytes:
 
 @functools.cache
 def pack_code(source: str) -> bytes:
-    """A script that unpacks and runs the stripped `source`; it shows linecache its lines, for tracebacks and Triton.
+    """A script that unpacks and runs the stripped `source` with short local names; it shows linecache its lines, for tracebacks and Triton.
 
     By bzip2 or LZMA, whichever is smaller: compressors that every Python has.
     """
-    text = strip_source(source).encode()
+    text = shorten_locals(strip_source(source)).encode()
     lzma1 = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
     forms = {b"bz2": bz2.compress(text), b"lzma": lzma.compress(text, lzma.FORMAT_ALONE, filters=lzma1)}
     name, packed = min(forms.items(), key=lambda form: len(form[1]))
@@ -6804,6 +7155,20 @@ class BpbMeter:
         return self.nats / math.log(2) / max(self.bytes, 1)
 
 
+def score_then_learn(
+    tokens: Tensor, n: int, edge: Callable[[int], int], scorer: Any, parts: list[Any]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The one loop of the evaluation. Yields (lo, hi, scores) of one span of the targets 1 .. n-1 after the other: each is scored,
+    and handed to the caller, before any of `parts` learns it. A span that begins at lo ends at edge(lo)."""
+    lo = 1
+    while lo < n:
+        hi = edge(lo)
+        yield lo, hi, scorer.score(tokens, lo, hi)
+        for part in parts:
+            part.update(tokens, lo, hi)
+        lo = hi
+
+
 class Window(NamedTuple):
     """One forward: inputs tokens[start:hi-1], of whose targets those in [lo, hi) are scored."""
 
@@ -6822,16 +7187,21 @@ def window_at(lo: int, end: int, seq_len: int, stride: int) -> Window:
     return Window(max(0, full - 1 - seq_len), lo, min(full, end))
 
 
+def score_logits(z_BTV: Tensor, targets_BT: Tensor, hints_BT: Tensor) -> Tensor:
+    """(3, B, T) from logits: log p of the targets, entropy in nats, probability of the hints."""
+    lse = z_BTV.logsumexp(-1)
+    p = torch.exp(z_BTV - lse[..., None])
+    logp = z_BTV.gather(-1, targets_BT[..., None]).squeeze(-1) - lse
+    hint_prob = p.gather(-1, hints_BT[..., None]).squeeze(-1)
+    return torch.stack([logp, lse - (p * z_BTV).sum(-1), hint_prob])
+
+
 def score_windows(
     model: GPT, inputs: Tensor, targets: Tensor, hints: Tensor, n: int, ctx: Ctx, temperature: float
 ) -> Tensor:
-    """(3, B, n) fp32 of the last n targets: log p, entropy in nats, probability of the hint."""
+    """`score_logits` of the last n targets of each row, (3, B, n)."""
     z = model.logits(model.features(inputs, ctx)[:, -n:], ctx) / temperature
-    lse = z.logsumexp(-1)
-    p = torch.exp(z - lse[..., None])
-    logp = z.gather(-1, targets[:, -n:, None]).squeeze(-1) - lse
-    hint_prob = p.gather(-1, hints[:, -n:, None]).squeeze(-1)
-    return torch.stack([logp, lse - (p * z).sum(-1), hint_prob])
+    return score_logits(z, targets[:, -n:], hints[:, -n:])
 
 
 def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
@@ -6877,8 +7247,8 @@ class NetworkExpert:
         self.rows = max(1, (cfg.val_batch_tokens or default) // self.seq_len)
         # How many targets to score ahead: all ranks agree on it, whatever memory each of them has left.
         self.ahead = 16 * self.rows * run.world * self.stride
-        device = text.tokens.device
-        self.logp, self.entropy, self.hint_prob = torch.zeros(3, self.n_tokens, device=device)
+        device, dtype = text.tokens.device, torch.promote_types(model.compute_dtype, torch.float32)
+        self.logp, self.entropy, self.hint_prob = torch.zeros(3, self.n_tokens, device=device, dtype=dtype)
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
         self.done = 1  # targets below are scored
         wanted = run.device.type == "cuda" and cfg.compile != "0"
@@ -6938,13 +7308,16 @@ class NetworkExpert:
         """Fill the buffers up to target `until` (or the next learning), each rank a contiguous share of the windows."""
         plan = self.plan(until)
         end = plan[-1].hi
-        fresh = torch.zeros(3, end - self.done, device=self.run.device)
+        fresh = torch.zeros(3, end - self.done, device=self.run.device, dtype=self.logp.dtype)
         mine = (plan[i] for i in self.run.share(len(plan)))
         for _, equal in itertools.groupby(mine, lambda w: (w.hi - w.start, w.hi - w.lo)):
             while batch := list(itertools.islice(equal, self.rows)):
                 self.score_batch(tokens, batch, fresh)
-        fresh = self.run.all_reduce(fresh).to(self.logp.device)
-        for buffer, values in zip((self.logp, self.entropy, self.hint_prob), fresh, strict=True):
+        self.keep(self.run.all_reduce(fresh), end)
+
+    def keep(self, fresh: Tensor, end: int) -> None:
+        """Put the scores (3, n) of the targets up to `end` into the buffers."""
+        for buffer, values in zip((self.logp, self.entropy, self.hint_prob), fresh.to(self.logp.device), strict=True):
             buffer[self.done : end] = values
         self.done = end
 
@@ -6955,8 +7328,9 @@ class NetworkExpert:
         """
         usual = n == self.stride and ids.shape == (self.rows, self.seq_len + 1)
         kernel = self.compiled if usual and self.compiled is not None else score_windows
+        ctx = self.model.with_segments(ids[:, :-1], self.ctx)
         try:
-            return kernel(self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, self.ctx, self.temperature)
+            return kernel(self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, ctx, self.temperature)
         except torch.OutOfMemoryError:
             return None
         except torch._dynamo.exc.TorchDynamoException as e:
@@ -6982,121 +7356,476 @@ class NetworkExpert:
         fresh[:, batch[0].lo - self.done : batch[-1].hi - self.done] = values.flatten(1)
 
 
-class Lora(nn.Module):
-    """B A x beside one projection: A (r, in) ~ N(0, 1/in), B (out, r) = 0, so it starts as nothing. fp32, no scale."""
+class Lora(NamedTuple):
+    """(alpha / r) B A x beside one site: A (r, in), B (out, r) fp32, or one pair a sequence with a leading axis. B = 0 at first, so it
+    starts as nothing."""
 
-    def __init__(self, shape: tuple[int, int], rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        d_out, d_in = shape
-        self.a = nn.Parameter(torch.randn(rank, d_in, generator=generator) / math.sqrt(d_in))
-        self.b = nn.Parameter(torch.zeros(d_out, rank))
+    a: Tensor
+    b: Tensor
+    scale: float
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+    def __call__(self, x: Tensor) -> Tensor:
+        y = x @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype)  # one product a factor, however many sequences
+        return y if self.scale == 1.0 else y * self.scale
 
 
-def lora_sites(cfg: Config, model: GPT) -> dict[str, tuple[int, int]]:
-    """Site -> (out, in) of every projection that TTT_LORA_SITES and TTT_LORA_BLOCKS choose."""
-    kinds = {t.strip() for t in cfg.ttt_lora_sites.split(",")}
-    first = cfg.num_layers - cfg.ttt_lora_blocks
-    chosen = {}
-    for site, shape in model.sites().items():
-        parts = site.split(".")
-        if parts[0] == "blocks" and parts[-1] in kinds and int(parts[1]) >= first:
-            chosen[site] = tuple(shape)
-    return {**chosen, "head": (cfg.vocab_size, cfg.model_dim)} if "head" in kinds else chosen
+SITE_NAMES = {"o": "attn", "mlp": "mlp"}  # sites that are a whole branch; all others end in their projection's name
+
+
+def lora_sites(cfg: Config, model: GPT) -> dict[tuple[int, str], tuple[int, int]]:
+    """(pass through a block, site) -> (out, in) of every LoRA that the knobs choose; the head's pass is -1."""
+    projections, chosen = model.sites(), {}
+    first, width = cfg.num_layers - cfg.ttt_lora_blocks if cfg.ttt_lora_blocks else 0, cfg.model_dim
+    for slot, step in enumerate(model.plan):
+        block = f"blocks.{step.block}."
+        branches = {block + part: (width, width) for kind, part in SITE_NAMES.items() if kind in cfg.ttt_sites}
+        inner = {site: tuple(shape) for site, shape in projections.items()
+                 if site.startswith(block) and site.rsplit(".", 1)[-1] in cfg.ttt_sites}  # fmt: skip
+        if step.block >= first:
+            chosen.update({(slot, site): shape for site, shape in {**inner, **branches}.items()})
+    return {**chosen, (-1, "head"): (cfg.vocab_size, width)} if "head" in cfg.ttt_sites else chosen
 
 
 class TestTimeNetwork(NetworkExpert):
-    """The network with a LoRA that learns each chunk of text once it is scored (#850; arXiv 2411.07279's family).
+    """The network with LoRA that learn from scored text, at the targets in `edges` alone; a subclass says what is learned there.
 
-    The base weights are frozen. Scores use the Polyak average of the LoRA, P <- d P + (1 - d) W after each chunk. Chunks
-    have TTT_CHUNK_TOKENS targets and, with TTT_RESET=document, also end with their document, where the LoRA starts anew.
-    Ranks share a chunk's sequences and sum the gradients, so that all keep the same LoRA.
+    It computes with a copy of the model, so that no other stage sees what was learned here. Ranks share the work and sum
+    gradients, so that all of them learn the same.
     """
 
     __test__ = False  # the name begins with Test, but it is none
+    edges: list[int]  # rising, the end of the text last
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
-        super().__init__(cfg, run, model, text, stride)
-        self.byte_weights = text.bytes.clamp_min(1).float() if cfg.ttt_byte_weighted else torch.ones(self.n_tokens)
-        self.temperature = cfg.ttt_temperature
-        edges = set(range(1 + cfg.ttt_chunk_tokens, self.n_tokens, cfg.ttt_chunk_tokens))
-        self.starts = set()
-        if cfg.ttt_reset == "document":  # a BOS is the last target of the document before it
-            self.starts = set((torch.nonzero(text.tokens[1:] == BOS).flatten() + 2).tolist())
-        self.edges = sorted({e for e in edges | self.starts if e < self.n_tokens} | {self.n_tokens})
+        super().__init__(cfg, run, copy.deepcopy(model).requires_grad_(False), text, stride)
+        weights = text.bytes.clamp_min(1) if cfg.ttt_byte_weighted else torch.ones_like(text.bytes)
+        self.weights = weights.to(self.logp.dtype)
+        self.temperature, self.scale = cfg.ttt_temperature, cfg.ttt_lora_alpha / cfg.ttt_lora_rank or 1.0
+        self.lr = cfg.ttt_lr * cfg.ttt_local_lr_mult
         self.learned = 1  # targets below are learned
+        self.learning_rows = max(1, self.rows // 4)  # sequences of full length that a backward pass takes at once
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "ttt"))  # the same on every rank
-        shapes = lora_sites(cfg, model)
-        self.live = {site: Lora(shape, cfg.ttt_lora_rank, generator).to(run.device) for site, shape in shapes.items()}
-        self.averaged = copy.deepcopy(self.live)
-        sides = (self.live, self.averaged)
-        self.params, self.mean = ([p for lora in side.values() for p in lora.parameters()] for side in sides)
-        self.initial = [p.detach().clone() for p in self.params]
-        self.ctx = Ctx(lora=self.averaged)
-        self.reset()
+        self.shapes = lora_sites(cfg, self.model)
+        drawn = (self.draw(torch.empty(cfg.ttt_lora_rank, d_in), generator) for _, d_in in self.shapes.values())
+        self.a = [a.to(run.device, self.logp.dtype) for a in drawn]
+
+    @staticmethod
+    def draw(a: Tensor, generator: torch.Generator) -> Tensor:
+        """Fill an A (r, in) with N(0, 1/in)."""
+        return a.normal_(std=a.shape[1] ** -0.5, generator=generator)
+
+    def zeros(self, *copies: int) -> list[Tensor]:
+        """B of every site, (*copies, out, r)."""
+        return [a.new_zeros(*copies, d_out, len(a)) for a, (d_out, _) in zip(self.a, self.shapes.values(), strict=True)]
+
+    def adapters(self, a: list[Tensor], b: list[Tensor]) -> Ctx:
+        """The context of a forward with these A and B."""
+        return Ctx(lora={site: Lora(*pair, self.scale) for site, *pair in zip(self.shapes, a, b, strict=True)})
 
     def learns_at(self, t: int) -> int:
-        """The end of the chunk that holds target `t`."""
+        """The first edge after target `t`."""
         return self.edges[min(bisect_right(self.edges, t), len(self.edges) - 1)]
 
     def last_learned(self, t: int) -> int:
-        """The start of the chunk that holds target `t`."""
+        """The last edge up to target `t`."""
         return self.edges[i - 1] if (i := bisect_right(self.edges, t)) else 1
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """The LoRA as it began, in place (a compiled forward stays valid), and a fresh optimizer."""
-        cfg = self.cfg
-        for side in (self.params, self.mean):
-            torch._foreach_copy_(side, self.initial)
-        if cfg.ttt_optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(self.params, cfg.ttt_lr, betas=(0.9, 0.999), weight_decay=cfg.ttt_wd)
-        else:
-            self.optimizer = torch.optim.SGD(self.params, cfg.ttt_lr, momentum=cfg.ttt_momentum)
-
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
-        """Targets below `hi` are scored: learn every chunk that is now complete, but not after the last one."""
+        """Targets below `hi` are scored: learn up to every edge among them, but nothing after the last one."""
         while self.learned < hi and (end := self.learns_at(self.learned)) <= hi < self.n_tokens:
-            if end in self.starts:
-                self.reset()
-            else:
-                self.learn(tokens, self.learned, end)
+            self.learn(tokens, self.learned, end)
             self.learned = end
 
     def learn(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """Learn from the targets [lo, hi), all of them scored."""
+        raise NotImplementedError
+
+    def descend(self, tokens: Tensor, spans: list[tuple[int, int]], params: list[Tensor], ctx: Ctx, clip: float,
+                optimizer: torch.optim.Optimizer) -> None:  # fmt: skip
+        """One step of the optimizer on the weighted mean nll of the targets in `spans`, whose sequences the ranks share."""
+        for p, g in zip(params, self.gradient(tokens, spans, params, ctx), strict=True):
+            p.grad = self.run.all_reduce(g)
+        if clip:
+            nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def gradient(self, tokens: Tensor, spans: list[tuple[int, int]], params: list[Tensor], ctx: Ctx) -> list[Tensor]:
+        """This rank's part of it; where memory runs out it starts again with half as many sequences at once."""
+        total = sum(float(self.weights[lo:hi].sum()) for lo, hi in spans)
+        mine = sorted((spans[i] for i in self.run.share(len(spans))), key=lambda span: span[0] - span[1])
+        while True:
+            grads = [torch.zeros_like(p) for p in params]
+            try:
+                for batch in self.like_lengths(mine):
+                    loss = self.weighted_nll(tokens, batch, ctx) / total
+                    torch._foreach_add_(grads, torch.autograd.grad(loss, params, materialize_grads=True))
+                return grads
+            except torch.OutOfMemoryError:
+                if self.learning_rows == 1:
+                    raise ConfigError(
+                        f"EVAL_SEQ_LEN={self.seq_len}: memory runs out learning one sequence; use a shorter one"
+                    ) from None
+            self.learning_rows //= 2
+            torch.cuda.empty_cache()
+
+    def like_lengths(self, spans: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """Batches of spans, longest first, that are padded to `learning_rows` sequences of full length at most."""
+        while spans:
+            rows = max(1, self.learning_rows * self.seq_len // (spans[0][1] - spans[0][0]))
+            yield spans[:rows]
+            spans = spans[rows:]
+
+    def weighted_nll(self, tokens: Tensor, spans: list[tuple[int, int]], ctx: Ctx) -> Tensor:
+        """Sum over the targets in `spans` of weight times nats; the first is the longest, the others are padded to it."""
+        lo, hi = (torch.tensor(ends, device=tokens.device)[:, None] for ends in zip(*spans, strict=True))
+        at = (lo + torch.arange(-1, spans[0][1] - spans[0][0], device=tokens.device)).minimum(hi - 1)
+        inside = F.pad(at[:, 1:] > at[:, :-1], (1, 0), value=True)
+        ids = torch.where(inside, tokens[at], BOS).to(self.run.device)
+        weights = torch.where(inside, self.weights[at], 0.0)[:, 1:].to(self.run.device)
+        return (self.model.nll(ids[:, :-1], ids[:, 1:], ctx) * weights).sum()
+
+
+class SharedLoraNetwork(TestTimeNetwork):
+    """One LoRA that learns each chunk of TTT_CHUNK_TOKENS targets once it is scored (#850; arXiv 2411.07279's family).
+
+    Scores use the Polyak average of the LoRA, P <- d P + (1 - d) W after each chunk.
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
+        super().__init__(cfg, run, model, text, stride)
+        self.edges = [*range(1 + cfg.ttt_chunk_tokens, self.n_tokens, cfg.ttt_chunk_tokens), self.n_tokens]
+        live = [self.a, self.zeros()]
+        mean = [[p.clone() for p in side] for side in live]
+        self.params, self.mean = ([p for side in both for p in side] for both in (live, mean))
+        for p in self.params:
+            p.requires_grad_()
+        self.live, self.ctx = self.adapters(*live), self.adapters(*mean)
+        if cfg.ttt_optimizer == "adamw":
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                self.params, self.lr, (cfg.ttt_beta1, cfg.ttt_beta2), cfg.ttt_adam_eps, cfg.ttt_wd
+            )
+        else:
+            self.optimizer = torch.optim.SGD(self.params, self.lr, cfg.ttt_momentum)
+
+    def learn(self, tokens: Tensor, lo: int, hi: int) -> None:
         """TTT_EPOCHS passes over the targets [lo, hi), then one step of the average."""
-        starts = list(range(lo, hi, self.seq_len))
-        size = self.cfg.ttt_batch_seqs or len(starts)
-        for _ in range(self.cfg.ttt_epochs):
-            for i in range(0, len(starts), size):
-                self.learn_batch(tokens, [(s, min(s + self.seq_len, hi)) for s in starts[i : i + size]])
+        spans = [(s, min(s + self.seq_len, hi)) for s in range(lo, hi, self.seq_len)]
+        size = self.cfg.ttt_batch_seqs or len(spans)
+        for i in [*range(0, len(spans), size)] * self.cfg.ttt_epochs:
+            self.descend(tokens, spans[i : i + size], self.params, self.live, self.cfg.ttt_grad_clip, self.optimizer)
         with torch.no_grad():
             torch._foreach_lerp_(self.mean, self.params, 1 - self.cfg.ttt_polyak_decay)
 
-    def learn_batch(self, tokens: Tensor, spans: list[tuple[int, int]]) -> None:
-        """One optimizer step on the weighted mean nll of the targets in `spans`."""
-        total, rows = sum(float(self.byte_weights[lo:hi].sum()) for lo, hi in spans), max(1, self.rows // 4)
-        self.optimizer.zero_grad(set_to_none=True)
-        frozen = [p for p in self.model.parameters() if p.requires_grad]
-        for p in frozen:
-            p.requires_grad_(False)
-        mine = [spans[i] for i in self.run.share(len(spans))]
-        for _, same in itertools.groupby(mine, lambda span: span[1] - span[0]):
-            equal = list(same)
-            for at in range(0, len(equal), rows):
-                ids, weights = (torch.stack([x[lo - shift : hi] for lo, hi in equal[at : at + rows]]).to(self.run.device)
-                                for x, shift in ((tokens, 1), (self.byte_weights, 0)))  # fmt: skip
-                nll = self.model.nll(ids[:, :-1], ids[:, 1:], Ctx(lora=self.live))
-                (nll * weights).sum().div(total).backward()
-        for p in frozen:
-            p.requires_grad_(True)
-        for p in self.params:
-            p.grad = self.run.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
-        if self.cfg.ttt_grad_clip:
-            nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
-        self.optimizer.step()
+
+# ---- test-time training document by document
+
+
+class Document(NamedTuple):
+    """Tokens start .. start + targets of the stream: a BOS, and after it the targets, of which the next document's BOS is the last."""
+
+    start: int
+    targets: int
+
+
+def documents_of(tokens: Tensor) -> list[Document]:
+    """The documents of a stream, which between them have each target 1 .. n-1 once; the first begins with the stream."""
+    n = len(tokens)
+    begins = [0, *(i for i in (tokens == BOS).nonzero().flatten().tolist() if 0 < i < n - 1)]
+    return [Document(s, e - s) for s, e in zip(begins, [*begins[1:], n - 1], strict=True)]
+
+
+def block_edges(documents: list[Document], size: int) -> list[int]:
+    """Where blocks end (the first target of the next one): at the first document's end that brings a block to `size` targets."""
+    edges, begin = [], 1
+    for document in documents:
+        end = document.start + document.targets + 1
+        if end - begin >= size:
+            edges.append(end)
+            begin = end
+    last = documents[-1].start + documents[-1].targets + 1
+    return edges if edges and edges[-1] == last else [*edges, last]
+
+
+def phase_edges(edges: list[int], prefix: float, phases: int) -> list[int]:
+    """The block ends at which the weights are trained: the first past i / phases of the share `prefix` of the text, i = 1 .. phases."""
+    total = edges[-1] - 1
+    due = [
+        edges[min(bisect_left(edges, 1 + prefix * total * i / phases), len(edges) - 1)] for i in range(1, phases + 1)
+    ]
+    return sorted(set(due) - {edges[-1]})
+
+
+def block_size(cfg: Config, n_tokens: int) -> int:
+    """TTT_BLOCK_TOKENS, or 1/24 of the text."""
+    return cfg.ttt_block_tokens or -(-(n_tokens - 1) // 24)
+
+
+def check_phases(cfg: Config, tokens: Tensor) -> None:
+    """Raises ConfigError where the text has too few blocks for the phases of test-time training."""
+    if not (cfg.ttt_enabled and cfg.ttt_reset == "document" and cfg.phased_ttt_num_phases):
+        return
+    edges = block_edges(documents_of(tokens), block_size(cfg, len(tokens)))
+    found = len(phase_edges(edges, cfg.phased_ttt_prefix, cfg.phased_ttt_num_phases))
+    if found < cfg.phased_ttt_num_phases:
+        raise ConfigError(
+            f"PHASED_TTT_NUM_PHASES={cfg.phased_ttt_num_phases}: the text's {len(edges)} blocks of TTT_BLOCK_TOKENS="
+            f"{block_size(cfg, len(tokens))} have room for {found} up to PHASED_TTT_PREFIX={cfg.phased_ttt_prefix:g}; "
+            "take shorter blocks or fewer phases"
+        )
+
+
+def chunk_starts(steps: list[tuple[float, int]], longest: int) -> Iterator[int]:
+    """The target positions at which a document's chunks start: 1, and so on to the first past `longest`."""
+    at = 1
+    while at <= longest:
+        yield at
+        at += next(size for below, size in steps if at - 1 < below)
+    yield at
+
+
+def deal_documents(
+    documents: list[Document], ranks: int, rows: int, chunks: list[int], window: int
+) -> list[list[list[Document]]]:
+    """Batches of each rank, documents of like length together. Work is counted in tokens sent through the network: a batch has at
+    most `rows` documents and no more work than a rank has on average, so that no rank waits long for the one with the longest documents."""
+    sent = [0, *itertools.accumulate(min(end - 1, window) for end in chunks[1:])]
+    work = {d: sent[bisect_right(chunks, d.targets)] for d in documents}
+    most, loads = sum(work.values()) / ranks, [0] * ranks
+    dealt: list[list[list[Document]]] = [[] for _ in range(ranks)]
+    ordered = deque(sorted(documents, key=lambda d: -d.targets))
+    while ordered:
+        batch, load, rank = [], 0, loads.index(min(loads))
+        while ordered and len(batch) < rows and (not batch or load + work[ordered[0]] <= most):
+            batch.append(ordered.popleft())
+            load += work[batch[-1]]
+        dealt[rank].append(batch)
+        loads[rank] += load
+    return dealt
+
+
+class DocumentCache:
+    """Keys and values of a batch's earlier chunks as they were computed then, the last `window` positions with the new ones."""
+
+    def __init__(self, window: int) -> None:
+        self.window, self.length = window, 0
+        self.slots: dict[int, list[Tensor]] = {}
+        self.last_id: Tensor | None = None  # (R,)
+        self.last_embedding: Tensor | None = None  # (R, 1, D) before the smear
+
+    def first(self, rows: int) -> DocumentCache:
+        """Drop all rows but the first ones."""
+        self.slots = {slot: [x[:rows] for x in pair] for slot, pair in self.slots.items()}
+        self.last_id = None if self.last_id is None else self.last_id[:rows]
+        self.last_embedding = None if self.last_embedding is None else self.last_embedding[:rows].detach()
+        return self
+
+    def extend(self, slot: int, k_RTGK: Tensor, v_RTGK: Tensor) -> list[Tensor]:
+        """Keys and values to attend to: the earlier ones, which are constants to what is learned now, and these."""
+        new = [k_RTGK, v_RTGK]
+        if slot in self.slots:
+            skip = max(0, self.slots[slot][0].shape[1] + k_RTGK.shape[1] - self.window)
+            new = [torch.cat([old[:, skip:], x], 1) for old, x in zip(self.slots[slot], new, strict=True)]
+        self.slots[slot] = [x.detach() for x in new]
+        return new
+
+
+class DocumentBatch:
+    """Documents of one block, scored and learned chunk by chunk side by side, each with LoRA and optimizer of its own.
+
+    Its targets are positions in the document, from 1; rows are sorted by length, so those that go on stand first.
+    """
+
+    def __init__(self, network: DocumentLoraNetwork, documents: list[Document]) -> None:
+        self.network, rows = network, len(documents)
+        self.documents = sorted(documents, key=lambda d: -d.targets)
+        device, self.n = network.logp.device, self.documents[0].targets + 1
+        self.start_R, self.targets_R = torch.tensor(self.documents, device=device).T
+        self.a = [a.repeat(rows, 1, 1) for a in network.a]
+        self.b = network.zeros(rows)
+        self.moments = [[torch.zeros_like(p) for p in (*self.a, *self.b)] for _ in range(2)]
+        self.taken = [torch.zeros((), device=network.run.device) for _ in range(2 * len(self.a))]
+        self.steps_R = torch.zeros(rows, device=network.run.device, dtype=network.logp.dtype)
+        self.cache = DocumentCache(network.seq_len) if network.cfg.ttt_kv_cache else None
+
+    def rows(self, position: int) -> int:
+        """How many documents have a target at `position`."""
+        return bisect_left(self.documents, 1, key=lambda d: d.targets < position)
+
+    def gather(self, stream: Tensor, lo: int, hi: int, rows: int, fill: int) -> Tensor:
+        """(rows, hi - lo): entries lo .. hi-1 of each document, `fill` beyond its end."""
+        offset = torch.arange(lo, hi, device=stream.device)
+        start, inside = self.start_R[:rows, None], offset <= self.targets_R[:rows, None]
+        return torch.where(inside, stream[torch.where(inside, start + offset, 0)], fill).to(self.network.run.device)
+
+    def forward(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        """Logits (rows, hi - lo, V) of the targets lo .. hi-1; keeps the loss of the documents that go on after them."""
+        network, learners = self.network, self.rows(hi)
+        rows = self.rows(lo)
+        start = lo - 1 if self.cache is not None else max(0, hi - 1 - network.cfg.ttt_eval_len)
+        ids = self.gather(tokens, start, hi, rows, BOS)
+        self.live = [p[:rows].detach().requires_grad_(learners > 0) for p in (*self.a, *self.b)]
+        ctx = network.adapters(self.live[: len(self.a)], self.live[len(self.a) :])
+        if self.cache is not None:
+            ctx = ctx._replace(cache=self.cache.first(rows))
+        with torch.set_grad_enabled(learners > 0):
+            z = network.model.logits(network.model.features(ids[:, :-1], ctx)[:, lo - hi :], ctx)
+            targets = ids[:learners, lo - hi :]
+            nll = F.cross_entropy(z[:learners].flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+            weights = self.gather(network.weights, lo, hi, learners, 0)
+            self.loss = (nll * weights).sum(1).div(weights.sum(1)).sum()
+        return z.detach()
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        """(3, rows, hi - lo): see `score_logits`."""
+        self.z = self.forward(tokens, lo, hi) / self.network.temperature
+        rows = len(self.z)
+        targets, hints = (self.gather(x, lo, hi, rows, 0) for x in (tokens, self.network.hints))
+        return score_logits(self.z, targets, hints)
+
+    @torch.no_grad()
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """Each document that goes on takes TTT_EPOCHS steps on the mean nll of its targets lo .. hi-1."""
+        cfg, rows = self.network.cfg, self.rows(hi)
+        if not rows:
+            return
+        for epoch in range(cfg.ttt_epochs):
+            if epoch:
+                self.forward(tokens, lo, hi)
+            grads = [g[:rows] for g in torch.autograd.grad(self.loss, self.live)]
+            if cfg.ttt_grad_clip:
+                norm_R = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+                torch._foreach_mul_(grads, (cfg.ttt_grad_clip / (norm_R + 1e-6)).clamp_max(1.0)[:, None, None])
+            params, mean, square = ([p[:rows] for p in side] for side in ((*self.a, *self.b), *self.moments))
+            adamw(params, grads, mean, square, [], self.taken, amsgrad=False, beta1=cfg.ttt_beta1,
+                                    beta2=cfg.ttt_beta2, lr=self.network.lr, weight_decay=cfg.ttt_wd,
+                                    eps=cfg.ttt_adam_eps, maximize=False)  # fmt: skip
+            self.steps_R[:rows] += 1
+
+
+class DocumentLoraNetwork(TestTimeNetwork):
+    """Every document has LoRA of its own, trained on its own scored chunks; what all start from changes at the ends of blocks (#1530).
+
+    A block ends with the first document that brings it to TTT_BLOCK_TOKENS targets. Inside it all documents start from its state
+    (model, A) with B = 0 and a fresh AdamW, so they may be computed in any order, on any rank. Chunks lie at fixed positions of
+    a document and see at most TTT_EVAL_SEQ_LEN tokens. After a block A becomes the mean of its documents' A by steps taken (#1767),
+    and at PHASED_TTT_NUM_PHASES of the block ends all weights are trained on all scored text (#1610).
+    The published order, longest document first, is no code for the text as it stands: see `order_claim`.
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
+        super().__init__(cfg, run, model, text, stride)
+        self.rows, self.seq_len = cfg.ttt_batch_size, cfg.ttt_eval_len
+        self.documents = documents_of(text.tokens)
+        self.edges = block_edges(self.documents, block_size(cfg, self.n_tokens))
+        self.phases = phase_edges(self.edges, cfg.phased_ttt_prefix, cfg.phased_ttt_num_phases)
+        longest = max(document.targets for document in self.documents)
+        self.chunks = list(chunk_starts(cfg.ttt_chunk_steps, longest))
+        if cfg.ttt_kv_cache:  # positions count from the document's start, however long it is
+            self.model.rope = rope_table(cfg, longest + max(cfg.ttt_chunk_size, self.seq_len)).to(self.model.rope)
+        self.sum_a, self.steps = self.a, 0.0  # what the documents of the block leave behind
+
+    @staticmethod
+    def draw(a: Tensor, generator: torch.Generator) -> Tensor:
+        """Fill an A (r, in) with U(-1, 1) / sqrt(in)."""
+        return a.uniform_(-1, 1, generator=generator).div_(a.shape[1] ** 0.5)
+
+    def chunk_end(self, position: int) -> int:
+        """The first target position after the chunk that holds `position`."""
+        return self.chunks[bisect_right(self.chunks, position)]
+
+    def deal(self, documents: list[Document]) -> list[list[Document]]:
+        """This rank's batches of a block."""
+        return deal_documents(documents, self.run.world, self.cfg.ttt_batch_size, self.chunks, self.seq_len)[
+            self.run.rank
+        ]
+
+    def score_ahead(self, tokens: Tensor, until: int) -> None:  # noqa: ARG002
+        """Score the block that begins with the first target not scored yet: all of it, since its documents do not see each other."""
+        lo, end = self.done, self.learns_at(self.done)
+        begins = [bisect_left(self.documents, edge - 1, key=lambda d: d.start) for edge in (lo, end)]
+        fresh = torch.zeros(3, end - lo, device=self.run.device, dtype=self.logp.dtype)
+        self.sum_a, self.steps = [torch.zeros_like(a) for a in self.a], fresh.new_zeros(1)
+        for batch in self.deal(self.documents[begins[0] : begins[1]]):
+            self.walk(tokens, batch, fresh, lo)
+        for total in (fresh, self.steps, *self.sum_a):
+            self.run.all_reduce(total)
+        self.keep(fresh, end)
+
+    def walk(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> None:
+        """Score documents into `fresh`, whose entry 0 is target `first`, and add up their A; halves the batches for good when
+        memory runs out, and starts the batch at hand again."""
+        for i in range(0, len(documents), rows := self.rows):
+            part = documents[i : i + rows]
+            if (batch := self.walked(tokens, part, fresh, first)) is not None:
+                for total, a in zip(self.sum_a, batch.a, strict=True):
+                    total += torch.einsum("n,nri->ri", batch.steps_R, a)
+                self.steps += batch.steps_R.sum().to(self.steps.device)
+            elif len(part) == 1:
+                raise ConfigError(
+                    f"TTT_EVAL_SEQ_LEN={self.seq_len}: one document does not fit in memory; use a shorter one"
+                )
+            else:
+                self.rows = len(part) // 2
+                torch.cuda.empty_cache()
+                self.walk(tokens, part, fresh, first)
+
+    def walked(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> DocumentBatch | None:
+        """A batch that is scored and learned to its end; None where memory runs out."""
+        try:
+            batch = DocumentBatch(self, documents)
+            for lo, hi, values in score_then_learn(tokens, batch.n, self.chunk_end, batch, [batch]):
+                rows, offset = values.shape[1], torch.arange(lo, hi, device=fresh.device)
+                inside = offset <= batch.targets_R[:rows, None]
+                fresh[:, (batch.start_R[:rows, None] + offset - first)[inside]] = values.to(fresh)[:, inside]
+            return batch
+        except torch.OutOfMemoryError:
+            return None
+
+    def dist(self, tokens: Tensor, t: int) -> Tensor:
+        """(V,) float64: walks the document of target t up to it once more, from the block's state."""
+        i = bisect_right(self.documents, t - 1, key=lambda d: d.start) - 1
+        start = self.documents[i].start
+        batch = DocumentBatch(self, [Document(start, t - start)])
+        for lo, _, _ in score_then_learn(tokens[: t + 1], batch.n, self.chunk_end, batch, [batch]):
+            chunk = lo
+        return batch.z[0, t - start - chunk].cpu().double().softmax(-1)
+
+    def learn(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
+        """The block is scored: its documents' A, and at a phase all scored text, change what the next one starts from."""
+        if self.cfg.ttt_warm_start_a and self.steps > 0:
+            self.a = [total / self.steps.to(total) for total in self.sum_a]
+        if hi in self.phases:
+            self.train_weights(tokens, hi)
+
+    def train_weights(self, tokens: Tensor, end: int) -> None:
+        """A phase: GLOBAL_TTT_EPOCHS passes of SGD on all weights over the targets [1, end), in the order of the text."""
+        cfg, started = self.cfg, time.perf_counter()
+        params = list(self.model.requires_grad_().parameters())
+        optimizer = torch.optim.SGD(params, cfg.global_ttt_lr, cfg.global_ttt_momentum)
+        chunks = [*range(1, end, cfg.global_ttt_chunk_tokens)] * cfg.global_ttt_epochs
+        for step, lo in enumerate(chunks):
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / max(len(chunks) - 1, 1))
+            warmup = min(1.0, (step + 1) / max(cfg.global_ttt_warmup_chunks, 1))
+            optimizer.param_groups[0]["lr"] = cfg.global_ttt_lr * cosine * warmup
+            spans = self.sequences(lo, min(lo + cfg.global_ttt_chunk_tokens, end))
+            size = cfg.global_ttt_batch_seqs or len(spans)
+            for i in range(0, len(spans), size):
+                self.descend(tokens, spans[i : i + size], params, Ctx(), cfg.global_ttt_grad_clip, optimizer)
+        self.model.requires_grad_(False)
+        self.run.sync()
+        self.run.log(f"ttt: trained all weights on {end - 1} scored tokens, {time.perf_counter() - started:.1f}s")
+
+    def sequences(self, lo: int, hi: int) -> list[tuple[int, int]]:
+        """Targets [lo, hi) as sequences of TTT_EVAL_SEQ_LEN, new ones at the starts of documents unless told otherwise."""
+        first, last = (bisect_right(self.documents, t - 1, key=lambda d: d.start) for t in (lo, hi - 1))
+        starts = [d.start + 1 for d in self.documents[first:last]] if self.cfg.global_ttt_respect_doc_boundaries else []
+        bounds = [lo, *starts, hi]
+        return [(s, min(s + self.seq_len, end)) for begin, end in itertools.pairwise(bounds)
+                for s in range(begin, end, self.seq_len)]  # fmt: skip
+
+
+TEST_TIME = {"none": SharedLoraNetwork, "document": DocumentLoraNetwork}
 
 
 # ---- exact n-gram statistics: one sort for each length gives what an online counter would have known at every position
@@ -7583,10 +8312,6 @@ class PackedTable:
         """Rows, in the next level, of the tokens that followed a context of k tokens."""
         return slice(*self.starts[k][row : row + 2].tolist()) if row >= 0 else slice(0, 0)
 
-    def followers(self, contexts: list[int]) -> Tensor:
-        """Tokens that were packed after the last token: those packed after a longer context are among them."""
-        return self.tokens[1][self.follower_rows(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
-
     def stats_of(self, contexts: list[int], tokens: Tensor) -> NgramStats:
         """Statistics of one target for each of `tokens`, (order, n); -1 stands for a token that never followed."""
         wanted = tokens.cpu().numpy()
@@ -7669,23 +8394,41 @@ class EnrichmentScale:
 
 
 class Tilt(NgramExpert):
-    """p(v) e^{beta [v = hint]} / Z with Z = 1 + p(hint) (e^beta - 1), where the hint filled `threshold` of its context's successors.
+    """p(v) e^{s [v = hint]} / Z with Z = 1 + q (e^s - 1), q = p(hint), where the hint filled `threshold` of its context's successors.
 
-    The hint is the token that followed the context of `k` tokens last time. Token-only form of PRs #1514 and #2018; neutral at beta 0.
+    The hint is the token that followed the context of order-1 tokens last time. Token-only form of PRs #1514 and #2018. The
+    strength is s = beta (1 - q)^gamma (#2129), with beta fixed, or learned from scored targets: steps of `rate` times the summed
+    gradient over the summed squared gradient. Neutral at beta 0.
     """
 
-    def __init__(self, table: NgramTable, base: Any, k: int, beta: float = 2.625, threshold: float = 0.8) -> None:
+    def __init__(self, table: NgramTable, base: Any, order: int, beta: float = 2.625, threshold: float = 0.8,
+                 gamma: float = 0.0, rate: float = 0.0) -> None:  # fmt: skip
         super().__init__(table, base)
-        self.k, self.beta, self.threshold = k, beta, threshold
+        self.k, self.beta, self.threshold, self.gamma, self.rate, self.squares = (
+            order - 1,
+            beta,
+            threshold,
+            gamma,
+            rate,
+            3.0,
+        )
 
     def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
         total, last = query.stats.total[self.k], query.stats.last[self.k]
         hint = query.tokens[last]
-        told = self.table.counts(self.k)[last] + 1  # how often the hint had followed, last time included
-        fires = (total > 0) & (told >= self.threshold * total)
-        p_hint = query.p[hint] if query.whole else self.base.hint_prob[query.target].double()
-        boost = torch.exp(self.beta * (fires & (hint == query.token)).double())
-        return query.p * boost / (1 + torch.where(fires, p_hint, 0.0) * math.expm1(self.beta)), None
+        seen = self.table.counts(self.k)[last] + 1  # how often the hint had followed, last time included
+        fires = (total > 0) & (seen >= self.threshold * total)
+        q = query.p[hint] if query.whole else self.base.hint_prob[query.target].double()
+        room = torch.where(fires, (1 - q).clamp_min(0) ** self.gamma, 0.0)
+        strength, hit = self.beta * room, (hint == query.token).double()
+        z = 1 + q * torch.expm1(strength)
+        return query.p * torch.exp(strength * hit) / z, (room, hit, q * torch.exp(strength) / z)
+
+    def learn(self, pending: Any) -> None:
+        room, hit, tilted = pending
+        gradient = room * (hit - tilted)  # of log p by beta
+        self.squares += gradient.square().sum().item()
+        self.beta = max(0.0, self.beta + self.rate * gradient.sum().item() / self.squares)
 
 
 # ---- the published scorers: hashed tables, looked up for the target alone ("claimed") or for every token ("normalized")
@@ -7729,7 +8472,14 @@ class PublishedCache(NamedTuple):
     alpha: Callable[[Tensor, Tensor, Tensor], Tensor]
     window: int  # targets a window scores
     batch: int  # windows scored between two updates of a rank's tables
-    layout: str  # "blocks": a rank owns a stretch of the text; "windows": every n-th window; "shared": one table
+    layout: (
+        str  # "blocks": a rank owns a contiguous share of the text; "windows": every n-th window; "shared": one table
+    )
+
+    @property
+    def chunk(self) -> int:
+        """Targets between two updates of a rank's tables."""
+        return self.window * self.batch
 
 
 MULTIPLIERS_740 = (36313, 27191, 51647, 81929, 131071, 65537, 104729)
@@ -7760,7 +8510,7 @@ class HashedCache:
         self.spec, self.base, self.vocab_size, self.normalize = PUBLISHED[name], base, vocab_size, normalize
         self.buckets, self.least = buckets, least
         self.ranks = 1 if normalize or self.spec.layout == "shared" else ranks
-        self.span = self.spec.window * self.spec.batch * (self.ranks if self.spec.layout == "windows" else 1)
+        self.span = self.spec.chunk * (self.ranks if self.spec.layout == "windows" else 1)
         shape = (len(self.spec.orders), 2, self.ranks * buckets)
         self.tables = torch.zeros(shape, dtype=torch.int32, device=device)
         self.scale, self.looks_ahead = EnrichmentScale(base), not normalize
@@ -7900,22 +8650,21 @@ NO_TABLES = Tables()
 def score_first(
     network: NetworkExpert, text: ValidationText, scorer: Any, parts: list[Any], chunk: int, deadline: float
 ) -> BpbMeter:
-    """The one driver: for each chunk, the scorer scores its targets, then every part may learn from them.
+    """The driver of every stage: the account of what `scorer` scores, chunk by chunk, before every part may learn it.
 
     A chunk never crosses a point at which `network` learns. `deadline` is a reading of time.perf_counter(), rank 0's counts;
     BrokenRun if it passes, since a score of a part is no score.
     """
     run, meter = network.run, BpbMeter()
     n, since = len(text.tokens), time.perf_counter()
-    lo = 1
-    while lo < n:
-        hi = min(lo + chunk, network.learns_at(lo))
-        meter.add(scorer.score(text.tokens, lo, hi), text.bytes[lo:hi])
-        for part in parts:
-            part.update(text.tokens, lo, hi)
+
+    def edge(lo: int) -> int:
+        return min(lo + chunk, network.learns_at(lo))
+
+    for lo, hi, logp in score_then_learn(text.tokens, n, edge, scorer, parts):
+        meter.add(logp, text.bytes[lo:hi])
         run.progress("evaluating", hi, n, since)
         due = 256 * lo // n < 256 * hi // n < 256 and deadline < math.inf  # now and then, since the ranks must agree
-        lo = hi
         if due and run.broadcast(time.perf_counter() > deadline):
             raise BrokenRun(f"EVAL_WALLCLOCK_SECONDS={run.cfg.eval_wallclock_seconds:g} passed after {hi} of {n} tokens; "
                             "raise EVAL_STRIDE or switch a stage off: a score of a part is no score")  # fmt: skip
@@ -7935,9 +8684,6 @@ class StageResult(NamedTuple):
 
 NGRAM_MIXES: dict[str, Callable[[Config, NgramTable, Any], NgramExpert]] = {
     "cascade": lambda cfg, table, base: Cascade(table, base, cfg.ngram_rate),
-    "tilt": lambda cfg, table, base: Tilt(
-        table, base, cfg.ngram_order - 1, cfg.ngram_tilt_beta, cfg.ngram_tilt_threshold
-    ),
 }
 
 
@@ -7951,6 +8697,9 @@ class Evaluation:
         self.networks: dict[str, NetworkExpert] = {}
         self.table = NgramTable(cfg.vocab_size, cfg.ngram_order, self.device)
         self.packed = PackedTable(tables.trie, cfg.vocab_size, self.device) if tables.trie else None
+        self.tilt_table = self.table
+        if cfg.ngram_tilt_order > cfg.ngram_order:
+            self.tilt_table = NgramTable(cfg.vocab_size, cfg.ngram_tilt_order, self.device)
 
     @property
     def best_network(self) -> str:
@@ -7966,12 +8715,12 @@ class Evaluation:
             stage = self.best_network
         if stage not in self.networks:
             stride = cfg.eval_len if stage == "roundtrip" else cfg.eval_stride or cfg.eval_len
-            network = (TestTimeNetwork if stage == "ttt" else NetworkExpert)(
+            network = (TEST_TIME[cfg.ttt_reset] if stage == "ttt" else NetworkExpert)(
                 cfg, self.run, self.model, self.text, stride
             )
-            if cfg.ngram_mix == "tilt" and "ngram" in cfg.stages and stage == self.best_network:
-                self.table.load(self.text.tokens)  # a hint depends on its prefix alone
-                network.hints = self.text.tokens[self.table.columns[2][-1]]
+            if cfg.ngram_tilt_enabled and stage == self.best_network:
+                self.tilt_table.load(self.text.tokens)  # a hint depends on its prefix alone
+                network.hints = self.text.tokens[self.tilt_table.columns[2][cfg.ngram_tilt_order - 1]]
             self.networks[stage] = network
         return self.networks[stage]
 
@@ -7993,14 +8742,25 @@ class Evaluation:
         if stage in ("normalized", "claimed"):
             scorer, span = self.published(stage, network)
             return scorer, [network, scorer], span
-        if stage in ("table", "ngram"):
+        if stage in ("tilt", "table", "ngram"):
             chain: list[Any] = [network]
-            if self.packed is not None:
-                chain.append(PackedCascade(self.packed, network, cfg.ngram_rate))
+            if cfg.ngram_tilt_enabled:
+                chain.append(Tilt(self.tilt_table, network, cfg.ngram_tilt_order, cfg.ngram_tilt_beta,
+                                  cfg.ngram_tilt_threshold, cfg.ngram_tilt_gamma, cfg.ngram_tilt_rate))  # fmt: skip
+            if stage != "tilt" and self.packed is not None:
+                chain.append(PackedCascade(self.packed, chain[-1], cfg.ngram_rate))
             if stage == "ngram":
                 chain.append(NGRAM_MIXES[cfg.ngram_mix](cfg, self.table, chain[-1]))
             return chain[-1], chain, span
         return network, [network], network.ahead
+
+    def move_to_cpu(self) -> None:
+        """Continue on the CPU with what is scored: small spans there cost less than launches on a GPU."""
+        self.device = torch.device("cpu")
+        self.text = self.text._replace(tokens=self.text.tokens.cpu(), bytes=self.text.bytes.cpu())
+        for network in self.networks.values():
+            for name in ("logp", "entropy", "hint_prob", "hints"):
+                setattr(network, name, getattr(network, name).cpu())
 
     def score(self, stage: str, scorer: Any, parts: list[Any], span: int, deadline: float) -> StageResult:
         """Score the whole text with one expert."""
@@ -8030,22 +8790,53 @@ class RecordingScorer:
 
 
 CLAIM_SAMPLES = 64  # targets at which Z is measured
+SMALL_SPAN = 4096  # targets between two updates below which a claim is run on the CPU
 
 
 def claim(evaluation: Evaluation) -> None:
-    """Run NGRAM_CLAIM as published and log what it claims beside the measured Z. It is no stage and never the score, so its
-    time is not the evaluation's."""
+    """Run NGRAM_CLAIM as published and log what it claims beside the measured sum Z of its probabilities. It is no stage and
+    never the score, so it runs once the score is reported, outside the evaluation's time."""
     cfg, run = evaluation.cfg, evaluation.run
     evaluation.model.eval()
+    if PUBLISHED.get(cfg.ngram_claim, PUBLISHED["pr850"]).chunk < SMALL_SPAN:
+        evaluation.score("network", *evaluation.scorer("network"), math.inf)  # scored already unless its stage is off
+        evaluation.move_to_cpu()
     scorer, parts, span = evaluation.scorer("claimed")
     n = len(evaluation.text.tokens)
-    watched = RecordingScorer(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
-    r = evaluation.score("claimed", watched, parts, span, math.inf)
-    sums = [p.sum().item() for p in watched.dists.values()]
+    recorded = RecordingScorer(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
+    r = evaluation.score("claimed", recorded, parts, span, math.inf)
+    sums = [p.sum().item() for p in recorded.dists.values()]
     z_mean, z_max = sum(sums) / len(sums), max(sums)
     run.log(f"{cfg.ngram_claim} claimed_bpb:{r.val_bpb:.8f} z_mean:{z_mean:.3f} z_max:{z_max:.3f} (not a code length)")
     run.event("claim", name=cfg.ngram_claim, claimed_bpb=r.val_bpb, z_mean=z_mean, z_max=z_max, seconds=r.seconds,
               note="not a code length")  # fmt: skip
+
+
+def longest_first(text: ValidationText) -> tuple[ValidationText, float]:
+    """(the text with its documents in order of falling length, the bits that tell a decoder of it their true order).
+
+    Documents of equal length stand in the order of the text, so log2(n! / product over lengths of m_l!) bits: n documents,
+    m_l of length l.
+    """
+    begins = [document.start for document in documents_of(text.tokens)]
+    pieces = sorted(itertools.pairwise([*begins, len(text.tokens)]), key=lambda piece: piece[0] - piece[1])
+    order = torch.cat([torch.arange(*piece, device=text.tokens.device) for piece in pieces])
+    equal = Counter(end - begin for begin, end in pieces)
+    nats = math.lgamma(len(pieces) + 1) - sum(math.lgamma(m + 1) for m in equal.values())
+    return text._replace(tokens=text.tokens[order], bytes=text.bytes[order]), nats / math.log(2)
+
+
+def order_claim(evaluation: Evaluation) -> None:
+    """Stage ttt as published, on the longest documents first, and the bits of order that its figure leaves out. Never the score."""
+    cfg, run = evaluation.cfg, evaluation.run
+    text, order_bits = longest_first(evaluation.text)
+    other = Evaluation(cfg, run, evaluation.model, text)
+    r = other.score("ttt", *other.scorer("ttt"), math.inf)
+    order_bpb = order_bits / max(r.bytes, 1)
+    run.log(f"ttt_order:length claimed_bpb:{r.val_bpb:.8f} order_bits:{order_bits:.0f} order_bpb:{order_bpb:.8f} "
+            f"with_order_bpb:{r.val_bpb + order_bpb:.8f} (not a code length of the text: its documents are reordered)")  # fmt: skip
+    run.event("order_claim", name="ttt_order_length", claimed_bpb=r.val_bpb, order_bits=order_bits, order_bpb=order_bpb,
+              seconds=r.seconds, note="not a code length of the text")  # fmt: skip
 
 
 class StageLog:
@@ -8097,10 +8888,14 @@ class Audit:
     ) -> None:
         n = min(len(text.tokens), max(AUDIT_TOKENS, cfg.eval_len + 2))
         self.often = max(1, n // 8)  # learning comes within the prefix, or nothing would be seen of it
-        self.cfg = dataclasses.replace(cfg, ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, self.often))
+        block = max(self.often, *(size for _, size in cfg.ttt_chunk_steps)) if cfg.ttt_block_tokens > self.often else 0
+        self.cfg = dataclasses.replace(
+            cfg, ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, self.often), ttt_block_tokens=block
+        )
         self.run, self.model, self.stage, self.tables = run, model, stage, tables
-        # Learning on a GPU sums in no fixed order.
-        self.tolerance = 1e-3 if run.device.type == "cuda" and cfg.ttt_enabled else 1e-6
+        # Learning on a GPU sums in no fixed order, and documents learn in batches of other shapes where the text differs.
+        inexact = run.device.type == "cuda" or cfg.ttt_reset == "document"
+        self.tolerance = 1e-3 if cfg.ttt_enabled and inexact else 1e-6
         self.text = text._replace(tokens=text.tokens[:n], bytes=text.bytes[:n])
         self.noise = torch.randint(
             cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "audit"))
@@ -8207,12 +9002,14 @@ def bytes_check(text: ValidationText, tokenizer: Tokenizer, exact: bool) -> Audi
 def audit(
     cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, text_check: AuditCheck, artifact: str
 ) -> bool:
-    """Audit every stage that is switched on and log each check, `text_check` too; False if one failed. `artifact` is its
-    SHA-256."""
+    """Audit every stage that is switched on, with NGRAM_SCORE=claimed also the claim, and log each check, `text_check` too; False
+    if one failed. `artifact` is its SHA-256."""
     model.eval()
     evaluation = Evaluation(cfg, run, model, text, tables)
     named = [("text", text_check), ("counts", replay_check(evaluation.text, evaluation.table))]
-    for stage in cfg.stages:
+    if cfg.ngram_score != "claimed" and "claimed" in cfg.ngram_scores:
+        run.notice(f"the claim {cfg.ngram_claim} is no stage and not audited here: NGRAM_SCORE=claimed audits it")
+    for stage in (*cfg.stages, *(["claimed"] if cfg.ngram_score == "claimed" else [])):
         named += [(stage, check) for check in Audit(cfg, run, model, text, stage, tables).checks()]
     for part, check in named:
         run.log(f"audit {part}: {check.name}: {'passed' if check.passed else 'FAILED'} ({check.detail})")
@@ -8252,6 +9049,7 @@ def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     cfg = loaded.cfg
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform)
     text = load_validation(cfg, paths.folder, tokenizer)
+    check_phases(cfg, text.tokens)
     run = Run.start(cfg)
     run.claim_name()
     return OpenRun(loaded, run, paths, tokenizer, text)
@@ -8485,10 +9283,11 @@ def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
     sizes = account_bytes(opened, blob)
     evaluation = Evaluation(opened.cfg, opened.run, model, opened.text, load_tables(opened.cfg, blob))
     results = evaluate(evaluation, opened.cfg.stages, StageLog(opened.run, opened.text.complete))
-    eval_s = time.perf_counter() - started
+    held = report_score(opened, results, sizes, train_s, time.perf_counter() - started)
+    if opened.cfg.ttt_order == "length":
+        order_claim(evaluation)
     if "claimed" in opened.cfg.ngram_scores:
         claim(evaluation)
-    held = report_score(opened, results, sizes, train_s, eval_s)
     # Clocks differ by rank, and ranks that end differently keep torchrun waiting.
     return 0 if opened.run.broadcast(held) else 1
 

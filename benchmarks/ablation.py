@@ -1,24 +1,29 @@
-"""Which technique helps a small model: one at a time beside the plain one, the same steps and the same data for all.
+"""What helps the quick start's model: each technique alone beside RECIPE=cpu at equal seconds, then the best of them.
 
-    python benchmarks/ablation.py --seconds 300 --seeds 1 2 3 --data FOLDER
+    python benchmarks/ablation.py --data FOLDER [--screen 60] [--final 240] [--best 8] [--seeds 1 2 3] [--out logs/ablation.jsonl]
 
-The plain model is RECIPE=cpu with every technique of the table off. `--seconds` is the time the plain model trains in the
-first seed; the steps it makes are then the steps of every training, whatever they cost. Scored are the bits per byte of
-the last tokens of the training stream, which no training reaches: neither the validation split nor any choice of
-settings by it is involved. Weights are neither averaged nor quantised. FOLDER holds shards of data/make_shards.py and
-their tokenizer (default: the shipped sample, which is small for this).
+Screens every technique for `--screen` seconds with the first seed; trains the `--best` ones, all of those together, and
+the plain recipe for `--final` seconds with every seed; prints a Markdown table of each stage. Equal are the seconds of
+training, not the steps: a technique pays for its time. Scored are the bits per byte of the last tokens of the training
+stream, which no training reaches; neither the validation split nor any choice by it is involved. Weights are averaged as
+the technique says and not quantised. Each outcome is a line of `--out` as soon as it is there, so that a run cut off goes
+on where it stopped. FOLDER holds shards of data/make_shards.py and their tokenizer (default: the shipped sample, small for
+this). The machine must be idle: what else runs on it costs steps.
 
-gain      bits per byte less than the plain model of the same seed, mean over seeds; above 0 the technique helps
-+-        standard error of that mean; a gain within two of them is none
-cost      time of a step relative to the plain model's
+gain   bits per byte less than the plain recipe with the same seed, mean over seeds; above 0 the technique helps
++-     standard error of that mean; a gain within two of them is none
+cost   time of a step relative to the plain recipe's
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,66 +33,89 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as tg
 
-PLAIN = {"SMEAR": "0", "BIGRAM_VOCAB_SIZE": "0", "LEAKY_SLOPE": "0", "LN_SCALE": "none", "XSA_LAST_N": "0", "ROPE_DIMS": "0",
-         "VALUE_RESIDUAL": "none", "ATTN_GATE": "none"}  # fmt: skip
-TECHNIQUES = {
-    "XSA, all blocks": {"XSA_LAST_N": "-1"},
-    "XSA, last block": {"XSA_LAST_N": "1"},
-    "SmearGate": {"SMEAR": "1"},
-    "BigramHash 4096x128": {"BIGRAM_VOCAB_SIZE": "4096", "BIGRAM_DIM": "128"},
-    "LN scale": {"LN_SCALE": "in"},
-    "partial RoPE 16": {"ROPE_DIMS": "16"},
-    "VRL, softmax": {"VALUE_RESIDUAL": "softmax"},
+LOOP = {"NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "2"}
+TECHNIQUES: dict[str, dict[str, str]] = {
+    "loop 1-2 once": LOOP,
+    "loop 1-2 twice": {**LOOP, "NUM_LOOPS": "2"},
+    "loop 2 once": {**LOOP, "LOOP_START": "2"},
+    "loop 1-2 once from .6": {**LOOP, "ENABLE_LOOPING_AT": "0.6"},
+    "frozen carry on loop 1-2": {**LOOP, "LOOP_CARRY": "1.56,.23,.04;1.85,.13,-.34"},
+    "lanes in the last block": {"PARALLEL_START_LAYER": "3"},
+    "lanes in two blocks": {"PARALLEL_START_LAYER": "2"},
+    "sparse gate": {"ATTN_GATE": "sparse"},
+    "sparse gate at .5": {"ATTN_GATE": "sparse", "SPARSE_ATTN_GATE_SCALE": "0.5"},
     "gate from input": {"ATTN_GATE": "input"},
-    "gate, scalar": {"ATTN_GATE": "scalar", "ATTN_GATE_INIT": "1"},
-    "LeakyReLU(.5)^2": {"LEAKY_SLOPE": "0.5"},
-    "LeakyReLU(.9)^2": {"LEAKY_SLOPE": "0.9"},
+    "window smear": {"SMEAR_FORM": "window", "SMEAR_BEFORE_NORM": "1"},
+    "no smear": {"SMEAR": "0"},
+    "no bigram": {"BIGRAM_VOCAB_SIZE": "0"},
+    "skip gates": {"SKIP_GATES_ENABLED": "1"},
+    "XSA": {"XSA_LAST_N": "-1"},
+    "gated XSA": {"XSA_LAST_N": "-1", "XSA_GATED": "1"},
+    "QK gain 5": {"QK_GAIN_INIT": "5"},
+    "LN scale in": {"LN_SCALE": "in"},
+    "RoPE on 16 dims": {"ROPE_DIMS": "16"},
+    "value residual": {"VALUE_RESIDUAL": "softmax"},
+    "slope .3": {"LEAKY_SLOPE": "0.3"},
+    "slope 0": {"LEAKY_SLOPE": "0"},
+    "orthogonal init": {"LINEAR_INIT": "orthogonal"},
+    "MuonEq-R": {"MUON_ROW_NORMALIZE": "1"},
+    "Polar Express": {"NEWTON_SCHULZ": "polar"},
+    "MuonEq-R + Polar Express": {"MUON_ROW_NORMALIZE": "1", "NEWTON_SCHULZ": "polar"},
+    "MATRIX_LR .028": {"MATRIX_LR": "0.028"},
+    "decay .095": {"MUON_WD": "0.095", "EMBED_WD": "0.085", "ADAM_WD": "0.02"},
+    "beta2 .99": {"BETA2": "0.99"},
+    "clip at .3": {"GRAD_CLIP_NORM": "0.3"},
+    "warmdown .85": {"WARMDOWN_FRAC": "0.85"},
+    "floor .1 + three EMAs": {"MIN_LR": "0.1", "EMA_DECAYS": ".9,.97,.99"},
+    "three EMAs": {"EMA_DECAYS": ".9,.97,.99"},
+    "4,096 tokens a step": {"TRAIN_BATCH_TOKENS": "4096"},
+    "sequences of 256": {"TRAIN_SEQ_LEN": "256"},
+    "MLP 3x": {"MLP_MULT": "3"},
+    "6 blocks": {"NUM_LAYERS": "6"},
 }
-TECHNIQUES["all of #850"] = {**TECHNIQUES["XSA, all blocks"], **TECHNIQUES["SmearGate"], **TECHNIQUES["LN scale"],
-                             **TECHNIQUES["BigramHash 4096x128"], **TECHNIQUES["partial RoPE 16"],
-                             **TECHNIQUES["VRL, softmax"], **TECHNIQUES["gate from input"],
-                             **TECHNIQUES["LeakyReLU(.9)^2"]}  # fmt: skip
 
 
 class Outcome(NamedTuple):
-    """One training: optimizer steps, seconds they took, bits per byte of the held-out text."""
+    """One training: its technique, seed and seconds allowed, the steps made, and bits per byte of the held-back text."""
 
-    steps: int
+    name: str
+    seed: int
     seconds: float
+    steps: int
     bpb: float
 
 
 class Text(NamedTuple):
-    """What is trained on and what is held out: the shards, the held-out tokens (n,), the bytes of their targets (n - 1,)."""
+    """Training shards; held-back tokens (n,) int64; bytes of their targets (n - 1,)."""
 
     shards: list
     tokens: torch.Tensor
     bytes: torch.Tensor
 
 
-def configure(seed: int, data: str, knobs: dict[str, str]) -> tg.Config:
-    """RECIPE=cpu without techniques but `knobs`; the budget is counted in steps by `train`."""
-    env = {"RECIPE": "cpu", "DEVICE": "cpu", "SEED": str(seed), "DATA_PATH": data, "MAX_WALLCLOCK_SECONDS": "0",
-           "COMPILE": "0", "NGRAM_TABLE": "none", "LOG_DIR": "logs", **PLAIN, **knobs}  # fmt: skip
+def configure(seed: int, data: str, seconds: float, knobs: dict[str, str]) -> tg.Config:
+    """RECIPE=cpu with `knobs`, trained for that many seconds; the last 40 % are the warmdown unless the knobs say otherwise."""
+    env = {"RECIPE": "cpu", "DEVICE": "cpu", "SEED": str(seed), "DATA_PATH": data, "MAX_WALLCLOCK_SECONDS": str(seconds),
+           "COMPILE": "0", "NGRAM_TABLE": "none", "WARMDOWN_FRAC": "0.4", **knobs}  # fmt: skip
     return tg.load_config(env).cfg
 
 
-def load_text(cfg: tg.Config, held_out: int) -> Text:
-    """The training split, its last `held_out` tokens apart."""
+def load_text(cfg: tg.Config, held_back: int) -> Text:
+    """The training split with its last `held_back` tokens apart."""
     paths = tg.find_data(cfg)
     *shards, last = tg.load_split(paths.folder, "train")
-    if len(last) < 2 * held_out:
+    if len(last) < 2 * held_back:
         sys.exit(
-            f"--held-out {held_out}: the last shard of {paths.folder} has {len(last)} tokens; at most half may be held out"
+            f"--held-back {held_back}: the last shard of {paths.folder} has {len(last)} tokens; at most half may be held back"
         )
-    tokens = last[-held_out:]
+    tokens = last[-held_back:]
     counts = tg.Tokenizer(paths.tokenizer, cfg.vocab_size).count_bytes(tokens)
-    return Text([*shards, last[:-held_out]], torch.from_numpy(tokens.astype("int64")), torch.from_numpy(counts))
+    return Text([*shards, last[:-held_back]], torch.from_numpy(tokens.astype("int64")), torch.from_numpy(counts))
 
 
 @torch.no_grad()
 def bits_per_byte(model: tg.GPT, text: Text, length: int) -> float:
-    """Of the held-out text in sequences that do not overlap; the targets after the last whole one are left out."""
+    """Of the held-back text in sequences that do not overlap; the targets after the last whole one are left out."""
     n = (len(text.tokens) - 1) // length * length
     inputs, targets = (text.tokens[i : i + n].view(-1, length) for i in (0, 1))
     rows = range(0, len(inputs), 16)
@@ -95,63 +123,108 @@ def bits_per_byte(model: tg.GPT, text: Text, length: int) -> float:
     return nats / 0.6931471805599453 / int(text.bytes[:n].sum())
 
 
-def train(cfg: tg.Config, text: Text, steps: int, seconds: float = 0.0) -> Outcome:
-    """Train `steps` steps, or with `seconds` as many as they hold; the last 40 % of either are the warmdown."""
+def train(cfg: tg.Config, text: Text) -> tuple[int, float]:
+    """Train until MAX_WALLCLOCK_SECONDS are used, the choice of an average included: (steps, bits per byte)."""
     run = tg.Run(cfg, rank=0, local_rank=0, world=1, local_world=1)
+    run.log = lambda *_args, **_kwargs: None  # no files here
     torch.manual_seed(tg.derive_seed(cfg.seed, "init"))
     model = tg.GPT(cfg).place(run.device, tg.choose_attention(cfg, run.device)[1], cfg.train_dtype)
     trainer = tg.Trainer(cfg, run, model, tg.TokenStream(text.shards, cfg.vocab_size))
-    # Every seed reads its own stretch of the stream: the noise is that of data and of init.
-    trainer.batcher.stream.position = cfg.seed * 7919 * cfg.train_seq_len % trainer.batcher.stream.total
-    started, frac = time.perf_counter(), 0.0
-    while frac < 1:
-        trainer.train_step(frac, warmdown(frac))
+    trainer.prime()
+    # Every seed reads its own part of the stream: the noise is that of data and of init.
+    trainer.batcher.stream.position = cfg.seed * 7919 * 512 % trainer.batcher.stream.total
+    budget, steps_kept = cfg.max_wallclock_seconds, 1 + (trainer.choice.steps if trainer.choice else 0)
+    started, spent = time.perf_counter(), 0.0
+    while spent + steps_kept * spent / max(trainer.step, 1) < budget:
+        trainer.train_step(
+            tg.budget_frac(cfg, trainer.step, spent, budget), tg.lr_scale(cfg, trainer.step, spent, budget)
+        )
         spent = time.perf_counter() - started
-        frac = trainer.step / steps if steps else (spent + spent / trainer.step) / seconds
-    return Outcome(trainer.step, spent, bits_per_byte(model, text, cfg.train_seq_len))
+    trainer.apply_average()
+    return trainer.step, bits_per_byte(model, text, cfg.train_seq_len)
 
 
-def warmdown(frac: float) -> float:
-    """Learning-rate multiplier: flat, then down to nothing over the last 40 %."""
-    return min(1.0, (1 - frac) / 0.4)
+class Results:
+    """Outcomes so far, kept in a file of one JSON line each: what stands there is not trained again."""
+
+    def __init__(self, path: Path, data: str, held_back: int) -> None:
+        self.path, self.data, self.held_back, self.text = path, data, held_back, None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines]
+        self.known = {(r["name"], json.dumps(r["knobs"]), r["seed"], r["seconds"]): (r["steps"], r["bpb"]) for r in rows
+                      if (r["data"], r["held_back"]) == (data, held_back)}  # fmt: skip
+
+    def get(self, name: str, knobs: dict[str, str], seed: int, seconds: float) -> Outcome:
+        """The outcome of this training, from the file or by training now."""
+        key = (name, json.dumps(knobs), seed, seconds)
+        if key not in self.known:
+            cfg = configure(seed, self.data, seconds, knobs)
+            self.text = self.text or load_text(cfg, self.held_back)
+            self.known[key] = steps, bpb = train(cfg, self.text)
+            row = {"name": name, "knobs": knobs, "seed": seed, "seconds": seconds, "data": self.data,
+                   "held_back": self.held_back, "steps": steps, "bpb": bpb}  # fmt: skip
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{name}: seed {seed}, {seconds:g} s, {steps} steps, {bpb:.4f} bpb", file=sys.stderr, flush=True)
+        return Outcome(name, seed, seconds, *self.known[key])
 
 
-def report(name: str, outcomes: list[Outcome], plain: list[Outcome]) -> None:
-    """One line of the table."""
-    gains = [p.bpb - o.bpb for o, p in zip(outcomes, plain, strict=True)]
-    error = f"{statistics.stdev(gains) / len(gains) ** 0.5:7.4f}" if len(gains) > 1 else "      ?"
-    cost = sum(o.seconds / o.steps for o in outcomes) / sum(p.seconds / p.steps for p in plain)
-    bpb = statistics.mean(o.bpb for o in outcomes)
-    print(f"{name:22s} {bpb:8.4f} {statistics.mean(gains):+8.4f} {error} {cost:6.2f}x", flush=True)
+def gains(outcomes: list[Outcome], plain: list[Outcome]) -> list[float]:
+    """Bits per byte less than the plain recipe's, seed by seed."""
+    return [p.bpb - o.bpb for o, p in zip(outcomes, plain, strict=True)]
+
+
+def table(rows: Iterable[list[Outcome]], plain: list[Outcome]) -> str:
+    """A Markdown table, best first."""
+    lines = ["| technique | bpb | gain | +- | cost |", "|---|---|---|---|---|"]
+    for outcomes in sorted(rows, key=lambda o: statistics.mean(x.bpb for x in o)):
+        gain = gains(outcomes, plain)
+        error = f"{statistics.stdev(gain) / len(gain) ** 0.5:.4f}" if len(gain) > 1 else "?"
+        cost = sum(p.steps for p in plain) / sum(o.steps for o in outcomes)
+        bpb = statistics.mean(o.bpb for o in outcomes)
+        lines.append(f"| {outcomes[0].name} | {bpb:.4f} | {statistics.mean(gain):+.4f} | {error} | {cost:.2f} |")
+    return "\n".join(lines)
+
+
+def together(names: list[str]) -> dict[str, str]:
+    """The knobs of these techniques at once; where two set the same knob the first, the better one, stays as a whole."""
+    knobs: dict[str, str] = {}
+    for name in names:
+        if not knobs.keys() & TECHNIQUES[name].keys():
+            knobs |= TECHNIQUES[name]
+    return knobs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument(
-        "--seconds", type=float, default=0.0, help="time of the first plain training; it fixes the steps"
-    )
-    budget.add_argument("--steps", type=int, default=0, help="the steps themselves")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--data", default=str(tg.SAMPLE_DIR), help="folder of shards and tokenizer")
-    parser.add_argument("--held-out", type=int, default=200_000, help="tokens scored")
-    parser.add_argument("--only", nargs="+", choices=list(TECHNIQUES), default=list(TECHNIQUES))
-    args = parser.parse_args()
-    text = load_text(configure(args.seeds[0], args.data, {}), args.held_out)
-    plain: list[Outcome] = []
-    for seed in args.seeds:
-        steps = plain[0].steps if plain else args.steps
-        plain.append(train(configure(seed, args.data, {}), text, steps, args.seconds))
-    tokens = plain[0].steps * configure(1, args.data, {}).train_batch_tokens
-    print(
-        f"steps:{plain[0].steps} tokens:{tokens} of {sum(map(len, text.shards))} seeds:{len(plain)} held_out:{args.held_out}"
+    parser.add_argument("--screen", type=float, default=60.0, help="seconds of training in the first stage")
+    parser.add_argument(
+        "--final", type=float, default=240.0, help="seconds of training in the second stage; 0: only the first"
     )
-    print("technique                   bpb     gain      +-    cost")
-    report("plain", plain, plain)
-    for name in args.only:
-        report(
-            name, [train(configure(s, args.data, TECHNIQUES[name]), text, plain[0].steps) for s in args.seeds], plain
-        )
+    parser.add_argument("--best", type=int, default=8, help="how many techniques reach the second stage")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--held-back", type=int, default=200_000, help="tokens scored")
+    parser.add_argument("--only", nargs="+", choices=list(TECHNIQUES), default=list(TECHNIQUES))
+    parser.add_argument("--out", type=Path, default=Path("logs/ablation.jsonl"), help="outcomes, one a line")
+    args = parser.parse_args()
+    results = Results(args.out, args.data, args.held_back)
+    first = args.seeds[0]
+    plain = [results.get("plain", {}, first, args.screen)]
+    screened = {name: [results.get(name, TECHNIQUES[name], first, args.screen)] for name in args.only}
+    print(f"{args.screen:g} s, seed {first}\n{table([plain, *screened.values()], plain)}\n", flush=True)
+    best = [n for n in sorted(args.only, key=lambda n: screened[n][0].bpb) if gains(screened[n], plain)[0] > 0][
+        : args.best
+    ]
+    if not args.final or not best:
+        return
+    stage = {"plain": {}, **{name: TECHNIQUES[name] for name in best}, "all of these": together(best)}
+    final = {name: [] for name in stage}
+    for seed, name in itertools.product(args.seeds, stage):  # seed by seed: a run cut off leaves whole columns
+        final[name].append(results.get(name, stage[name], seed, args.final))
+    print(f"{args.final:g} s, seeds {', '.join(map(str, args.seeds))}\n{table(final.values(), final['plain'])}")
+    print("\nall of these: " + " ".join(f"{k}={v}" for k, v in stage["all of these"].items()))
 
 
 if __name__ == "__main__":

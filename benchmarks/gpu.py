@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
 from benchmarks.artifact import shapes_of, time_gptq, time_packing  # noqa: E402
+from benchmarks.ngram import Uniform  # noqa: E402
 from tools.plan import activation_bytes, state_bytes  # noqa: E402
 
 TINY = {"NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "TRAIN_SEQ_LEN": "32", "BIGRAM_VOCAB_SIZE": "64",
@@ -182,13 +183,13 @@ def statistics_and_mixing(tiny: bool) -> dict[str, float]:
     device = tg.stream_device(cfg, run, n)
     generator = torch.Generator(device).manual_seed(0)
     tokens = (vocab ** torch.rand(n, generator=generator, device=device)).long().clamp_(max=vocab - 1)
-    table, base = tg.NgramTable(vocab, 12, None, device), tg.Uniform(vocab, n, device)
+    table, base = tg.NgramTable(vocab, 12, device), Uniform(n, device)
     run.sync()
     start = time.perf_counter()
     table.load(tokens)
     run.sync()
     counted = time.perf_counter() - start
-    expert, interval = tg.Cascade(table, base, 0), max(1024, n // 4096)
+    expert, interval = tg.Cascade(table, base), max(1024, n // 4096)
     start = time.perf_counter()
     for lo in range(1, n, interval):
         expert.score(tokens, lo, min(lo + interval, n))

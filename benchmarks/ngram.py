@@ -137,7 +137,7 @@ class Uniform:
 
     enrichment = None
 
-    def __init__(self, n_tokens: int, device: str) -> None:
+    def __init__(self, n_tokens: int, device: torch.device | str) -> None:
         self.entropy = torch.full((1,), math.log(VOCAB), dtype=torch.float64, device=device).expand(n_tokens)
 
     def score(self, tokens: torch.Tensor, lo: int, hi: int) -> torch.Tensor:  # noqa: ARG002

@@ -1,10 +1,11 @@
 """Cost of one optimizer step: batched banks against torch.optim.Muon and against one matrix at a time.
 
-    python benchmarks/optimizer.py [--recipe cpu pr850] [--rounds 7] [--device cpu|cuda]
+    python benchmarks/optimizer.py [--recipe cpu pr850] [--dtype bf16 fp32] [--rounds 7] [--device cpu|cuda]
 
 Every contender takes one step per round on its own copy of the recipe's model, in turn, so that a busy machine slows all
-alike; printed are medians and their ratios to the banks of the same dtype. AdamW's part is in every row. The dtype is that
-of the Newton-Schulz products (TRAIN_DTYPE); torch.optim.Muon always has bf16.
+alike; printed are medians of the times and of their ratios to the banks of the same dtype and round. AdamW's part is in
+every row. The dtype is that of the Newton-Schulz products (TRAIN_DTYPE); torch.optim.Muon always has bf16. "MuonEq-R,
+polar" are the banks with MUON_ROW_NORMALIZE=1 and NEWTON_SCHULZ=polar.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def model_with_gradients(recipe: str, device: torch.device) -> tuple[tg.Config, 
     return cfg, model
 
 
-def banks(recipe: str, device: torch.device, dtype: str, single: bool = False) -> Callable[[], None]:
-    """Our optimizer; `single` gives each matrix a bank of its own, which is the per-matrix loop."""
+def banks(recipe: str, device: torch.device, dtype: str, single: bool = False, **knobs) -> Callable[[], None]:
+    """Our optimizer with other knobs; `single` gives each matrix a bank of its own, which is the per-matrix loop."""
     cfg, model = model_with_gradients(recipe, device)
-    cfg = dataclasses.replace(cfg, train_dtype=dtype)
+    cfg = dataclasses.replace(cfg, train_dtype=dtype, muon_row_normalize=False, newton_schulz="classic")
+    cfg = dataclasses.replace(cfg, **knobs)
     run = SimpleNamespace(world=1, rank=0, device=device)
     optimizers = tg.Optimizers(cfg, model, run)
     if single:
@@ -72,30 +74,32 @@ def milliseconds(step: Callable[[], None], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def report(recipe: str, rounds: int, device: torch.device) -> None:
+def report(recipe: str, dtypes: list[str], rounds: int, device: torch.device) -> None:
     """Measure one recipe and print its table."""
-    contenders = {
-        ("bf16", "banks"): banks(recipe, device, "bf16"),
-        ("bf16", "torch.optim.Muon"): torch_muon(recipe, device),
-        ("bf16", "one matrix at a time"): banks(recipe, device, "bf16", single=True),
-        ("fp32", "banks"): banks(recipe, device, "fp32"),
-        ("fp32", "one matrix at a time"): banks(recipe, device, "fp32", single=True),
-    }
+    contenders: dict[tuple[str, str], Callable[[], None]] = {}
+    for dtype in dtypes:
+        contenders[dtype, "banks"] = banks(recipe, device, dtype)
+        contenders[dtype, "MuonEq-R, polar"] = banks(
+            recipe, device, dtype, muon_row_normalize=True, newton_schulz="polar"
+        )
+        contenders[dtype, "one matrix at a time"] = banks(recipe, device, dtype, single=True)
+    if "bf16" in dtypes:
+        contenders["bf16", "torch.optim.Muon"] = torch_muon(recipe, device)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
     for i in range(rounds + 1):
         for key, step in contenders.items():
             elapsed = milliseconds(step, device)
             if i > 0:  # the first round allocates and warms up
                 times[key].append(elapsed)
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    for (dtype, name), median in medians.items():
-        ratio, least = median / medians[dtype, "banks"], min(times[dtype, name])
-        print(f"{recipe:8} {dtype} {name:20} {median:9.1f} ms   x{ratio:.2f}   (least {least:.1f})")
+    for (dtype, name), own in times.items():
+        ratio = statistics.median(t / base for t, base in zip(own, times[dtype, "banks"], strict=True))
+        print(f"{recipe:8} {dtype} {name:20} {statistics.median(own):9.1f} ms   x{ratio:.3f}   (least {min(own):.1f})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", nargs="+", default=["cpu", "pr850"])
+    parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -105,7 +109,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"one optimizer step, {name}, median of {args.rounds}")
     for recipe in args.recipe:
-        report(recipe, args.rounds, device)
+        report(recipe, args.dtype, args.rounds, device)
 
 
 if __name__ == "__main__":

@@ -237,12 +237,12 @@ def transform_of(run: Run) -> str | None:
     return next((p["transform"] for p in places if isinstance(p.get("transform"), str) and p["transform"]), None)
 
 
-def _copy_transform(folder: Path, run: Run, data: Path = HERE.parent / "data") -> list[str]:
+def _copy_transform(folder: Path, run: Run) -> list[str]:
     """data/<transform>.py, from which a reviewer rebuilds the text and the byte counts."""
     name = transform_of(run)
     if name in (None, "none"):
         return []
-    module = data / f"{name}.py"
+    module = HERE.parent / "data" / f"{name}.py"
     if not re.fullmatch(r"\w+", name) or not module.is_file():
         return [f"transform: the data went through {name!r}, and {module} is not here; a reviewer needs it"]
     shutil.copyfile(module, folder / module.name)

@@ -115,7 +115,8 @@ def test_every_recipe_sets_only_known_knobs_to_values_in_bounds():
     ({"VALUE_RESIDUAL": "softmax", "NUM_LAYERS": "1"}, ["VALUE_RESIDUAL=softmax", "at least 2"]),
     ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_FRACS": "0.5"}, ["PROG_SEQ_LENS='512,1024'", "PROG_SEQ_FRACS='0.5'"]),
     ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_FRACS": "0.6,0.5"}, ["PROG_SEQ_FRACS='0.6,0.5'", "rising"]),
-    ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_LENS": "512,2048"}, ["PROG_SEQ_LENS=512,2048", "exceeds TRAIN_SEQ_LEN=1024"]),
+    ({"PROG_SEQ_ENABLED": "yes"}, ["expected 0 or 1, got 'yes'"]),
+    ({"TRAIN_SEQ_SCHEDULE": "512@0.6,1024@0.5"}, ["TRAIN_SEQ_SCHEDULE='512@0.6,1024@0.5'", "rising"]),
     ({"TRAIN_BATCH_TOKENS": "2000"}, ["TRAIN_BATCH_TOKENS=2000", "sequence length 1024", "nearest: 2048"]),
     ({"TRAIN_BATCH_TOKENS": "512"}, ["TRAIN_BATCH_TOKENS=512", "nearest: 1024"]),
     ({"SWA_EVERY": "10", "SWA_SOURCE": "ema"}, ["SWA_SOURCE=ema needs EMA_DECAY"]),
@@ -185,13 +186,20 @@ def test_one_edit_is_one_insertion_deletion_substitution_or_swap():
 
 @pytest.mark.parametrize("name, knob", [
     ("MAX_WALLCLOCK_SECS", "MAX_WALLCLOCK_SECONDS"), ("num_layers", "NUM_LAYERS"), ("NGRAM_ALPHA_MIN", "NGRAM_ALPHA"), ("TTT_STEPS", "TTT_"),
-    ("ARTIFACT_DIR", "ARTIFACT"), ("DATA_DIR", "DATA_PATH"), ("LR", "MATRIX_LR"), ("LEARNING_RATE", "MATRIX_LR"), ("EPOCHS", "ITERATIONS"),
+    ("DATASET", "DATA_PATH"), ("LR", "MATRIX_LR"), ("LEARNING_RATE", "MATRIX_LR"), ("EPOCHS", "ITERATIONS"),
     ("BATCH_SIZE", "TRAIN_BATCH_TOKENS"), ("SEQ_LEN", "TRAIN_SEQ_LEN"), ("D_MODEL", "MODEL_DIM"), ("N_LAYER", "NUM_LAYERS"),
 ])  # fmt: skip
 def test_what_is_merely_alike_or_the_name_of_another_trainer_is_a_notice(name, knob):
     loaded = load(**BASE, **{name: "0.1"})
     assert loaded.cfg == load(**BASE).cfg
     assert [n for n in loaded.notices if n.startswith(f"{name} is no knob and is ignored (the nearest knob is {knob}")]
+
+
+@pytest.mark.parametrize("name", ["ARTIFACT_DIR", "DATA_DIR", "RUN_CONFIG"])
+def test_a_published_name_of_another_recipe_is_a_notice(name):
+    loaded = load(**BASE, **{name: "x"})
+    assert loaded.cfg == load(**BASE).cfg
+    assert loaded.notices == [f"{name} is a name of another recipe and is ignored with RECIPE=baseline"]
 
 
 def test_names_of_other_trainers_lead_to_knobs():
@@ -371,3 +379,13 @@ def test_a_former_mode_names_the_program_that_does_it(script, mode):
 def test_former_knobs_are_at_most_a_notice():
     loaded = tg.load_config({"RECIPE": "cpu", **dict.fromkeys(tg.MOVED_KNOBS, "1")})
     assert len(loaded.notices) == 6 and all("is ignored: it is an argument, python tools/" in n for n in loaded.notices)
+
+
+def test_the_published_curriculum_is_a_schedule():
+    def schedule(**env) -> str:
+        return tg.load_config({"RECIPE": "pr850", **env}, has_gpu=lambda: False).cfg.train_seq_schedule
+
+    assert schedule() == schedule(PROG_SEQ_ENABLED="0", PROG_SEQ_LENS="1") == schedule(PROG_SEQ_LENS="512") == ""
+    assert schedule(PROG_SEQ_ENABLED="1") == "512@0.33,1024@0.55"
+    assert schedule(PROG_SEQ_ENABLED="1", PROG_SEQ_LENS="256", PROG_SEQ_FRACS=".5") == "256@.5"
+    assert schedule(PROG_SEQ_ENABLED="1", TRAIN_SEQ_SCHEDULE="512@0.1") == "512@0.1"  # ours wins

@@ -267,15 +267,15 @@ def test_exit_status_2_does_not_occur_once_training_has_begun(tiny, script, monk
     assert result.status == 1 and "error: KNOB=1: no" in result.err and events(tiny, "end")[0]["status"] == "failed"
 
 
-def test_the_limit_of_the_evaluation_does_not_end_the_training(tiny, whole, script):
-    result = script(tiny, VAL_LOSS_EVERY=1, EVAL_WALLCLOCK_SECONDS=1e-9)
-    assert (
-        result.status == 1
-        and "EVAL_WALLCLOCK_SECONDS=1e-09 passed after" in result.err
-        and "Traceback" not in result.err
+def test_the_limit_of_the_evaluation_does_not_end_the_training(tiny, whole, script, monkeypatch):
+    limits, evaluate = [], tg.evaluate
+    monkeypatch.setattr(
+        tg, "evaluate", lambda e, *args: limits.append(e.cfg.eval_wallclock_seconds) or evaluate(e, *args)
     )
+    result = script(tiny, VAL_LOSS_EVERY=1, EVAL_WALLCLOCK_SECONDS=1e-9)
+    assert limits == [0.0] * 6 + [1e-9]
+    assert result.status == 1 and "EVAL_WALLCLOCK_SECONDS=1e-09" in result.out + result.err
     assert len(events(tiny, "val")) == 6 and losses(tiny) == losses(whole) and artifact(tiny)
-    assert "MODE=eval" in result.out and "scores it" in result.out
 
 
 @pytest.mark.parametrize("predictable", [False, True])

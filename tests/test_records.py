@@ -179,6 +179,25 @@ def test_a_single_seed_proves_nothing_and_an_exact_mean_gives_the_one_sample_t()
     assert (exact.t, exact.df) == (pytest.approx(0.2 / (0.1 / math.sqrt(3))), pytest.approx(2))
 
 
+@pytest.mark.parametrize("ref, new, margin, p", [
+    ((1.1, 0.0, 3), (1.0, 0.0, 3), 0.0, 0.0),  # no spread anywhere: the sign decides
+    ((1.0, 0.0, 3), (1.0, 0.0, 3), 0.0, 1.0),
+    ((1.1, math.nan, 0), (1.0, 0.0, 3), 0.2, 1.0),
+    ((1.1, 0.0, 3), (1.0, 0.05, 3), 0.0, 0.0370900),  # one group without spread: the other's one-sample t, 2 degrees
+    ((1.1, 0.1, 4), (1.0, 0.1, 4), 0.1, 0.5),
+])  # fmt: skip
+def test_groups_without_spread_and_margins(ref, new, margin, p):
+    assert stats.welch(stats.Sample(*ref), stats.Sample(*new), margin).p == pytest.approx(p, abs=1e-5)
+
+
+def test_without_scipy_a_comparison_is_one_message(world, capsys, monkeypatch):
+    sweep_of_two(world, gain=0.02)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert run_cli("compare", world["logs"]) == 2
+    assert capsys.readouterr().err == "error: the test of significance needs scipy: pip install scipy\n"
+    assert run_cli("table", world["logs"]) == 0
+
+
 def test_published_frontier_p_value_is_found_again():
     new, ref = stats.Sample(1.05651, 0.00036, 3), stats.Sample(1.05759, 0.00034, 3)
     assert 0.005 < stats.welch(ref, new).p < 0.02  # printed in the audit as .014
@@ -261,7 +280,7 @@ def test_no_damage_to_a_log_gets_past_the_reader(world, capsys):
     """Lines cut, dropped, doubled, fields dropped or of another type: a status or a message, never a traceback."""
     rng = random.Random(0)
     lines = write_run(world, "a", audit=False).read_text().splitlines()
-    for round_ in range(60):
+    for round_ in range(40):
         damaged = list(lines)
         for _ in range(rng.randint(1, 4)):
             at = rng.randrange(len(damaged))
@@ -554,6 +573,35 @@ def test_a_record_folder_is_complete_and_passes_its_own_check(world, capsys, mon
     assert {c["status"] for c in json.loads(capsys.readouterr().out)[str(folder)]} == {"PASS"}
 
 
+def test_without_matplotlib_the_folder_has_no_pictures_and_says_so(world, capsys, monkeypatch):
+    monkeypatch.setattr(submission, "plots", plots)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_run(world, "s1")
+    assert submit(world, "--non-record", runs=("s1",)) == 0
+    assert "no pictures in the folder: pictures need matplotlib: pip install matplotlib" in capsys.readouterr().err
+    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    assert not list(folder.glob("*.png"))
+    readme = (folder / "README.md").read_text()
+    assert "matplotlib was not installed where this folder was written" in readme and "## Compliance" in readme
+    assert run_cli("plot", world["logs"], "--out", world["root"] / "pictures") == 2
+
+
+def test_a_text_transform_travels_with_the_submission(world, capsys, monkeypatch):
+    write_run(world, "s1", run={"transform": "caseops"})
+    monkeypatch.setattr(submission, "HERE", world["root"] / "records")
+    (world["root"] / "records").mkdir()
+    (world["root"] / "records" / "systems.json").write_text("{}")
+    (world["root"] / "requirements.txt").write_text("torch\n")
+    assert submit(world, "--non-record", runs=("s1",)) == 1
+    assert "transform: the data went through 'caseops', and" in capsys.readouterr().err
+    (world["root"] / "data" / "caseops.py").write_text("def encode(text):\n    return text\n")
+    assert submit(world, "--non-record", runs=("s1",)) == 0
+    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    assert (folder / "caseops.py").is_file() and (folder / "tokenizers" / "tok.model").is_file()
+    readme = (folder / "README.md").read_text()
+    assert "`caseops.py`" in readme and "Bytes were counted by sidecar" in readme
+
+
 def test_a_folder_is_never_overwritten(world, capsys):
     three_seeds(world, fineweb=True, **RECORD_HARDWARE)
     assert submit(world) == 0
@@ -717,8 +765,7 @@ def test_a_systems_readme_tells_published_from_ours_and_estimates_full_size(worl
     assert by_role["table"].bits == pytest.approx(8 * 2_170_000 / 3_062_144)  # a role the run lacks: the mean of all
 
 
-def test_an_ngram_table_counts_as_bytes_without_weights(world, monkeypatch):
-    monkeypatch.setattr(submission, "plots", plots)
+def test_an_ngram_table_counts_as_bytes_without_weights(world):
     path = write_run(world, "s1", run={"recipe": "pr1095"})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     pack = next(e for e in lines if e["event"] == "pack")
@@ -727,8 +774,9 @@ def test_an_ngram_table_counts_as_bytes_without_weights(world, monkeypatch):
     path.write_text("".join(json.dumps(e) + "\n" for e in lines))
     assert submit(world, "--non-record", "--system", "pr1095", runs=("s1",)) == 0
     folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
-    assert (folder / "bytes.png").stat().st_size > 10_000
     run = logs.read_log(path)
+    plt = plots._pyplot()
+    plt.close(plots.bytes_by_role(plt, [run]))
     rows = submission.estimate(submission._system("pr1095"), run)
     mean = 8 * 2_170_000 / 3_062_144  # of the weights alone
     bits = {
@@ -828,8 +876,14 @@ def test_the_script_is_found_in_the_text_log_when_the_file_has_changed_since(wor
 # ---- the trainer's own logs
 
 
-def test_a_real_run_goes_from_its_logs_to_a_checked_folder(tiny, script, tmp_path, capsys):
-    tiny |= {"EVAL_STRIDE": "0", "NGRAM_SCORE": "exact"}
+def test_a_real_run_goes_from_its_logs_to_a_checked_folder(tiny, data, script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(submission, "plots", SimpleNamespace(draw=lambda *_: []))
+    tiny |= {"EVAL_STRIDE": "0", "NGRAM_SCORE": "exact", "NGRAM_ORDER": "3", "ITERATIONS": "2"}
+    (tmp_path / "data").mkdir()
+    for path in (data.tokenizer, data.folder / "fineweb_train_000000.bin"):
+        shutil.copyfile(path, tmp_path / "data" / path.name)
+    write_shard(tmp_path / "data" / "fineweb_val_000000.bin", data.val[:300])  # an audit takes its time
+    tiny["DATA_PATH"] = str(tmp_path / "data")
     folder, records = Path(tiny["LOG_DIR"]), tmp_path / "records"
     assert script(tiny).status == 0
     auditing = {"MODE": "audit", "ARTIFACT": str(folder / "tiny.pgz"), "RUN_ID": "audit"}
@@ -840,7 +894,7 @@ def test_a_real_run_goes_from_its_logs_to_a_checked_folder(tiny, script, tmp_pat
     words = ("--name", "tiny", "--records", records, "--script", ROOT / "train_gpt.py", "--non-record")
     assert run_cli("submit", folder / "tiny.jsonl", *words) == 0
     (made,) = (records / "track_non_record_16mb").iterdir()
-    assert {"curves.png", "stages.png", "bytes.png", "audit_seed1337.jsonl"} <= {p.name for p in made.iterdir()}
+    assert {"train_seed1337.log", "audit_seed1337.jsonl"} <= {p.name for p in made.iterdir()}
     meta = json.loads((made / "submission.json").read_text())
     assert meta["compliance"]["score_before_update"] is True
     assert meta["val_bpb"] == logs.read_log(folder / "tiny.jsonl").stages["ngram"]["val_bpb"]
@@ -928,7 +982,7 @@ def test_layers_within_layers_and_bombs_are_bounded(tmp_path):
     path.write_text(text)
     script = source.read_script(path)
     assert (script.layers, script.source) == (3, SCRIPT * 40)
-    bomb = base64.b85encode(zlib.compress(b"import os\n" * 20_000_000, 9)).decode()
+    bomb = base64.b85encode(zlib.compress(b"import os\n" * 2_000_000, 9)).decode()
     path.write_text(f'import zlib,base64\nexec(zlib.decompress(base64.b85decode("{bomb}")))\n')
     assert "no known decoder opens" in source.read_script(path).opaque
 
@@ -1347,6 +1401,19 @@ def test_a_wrong_sweep_list_names_its_line(tmp_path, text, words):
     (tmp_path / "list").write_text(text)
     with pytest.raises(logs.UserError, match=words.replace("'", ".")):
         sweep.read_list(str(tmp_path / "list"))
+
+
+def test_a_sweep_list_is_cut_at_newlines_alone_and_names_the_line_that_is_no_text(tmp_path):
+    path = tmp_path / "list"
+    path.write_bytes(b"\xef\xbb\xbfPROMPT='one\xe2\x80\xa8two\xc2\x85three' SEED=1\r\nSEED=2\r\n")
+    jobs = sweep.read_list(str(path))
+    assert [job.get("PROMPT") for job in jobs] == ["one\u2028two\x85three", None] and jobs[1]["SEED"] == "2"
+    path.write_bytes(b"SEED=1\nSEED=2 PROMPT=\xff\n")
+    with pytest.raises(logs.UserError, match=r"list, line 2: not UTF-8 \(byte 0xff at character 15\)"):
+        sweep.read_list(str(path))
+    path.write_bytes(b"SEED=1\nSEED=2\nPROMPT=\xed\xa0\x80\n")  # a lone surrogate
+    with pytest.raises(logs.UserError, match=r"list, line 3: not UTF-8"):
+        sweep.read_list(str(path))
 
 
 def test_the_default_command_of_a_sweep_is_this_python_wherever_it_lies(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 
@@ -18,9 +17,9 @@ CHUNK = 3 * SEQ
 TTT = {"TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": CHUNK, "TTT_LORA_RANK": 2, "TTT_LORA_BLOCKS": 2, "TTT_LR": 0.05}
 
 
-def learner(tiny, model, text, **knobs) -> tg.TestTimeNetwork:
+def learner(tiny, model, text, **knobs) -> tg.SharedLoraNetwork:
     cfg = config(tiny, **{**TTT, **knobs})
-    return tg.TestTimeNetwork(cfg, tg.Run(cfg, 0, 0, 1, 1), model, text, cfg.eval_stride)
+    return tg.SharedLoraNetwork(cfg, tg.Run(cfg, 0, 0, 1, 1), model, text, cfg.eval_stride)
 
 
 def walk(network: tg.NetworkExpert, text: tg.ValidationText) -> torch.Tensor:
@@ -38,19 +37,10 @@ def test_without_a_learning_rate_it_is_the_network_to_the_bit(tiny, model, text)
     assert torch.equal(scores, walk(plain, text))
 
 
-def test_where_a_document_ends_is_the_future(tiny, model, text):
-    n, t = len(text.tokens), 150
-    other = text._replace(tokens=text.tokens.clone())
-    other.tokens[t + 1 :: 3] = tg.BOS  # documents now end everywhere, from just after target t on
-    one, two = (walk(learner(tiny, model, x, TTT_RESET="document"), x) for x in (text, other))
-    torch.testing.assert_close(one[:t], two[:t], rtol=0, atol=1e-4)  # batches of other shapes round differently
-    assert n > t + 30 and (one[t:] - two[t:]).abs().max() > 0.1
-
-
 def test_the_audit_sees_what_learns_whatever_the_chunk(tiny, model, text, monkeypatch):
-    learned, learn = [], tg.TestTimeNetwork.learn
+    learned, learn = [], tg.SharedLoraNetwork.learn
     monkeypatch.setattr(
-        tg.TestTimeNetwork, "learn", lambda self, x, lo, hi: (learned.append((lo, hi)), learn(self, x, lo, hi))
+        tg.SharedLoraNetwork, "learn", lambda self, x, lo, hi: (learned.append((lo, hi)), learn(self, x, lo, hi))
     )
     cfg = config(tiny, **{**TTT, "TTT_CHUNK_TOKENS": 65536, "NGRAM_SCORE": "off"})
     checks = list(tg.Audit(cfg, tg.Run(cfg, 0, 0, 1, 1), model, text, "ttt").checks())
@@ -62,8 +52,12 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
     """The definition, a window and a sequence at a time, with torch's own optimizer."""
     cfg = config(tiny, **{**TTT, **knobs})
     generator = torch.Generator().manual_seed(tg.derive_seed(cfg.seed, "ttt"))
-    live = {s: tg.Lora(shape, cfg.ttt_lora_rank, generator) for s, shape in tg.lora_sites(cfg, model).items()}
-    averaged, params = copy.deepcopy(live), [p for lora in live.values() for p in lora.parameters()]
+    live, rank = {}, cfg.ttt_lora_rank
+    for site, (d_out, d_in) in tg.lora_sites(cfg, model).items():
+        a = torch.randn(rank, d_in, generator=generator) / math.sqrt(d_in)
+        live[site] = tg.Lora(a.requires_grad_(), torch.zeros(d_out, rank, requires_grad=True), 1.0)
+    averaged = {site: tg.Lora(lora.a.detach().clone(), lora.b.detach().clone(), 1.0) for site, lora in live.items()}
+    params = [p for lora in live.values() for p in lora[:2]]
     adam = torch.optim.AdamW(params, cfg.ttt_lr, betas=(0.9, 0.999), weight_decay=cfg.ttt_wd)
     x, n, scores = text.tokens, len(text.tokens), []
     weights = text.bytes.clamp_min(1).double()
@@ -91,7 +85,7 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
         torch.nn.utils.clip_grad_norm_(params, cfg.ttt_grad_clip)
         adam.step()
         for a, b in zip(averaged.values(), live.values(), strict=True):
-            for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            for p, q in zip(a[:2], b[:2], strict=True):
                 p.data = cfg.ttt_polyak_decay * p.data + (1 - cfg.ttt_polyak_decay) * q.data
     model.zero_grad()
     return torch.cat(scores)
@@ -122,14 +116,15 @@ def test_the_base_weights_are_left_alone(tiny, model, text):
     assert all(
         torch.equal(p, before[name]) and p.requires_grad and p.grad is None for name, p in model.named_parameters()
     )
-    assert any(lora.b.abs().max() > 0 for lora in network.live.values())
+    assert any(lora.b.abs().max() > 0 for lora in network.live.lora.values())
 
 
 def test_the_average_at_decay_zero_is_the_latest(tiny, model, text):
     network = learner(tiny, model, text, TTT_POLYAK_DECAY=0)
     walk(network, text)
-    for site, lora in network.live.items():
-        assert torch.equal(lora.a, network.averaged[site].a) and torch.equal(lora.b, network.averaged[site].b)
+    for site, lora in network.live.lora.items():
+        averaged = network.ctx.lora[site]
+        assert torch.equal(lora.a, averaged.a) and torch.equal(lora.b, averaged.b)
 
 
 @pytest.mark.parametrize(("knobs", "steps"), [
@@ -137,7 +132,7 @@ def test_the_average_at_decay_zero_is_the_latest(tiny, model, text):
 ])  # fmt: skip
 def test_steps_a_chunk_and_none_after_the_last(tiny, model, text, monkeypatch, knobs, steps):
     taken = []
-    monkeypatch.setattr(tg.TestTimeNetwork, "learn_batch", lambda _self, _tokens, spans: taken.append(spans))
+    monkeypatch.setattr(tg.SharedLoraNetwork, "descend", lambda _self, _tokens, spans, *_rest: taken.append(spans))
     walk(learner(tiny, model, text, **knobs), text)
     chunks = math.ceil((len(text.tokens) - 1) / CHUNK)
     assert len(taken) == steps * (chunks - 1)
@@ -155,29 +150,9 @@ def test_how_many_sequences_fit_changes_no_step(tiny, model, text):
     assert torch.allclose(walk(wide, text), walk(narrow, text), atol=1e-5)
 
 
-def test_with_reset_each_document_starts_anew(tiny, model, text, monkeypatch):
-    fresh, learned = [], []
-    reset, learn = tg.TestTimeNetwork.reset, tg.TestTimeNetwork.learn
-
-    def counted(self):
-        reset(self)
-        fresh.append(all(not lora.b.any() for lora in self.live.values()))
-
-    monkeypatch.setattr(tg.TestTimeNetwork, "reset", counted)
-    monkeypatch.setattr(
-        tg.TestTimeNetwork, "learn", lambda self, x, lo, hi: (learned.append((lo, hi)), learn(self, x, lo, hi))
-    )
-    network = learner(tiny, model, text, TTT_RESET="document", TTT_CHUNK_TOKENS=16)
-    walk(network, text)
-    starts = (text.tokens[1:] == tg.BOS).nonzero()[:, 0] + 2  # the first target after a BOS
-    inside = [t for t in starts.tolist() if t < len(text.tokens)]
-    assert fresh == [True] * (1 + len(inside)) and learned
-    assert not any(lo < t < hi for lo, hi in learned for t in inside), "nothing is learned across a document's start"
-
-
 def test_bytes_weigh_the_loss_unless_told_otherwise(tiny, model, text):
-    assert learner(tiny, model, text).byte_weights.tolist() == text.bytes.clamp_min(1).tolist()
-    assert (learner(tiny, model, text, TTT_BYTE_WEIGHTED=0).byte_weights == 1).all()
+    assert learner(tiny, model, text).weights.tolist() == text.bytes.clamp_min(1).tolist()
+    assert (learner(tiny, model, text, TTT_BYTE_WEIGHTED=0).weights == 1).all()
     assert isinstance(learner(tiny, model, text, TTT_OPTIMIZER="sgd").optimizer, torch.optim.SGD)
 
 
@@ -185,7 +160,7 @@ def test_850_adapts_28672_numbers_and_cuts_the_real_text_into_947_chunks():
     cfg = config({"RECIPE": "pr850"})
     with torch.device("meta"):
         sites = tg.lora_sites(cfg, tg.GPT(cfg))
-    assert list(sites) == [f"blocks.{i}.attn.{kind}" for i in (9, 10) for kind in ("q", "v")]
+    assert list(sites) == [(i, f"blocks.{i}.attn.{kind}") for i in (9, 10) for kind in ("q", "v")]
     assert sum(cfg.ttt_lora_rank * (d_out + d_in) for d_out, d_in in sites.values()) == 28_672
     assert math.ceil(62_021_632 / cfg.ttt_chunk_tokens) == 947
 

@@ -168,9 +168,10 @@ def read_artifact(path: str) -> tuple[bytes, dict[str, Any], tg.LoadedConfig]:
 def open_predictor(blob: bytes, header: dict[str, Any], loaded: tg.LoadedConfig) -> Predictor:
     """The artifact's model on its device, with its tokenizer: one process, no data, no logs."""
     cfg = loaded.cfg
-    tokenizer = tg.Tokenizer(tg.find_data(cfg).tokenizer, cfg.vocab_size)
+    transform = header.get("transform", "")
+    tokenizer = tg.Tokenizer(tg.find_data(cfg, header["tokenizer_sha256"]).tokenizer, cfg.vocab_size, transform)
     tg.check_tokenizer(tokenizer, header, cfg)
-    text = TextTokens(tokenizer.sp, header.get("transform", ""))
+    text = TextTokens(tokenizer.sp, transform)
     run = tg.Run.start(cfg)
     for notice in loaded.notices:
         run.notice(notice)
@@ -186,10 +187,10 @@ def open_predictor(blob: bytes, header: dict[str, Any], loaded: tg.LoadedConfig)
 
 
 class LaneNetwork:
-    """The network's next-token distributions for L lanes that each begin with BOS, with a key/value cache.
+    """The network's distributions of the next token of L lanes, each a text that begins with BOS, from a key/value cache.
 
-    Windows are the evaluator's (`window_at`): where one is full, the tokens that the next one keeps are computed afresh in
-    one forward, because evicting keys and values would be another function. `length` is the most tokens a lane will take.
+    Windows are the evaluator's (`window_at`): where one is full, the tokens that the next one keeps are computed again in
+    one forward, because dropping keys and values would give other distributions. `length`: the most tokens of a lane.
     """
 
     def __init__(self, cfg: tg.Config, run: tg.Run, model: tg.GPT, lanes: int, length: int) -> None:
@@ -201,13 +202,13 @@ class LaneNetwork:
         self.t, self.window = 1, tg.Window(0, 0, 0)  # t: the next target
 
     def features(self) -> list[Any]:
-        """What the experts of each lane ask their base for beside its distributions: pre-enrichment's steps, filled as they come."""
+        """What the experts of each lane read from their base beside its distributions: steps of the pre-enrichment, or None."""
         known = self.model.pre_enrich is not None
         return [SimpleNamespace(enrichment=row if known else None) for row in self.enrichment]
 
     @torch.no_grad()
     def dist(self) -> Tensor:
-        """(L, V) float64 on the CPU: the distribution of the next token of each lane; call once between two `take`s."""
+        """(L, V) float64 on the CPU: the distribution of the next token of each lane. Call it once before each `take`."""
         start = self.t - 1
         if self.model.pre_enrich is not None:
             self.enrichment[:, self.t] = self.model.enrichment(self.tokens[:, max(0, self.t - 3) : self.t])[:, -1].cpu()
@@ -225,19 +226,19 @@ class LaneNetwork:
         return 1.0, -1, 0
 
     def take(self, tokens_L: np.ndarray) -> None:
-        """Each lane's coded token."""
+        """Take the next token of each lane, (L,)."""
         self.tokens[:, self.t] = torch.from_numpy(tokens_L).to(self.run.device)
         self.t += 1
 
 
-class Context:
-    """A context that occurred twice or more: what followed it, how often, and the contexts one token longer."""
+class SeenContext:
+    """A context that occurred twice or more: the tokens that followed it, how often, and the contexts one token longer."""
 
     __slots__ = ("counts", "longer", "total", "last")
 
     def __init__(self) -> None:
         self.counts: dict[int, int] = {}
-        self.longer: dict[int, Context | int] = {}  # an int: seen once, it is the position that followed
+        self.longer: dict[int, SeenContext | int] = {}  # an int stands for a context seen once: the position after it
         self.total, self.last = 0, -1
 
     def add(self, token: int, position: int) -> None:
@@ -246,10 +247,10 @@ class Context:
 
 
 class GrowingTable:
-    """NgramTable's statistics for a stream that grows by one token at a time, at most `length`: a map of maps keyed by whole tokens.
+    """NgramTable's statistics of a stream that grows by one token at a time to at most `length`: a tree of dictionaries.
 
-    `path[k]` is the context of the last k tokens: a Context, the position after its only occurrence, or None if it is new.
-    Contexts below one seen once are implied by that position and made when it is seen again, so memory grows with repeats.
+    `path[k]` is the context of the last k tokens: a SeenContext, the position after its only occurrence, or None if it is new.
+    Longer contexts below one seen once are made when it is seen again, so memory grows with what repeats.
     """
 
     device = torch.device("cpu")
@@ -258,9 +259,9 @@ class GrowingTable:
         self.vocab_size, self.order, self.n = vocab_size, order, 0
         self.tokens = torch.zeros(length, dtype=torch.int64)
         self.columns = tg.NgramStats(*(torch.full((order, length), fill, dtype=torch.int32) for fill in (0, 0, 0, -1)))
-        self.root = Context()
-        self.path: list[Context | int | None] = [self.root]
-        self.holders: list[Context | None] = [None]  # whose `longer` keeps each of them
+        self.root = SeenContext()
+        self.path: list[SeenContext | int | None] = [self.root]
+        self.holders: list[SeenContext | None] = [None]  # in whose `longer` each of them stands
         self._stream, self._columns = self.tokens.numpy(), [column.numpy() for column in self.columns]
         self._slot = np.zeros(vocab_size, np.int64)
 
@@ -269,13 +270,13 @@ class GrowingTable:
         return self.columns.count[k]
 
     def add(self, token: int) -> None:
-        """Note the statistics of the next token, then learn it under every context length."""
+        """Store the statistics of the next token, then count it in the contexts of every length."""
         n, stream, before = self.n, self._stream, int(self._stream[self.n - 1])
         stream[n] = token
-        parents: list[Context | None] = []
+        parents: list[SeenContext | None] = []
         for k, (entry, holder) in enumerate(zip(self.path, self.holders, strict=True)):
             if isinstance(entry, int):  # its second occurrence
-                context, follower = Context(), int(stream[entry])
+                context, follower = SeenContext(), int(stream[entry])
                 context.add(follower, entry)
                 context.longer[follower] = entry + 1
                 holder.longer[before] = entry = context
@@ -292,14 +293,14 @@ class GrowingTable:
         self.n = n + 1
 
     def span(self, tokens: Tensor, lo: int, hi: int) -> tg.NgramStats:  # noqa: ARG002
-        """Statistics of positions lo .. hi-1, noted as they came."""
+        """Statistics of positions lo .. hi-1, (order, hi-lo) each, as they were when each came."""
         return tg.NgramStats(*(column[:, lo:hi] for column in self.columns))
 
-    def contexts(self, tokens: Tensor, t: int) -> list[Context | int | None]:  # noqa: ARG002
+    def contexts(self, tokens: Tensor, t: int) -> list[SeenContext | int | None]:  # noqa: ARG002
         """The contexts of the next token by length."""
         return self.path
 
-    def followers(self, contexts: list[Context | int | None]) -> Tensor:
+    def followers(self, contexts: list[SeenContext | int | None]) -> Tensor:
         """Tokens that followed the last token before: whatever followed a longer context is among them."""
         entry = contexts[1] if len(contexts) > 1 else None
         if isinstance(entry, int):
@@ -308,7 +309,7 @@ class GrowingTable:
             np.fromiter(entry.counts, np.int64, len(entry.counts)) if entry is not None else np.zeros(0, np.int64)
         )
 
-    def stats_of(self, contexts: list[Context | int | None], token: Tensor) -> tg.NgramStats:
+    def stats_of(self, contexts: list[SeenContext | int | None], token: Tensor) -> tg.NgramStats:
         """Statistics of the next position, (order, n), for these tokens; -1 stands for one that never followed."""
         tokens = token.numpy()
         total, count, kinds, last = (np.full((self.order, len(tokens)), fill, np.int32) for fill in (0, 0, 0, -1))
@@ -332,16 +333,24 @@ class GrowingTable:
         return tg.NgramStats(*map(torch.from_numpy, (total, count, kinds, last)))
 
 
+class LaneTable(tg.PackedTable):
+    """PackedTable that also lists what followed."""
+
+    def followers(self, contexts: list[int]) -> Tensor:
+        """Tokens that were packed after the last token: those packed after a longer context are among them."""
+        return self.tokens[1][self.follower_rows(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
+
+
 class LaneStage(NamedTuple):
-    """One correction of a lane's distribution: the expert, what it counts, and how to ask for it."""
+    """One correction of a lane's distribution: the expert, its statistics, and what it corrected."""
 
     expert: tg.NgramExpert
-    table: GrowingTable | tg.PackedTable
-    base: Tensor  # (length + 1,) float64: what its base gave to the tokens coded so far
+    table: GrowingTable | LaneTable
+    base: Tensor  # (length + 1,) float64: what its base gave the tokens so far
 
 
 class LaneMixture:
-    """LaneNetwork corrected by the artifact's n-grams and by exact statistics, each lane with its own counts and online weights.
+    """LaneNetwork's distributions corrected by the artifact's n-grams and by each lane's own, with weights learned online.
 
     The experts are the evaluator's (PackedCascade, NGRAM_MIXES) and so are the points where they learn; only the counting is
     incremental.
@@ -356,7 +365,7 @@ class LaneMixture:
         self.tokens = torch.full((lanes, length + 1), tg.BOS)
         self.entropy = torch.zeros(lanes, length + 1, dtype=torch.float64)
         self.shares = [1.0] * lanes
-        packed = tg.PackedTable(trie, cfg.vocab_size) if trie else None
+        packed = LaneTable(trie, cfg.vocab_size) if trie else None
         blank = lambda: torch.zeros(length + 1, dtype=torch.float64)  # noqa: E731
         self.stages: list[list[LaneStage]] = [[] for _ in range(lanes)]
         for features, stages in zip(network.features(), self.stages, strict=True):
@@ -376,7 +385,7 @@ class LaneMixture:
         return torch.stack([self.mixed(lane, p) for lane, p in enumerate(self.network_p)])
 
     def mixed(self, lane: int, p_V: Tensor) -> Tensor:
-        """One correction after the other."""
+        """(V,) after all corrections of the network's distribution p_V."""
         self.shares[lane], self.bases[lane] = 1.0, []
         for stage in self.stages[lane]:
             self.bases[lane].append(p_V)
@@ -384,7 +393,8 @@ class LaneMixture:
         return p_V
 
     def corrected(self, lane: int, stage: LaneStage, p_V: Tensor) -> Tensor:
-        """Ask for the tokens that followed the context before; all others keep the share of the base's p that token -1 gets."""
+        """(V,) after one correction. It is computed for tokens that followed the context before; all others keep one share of p_V,
+        the one that a token that never followed gets (-1)."""
         contexts = stage.table.contexts(self.tokens[lane], self.t)
         followers = torch.arange(len(p_V)) if self.whole else stage.table.followers(contexts)
         if len(followers) == 0:
@@ -407,7 +417,7 @@ class LaneMixture:
         return self.shares[lane], longest, int(total[longest])
 
     def take(self, tokens_L: np.ndarray) -> None:
-        """Each lane's coded token; once `span` of them are coded, the weights learn from them."""
+        """Take the next token of each lane, (L,); after every `span` of them the weights learn."""
         for lane, token in enumerate(tokens_L.tolist()):
             for stage, p_V in zip(self.stages[lane], self.bases[lane], strict=True):
                 stage.base[self.t] = p_V[token]
@@ -422,7 +432,7 @@ class LaneMixture:
             self.learned = self.t
 
     def learn(self, lane: int, lo: int, hi: int) -> None:
-        """What the evaluator's experts do after they have scored targets lo .. hi-1."""
+        """Let the experts of a lane learn from targets lo .. hi-1, as the evaluator's do."""
         for expert, _, base in self.stages[lane]:
             if type(expert).learn is not tg.NgramExpert.learn:
                 query = expert.query(base[lo:hi], self.entropy[lane, lo:hi], self.tokens[lane], lo, hi)

@@ -52,7 +52,7 @@ from tools.artifact import (
 
 
 class SymbolEncoder:
-    """Range coder that writes. A Coder's `code` takes probabilities (V,) float64 and the symbol, and returns the symbol.
+    """Range coder that writes. `code` takes probabilities (V,) float64 and the symbol, and returns the symbol.
 
     Probabilities become 24-bit frequencies by constriction's rule for perfect=False: symbol i starts at
     i + floor((2^24 - V) (p_0 + .. + p_{i-1})). So each gets at least 1, and at most V / 2^24 of the mass is lost.
@@ -97,7 +97,7 @@ MAX_SPELLED = 1 << 16  # bytes of one edit: a damaged stream cannot ask for more
 
 
 class MixedBits:
-    """Adaptive binary symbols: one counter a context, mixed in the logistic domain by weights learned online (PAQ's family)."""
+    """Codes bits: a counter for each context predicts the bit, and weights learned online mix them in the logistic domain (PAQ)."""
 
     def __init__(self, coder: Coder) -> None:
         self.coder = coder
@@ -105,7 +105,7 @@ class MixedBits:
         self.weights: dict[tuple, list[float]] = {}
 
     def code(self, contexts: tuple, selector: tuple, bit: int | None) -> int:
-        """Code one bit (None while decoding) given hashable contexts; `selector` names the set of mixing weights."""
+        """The bit, coded (None while decoding) given hashable contexts; `selector` names the weights, its first entry the counters."""
         counters = [self.counters.setdefault((selector[0], i, c), [0.5, 1.5]) for i, c in enumerate(contexts)]
         weights = self.weights.setdefault(selector, [0.4] * len(contexts))
         stretched = [math.log(p / (1 - p)) for p, _ in counters]
@@ -119,7 +119,7 @@ class MixedBits:
         return bit
 
     def number(self, name: str, value: int | None, low: int, high: int) -> int:
-        """An integer, ArtifactError unless in low..high: its bit length in unary, then its bits, the top three in context."""
+        """The integer, coded as its bit length in unary, then its bits; ArtifactError unless in low..high."""
         width = 0
         while self.code(
             ((name, width),), ("width",), None if value is None else int((value + 1).bit_length() - 1 > width)
@@ -136,7 +136,7 @@ class MixedBits:
         return result - 1
 
     def string(self, name: str, text: str | None) -> str:
-        """Text, bytes that are no UTF-8 included (as surrogates), under an adaptive order-1 byte model."""
+        """The text, coded byte by byte, each predicted from the one before; bytes that are no UTF-8 are surrogates in it."""
         raw = None if text is None else text.encode("utf-8", "surrogateescape")
         out = bytearray()
         for k in range(self.number(name, None if raw is None else len(raw), 0, MAX_SPELLED)):
@@ -148,15 +148,15 @@ class MixedBits:
         return out.decode("utf-8", "surrogateescape")
 
 
-# ---- restoration: what the tokenizer's normalisation took away
+# ---- restoration: the edits that turn normalised text back into the original bytes
 
-START, END = "\x02", "\x03"  # stand before and after the normalised text, so that edits can hold what surrounded it
+START, END = "\x02", "\x03"  # frame the normalised text, so that edits can hold what stood before and after it
 KNOWN_EDITS = {" ": ["\n", "\n\n"], END: ["\n" + END]}
 MAX_KINDS = 1000  # different edits of one character; more than that is no text
 
 
 class Edit(NamedTuple):
-    """At position `at` of the framed normalised text, `old` stands for `new`."""
+    """At position `at` of the framed normalised text, `old` is replaced by `new`."""
 
     at: int
     old: str
@@ -171,30 +171,30 @@ class Normalizer:
         self.plain = functools.lru_cache(maxsize=1 << 16)(self._plain)
 
     def _plain(self, text: str) -> str:
-        """The normalised form of a word or character without spaces around it; "" where decoding would not give it back."""
+        """The normalised form of a word or character, without spaces around it; "" where tokens would not give it back."""
         if any("\ud800" <= c <= "\udfff" for c in text):
             text = "".join(c for c in text if not "\ud800" <= c <= "\udfff")
         normal = self.text.normalize(text).strip(" ")
         return normal if self.text.decode(self.text.encode(normal)) == normal else ""
 
     def separators(self, text: str) -> str:
-        """Pattern of a run that becomes one space: characters that normalise to a space, and vanishing ones beside them."""
+        """Pattern of what becomes one space: characters that normalise to a space, and vanishing ones beside them."""
         between = {c: self._plain(f"a{c}b") for c in set(text)}
         space = "".join(re.escape(c) for c, n in between.items() if n == "a b")
         gone = "".join(re.escape(c) for c, n in between.items() if n in ("a b", "ab"))
         return f"([{gone}]*[{space}][{gone}]*)" if space else "((?!))"
 
     def word_edits(self, word: str, normal: str, at: int) -> Iterator[Edit]:
-        """Edits of one word whose normalised form stands at `at`: by character if characters normalise alone, else one."""
-        units, held = [], ""
+        """Edits of one word whose normalised form stands at `at`: one a character where characters normalise alone, else one."""
+        units, waiting = [], ""
         for c in word:
             if n := self.plain(c):
-                units.append((n, held + c))
-                held = ""
+                units.append((n, waiting + c))
+                waiting = ""
             else:
-                held += c
-        if held and units:
-            units[-1] = (units[-1][0], units[-1][1] + held)
+                waiting += c
+        if waiting and units:
+            units[-1] = (units[-1][0], units[-1][1] + waiting)
         if "".join(n for n, _ in units) != normal:
             units = [(normal, word)]
         for old, new in units:
@@ -203,18 +203,18 @@ class Normalizer:
             at += len(old)
 
     def split(self, data: bytes) -> tuple[str, list[Edit]] | None:
-        """(normalised text, edits), or None where the bytes are no text worth this form."""
+        """(normalised text, edits), or None where the bytes are not text."""
         text = data.decode("utf-8", "surrogateescape")
         if 5 * sum(map(text.count, map(chr, range(0xDC80, 0xDD00)))) > len(text):  # bytes that are no UTF-8
             return None
         pieces = [*re.split(self.separators(text), text), ""]
-        normal, length, edits, held = [], 1, [], ""
+        normal, length, edits, waiting = [], 1, [], ""
         for word, gap in zip(pieces[::2], pieces[1::2], strict=True):
             n = self.plain(word)
             if not n:
-                held += word + gap
+                waiting += word + gap
                 continue
-            old, before = (" ", held) if normal else (START, START + held)
+            old, before = (" ", waiting) if normal else (START, START + waiting)
             if old != before:
                 edits.append(Edit(length - (not normal), old, before))
             if normal:
@@ -223,16 +223,16 @@ class Normalizer:
             edits += self.word_edits(word, n, length) if n != word else ()
             normal.append(n)
             length += len(n)
-            held = gap
-        if held:
-            edits.append(Edit(length, END, held + END))
+            waiting = gap
+        if waiting:
+            edits.append(Edit(length, END, waiting + END))
         whole, kinds = "".join(normal), Counter(e.old[0] for e in {e._replace(at=0) for e in edits})
         small = max(kinds.values(), default=0) <= MAX_KINDS and all(4 * len(e.new) <= MAX_SPELLED for e in edits)
         return (whole, edits) if small and self.text.decode(self.text.encode(whole)) == whole else None
 
 
 def first_edits(edits: list[Edit]) -> list[int]:
-    """Positions of the edits that are not known beforehand and occur for the first time."""
+    """Positions of edits that occur for the first time and are not among KNOWN_EDITS."""
     seen = {(c, new) for c, news in KNOWN_EDITS.items() for new in news}
     fresh = []
     for e in edits:
@@ -242,8 +242,8 @@ def first_edits(edits: list[Edit]) -> list[int]:
     return fresh
 
 
-class Page:
-    """What the restored text looks like around the next decision: its column, indentation and last words."""
+class EditContext:
+    """What predicts the next edit: column, indentation and last separator of the text restored so far, and what surrounds it."""
 
     def __init__(self, framed: str) -> None:
         self.framed, self.column, self.indent, self.last = framed, 0, "", ""
@@ -258,7 +258,7 @@ class Page:
             self.last = text
 
     def contexts(self, i: int) -> tuple:
-        """Hashable views of the surroundings of position i, coarse to fine."""
+        """Contexts of an edit at position i of the framed text, hashable, from the least to the most specific."""
         before, rest = self.framed[i - 1 : i], self.framed[i + 1 : i + 25]
         word = rest.partition(" ")[0]
         tail = self.framed[max(i - 12, 0) : i].rpartition(" ")[2]
@@ -273,11 +273,11 @@ class Page:
 
 
 def code_choice(
-    bits: MixedBits, known: list[tuple[str, str]], page: Page, i: int, chosen: tuple[str, str], writing: bool
+    bits: MixedBits, known: list[tuple[str, str]], around: EditContext, i: int, chosen: tuple[str, str], writing: bool
 ) -> tuple[str, str]:
-    """Ask the known readings of the text at `i`, latest first, until one is taken; move it to the front."""
-    possible = [pair for pair in known if page.framed.startswith(pair[0], i)]
-    views = page.contexts(i)
+    """Code which of the known edits of the text at `i` is made, one bit for each, latest first; it moves to the front."""
+    possible = [pair for pair in known if around.framed.startswith(pair[0], i)]
+    views = around.contexts(i)
     for rank, pair in enumerate(possible):
         contexts = tuple((pair, view) for view in views)
         if rank == len(possible) - 1 or bits.code(
@@ -290,10 +290,10 @@ def code_choice(
 
 
 def code_edits(coder: Coder, normal: str, edits: list[Edit] | None) -> list[Edit]:
-    """Write the edits of the normalised text, or read them (None).
+    """The edits of the normalised text, written to the coder or, where they are None, read from it.
 
-    The positions of edits never seen before come first, each spelled where it stands; from then on every character that
-    an edit of its kind begins with is asked about: itself, or one of the known edits, latest first.
+    First come the positions of edits that occur for the first time; these are spelled where they stand. From then on bits
+    tell, at every character that a known edit begins with, whether it stands for itself or which edit is made.
     """
     bits, framed = MixedBits(coder), START + normal + END
     writing = edits is not None
@@ -304,7 +304,7 @@ def code_edits(coder: Coder, normal: str, edits: list[Edit] | None) -> list[Edit
         before = positions[-1] + 1 if positions else 0
         positions.append(before + bits.number("gap", fresh[i] - before if writing else None, 0, len(framed) - before))
     known = {c: [(c, c), *((c, new) for new in news)] for c, news in KNOWN_EDITS.items()}
-    result, page, i, pending = [], Page(framed), 0, set(positions)
+    result, around, i, pending = [], EditContext(framed), 0, set(positions)
     while i < len(framed):
         edit, c = at.get(i), framed[i]
         if i in pending:
@@ -312,12 +312,12 @@ def code_edits(coder: Coder, normal: str, edits: list[Edit] | None) -> list[Edit
             pair = (framed[i : i + size], bits.string("new", edit.new if writing else None))
             known.setdefault(c, [(c, c)]).insert(0, pair)
         elif c in known:
-            pair = code_choice(bits, known[c], page, i, (edit.old, edit.new) if edit else (c, c), writing)
+            pair = code_choice(bits, known[c], around, i, (edit.old, edit.new) if edit else (c, c), writing)
         else:
             pair = (c, c)
         if pair[0] != pair[1]:
             result.append(Edit(i, *pair))
-        page.take(pair[1])
+        around.take(pair[1])
         i += len(pair[0])
     return result
 
@@ -335,10 +335,10 @@ def restore_bytes(normal: str, edits: list[Edit]) -> bytes:
 def code_tokens(
     coder: Coder, lanes: Lanes, counts: np.ndarray, given: np.ndarray | None, progress: Callable[[int], None]
 ) -> np.ndarray:
-    """Code counts[i] tokens of each lane i, position by position, lane by lane: score, code, only then update.
+    """The coded tokens (L, longest), 0 where a lane has ended: counts[i] of lane i, position by position, lane by lane.
 
-    counts (L,) may fall by one on the way; `given` (L, longest) while writing, None while reading. Returns (L, longest),
-    0 where a lane has ended.
+    A token is predicted, then coded, then learned from. counts (L,) differ by one at most, larger ones first; `given` are
+    the tokens (L, longest) while writing, None while reading.
     """
     out = np.zeros((len(counts), int(counts.max(initial=0))), np.int64)
     for t in range(out.shape[1]):
@@ -351,7 +351,7 @@ def code_tokens(
 
 
 def lane_counts(n: int, lanes: int) -> np.ndarray:
-    """Sizes of `lanes` stretches of n tokens, differing by at most one, longest first."""
+    """(lanes,) tokens in each of `lanes` parts of n tokens; they differ by one at most, longest first."""
     return n // lanes + (np.arange(lanes) < n % lanes)
 
 
@@ -454,7 +454,7 @@ def read_file(blob: bytes) -> tuple[CodecHeader, bytes]:
 
 
 def sound_text(header: CodecHeader, body: bytes) -> bool:
-    """Whether the header's numbers are ones that an encoder may write, so that none asks for the decoder's memory."""
+    """Whether an encoder may have written these numbers: others could ask for any amount of memory."""
     words = header.restoration % 4 == len(body) % 4 == 0 and header.restoration <= len(body)
     return (
         words
@@ -473,7 +473,7 @@ def machine_name(cfg: tg.Config, run: tg.Run) -> str:
     return f"{torch.__version__} {run.device.type} {name} {tg.choose_attention(cfg, run.device)[0]}"
 
 
-class Packed(NamedTuple):
+class Compressed(NamedTuple):
     """A compressed file and its account, all in bits but `blob`."""
 
     blob: bytes
@@ -490,20 +490,20 @@ class Codec:
         self.predictor, self.most_lanes = predictor, most_lanes
         self.machine = machine_name(predictor.cfg, predictor.run)
 
-    def compress(self, data: bytes) -> Packed:
+    def compress(self, data: bytes) -> Compressed:
         """The smaller of two forms: text, or plain bytes where data is no text worth that form."""
         plain = self.compress_bytes(data)
         text = self.compress_text(data, plain.token_bits // 8)
         return plain if text is None or len(text.blob) > len(plain.blob) else text
 
-    def compress_bytes(self, data: bytes) -> Packed:
+    def compress_bytes(self, data: bytes) -> Compressed:
         """LZMA, or the bytes themselves: needs no artifact to restore."""
         packed = tg.lzma_pack(data) if data else b""
         form, body = ("lzma", packed) if len(packed) < len(data) else ("stored", data)
         header = CodecHeader(FORMS.index(form), len(data), zlib.crc32(data))
-        return Packed(write_file(header, body), header, 0.0, 8 * len(body), 0)
+        return Compressed(write_file(header, body), header, 0.0, 8 * len(body), 0)
 
-    def compress_text(self, data: bytes, limit: int = 2**62) -> Packed | None:
+    def compress_text(self, data: bytes, limit: int = 2**62) -> Compressed | None:
         """Tokens of the normalised text after the edits that restore the bytes; None where the edits alone reach `limit`."""
         split = Normalizer(self.predictor.text).split(data)
         if split is None or not data:
@@ -526,7 +526,7 @@ class Codec:
         coded = coder.finish()
         if not sound_text(header, restored + coded):
             return None
-        return Packed(write_file(header, restored + coded), header, coder.bits, 8 * len(coded), 8 * len(restored))
+        return Compressed(write_file(header, restored + coded), header, coder.bits, 8 * len(coded), 8 * len(restored))
 
     def decompress(self, blob: bytes) -> bytes:
         """The original bytes. Raises ArtifactError if the file, the artifact or the machine is not the right one."""

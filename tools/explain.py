@@ -187,9 +187,8 @@ def page_html(title: str, subtitle: str, documents: list[list[TokenNote]]) -> st
 def explain(args: argparse.Namespace) -> None:
     """FILE, shaded by what each token cost: on a terminal, and as a page."""
     path = output_path(args.output or f"{args.file}.html", args.force)
-    blob, header, loaded = read_artifact(args.artifact)
-    read_bytes(args.file)
-    predictor = open_predictor(blob, header, loaded)
+    read_bytes(args.file)  # a mistake in it is found before the artifact is opened
+    predictor = open_predictor(*read_artifact(args.artifact))
     documents = explain_documents(predictor, texts_of(args.file, predictor.text), args.tokens)
     for i, notes in enumerate(documents):
         if sys.stdout.isatty():
