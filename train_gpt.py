@@ -718,6 +718,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TRAIN_LOG_EVERY": 500, "EVAL_SEQ_LEN": 2560, "EVAL_STRIDE": 64, "TARGET_BYTES": 16_000_000,
         "EMBED_BITS": 7, "CONTROL_BITS": 16, "QUANT_CLIP": "sigma", "QUANT_MIN_NUMEL": 65536, "GPTQ_ENABLED": True,
         "GPTQ_N_SAMPLES": 1536,
+        "TTT_ENABLED": True, "TTT_RESET": "document", "TTT_LORA_RANK": 80, "TTT_LORA_ALPHA": 144.0, "TTT_LORA_BLOCKS": 0,
+        "TTT_LORA_SITES": "q,k,v,o,mlp,head", "TTT_K_LORA": False, "TTT_LR": 8e-5, "TTT_WD": 2.0, "TTT_BETA1": 0.0,
+        "TTT_BETA2": 0.99, "TTT_ADAM_EPS": 1e-10, "TTT_GRAD_CLIP": 0.0, "TTT_BYTE_WEIGHTED": False,
+        "PHASED_TTT_NUM_PHASES": 1, "NGRAM_TILT_ENABLED": True, "NGRAM_TILT_ORDER": 16,
     },
 }  # fmt: skip
 BEST_GPU_RECIPE = "pr187"
@@ -6975,7 +6979,8 @@ def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
     if run.device.type != "cuda":
         return host
     free = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    fits = torch.tensor(float(n_tokens * (12 * cfg.ngram_order + 132) < 0.8 * free), device=run.device)
+    own = cfg.ngram_tilt_order if cfg.ngram_tilt_enabled and cfg.ngram_tilt_order > cfg.ngram_order else 0
+    fits = torch.tensor(float(n_tokens * (12 * (cfg.ngram_order + own) + 132) < 0.8 * free), device=run.device)
     return run.device if run.all_reduce(fits, dist.ReduceOp.MIN) else host  # on every rank alike
 
 
