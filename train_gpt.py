@@ -7695,7 +7695,8 @@ class DocumentBatch:
             grads = [g[:rows] for g in torch.autograd.grad(self.loss, self.live)]
             if cfg.ttt_grad_clip:
                 norm_R = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-                torch._foreach_mul_(grads, (cfg.ttt_grad_clip / (norm_R + 1e-6)).clamp_max(1.0)[:, None, None])
+                scale_R = (cfg.ttt_grad_clip / (norm_R + 1e-6)).clamp_max(1.0)
+                torch._foreach_mul_(grads, [scale_R[:, None, None]] * len(grads))
             params, mean, square = ([p[:rows] for p in side] for side in ((*self.a, *self.b), *self.moments))
             adamw(params, grads, mean, square, [], self.taken, amsgrad=False, beta1=cfg.ttt_beta1,
                                     beta2=cfg.ttt_beta2, lr=self.network.lr, weight_decay=cfg.ttt_wd,
@@ -7775,9 +7776,10 @@ class DocumentLoraNetwork(TestTimeNetwork):
         try:
             batch = DocumentBatch(self, documents)
             for lo, hi, values in score_then_learn(tokens, batch.n, self.chunk_end, batch, [batch]):
-                rows, offset = values.shape[1], torch.arange(lo, hi, device=fresh.device)
-                inside = offset <= batch.targets_R[:rows, None]
-                fresh[:, (batch.start_R[:rows, None] + offset - first)[inside]] = values.to(fresh)[:, inside]
+                offset = torch.arange(lo, hi, device=tokens.device)
+                inside = offset <= batch.targets_R[: values.shape[1], None]
+                at = (batch.start_R[: values.shape[1], None] + offset - first)[inside]
+                fresh[:, at.to(fresh.device)] = values[:, inside.to(values.device)]
             return batch
         except torch.OutOfMemoryError:
             return None

@@ -155,6 +155,8 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
             if s + hi < e:
                 adam.zero_grad()
                 nll.mean().backward()
+                if cfg.ttt_grad_clip:
+                    torch.nn.utils.clip_grad_norm_([*a, *b], cfg.ttt_grad_clip)
                 adam.step()
                 steps += 1
             lo = hi
@@ -176,7 +178,7 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("knobs", [{}, {"TTT_WARM_START_A": 0, "TTT_TEMPERATURE": 0.9}, PHASES,
-                                   {"TTT_LORA_SITES": "q,v,out,up,down,o", "TTT_BETA1": 0.9}])  # fmt: skip
+                                   {"TTT_LORA_SITES": "q,v,out,up,down,o", "TTT_BETA1": 0.9, "TTT_GRAD_CLIP": 0.2}])  # fmt: skip
 def test_scores_are_those_of_the_definition(tiny, double, text, knobs):
     mine, theirs = walk(learner(tiny, double, text, **knobs), text), by_hand(tiny, double, text, **knobs)
     assert (mine - theirs).abs().max() < 1e-9
