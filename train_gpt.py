@@ -8761,8 +8761,9 @@ class Evaluation:
         self.device = torch.device("cpu")
         self.text = self.text._replace(tokens=self.text.tokens.cpu(), bytes=self.text.bytes.cpu())
         for network in self.networks.values():
-            for name in ("logp", "entropy", "hint_prob", "hints"):
-                setattr(network, name, getattr(network, name).cpu())
+            for name in vars(network).keys() & {"logp", "entropy", "hint_prob", "hints", "weights", "enrichment"}:
+                value = getattr(network, name)
+                setattr(network, name, value.cpu() if value is not None else None)
 
     def score(self, stage: str, scorer: Any, parts: list[Any], span: int, deadline: float) -> StageResult:
         """Score the whole text with one expert."""
