@@ -728,6 +728,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TRAIN_LOG_EVERY": 500, "EVAL_SEQ_LEN": 2560, "EVAL_STRIDE": 64, "TARGET_BYTES": 16_000_000,
         "EMBED_BITS": 7, "CONTROL_BITS": 16, "QUANT_CLIP": "sigma", "QUANT_MIN_NUMEL": 65536, "GPTQ_ENABLED": True,
         "GPTQ_N_SAMPLES": 1536, "QUANT_TRELLIS": 8,
+        "TTT_ENABLED": True, "TTT_RESET": "document", "TTT_LORA_RANK": 80, "TTT_LORA_ALPHA": 144.0, "TTT_LORA_BLOCKS": 0,
+        "TTT_LORA_SITES": "q,k,v,o,mlp,head", "TTT_K_LORA": False, "TTT_LR": 8e-5, "TTT_WD": 2.0, "TTT_BETA1": 0.0,
+        "TTT_BETA2": 0.99, "TTT_ADAM_EPS": 1e-10, "TTT_GRAD_CLIP": 0.0, "TTT_BYTE_WEIGHTED": False,
+        "PHASED_TTT_NUM_PHASES": 1, "NGRAM_TILT_ENABLED": True, "NGRAM_TILT_ORDER": 16,
     },
 }  # fmt: skip
 BEST_GPU_RECIPE = "pr187"
@@ -7219,7 +7223,8 @@ def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
     if run.device.type != "cuda":
         return host
     free = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    fits = torch.tensor(float(n_tokens * (12 * cfg.ngram_order + 132) < 0.8 * free), device=run.device)
+    own = cfg.ngram_tilt_order if cfg.ngram_tilt_enabled and cfg.ngram_tilt_order > cfg.ngram_order else 0
+    fits = torch.tensor(float(n_tokens * (12 * (cfg.ngram_order + own) + 132) < 0.8 * free), device=run.device)
     return run.device if run.all_reduce(fits, dist.ReduceOp.MIN) else host  # on every rank alike
 
 
@@ -7700,7 +7705,8 @@ class DocumentBatch:
             grads = [g[:rows] for g in torch.autograd.grad(self.loss, self.live)]
             if cfg.ttt_grad_clip:
                 norm_R = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-                torch._foreach_mul_(grads, (cfg.ttt_grad_clip / (norm_R + 1e-6)).clamp_max(1.0)[:, None, None])
+                scale_R = (cfg.ttt_grad_clip / (norm_R + 1e-6)).clamp_max(1.0)
+                torch._foreach_mul_(grads, [scale_R[:, None, None]] * len(grads))
             params, mean, square = ([p[:rows] for p in side] for side in ((*self.a, *self.b), *self.moments))
             adamw(params, grads, mean, square, [], self.taken, amsgrad=False, beta1=cfg.ttt_beta1,
                                     beta2=cfg.ttt_beta2, lr=self.network.lr, weight_decay=cfg.ttt_wd,
@@ -7780,9 +7786,10 @@ class DocumentLoraNetwork(TestTimeNetwork):
         try:
             batch = DocumentBatch(self, documents)
             for lo, hi, values in score_then_learn(tokens, batch.n, self.chunk_end, batch, [batch]):
-                rows, offset = values.shape[1], torch.arange(lo, hi, device=fresh.device)
-                inside = offset <= batch.targets_R[:rows, None]
-                fresh[:, (batch.start_R[:rows, None] + offset - first)[inside]] = values.to(fresh)[:, inside]
+                offset = torch.arange(lo, hi, device=tokens.device)
+                inside = offset <= batch.targets_R[: values.shape[1], None]
+                at = (batch.start_R[: values.shape[1], None] + offset - first)[inside]
+                fresh[:, at.to(fresh.device)] = values[:, inside.to(values.device)]
             return batch
         except torch.OutOfMemoryError:
             return None
@@ -8764,8 +8771,9 @@ class Evaluation:
         self.device = torch.device("cpu")
         self.text = self.text._replace(tokens=self.text.tokens.cpu(), bytes=self.text.bytes.cpu())
         for network in self.networks.values():
-            for name in ("logp", "entropy", "hint_prob", "hints"):
-                setattr(network, name, getattr(network, name).cpu())
+            for name in vars(network).keys() & {"logp", "entropy", "hint_prob", "hints", "weights", "enrichment"}:
+                value = getattr(network, name)
+                setattr(network, name, value.cpu() if value is not None else None)
 
     def score(self, stage: str, scorer: Any, parts: list[Any], span: int, deadline: float) -> StageResult:
         """Score the whole text with one expert."""
