@@ -125,7 +125,9 @@ def test_streams_with_impossible_tables_are_refused():
     for starts in ([tg.LEVEL_BOUNDS[0] + 1], [tg.LEVEL_BOUNDS[0], 5, 5], [tg.LEVEL_BOUNDS[0], 9, 3]):
         logs = tg.log_table(np.ones(10))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tg, "fit_tables", lambda _, s=starts, logs=logs: [tg.Table(start, logs) for start in s])
+            patch.setattr(
+                tg, "fit_tables", lambda _, s=starts, logs=logs: [tg.FrequencyTable(start, logs) for start in s]
+            )
             stream = tg.encode_codes([codes])
         with pytest.raises(tg.ArtifactError, match="no table for some level"):
             tg.decode_codes(stream, [codes.shape])
@@ -179,7 +181,7 @@ def hostile(header_change) -> bytes:
     start = tg.PREAMBLE.size + packed
     header = tg.json.loads(tg.lzma_unpack(blob[tg.PREAMBLE.size : start], raw))
     header_change(header)
-    return tg.seal(header, blob[start:-32])
+    return tg.add_checksum(header, blob[start:-32])
 
 
 @pytest.mark.parametrize(
