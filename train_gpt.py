@@ -6789,11 +6789,11 @@ def strip_source(source: str) -> str:
 
 
 def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
-    """Local variables of a function and of those inside it -> names of one or two letters that occur nowhere in it.
+    """Local variables and parameters of a function and of those inside it -> names of one or two letters that occur nowhere in it.
 
-    Left alone are names of two letters or less, of parameters, and all that may mean something else: `taken` (defined outside,
-    or built in), global or nonlocal, defined inside, imported, caught, or read in an f-string, whose positions Python < 3.12
-    does not know.
+    Left alone are names of two letters or less and all that may mean something else: `taken` (defined outside, built in, or
+    given by keyword in some call), global or nonlocal, defined inside, imported, caught, or read in an f-string, whose positions
+    Python < 3.12 does not know.
     """
     nodes = list(ast.walk(function))
     if any(
@@ -6801,23 +6801,26 @@ def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
         for n in nodes
     ):
         return {}
-    uses = Counter(n.id for n in nodes if isinstance(n, ast.Name))
-    kept = taken | {n.arg for n in nodes if isinstance(n, ast.arg)} | {n.id for f in nodes if isinstance(f, ast.JoinedStr)
-                                                                      for n in ast.walk(f) if isinstance(n, ast.Name)}  # fmt: skip
+    uses = Counter(getattr(n, "id", getattr(n, "arg", None)) for n in nodes if isinstance(n, (ast.Name, ast.arg)))
+    kept = taken | {n.id for f in nodes if isinstance(f, ast.JoinedStr) for n in ast.walk(f) if isinstance(n, ast.Name)}
     for n in nodes:
         kept |= (
             set(n.names)
             if isinstance(n, (ast.Global, ast.Nonlocal))
             else {getattr(n, "name", None), getattr(n, "asname", None)}
         )
-    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and len(n.id) > 2}
-    letters = [chr(c) for c in (*range(97, 123), *range(65, 91))]
+    if function.decorator_list:  # a decorator may read the signature
+        kept |= {n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg)}
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    names = sorted((n for n in bound - kept if len(n) > 2), key=lambda name: (-uses[name], name))
+    letters = [*string.ascii_lowercase, *string.ascii_uppercase]
     free = (
         w
         for w in (*letters, *map("".join, itertools.product(letters, letters)))
         if w not in kept | {*uses, *keyword.kwlist}
     )
-    return dict(zip(sorted(stored - kept, key=lambda name: (-uses[name], name)), free, strict=False))
+    return dict(zip(names, free, strict=False))
 
 
 def module_names(tree: ast.Module) -> set[str]:
@@ -6839,9 +6842,9 @@ def module_names(tree: ast.Module) -> set[str]:
 
 
 def shorten_names(source: str) -> str:
-    """The same program with short names for what the script defines and for the local variables of functions; idempotent.
+    """The same program with short names for what the script defines and for local variables and parameters; idempotent.
 
-    Parameters, attributes and fields keep theirs.
+    Attributes, fields and whatever some call gives by keyword keep theirs, and parameters of what is called with `**`.
     """
     tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
     taken = {*dir(builtins), *(n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))}
@@ -6863,11 +6866,19 @@ def shorten_names(source: str) -> str:
             for n in tree.body if getattr(n, "name", "") in renamed_globals}  # fmt: skip
     cuts |= {(n.lineno, n.col_offset, n.id, renamed_globals[n.id]) for n in ast.walk(tree)
              if isinstance(n, ast.Name) and n.id in renamed_globals}  # fmt: skip
-    methods = (f for n in tree.body for f in ([n] if isinstance(n, ast.FunctionDef) else getattr(n, "body", ())))
-    for function in (f for f in methods if isinstance(f, ast.FunctionDef)):
-        names = shorter_names(function, taken)
-        cuts |= {(n.lineno, n.col_offset, n.id, names[n.id]) for n in ast.walk(function)
-                 if isinstance(n, ast.Name) and n.id in names}  # fmt: skip
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    taken |= {k.arg for n in calls for k in n.keywords if k.arg}
+    unpacked = {
+        getattr(n.func, "id", getattr(n.func, "attr", "")) for n in calls if any(k.arg is None for k in n.keywords)
+    }
+    methods = ((n, f) for n in tree.body for f in ([n] if isinstance(n, ast.FunctionDef) else getattr(n, "body", ())))
+    for owner, function in ((n, f) for n, f in methods if isinstance(f, ast.FunctionDef)):
+        inside = [n for n in ast.walk(function) if isinstance(n, (ast.Name, ast.arg))]
+        named = {getattr(n, "name", "") for n in (owner, *ast.walk(function))} & unpacked
+        names = shorter_names(function, taken | {n.arg for n in inside if named and isinstance(n, ast.arg)})
+        for n in inside:
+            if (old := getattr(n, "id", getattr(n, "arg", ""))) in names:
+                cuts.add((n.lineno, n.col_offset, old, names[old]))
     for row, column, old, new in sorted(cuts, reverse=True):
         line = lines[row - 1]
         lines[row - 1] = line[:column] + new.encode() + line[column + len(old) :]
