@@ -271,8 +271,8 @@ def shapes_of(recipe: str) -> tuple[tg.Config, dict[str, torch.Size], dict[str, 
     return cfg, {n: p.shape for n, p in model.named_parameters()}, {n: p.store for n, p in model.named_parameters()}
 
 
-def time_packing(label: str, shapes: dict[str, torch.Size], store: dict[str, str]) -> None:
-    """Seconds to pack and unpack weights at about 3.4 bits: Gaussian, but embeddings of correlated columns."""
+def time_packing(label: str, shapes: dict[str, torch.Size], store: dict[str, str]) -> tuple[float, float]:
+    """(seconds to pack, to unpack) weights at about 3.4 bits: Gaussian, but embeddings of correlated columns."""
     cfg = tg.Config(quant_clip="sigma", control_bits=16)
     named = {n: torch.randn(shape) * 0.02 for n, shape in shapes.items()}
     for n in named:
@@ -291,6 +291,7 @@ def time_packing(label: str, shapes: dict[str, torch.Size], store: dict[str, str
     print(
         f"{label}: {total:,} weights, {len(blob):,} bytes; pack {t1 - t0:.2f}s ({c1 - c0:.2f}s of CPU), unpack {t2 - t1:.2f}s ({c2 - c1:.2f}s of CPU)"
     )
+    return t1 - t0, t2 - t1
 
 
 def time_budget(label: str, shapes: dict[str, torch.Size], store: dict[str, str]) -> None:
@@ -305,7 +306,7 @@ def time_budget(label: str, shapes: dict[str, torch.Size], store: dict[str, str]
     )
 
 
-def time_gptq(recipe: str) -> None:
+def time_gptq(recipe: str) -> float:
     """Seconds of GPTQ for every matrix of a recipe."""
     cfg, shapes, store = shapes_of(recipe)
     cfg = dataclasses.replace(cfg, gptq_enabled=True, gptq_variant="cholesky", gptq_order="descending")
@@ -319,8 +320,9 @@ def time_gptq(recipe: str) -> None:
     started, cpu = time.perf_counter(), time.process_time()
     tg.quantize(cfg, matrices, store, hessians)
     print(
-        f"GPTQ of the {len(matrices)} matrices of {recipe} on {device.type}: {time.perf_counter() - started:.1f}s ({time.process_time() - cpu:.1f}s of CPU)"
+        f"GPTQ of the {len(matrices)} matrices of {recipe} on {device.type}: {(seconds := time.perf_counter() - started):.1f}s ({time.process_time() - cpu:.1f}s of CPU)"
     )
+    return seconds
 
 
 def time_trellis(shapes: dict[str, torch.Size], store: dict[str, str], states: int = 8) -> None:

@@ -29,8 +29,16 @@ from benchmarks.artifact import shapes_of, time_gptq, time_packing  # noqa: E402
 from benchmarks.ngram import Uniform  # noqa: E402
 from tools.plan import activation_bytes, state_bytes  # noqa: E402
 
-TINY = {"NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "TRAIN_SEQ_LEN": "32", "BIGRAM_VOCAB_SIZE": "64",
-        "BIGRAM_DIM": "8"}  # fmt: skip
+TINY = {"NUM_LAYERS": "4", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "TRAIN_SEQ_LEN": "32", "BIGRAM_VOCAB_SIZE": "64",
+        "BIGRAM_DIM": "8", "EVAL_STRIDE": "8", "XSA_LAST_N": "-1", "VE_DIM": "0", "VE_LAYERS": ""}  # fmt: skip
+TINY_FRONTIER = {
+    "BIGRAM_VOCAB_SIZE": "0",
+    "NUM_LOOPS": "1",
+    "LOOP_START": "1",
+    "LOOP_END": "1",
+    "PARALLEL_START_LAYER": "3",
+    "VOCAB_SIZE": "1024",
+}
 RECIPES = ("pr164", "pr850", "frontier")
 
 
@@ -43,7 +51,8 @@ def quiet_run(cfg: tg.Config) -> tg.Run:
 
 def knobs(recipe: str, tiny: bool, **changes: Any) -> tg.Config:
     """A recipe on the shipped sample or what was downloaded; the environment wins over it, `changes` over both."""
-    env = {**os.environ, "RECIPE": recipe, "LOG_DIR": os.devnull, **(TINY if tiny else {})}
+    env = {**os.environ, "RECIPE": recipe, "LOG_DIR": os.devnull, "TTT_ENABLED": "0"}
+    env |= {**(TINY if tiny else {}), **(TINY_FRONTIER if tiny and recipe == "frontier" else {})}
     return tg.load_config({**env, **{k: str(v) for k, v in changes.items()}}).cfg
 
 
@@ -164,9 +173,7 @@ def evaluation(tiny: bool) -> dict[str, float]:
         "pr850",
         tiny,
         VAL_TOKENS=200 if tiny else 60_000,
-        TTT_ENABLED=0,
         NGRAM_SCORE="off",
-        **({"EVAL_STRIDE": 8} if tiny else {}),
     )
     run, paths = quiet_run(cfg), tg.find_data(cfg)
     model = tg.build_model(cfg, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 
@@ -253,3 +254,17 @@ def test_a_mistake_about_devices_is_caught(name):
     except (DeviceMismatch, TypeError):  # what CUDA would have raised
         return
     assert faults
+
+
+def test_the_first_look_at_a_gpu_runs_through(tmp_path, monkeypatch, capsys):
+    """Every part of benchmarks/gpu.py, shrunken, writes figures and no error."""
+    from benchmarks import gpu as first_look
+
+    monkeypatch.setenv("DATA_PATH", str(tg.SAMPLE_DIR))
+    names = [name for name, _ in first_look.parts() if name != "profile"]  # the profiler sees no pretend kernels
+    with FakeCuda() as pretend:
+        status = first_look.main(["--tiny", "--out", str(tmp_path / "gpu.json"), "--parts", *names])
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert status == 0, capsys.readouterr().out
+    assert set(report["parts"]) == set(names) and not pretend.faults
+    assert report["parts"]["losses"]["largest difference, nats"] < 0.05
