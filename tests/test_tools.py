@@ -271,7 +271,7 @@ def test_incremental_counts_equal_the_sorted_engine(vocab_size, order):
             for mine, theirs in zip(found, expected, strict=True):
                 assert torch.equal(mine[:, :-1], theirs), t
             assert not found.count[:, -1].any()
-            assert set(growing.followers(contexts, 1).tolist()) == set(expected.count[1].nonzero()[:, 0].tolist())
+            assert set(growing.followers(contexts).tolist()) == set(expected.count[1].nonzero()[:, 0].tolist())
         growing.add(token)
     for k, stats in enumerate(tg.ngram_stats(x, vocab_size, order)):
         for mine, theirs in zip(growing.columns, stats, strict=True):
