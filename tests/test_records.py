@@ -1320,7 +1320,9 @@ def test_a_sweep_runs_audits_too_and_looks_where_the_runs_write(folder, tmp_path
     Path("home").mkdir()
     Path("trainer.py").write_text(FAKE_TRAINER.replace('"logs"', 'os.path.expanduser(os.environ["LOG_DIR"])'))
     Path("broken").write_text("none")
-    Path("list.txt").write_text(f"RUN_ID=a LOG_DIR={folder}\nMODE=audit ARTIFACT=mine/a.pgz RUN_ID=a-audit LOG_DIR={folder}\n")
+    Path("list.txt").write_text(
+        f"RUN_ID=a LOG_DIR={folder}\nMODE=audit ARTIFACT=mine/a.pgz RUN_ID=a-audit LOG_DIR={folder}\n"
+    )
     words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
     assert run_cli(*words) == 0 and run_cli(*words) == 0
     assert capsys.readouterr().out.count("skipped: finished") == 2 and not Path("~").exists()
