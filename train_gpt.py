@@ -311,10 +311,9 @@ class Config:
     ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones and all single tokens", lo=1000, hi=2**28)
     ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8)
     ngram_table_tokens: int = knob(2**23, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1)
-    ngram_mix: str = knob("cascade", "", "how exact counts correct the network", choices=("cascade",))
     ngram_order: int = knob(12, "tokens", "longest n-gram, the target included", lo=2, hi=64)
     ngram_update_tokens: int = knob(0, "tokens", "targets between updates of the mixing weights; 0: 1024, or 1/4096 of the stream if more", lo=0)
-    ngram_rate: float = knob(0.8, "", "NGRAM_MIX=cascade: step of its weights", lo=0, hi=2)
+    ngram_rate: float = knob(0.8, "", "step of the mixing weights", lo=0, hi=2)
     ngram_min_count: int = knob(2, "", "occurrences a context needs in the published scorers", lo=1)
     ngram_tilt_enabled: bool = knob(False, "", "stage tilt: raise the logit of the token that followed the same context before; table and ngram build on it")
     ngram_tilt_order: int = knob(12, "tokens", "length of its n-gram, the target included; above NGRAM_ORDER it costs statistics of its own", lo=2, hi=64)
@@ -473,6 +472,12 @@ class Config:
     def ngram_tables(self) -> tuple[str, ...]:
         """The n-gram tables that the artifact carries."""
         return () if self.ngram_table == "none" else tuple(t.strip() for t in self.ngram_table.split(","))
+
+    @property
+    def counted_orders(self) -> tuple[int, ...]:
+        """Orders of the statistics of the scored text: NGRAM_ORDER, and NGRAM_TILT_ORDER where the hints' contexts are longer."""
+        longer = self.ngram_tilt_enabled and self.ngram_tilt_order > self.ngram_order
+        return (self.ngram_order, self.ngram_tilt_order) if longer else (self.ngram_order,)
 
     @property
     def final_stage(self) -> str:
@@ -638,6 +643,8 @@ class Config:
             yield f"NGRAM_CLAIM=pr1095 scores with a table of the training text: NGRAM_TABLE={self.ngram_table} lacks pr1095"
         if "table" in self.stages and "exact" not in self.ngram_tables:
             yield f"EVAL_STAGES={self.eval_stages}: stage table needs NGRAM_TABLE=exact"
+        if "tilt" in self.stages and not self.ngram_tilt_enabled:
+            yield f"EVAL_STAGES={self.eval_stages}: stage tilt needs NGRAM_TILT_ENABLED=1"
         if self.ngram_buckets & (self.ngram_buckets - 1):
             below = 1 << (self.ngram_buckets.bit_length() - 1)
             yield f"NGRAM_BUCKETS={self.ngram_buckets}: the published hashes need a power of two; nearest below: {below}"
@@ -847,6 +854,9 @@ def only(accepted: str, why: str) -> Converter:
     return convert
 
 
+# Knobs that this script once had, with the one value that is left of each, and why: accepted in an artifact's header too.
+FORMER_KNOBS = {"NGRAM_MIX": ("cascade", "every other way for exact counts to correct the network scored worse")}
+
 # Published names that are not ours, and what they become: names common to all recipes under "*", then recipe by recipe.
 ALIASES: dict[str, dict[str, Converter]] = {
     "*": {
@@ -873,6 +883,7 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "LQER_ENABLED": switch({"LQER_TOP_K": 3}, {"LQER_TOP_K": 0}),
         "PRUNE_PCT": renamed("PRUNE_FRAC"),
         "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact"}, {"NGRAM_SCORE": "off"}),
+        **{name: only(*left) for name, left in FORMER_KNOBS.items()},
         "TTT_LORA_LR": renamed("TTT_LR"),
         "TTT_WEIGHT_DECAY": renamed("TTT_WD"),
         "TTT_OPTIMIZER": mapped("TTT_OPTIMIZER", {"adam": "adamw"}),
@@ -1192,6 +1203,8 @@ def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]
     values = {}
     for name, value in header.items():
         try:
+            if name in FORMER_KNOBS and value == FORMER_KNOBS[name][0]:
+                continue
             if name not in FIELDS or (name in LOCAL_KNOBS and name != "RECIPE"):
                 raise ConfigError(
                     f"{name[:40]} is no knob that an artifact of this script names; use the script that wrote it"
@@ -7293,8 +7306,7 @@ def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
     if run.device.type != "cuda":
         return host
     free = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    own = cfg.ngram_tilt_order if cfg.ngram_tilt_enabled and cfg.ngram_tilt_order > cfg.ngram_order else 0
-    fits = torch.tensor(float(n_tokens * (12 * (cfg.ngram_order + own) + 132) < 0.8 * free), device=run.device)
+    fits = torch.tensor(float(n_tokens * (12 * sum(cfg.counted_orders) + 132) < 0.8 * free), device=run.device)
     return run.device if run.all_reduce(fits, dist.ReduceOp.MIN) else host  # on every rank alike
 
 
@@ -8209,11 +8221,6 @@ class NgramExpert(ABC):
         """(N,) of the network, nats: an expert may be the base of another."""
         return self.base.entropy
 
-    @property
-    def enrichment(self) -> Tensor | None:
-        """(N,) of the network, or None."""
-        return self.base.enrichment
-
     def learn(self, pending: Any) -> None:  # noqa: B027 (optional: nothing is the default)
         """Learn from targets that are scored, given what transform() returned; by default only the counts learn."""
 
@@ -8764,9 +8771,33 @@ class StageResult(NamedTuple):
     seconds: float
 
 
-NGRAM_MIXES: dict[str, Callable[[Config, NgramTable, Any], NgramExpert]] = {
-    "cascade": lambda cfg, table, base: Cascade(table, base, cfg.ngram_rate),
-}
+# What a stage is, for the evaluator and for the tools that code with its distributions.
+
+
+def stage_stride(cfg: Config, stage: str) -> int:
+    """Targets that each window of the stage's network scores."""
+    return cfg.eval_len if stage == "roundtrip" else cfg.eval_stride or cfg.eval_len
+
+
+def update_span(cfg: Config, n_tokens: int) -> int:
+    """Targets between two updates of the mixing weights, in a stream of `n_tokens`."""
+    return cfg.ngram_update_tokens or max(1024, n_tokens // 4096)
+
+
+def expert_chain(cfg: Config, stage: str, network: Any, counted: list[Any], packed: Any) -> list[Any]:
+    """The network and the n-gram experts of the stage, each the base of the next; the last one's scores are the stage's.
+
+    `counted` are tables of the scored text, one for each of `counted_orders`; `packed` is the artifact's, or None.
+    """
+    chain = [network]
+    if cfg.ngram_tilt_enabled and stage in ("tilt", "table", "ngram"):
+        chain.append(Tilt(counted[-1], network, cfg.ngram_tilt_order, cfg.ngram_tilt_beta, cfg.ngram_tilt_threshold,
+                          cfg.ngram_tilt_gamma, cfg.ngram_tilt_rate))  # fmt: skip
+    if packed is not None and stage in ("table", "ngram"):
+        chain.append(PackedCascade(packed, chain[-1], cfg.ngram_rate))
+    if stage == "ngram":
+        chain.append(Cascade(counted[0], chain[-1], cfg.ngram_rate))
+    return chain
 
 
 class Evaluation:
@@ -8777,11 +8808,9 @@ class Evaluation:
         self.device = stream_device(cfg, run, len(text.tokens))
         self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
         self.networks: dict[str, NetworkExpert] = {}
-        self.table = NgramTable(cfg.vocab_size, cfg.ngram_order, self.device)
+        counted = [NgramTable(cfg.vocab_size, order, self.device) for order in cfg.counted_orders]
+        self.table, self.tilt_table = counted[0], counted[-1]
         self.packed = PackedTable(tables.trie, cfg.vocab_size, self.device) if tables.trie else None
-        self.tilt_table = self.table
-        if cfg.ngram_tilt_order > cfg.ngram_order:
-            self.tilt_table = NgramTable(cfg.vocab_size, cfg.ngram_tilt_order, self.device)
 
     @property
     def best_network(self) -> str:
@@ -8796,9 +8825,8 @@ class Evaluation:
         if stage not in ("roundtrip", "sliding", "ttt"):
             stage = self.best_network
         if stage not in self.networks:
-            stride = cfg.eval_len if stage == "roundtrip" else cfg.eval_stride or cfg.eval_len
             network = (TEST_TIME[cfg.ttt_reset] if stage == "ttt" else NetworkExpert)(
-                cfg, self.run, self.model, self.text, stride
+                cfg, self.run, self.model, self.text, stage_stride(cfg, stage)
             )
             if cfg.ngram_tilt_enabled and stage == self.best_network:
                 self.tilt_table.load(self.text.tokens)  # a hint depends on its prefix alone
@@ -8819,22 +8847,13 @@ class Evaluation:
 
     def scorer(self, stage: str) -> tuple[Any, list[Any], int]:
         """(the expert whose scores the stage reports, all that learn in the order they do, targets between two updates)."""
-        cfg, n, network = self.cfg, len(self.text.tokens), self.network(stage)
-        span = cfg.ngram_update_tokens or max(1024, n // 4096)
+        network = self.network(stage)
         if stage in ("normalized", "claimed"):
             scorer, span = self.published(stage, network)
             return scorer, [network, scorer], span
-        if stage in ("tilt", "table", "ngram"):
-            chain: list[Any] = [network]
-            if cfg.ngram_tilt_enabled:
-                chain.append(Tilt(self.tilt_table, network, cfg.ngram_tilt_order, cfg.ngram_tilt_beta,
-                                  cfg.ngram_tilt_threshold, cfg.ngram_tilt_gamma, cfg.ngram_tilt_rate))  # fmt: skip
-            if stage != "tilt" and self.packed is not None:
-                chain.append(PackedCascade(self.packed, chain[-1], cfg.ngram_rate))
-            if stage == "ngram":
-                chain.append(NGRAM_MIXES[cfg.ngram_mix](cfg, self.table, chain[-1]))
-            return chain[-1], chain, span
-        return network, [network], network.ahead
+        chain = expert_chain(self.cfg, stage, network, [self.table, self.tilt_table], self.packed)
+        span = network.ahead if len(chain) == 1 else update_span(self.cfg, len(self.text.tokens))
+        return chain[-1], chain, span
 
     def move_to_cpu(self) -> None:
         """Continue on the CPU with what is scored: small spans there cost less than launches on a GPU."""

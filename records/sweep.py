@@ -119,7 +119,7 @@ def _run(command: list[str], environment: dict[str, str], lock: IO) -> int:
 def _one(knobs: dict[str, str], launch: str) -> str:
     """What became of one configuration. Its lock tells whether a run of it lives; without one, the age of its log."""
     environment = os.environ | knobs
-    path = Path(environment.get("LOG_DIR") or "logs", f"{knobs['RUN_ID']}.jsonl")
+    path = Path(os.path.expanduser(environment.get("LOG_DIR") or "logs"), f"{knobs['RUN_ID']}.jsonl")
     lock_file = path.with_suffix(".lock")
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     with lock_file.open("a+", encoding="utf-8") as lock:

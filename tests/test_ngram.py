@@ -292,7 +292,8 @@ def test_alphas_take_their_published_values():
         ({"NGRAM_SCORE": "exactly"}, "NGRAM_SCORE='exactly'"),
         ({"NGRAM_ORDER": "1"}, "NGRAM_ORDER=1"),
         ({"NGRAM_BUCKETS": "1000"}, "nearest below: 512"),
-        ({"NGRAM_MIX": "mixture"}, "NGRAM_MIX='mixture': expected one of cascade"),
+        ({"NGRAM_MIX": "mixture"}, "NGRAM_MIX='mixture': expected cascade: every other way"),
+        ({"EVAL_STAGES": "sliding,tilt"}, "EVAL_STAGES=sliding,tilt: stage tilt needs NGRAM_TILT_ENABLED=1"),
         ({"NGRAM_CLAIM": "pr1"}, "NGRAM_CLAIM"),
     ],
 )
@@ -335,9 +336,27 @@ def small_claims(monkeypatch):
         monkeypatch.setitem(tg.PUBLISHED, name, spec._replace(window=64, batch=1))
 
 
-@pytest.mark.parametrize("mix", tg.NGRAM_MIXES)
-def test_the_audit_passes_every_valid_combiner(mix):
-    checks = tiny_audit("ngram", NGRAM_MIX=mix)
+def test_a_former_knob_is_accepted_at_the_value_that_is_left_of_it():
+    assert tg.load_config({"RECIPE": "cpu", "NGRAM_MIX": "cascade"}).cfg == tg.load_config({"RECIPE": "cpu"}).cfg
+    header = {"RECIPE": "cpu", "NGRAM_ORDER": 6}
+    assert tg.load_config({}, {**header, "NGRAM_MIX": "cascade"}).cfg == tg.load_config({}, header).cfg
+    for other in ("chain", "", None, 1, ["cascade"]):
+        with pytest.raises(
+            tg.ConfigError, match="^the artifact's configuration: NGRAM_MIX is no knob .* script that wrote it$"
+        ):
+            tg.load_config({}, {**header, "NGRAM_MIX": other})
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"NGRAM_TILT_ENABLED": 1, "NGRAM_TILT_ORDER": 4, "NGRAM_TILT_RATE": 0.5, "NGRAM_TILT_GAMMA": 1},
+        {"NGRAM_TILT_ENABLED": 1, "NGRAM_TILT_ORDER": 8},
+    ],
+)
+def test_the_audit_passes_the_texts_own_ngrams(knobs):
+    checks = tiny_audit("ngram", **knobs)
     assert len(checks) == 6 and all(checks.values()), checks
 
 

@@ -1313,14 +1313,19 @@ def test_a_sweep_skips_the_finished_survives_the_failing_and_can_run_one_line(tm
     assert not list(Path("logs").glob("matrix_lr-0.0*.lock"))
 
 
-def test_a_sweep_runs_audits_too_and_looks_where_the_runs_write(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("folder", ["mine", "~/mine"])
+def test_a_sweep_runs_audits_too_and_looks_where_the_runs_write(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("trainer.py").write_text(FAKE_TRAINER.replace('"logs"', 'os.environ["LOG_DIR"]'))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Path("home").mkdir()
+    Path("trainer.py").write_text(FAKE_TRAINER.replace('"logs"', 'os.path.expanduser(os.environ["LOG_DIR"])'))
     Path("broken").write_text("none")
-    Path("list.txt").write_text("RUN_ID=a LOG_DIR=mine\nMODE=audit ARTIFACT=mine/a.pgz RUN_ID=a-audit LOG_DIR=mine\n")
+    Path("list.txt").write_text(
+        f"RUN_ID=a LOG_DIR={folder}\nMODE=audit ARTIFACT=mine/a.pgz RUN_ID=a-audit LOG_DIR={folder}\n"
+    )
     words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
     assert run_cli(*words) == 0 and run_cli(*words) == 0
-    assert capsys.readouterr().out.count("skipped: finished") == 2
+    assert capsys.readouterr().out.count("skipped: finished") == 2 and not Path("~").exists()
     assert Path("calls").read_text().split() == ["a", "a-audit"]
 
 

@@ -193,7 +193,7 @@ def test_lanes_give_the_evaluators_distributions(recipe):
     tokens = torch.randint(2, 1024, (2, n))
     tokens[:, 0] = 1
     tokens[0, 50] = 1
-    lanes = ta.LaneNetwork(cfg, run, model, 2, n - 1)
+    lanes = ta.LaneNetwork(cfg, run, model, "sliding", 2, n - 1)
     found = []
     for t in range(1, n):
         found.append(lanes.dist())
@@ -207,54 +207,55 @@ def test_lanes_give_the_evaluators_distributions(recipe):
         assert torch.allclose(mine, network.score(tokens[lane], 1, n), atol=1e-4)
 
 
-@pytest.mark.parametrize("mix", tg.NGRAM_MIXES)
-def test_every_mixture_codes_as_it_scores(mix, tokenizer, sample_text):
-    cfg = load(NGRAM_MIX=mix, NGRAM_ORDER=6, NGRAM_UPDATE_TOKENS=64)
-    codec = tc.Codec(open_tiny(cfg, tokenizer), 2)
-    data = sample_text[:900].encode() + b" and once more: " + sample_text[:600].encode()
-    packed, tokens = codec.compress_text(data), np.array(tokenizer.sp.encode(data.decode()))
-    score = evaluator_bits(codec.predictor, tokens, 2)
-    assert packed.header.lanes == 2 and packed.ideal == pytest.approx(score, rel=1e-3)
-    assert codec.decompress(packed.blob) == data
-    alone = tc.Codec(open_tiny(load(NGRAM_SCORE="off"), tokenizer), 2)
-    assert packed.ideal < alone.compress_text(data).ideal
+STAGES = {  # what the score is of, in the order of the chain of experts
+    "tilt": {"NGRAM_SCORE": "off", "NGRAM_TILT_ORDER": 4},
+    "tilt that learns": {"NGRAM_SCORE": "off", "NGRAM_TILT_ORDER": 4, "NGRAM_TILT_GAMMA": 1, "NGRAM_TILT_RATE": 0.5},
+    "table": {"NGRAM_SCORE": "off", "NGRAM_TABLE": "exact"},
+    "tilt, table": {"NGRAM_SCORE": "off", "NGRAM_TABLE": "exact", "NGRAM_TILT_ORDER": 4},
+    "ngram": {},
+    "tilt of longer contexts, ngram": {"NGRAM_ORDER": 2, "NGRAM_TILT_ORDER": 4},
+    "tilt, table, ngram": {"NGRAM_TABLE": "exact", "NGRAM_TILT_ORDER": 4, "NGRAM_TILT_RATE": 0.5},
+    "network below unused experts": {"NGRAM_TABLE": "exact", "NGRAM_TILT_ORDER": 4, "SCORE_STAGE": "sliding"},
+    "network without overlap": {"NGRAM_TABLE": "exact", "EVAL_STAGES": "roundtrip"},
+}
+OFF = {"tilt": {"NGRAM_TILT_ENABLED": 0}, "table": {"NGRAM_TABLE": "none"}, "ngram": {"NGRAM_SCORE": "off"}}
 
 
-@pytest.mark.parametrize("score", ["off", "exact"])
-def test_the_artifacts_ngrams_code_as_they_score(score, tokenizer, sample_text):
-    """A table of the training text, alone and below the text's own statistics."""
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_codes_as_it_scores(name, tokenizer, sample_text):
+    """The text repeats itself, and the artifact's n-grams are of text like it: each expert has something to say."""
     learned = np.array(tokenizer.sp.encode(sample_text[2000:40_000]))
     tables = tg.Tables(trie=tg.unpack_trie(tg.build_trie(learned, 1024, 4, 20_000), 1024))
-    cfg = load(NGRAM_TABLE="exact", NGRAM_SCORE=score, NGRAM_ORDER=6, NGRAM_UPDATE_TOKENS=64)
-    codec = tc.Codec(open_tiny(cfg, tokenizer, tables=tables), 2)
-    data = sample_text[:1500].encode()
-    packed, tokens = codec.compress_text(data), np.array(tokenizer.sp.encode(data.decode()))
-    assert packed.header.lanes == 2 and packed.ideal == pytest.approx(
-        evaluator_bits(codec.predictor, tokens, 2), rel=1e-3
-    )
-    assert codec.decompress(packed.blob) == data
-    without = tc.Codec(open_tiny(cfg, tokenizer), 2)
-    assert packed.ideal < without.compress_text(data).ideal
+    knobs = {"NGRAM_ORDER": 6, "NGRAM_UPDATE_TOKENS": 64, "NGRAM_TILT_ENABLED": int("NGRAM_TILT_ORDER" in STAGES[name])}
+    data = (sample_text[:400] + " and once more: " + sample_text[:300]) * 2
+
+    def opened(**more) -> tc.Codec:
+        cfg = load(**{**knobs, **STAGES[name], **more})
+        return tc.Codec(open_tiny(cfg, tokenizer, tables=tables if cfg.ngram_tables else tg.NO_TABLES), 2)
+
+    codec, tokens = opened(), np.array(tokenizer.sp.encode(data))
+    packed = codec.compress_text(data.encode())
+    score = evaluator_bits(codec.predictor, tokens, 2)
+    assert packed.header.lanes == 2 and packed.ideal == pytest.approx(score, rel=1e-5)
+    assert codec.decompress(packed.blob) == data.encode()
+    for expert in name.split(", ") if "network" not in name else ():
+        without = evaluator_bits(opened(**OFF[expert.split()[0]]).predictor, tokens, 2)
+        assert abs(without - score) > 1e-4 * score, f"{expert} does something"
 
 
 @pytest.mark.parametrize("smear_first", [0, 1])
-def test_the_step_of_the_pre_enrichment_is_the_same_in_lanes_and_in_the_evaluator(smear_first):
+def test_the_step_of_the_pre_enrichment_is_of_the_position_before_the_target(smear_first):
     cfg = load("pr187", SMEAR_BEFORE_NORM=smear_first, NUM_LAYERS=4)
     model, run, n = tiny_model(cfg), make_run(cfg), 80
     tokens = torch.randint(2, 1024, (2, n))
     tokens[:, 0] = 1
-    lanes = ta.LaneNetwork(cfg, run, model, 2, n - 1)
-    for t in range(1, n):
-        lanes.dist()
-        lanes.take(tokens[:, t].numpy())
     for lane in (0, 1):
         network = tg.NetworkExpert(
             cfg, run, model, tg.ValidationText(tokens[lane], torch.zeros(n), True), cfg.eval_stride
         )
-        assert torch.allclose(lanes.enrichment[lane, 1:], network.enrichment[1:], rtol=1e-4)
         x = model.embed_plain(tokens[lane : lane + 1], tg.Ctx())
         moved = (model.pre_enrich(x, tg.Ctx()) - x)[0].norm(dim=-1)
-        assert torch.allclose(network.enrichment[1:], moved[:-1], rtol=1e-4), "of the position before each target"
+        assert torch.allclose(network.enrichment[1:], moved[:-1], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("vocab_size", "order"), [(2, 12), (5, 6), (60, 4)])
@@ -271,7 +272,7 @@ def test_incremental_counts_equal_the_sorted_engine(vocab_size, order):
             for mine, theirs in zip(found, expected, strict=True):
                 assert torch.equal(mine[:, :-1], theirs), t
             assert not found.count[:, -1].any()
-            assert set(growing.followers(contexts, 1).tolist()) == set(expected.count[1].nonzero()[:, 0].tolist())
+            assert set(growing.followers(contexts).tolist()) == set(expected.count[1].nonzero()[:, 0].tolist())
         growing.add(token)
     for k, stats in enumerate(tg.ngram_stats(x, vocab_size, order)):
         for mine, theirs in zip(growing.columns, stats, strict=True):

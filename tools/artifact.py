@@ -1,8 +1,8 @@
 """What the tools share: the command line, an artifact opened for use, and its next-token distributions in lanes.
 
 A lane is one of several independent texts, or parts of a text, whose tokens are predicted side by side, one position at a
-time. Its distributions are those the evaluator scores with: network, the artifact's n-grams, the text's own n-grams, online
-weights; each token is predicted first and learned from afterwards. Test-time training stays off: the network is as packed.
+time. Its distributions are those of the stage that the evaluator scores with: its experts (`expert_chain`), with online weights;
+each token is predicted first and learned from afterwards. Test-time training stays off: the network is as packed.
 """
 
 from __future__ import annotations
@@ -143,19 +143,19 @@ class Predictor:
     tables: tg.Tables = tg.NO_TABLES
     size: int = 0  # bytes of the artifact
 
-    def lanes(self, lanes: int, length: int, ngram: bool | None = None) -> Lanes:
-        """Distributions for `lanes` texts of at most `length` tokens, as the final stage of the evaluator gives them.
-
-        `ngram` True or False chooses instead whether n-grams correct the network.
-        """
-        own = "ngram" in self.cfg.stages if ngram is None else ngram
-        trie = None if ngram is False else self.tables.trie
-        network = LaneNetwork(self.cfg, self.run, self.model, lanes, length)
-        return LaneMixture(self.cfg, network, length, trie, own) if own or trie else network
+    def lanes(self, lanes: int, length: int, stage: str = "") -> Lanes:
+        """Distributions for `lanes` texts of at most `length` tokens, as a stage of the evaluator gives them: the one that is the
+        score unless another is named."""
+        stage = stage or self.cfg.final_stage
+        network = LaneNetwork(self.cfg, self.run, self.model, stage, lanes, length)
+        mixture = LaneMixture(self.cfg, network, stage, length, self.tables.trie)
+        return mixture if mixture.chains[0] else network
 
 
 # Knobs that change the distributions: a compressed file names those that differ from the artifact's.
-SCORING_KNOBS = tuple(n for n in tg.FIELDS if n.startswith(("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_STAGES", "NGRAM_")))
+SCORING_KNOBS = tuple(
+    n for n in tg.FIELDS if n.startswith(("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_STAGES", "SCORE_STAGE", "NGRAM_"))
+)
 
 
 def read_artifact(path: str) -> tuple[bytes, dict[str, Any], tg.LoadedConfig]:
@@ -177,6 +177,8 @@ def open_predictor(blob: bytes, header: dict[str, Any], loaded: tg.LoadedConfig)
         run.notice(notice)
     if cfg.ttt_enabled:
         run.notice("test-time training is left out here: the network stays as it is packed")
+    if cfg.final_stage == "normalized":
+        run.notice(f"the n-grams of {cfg.ngram_claim} are left out here: the network predicts alone")
     settings = {n: getattr(cfg, n.lower()) for n in SCORING_KNOBS if loaded.source[n] == "env"}
     changed = {n: v for n, v in settings.items() if v != header["config"].get(n, tg.FIELDS[n].default)}
     name, model = hashlib.sha256(blob).hexdigest()[:16], tg.load_model(cfg, run, blob).eval()
@@ -193,25 +195,16 @@ class LaneNetwork:
     one forward, because dropping keys and values would give other distributions. `length`: the most tokens of a lane.
     """
 
-    def __init__(self, cfg: tg.Config, run: tg.Run, model: tg.GPT, lanes: int, length: int) -> None:
-        self.run, self.model, self.seq_len = run, model, cfg.eval_len
-        self.stride = min(cfg.eval_stride or cfg.eval_len, cfg.eval_len)
+    def __init__(self, cfg: tg.Config, run: tg.Run, model: tg.GPT, stage: str, lanes: int, length: int) -> None:
+        self.run, self.model, self.seq_len, self.stride = run, model, cfg.eval_len, tg.stage_stride(cfg, stage)
         self.tokens = torch.full((lanes, length + 1), tg.BOS, device=run.device)
-        self.enrichment = torch.zeros(lanes, length + 1)
         self.fresh_cache = lambda: tg.KVCache(cfg, lanes, min(self.seq_len, length), run.device, model.compute_dtype)
         self.t, self.window = 1, tg.Window(0, 0, 0)  # t: the next target
-
-    def features(self) -> list[Any]:
-        """What the experts of each lane read from their base beside its distributions: steps of the pre-enrichment, or None."""
-        known = self.model.pre_enrich is not None
-        return [SimpleNamespace(enrichment=row if known else None) for row in self.enrichment]
 
     @torch.no_grad()
     def dist(self) -> Tensor:
         """(L, V) float64 on the CPU: the distribution of the next token of each lane. Call it once before each `take`."""
         start = self.t - 1
-        if self.model.pre_enrich is not None:
-            self.enrichment[:, self.t] = self.model.enrichment(self.tokens[:, max(0, self.t - 3) : self.t])[:, -1].cpu()
         if self.t >= self.window.hi:
             self.window = tg.window_at(self.t, self.tokens.shape[1], self.seq_len, self.stride)
             start = self.window.start
@@ -341,41 +334,39 @@ class LaneTable(tg.PackedTable):
         return self.tokens[1][self.follower_rows(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
 
 
-class LaneStage(NamedTuple):
-    """One correction of a lane's distribution: the expert, its statistics, and what it corrected."""
+class LaneExpert(NamedTuple):
+    """One correction of a lane's distribution: the evaluator's expert, and what it corrected."""
 
     expert: tg.NgramExpert
-    table: GrowingTable | LaneTable
-    base: Tensor  # (length + 1,) float64: what its base gave the tokens so far
+    given: Tensor  # (length + 1,) float64: what its base gave the tokens so far
 
 
 class LaneMixture:
-    """LaneNetwork's distributions corrected by the artifact's n-grams and by each lane's own, with weights learned online.
+    """LaneNetwork's distributions corrected by the n-gram experts of a stage, with weights learned online.
 
-    The experts are the evaluator's (PackedCascade, NGRAM_MIXES) and so are the points where they learn; only the counting is
-    incremental.
+    The experts are the evaluator's (`expert_chain`) and so are the points where they learn; only the counting is incremental.
     """
 
     def __init__(
-        self, cfg: tg.Config, network: LaneNetwork, length: int, trie: list[tg.Level] | None, online: bool
+        self, cfg: tg.Config, network: LaneNetwork, stage: str, length: int, trie: list[tg.Level] | None
     ) -> None:
         self.network, lanes = network, len(network.tokens)
-        self.whole = cfg.ngram_mix == "tilt"  # asks for the probability of a token that need not be a candidate
-        self.span = cfg.ngram_update_tokens or max(1024, (length + 1) // 4096)
+        self.span = tg.update_span(cfg, length + 1)
         self.tokens = torch.full((lanes, length + 1), tg.BOS)
-        self.entropy = torch.zeros(lanes, length + 1, dtype=torch.float64)
+        self.entropy, self.hint_prob = torch.zeros(2, lanes, length + 1, dtype=torch.float64)
         self.shares = [1.0] * lanes
         packed = LaneTable(trie, cfg.vocab_size) if trie else None
-        blank = lambda: torch.zeros(length + 1, dtype=torch.float64)  # noqa: E731
-        self.stages: list[list[LaneStage]] = [[] for _ in range(lanes)]
-        for features, stages in zip(network.features(), self.stages, strict=True):
-            if packed is not None:
-                stages.append(LaneStage(tg.PackedCascade(packed, None, cfg.ngram_rate), packed, blank()))
-            if online:
-                table = GrowingTable(cfg.vocab_size, cfg.ngram_order, length + 1)
+        self.chains: list[list[LaneExpert]] = []
+        self.growing: list[list[GrowingTable]] = []
+        for lane in range(lanes):
+            features = SimpleNamespace(hint_prob=self.hint_prob[lane])
+            counted = [GrowingTable(cfg.vocab_size, order, length + 1) for order in cfg.counted_orders]
+            experts = tg.expert_chain(cfg, stage, features, counted, packed)[1:]
+            self.chains.append([LaneExpert(e, torch.zeros(length + 1, dtype=torch.float64)) for e in experts])
+            self.growing.append([table for table in counted if any(e.table is table for e in experts)])
+            for table in self.growing[-1]:
                 table.add(tg.BOS)
-                stages.append(LaneStage(tg.NGRAM_MIXES[cfg.ngram_mix](cfg, table, features), table, blank()))
-        self.bases: list[list[Tensor]] = [[] for _ in range(lanes)]  # what each stage started from at the last `dist`
+        self.bases: list[list[Tensor]] = [[] for _ in range(lanes)]  # what each expert corrected at the last `dist`
         self.t = self.learned = 1
 
     def dist(self) -> Tensor:
@@ -387,31 +378,31 @@ class LaneMixture:
     def mixed(self, lane: int, p_V: Tensor) -> Tensor:
         """(V,) after all corrections of the network's distribution p_V."""
         self.shares[lane], self.bases[lane] = 1.0, []
-        for stage in self.stages[lane]:
+        for expert, _ in self.chains[lane]:
             self.bases[lane].append(p_V)
-            p_V = self.corrected(lane, stage, p_V)
+            p_V = self.corrected(lane, expert, p_V)
         return p_V
 
-    def corrected(self, lane: int, stage: LaneStage, p_V: Tensor) -> Tensor:
+    def corrected(self, lane: int, expert: tg.NgramExpert, p_V: Tensor) -> Tensor:
         """(V,) after one correction. It is computed for tokens that followed the context before; all others keep one share of p_V,
         the one that a token that never followed gets (-1)."""
-        contexts = stage.table.contexts(self.tokens[lane], self.t)
-        followers = torch.arange(len(p_V)) if self.whole else stage.table.followers(contexts)
+        tokens, table = self.tokens[lane], expert.table
+        contexts = table.contexts(tokens, self.t)
+        followers = table.followers(contexts)
         if len(followers) == 0:
             return p_V
         token = torch.cat([followers, followers.new_full((1,), -1)])
-        p = torch.cat([p_V[followers], p_V.new_ones(1)])
+        p, stats = torch.cat([p_V[followers], p_V.new_ones(1)]), table.stats_of(contexts, token)
+        if isinstance(expert, tg.Tilt):
+            self.hint_prob[lane, self.t] = p_V[tokens[stats.last[expert.k, 0]]]
         entropy, target = self.entropy[lane, self.t].expand(len(token)), torch.full_like(token, self.t)
-        query = tg.NgramQuery(
-            p, stage.table.stats_of(contexts, token), target, token, entropy, self.tokens[lane], whole=True
-        )
-        p, _ = stage.expert.transform(query)
+        p, _ = expert.transform(tg.NgramQuery(p, stats, target, token, entropy, tokens, whole=False))
         self.shares[lane] *= float(p[-1])
         return (p_V * p[-1]).index_copy_(0, followers, p[:-1])
 
     def mixture(self, lane: int) -> tuple[float, int, int]:
         """(weight of the network, tokens of the longest context seen before, how often) of the last distribution."""
-        table = self.stages[lane][-1].table
+        table = self.chains[lane][-1].expert.table
         total = table.stats_of(table.contexts(self.tokens[lane], self.t), torch.tensor([-1])).total[:, 0]
         longest = int((total > 0).sum()) - 1
         return self.shares[lane], longest, int(total[longest])
@@ -419,24 +410,23 @@ class LaneMixture:
     def take(self, tokens_L: np.ndarray) -> None:
         """Take the next token of each lane, (L,); after every `span` of them the weights learn."""
         for lane, token in enumerate(tokens_L.tolist()):
-            for stage, p_V in zip(self.stages[lane], self.bases[lane], strict=True):
-                stage.base[self.t] = p_V[token]
-                if isinstance(stage.table, GrowingTable):
-                    stage.table.add(token)
+            for (_, given), p_V in zip(self.chains[lane], self.bases[lane], strict=True):
+                given[self.t] = p_V[token]
+            for table in self.growing[lane]:
+                table.add(token)
         self.tokens[:, self.t] = torch.from_numpy(tokens_L)
         self.network.take(tokens_L)
         self.t += 1
         if self.t - self.learned == self.span:
-            for lane in range(len(self.stages)):
+            for lane in range(len(self.chains)):
                 self.learn(lane, self.learned, self.t)
             self.learned = self.t
 
     def learn(self, lane: int, lo: int, hi: int) -> None:
         """Let the experts of a lane learn from targets lo .. hi-1, as the evaluator's do."""
-        for expert, _, base in self.stages[lane]:
-            if type(expert).learn is not tg.NgramExpert.learn:
-                query = expert.query(base[lo:hi], self.entropy[lane, lo:hi], self.tokens[lane], lo, hi)
-                expert.learn(expert.transform(query)[1])
+        for expert, given in self.chains[lane]:
+            query = expert.query(given[lo:hi], self.entropy[lane, lo:hi], self.tokens[lane], lo, hi)
+            expert.learn(expert.transform(query)[1])
 
 
 Lanes = LaneNetwork | LaneMixture

@@ -36,8 +36,8 @@ class FlashFootprint(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
 
 
 class LiveBytes(TorchDispatchMode):

@@ -39,7 +39,7 @@ def sample_text(
     """
     text, sp = predictor.text, predictor.text.sp
     ids = text.encode(prompt)
-    lanes = predictor.lanes(1, len(ids) + tokens, ngram)
+    lanes = predictor.lanes(1, len(ids) + tokens, "ngram" if ngram else "sliding")
     generator = torch.Generator().manual_seed(tg.derive_seed(predictor.cfg.seed, "sample"))
     for token in ids:
         lanes.dist()
