@@ -76,7 +76,7 @@ def test_the_published_environment_is_the_recipe():
     ({"SPARSE_ATTN_GATE_ENABLED": 0}, {"attn_gate": "none"}), ({"SMEAR_GATE_ENABLED": 0}, {"smear": False}),
     ({"LEAKY_RELU_SQ_SLOPE": 0.3}, {"leaky_slope": 0.3}), ({"FORCE_STOP_STEP": 4000}, {"iterations": 4000}),
     ({"GPTQ_CALIBRATION_BATCHES": 16}, {"gptq_n_samples": 768}), ({"EVAL_INCLUDE_TAIL": 0}, {"val_drop_tail": True}),
-    ({"COMPRESSOR": "lzma"}, {"compressor": "lzma"}), ({"ARTIFACT_DIR": "out"}, {"log_dir": "out"}),
+    ({"COMPRESSOR": "lzma", "QUANT_TRELLIS": "0"}, {"compressor": "lzma"}), ({"ARTIFACT_DIR": "out"}, {"log_dir": "out"}),
     ({"RECUR_ALPHA_ENABLED": 1}, {"carry_rows": [[1.56, 0.23, 0.04, 0.03], [1.85, 0.13, -0.34, 0.01], [2.13, 0.06, 0.19, -0.02]]}),
 ])  # fmt: skip
 def test_published_switches_of_the_stack_become_ours(env, values):

@@ -183,7 +183,7 @@ TECHNIQUES = {
     "pr187": {"NUM_LAYERS": 4, "ENCODER_RECURRENCE": 1},
     "pr850": {"NUM_LAYERS": 3, "XSA_LAST_N": 2, "VE_LAYERS": "1,2", "ROPE_DIMS": 4},
     "pr1095": {"NUM_LAYERS": 3, "XSA_LAST_N": 3, "VE_LAYERS": "1,2", "ROPE_DIMS": 4, "ADAPTER_RANK": 4},
-    "frontier": {"VOCAB_SIZE": 1024, "NUM_LAYERS": 11, "ROPE_DIMS": 4, "EVAL_SEQ_LEN": 32, "DOC_MASK": 1},
+    "frontier": {"VOCAB_SIZE": 1024, "NUM_LAYERS": 11, "ROPE_DIMS": 4, "EVAL_SEQ_LEN": 32, "TTT_ENABLED": 0},
 }
 
 
