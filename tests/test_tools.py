@@ -183,6 +183,7 @@ TECHNIQUES = {
     "pr187": {"NUM_LAYERS": 4, "ENCODER_RECURRENCE": 1},
     "pr850": {"NUM_LAYERS": 3, "XSA_LAST_N": 2, "VE_LAYERS": "1,2", "ROPE_DIMS": 4},
     "pr1095": {"NUM_LAYERS": 3, "XSA_LAST_N": 3, "VE_LAYERS": "1,2", "ROPE_DIMS": 4, "ADAPTER_RANK": 4},
+    "frontier": {"VOCAB_SIZE": 1024, "NUM_LAYERS": 11, "ROPE_DIMS": 4, "EVAL_SEQ_LEN": 32, "TTT_ENABLED": 0},
 }
 
 
@@ -279,8 +280,9 @@ def test_incremental_counts_equal_the_sorted_engine(vocab_size, order):
             assert torch.equal(mine[k], theirs.int()), k
 
 
-def test_mixed_distributions_sum_to_one_and_report_the_networks_share(tokenizer):
-    lanes = open_tiny(load(NGRAM_UPDATE_TOKENS=20), tokenizer).lanes(2, 80)
+@pytest.mark.parametrize("knobs", [{}, {"NGRAM_TILT_ENABLED": 1, "NGRAM_TILT_ORDER": 3}])
+def test_mixed_distributions_sum_to_one_and_report_the_networks_share(knobs, tokenizer):
+    lanes = open_tiny(load(NGRAM_UPDATE_TOKENS=20, **knobs), tokenizer).lanes(2, 80)
     rng = np.random.default_rng(0)
     for _ in range(80):
         p = lanes.dist()
@@ -471,7 +473,7 @@ def test_the_file_says_which_settings_it_was_coded_with(tool, tmp_path, monkeypa
     monkeypatch.setattr(tc.Codec, "compress", tc.Codec.compress_text)
     source, packed = tmp_path / "a.txt", tmp_path / "a.txt.pgz"
     source.write_text(sample_text[:1500])
-    assert tool("compress", source, EVAL_STRIDE=16)[0] == 0
+    assert tool("compress", source, EVAL_STRIDE=16, NGRAM_TILT_ENABLED=1)[0] == 0
     status, text = tool("decompress", packed, "-o", tmp_path / "b", EVAL_STRIDE=8)
     assert status == 2 and "EVAL_STRIDE=8: the file was coded with 16" in text
     assert tool("decompress", packed, "-o", tmp_path / "b")[0] == 0

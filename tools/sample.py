@@ -35,7 +35,7 @@ def sample_text(
 ) -> Iterator[str]:
     """Continue `prompt` by at most `tokens` tokens, in pieces of text as they are complete; ends early where a document does.
 
-    With `ngram` the n-grams of prompt and text so far, and the artifact's, correct the network.
+    With `ngram` the network is corrected as in stage ngram: by the n-grams of prompt and text so far, and the artifact's.
     """
     text, sp = predictor.text, predictor.text.sp
     ids = text.encode(prompt)
