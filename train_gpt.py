@@ -32,6 +32,7 @@ scored by the one score-first driver §9.
 from __future__ import annotations
 
 import ast
+import builtins
 import bz2
 import contextlib
 import copy
@@ -45,6 +46,7 @@ import hashlib
 import io
 import itertools
 import json
+import keyword
 import lzma
 import math
 import os
@@ -98,6 +100,16 @@ def knob(default: Any, unit: str, doc: str, *, choices: tuple = (), lo: float = 
     """Declare one knob; `shape` marks those that fix the model or its tokenizer, which an artifact's header binds."""
     meta = {"unit": unit, "doc": doc, "choices": choices, "lo": lo, "hi": hi, "shape": shape}
     return field(default=default, metadata=meta)
+
+
+def parse_schedule(text: str) -> list[tuple[float, int]]:
+    """ "1024@0.1,2048@0.7" -> [(0.1, 1024), (0.7, 2048)]: lengths of 8 tokens or more up to rising shares. ValueError if not that."""
+    pairs = [part.split("@") for part in text.split(",")] if text.strip() else []
+    steps = [(float(share), int(length)) for length, share in pairs]
+    shares = [share for share, _ in steps]
+    if shares != sorted(shares) or not all(0 <= share <= 1 and length >= 8 for share, length in steps):
+        raise ValueError
+    return steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +219,7 @@ class Config:
     grad_clip_norm: float = knob(0.0, "", "largest global norm of the gradient; 0 leaves it alone", lo=0)
     grad_clip_local: bool = knob(False, "", "clip the part of each rank before the reduction, as published, instead of the reduced gradient")
     # ---- 6 TRAINING
+    doc_mask: bool = knob(False, "", "documents do not see each other: attention, smear and bigram stay inside each", shape=True)
     train_seq_len: int = knob(1024, "tokens", "sequence length in training", lo=8, hi=2**20, shape=True)
     train_batch_tokens: int = knob(524288, "tokens", "targets of one optimizer step, over all ranks", lo=8, hi=2**30)
     micro_batch_tokens: int = knob(0, "tokens", "most tokens of one forward on one rank; 0: on a GPU as many as fit, found while priming, else 8192", lo=0)
@@ -218,9 +231,8 @@ class Config:
     warmdown_frac: float = knob(0.0, "", "length of the linear warmdown as a share of the budget; 0: WARMDOWN_ITERS", lo=0, hi=1)
     min_lr: float = knob(0.0, "", "least learning-rate scale of both schedules", lo=0, hi=1)
     wsd_stable_frac: float = knob(0.75, "", "share of the budget before the cosine of wsd", lo=0, hi=1)
-    prog_seq_enabled: bool = knob(False, "", "sequence-length curriculum")
-    prog_seq_lens: str = knob("512,1024", "tokens", "lengths before TRAIN_SEQ_LEN")
-    prog_seq_fracs: str = knob("0.33,0.55", "", "shares of the budget at which each of those lengths ends")
+    train_seq_schedule: str = knob("", "", "lengths instead of TRAIN_SEQ_LEN, each up to a share of the budget: 1024@0.1,2048@0.7,3072@1.0; what is left has TRAIN_SEQ_LEN", shape=True)
+    seq_change_warmup_steps: int = knob(0, "steps", "after each change of length the learning rates rise from nearly nothing over so many steps", lo=0)
     val_loss_every: int = knob(1000, "steps", "validate during training; 0: only at the end", lo=0)
     train_log_every: int = knob(200, "steps", "step lines in the log", lo=1)
     ema_decay: float = knob(0.0, "", "exponential moving average of the weights; 0: off", lo=0, hi=0.999999)
@@ -421,10 +433,13 @@ class Config:
     @property
     def seq_curriculum(self) -> list[tuple[float, int]]:
         """[(share of the budget at which this sequence length ends, length)], rising; the last ends at 1."""
-        if not self.prog_seq_enabled:
-            return [(1.0, self.train_seq_len)]
-        fracs = [float(f) for f in self.prog_seq_fracs.split(",")]
-        return list(zip([*fracs, 1.0], [*map(int, self.prog_seq_lens.split(",")), self.train_seq_len], strict=True))
+        steps = parse_schedule(self.train_seq_schedule)
+        return steps if steps and steps[-1][0] == 1 else [*steps, (1.0, self.train_seq_len)]
+
+    @property
+    def longest_seq(self) -> int:
+        """Positions that the model must know: the longest sequence in training or window in evaluation."""
+        return max(self.train_seq_len, self.eval_len, self.ttt_eval_len, *(length for _, length in self.seq_curriculum))
 
     @property
     def calibrates(self) -> bool:
@@ -531,19 +546,14 @@ class Config:
     def _training_errors(self) -> Iterator[str]:
         try:
             lens = [t for _, t in self.seq_curriculum]
-            fracs = [f for f, _ in self.seq_curriculum]
-            if fracs != sorted(fracs) or not all(0 <= f <= 1 for f in fracs) or min(lens) < 8:
-                raise ValueError
         except ValueError:
             lens = []
-            yield (f"PROG_SEQ_LENS={self.prog_seq_lens!r}, PROG_SEQ_FRACS={self.prog_seq_fracs!r}: expected as many "
-                   "lengths (8 or more) as rising shares between 0 and 1")  # fmt: skip
+            yield (f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule!r}: expected LENGTH@SHARE,LENGTH@SHARE..., lengths of 8 tokens or more and "
+                   "rising shares between 0 and 1, as in 1024@0.1,2048@0.7,3072@1.0")  # fmt: skip
         for t in lens:
             if self.train_batch_tokens % t:
                 n = max(1, round(self.train_batch_tokens / t)) * t
                 yield f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of the sequence length {t}; nearest: {n}"
-            if t > self.train_seq_len:
-                yield f"PROG_SEQ_LENS={self.prog_seq_lens}: {t} exceeds TRAIN_SEQ_LEN={self.train_seq_len}"
         if self.complement_alpha and self.vocab_size > 16384:
             yield f"COMPLEMENT_ALPHA={self.complement_alpha} counts all pairs of tokens, too many at VOCAB_SIZE={self.vocab_size}: set it to 0"
         try:
@@ -705,7 +715,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr1095", "NGRAM_TABLE": "pr1095",
         **_INT8, "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
-    # #2135, but for the mask on BOS (always on) and the coding of weights: one step a tensor fills the limit, entropy coded.
+    # #2135, but for the mask on BOS (always on) and the coding of weights: one step a tensor fills the limit, trellis paths.
     "frontier": {
         **_SEQ_2048, "VOCAB_SIZE": 8192, "NUM_LAYERS": 11, "MLP_MULT": 4.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1,
         "ROPE_DIMS": 16, "LN_SCALE": "in", "QK_GAIN_INIT": 5.0, "LINEAR_INIT": "orthogonal", "ASYM_LOGIT_RESCALE": True,
@@ -717,7 +727,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "GRAD_CLIP_NORM": 0.3, "WARMDOWN_FRAC": 0.85, "MIN_LR": 0.1, "EMA_DECAY": 0.9965, "VAL_LOSS_EVERY": 0,
         "TRAIN_LOG_EVERY": 500, "EVAL_SEQ_LEN": 2560, "EVAL_STRIDE": 64, "TARGET_BYTES": 16_000_000,
         "EMBED_BITS": 7, "CONTROL_BITS": 16, "QUANT_CLIP": "sigma", "QUANT_MIN_NUMEL": 65536, "GPTQ_ENABLED": True,
-        "GPTQ_N_SAMPLES": 1536,
+        "GPTQ_N_SAMPLES": 1536, "QUANT_TRELLIS": 8,
     },
 }  # fmt: skip
 BEST_GPU_RECIPE = "pr187"
@@ -799,6 +809,28 @@ def kept(*published: float) -> Converter:
     return convert
 
 
+PUBLISHED_CURRICULUM = {
+    "PROG_SEQ_ENABLED": "0",
+    "PROG_SEQ_LENS": "512,1024",
+    "PROG_SEQ_FRACS": "0.33,0.55",
+}  # #850's defaults
+
+
+def published_curriculum(env: Mapping[str, str]) -> dict[str, str]:
+    """TRAIN_SEQ_SCHEDULE from #850's three names, where it is not set and they switch it on."""
+    on, lens, fracs = (env.get(name, default) for name, default in PUBLISHED_CURRICULUM.items())
+    switch({}, {})(on)
+    if as_digit(on) == "0" or "TRAIN_SEQ_SCHEDULE" in env:
+        return {}
+    try:
+        text = ",".join(f"{n}@{f}" for n, f in zip(lens.split(","), fracs.split(","), strict=True))
+        parse_schedule(text)
+    except ValueError:
+        raise ConfigError(f"PROG_SEQ_LENS={lens!r}, PROG_SEQ_FRACS={fracs!r}: expected as many lengths (8 or more) as rising shares "
+                          "between 0 and 1") from None  # fmt: skip
+    return {"TRAIN_SEQ_SCHEDULE": text}
+
+
 def only(accepted: str, why: str) -> Converter:
     """A published name that is taken at its one value that any published run used."""
 
@@ -833,8 +865,6 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "MATRIX_BITS": renamed("ATTN_BITS", "MLP_BITS"),
         "GPTQ_DAMP": renamed("GPTQ_PERCDAMP"),
         "FULL_GPTQ": renamed("GPTQ_ENABLED"),
-        "GPTQ_CALIBRATION_BATCHES": computed(lambda v: {"GPTQ_N_SAMPLES": int(v * 48)}),  # of 98,304 tokens, 2,048 each
-        "GPTQ_CALIBRATION_MODE": mapped("GPTQ_CALIBRATION", {"random": "train"}),
         "LQER_ENABLED": switch({"LQER_TOP_K": 3}, {"LQER_TOP_K": 0}),
         "PRUNE_PCT": renamed("PRUNE_FRAC"),
         "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact"}, {"NGRAM_SCORE": "off"}),
@@ -852,6 +882,7 @@ ALIASES: dict[str, dict[str, Converter]] = {
         "TOKEN_THRESHOLD": renamed("NGRAM_TILT_THRESHOLD"),
         "TOKEN_BOOST": renamed("NGRAM_TILT_BETA"),
         "ADAPTIVE_BOOST_GAMMA": renamed("NGRAM_TILT_GAMMA"),
+        **{name: lambda _: {} for name in PUBLISHED_CURRICULUM},  # three names together are one knob: `published_curriculum`
     },
     "pr164": {  # its average, collected through the whole warmdown, replaces the weights
         "SWA_ENABLED": switch({"SWA_EVERY": 200, "SWA_START_SCALE": 1.0, "SWA_BLEND": 1.0}, {"SWA_EVERY": 0}),
@@ -1098,6 +1129,10 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
     dead = {**NO_EFFECT["*"], **own}
     ours: dict[str, str] = {}
     off: dict[str, str] = {}
+    try:
+        ours.update(published_curriculum(env))
+    except ConfigError as e:
+        errors.append(str(e))
     for name, text in env.items():
         if name in own or (name in dead and name not in aliases):
             notices.append(f"{name}={text} has no effect: {dead[name]}")
@@ -1949,6 +1984,8 @@ class Batcher:
 
     def __init__(self, cfg: Config, stream: TokenStream, run: Run) -> None:
         self.stream, self.run, self.batch_tokens = stream, run, cfg.train_batch_tokens
+        start = stream.shards[0][:CHECKED_TOKENS]
+        self.bos_share = float(np.mean(start == BOS))  # of all tokens, roughly: how many segments to have room for
 
     def next(self, seq_len: int) -> tuple[Tensor, Tensor]:
         """This rank's (inputs, targets) of the next step, each (n, seq_len) int64 on the device; advances the stream."""
@@ -1956,6 +1993,7 @@ class Batcher:
         tokens = self.stream.read(rows.start * seq_len, len(rows) * seq_len + 1)
         self.stream.position += self.batch_tokens
         t = torch.from_numpy(tokens)
+        self.host = t[:-1].view(-1, seq_len)  # the inputs, on the CPU
         if self.run.device.type == "cuda":
             t = t.pin_memory().to(self.run.device, non_blocking=True)
         else:
@@ -2189,6 +2227,34 @@ class Ctx(NamedTuple):
     slot: int = -1  # which pass through a block this is: a block that runs twice has two LoRAs; -1 outside the blocks
     cache: KVCache | None = None  # keys and values of earlier positions (incremental decoding)
     fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
+    segments: Segments | None = None  # what each position may see (DOC_MASK=1); None: found from the ids
+
+
+class Segments(NamedTuple):
+    """Which positions see each other: those of one segment, a document or a part of one. Positions count from the row's start."""
+
+    start_BT: Tensor  # int64: where the segment of each position begins
+    first_BT: Tensor  # bool: the position begins a segment
+    bounds_M: Tensor  # int32: where segments begin in all rows laid end to end, padded with B T
+    longest: int  # no segment is longer
+
+
+def find_segments(ids_BT: Tensor, longest: int, least_bounds: int = 0, cache: KVCache | None = None) -> Segments:
+    """Segments begin with each row, at each BOS, and every `longest` positions after such a beginning.
+
+    With a cache the ids continue its rows. Bounds are padded to a power of two and to `least_bounds`, since the compiler makes
+    code for each size.
+    """
+    length, begun = (0, ids_BT.new_zeros(len(ids_BT), 1)) if cache is None else (cache.length, cache.start_B1)
+    at_T = torch.arange(length, length + ids_BT.shape[1], device=ids_BT.device)
+    start = torch.where(ids_BT == BOS, at_T, begun).cummax(dim=1).values
+    start = start + (at_T - start) // longest * longest
+    first = start == at_T
+    found = first.flatten().nonzero().flatten()
+    size = max(least_bounds, 1 << len(found).bit_length())  # at least one more than were found
+    bounds = torch.full((size,), ids_BT.numel(), dtype=torch.int32, device=ids_BT.device)
+    bounds[: len(found)] = found
+    return Segments(start, first, bounds, longest)
 
 
 def adapted(y: Tensor, x: Tensor, site: str, ctx: Ctx) -> Tensor:
@@ -2366,14 +2432,15 @@ def rope_table(cfg: Config, positions: int = 0) -> Tensor:
     """(2, positions, rotated dims / 2) fp32: cosines and sines; as many as the longest window if not told otherwise."""
     dims = cfg.rope_dims or cfg.head_dim
     freqs = rope_base(cfg) ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
-    longest = max(cfg.train_seq_len, cfg.eval_len, cfg.ttt_eval_len, positions)
-    angles = torch.arange(longest, dtype=torch.float32)[:, None] * freqs
+    angles = torch.arange(max(cfg.longest_seq, positions), dtype=torch.float32)[:, None] * freqs
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x_BTHK: Tensor, rope_2TC: Tensor) -> Tensor:
-    """Half-split rotation of the first 2C dims of each head, (a cos + b sin, -a sin + b cos); the others pass through."""
-    cos, sin = rope_2TC.to(x_BTHK.dtype)[:, :, None]
+    """Half-split rotation of the first 2C dims of each head, (a cos + b sin, -a sin + b cos); the others pass through.
+
+    The table is (2, T, C) for all rows, or (2, B, T, C)."""
+    cos, sin = rope_2TC.to(x_BTHK.dtype)[..., None, :]
     half = cos.shape[-1]
     a, b = x_BTHK[..., :half], x_BTHK[..., half : 2 * half]
     parts = [a * cos + b * sin, b * cos - a * sin]
@@ -2391,11 +2458,29 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-# ---- attention kernels: (B, T, H, K), (B, S, G, K), (B, S, G, K) -> (B, T, H, K), causal, aligned at the last position
+# ---- attention kernels: (B, T, H, K), (B, S, G, K), (B, S, G, K) -> (B, T, H, K), causal, aligned at the last position;
+# with segments a position sees those of its own alone
 
 
-def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+def attend_segments(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segments) -> Tensor:
+    """SDPA one segment after the other; with a cache of earlier keys, by a mask."""
+    t, s, n = q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.shape[2] // k_BSGK.shape[2]
+    q, k, v = q_BTHK, k_BSGK.repeat_interleave(n, 2), v_BSGK.repeat_interleave(n, 2)
+    if t == s:
+        q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (q, k, v))
+        spans = [slice(lo, hi) for lo, hi in itertools.pairwise(segments.bounds_M.tolist()) if lo < hi]
+        parts = [F.scaled_dot_product_attention(q[:, x], k[:, x], v[:, x], is_causal=True) for x in spans]
+        return torch.cat(parts, dim=1).transpose(0, 1).reshape(q_BTHK.shape)
+    at_S = torch.arange(s, device=q.device)
+    seen = (at_S >= segments.start_BT[..., None]) & (at_S <= at_S[s - t :, None])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
+
+
+def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segments | None = None) -> Tensor:
     """PyTorch's scaled_dot_product_attention. Key/value heads are expanded on the CPU, where enable_gqa is slower."""
+    if segments is not None:
+        return attend_segments(q_BTHK, k_BSGK, v_BSGK, segments)
     if q_BTHK.shape[1] == 1:  # decoding: query heads that share keys stand as query positions, nothing is expanded
         k, v = k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
         q_BGNK = q_BTHK.reshape(len(q_BTHK), k.shape[1], -1, q_BTHK.shape[3])
@@ -2417,74 +2502,112 @@ class BlockedAttention(torch.autograd.Function):
     """Causal softmax(q k^T / sqrt K) v by blocks of queries, products only up to the diagonal: 2.7x SDPA on a CPU.
 
     q (N, T, H, K), k and v (N, T, G, K). Query heads that share keys are rows of one product, so keys are never expanded.
-    Keeps the probabilities for the backward pass, about N H T T / 2 numbers.
+    Keeps the probabilities for the backward pass, about N H T T / 2 numbers. Each of `blocks` is (first key, first query, end of
+    both): causal inside, all of the T queries in order.
     """
 
     ROWS = 128  # queries a block: smaller wastes less above the diagonal, larger makes better products
 
     @staticmethod
-    def forward(ctx: Any, q_NTHK: Tensor, k_NTGK: Tensor, v_NTGK: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, q_NTHK: Tensor, k_NTGK: Tensor, v_NTGK: Tensor, blocks: tuple[tuple[int, int, int], ...]
+    ) -> Tensor:
         (N, T, H, K), G = q_NTHK.shape, k_NTGK.shape[2]
         q = (q_NTHK * K**-0.5).transpose(1, 2).reshape(N * G, H // G, T, K)
         k, v = (x.transpose(1, 2).reshape(N * G, T, K) for x in (k_NTGK, v_NTGK))
         y, probs = torch.empty_like(q), []
-        for lo in range(0, T, BlockedAttention.ROWS):
-            hi = min(lo + BlockedAttention.ROWS, T)
-            scores = q[:, :, lo:hi].reshape(N * G, -1, K) @ k[:, :hi].mT
+        for first, lo, hi in blocks:
+            scores = q[:, :, lo:hi].reshape(N * G, -1, K) @ k[:, first:hi].mT
             future = scores.new_full((hi - lo, hi - lo), -math.inf).triu_(1)
-            scores.view(N * G, -1, hi - lo, hi)[..., lo:].add_(future)
+            scores.view(N * G, -1, hi - lo, hi - first)[..., lo - first :].add_(future)
             p = scores.softmax(-1)
-            y[:, :, lo:hi] = (p @ v[:, :hi]).view(N * G, -1, hi - lo, K)
+            y[:, :, lo:hi] = (p @ v[:, first:hi]).view(N * G, -1, hi - lo, K)
             probs += [p] if any(ctx.needs_input_grad) else []
+        ctx.blocks = blocks
         ctx.save_for_backward(q, k, v, *probs)
         return y.view(N, H, T, K).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NTHK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy_NTHK: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *probs = ctx.saved_tensors
         N, T, H, K = dy_NTHK.shape
         dy = dy_NTHK.transpose(1, 2).reshape(q.shape)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        lo = 0
-        for p in probs:
-            hi = p.shape[-1]
+        for p, (first, lo, hi) in zip(probs, ctx.blocks, strict=True):
             dy_rows, q_rows = (x[:, :, lo:hi].reshape(len(q), -1, K) for x in (dy, q))
-            dv[:, :hi].baddbmm_(p.mT, dy_rows)
-            ds = torch._softmax_backward_data(dy_rows @ v[:, :hi].mT, p, -1, p.dtype)
-            dq[:, :, lo:hi] = (ds @ k[:, :hi]).view(len(q), -1, hi - lo, K)
-            dk[:, :hi].baddbmm_(ds.mT, q_rows)
-            lo = hi
+            dv[:, first:hi].baddbmm_(p.mT, dy_rows)
+            ds = torch._softmax_backward_data(dy_rows @ v[:, first:hi].mT, p, -1, p.dtype)
+            dq[:, :, lo:hi] = (ds @ k[:, first:hi]).view(len(q), -1, hi - lo, K)
+            dk[:, first:hi].baddbmm_(ds.mT, q_rows)
         dk, dv = (x.view(N, -1, T, K).transpose(1, 2) for x in (dk, dv))
-        return dq.mul_(K**-0.5).view(N, H, T, K).transpose(1, 2), dk, dv
+        return dq.mul_(K**-0.5).view(N, H, T, K).transpose(1, 2), dk, dv, None
 
 
-def attend_blocks(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+def blocks_of(first: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """BlockedAttention's blocks of one causal segment [first, end)."""
+    for lo in range(first, end, BlockedAttention.ROWS):
+        yield first, lo, min(lo + BlockedAttention.ROWS, end)
+
+
+@torch.compiler.disable  # the blocks differ from step to step
+def attend_segment_blocks(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) -> Tensor:
+    """BlockedAttention over the segments of all rows: no product reaches into another document."""
+    edges = itertools.pairwise(segments.bounds_M.tolist())
+    blocks = tuple(block for first, end in edges for block in blocks_of(first, end))
+    q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q_BTHK, k_BTGK, v_BTGK))
+    return BlockedAttention.apply(q, k, v, blocks).reshape(q_BTHK.shape)
+
+
+def attend_blocks(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segments | None = None) -> Tensor:
     """BlockedAttention; SDPA where a cache makes the keys longer than the queries."""
     if q_BTHK.shape[1] != k_BSGK.shape[1]:
-        return attend_sdpa(q_BTHK, k_BSGK, v_BSGK)
-    return BlockedAttention.apply(q_BTHK, k_BSGK, v_BSGK)
+        return attend_sdpa(q_BTHK, k_BSGK, v_BSGK, segments)
+    if segments is not None:
+        return attend_segment_blocks(q_BTHK, k_BSGK, v_BSGK, segments)
+    return BlockedAttention.apply(q_BTHK, k_BSGK, v_BSGK, tuple(blocks_of(0, q_BTHK.shape[1])))
 
 
-AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionKernel = Callable[..., Tensor]  # (q, k, v, segments or None)
+
+
+def attend_packed(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """A kernel of packed sequences, (N, H, K) with bounds and the greatest length, over the segments of all rows."""
+    if q.shape[1] != k.shape[1]:
+        return attend_segments(q, k, v, segments)
+    bounds, most = segments.bounds_M, segments.longest
+    y = kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, bounds, most, most)
+    return (y[0] if isinstance(y, tuple) else y).view(q.shape)
 
 
 def attend_flash(module: str) -> AttentionKernel:
     """FlashAttention from `module` (flash_attn_interface is version 3, flash_attn version 2)."""
-    kernel = __import__(module, fromlist=["flash_attn_func"]).flash_attn_func
+    kernels = __import__(module, fromlist=["flash_attn_func", "flash_attn_varlen_func"])
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = kernel(q, k, v, causal=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
+        if segments is not None:
+            return attend_packed(functools.partial(kernels.flash_attn_varlen_func, causal=True), q, k, v, segments)
+        y = kernels.flash_attn_func(q, k, v, causal=True)
         return y[0] if isinstance(y, tuple) else y
 
     return attend
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
+    """PyTorch's own FlashAttention of packed sequences, in bf16 on a GPU; SDPA without segments."""
+    if segments is None:
+        return attend_sdpa(q, k, v)
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = q.shape[2] != k.shape[2]
+    return attend_packed(functools.partial(varlen_attn, window_size=(-1, 0), enable_gqa=grouped), q, k, v, segments)
 
 
 PLAIN_ATTENTION = {"sdpa": attend_sdpa, "blocks": attend_blocks}  # run wherever PyTorch does
 
 
 def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
-    """(name, kernel) of ATTENTION on this device; `auto`: blocks on a CPU, else FlashAttention 3, then 2, then SDPA.
+    """(name, kernel) of ATTENTION on this device; `auto`: blocks on a CPU, else FlashAttention 3, then 2, then what PyTorch has.
 
     Raises ConfigError if a kernel is forced that is not installed or cannot run here.
     """
@@ -2505,7 +2628,8 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionK
             reason = f"{module} cannot be imported ({e})"
         if name != "auto":
             raise ConfigError(f"ATTENTION={name}: {reason}; use ATTENTION=auto or ATTENTION=sdpa")
-    return "sdpa", attend_sdpa
+    packed = cfg.doc_mask and device.type == "cuda" and compute_dtype(cfg.train_dtype, device) == torch.bfloat16
+    return ("varlen", attend_varlen) if packed else ("sdpa", attend_sdpa)
 
 
 # ---- operations on the heads' outputs
@@ -2687,8 +2811,7 @@ class Smear(nn.Module):
         self.gate = vector(cfg.model_dim, value=cfg.smear_init)
         self.cross_doc = cfg.smear_cross_doc
 
-    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor) -> Tensor:
-        shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+    def forward(self, x_BTD: Tensor, shifted: Tensor, starts_BT: Tensor) -> Tensor:
         s = torch.sigmoid(self.gate).to(x_BTD.dtype)
         if not self.cross_doc:
             s = s * ~starts_BT[..., None]
@@ -2706,8 +2829,7 @@ class WindowSmear(nn.Module):
         self.weight_W, self.scale = vector(cfg.gate_window), vector(1)
         self.cross_doc = cfg.smear_cross_doc
 
-    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor) -> Tensor:
-        shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+    def forward(self, x_BTD: Tensor, shifted: Tensor, starts_BT: Tensor) -> Tensor:
         w, scale = self.weight_W.to(x_BTD.dtype), self.scale.to(x_BTD.dtype)
         s = scale * torch.sigmoid(F.linear(x_BTD[..., : len(w)], w[None]))
         if not self.cross_doc:
@@ -2799,7 +2921,7 @@ class Attention(nn.Module):
         k, all_v = rotate(rms_norm(k), s.rope_2TC), v
         if s.ctx.cache is not None:
             k, all_v = s.ctx.cache.extend(slot, k, v)
-        y = self.gate(self.exclude_self(self.attend(q, k, all_v), v), x_BTD)
+        y = self.gate(self.exclude_self(self.attend(q, k, all_v, s.ctx.segments), v), x_BTD)
         return adapted(self.out(y.reshape(x_BTD.shape), s.ctx), x_BTD, f"blocks.{self.layer}.attn", s.ctx), v0_BTGK
 
 
@@ -2997,6 +3119,7 @@ class KVCache:
         self.limit, self.length = limit, 0
         self.last_id: Tensor | None = None  # (B,)
         self.last_embedding: Tensor | None = None  # (B, 1, D) before the smear
+        self.start_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # where each row's segment begins
 
     def extend(self, slot: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
         """Append this call's keys and values; returns all so far."""
@@ -3055,7 +3178,8 @@ class GPT(nn.Module):
         first = torch.full_like(ids_BT[:, :1], -1)
         if ctx.cache is not None and ctx.cache.last_id is not None:
             first = ctx.cache.last_id[:, None]
-        return torch.cat([first, ids_BT[:, :-1]], dim=1)
+        before = torch.cat([first, ids_BT[:, :-1]], dim=1)
+        return before if ctx.segments is None else before.masked_fill(ctx.segments.first_BT, -1)
 
     def smeared(self, x: Tensor, ids: Tensor, ctx: Ctx) -> Tensor:
         """SmearGate over this call's positions, with the embedding before them from the cache."""
@@ -3063,7 +3187,10 @@ class GPT(nn.Module):
         if ctx.cache is not None:
             before = before if ctx.cache.last_embedding is None else ctx.cache.last_embedding
             ctx.cache.last_embedding = x[:, -1:]
-        return self.smear(x, before, ids == BOS)
+        shifted = torch.cat([before, x[:, :-1]], dim=1)
+        if ctx.segments is not None:
+            shifted = shifted.masked_fill(ctx.segments.first_BT[..., None], 0)
+        return self.smear(x, shifted, ids == BOS)
 
     def embed_plain(self, ids: Tensor, ctx: Ctx) -> Tensor:
         """ids (B, T) -> (B, T, D): token (+ bigram), smeared where that comes before the norm."""
@@ -3083,15 +3210,27 @@ class GPT(nn.Module):
     @torch.no_grad()
     def enrichment(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T) fp32: how far the pre-enrichment moves each embedding, ||f(x) - x|| (#187's confidence)."""
-        x = self.embed_plain(ids, Ctx())
-        return (self.pre_enrich(x, Ctx()) - x).float().norm(dim=-1)
+        ctx = self.with_segments(ids, Ctx())
+        x = self.embed_plain(ids, ctx)
+        return (self.pre_enrich(x, ctx) - x).float().norm(dim=-1)
+
+    def with_segments(self, ids: Tensor, ctx: Ctx) -> Ctx:
+        """The context with the segments of `ids` under DOC_MASK=1, unless it has them."""
+        if not self.cfg.doc_mask or ctx.segments is not None or ids.is_meta:
+            return ctx
+        longest = ids.shape[1] if ctx.cache is None else ctx.cache.limit
+        return ctx._replace(segments=find_segments(ids, longest, cache=ctx.cache))
 
     def features(self, ids: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
         """ids (B, T) int64 -> final normalised stream (B, T, D). With a cache, ids continue the cached positions."""
-        start = 0 if ctx.cache is None else ctx.cache.length
+        ctx, start = self.with_segments(ids, ctx), 0 if ctx.cache is None else ctx.cache.length
         a = m = x0 = self.embed(ids, ctx)
         values = {} if self.ve is None else self.ve(ids, self.compute_dtype, ctx)
-        stream = Stream(x0, self.rope[:, start : start + ids.shape[1]], values, ctx)
+        rope = self.rope[:, start : start + ids.shape[1]]
+        if ctx.segments is not None:  # positions in the segment, since all rows of a step may be one stream
+            at_T = torch.arange(start, start + ids.shape[1], device=ids.device)
+            rope = self.rope[:, at_T - ctx.segments.start_BT]
+        stream = Stream(x0, rope, values, ctx)
         v0: Tensor | None = None
         saved: list[Tensor] = []
         firsts: dict[int, Tensor] = {}
@@ -3107,6 +3246,8 @@ class GPT(nn.Module):
                 saved.append(a)
         if ctx.cache is not None:
             ctx.cache.length, ctx.cache.last_id = start + ids.shape[1], ids[:, -1]
+            if ctx.segments is not None:
+                ctx.cache.start_B1 = ctx.segments.start_BT[:, -1:]
         return rms_norm(self.blocks[-1].join(a, m))
 
     def logits(self, features: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
@@ -3940,6 +4081,7 @@ class Trainer:
         for p in model.parameters() if run.world > 1 else ():  # an initial QR or SVD may differ between machines
             dist.broadcast(p.data, src=0)
         self.forward: Callable[..., Tensor] = model
+        self.start_curriculum()
         self.micro_tokens = first_micro_batch(cfg, run.device)
         self.step = 0
 
@@ -3963,11 +4105,24 @@ class Trainer:
         rows = max(1, self.micro_tokens // inputs.shape[1])
         loss = torch.zeros((), device=self.run.device)
         for i in range(0, len(inputs), rows):
-            nll = self.forward(inputs[i : i + rows], targets[i : i + rows], ctx)
-            part = (nll if weights is None else nll * weights[i : i + rows]).sum() / total
+            ids, following = inputs[i : i + rows], targets[i : i + rows]
+            if self.cfg.doc_mask:
+                ids, following, ctx = self.one_stream(ids, following, i, ctx)
+            nll = self.forward(ids, following, ctx)
+            part = (nll if weights is None else nll * weights[i : i + rows].view_as(nll)).sum() / total
             part.backward()
             loss += part.detach()
         return loss
+
+    def one_stream(self, ids_BT: Tensor, targets_BT: Tensor, row: int, ctx: Ctx) -> tuple[Tensor, Tensor, Ctx]:
+        """Rows from `row` of the step laid end to end, (1, B T) each, and the context with their segments of at most T tokens."""
+        (rows, longest), device = ids_BT.shape, ids_BT.device
+        # The segments are found where the ids came from: asking a GPU how many there are would wait for it.
+        host = ids_BT if device.type == "cpu" else self.batcher.host[row : row + rows]
+        expected = rows * longest * self.batcher.bos_share + rows
+        segments = find_segments(host.reshape(1, -1), longest, 1 << int(2 * expected).bit_length())
+        moved = [x.to(device, non_blocking=True) for x in segments[:3]]
+        return ids_BT.reshape(1, -1), targets_BT.reshape(1, -1), ctx._replace(segments=Segments(*moved, longest))
 
     def backward(self, inputs: Tensor, targets: Tensor, ctx: Ctx) -> Tensor:
         """Gradient of the step's mean loss over this rank's sequences; returns their part of that mean.
@@ -3990,13 +4145,26 @@ class Trainer:
                 retry = self.run_eager
             retry()  # out here, where the exception no longer holds the memory of the failed pass
 
+    def start_curriculum(self) -> None:
+        """As before the first step: no length has changed."""
+        self.seq_len, self.changed_at = self.cfg.seq_curriculum[0][1], -self.cfg.seq_change_warmup_steps
+        self.rewarm = 1.0  # share of the learning rates
+
+    def follow_curriculum(self, seq_len: int) -> None:
+        """Take the sequence length of this step; after a change the rates rise over SEQ_CHANGE_WARMUP_STEPS steps (#2014)."""
+        if seq_len != self.seq_len:
+            self.seq_len, self.changed_at = seq_len, self.step
+        steps = self.cfg.seq_change_warmup_steps
+        self.rewarm = min(1.0, (self.step - self.changed_at + 1) / steps) if steps else 1.0
+
     def train_step(self, frac: float, scale: float) -> Tensor:
         """One optimizer step on the next batch; returns this rank's part of the mean loss (0-dim, on the device)."""
-        inputs, targets = self.batcher.next(seq_len_at(self.cfg, frac))
+        self.follow_curriculum(seq_len_at(self.cfg, frac))
+        inputs, targets = self.batcher.next(self.seq_len)
         if self.cfg.num_loops:
             self.model.set_looped(frac >= self.cfg.enable_looping_at)
         loss = self.backward(inputs, targets, self.context(frac))
-        self.optimizers.step(self.step, scale)
+        self.optimizers.step(self.step, scale * self.rewarm)
         self.average.update(self.step, frac, scale)
         for counts in self.counters.values():
             counts.update(inputs, targets)
@@ -4023,6 +4191,7 @@ class Trainer:
         """All that a resumed run needs; every rank must call it."""
         return {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict(), "step": self.step,
                 "average": self.average.state_dict(), "position": self.batcher.stream.position,
+                "curriculum": [self.seq_len, self.changed_at],
                 **{name: counts.state_dict() for name, counts in self.counters.items()}}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -4031,6 +4200,7 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         self.average.load_state_dict(state["average"])
         self.step, self.batcher.stream.position = state["step"], state["position"]
+        self.seq_len, self.changed_at = state["curriculum"]
         for name, counts in self.counters.items():
             counts.load_state_dict(state[name])
 
@@ -4053,6 +4223,7 @@ class Trainer:
         self.counts = self.counts and BigramCounts(self.cfg, self.run)
         self.ngrams = self.ngrams and HashedNgrams(self.run)
         self.step, self.batcher.stream.position = 0, 0
+        self.start_curriculum()
         if steps:
             seconds = time.perf_counter() - started
             self.run.log(f"primed: {steps} steps undone, {seconds:.1f}s, micro-batch {self.micro_tokens} tokens")
@@ -4151,7 +4322,7 @@ class TrainingLoop:
             loss = trainer.train_step(frac, scale)
             stop = self.out_of_time() or run.signal is not None
             stop = self.stop.exchange(trainer.step, stop, loss, self.last_elapsed)
-            self.after_step(loss, scale)
+            self.after_step(loss, scale * trainer.rewarm)
             if stop:
                 reason = "signal" if run.signal is not None else "wallclock"
                 break
@@ -6567,6 +6738,69 @@ def strip_source(source: str) -> str:
     return f'"""{head}\n\n"""\n' + "".join(body)
 
 
+def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
+    """Local variables of a function and of those inside it -> names of one or two letters that occur nowhere in it.
+
+    Left alone are names of two letters or less, of parameters, and all that may mean something else: `taken` (defined outside,
+    or built in), global or nonlocal, defined inside, imported, caught, or read in an f-string, whose positions Python < 3.12
+    does not know.
+    """
+    nodes = list(ast.walk(function))
+    if any(
+        isinstance(n, (ast.ClassDef, ast.Match)) or getattr(n, "id", "") in ("locals", "vars", "eval", "exec")
+        for n in nodes
+    ):
+        return {}
+    uses = Counter(n.id for n in nodes if isinstance(n, ast.Name))
+    kept = taken | {n.arg for n in nodes if isinstance(n, ast.arg)} | {n.id for f in nodes if isinstance(f, ast.JoinedStr)
+                                                                      for n in ast.walk(f) if isinstance(n, ast.Name)}  # fmt: skip
+    for n in nodes:
+        kept |= (
+            set(n.names)
+            if isinstance(n, (ast.Global, ast.Nonlocal))
+            else {getattr(n, "name", None), getattr(n, "asname", None)}
+        )
+    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and len(n.id) > 2}
+    letters = [chr(c) for c in (*range(97, 123), *range(65, 91))]
+    free = (
+        w
+        for w in (*letters, *map("".join, itertools.product(letters, letters)))
+        if w not in kept | {*uses, *keyword.kwlist}
+    )
+    return dict(zip(sorted(stored - kept, key=lambda name: (-uses[name], name)), free, strict=False))
+
+
+def shorten_locals(source: str) -> str:
+    """The same program with short names for the local variables of functions; idempotent. Parameters keep theirs."""
+    tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
+    taken = {*dir(builtins), *(n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))}
+    taken |= {
+        t.id
+        for n in tree.body
+        for t in ast.walk(n)
+        if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) and isinstance(t, ast.Name)
+    }
+    taken |= {
+        (a.asname or a.name).split(".")[0]
+        for n in tree.body
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+        for a in n.names
+    }
+    methods = (f for n in tree.body for f in ([n] if isinstance(n, ast.FunctionDef) else getattr(n, "body", ())))
+    cuts = set()
+    for function in (f for f in methods if isinstance(f, ast.FunctionDef)):
+        names = shorter_names(function, taken)
+        cuts |= {
+            (n.lineno, n.col_offset, n.id, names[n.id])
+            for n in ast.walk(function)
+            if isinstance(n, ast.Name) and n.id in names
+        }
+    for row, column, old, new in sorted(cuts, reverse=True):
+        line = lines[row - 1]
+        lines[row - 1] = line[:column] + new.encode() + line[column + len(old) :]
+    return b"".join(lines).decode()
+
+
 def as_literal(packed: bytes) -> bytes:
     """Bytes as a string literal of a latin-1 source file: each stands for itself but for NUL, line ends, quote, backslash."""
     escapes = {b"\n": b"\\n", b"\r": b"\\r", b'"': b'\\"', b"\\": b"\\\\"}
@@ -6576,11 +6810,11 @@ def as_literal(packed: bytes) -> bytes:
 
 @functools.cache
 def pack_code(source: str) -> bytes:
-    """A script that unpacks and runs the stripped `source`; it shows linecache its lines, for tracebacks and Triton.
+    """A script that unpacks and runs the stripped `source` with short local names; it shows linecache its lines, for tracebacks and Triton.
 
     By bzip2 or LZMA, whichever is smaller: compressors that every Python has.
     """
-    text = strip_source(source).encode()
+    text = shorten_locals(strip_source(source)).encode()
     lzma1 = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
     forms = {b"bz2": bz2.compress(text), b"lzma": lzma.compress(text, lzma.FORMAT_ALONE, filters=lzma1)}
     name, packed = min(forms.items(), key=lambda form: len(form[1]))
@@ -7089,8 +7323,9 @@ class NetworkExpert:
         """
         usual = n == self.stride and ids.shape == (self.rows, self.seq_len + 1)
         kernel = self.compiled if usual and self.compiled is not None else score_windows
+        ctx = self.model.with_segments(ids[:, :-1], self.ctx)
         try:
-            return kernel(self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, self.ctx, self.temperature)
+            return kernel(self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, ctx, self.temperature)
         except torch.OutOfMemoryError:
             return None
         except torch._dynamo.exc.TorchDynamoException as e:

@@ -49,6 +49,7 @@ class Bench:
         self.header = tg.read_header(self.blob).fields["config"]
         self.base = {"DATA_PATH": args.data, "VAL_TOKENS": str(args.tokens), "NGRAM_SCORE": "off", "NGRAM_TABLE": "none", "EVAL_STAGES": "auto",
                      "SCORE_STAGE": "auto", "EVAL_STRIDE": PUBLISHED["TTT_CHUNK_SIZE"], "EVAL_SEQ_LEN": str(args.context), "TTT_LR": str(args.lr)}  # fmt: skip
+        PUBLISHED.update(TTT_LORA_RANK=str(args.rank), TTT_LORA_ALPHA=str(1.8 * args.rank))
         cfg = self.config()
         self.run, paths = tg.Run(cfg, 0, 0, 1, 1), tg.find_data(cfg)
         self.text = tg.load_validation(cfg, paths.folder, tg.Tokenizer(paths.tokenizer, cfg.vocab_size))
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--context", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--rank", type=int, default=80, help="of the LoRA; alpha keeps the published ratio to it")
     parser.add_argument("--parts", default="gain,sites,order,cache,tilt")
     parser.add_argument("--estimate", action="store_true")
     args = parser.parse_args()

@@ -38,7 +38,17 @@ import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 from make_shards import OFFICIAL_VAL_DOCS
-from shards import HEADER_BYTES, Failure, InputError, check_shard, locked, run_tool, sha256_of, sync_folder, write_whole
+from shards import (
+    HEADER_BYTES,
+    Failure,
+    InputError,
+    check_shard,
+    locked,
+    run_tool,
+    sha256_of,
+    sync_folder,
+    write_synced,
+)
 from tqdm import tqdm
 
 DEFAULT_TRAIN_SHARDS = 80
@@ -281,11 +291,12 @@ def digest_of(path: Path, like: str) -> str:
 class Record:
     """Digests of files that were verified under their final names, so that gigabytes are not hashed at each start.
 
-    Size and header alone would not do: full shards of all exports have the same size.
+    Size and header alone would not do: full shards of all exports have the same size. The file is written in `staging`,
+    this variant's own, which a killed download leaves and the next one removes.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.lock = path, threading.Lock()
+    def __init__(self, path: Path, staging: Path):
+        self.path, self.aside, self.lock = path, staging / "verified.json", threading.Lock()
         try:
             self.digests: dict[str, str] = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
@@ -294,7 +305,9 @@ class Record:
     def add(self, local: str, digest: str) -> None:
         with self.lock:
             self.digests[local] = digest
-            write_whole(self.path, json.dumps(self.digests, indent=1).encode())
+            self.aside.parent.mkdir(parents=True, exist_ok=True)
+            write_synced(self.aside, json.dumps(self.digests, indent=1).encode())
+            os.replace(self.aside, self.path)
 
 
 def fault(path: Path, remote: Remote) -> str | None:
@@ -357,7 +370,7 @@ def fetch_all(hub: HfApi, repo: str, name: str, files: dict[str, Remote], args: 
     datasets = args.out / "datasets"
     staging = datasets / f".{name}.partial"
     with locked(datasets / f"fineweb10B_{name}"):
-        record = Record(datasets / ".verified.json")
+        record = Record(datasets / ".verified.json", staging)
         checked = tqdm(files.items(), desc="checking files", unit="file", disable=None, leave=False)
         missing = {k: file for k, file in checked if not is_good(args.out, k, file, record, args.verify)}
         check_space(args.out, missing)

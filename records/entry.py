@@ -12,7 +12,6 @@ import source
 from runs import Run, UserError
 from textlog import dumped_source, seed_in_name
 
-NEAR = 6e-5  # bpb: most folders round to four digits
 MAX_LOGS = 200
 
 
@@ -166,7 +165,13 @@ def _one_a_seed(entry: Entry, runs: list[Run]) -> list[Run]:
 
 def shows(run: Run, bpb: float) -> bool:
     """Whether a run's score or one of its stages is `bpb`."""
-    return min(abs(v - bpb) for v in [run.bpb(), *(e["val_bpb"] for e in run.stages.values())]) < NEAR
+    return min(abs(v - bpb) for v in [run.bpb(), *(e["val_bpb"] for e in run.stages.values())]) < near(bpb)
+
+
+def near(bpb: float) -> float:
+    """How far a figure may be from what it rounds or cuts off, by the digits it is given with (three at least, five at most)."""
+    digits = min(max(len(repr(float(bpb)).partition(".")[2]), 3), 5)
+    return max(6e-5, 1.01 * 10.0**-digits)
 
 
 def is_number(value: object) -> bool:

@@ -19,7 +19,7 @@ import leaks
 import patterns
 import runs as logs
 import source
-from entry import NEAR, Entry, is_number, read_entry, shows
+from entry import Entry, is_number, near, read_entry, shows
 from runs import Run, UserError
 from stats import Sample, welch
 from tables import RECORD_GAIN_NATS, RECORD_P
@@ -202,18 +202,19 @@ def _said(meta: object, names: set[str]) -> list[float]:
 def _supported(entry: Entry, bpb: float) -> Line:
     """Whether the logs' mean (or one log) shows `bpb` as a stage, or only as a claimed figure."""
     scored, rule = entry.scored, "val_bpb"
-    named = [r for r in scored if str(r.seed) in entry.named_seeds] or scored
+    named = [r for r in scored if str(r.seed) in entry.named_seeds]
+    named = named if len(named) == len(entry.named_seeds) else scored
     means = {"score": [r.bpb() for r in named]}
     means |= {f"stage {s}": [r.bpb(s) for r in named if s in r.stages] for s in {s for r in named for s in r.stages}}
     claims = [c["claimed_bpb"] for r in entry.runs for c in r.claims]
     scores = f"the logs' scores are {', '.join(f'{r.bpb():.5f}' for r in scored)}"
     for what, values in means.items():
-        if values and abs(fmean(values) - bpb) < NEAR:
+        if values and abs(fmean(values) - bpb) < near(bpb):
             return PASS, rule, f"{bpb:.5f} is the mean of the logs' {what} ({len(values)} log(s))"
-    if claims and min(abs(c - bpb) for c in [*claims, fmean(claims)]) < NEAR:
+    if claims and min(abs(c - bpb) for c in [*claims, fmean(claims)]) < near(bpb):
         return FAIL, rule, f"{bpb:.5f} is a claimed figure (no code length); {scores}"
     for what, values in means.items():
-        if values and min(abs(v - bpb) for v in values) < NEAR:
+        if values and min(abs(v - bpb) for v in values) < near(bpb):
             mean = f"the mean over {len(values)} is {fmean(values):.5f}"
             return entry.bent(WARN), rule, f"{bpb:.5f} is one log's {what}; {mean}"
     return (FAIL, rule, f"{bpb:.5f}, but {scores}") if scored else (WARN, rule, f"{bpb:.5f}: no log shows it")
@@ -253,7 +254,7 @@ def _bytes(entry: Entry) -> Lines:
         worst = packed
     else:
         yield FAIL, "bytes", detail
-    if entry.script:
+    if entry.script and entry.script.outer.strip():
         yield from _code_bytes(entry, len(entry.script.outer))
         yield _helper_bytes(entry, worst)
 
@@ -278,6 +279,10 @@ def _code_bytes(entry: Entry, on_disk: int) -> Lines:
         yield PASS, "code bytes", f"{name} is the {on_disk:,} bytes that were counted"
         return
     if not counted:
+        return
+    helpers = sum(p.stat().st_size for p in source.helpers(entry.script, entry.folder))
+    if helpers and on_disk + helpers in counted:
+        yield PASS, "code bytes", f"{name} and its helper files are the {on_disk + helpers:,} bytes that were counted"
         return
     figures = f"{name} has {on_disk:,} bytes, the logs counted {', '.join(f'{c:,}' for c in counted)}"
     unpacked = sorted({p["code_uncompressed"] for p in packs if p.get("code_uncompressed")})
@@ -417,12 +422,15 @@ def _one_code(scored: list[Run]) -> Line:
         silent = [r.path.name for r in scored if not (r.info.get("source_sha256") or r.source)]
         said = f"; {', '.join(silent)} holds none" if silent else ""
         return PASS, "one script", f"all logs that hold one name {next(iter(hashes - {None}))[:12]}{said}"
-    return FAIL, "one script", f"the logs hold {len(hashes - {None})} different scripts"
+    detail = f"the logs hold {len(hashes - {None})} different scripts"
+    if source.same_but_for_constants([r.source for r in scored if r.source]):
+        return WARN, "one script", f"{detail}, which differ in values of constants alone"
+    return FAIL, "one script", detail
 
 
 def _script_is_logged(entry: Entry, scored: list[Run]) -> Lines:
     """The script is what ran: by hash where the log has one, else by the source printed in the log."""
-    if not entry.script or not scored:
+    if not entry.script or not entry.script.outer.strip() or not scored:
         return
     rule, name = "script that ran", entry.script.name
     logged = {h for r in scored for h in (r.info.get("source_sha256"), r.info.get("packed_sha256")) if h}

@@ -289,6 +289,12 @@ def likeness(script: Script, text: str) -> Likeness:
     return Likeness(equal, equal or _bare(tree, False) == _bare(script.tree, False), layers == script.layers, shared)
 
 
+def same_but_for_constants(texts: list[str]) -> bool:
+    """Whether printed sources are one program with other values (a seed, a run's name)."""
+    trees = [parse(text.encode("utf-8", "surrogateescape")) for text in dict.fromkeys(texts)]
+    return bool(trees) and None not in trees and all(_bare(t, False) == _bare(trees[0], False) for t in trees)
+
+
 def _bare(tree: ast.Module, constants: bool = True) -> list:
     """The tree without positions and docstrings, or without any constant, flat."""
     docstrings = set()

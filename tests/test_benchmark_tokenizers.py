@@ -21,14 +21,20 @@ def test_one_set_from_documents_to_the_table(tmp_path, capsys):
     texts = ["never used"] * 3 + documents(1, 120)
     source = tmp_path / "corpus.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    argv = [str(source), "--work", str(tmp_path / "work"), "--skip", "3", "--held-out", "20", "--sets", "plain:300"]
+    argv = [str(source), "--work", str(tmp_path / "work"), "--skip", "3", "--held-out", "20", "--sets", "fused:300"]
     argv += ["--seconds", "30", "--seeds", "1", "--knobs", TINY]
     assert bench.main(argv) == 0
     assert "never used" not in (tmp_path / "work" / "documents.jsonl").read_text()
-    manifest = json.loads((tmp_path / "work" / "plain_300" / "manifest.json").read_text())
-    assert manifest["val"]["documents"] == 20 and manifest["train"]["documents"] == 100
+    manifest = json.loads((tmp_path / "work" / "fused_300" / "manifest.json").read_text())
+    assert (
+        manifest["transform"] == "caseops"
+        and manifest["val"]["documents"] == 20
+        and manifest["train"]["documents"] == 100
+    )
+    log = next((tmp_path / "work" / "logs").glob("*.txt")).read_text()
+    assert f"val_bytes:{manifest['val']['bytes']} bytes_from:sidecar" in log  # of the original text
     row = capsys.readouterr().out.splitlines()[-1].split("|")
-    assert [cell.strip() for cell in row[1:3]] == ["plain", "300"] and 0 < float(row[7]) < 9
+    assert [cell.strip() for cell in row[1:3]] == ["fused", "300"] and 0 < float(row[7]) < 9
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "logs").iterdir()}
     assert bench.main(argv) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "logs").iterdir()} == logs

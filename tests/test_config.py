@@ -115,7 +115,8 @@ def test_every_recipe_sets_only_known_knobs_to_values_in_bounds():
     ({"VALUE_RESIDUAL": "softmax", "NUM_LAYERS": "1"}, ["VALUE_RESIDUAL=softmax", "at least 2"]),
     ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_FRACS": "0.5"}, ["PROG_SEQ_LENS='512,1024'", "PROG_SEQ_FRACS='0.5'"]),
     ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_FRACS": "0.6,0.5"}, ["PROG_SEQ_FRACS='0.6,0.5'", "rising"]),
-    ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_LENS": "512,2048"}, ["PROG_SEQ_LENS=512,2048", "exceeds TRAIN_SEQ_LEN=1024"]),
+    ({"PROG_SEQ_ENABLED": "yes"}, ["expected 0 or 1, got 'yes'"]),
+    ({"TRAIN_SEQ_SCHEDULE": "512@0.6,1024@0.5"}, ["TRAIN_SEQ_SCHEDULE='512@0.6,1024@0.5'", "rising"]),
     ({"TRAIN_BATCH_TOKENS": "2000"}, ["TRAIN_BATCH_TOKENS=2000", "sequence length 1024", "nearest: 2048"]),
     ({"TRAIN_BATCH_TOKENS": "512"}, ["TRAIN_BATCH_TOKENS=512", "nearest: 1024"]),
     ({"SWA_EVERY": "10", "SWA_SOURCE": "ema"}, ["SWA_SOURCE=ema needs EMA_DECAY"]),
@@ -378,3 +379,13 @@ def test_a_former_mode_names_the_program_that_does_it(script, mode):
 def test_former_knobs_are_at_most_a_notice():
     loaded = tg.load_config({"RECIPE": "cpu", **dict.fromkeys(tg.MOVED_KNOBS, "1")})
     assert len(loaded.notices) == 6 and all("is ignored: it is an argument, python tools/" in n for n in loaded.notices)
+
+
+def test_the_published_curriculum_is_a_schedule():
+    def schedule(**env) -> str:
+        return tg.load_config({"RECIPE": "pr850", **env}, has_gpu=lambda: False).cfg.train_seq_schedule
+
+    assert schedule() == schedule(PROG_SEQ_ENABLED="0", PROG_SEQ_LENS="1") == schedule(PROG_SEQ_LENS="512") == ""
+    assert schedule(PROG_SEQ_ENABLED="1") == "512@0.33,1024@0.55"
+    assert schedule(PROG_SEQ_ENABLED="1", PROG_SEQ_LENS="256", PROG_SEQ_FRACS=".5") == "256@.5"
+    assert schedule(PROG_SEQ_ENABLED="1", TRAIN_SEQ_SCHEDULE="512@0.1") == "512@0.1"  # ours wins

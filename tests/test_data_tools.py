@@ -1011,17 +1011,16 @@ def test_two_downloads_at_once_do_not_touch_each_others_files(hub, tmp_path, mon
         process.kill()
     assert halves  # of the other download, which goes on
 
-    write = shards.write_synced
+    write = downloader.write_synced
 
     def interrupted(path: Path, content: bytes) -> None:
         """Between writing aside and renaming, another process does the same."""
         write(path, content)
-        monkeypatch.setattr(shards, "write_synced", write)
-        monkeypatch.setattr(shards.os, "getpid", lambda: 1)
-        downloader.Record(tmp_path / "record.json").add("b", "2")
+        monkeypatch.setattr(downloader, "write_synced", write)
+        downloader.Record(tmp_path / "record.json", tmp_path / "b").add("b", "2")
 
-    monkeypatch.setattr(shards, "write_synced", interrupted)
-    downloader.Record(tmp_path / "record.json").add("a", "1")
+    monkeypatch.setattr(downloader, "write_synced", interrupted)
+    downloader.Record(tmp_path / "record.json", tmp_path / "a").add("a", "1")
 
 
 def test_a_missing_variant_lists_what_is_really_there(hub, tmp_path, capsys):

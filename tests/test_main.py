@@ -427,7 +427,7 @@ def test_gpus_train_over_nccl(tiny, script):
         {},
         {"COMPILE": "1"},
         {"ATTENTION": "sdpa", "QAT": "ste", "EMA_DECAY": "0.9"},
-        {"GPTQ_ENABLED": "1", "COMPLEMENT_ALPHA": "0.5", "PROG_SEQ_ENABLED": "1", "PROG_SEQ_LENS": "16,16"},
+        {"GPTQ_ENABLED": "1", "COMPLEMENT_ALPHA": "0.5", "TRAIN_SEQ_SCHEDULE": "16@0.33,16@0.55"},
         {"NGRAM_SCORE": "exact,normalized,claimed", "NGRAM_TABLE": "pr1095,exact", "TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "256"},
         {"COMPILE": "1", "TTT_ENABLED": "1", "TTT_RESET": "document", "NGRAM_SCORE": "exact"},
         {"TARGET_BYTES": "150000", "CODE_FORM": "packed", "NGRAM_SCORE": "exact", "NGRAM_TILT_ENABLED": "1"},

@@ -27,7 +27,7 @@ NUMBERS = {
     "ITERATIONS": (1, 2, 3), "WARMUP_STEPS": (0, 1), "WARMDOWN_ITERS": (0, 1, 10), "WSD_STABLE_FRAC": (0.0, 1.0), "VAL_LOSS_EVERY": (0, 1),
     "MUON_MOMENTUM": (0.0, 0.95), "MUON_MOMENTUM_WARMUP_STEPS": (0, 500), "MUON_WD": (0.0, 0.1), "ADAM_WD": (0.0, 0.1), "GRAD_CLIP_NORM": (0.0, 0.3),
     "EMA_DECAY": (0.0, 0.9), "EMA_START_FRAC": (0.0, 1.0), "SWA_EVERY": (0, 1), "SWA_START_SCALE": (0.2, 2.0), "SWA_BLEND": (0.5, 1.0),
-    "QAT_START_FRAC": (0.0, 0.5, 1.0), "QAT_BITS": (4, 6), "COMPLEMENT_ALPHA": (0.0, 0.5), "PROG_SEQ_LENS": ("8,16", "8"), "PROG_SEQ_FRACS": ("0.3,0.6", "0.5"),
+    "QAT_START_FRAC": (0.0, 0.5, 1.0), "QAT_BITS": (4, 6), "COMPLEMENT_ALPHA": (0.0, 0.5), "TRAIN_SEQ_SCHEDULE": ("", "8@0.3,16@0.6", "8@0.5,64@1.0"),
     "CHECKPOINT_EVERY": (0, 1), "QUANT_MIN_NUMEL": (0, 100, 10**9), "QUANT_QUANTILES": ("1.0", "0.9,0.99"), "PRUNE_FRAC": (0.0, 0.5, 0.99),
     "GPTQ_PERCDAMP": (0.01, 1.0), "GPTQ_BLOCK_SIZE": (1, 128), "GPTQ_N_SAMPLES": (1, 3), "LQER_TOP_K": (0, 1, 99), "LQER_RANK": (1, 4, 256),
     "TARGET_BYTES": (0, 400_000), "ZSTD_LEVEL": (1, 22), "LZMA_PRESET": (0, 6), "EVAL_SEQ_LEN": (0, 16, 64), "EVAL_STRIDE": (0, 1, 8),
@@ -39,7 +39,18 @@ NUMBERS = {
     "TTT_BATCH_SEQS": (0, 1), "TTT_WD": (0.0, 0.1), "TTT_POLYAK_DECAY": (0.0, 0.9), "TTT_TEMPERATURE": (0.5, 1.0), "SEED": (0, 2**31 - 1),
     "VAL_TOKENS": (0, 120),
 }  # fmt: skip
-FIXED = {"MODE", "RECIPE", "DEVICE", "ATTENTION", "COMPILE", "TRAIN_DTYPE", "FORCE", "PROFILE", "CODE_FORM"}
+FIXED = {
+    "MODE",
+    "VAL_BYTES",
+    "RECIPE",
+    "DEVICE",
+    "ATTENTION",
+    "COMPILE",
+    "TRAIN_DTYPE",
+    "FORCE",
+    "PROFILE",
+    "CODE_FORM",
+}
 
 
 def choices() -> dict[str, tuple]:

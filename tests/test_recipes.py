@@ -79,7 +79,7 @@ TRAINING = {
     "muon_wd_order": ("before", "before", "after", "before", "before"), "beta1": (0.9,) * 5, "beta2": (0.95,) * 5,
     "lr_schedule": ("warmdown", "warmdown", "warmdown", "wsd", "warmdown"), "wsd_stable_frac": (0.75,) * 5,
     "ema_decay": (0, 0, 0.997, 0.997, 0.997), "swa_every": (0, 0, 50, 50, 0), "swa_start_scale": (0.2,) * 5,
-    "complement_alpha": (0, 0, 0, 0.5, 0), "complement_normalized": (False,) * 5, "prog_seq_enabled": (False,) * 5,
+    "complement_alpha": (0, 0, 0, 0.5, 0), "complement_normalized": (False,) * 5, "train_seq_schedule": ("",) * 5,
     "qat": ("none", "none", "ste", "soft_round", "ste"), "val_loss_every": (1000, 1000, 1000, 4000, 4000), "seed": (1337,) * 5,
 }  # fmt: skip
 ONLY = {  # where another system has no such thing

@@ -4,6 +4,7 @@ import bz2
 import json
 import lzma
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -419,6 +420,7 @@ def test_helpers_that_were_counted_are_not_added_again(folder):
     assert failing(folder) == {"helper files"}
     write_logs(folder, head=head, code=f"Code size: {size + 200_000} bytes")
     assert failing(folder) == set() and "counted already" in verdicts(folder)["helper files"].detail
+    assert warned(folder) == USUAL
 
 
 def test_a_payload_beside_the_script_is_a_helper_whatever_it_is_called(folder):
@@ -441,6 +443,25 @@ def test_a_script_is_what_ran_but_for_comments_constants_or_packing(folder):
     assert verdicts(folder)["script that ran"].status == "WARN"
     (folder / "train_gpt.py").write_text(SCRIPT.replace("loss.backward()", "pass"))
     assert verdicts(folder)["script that ran"].status == "FAIL"
+
+
+def test_sources_that_differ_in_a_constant_alone_are_one_script_to_look_at(folder):
+    for seed, bpb in SEEDS.items():
+        head = f"{SCRIPT.replace('0.02', f'0.0{seed}')}\n{BAR}\n"
+        (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, head=head))
+    assert verdicts(folder)["one script"].status == "WARN" and failing(folder) == set()
+    (folder / "train_seed1.log").write_text(log_text(1, 1.1003, head=f"{SCRIPT.replace('main()', 'other()')}\n{BAR}\n"))
+    assert "one script" in failing(folder)
+
+
+@pytest.mark.parametrize(
+    "bpb, status",
+    [(1.1005, "PASS"), (1.1004, "PASS"), (1.10, "PASS"), (1.101, "PASS"), (1.1007, "FAIL"), (1.098, "FAIL")],
+)
+def test_a_figure_may_be_rounded_or_cut(folder, bpb, status):
+    edit(folder, val_bpb=bpb, seed_results={})
+    got = verdicts(folder)["val_bpb"].status
+    assert (got == "FAIL") == (status == "FAIL")
 
 
 # ---- Missed: 1 training on validation text
@@ -662,7 +683,7 @@ def test_progress_inside_the_score_is_not_added_and_a_total_is_believed(folder):
 
 def test_an_empty_a_renamed_and_a_missing_script_are_three_findings(folder):
     (folder / "train_gpt.py").write_bytes(b"")
-    assert failing(folder) >= {"file train_gpt.py", "code readable"}
+    assert failing(folder) == {"file train_gpt.py", "code readable"} and warned(folder) == USUAL
     assert verdicts(folder)["file train_gpt.py"].detail == "empty (0 bytes)"
     (folder / "train_gpt.py").unlink()
     assert failing(folder) == {"file train_gpt.py", "code readable"}
@@ -703,6 +724,7 @@ def test_a_log_that_holds_another_seed_is_named(folder):
     (folder / "train_seed3.log").write_text(log_text(1337, 1.1002))
     check = verdicts(folder)["a log for each seed"]
     assert (check.status, check.detail) == ("FAIL", "none for seed 3: train_seed3.log holds seed 1337")
+    assert failing(folder) == {"a log for each seed"}
     edit(folder, seeds=[], seed_results={})
     assert verdicts(folder)["a log for each seed"].detail == "train_seed3.log holds seed 1337"
 
@@ -752,6 +774,13 @@ def test_a_finding_in_a_one_line_program_shows_its_name():
     assert (
         finding.name == "prequant_ttt_epochs" and "prequant_ttt_epochs=21" in finding.text and len(finding.text) < 160
     )
+
+
+def test_text_that_the_terminal_cannot_show_is_shown_escaped(folder):
+    (folder / "train_gpt.py").write_bytes(b"# -*- coding: latin-1 -*-\nprequant_ttt = '\xe9\xff'\n" + SCRIPT.encode())
+    tool = [sys.executable, str(ROOT / "records" / "report.py"), "check", str(folder)]
+    done = subprocess.run(tool, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert b"Traceback" not in done.stderr and rb"prequant_ttt = '\udce9\udcff'" in done.stdout
 
 
 # ---- Summary and numbers

@@ -88,18 +88,36 @@ def test_the_share_of_the_budget_is_that_of_the_nearer_limit():
 
 
 def test_the_sequence_length_rises_with_the_budget():
-    cfg = config(prog_seq_enabled=True, prog_seq_lens="8,16", prog_seq_fracs="0.33,0.55", train_seq_len=32)
+    cfg = config(train_seq_schedule="8@0.33,16@0.55", train_seq_len=32)
     assert [tg.seq_len_at(cfg, f) for f in (0.0, 0.32, 0.33, 0.54, 0.55, 1.0)] == [8, 8, 16, 16, 32, 32]
     assert tg.seq_len_at(config(), 1.0) == T
-    t = trainer(prog_seq_enabled=True, prog_seq_lens="8", prog_seq_fracs="0.3")
+    t = trainer(train_seq_schedule="8@0.3")
     shapes = [t.batcher.next(tg.seq_len_at(t.cfg, f))[0].shape for f in (0.0, 0.9)]
     assert shapes == [(8, 8), (4, T)] and t.batcher.stream.position == 2 * 4 * T  # the same tokens a step
 
 
-@pytest.mark.parametrize("lens, fracs", [("8", "0.3,0.6"), ("8,16", "0.6,0.3"), ("8,x", "0.3,0.6"), ("4,8", "0.3,0.6")])
-def test_a_curriculum_that_makes_no_sense_is_refused(lens, fracs):
-    with pytest.raises(tg.ConfigError, match="PROG_SEQ_LENS"):
-        config(prog_seq_enabled=True, prog_seq_lens=lens, prog_seq_fracs=fracs)
+@pytest.mark.parametrize("text", ["8", "8@0.6,16@0.3", "x@0.3", "4@0.3", "8@1.2", "8@0.3@0.4", "8@nan"])
+def test_a_schedule_that_makes_no_sense_is_refused(text):
+    with pytest.raises(tg.ConfigError, match="TRAIN_SEQ_SCHEDULE='"):
+        config(train_seq_schedule=text)
+
+
+def test_a_schedule_may_be_longer_than_the_model_s_own_length():
+    cfg = config(train_seq_schedule="8@0.5,64@1.0", train_seq_len=32, eval_seq_len=16)
+    assert cfg.seq_curriculum == [(0.5, 8), (1.0, 64)] and tg.rope_table(cfg).shape[1] == cfg.longest_seq == 64
+
+
+def test_rates_rise_again_after_each_change_of_length():
+    t, seen = trainer(train_seq_schedule="8@0.4,16@0.6", seq_change_warmup_steps=4), []
+    for step in range(14):
+        t.train_step(step / 14, 1.0)
+        seen.append((t.seq_len, t.rewarm))
+    assert [rewarm for _, rewarm in seen] == [1] * 6 + [0.25, 0.5, 0.75] + [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [n for n, _ in seen] == [8] * 6 + [16] * 3 + [T] * 5
+    again = trainer(train_seq_schedule="8@0.4,16@0.6", seq_change_warmup_steps=4)
+    again.load_state_dict(t.state_dict())
+    again.follow_curriculum(T)
+    assert again.rewarm == 1.0 and again.seq_len == T
 
 
 # ---- averages

@@ -48,7 +48,7 @@ def assert_same(a, b) -> None:
 
 
 EVERYTHING = {"EMA_DECAY": 0.9, "SWA_EVERY": 1, "SWA_START_SCALE": 2, "COMPLEMENT_ALPHA": 0.5, "QAT": "soft_round", "QAT_START_FRAC": 0.4,
-              "PROG_SEQ_ENABLED": 1, "PROG_SEQ_LENS": "8,16", "PROG_SEQ_FRACS": "0.3,0.6", "GRAD_CLIP_NORM": 0.5, "MUON_WD": 0.1,
+              "TRAIN_SEQ_SCHEDULE": "8@0.3,16@0.6", "SEQ_CHANGE_WARMUP_STEPS": 2, "GRAD_CLIP_NORM": 0.5, "MUON_WD": 0.1,
               "ADAM_WD": 0.1}  # fmt: skip
 
 

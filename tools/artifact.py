@@ -169,7 +169,7 @@ def open_predictor(blob: bytes, header: dict[str, Any], loaded: tg.LoadedConfig)
     """The artifact's model on its device, with its tokenizer: one process, no data, no logs."""
     cfg = loaded.cfg
     transform = header.get("transform", "")
-    tokenizer = tg.Tokenizer(tg.find_data(cfg).tokenizer, cfg.vocab_size, transform)
+    tokenizer = tg.Tokenizer(tg.find_data(cfg, header["tokenizer_sha256"]).tokenizer, cfg.vocab_size, transform)
     tg.check_tokenizer(tokenizer, header, cfg)
     text = TextTokens(tokenizer.sp, transform)
     run = tg.Run.start(cfg)

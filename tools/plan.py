@@ -30,7 +30,7 @@ class FlashFootprint(torch.autograd.Function):
     """Attention that computes nothing and keeps for the backward pass what a fused kernel on a GPU keeps."""
 
     @staticmethod
-    def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, _segments: None = None) -> Tensor:
         y = torch.empty_like(q_BTHK)
         ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGK, y, q_BTHK.new_empty(q_BTHK.shape[:3], dtype=torch.float32))
         return y
