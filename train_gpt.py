@@ -54,6 +54,7 @@ import platform
 import re
 import shutil
 import signal
+import string
 import struct
 import sys
 import tempfile
@@ -718,7 +719,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # #2135, but for the coding of weights (one step a tensor fills the limit, trellis paths; a low-rank correction only where it pays its
     # bytes) and the order of the text, in which documents train: 3.5 blocks up to whose ends it holds what was scored.
     # Evaluation on 8xH100, estimated from the published runs, not measured with this script: loading 30 s, roundtrip 10, test-time
-    # training 340 with its phase, statistics of 16 orders 25, mixing 30, together 435 of 600. Sliding windows would add 100 and no
+    # training 340 with its phase, statistics of 16 orders 25 (shared by tilt and n-grams), mixing 30, together 435 of 600. Sliding windows would add 100 and no
     # stage builds on them: each chunk of a document sees as much context.
     "frontier": {
         **_SEQ_2048, "VOCAB_SIZE": 8192, "NUM_LAYERS": 11, "MLP_MULT": 4.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1,
@@ -1255,15 +1256,18 @@ def source_text() -> str:
 
 def knob_groups() -> dict[str, list[str]]:
     """Section -> its knobs, read from the `# ---- N NAME` comments inside Config, so that --help is always complete."""
-    groups: dict[str, list[str]] = {}
-    inside = False
-    for line in source_text().splitlines():
-        inside = (inside or line.startswith("class Config:")) and not line.startswith("    def ")
-        if inside and line.startswith("    # ---- "):
-            groups[line[11:]] = []
-        elif inside and groups and ": " in line and "= knob(" in line:
-            groups[list(groups)[-1]].append(line.split(":")[0].strip().upper())
-    return groups or {"knobs": list(FIELDS)}
+    groups: dict[str, list[str]] = {"knobs": []}
+    text = source_text().partition("\nclass Config:")[2]
+    for group, name in re.findall(
+        r"^ +# ---- (.*)|^ +(\w+): ?\w+ ?= ?knob\(|^ +def ", text.partition("\nclass ")[0], re.M
+    ):
+        if group:
+            groups[group] = []
+        elif name:
+            groups[list(groups)[-1]].append(name.upper())
+        else:
+            break
+    return {group: names for group, names in groups.items() if names} or {"knobs": list(FIELDS)}
 
 
 def describe_knobs() -> str:
@@ -1452,9 +1456,11 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 def tune_cpu(local_world: int) -> None:
     """Set threads, matmul precision and malloc for fp32 training on a CPU: about twice as fast; `local_world` processes share the cores."""
-    # torchrun sets OMP_NUM_THREADS=1 for several processes; share the cores instead.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // local_world))
+    if (
+        local_world > 1 or "OMP_NUM_THREADS" not in os.environ
+    ):  # for several processes torchrun sets it to 1: share the cores instead
+        torch.set_num_threads(max(1, cores // local_world))
     # Sends products to oneDNN, twice as fast as MKL on AVX-512 that is not Intel's; rounding stays that of fp32 but where
     # the CPU has bf16 tiles (AMX).
     torch.set_float32_matmul_precision("medium")
@@ -2809,6 +2815,12 @@ class BigramHash(nn.Module):
         return y if self.scale is None else y * self.scale.to(dtype)
 
 
+def one_back(x_BTD: Tensor, before_B1D: Tensor, first_BT: Tensor | None) -> Tensor:
+    """(B, T, D): what stands one position earlier; `before_B1D` before the row, zeros before positions that are `first_BT`."""
+    shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+    return shifted if first_BT is None else shifted.masked_fill(first_BT[..., None], 0)
+
+
 class Smear(nn.Module):
     """SmearGate: y_t = (1 - s) x_t + s x_{t-1}, s = sigmoid(g) per channel, x_{-1} = 0. Neutral at g = -inf.
 
@@ -2821,7 +2833,8 @@ class Smear(nn.Module):
         self.gate = vector(cfg.model_dim, value=cfg.smear_init)
         self.cross_doc = cfg.smear_cross_doc
 
-    def forward(self, x_BTD: Tensor, shifted: Tensor, starts_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor, first_BT: Tensor | None = None) -> Tensor:
+        shifted = one_back(x_BTD, before_B1D, first_BT)
         s = torch.sigmoid(self.gate).to(x_BTD.dtype)
         if not self.cross_doc:
             s = s * ~starts_BT[..., None]
@@ -2839,7 +2852,8 @@ class WindowSmear(nn.Module):
         self.weight_W, self.scale = vector(cfg.gate_window), vector(1)
         self.cross_doc = cfg.smear_cross_doc
 
-    def forward(self, x_BTD: Tensor, shifted: Tensor, starts_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor, first_BT: Tensor | None = None) -> Tensor:
+        shifted = one_back(x_BTD, before_B1D, first_BT)
         w, scale = self.weight_W.to(x_BTD.dtype), self.scale.to(x_BTD.dtype)
         s = scale * torch.sigmoid(F.linear(x_BTD[..., : len(w)], w[None]))
         if not self.cross_doc:
@@ -3197,10 +3211,7 @@ class GPT(nn.Module):
         if ctx.cache is not None:
             before = before if ctx.cache.last_embedding is None else ctx.cache.last_embedding
             ctx.cache.last_embedding = x[:, -1:]
-        shifted = torch.cat([before, x[:, :-1]], dim=1)
-        if ctx.segments is not None:
-            shifted = shifted.masked_fill(ctx.segments.first_BT[..., None], 0)
-        return self.smear(x, shifted, ids == BOS)
+        return self.smear(x, before, ids == BOS, None if ctx.segments is None else ctx.segments.first_BT)
 
     def embed_plain(self, ids: Tensor, ctx: Ctx) -> Tensor:
         """ids (B, T) -> (B, T, D): token (+ bigram), smeared where that comes before the norm."""
@@ -4210,7 +4221,7 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         self.average.load_state_dict(state["average"])
         self.step, self.batcher.stream.position = state["step"], state["position"]
-        self.seq_len, self.changed_at = state["curriculum"]
+        self.seq_len, self.changed_at = state.get("curriculum", (self.seq_len, self.changed_at))
         for name, counts in self.counters.items():
             counts.load_state_dict(state[name])
 
@@ -4552,7 +4563,7 @@ class QuantizedTensor:
     low_rank: LowRank | None = None  # added to the codes' product
 
 
-class Clip(NamedTuple):
+class ClipRule(NamedTuple):
     """How a row's clip is found; `quantiles` rise."""
 
     rule: str = "max"
@@ -4608,7 +4619,7 @@ def searched_clip(w_RC: Tensor, top: int, quantiles: tuple[float, ...], whole: b
 
 
 # At 11 to 14 deviations nothing is clipped: sigmas / top is the step, and an entropy coder makes it a rate (PR #1394).
-CLIP_RULES: dict[str, Callable[[Tensor, int, Clip], Tensor]] = {
+CLIP_RULES: dict[str, Callable[[Tensor, int, ClipRule], Tensor]] = {
     "max": lambda w_RC, _top, _clip: w_RC.abs().amax(dim=1),
     "quantile": lambda w_RC, _top, clip: row_quantiles(w_RC, clip.quantiles[-1:])[0],
     "row": lambda w_RC, top, clip: searched_clip(w_RC, top, clip.quantiles, whole=False),
@@ -4617,13 +4628,13 @@ CLIP_RULES: dict[str, Callable[[Tensor, int, Clip], Tensor]] = {
 }
 
 
-def clipped_scale(w_RC: Tensor, bits: int, clip: Clip) -> Tensor:
+def clipped_scale(w_RC: Tensor, bits: int, clip: ClipRule) -> Tensor:
     """Step of each row (R,) fp16 under a clip rule."""
     top = largest_code(bits)
     return row_scale(CLIP_RULES[clip.rule](w_RC, top, clip), top)
 
 
-def quantize_rows(w_RC: Tensor, bits: int, clip: Clip) -> tuple[Tensor, Tensor]:
+def quantize_rows(w_RC: Tensor, bits: int, clip: ClipRule) -> tuple[Tensor, Tensor]:
     """Round each row to signed `bits`-bit codes: codes (R, C) int8, scale (R,) fp16, w ~ codes * scale."""
     scale_R = clipped_scale(w_RC, bits, clip)
     return round_rows(w_RC, scale_R, largest_code(bits)), scale_R
@@ -4691,11 +4702,11 @@ class Policy:
         bits = getattr(self.cfg, f"{self.store[name]}_bits")
         return max(bits, 16) if self.named[name].numel() <= self.cfg.quant_min_numel else bits
 
-    def clip(self, name: str) -> Clip:
+    def clip(self, name: str) -> ClipRule:
         """Clip rule of the tensor `name`."""
         role = self.store[name]
         sigmas = getattr(self.cfg, f"{role if role in ('attn', 'mlp', 'embed') else 'matrix'}_clip_sigmas")
-        return Clip(self.cfg.quant_clip, self.quantiles, sigmas)
+        return ClipRule(self.cfg.quant_clip, self.quantiles, sigmas)
 
 
 def pass_through(name: str, w: Tensor, role: str, bits: int) -> QuantizedTensor:
@@ -5201,7 +5212,7 @@ def low_rank_codes(residual_RC: Tensor, rank: int, bits: int, group: int = 0) ->
     u, s, vt = torch.linalg.svd(residual_RC.float(), full_matrices=False)
     left, right, group = u[:, :rank] * s[:rank], vt[:rank], min(group, residual_RC.shape[1])
     if not group:
-        codes, scales = zip(*(quantize_rows(side, bits, Clip()) for side in (left.T, right)), strict=True)
+        codes, scales = zip(*(quantize_rows(side, bits, ClipRule()) for side in (left.T, right)), strict=True)
         return LowRank(codes[0].T.contiguous().cpu(), scales[0].cpu(), codes[1].cpu(), scales[1].cpu())
     left_scale = row_scale(left.abs().amax()[None], 1.5)
     half, width = 2 ** (bits - 1), right.shape[1]
@@ -5416,7 +5427,7 @@ class ArtifactError(ValueError):
     """The file is no artifact this script can load; the message says why and what to do."""
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """One line of the tensor table."""
 
     name: str
@@ -5504,7 +5515,7 @@ KINDS: dict[str, torch.dtype] = {
 }
 
 
-def part_shapes(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
+def part_shapes(entry: TensorEntry) -> list[tuple[str, tuple[int, ...]]]:
     """Kind and shape of each part of a tensor, in order, from its table line alone."""
     if entry.bits > 8:
         return [("half" if entry.bits == 16 else "single", entry.shape)]
@@ -5540,7 +5551,7 @@ def from_bytes(raw: bytes, dtype: torch.dtype, shapes: list[tuple[int, ...]]) ->
     return [part.reshape(shape) for part, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)]
 
 
-def stream_plan(entries: list[Entry]) -> dict[tuple[str, str], list[tuple[int, int]]]:
+def stream_plan(entries: list[TensorEntry]) -> dict[tuple[str, str], list[tuple[int, int]]]:
     """(role, kind) -> (tensor, part) of each array in that stream; the order of streams and of arrays within them."""
     plan: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for i, entry in enumerate(entries):
@@ -5568,7 +5579,7 @@ MAX_TABLE = 4096  # magnitudes that a table may tell apart
 MAX_PREDICTED_COLUMNS = 1024  # a regression takes C x C float64
 
 
-class Spread(NamedTuple):
+class CodeLevels(NamedTuple):
     """Levels of one tensor, and whether its codes are predicted."""
 
     rows: np.ndarray  # (R,) int16
@@ -5593,7 +5604,7 @@ def on_grid(levels: np.ndarray, grid: int) -> np.ndarray:
     return (np.round(levels / grid) * grid).astype(np.int16)
 
 
-def fit_spread(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_levels(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Row and column levels with the shortest description, levels included: (R,), (C,) int16.
 
     Spreads solve the maximum-likelihood equations of a Gaussian with variance row x column (two rounds from a flat
@@ -5686,7 +5697,7 @@ def regression(moments_CC: np.ndarray, rows: int) -> np.ndarray:
 OCTAVE_EIGHTHS = np.cumprod(np.r_[1.0, np.full(254, math.sqrt(math.sqrt(math.sqrt(0.5))))])
 
 
-class Table(NamedTuple):
+class FrequencyTable(NamedTuple):
     """Symmetric frequencies of codes -M..M, shared by all levels from `start` to the next table's."""
 
     start: int
@@ -5713,7 +5724,7 @@ def log_table(counts: np.ndarray) -> np.ndarray:
     return np.round(8 * np.log2(max(counts.sum(), 1) / np.maximum(counts, 0.25))).clip(0, 254).astype(np.int16)
 
 
-def fit_tables(joint: np.ndarray) -> list[Table]:
+def fit_tables(joint: np.ndarray) -> list[FrequencyTable]:
     """Tables from counts by (level, |code|): a level joins the table before it where that makes the file smaller."""
     groups = [(LEVEL_BOUNDS[0], joint[0])]
     for level, counts in enumerate(joint[1:], LEVEL_BOUNDS[0] + 1):
@@ -5722,7 +5733,7 @@ def fit_tables(joint: np.ndarray) -> list[Table]:
             groups[-1] = (start, before + counts)
         else:
             groups.append((level, counts))
-    return [Table(start, log_table(counts[: top_code(counts) + 1])) for start, counts in groups]
+    return [FrequencyTable(start, log_table(counts[: top_code(counts) + 1])) for start, counts in groups]
 
 
 def top_code(counts: np.ndarray) -> int:
@@ -5752,7 +5763,7 @@ def by_table(levels: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.nda
 class CodeModel:
     """Tables as coder models, with the two directions of one grid of codes."""
 
-    def __init__(self, tables: list[Table]):
+    def __init__(self, tables: list[FrequencyTable]):
         import constriction
 
         self.starts = np.array([table.start for table in tables])
@@ -5777,7 +5788,7 @@ class CodeModel:
         return values.reshape(levels.shape)
 
 
-def described_bits(spread: Spread, values: np.ndarray, parities: bool = False, rows: int = 0) -> float:
+def described_bits(spread: CodeLevels, values: np.ndarray, parities: bool = False, rows: int = 0) -> float:
     """Bits of a tensor's values under the frequencies of their levels (and parities, where these are known), and of its
     levels; if these are a sample of its rows, of all `rows`."""
     joint = count_levels(spread.levels(), values, int(np.abs(values).max(initial=0)) + 1)
@@ -5787,9 +5798,9 @@ def described_bits(spread: Spread, values: np.ndarray, parities: bool = False, r
     return by_rows * (rows or len(values)) / max(len(values), 1) + entropy_bits(of_columns)
 
 
-def plan_codes(codes_RC: np.ndarray, predictable: bool, parities: bool = False) -> tuple[Spread, np.ndarray, float]:
+def plan_codes(codes_RC: np.ndarray, predictable: bool, parities: bool = False) -> tuple[CodeLevels, np.ndarray, float]:
     """The shorter of coding a tensor plainly or predicted: its spread, the values to code, the estimated bits."""
-    spread = Spread(*fit_spread(codes_RC), False)
+    spread = CodeLevels(*fit_levels(codes_RC), False)
     best = spread, codes_RC, described_bits(spread, codes_RC, parities)
     if predictable and codes_RC.shape[1] <= MAX_PREDICTED_COLUMNS:
         errors_RC = np.zeros(codes_RC.shape, np.int32)
@@ -5801,7 +5812,7 @@ def plan_codes(codes_RC: np.ndarray, predictable: bool, parities: bool = False) 
         predict_codes(*codes_RC.shape, note)
         if np.abs(errors_RC).max(initial=0) >= MAX_TABLE:  # an outlier that prediction only makes worse
             return best
-        spread = Spread(*fit_spread(errors_RC), True)
+        spread = CodeLevels(*fit_levels(errors_RC), True)
         bits = described_bits(spread, errors_RC, parities)
         if bits < best[2]:
             best = spread, errors_RC, bits
@@ -5822,7 +5833,7 @@ def table_model(counts_log: np.ndarray) -> Any:
     return constriction.stream.model.Categorical(normalised(weights(counts_log)), perfect=False)
 
 
-class Fields:
+class FieldReader:
     """Reader of a stream's fields that never runs past their end."""
 
     def __init__(self, values: np.ndarray):
@@ -5847,16 +5858,18 @@ def write_fields(fields: list[int]) -> bytes:
     return struct.pack("<II", len(fields), len(packed)) + packed
 
 
-def read_fields(stream: bytes) -> tuple[Fields, np.ndarray]:
+def read_fields(stream: bytes) -> tuple[FieldReader, np.ndarray]:
     """Inverse of write_fields: the fields and the coder's words after them."""
     count, packed = struct.unpack_from("<II", stream) if len(stream) >= 8 else (0, 1)
     if packed > len(stream) - 8 or count > 1 << 20 or (len(stream) - packed) % 4:
         raise ArtifactError("a stream of codes has impossible sizes")
     (values,) = from_bytes(lzma_unpack(stream[8 : 8 + packed], 2 * count), torch.int16, [(count,)])
-    return Fields(values.numpy().astype(np.int64)), np.frombuffer(stream, "<u4", offset=8 + packed).astype(np.uint32)
+    return FieldReader(values.numpy().astype(np.int64)), np.frombuffer(stream, "<u4", offset=8 + packed).astype(
+        np.uint32
+    )
 
 
-def write_spreads(spreads: list[Spread]) -> tuple[list[int], np.ndarray, Any]:
+def write_levels(spreads: list[CodeLevels]) -> tuple[list[int], np.ndarray, Any]:
     """Spreads of tensors as fields, and as symbols with their coder model."""
     sides = [side_fields(side) for spread in spreads for side in (spread.rows, spread.columns)]
     symbols = np.concatenate([symbols for _, symbols in sides]).astype(np.int32)
@@ -5866,7 +5879,7 @@ def write_spreads(spreads: list[Spread]) -> tuple[list[int], np.ndarray, Any]:
     return [*fields, low, len(logs), *logs], symbols - low, table_model(logs)
 
 
-def table_fields(table: Table) -> list[int]:
+def table_fields(table: FrequencyTable) -> list[int]:
     """One table as fields."""
     return [table.start, len(table.logs), *np.diff(table.logs, prepend=0)]
 
@@ -5880,7 +5893,7 @@ def encode_codes(arrays: list[np.ndarray], predictable: bool = False) -> bytes:
         max(1, *(int(np.abs(values).max(initial=0)) for _, values, _ in plans)) + 1
     )  # a table tells 0 from 1 at least
     tables = fit_tables(sum(count_levels(spread.levels(), values, width) for spread, values, _ in plans))
-    fields, symbols, level_model = write_spreads([spread for spread, _, _ in plans])
+    fields, symbols, level_model = write_levels([spread for spread, _, _ in plans])
     fields.append(len(tables))
     for table in tables:
         fields += table_fields(table)
@@ -5892,25 +5905,25 @@ def encode_codes(arrays: list[np.ndarray], predictable: bool = False) -> bytes:
     return write_fields(fields) + encoder.get_compressed().astype("<u4").tobytes()
 
 
-def read_table(fields: Fields) -> Table:
+def read_table(fields: FieldReader) -> FrequencyTable:
     """One table from the fields."""
     start = fields.one(*LEVEL_BOUNDS)
     logs = np.cumsum(fields.take(fields.one(2, MAX_TABLE), -254, 254))
     if not 0 <= logs.min() <= logs.max() <= 254:
         raise ArtifactError("a table of codes is impossible")
-    return Table(start, logs.astype(np.int16))
+    return FrequencyTable(start, logs.astype(np.int16))
 
 
-class SpreadFields:
+class LevelFields:
     """What the fields say of the spreads of tensors of `shapes`; the levels are symbols of the coder."""
 
-    def __init__(self, fields: Fields, shapes: list[tuple[int, int]]):
+    def __init__(self, fields: FieldReader, shapes: list[tuple[int, int]]):
         self.sides = [fields.take(2, -999, 999) for _ in range(2 * len(shapes))]
         self.predicted = fields.take(len(shapes), 0, 1)
         self.low, self.logs = fields.one(-999, 999), fields.take(fields.one(2, 999), 0, 254)
         self.shapes = shapes
 
-    def read(self, decoder: Any) -> list[Spread]:
+    def read(self, decoder: Any) -> list[CodeLevels]:
         """The spreads."""
         counts = [n if grid else 0 for (grid, _), n in zip(self.sides, itertools.chain(*self.shapes), strict=True)]
         symbols, ends = decoder.decode(table_model(self.logs), sum(counts)) + self.low, np.cumsum(counts)
@@ -5920,10 +5933,10 @@ class SpreadFields:
                 self.sides, counts, ends, itertools.chain(*self.shapes), strict=True
             )
         ]
-        return [Spread(levels[2 * i], levels[2 * i + 1], bool(flag)) for i, flag in enumerate(self.predicted)]
+        return [CodeLevels(levels[2 * i], levels[2 * i + 1], bool(flag)) for i, flag in enumerate(self.predicted)]
 
 
-def read_tables(fields: Fields) -> list[Table]:
+def read_tables(fields: FieldReader) -> list[FrequencyTable]:
     """A list of tables, one for every level."""
     tables = [read_table(fields) for _ in range(fields.one(1, 99))]
     starts = [table.start for table in tables]
@@ -5932,7 +5945,7 @@ def read_tables(fields: Fields) -> list[Table]:
     return tables
 
 
-def decode_tensor(decoder: Any, model: CodeModel, spread: Spread) -> np.ndarray:
+def decode_tensor(decoder: Any, model: CodeModel, spread: CodeLevels) -> np.ndarray:
     """Codes (R, C) int8 of one tensor; refuses what int8 cannot hold before anything is computed from it."""
     shape = len(spread.rows), len(spread.columns)
 
@@ -5954,7 +5967,7 @@ def decode_codes(stream: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarra
     import constriction
 
     fields, words = read_fields(stream)
-    spreads, model = SpreadFields(fields, shapes), CodeModel(read_tables(fields))
+    spreads, model = LevelFields(fields, shapes), CodeModel(read_tables(fields))
     decoder = constriction.stream.queue.RangeDecoder(words)
     try:
         arrays = [decode_tensor(decoder, model, spread) for spread in spreads.read(decoder)]
@@ -6004,7 +6017,7 @@ class PathWriter:
         return fields
 
 
-def parity_model(table: Table, odd: int) -> Any:
+def parity_model(table: FrequencyTable, odd: int) -> Any:
     """Coder model of values >> 1, from the least on: -M..M for even values, -M-1..M for odd ones."""
     import constriction
 
@@ -6016,8 +6029,8 @@ def parity_model(table: Table, odd: int) -> Any:
 class PathReader:
     """Hands out the values that PathWriter wrote, in the order of the same walk. Raises ArtifactError."""
 
-    def __init__(self, fields: Fields, total: int):
-        self.tables: list[tuple[Table, int]] = []
+    def __init__(self, fields: FieldReader, total: int):
+        self.tables: list[tuple[FrequencyTable, int]] = []
         self.table_of = np.zeros((2, LEVEL_BOUNDS[1] - LEVEL_BOUNDS[0] + 1), np.uint8)
         counts = []
         for odd in (0, 1):
@@ -6056,7 +6069,7 @@ class PathReader:
         return found_N
 
 
-def walk_columns(spreads: list[Spread], states: int, coder: PathWriter | PathReader,
+def walk_columns(spreads: list[CodeLevels], states: int, coder: PathWriter | PathReader,
                  known: list[np.ndarray] | None = None) -> list[np.ndarray]:  # fmt: skip
     """Codes (R, C) int8 of tensors without prediction: column by column, over the rows of all that have the column, widest
     tensors first. `known` are the codes to write."""
@@ -6080,7 +6093,7 @@ def walk_columns(spreads: list[Spread], states: int, coder: PathWriter | PathRea
 
 
 def walk_predicted(
-    spread: Spread, states: int, coder: PathWriter | PathReader, known: np.ndarray | None = None
+    spread: CodeLevels, states: int, coder: PathWriter | PathReader, known: np.ndarray | None = None
 ) -> np.ndarray:
     """Codes (R, C) int8 of a tensor with prediction: a value is a code less its mean, and both parities are known."""
     state = np.zeros(len(spread.rows), np.uint8)
@@ -6105,7 +6118,7 @@ def refuse_beyond_8_bits(codes: np.ndarray) -> None:
         raise ArtifactError("a stream of codes holds values beyond 8 bits")
 
 
-def walk_paths(spreads: list[Spread], states: int, coder: PathWriter | PathReader,
+def walk_paths(spreads: list[CodeLevels], states: int, coder: PathWriter | PathReader,
                known: list[np.ndarray] | None = None) -> list[np.ndarray]:  # fmt: skip
     """Codes of all tensors of a stream: those without prediction together, then the others one by one."""
     plain = [i for i, spread in enumerate(spreads) if not spread.predicted]
@@ -6123,7 +6136,7 @@ def encode_paths(arrays: list[np.ndarray], states: int, predictable: bool = Fals
     import constriction
 
     spreads = [plan_codes(codes_RC, predictable, parities=True)[0] for codes_RC in arrays]
-    fields, symbols, level_model = write_spreads(spreads)
+    fields, symbols, level_model = write_levels(spreads)
     encoder, writer = constriction.stream.queue.RangeEncoder(), PathWriter()
     encoder.encode(symbols, level_model)
     walk_paths(spreads, states, writer, arrays)
@@ -6136,7 +6149,7 @@ def decode_paths(stream: bytes, shapes: list[tuple[int, int]], states: int) -> l
     import constriction
 
     fields, words = read_fields(stream)
-    spreads, reader = SpreadFields(fields, shapes), PathReader(fields, sum(rows * columns for rows, columns in shapes))
+    spreads, reader = LevelFields(fields, shapes), PathReader(fields, sum(rows * columns for rows, columns in shapes))
     if any(
         predicted and shape[1] > MAX_PREDICTED_COLUMNS
         for predicted, shape in zip(spreads.predicted, shapes, strict=True)
@@ -6195,7 +6208,7 @@ def pack(
     checksummed. `coded` keeps streams between calls: one whose arrays are the same objects is not coded again."""
     coded = {} if coded is None else coded
     entries = [
-        Entry(n, s.role, s.bits, s.shape, s.low_rank.left.shape[1] if s.low_rank else 0, s.trellis, int(s.columns is not None),
+        TensorEntry(n, s.role, s.bits, s.shape, s.low_rank.left.shape[1] if s.low_rank else 0, s.trellis, int(s.columns is not None),
               s.low_rank.group if s.low_rank else 0)
         for n, s in tensors.items()
     ]  # fmt: skip
@@ -6211,10 +6224,10 @@ def pack(
         streams.append(StreamInfo(role, kind, coder, len(packed), sum(a.numel() * a.itemsize for a in arrays)))
     sizes = [(name, len(section)) for name, section in sections.items()]
     fields = {**header, "tensors": [entry.line() for entry in entries], "streams": streams, "sections": sizes}
-    return seal(fields, b"".join([*blobs, *sections.values()]))
+    return add_checksum(fields, b"".join([*blobs, *sections.values()]))
 
 
-def seal(header: dict[str, Any], body: bytes) -> bytes:
+def add_checksum(header: dict[str, Any], body: bytes) -> bytes:
     """Put preamble, packed header and checksum around the streams."""
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     packed = lzma_pack(text)
@@ -6223,17 +6236,17 @@ def seal(header: dict[str, Any], body: bytes) -> bytes:
     return blob + hashlib.sha256(blob).digest()
 
 
-class Contents(NamedTuple):
-    """What a header says is in the file."""
+class ParsedHeader(NamedTuple):
+    """What a header says is in the file, checked."""
 
     fields: dict[str, Any]
-    entries: list[Entry]
+    entries: list[TensorEntry]
     streams: list[StreamInfo]
     sections: dict[str, slice]  # name -> where it stands
     start: int  # offset of the first stream
 
 
-def read_header(blob: bytes) -> Contents:
+def read_header(blob: bytes) -> ParsedHeader:
     """Validate everything but the contents of streams and sections.
 
     Raises ArtifactError for a foreign, future, truncated, damaged or inconsistent file. Allocates no tensor.
@@ -6261,7 +6274,7 @@ def read_header(blob: bytes) -> Contents:
         sections[name] = slice(at - size, at)
         at -= size
     check_streams(entries, streams, at - start, raw_limit(total))
-    return Contents(fields, entries, streams, sections, start)
+    return ParsedHeader(fields, entries, streams, sections, start)
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
@@ -6275,7 +6288,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return fields
 
 
-def parse_table(rows: Any) -> list[Entry]:
+def parse_table(rows: Any) -> list[TensorEntry]:
     """The tensor table, every field checked for type and range."""
     if not isinstance(rows, list):
         raise ArtifactError("the header has no tensor table")
@@ -6292,14 +6305,14 @@ def parse_table(rows: Any) -> list[Entry]:
             raise ArtifactError(f"tensor {name[:80]!r}: impossible shape {str(shape)[:80]}")
         if type(rank) is not int or not 0 <= rank <= (MAX_LOW_RANK if bits <= 8 else 0):
             raise ArtifactError(f"tensor {name[:80]!r}: impossible rank {str(rank)[:20]}")
-        entries.append(Entry(name, role, bits, tuple(shape), rank, *rest))
+        entries.append(TensorEntry(name, role, bits, tuple(shape), rank, *rest))
         check_coding(entries[-1])
     if len({entry.name for entry in entries}) != len(entries):
         raise ArtifactError("tensor table: a name occurs twice")
     return entries
 
 
-def check_coding(entry: Entry) -> None:
+def check_coding(entry: TensorEntry) -> None:
     """Refuse what a line says beyond its rank unless it can be."""
     rest = entry.trellis, entry.columns, entry.group
     if not all(type(n) is int for n in rest) or entry.columns not in (0, 1) or entry.group < 0:
@@ -6334,7 +6347,7 @@ def parse_sections(rows: Any) -> dict[str, int]:
     return dict(rows)
 
 
-def check_streams(entries: list[Entry], streams: list[StreamInfo], body: int, limit: int) -> None:
+def check_streams(entries: list[TensorEntry], streams: list[StreamInfo], body: int, limit: int) -> None:
     """Streams must be the ones that the table implies, of the sizes that it implies, and fill the file."""
     shapes = [part_shapes(entry) for entry in entries]
     expected = {
@@ -6381,7 +6394,7 @@ def read_section(blob: bytes, name: str) -> bytes | None:
     return blob[sections[name]] if name in sections else None
 
 
-def check_shapes(entries: list[Entry], shapes: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(entries: list[TensorEntry], shapes: dict[str, tuple[int, ...]]) -> None:
     """The table must name exactly the tensors of the model, in their shapes."""
     found = {entry.name: entry.shape for entry in entries}
     for name in sorted(found.keys() | shapes.keys()):
@@ -6390,7 +6403,7 @@ def check_shapes(entries: list[Entry], shapes: dict[str, tuple[int, ...]]) -> No
             raise ArtifactError(f"tensor {name[:80]!r} is {theirs} in the file and {ours} in the model of its config")
 
 
-def restore(entry: Entry, parts: list[Tensor]) -> QuantizedTensor:
+def restore(entry: TensorEntry, parts: list[Tensor]) -> QuantizedTensor:
     """Put a tensor's parts together again; codes beyond its width and numbers that are not finite are refused."""
     if not all(torch.isfinite(part).all() for part in parts if part.is_floating_point()):
         raise ArtifactError(f"tensor {entry.name[:80]!r} holds NaN or Inf")
@@ -6415,23 +6428,24 @@ def restore(entry: Entry, parts: list[Tensor]) -> QuantizedTensor:
 STEP_GRID = np.exp2(np.arange(-11, 5) / 2)  # steps tried, in rms weights
 BUDGET_FLOOR, BUDGET_AIM = 0.995, 0.9975  # shares of TARGET_BYTES: accepted from, aimed at
 MAX_PACKS = 8  # four, unless none of those fits
-CURVE_ROWS, PATH_ROWS = 256, 32  # rows that a curve is measured on, rounded and as trellis paths
+CURVE_ROWS = 256  # rows that a curve is measured on; paths are searched in half of them
+PATH_COLUMNS = 128  # and in as many columns: nothing is compensated there, so any columns will do
 LEFT_BYTES, LEFT_SECONDS = 2000, 20.0  # what may be left of TARGET_BYTES, and the longest search for less
 
 
-class Curve(NamedTuple):
-    """What a tensor costs over `STEP_GRID`: bits of its codes, and expected harm in nats a token."""
+class RateDistortion(NamedTuple):
+    """What a tensor costs over `STEP_GRID`: bits of its codes, and expected added loss in nats a token."""
 
     name: str
     rms: float
     row_factor_R: Tensor  # steps of rows relative to the tensor's
     bits: np.ndarray
-    harm: np.ndarray
+    loss: np.ndarray
 
     def at(self, step: float) -> tuple[float, float]:
-        """Bits and harm at a step in rms weights."""
+        """Bits and added loss at a step in rms weights."""
         octave, grid = math.log2(step), np.log2(STEP_GRID)
-        return float(np.interp(octave, grid, self.bits)), math.exp(np.interp(octave, grid, np.log(self.harm)))
+        return float(np.interp(octave, grid, self.bits)), math.exp(np.interp(octave, grid, np.log(self.loss)))
 
     def step_at(self, bits: float) -> float:
         """The step, in rms weights, at which the codes take `bits`."""
@@ -6439,34 +6453,36 @@ class Curve(NamedTuple):
 
     def price(self, step: float) -> float:
         """Nats a token that one more bit saves at a step."""
-        (bits, harm), (more, less) = self.at(step * 2**0.25), self.at(step * 2**-0.25)
-        return max(harm - less, 0.0) / max(more - bits, 1.0)
+        (bits, loss), (finer_bits, finer_loss) = self.at(step * 2**0.25), self.at(step * 2**-0.25)
+        return max(loss - finer_loss, 0.0) / max(finer_bits - bits, 1.0)
 
 
 def row_factors(fisher_R: Tensor) -> Tensor:
     """Steps of an embedding's rows: inversely with the root of their importance, in half octaves, within 1/4..4.
 
-    Rare tokens' rows matter less in proportion to their frequency, and the equal split of harm is the optimal one.
+    Rare tokens' rows matter less in proportion to their frequency, and the equal split of the added loss is the optimal one.
     """
     importance_R = fisher_R + 0.02 * fisher_R.mean() + 1e-30
     octaves_R = -0.5 * torch.log2(importance_R / importance_R.log().mean().exp())
     return torch.exp2((2 * octaves_R).round().clamp(-4, 4) / 2)
 
 
-def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states: int = 0) -> Curve:
+def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states: int = 0) -> RateDistortion:
     """Code a sample of rows at every step of the grid; `gain` is GPTQ's share of the error without it, `states` the trellis'."""
     rms = float(w_RC.square().mean().sqrt().clamp_min(1e-8))
     by_row = role in PREDICTED_ROLES and w_RC.shape[0] > 1
     factor_R = row_factors(fisher_R) if by_row else torch.ones_like(fisher_R)
-    most = PATH_ROWS if states and not by_row else CURVE_ROWS
+    most = CURVE_ROWS // 2 if states and not by_row else CURVE_ROWS
     pick = torch.linspace(0, len(w_RC) - 1, min(len(w_RC), most), device=w_RC.device).long()
     w, all_scales = w_RC[pick], [steps_by_row(w_RC, step, factor_R) for step in STEP_GRID * rms]
+    if states:
+        w = w[:, torch.linspace(0, w.shape[1] - 1, min(w.shape[1], PATH_COLUMNS), device=w.device).long()]
     scales = [scale[pick] for scale in all_scales]
     if states:
         found = trellis_codes(torch.stack([w / scale.float()[:, None] for scale in scales]), None, states)
     else:
         found = [round_rows(w, scale, largest_code(8)) for scale in scales]
-    bits, harm = [], []
+    bits, loss = [], []
     for everywhere, scale, codes in zip(all_scales, scales, found, strict=True):
         error = (codes.float() * scale.float()[:, None] - w).square().mean(dim=1)
         # An error goes with its step: what sampled rows are off by is scaled by the steps and importance of all rows.
@@ -6474,11 +6490,11 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
             float(fisher_R[pick] @ scale.float().square()), 1e-30
         )
         spread, values, _ = plan_codes(codes.cpu().numpy(), False, states > 0)
-        bits.append(described_bits(spread, values, states > 0, len(w_RC)))
-        harm.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
+        bits.append(described_bits(spread, values, states > 0, len(w_RC)) * w_RC.shape[1] / w.shape[1])
+        loss.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
     saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * rms, factor_R)) if by_row else 0.0
     bits = np.maximum.accumulate(np.array(bits)[::-1])[::-1]  # of a coarser step never more: interpolation needs it
-    return Curve(name, rms, factor_R, np.maximum(bits - saved, 0.02 * w_RC.numel()), np.array(harm))
+    return RateDistortion(name, rms, factor_R, np.maximum(bits - saved, 0.02 * w_RC.numel()), np.array(loss))
 
 
 def prediction_saving(w_RC: Tensor, scale_R: Tensor) -> float:
@@ -6487,22 +6503,22 @@ def prediction_saving(w_RC: Tensor, scale_R: Tensor) -> float:
     return plan_codes(codes_RC, predictable=False)[2] - plan_codes(codes_RC, predictable=True)[2]
 
 
-def choose_steps(curves: list[Curve], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Steps (in rms weights) and predicted bits by name with the least harm within `budget_bits`."""
+def choose_steps(curves: list[RateDistortion], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Steps (in rms weights) and predicted bits by name with the least added loss within `budget_bits`."""
     fine = np.arange(-352, 129) / 64  # octaves, between the measured half octaves
     grid = np.log2(STEP_GRID)
     bits = np.stack([np.interp(fine, grid, c.bits) for c in curves])
-    harm = np.exp(np.stack([np.interp(fine, grid, np.log(c.harm)) for c in curves]))
+    loss = np.exp(np.stack([np.interp(fine, grid, np.log(c.loss)) for c in curves]))
     index = np.arange(len(curves))
     low, high = -80.0, 40.0  # log2 of the price of a bit in nats
     for _ in range(60):
         price = (low + high) / 2
-        chosen = (harm + 2.0**price * bits).argmin(axis=1)
+        chosen = (loss + 2.0**price * bits).argmin(axis=1)
         low, high = (price, high) if bits[index, chosen].sum() > budget_bits else (low, price)
-    chosen = (harm + 2.0**high * bits).argmin(axis=1)
+    chosen = (loss + 2.0**high * bits).argmin(axis=1)
     left = budget_bits - bits[index, chosen].sum()
-    for i in np.argsort(-harm[index, chosen]):  # one price leaves a gap where a curve is not convex
-        finer = np.where(bits[i] <= bits[i, chosen[i]] + left, harm[i], np.inf).argmin() if left > 0 else chosen[i]
+    for i in np.argsort(-loss[index, chosen]):  # one price leaves a gap where a curve is not convex
+        finer = np.where(bits[i] <= bits[i, chosen[i]] + left, loss[i], np.inf).argmin() if left > 0 else chosen[i]
         left += bits[i, chosen[i]] - bits[i, finer]
         chosen[i] = finer
     names = [c.name for c in curves]
@@ -6577,7 +6593,7 @@ class BudgetSearch:
         w_RC = matrix_of(self.named[name])
         return w_RC if columns_C is None else w_RC / octave_eighths(columns_C)
 
-    def curve(self, name: str) -> Curve:
+    def curve(self, name: str) -> RateDistortion:
         """The curve of a tensor as it will be coded."""
         cfg, states = self.cfg, trellis_states(self.cfg, self.named[name].shape)
         spread, h_CC, gain = self.inputs.spread(name) if states else None, self.inputs.moments[name], 1.0
@@ -6632,11 +6648,11 @@ class BudgetSearch:
             return False
         h_CC, fisher_R = self.inputs.moments[name], self.fisher[name].cpu()
 
-        def harm(error_RC: Tensor) -> float:
+        def loss(error_RC: Tensor) -> float:
             moved_RC = error_RC if h_CC is None else error_RC @ h_CC.cpu()
             return float(fisher_R @ (moved_RC * error_RC).sum(dim=1))
 
-        saved = 1 - harm(residual_RC - low_rank.product()) / max(harm(residual_RC), 1e-30)
+        saved = 1 - loss(residual_RC - low_rank.product()) / max(loss(residual_RC), 1e-30)
         codes = [part.numpy() for part in (low_rank.left, low_rank.right)]
         bits = sum(plan_codes(part, False)[2] for part in codes) + 16 * (
             low_rank.left_scale.numel() + low_rank.right_scale.numel()
@@ -6666,9 +6682,9 @@ class BudgetSearch:
         tensor can."""
         gains = {}
         for name, curve in self.curves.items():
-            bits, harm = curve.at(best.steps[name])
+            bits, loss = curve.at(best.steps[name])
             if bits + 8 * wanted < curve.bits[0] and best.stored[name].low_rank is None:
-                gains[name] = harm - curve.at(curve.step_at(bits + 8 * wanted))[1]
+                gains[name] = loss - curve.at(curve.step_at(bits + 8 * wanted))[1]
         if not gains:
             return None
         name = max(gains, key=gains.get)
@@ -6708,15 +6724,17 @@ KEPT_COMMENTS = ("# ====", "# ---- ")  # --toc and --help read them
 
 
 def removable(source: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
-    """(where to begin cutting, where to end, what to put there) for docstrings and for annotations that nothing reads.
+    """(where to begin cutting, where to end, what to put there) for docstrings, texts of knobs, and annotations that nothing reads.
 
     A cut begins at the start of a docstring or at the end of an annotated name; for a function's result the first node is
-    the annotation itself. Fields of classes keep theirs, and so do decorated functions: Triton reads them.
+    the annotation itself. FieldReader of classes keep theirs, and so do decorated functions: Triton reads them.
     """
     for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, False) is not None:
             yield body[0], body[0], "pass" if len(body) == 1 else ""
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "knob":
+            yield node.args[2], node.args[2], '""'
         if isinstance(node, ast.FunctionDef) and not node.decorator_list:
             args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
             yield from ((arg, arg.annotation, "") for arg in args if arg is not None and arg.annotation is not None)
@@ -6727,9 +6745,44 @@ def removable(source: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
                 yield child.target, child.annotation, ""
 
 
+def squeeze(source: str) -> str:
+    """The same tokens with the least white space: a statement a line, a space a level, no comments but banners; idempotent.
+
+    From Python 3.12 on the tokens of an f-string come one by one; it is copied as it stands.
+    """
+    lines, out, level, inside = source.splitlines(keepends=True), [], 0, 0
+    last = tokenize.TokenInfo(tokenize.NEWLINE, "\n", (1, 0), (1, 0), "")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]
+        level += (kind == "INDENT") - (kind == "DEDENT")
+        if inside or kind == "FSTRING_START":
+            inside += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+            if kind == "FSTRING_START" and inside == 1:
+                start = token.start
+            if inside:
+                continue
+            (top, left), (bottom, right) = start, token.end
+            text = lines[top - 1][left:right] if top == bottom else "".join(
+                [lines[top - 1][left:], *lines[top : bottom - 1], lines[bottom - 1][:right]])  # fmt: skip
+            token = token._replace(type=tokenize.STRING, string=text)
+        if kind == "COMMENT" and token.string.startswith(KEPT_COMMENTS):
+            out.append(" " * (token.start[1] > 0) + token.string + "\n")
+        elif kind == "NEWLINE":
+            out.append("\n")
+            last = token
+        elif kind not in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER"):
+            words = (last.type in (tokenize.NAME, tokenize.NUMBER, tokenize.STRING)
+                     and token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.STRING))  # fmt: skip
+            dotted = last.type == tokenize.NUMBER and token.string.startswith(".")
+            out.append(" " * level if last.type == tokenize.NEWLINE else " " if words or dotted else "")
+            out.append(token.string)
+            last = token
+    return "".join(out)
+
+
 def strip_source(source: str) -> str:
-    """The script without docstrings, comments, blank lines and most annotations, but for the banners and the first paragraph
-    of all; idempotent."""
+    """The script without docstrings, comments, texts of knobs, white space and most annotations, but for the banners and the first
+    paragraph of all; idempotent."""
     lines = source.splitlines(keepends=True)
     starts = list(itertools.accumulate(map(len, lines), initial=0))
     place = lambda row, column: starts[row - 1] + len(lines[row - 1].encode()[:column].decode())  # noqa: E731
@@ -6740,21 +6793,14 @@ def strip_source(source: str) -> str:
             begin += len(first.arg)
         elif first is not last:
             begin = place(first.end_lineno, first.end_col_offset)
-        elif not isinstance(first, ast.Expr):  # the result of a function, after its arrow
+        elif not put and not isinstance(first, ast.Expr):  # the result of a function, after its arrow
             begin = len(source[: source.rindex("->", 0, begin)].rstrip())
         cuts.append((begin, end, put))
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and not token.string.startswith(KEPT_COMMENTS):
-            begin = starts[token.start[0] - 1]
-            cuts.append((begin + len(token.line[: token.start[1]].rstrip()), begin + token.end[1], ""))
     text = source
     for begin, end, put in sorted(cuts, reverse=True):
         text = text[:begin] + put + text[end:]
-    blank = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline)
-             if t.type == tokenize.NL and not t.line.strip()}  # fmt: skip
     head = source.split("\n\n")[0].strip('"')
-    body = (line for row, line in enumerate(text.splitlines(keepends=True), 1) if row not in blank)
-    return f'"""{head}\n\n"""\n' + "".join(body)
+    return f'"""{head}\n\n"""\n' + squeeze(text)
 
 
 def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
@@ -6789,31 +6835,54 @@ def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
     return dict(zip(sorted(stored - kept, key=lambda name: (-uses[name], name)), free, strict=False))
 
 
-def shorten_locals(source: str) -> str:
-    """The same program with short names for the local variables of functions; idempotent. Parameters keep theirs."""
+def module_names(tree: ast.Module) -> set[str]:
+    """Functions, classes and constants of the script that may have another name: bound at the top of the script alone, not read
+    in an f-string, printed by no message (exceptions) and sought by no text (Config)."""
+    top = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))} - {"Config"}
+    top |= {t.id for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in ast.walk(n)
+            if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)}  # fmt: skip
+    inner = [m for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) for m in ast.walk(n) if m is not n]
+    bound = {getattr(m, "arg", getattr(m, "name", getattr(m, "id", None))) for m in inner
+             if not isinstance(m, (ast.Name, ast.keyword)) or isinstance(getattr(m, "ctx", None), ast.Store)}  # fmt: skip
+    texts = {
+        m.id for f in ast.walk(tree) if isinstance(f, ast.JoinedStr) for m in ast.walk(f) if isinstance(m, ast.Name)
+    }
+    raised = {
+        n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith(("Error", "Run", "Interrupted"))
+    }
+    return {n for n in top - bound - texts - raised if len(n) > 4 and not n.startswith("__")}
+
+
+def shorten_names(source: str) -> str:
+    """The same program with short names for what the script defines and for the local variables of functions; idempotent.
+
+    Parameters, attributes and fields keep theirs.
+    """
     tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
     taken = {*dir(builtins), *(n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))}
-    taken |= {
-        t.id
-        for n in tree.body
-        for t in ast.walk(n)
-        if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) and isinstance(t, ast.Name)
-    }
-    taken |= {
-        (a.asname or a.name).split(".")[0]
-        for n in tree.body
-        if isinstance(n, (ast.Import, ast.ImportFrom))
-        for a in n.names
-    }
+    taken |= {t.id for n in tree.body if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) for t in ast.walk(n)
+              if isinstance(t, ast.Name)}  # fmt: skip
+    imported = [a for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
+    taken |= {(a.asname or a.name).split(".")[0] for a in imported}
+    uses = Counter(n.id for n in ast.walk(tree) if isinstance(n, ast.Name))
+    ranked = sorted(module_names(tree), key=lambda name: (-uses[name], name))
+    used = {*uses, *(n.arg for n in ast.walk(tree) if isinstance(n, ast.arg))}
+    short = (
+        w
+        for k in (1, 2)
+        for c in itertools.product(string.ascii_letters, repeat=k)
+        if (w := "_" + "".join(c)) not in used
+    )
+    renamed_globals = dict(zip(ranked, short, strict=False))
+    cuts = {(n.lineno, n.col_offset + len("def " if isinstance(n, ast.FunctionDef) else "class "), n.name, renamed_globals[n.name])
+            for n in tree.body if getattr(n, "name", "") in renamed_globals}  # fmt: skip
+    cuts |= {(n.lineno, n.col_offset, n.id, renamed_globals[n.id]) for n in ast.walk(tree)
+             if isinstance(n, ast.Name) and n.id in renamed_globals}  # fmt: skip
     methods = (f for n in tree.body for f in ([n] if isinstance(n, ast.FunctionDef) else getattr(n, "body", ())))
-    cuts = set()
     for function in (f for f in methods if isinstance(f, ast.FunctionDef)):
         names = shorter_names(function, taken)
-        cuts |= {
-            (n.lineno, n.col_offset, n.id, names[n.id])
-            for n in ast.walk(function)
-            if isinstance(n, ast.Name) and n.id in names
-        }
+        cuts |= {(n.lineno, n.col_offset, n.id, names[n.id]) for n in ast.walk(function)
+                 if isinstance(n, ast.Name) and n.id in names}  # fmt: skip
     for row, column, old, new in sorted(cuts, reverse=True):
         line = lines[row - 1]
         lines[row - 1] = line[:column] + new.encode() + line[column + len(old) :]
@@ -6821,19 +6890,19 @@ def shorten_locals(source: str) -> str:
 
 
 def as_literal(packed: bytes) -> bytes:
-    """Bytes as a string literal of a latin-1 source file: each stands for itself but for NUL, line ends, quote, backslash."""
-    escapes = {b"\n": b"\\n", b"\r": b"\\r", b'"': b'\\"', b"\\": b"\\\\"}
+    """Bytes as a string literal of a latin-1 source file: each stands for itself but for NUL, CR, backslash, and a quote before a quote."""
+    escapes = {b"\r": b"\\r", b'"': b'\\"', b"\\": b"\\\\"}
     nul = lambda m: b"\\000" if packed[m.end() : m.end() + 1].isdigit() else b"\\0"  # noqa: E731
-    return b'"' + re.sub(rb'[\0\n\r"\\]', lambda m: escapes.get(m[0]) or nul(m), packed) + b'"'
+    return b'"""' + re.sub(rb'[\0\r\\]|"(?="|\Z)', lambda m: escapes.get(m[0]) or nul(m), packed) + b'"""'
 
 
 @functools.cache
 def pack_code(source: str) -> bytes:
-    """A script that unpacks and runs the stripped `source` with short local names; it shows linecache its lines, for tracebacks and Triton.
+    """A script that unpacks and runs the stripped `source` with short names; it shows linecache its lines, for tracebacks and Triton.
 
     By bzip2 or LZMA, whichever is smaller: compressors that every Python has.
     """
-    text = shorten_locals(strip_source(source)).encode()
+    text = shorten_names(strip_source(source)).encode()
     lzma1 = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
     forms = {b"bz2": bz2.compress(text), b"lzma": lzma.compress(text, lzma.FORMAT_ALONE, filters=lzma1)}
     name, packed = min(forms.items(), key=lambda form: len(form[1]))
@@ -7228,7 +7297,8 @@ def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
     if run.device.type != "cuda":
         return host
     free = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    fits = torch.tensor(float(n_tokens * (12 * cfg.ngram_order + 132) < 0.8 * free), device=run.device)
+    own = cfg.ngram_tilt_order if cfg.ngram_tilt_enabled and cfg.ngram_tilt_order > cfg.ngram_order else 0
+    fits = torch.tensor(float(n_tokens * (12 * (cfg.ngram_order + own) + 132) < 0.8 * free), device=run.device)
     return run.device if run.all_reduce(fits, dist.ReduceOp.MIN) else host  # on every rank alike
 
 
@@ -7269,12 +7339,16 @@ class NetworkExpert:
         self.compiled = torch.compile(score_windows, dynamic=False) if wanted else None
 
     def timed(self, action: Callable[[], Any]) -> float:
-        """Seconds of one call, on a GPU the second, which finds graphs compiled and memory allocated."""
-        for _ in range(1 + (self.run.device.type == "cuda")):
+        """Seconds of a second call, which finds graphs compiled and memory allocated; of the only one where a CPU needs a second for it."""
+        seconds = 0.0
+        for again in (False, True):
+            if again and self.run.device.type == "cpu" and seconds > 1:
+                break
             started = time.perf_counter()
             action()
             self.run.sync()
-        return time.perf_counter() - started
+            seconds = time.perf_counter() - started
+        return seconds
 
     @torch.no_grad()
     def expected_seconds(self, text: ValidationText) -> float:
@@ -7739,7 +7813,8 @@ class DocumentBatch:
             grads = [g[:rows] for g in torch.autograd.grad(self.loss, self.live)]
             if cfg.ttt_grad_clip:
                 norm_R = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-                torch._foreach_mul_(grads, (cfg.ttt_grad_clip / (norm_R + 1e-6)).clamp_max(1.0)[:, None, None])
+                scale_R = (cfg.ttt_grad_clip / (norm_R + 1e-6)).clamp_max(1.0)
+                torch._foreach_mul_(grads, [scale_R[:, None, None]] * len(grads))
             params, mean, square = ([p[:rows] for p in side] for side in ((*self.a, *self.b), *self.moments))
             adamw(params, grads, mean, square, [], self.taken, amsgrad=False, beta1=cfg.ttt_beta1,
                                     beta2=cfg.ttt_beta2, lr=self.network.lr, weight_decay=cfg.ttt_wd,
@@ -7847,9 +7922,10 @@ class DocumentLoraNetwork(TestTimeNetwork):
         try:
             batch = DocumentBatch(self, documents)
             for lo, hi, values in score_then_learn(tokens, batch.n, self.chunk_end, batch, [batch]):
-                rows, offset = values.shape[1], torch.arange(lo, hi, device=fresh.device)
-                inside = offset <= batch.targets_R[:rows, None]
-                fresh[:, (batch.start_R[:rows, None] + offset - first)[inside]] = values.to(fresh)[:, inside]
+                offset = torch.arange(lo, hi, device=tokens.device)
+                inside = offset <= batch.targets_R[: values.shape[1], None]
+                at = (batch.start_R[: values.shape[1], None] + offset - first)[inside]
+                fresh[:, at.to(fresh.device)] = values[:, inside.to(values.device)]
             return batch
         except torch.OutOfMemoryError:
             return None
@@ -8839,8 +8915,9 @@ class Evaluation:
         self.device = torch.device("cpu")
         self.text = self.text._replace(tokens=self.text.tokens.cpu(), bytes=self.text.bytes.cpu())
         for network in self.networks.values():
-            for name in ("logp", "entropy", "hint_prob", "hints"):
-                setattr(network, name, getattr(network, name).cpu())
+            for name in vars(network).keys() & {"logp", "entropy", "hint_prob", "hints", "weights", "enrichment"}:
+                value = getattr(network, name)
+                setattr(network, name, value.cpu() if value is not None else None)
 
     def score(self, stage: str, scorer: Any, parts: list[Any], span: int, deadline: float) -> StageResult:
         """Score the whole text with one expert."""

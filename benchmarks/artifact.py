@@ -99,7 +99,7 @@ class CostedModel(tg.CodeModel):
 
     bits = 0.0
 
-    def __init__(self, tables: list[tg.Table]) -> None:
+    def __init__(self, tables: list[tg.FrequencyTable]) -> None:
         super().__init__(tables)
         self.costs = [-np.log2(table.frequencies()) for table in tables]
 

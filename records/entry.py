@@ -28,6 +28,7 @@ class Entry:
     reruns: list[tuple[Run, Run]] = field(default_factory=list)  # (the one that counts, another run of its seed)
     unreadable: list[str] = field(default_factory=list)
     script: source.Script | None = None
+    helpers: list[Path] = field(default_factory=list)  # files of the folder that the script uses
     data_path: str | None = None
 
     @property
@@ -82,6 +83,7 @@ def read_entry(folder: Path, data_path: str | None = None) -> Entry:
                 run.source = dumped_source(text.read_text(encoding="utf-8-sig", errors="replace"))
     if script := find_script(folder):
         entry.script = source.read_script(script)
+        entry.helpers = source.helpers(entry.script, folder)
     return entry
 
 
@@ -169,7 +171,7 @@ def shows(run: Run, bpb: float) -> bool:
 
 
 def near(bpb: float) -> float:
-    """How far a figure may be from what it rounds or cuts off, by the digits it is given with (three at least, five at most)."""
+    """How far a figure may be from what it rounds or cuts off, by its digits (three at least, five at most)."""
     digits = min(max(len(repr(float(bpb)).partition(".")[2]), 3), 5)
     return max(6e-5, 1.01 * 10.0**-digits)
 

@@ -1,10 +1,10 @@
 """Follows validation tokens through a script, call by call: is a loss on them stepped before they are scored?
 
-A name, a file or an argument makes a value a validation token (`VALIDATION`), and so does what is cut, loaded or computed
-from one. A *score* adds a loss on such tokens to a sum, a *step* sends one backward. In a function that evaluates, a step is
-in order once something was scored before it; in one that trains (its losses on other tokens go backward too), or at the top,
-only a score in the same loop counts, since scores taken while training prove nothing. A loop over epochs around both scores
-again what was learned.
+A value is a validation token by its name or its file (`VALIDATION`), by the argument it arrives as, and by being cut,
+loaded or computed from one. A *score* adds a loss on such tokens to a sum, a *step* sends one backward. In a function that
+evaluates, a step is in order once something was scored before it. In one that trains (losses on other tokens go backward
+too) and at the top only a score in the same loop counts: scores taken while training prove nothing. A loop over epochs
+around both scores again what was learned.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from syntax import FUNCTIONS, Scope, children, every, last_name, scopes
 
 _ENDING = r"(?:_(?:all|full|cpu|gpu|cuda|np|flat|local|dev|device|t|x|y|\d+))*$"
 VALIDATION = re.compile(
-    r"(?:^|_)(?:val|valid|validation)_(?:tokens?|toks?|data|docs?|seqs?|stream|ids|text|inputs?|targets?|loader|files?|path"
-    rf"|shards?|pattern|chunks?|x|y|set|split|ds|dataset){_ENDING}|fineweb_val",
+    r"(?:^|_)(?:val|valid|validation)_(?:tokens?|toks?|data|docs?|seqs?|stream|ids|text|inputs?|targets?"
+    rf"|loader|files?|path|shards?|pattern|chunks?|x|y|set|split|ds|dataset){_ENDING}|fineweb_val",
     re.I,
 )
 _NEVER = re.compile(
@@ -28,8 +28,8 @@ _NEVER = re.compile(
 _FACTS = {"shape", "device", "dtype", "size", "numel", "ndim", "dim", "nbytes", "is_cuda"}
 _NO_TOKENS = {"len", "range", "int", "float", "bool", "str", "print", "min", "max", "round", "isinstance", "type"}
 _HANDS_ON = re.compile(
-    r"load|read|glob|open|memmap|fromfile|from_numpy|frombuffer|cat|stack|tensor|array|numpy|batch|chunk|split|shard|token|stream|zip"
-    r"|enumerate|iter|list|tuple|sorted|reversed|seq|doc|window|tqdm|path|pad|long|next|slice|build|get",
+    r"load|read|glob|open|memmap|fromfile|from_numpy|frombuffer|cat|stack|tensor|array|numpy|batch|chunk|split"
+    r"|shard|token|stream|zip|enumerate|iter|list|tuple|sorted|reversed|seq|doc|window|tqdm|path|pad|long|next|slice|build|get",
     re.I,
 )
 EVALUATES = re.compile(r"eval|valid|score|audit|bpb|test", re.I)
@@ -40,7 +40,6 @@ _IS_MODEL = re.compile(r"model|net$|forward|logits|compiled", re.I)  # a name of
 _ADDING = {"append", "add_", "copy_", "extend", "index_add_", "scatter_add_"}
 _STORES = re.compile(r"\w*compress|save\w*|dumps?|tofile")
 _BINDING = (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.AsyncFor, ast.comprehension, ast.With)
-_ACTS = (ast.Call, ast.AugAssign, ast.Assign, ast.Expr)
 _MAX_DEPTH = 12
 
 
@@ -57,7 +56,7 @@ class Item(NamedTuple):
     """A score or a step inside a function, in its loops."""
 
     at: tuple[int, int]
-    loops: tuple[int, ...]
+    loops: tuple[ast.AST, ...]
     step: Step | None  # None: a score
 
 
@@ -75,7 +74,6 @@ class Flow:
         self.scopes = {scope.node: scope for scope in scopes(tree)}
         self.functions = {scope.name: scope.node for scope in self.scopes.values() if isinstance(scope.node, FUNCTIONS)}
         self._bindings: dict[ast.AST, dict[str, list]] = {}
-        self._acts: dict[ast.AST, tuple[list, set[int]]] = {}
         self._summaries: dict[tuple, Summary] = {}
         self._under_way: set[tuple] = set()
         self._known: dict[tuple, bool] = {}
@@ -167,21 +165,18 @@ class Flow:
 
     def _summarise(self, scope: ast.AST, given: frozenset) -> Summary:
         items, trains = [], False
-        if scope not in self._acts:
-            epochs: set[int] = set()
-            self._acts[scope] = [act for act in _walk(scope, epochs) if isinstance(act[0], _ACTS)], epochs
-        acts, epochs = self._acts[scope]
-        for node, loops, quiet, guards in acts:
+        for node, around in self.scopes[scope].acts:
             if isinstance(node, ast.Call):
                 found, other = self._of_call(node, scope, given)
+                guards = frozenset(word for test in around.tests for word in _words(test)) if found else frozenset()
                 found = [step and step._replace(guards=step.guards | guards) for step in found]
-                items += [Item(_at(node), loops, step) for step in found]
+                items += [Item(_at(node), around.loops, step) for step in found]
                 trains |= other
-            elif self._is_score(node, scope, given, quiet):
-                items.append(Item(_at(node), loops, None))
+            elif self._is_score(node, scope, given, around.quiet):
+                items.append(Item(_at(node), around.loops, None))
         items.sort(key=lambda item: item.at)
         top = trains or isinstance(scope, ast.Module) or scope.name in ("main", "run", "train")
-        steps = [s for s in (_judged(item, items, top, epochs) for item in items if item.step) if s]
+        steps = [s for s in (_judged(item, items, top) for item in items if item.step) if s]
         return Summary(any(i.step is None for i in items), trains, tuple(dict.fromkeys(steps)))
 
     def _of_call(self, node: ast.Call, scope: ast.AST, given: frozenset) -> tuple[list[Step | None], bool]:
@@ -243,7 +238,7 @@ class Flow:
     # ---- Answers
 
     def steps(self) -> list[Step]:
-        """Every step on validation tokens that nothing excuses, of the module and of functions that nothing here calls."""
+        """Every step on validation tokens that nothing excuses, in the module and in functions that nothing calls."""
         used = {last_name(n.func) for n in every(self.tree, ast.Call)}
         used |= {n.id for n in every(self.tree, ast.Name) if isinstance(n.ctx, ast.Load)}
         entries = [self.tree, *(f for name, f in self.functions.items() if name not in used)]
@@ -281,39 +276,20 @@ def _calibrates(name: str) -> bool:
     return bool(_CALIBRATES.search(name)) and not EVALUATES.search(name)
 
 
-def _judged(item: Item, items: list[Item], top: bool, epochs: set[int]) -> Step | None:
+def _judged(item: Item, items: list[Item], top: bool) -> Step | None:
     """The step of `item` if no score before it excuses it."""
     before = [i for i in items if i.step is None and i.at < item.at]
-    if any(loop in epochs for i in items if i.step is None for loop in set(i.loops) & set(item.loops)):
+    if any(_repeats(loop) for i in items if i.step is None for loop in set(i.loops) & set(item.loops)):
         return item.step._replace(again=True)
     if item.step.again or not any(set(i.loops) & set(item.loops) if top else True for i in before):
         return item.step
     return None
 
 
-def _walk(scope: ast.AST, epochs: set[int]) -> Iterator[tuple[ast.AST, tuple, bool, frozenset]]:
-    """Nodes of one function: the loops around them, whether gradients are off, the names that decide whether they run."""
-    waiting = [(child, (), _is_quiet(scope), frozenset()) for child in children(scope)]
-    while waiting:
-        node, loops, quiet, guards = waiting.pop()
-        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-            continue
-        yield node, loops, quiet, guards
-        if isinstance(node, (ast.For, ast.While, ast.AsyncFor)):
-            loops = (*loops, id(node))
-            head = [node.test] if isinstance(node, ast.While) else [node.target, node.iter]
-            if any(_EPOCHS.search(word) for part in head for word in _words(part)):
-                epochs.add(id(node))
-        elif isinstance(node, ast.With):
-            quiet = quiet or any(re.search("no_grad|inference_mode", last_name(i.context_expr)) for i in node.items)
-        inside = {id(child) for child in node.body} if isinstance(node, ast.If) else set()
-        for child in children(node):
-            more = _words(node.test) if id(child) in inside else frozenset()
-            waiting.append((child, loops, quiet, guards | more))
-
-
-def _is_quiet(scope: ast.AST) -> bool:
-    return any(re.search("no_grad|inference_mode", last_name(d)) for d in getattr(scope, "decorator_list", ()))
+def _repeats(loop: ast.AST) -> bool:
+    """Whether a loop is one over epochs."""
+    head = [loop.test] if isinstance(loop, ast.While) else [loop.target, loop.iter]
+    return any(_EPOCHS.search(word) for part in head for word in _words(part))
 
 
 def _at(node: ast.AST) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What reviewers rejected, found in a script's syntax tree: each finding with its line and the name it is about.
 
-Names decide where nothing better does, so a finding asks for a reviewer's look; flow.py follows validation tokens instead.
+Names decide where nothing better does, so a finding asks for a reviewer's look; validation tokens flow.py follows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from syntax import Scope, calls, dotted, every, keyword_is, last_name, names, no
 
 
 class Finding(NamedTuple):
-    """One pattern in a script: which, where (line of the unpacked source), the words of the source, the name it is about."""
+    """One pattern in a script: which, in which line of the unpacked source, its words, the name it is about."""
 
     pattern: str
     line: int
@@ -25,7 +25,8 @@ class Finding(NamedTuple):
 
 
 TRAINED = "training on validation text before it is scored"
-STORED = "validation text stored by the script"
+STORED = "validation text compressed by the script"
+SAVED = "validation text saved to a file"
 TARGET_KEY = "target token in a cache key"
 IN_TRAINING = "validation data in training code"
 ORACLE = "per-token choice by the target"
@@ -41,7 +42,8 @@ _LEARNS = re.compile(r"update|insert|observe|learn|record|(?:^|_)add(?:_|$)|buil
 _LOG_PROB = re.compile(r"^(?:nll|nlls|losses|logprobs?|log_probs?|lp|lps|logp|logps|ptl|per_tok\w*)$")
 _OF_TARGET = re.compile(
     r"(?:^|_)(?:tgt|target|true|actual|gold|y)_(?:lp|logp|log_?prob|prob|nll|loss)s?(?:_|$)"
-    r"|(?:^|_)(?:lp|logp|log_?prob|prob|nll|p)_(?:tgt|target|true|actual|gold|y)(?:_|$)|(?:^|_)(?:tok|token)_(?:nll|lp|logp)s?(?:_|$)",
+    r"|(?:^|_)(?:lp|logp|log_?prob|prob|nll|p)_(?:tgt|target|true|actual|gold|y)(?:_|$)"
+    r"|(?:^|_)(?:tok|token)_(?:nll|lp|logp)s?(?:_|$)",
     re.I,
 )
 _WEIGHT = re.compile(
@@ -52,7 +54,7 @@ _NO_PROBABILITY = re.compile(
 )
 _PROBABILITY = re.compile(r"(?:^|_)(?:p|probs?|lp|logp|log_?probs?|softmax|model|nn|lm|neural)(?:_|\d|$)", re.I)
 _GATES = re.compile(r"(^|_)(gate|gates|gated|tilt|alpha)(_|$)", re.I)
-REJECTED = {  # words of methods that were ruled out (issue #1017, the FAQ, the rejections of the challenge's last weeks)
+REJECTED = {  # words of methods that were ruled out (issue #1017, the FAQ, the rejections since)
     "pre-quantisation TTT on validation text": re.compile(r"pre_?quant_?ttt", re.I),
     "SLOT (optimises on the positions it scores)": re.compile(r"(^|_)slot_(lr|steps|delta|enabled|epochs)", re.I),
     "ETLB": re.compile(r"(^|_)etlb(_|$)", re.I),
@@ -127,7 +129,7 @@ def _pickles(tree: ast.Module) -> Found:
 
 
 def _in_training(tree: ast.Module) -> Found:
-    """Validation tokens inside a function that trains or calibrates, neither handed to an evaluation nor only held for one."""
+    """Validation tokens in a function that trains or calibrates, neither given to an evaluation nor held for one."""
     for scope in scopes(tree):
         if not _TRAINS.search(scope.name) or EVALUATES.search(scope.name) or _ADAPTS.search(scope.name):
             continue
@@ -212,7 +214,7 @@ def _assigned(node: ast.AST) -> set[str]:
 
 
 def _target_costs(scope: Scope) -> set[str]:
-    """Names of a function that hold what each target costs: gathered at the target, or a cross entropy without reduction."""
+    """Names that hold what each target costs: gathered at the target, or a cross entropy without reduction."""
     costly = {id(n) for n in scope.of(ast.Call, ast.Subscript) if _costs_a_target(n)}
     costs: set[str] = set()
     for node in scope.of(ast.Assign) if costly else ():
@@ -291,7 +293,7 @@ def is_off(value: object) -> bool:
 
 
 def defaults(tree: ast.Module) -> dict[str, object]:
-    """name -> default of every `name = os.environ.get("NAME", default)`, conversions around it aside, and of plain constants."""
+    """name -> default of every `name = os.environ.get("NAME", default)`, in a conversion or not, and of constants."""
     found: dict[str, object] = {}
     for node in nodes(tree):
         targets = (
@@ -311,4 +313,4 @@ def _flow(tree: ast.Module) -> Found:
     flow = Flow(tree)
     yield from ((TRAINED, step.line, step.name, tuple(sorted(step.guards))) for step in flow.steps())
     yield from ((IN_TRAINING, line, name) for line, name in flow.calibrations())
-    yield from ((STORED, line, name) for line, name in flow.stored())
+    yield from ((STORED if "compress" in name else SAVED, line, name) for line, name in flow.stored())

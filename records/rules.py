@@ -203,7 +203,7 @@ def _supported(entry: Entry, bpb: float) -> Line:
     """Whether the logs' mean (or one log) shows `bpb` as a stage, or only as a claimed figure."""
     scored, rule = entry.scored, "val_bpb"
     named = [r for r in scored if str(r.seed) in entry.named_seeds]
-    named = named if len(named) == len(entry.named_seeds) else scored
+    named = named if named and len(named) == len(entry.named_seeds) else scored
     means = {"score": [r.bpb() for r in named]}
     means |= {f"stage {s}": [r.bpb(s) for r in named if s in r.stages] for s in {s for r in named for s in r.stages}}
     claims = [c["claimed_bpb"] for r in entry.runs for c in r.claims]
@@ -280,7 +280,7 @@ def _code_bytes(entry: Entry, on_disk: int) -> Lines:
         return
     if not counted:
         return
-    helpers = sum(p.stat().st_size for p in source.helpers(entry.script, entry.folder))
+    helpers = sum(p.stat().st_size for p in entry.helpers)
     if helpers and on_disk + helpers in counted:
         yield PASS, "code bytes", f"{name} and its helper files are the {on_disk + helpers:,} bytes that were counted"
         return
@@ -302,7 +302,7 @@ def _code_bytes(entry: Entry, on_disk: int) -> Lines:
 
 
 def _helper_bytes(entry: Entry, total: int) -> Line:
-    found, rule, script = source.helpers(entry.script, entry.folder), "helper files", entry.script
+    found, rule, script = entry.helpers, "helper files", entry.script
     if not found:
         return PASS, rule, f"{script.name} uses no file of this folder but itself"
     extra = sum(p.stat().st_size for p in found)
@@ -335,7 +335,7 @@ def _hardware(entry: Entry) -> Line:
 
 
 def _training_time(entry: Entry) -> Line:
-    """Over by up to one step is how the baseline stops; logs average over many steps, so a step may take thrice the mean."""
+    """Over by up to one step is how the baseline stops; logs give means, so a step may take thrice as long."""
     meta = entry.meta
     seconds = _said(meta, {"train_time_s", "train_wallclock_seconds"})
     seconds += [ms / 1000 for ms in _said(meta, {"train_wallclock_ms", "train_wallclock_ms_max"})]
@@ -446,7 +446,7 @@ def _script_is_logged(entry: Entry, scored: list[Run]) -> Lines:
 
 
 def _like_the_dump(entry: Entry, dumped: list[str]) -> Line:
-    """Equal, equal but for comments and formatting, perhaps the same in another form (a person must look), or another script."""
+    """Equal, equal but for comments, perhaps the same in another form (a person must look), or another script."""
     rule, name, texts = "script that ran", entry.script.name, list(dict.fromkeys(dumped))
     inner = entry.script.source.encode("utf-8", "surrogateescape")
     shipped = [_lines(text.decode("utf-8", "replace")) for text in (entry.script.outer, inner)]
@@ -638,7 +638,8 @@ def validity(entry: Entry) -> Lines:
         bpb = next((v for _, v in _mean_figures(entry)), None)
     if bpb is None or sample or bpb >= (BEST_VERIFIED if entry.is_record else IMPLAUSIBLE_BPB):
         return
-    detail = f"{bpb:.4f} bpb is below the best verified score, {BEST_VERIFIED} ({BEST_VERIFIED_BY}); look first at {_look_first(entry, bpb)}"
+    best = f"the best verified score, {BEST_VERIFIED} ({BEST_VERIFIED_BY})"
+    detail = f"{bpb:.4f} bpb is below {best}; look first at {_look_first(entry, bpb)}"
     status = FAIL if bpb < IMPLAUSIBLE_BPB and _audited(entry)[0] != PASS else WARN
     yield status, "plausible score", detail
 
@@ -693,7 +694,7 @@ def _audited(entry: Entry) -> Line:
 
 # ---- A reviewer's summary
 
-_WEIGHT = (  # which findings matter most, the first that fits: a wrong score before a wrong budget before a missing paper
+_WEIGHT = (  # what matters most: a file that cannot be read, a wrong score, a figure without support, a budget
     r"submission\.json|code readable|file train_gpt|training logs",
     r"code: (?!pickle|network|large)|n-gram gate|validation (?:text|documents|complete)|plausible|audit",
     r"val_bpb|script that ran|one script|a log for each seed",

@@ -164,7 +164,7 @@ def audit_checks(run: Run) -> list[tuple[str, bool]]:
 
 
 def adopt_audits(runs: list[Run]) -> None:
-    """Gives each training run the audit among `runs` that speaks for it: a failed one if there is one, else the latest."""
+    """Gives each training run the audit among `runs` that speaks for it: a failed one, else the latest."""
     logs = sorted((r for r in runs if r.mode == "audit" and r.audit), key=lambda r: str(r.info.get("started", "")))
     for run in runs:
         mine = [a for a in logs if run.mode == "train" and run.score and _speaks_for(a, run)]
@@ -203,7 +203,7 @@ def broken_limits(run: Run) -> str:
 
 
 def text_lines(path: Path) -> list[str]:
-    r"""Lines of a text file, ended by \n or \r\n alone. A byte-order mark is dropped; bytes that are not UTF-8 become surrogates."""
+    r"""Lines of a text file, ended by \n or \r\n alone; no byte-order mark, bytes that are not UTF-8 as surrogates."""
     return split_lines(path.read_bytes())
 
 

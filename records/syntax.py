@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 DOWNGRADE, NEWER_SECONDS = Path(__file__).with_name("downgrade.py"), 60
 _STATEMENT = re.compile(rb"(?m)(?:^|;)\s*(?:import|from|def|class|async def)\s+\w")
@@ -56,6 +57,16 @@ def _settled(tree: ast.Module) -> ast.Module:
 
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_SCOPES, _LOOPS = {*FUNCTIONS, ast.ClassDef}, {ast.For, ast.AsyncFor, ast.While}
+_ACTS = {ast.Call, ast.Assign, ast.AugAssign, ast.Expr}
+
+
+class Around(NamedTuple):
+    """What stands around a node inside its function: loops, tests of `if`s that hold, and whether gradients are off."""
+
+    loops: tuple[ast.AST, ...] = ()
+    tests: tuple[ast.AST, ...] = ()
+    quiet: bool = False
 
 
 class Scope:
@@ -65,6 +76,7 @@ class Scope:
         self.name, self.node, self.outer = name, node, outer
         self.nodes: list[ast.AST] = []
         self.by_type: dict[type, list] = {}
+        self.acts: list[tuple[ast.AST, Around]] = []  # calls and assignments
 
     def of(self, *types: type) -> list:
         found = [self.by_type.get(t, ()) for t in types]
@@ -75,10 +87,10 @@ def children(node: ast.AST) -> list[ast.AST]:
     found = []
     for name in node._fields:
         value = getattr(node, name, None)
-        if isinstance(value, ast.AST):
-            found.append(value)
-        elif isinstance(value, list):
+        if type(value) is list:
             found += [v for v in value if isinstance(v, ast.AST)]
+        elif isinstance(value, ast.AST):
+            found.append(value)
     return found
 
 
@@ -86,16 +98,34 @@ def children(node: ast.AST) -> list[ast.AST]:
 def scopes(tree: ast.Module) -> list[Scope]:
     """Every scope of a module, the module's own first."""
     found = [Scope("", tree, None)]
-    waiting = [(child, found[0]) for child in reversed(children(tree))]
+    waiting = [(child, found[0], Around()) for child in reversed(children(tree))]
     while waiting:
-        node, scope = waiting.pop()
+        node, scope, around = waiting.pop()
+        kind = type(node)
         scope.nodes.append(node)
-        scope.by_type.setdefault(type(node), []).append(node)
-        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+        scope.by_type.setdefault(kind, []).append(node)
+        if kind in _ACTS:
+            scope.acts.append((node, around))
+        elif kind in _SCOPES:
             scope = Scope(node.name, node, scope)
             found.append(scope)
-        waiting += [(child, scope) for child in reversed(children(node))]
+            around = Around(quiet=any(map(_turns_gradients_off, node.decorator_list)))
+        elif kind in _LOOPS:
+            around = around._replace(loops=(*around.loops, node))
+        elif kind is ast.With and not around.quiet:
+            around = around._replace(quiet=any(_turns_gradients_off(i.context_expr) for i in node.items))
+        elif kind is ast.If:
+            held = around._replace(tests=(*around.tests, node.test))
+            waiting += [(child, scope, around) for child in reversed(node.orelse)]
+            waiting += [(child, scope, held) for child in reversed(node.body)]
+            waiting.append((node.test, scope, around))
+            continue
+        waiting += [(child, scope, around) for child in reversed(children(node))]
     return found
+
+
+def _turns_gradients_off(node: ast.AST) -> bool:
+    return bool(re.search("no_grad|inference_mode", last_name(node)))
 
 
 @functools.lru_cache(maxsize=4)

@@ -62,7 +62,7 @@ def _whole(count: str) -> int:
 
 
 def sections(text: str) -> Iterator[tuple[bool, str]]:
-    """(whether it is source, its text) of the parts between lines of `=`; log lines before printed source stand apart."""
+    """(whether it is source, its text) of each part between lines of `=`; log lines before source stand apart."""
     for part in _RULER.split(text):
         lines = part.strip("\n").split("\n")
         first = next((n for n, line in enumerate(lines) if _CODE_LINE.match(line)), 0)
@@ -91,7 +91,7 @@ class _Reader:
 
     def _begin(self) -> None:
         self.run = Run(self.path, info={})
-        self.diagnostics, self.labelled_total = set(), False
+        self.diagnostics, self.labelled_total, self.last_step = set(), False, 0
 
     def dump(self, source: str) -> None:
         if self.run.steps or self.run.vals or self.run.stages:
@@ -135,8 +135,9 @@ class _Reader:
 
     def _step(self, match: re.Match) -> None:
         step, total, key, value, bpb, rest = match.groups()
-        if int(step) < (self.run.last_step or 0) and (self.run.stages or int(step) <= 1):
+        if int(step) < self.last_step and (self.run.stages or int(step) <= 1):
             self.close()
+        self.last_step = max(self.last_step, int(step))
         clock = _TRAIN_TIME.search(rest)
         event = {"step": int(step), "total": int(total), key: float(value), "train_s": None}
         if clock:
@@ -147,7 +148,7 @@ class _Reader:
         self._adopt()
 
     def _stage(self, line: str, loss: re.Match, bpb: re.Match) -> None:
-        """`final_sliding_window_eval_exact stride:64 val_loss:.. val_bpb:..`: words with a value do not name the stage."""
+        """`final_sliding_window_eval_exact stride:64 val_loss:.. val_bpb:..`: words with a value name no stage."""
         head = line[: min(loss.start(), bpb.start())].strip(" :,|-").split()
         words = [w.strip(":,") for w in head if not re.fullmatch(r"[\w.-]+[:=][\w.,/-]+", w)] or [
             w.partition(":")[0] for w in head[:1]
@@ -200,7 +201,7 @@ class _Reader:
             self.pairs, self.source = {}, None
 
     def close(self) -> None:
-        """Ends the run: its last stage that is no diagnostic is the score. What stands before the next one is the next one's."""
+        """Ends the run; its last stage that is no diagnostic is the score. Lines read since describe the next run."""
         run, pairs, source = self.run, self.pairs, self.source
         if not (run.steps or run.vals or run.stages):
             return
@@ -273,11 +274,10 @@ def literal(text: str) -> int | float | str:
 
 
 def seed_in_name(path: Path) -> int | None:
-    """The seed that a log's name, or its folder's, speaks of."""
-    for name in (path.stem, path.parent.name):
-        if match := re.search(r"(?:seed|(?:^|_)s)[_-]?(\d+)(?!\d*[a-z])", name, re.I):
-            return int(match[1])
-    return None
+    """The seed that a log's name speaks of, or a folder of its own such as seed_1337."""
+    match = re.search(r"(?:seed|(?:^|_)s)[_-]?(\d+)(?!\d*[a-z])", path.stem, re.I)
+    match = match or re.fullmatch(r"(?:seed|s)[_-]?(\d+)", path.parent.name, re.I)
+    return int(match[1]) if match else None
 
 
 def read_text_runs(path: Path) -> list[Run]:

@@ -155,6 +155,8 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
             if s + hi < e:
                 adam.zero_grad()
                 nll.mean().backward()
+                if cfg.ttt_grad_clip:
+                    torch.nn.utils.clip_grad_norm_([*a, *b], cfg.ttt_grad_clip)
                 adam.step()
                 steps += 1
             lo = hi
@@ -176,7 +178,7 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("knobs", [{}, {"TTT_WARM_START_A": 0, "TTT_TEMPERATURE": 0.9}, PHASES,
-                                   {"TTT_LORA_SITES": "q,v,out,up,down,o", "TTT_BETA1": 0.9}])  # fmt: skip
+                                   {"TTT_LORA_SITES": "q,v,out,up,down,o", "TTT_BETA1": 0.9, "TTT_GRAD_CLIP": 0.2}])  # fmt: skip
 def test_scores_are_those_of_the_definition(tiny, double, text, knobs):
     mine, theirs = walk(learner(tiny, double, text, **knobs), text), by_hand(tiny, double, text, **knobs)
     assert (mine - theirs).abs().max() < 1e-9
@@ -450,6 +452,28 @@ def test_published_names_reach_our_knobs():
     assert cfg.phased_ttt_prefix == pytest.approx(0.3) and cfg.ttt_chunk_steps == [(math.inf, 48)]
     tilt = (cfg.ngram_tilt_order, cfg.ngram_tilt_threshold, cfg.ngram_tilt_beta, cfg.ngram_tilt_gamma)
     assert tilt == (16, 0.7, 2.0, 1.0) and cfg.stages[-2:] == ("ttt", "tilt")
+
+
+PR2135 = """
+    TTT_ENABLED=1 TTT_BATCH_SIZE=64 TTT_CHUNK_SIZE=48 TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_LR=8e-5 TTT_WEIGHT_DECAY=2.0 TTT_BETA1=0
+    TTT_BETA2=.99 TTT_OPTIMIZER=adam TTT_GRAD_STEPS=1 TTT_K_LORA=0 TTT_O_LORA=1 TTT_MLP_LORA=1 TTT_WARM_START_A=1 TTT_LORA_EMA_DECAY=0
+    TTT_UPDATE_EVERY=1 PHASED_TTT_PREFIX_DOCS=2500 PHASED_TTT_NUM_PHASES=1 GLOBAL_TTT_LR=.001 GLOBAL_TTT_MOMENTUM=.9 GLOBAL_TTT_EPOCHS=1
+    GLOBAL_TTT_CHUNK_TOKENS=32768 GLOBAL_TTT_BATCH_SEQS=32 GLOBAL_TTT_GRAD_CLIP=1.0 GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
+    GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_OPTIMIZER=sgd NGRAM_TILT_ENABLED=1 TOKEN_ORDER=16 TOKEN_THRESHOLD=.8 TOKEN_BOOST=2.625
+    NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 TTT_EVAL_ONLY=0
+"""
+
+
+def test_the_published_environment_of_the_evaluation_is_the_recipe():
+    published = dict(word.split("=") for word in PR2135.split())
+    loaded = tg.load_config({"RECIPE": "frontier", **published}, has_gpu=lambda: False)
+    assert loaded.cfg == tg.load_config({"RECIPE": "frontier"}, has_gpu=lambda: False).cfg
+    assert [notice.split("=")[0] for notice in loaded.notices] == ["NGRAM_HINT_PRECOMPUTE_OUTSIDE"]
+    cfg = loaded.cfg
+    assert cfg.ttt_eval_len == 2560 and cfg.ttt_sites == {"q", "v", "o", "mlp", "head"}
+    with torch.device("meta"):
+        sites = tg.lora_sites(cfg, tg.GPT(cfg))
+    assert len(sites) == 17 * 4 + 1, "a LoRA for each of the 17 passes"
 
 
 # ---- the audit

@@ -83,6 +83,8 @@ RUNS = {
     **{recipe: small(recipe, TRAIN_LOG_EVERY=1) for recipe in ("pr187", "pr850", "pr1095")},
     "all stages": {"NGRAM_SCORE": "exact,normalized,claimed", "NGRAM_TABLE": "pr1095,exact", "TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 64},
     "bytes": {"TARGET_BYTES": 150000, "CODE_FORM": "packed", "NGRAM_SCORE": "exact", "NGRAM_TILT_ENABLED": 1, "CHECKPOINT_EVERY": 2},
+    "documents": {"TTT_ENABLED": 1, "TTT_RESET": "document", "TTT_LORA_SITES": "o,mlp,head", "TTT_LORA_BLOCKS": 0, "TTT_CHUNK_SIZE": 16,
+                  "TTT_ORDER": "length", "TTT_KV_CACHE": 1, "NGRAM_SCORE": "off"},
     "self": {"GPTQ_ENABLED": 1, "GPTQ_CALIBRATION": "self", "GPTQ_N_SAMPLES": 2, "LQER_TOP_K": 2, "NGRAM_SCORE": "off"},
 }  # fmt: skip
 

@@ -94,7 +94,7 @@ def test_hessians_add_all_uses_of_a_site_and_share_equal_inputs():
 @pytest.mark.parametrize("rule", list(tg.CLIP_RULES))
 def test_error_is_at_most_half_a_step_where_nothing_is_clipped(bits, rule):
     w = torch.randn(20, 65, generator=torch.Generator().manual_seed(bits)) * torch.logspace(-5, 1, 20)[:, None]
-    codes, scale = tg.quantize_rows(w, bits, tg.Clip(rule, (0.9, 0.99, 1.0), 8.0))
+    codes, scale = tg.quantize_rows(w, bits, tg.ClipRule(rule, (0.9, 0.99, 1.0), 8.0))
     step = scale.float()[:, None]
     top = tg.largest_code(bits)
     inside = w.abs() <= top * step
@@ -108,7 +108,7 @@ def test_search_never_loses_to_the_largest_weight():
     w = torch.randn(30, 200, generator=torch.Generator().manual_seed(0)) ** 3
 
     def error(rule: str) -> float:
-        codes, scale = tg.quantize_rows(w, 4, tg.Clip(rule, (0.9, 0.95, 0.99, 1.0)))
+        codes, scale = tg.quantize_rows(w, 4, tg.ClipRule(rule, (0.9, 0.95, 0.99, 1.0)))
         return float((codes.float() * scale.float()[:, None] - w).square().sum())
 
     assert error("row") <= error("tensor") <= error("max")
@@ -117,7 +117,7 @@ def test_search_never_loses_to_the_largest_weight():
 def test_small_rows_keep_their_resolution():
     """The published floor of 1/qmax on the scale would leave these rows with no code but zero."""
     w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 1e-3
-    codes, scale = tg.quantize_rows(w, 6, tg.Clip())
+    codes, scale = tg.quantize_rows(w, 6, tg.ClipRule())
     assert codes.abs().amax(dim=1).tolist() == [31] * 4
     assert (codes.float() * scale.float()[:, None] - w).abs().max() < 1e-3 / 10
 

@@ -607,6 +607,7 @@ def test_validation_text_kept_for_the_artifact_is_found():
     assert patterns.STORED in found(
         "import zlib\ndef pack(val_tokens):\n    return zlib.compress(val_tokens.numpy().tobytes())\n"
     )
+    assert found("def cache(val_tokens):\n    np.save('val.npy', val_tokens.numpy())\n") == {patterns.SAVED}
     assert any("hidden in the artifact" in p for p in found("PAID_PREFIX = 1\npaid_prefix_blob = load('x')\n"))
 
 

@@ -108,16 +108,16 @@ def test_a_schedule_may_be_longer_than_the_model_s_own_length():
 
 
 def test_rates_rise_again_after_each_change_of_length():
-    t, seen = trainer(train_seq_schedule="8@0.4,16@0.6", seq_change_warmup_steps=4), []
+    t, seen = trainer(train_seq_schedule=f"8@0.4,{T}@0.6", seq_change_warmup_steps=4, train_seq_len=2 * T), []
     for step in range(14):
         t.train_step(step / 14, 1.0)
         seen.append((t.seq_len, t.rewarm))
     assert [rewarm for _, rewarm in seen] == [1] * 6 + [0.25, 0.5, 0.75] + [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert [n for n, _ in seen] == [8] * 6 + [16] * 3 + [T] * 5
-    again = trainer(train_seq_schedule="8@0.4,16@0.6", seq_change_warmup_steps=4)
+    assert [n for n, _ in seen] == [8] * 6 + [T] * 3 + [2 * T] * 5
+    again = trainer(train_seq_schedule=f"8@0.4,{T}@0.6", seq_change_warmup_steps=4, train_seq_len=2 * T)
     again.load_state_dict(t.state_dict())
-    again.follow_curriculum(T)
-    assert again.rewarm == 1.0 and again.seq_len == T
+    again.follow_curriculum(2 * T)
+    assert again.rewarm == 1.0 and again.seq_len == 2 * T
 
 
 # ---- averages

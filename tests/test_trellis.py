@@ -341,10 +341,8 @@ def test_settings_that_cannot_work_get_one_clear_message(env, words):
 
 
 def test_published_names_of_the_corrections_are_ours():
-    cfg = tg.load_config(
-        {"RECIPE": "cpu", "LQER_ENABLED": "1", "LQER_TOP_K": "4", "GPTQ_CALIBRATION_BATCHES": "32"}
-    ).cfg
-    assert cfg.lqer_top_k == 4 and cfg.gptq_n_samples == 32 * 48
+    for env, top in (({}, 3), ({"LQER_TOP_K": "4"}, 4)):
+        assert tg.load_config({"RECIPE": "cpu", "LQER_ENABLED": "1", **env}).cfg.lqer_top_k == top
     assert tg.load_config({"RECIPE": "cpu", "LQER_ENABLED": "0", "LQER_TOP_K": "4"}).cfg.lqer_top_k == 0
 
 
