@@ -351,7 +351,7 @@ class Config:
     ttt_batch_size: int = knob(64, "documents", "TTT_RESET=document: documents of one forward; changes speed, not results", lo=1)
     ttt_chunk_size: int = knob(48, "tokens", "TTT_RESET=document: targets scored before each step of their document's LoRA", lo=1)
     ttt_short_score_first_steps: str = knob("", "", "TTT_RESET=document: smaller chunks at the start of a document, 256:8,2000:24 for 8 below position 256, then 24 below 2,000")
-    ttt_block_tokens: int = knob(0, "tokens", "TTT_RESET=document: what all documents start from may change once so much is scored, at a document's end; 0: 1/24 of the text", lo=0)
+    ttt_block_tokens: int = knob(0, "tokens", "TTT_RESET=document: what all documents start from may change once so much is scored, at a document's end; 0: PHASED_TTT_PREFIX / PHASED_TTT_NUM_PHASES of the text, without phases 1/24", lo=0)
     ttt_warm_start_a: bool = knob(True, "", "TTT_RESET=document: A starts as the mean of the A that the block before learned, not as it was drawn")
     ttt_kv_cache: bool = knob(False, "", "TTT_RESET=document: keep keys and values of earlier chunks as they were computed, with the LoRA of their time")
     ttt_order: str = knob("text", "", "length: also run the published order, longest document first, as a claim", choices=("text", "length"))
@@ -630,7 +630,7 @@ class Config:
                    "positions and sizes of at least 1, such as 256:8,2000:24")  # fmt: skip
             return
         if 0 < self.ttt_block_tokens < max(sizes):
-            yield f"TTT_BLOCK_TOKENS={self.ttt_block_tokens} is shorter than a chunk of {max(sizes)} targets: raise it, or 0 for 1/24 of the text"
+            yield f"TTT_BLOCK_TOKENS={self.ttt_block_tokens} is shorter than a chunk of {max(sizes)} targets: raise it, or 0 for a share of the text"
         if max(sizes) > self.ttt_eval_len:
             yield f"TTT_CHUNK_SIZE={max(sizes)} exceeds the context of {self.ttt_eval_len}: some targets would never be scored; raise TTT_EVAL_SEQ_LEN"
 
@@ -723,7 +723,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "NGRAM_SCORE": "exact,claimed", "NGRAM_CLAIM": "pr1095", "NGRAM_TABLE": "pr1095",
         **_INT8, "COMPRESSOR": "lzma", "LZMA_PRESET": 6,
     },
-    # #2135, but for the mask on BOS (always on) and the coding of weights: one step a tensor fills the limit, trellis paths.
+    # #2135, but for the coding of weights (one step a tensor fills the limit, trellis paths; a low-rank correction only where it pays its
+    # bytes) and the order of the text, in which documents train: 3.5 blocks up to whose ends it holds what was scored.
+    # Evaluation on 8xH100, estimated from the published runs, not measured with this script: loading 30 s, roundtrip 10, test-time
+    # training 340 with its phase, statistics of 16 orders 25 (shared by tilt and n-grams), mixing 30, together 435 of 600. Sliding windows would add 100 and no
+    # stage builds on them: each chunk of a document sees as much context.
     "frontier": {
         **_SEQ_2048, "VOCAB_SIZE": 8192, "NUM_LAYERS": 11, "MLP_MULT": 4.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1,
         "ROPE_DIMS": 16, "LN_SCALE": "in", "QK_GAIN_INIT": 5.0, "LINEAR_INIT": "orthogonal", "ASYM_LOGIT_RESCALE": True,
@@ -733,16 +737,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500, "MUON_ROW_NORMALIZE": True,
         "NEWTON_SCHULZ": "polar", "MUON_WD": 0.095, "EMBED_WD": 0.085, "ADAM_WD": 0.02, "BETA2": 0.99,
         "GRAD_CLIP_NORM": 0.3, "WARMDOWN_FRAC": 0.85, "MIN_LR": 0.1, "EMA_DECAY": 0.9965, "VAL_LOSS_EVERY": 0,
-        "TRAIN_LOG_EVERY": 500, "EVAL_SEQ_LEN": 2560, "EVAL_STRIDE": 64, "TARGET_BYTES": 16_000_000,
+        "TRAIN_LOG_EVERY": 500, "DOC_MASK": True, "EVAL_SEQ_LEN": 2560, "TARGET_BYTES": 16_000_000,
         "EMBED_BITS": 7, "CONTROL_BITS": 16, "QUANT_CLIP": "sigma", "QUANT_MIN_NUMEL": 65536, "GPTQ_ENABLED": True,
-        "GPTQ_N_SAMPLES": 1536, "QUANT_TRELLIS": 8,
-        "TTT_ENABLED": True, "TTT_RESET": "document", "TTT_LORA_RANK": 80, "TTT_LORA_ALPHA": 144.0, "TTT_LORA_BLOCKS": 0,
-        "TTT_LORA_SITES": "q,k,v,o,mlp,head", "TTT_K_LORA": False, "TTT_LR": 8e-5, "TTT_WD": 2.0, "TTT_BETA1": 0.0,
-        "TTT_BETA2": 0.99, "TTT_ADAM_EPS": 1e-10, "TTT_GRAD_CLIP": 0.0, "TTT_BYTE_WEIGHTED": False,
-        "PHASED_TTT_NUM_PHASES": 1, "NGRAM_TILT_ENABLED": True, "NGRAM_TILT_ORDER": 16,
+        "GPTQ_N_SAMPLES": 1536, "QUANT_TRELLIS": 8, "LQER_TOP_K": 3, "LQER_RANK": 4, "LQER_FACTOR_BITS": 4,
+        "LQER_ASYM_ENABLED": True, "LQER_ASYM_GROUP": 32,
+        "TTT_ENABLED": True, "TTT_RESET": "document", "TTT_EVAL_SEQ_LEN": 2560, "TTT_BATCH_SIZE": 64, "TTT_CHUNK_SIZE": 48,
+        "TTT_LORA_SITES": "q,k,v,o,mlp,head", "TTT_K_LORA": False, "TTT_LORA_BLOCKS": 0, "TTT_LORA_RANK": 80, "TTT_LORA_ALPHA": 144.0,
+        "TTT_LR": 8e-5, "TTT_WD": 2.0, "TTT_BETA1": 0.0, "TTT_BETA2": 0.99, "TTT_ADAM_EPS": 1e-10, "TTT_GRAD_CLIP": 0.0,
+        "TTT_BYTE_WEIGHTED": False, "PHASED_TTT_NUM_PHASES": 1, "PHASED_TTT_PREFIX": 0.3, "NGRAM_TILT_ENABLED": True,
+        "NGRAM_TILT_ORDER": 16, "NGRAM_ORDER": 16, "NGRAM_TILT_THRESHOLD": 0.8, "NGRAM_TILT_BETA": 2.625,
     },
 }  # fmt: skip
-BEST_GPU_RECIPE = "pr187"
+BEST_GPU_RECIPE = "frontier"
 
 Converter = Callable[[str], dict[str, str]]
 
@@ -5016,22 +5022,30 @@ def trellis_codes(
 
 
 @torch.no_grad()
-def sample_calibration_text(model: GPT, batch: int, length: int, seed: int, temperature: float = 0.8) -> Tensor:
-    """(batch, length) ids that the model writes after BOS; its own text calibrates about as well as real text (PR #1019)."""
+def sample_calibration_text(
+    model: GPT, batch: int, length: int, seed: int, temperature: float = 0.8, until: float = math.inf
+) -> Tensor:
+    """(batch, length) ids that the model writes after BOS; its own text calibrates about as well as real text (PR #1019).
+
+    At `until`, a reading of time.perf_counter(), it stops; a sixteenth of the length is always written.
+    """
     device = model.tok_emb.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     cache = KVCache(model.cfg, batch, length, device, model.compute_dtype)
     ids = [torch.full((batch, 1), BOS, device=device)]
-    for _ in range(length - 1):
+    for at in range(1, length):
+        if 16 * at >= length and time.perf_counter() > until:
+            break
         p = (model.logits(model.features(ids[-1], Ctx(cache=cache))[:, -1]) / temperature).softmax(-1)
         ids.append(torch.multinomial(p, 1, generator=generator))
     return torch.cat(ids, dim=1)
 
 
 def calibration_inputs(
-    cfg: Config, run: Run, model: GPT, stream: TokenStream, most_tokens: int = 2**16
+    cfg: Config, run: Run, model: GPT, stream: TokenStream, most_tokens: int = 2**16, until: float = math.inf
 ) -> Iterator[Tensor]:
-    """This rank's share of GPTQ_N_SAMPLES sequences (B, TRAIN_SEQ_LEN): even windows of the training data, or own text.
+    """This rank's share of GPTQ_N_SAMPLES sequences (B, TRAIN_SEQ_LEN): even windows of the training data, or own text, whose
+    sequences are shorter if their writing reaches `until`.
 
     A batch has at most `most_tokens` tokens or one sequence; a rank without a share takes the first sequence.
     """
@@ -5040,7 +5054,8 @@ def calibration_inputs(
     for lo in range(mine.start, mine.stop, rows):
         batch = range(lo, min(lo + rows, mine.stop))
         if cfg.gptq_calibration == "self":
-            yield sample_calibration_text(model, len(batch), length, derive_seed(cfg.seed, "calibration", lo))
+            seed = derive_seed(cfg.seed, "calibration", lo)
+            yield sample_calibration_text(model, len(batch), length, seed, until=until)
         else:
             starts = [i * (stream.total - length) // cfg.gptq_n_samples - stream.position for i in batch]
             yield torch.from_numpy(np.stack([stream.read(start, length) for start in starts])).to(run.device)
@@ -7346,6 +7361,31 @@ class NetworkExpert:
         wanted = run.device.type == "cuda" and cfg.compile != "0"
         self.compiled = torch.compile(score_windows, dynamic=False) if wanted else None
 
+    def timed(self, action: Callable[[], Any]) -> float:
+        """Seconds of a second call, which finds graphs compiled and memory allocated; of the only one where a CPU needs a second for it."""
+        seconds = 0.0
+        for again in (False, True):
+            if again and self.run.device.type == "cpu" and seconds > 1:
+                break
+            started = time.perf_counter()
+            action()
+            self.run.sync()
+            seconds = time.perf_counter() - started
+        return seconds
+
+    @torch.no_grad()
+    def expected_seconds(self, text: ValidationText) -> float:
+        """Seconds that this network will take for `text` on all ranks, from one batch of its own text, which compiles its graph."""
+        plan = self.plan(self.n_tokens)
+        plan = plan[1 : 1 + self.rehearsed(self.rows)] or plan[:1]
+        fresh = torch.zeros(3, self.n_tokens, device=self.run.device, dtype=self.logp.dtype)
+        seconds = self.timed(lambda: self.score_batch(self.tokens, plan, fresh))
+        return seconds / len(plan) * (len(text.tokens) / self.stride) / self.run.world
+
+    def rehearsed(self, rows: int) -> int:
+        """Rows of a batch that is timed: on a CPU one, where a row costs the same alone."""
+        return rows if self.run.device.type == "cuda" else 1
+
     @functools.cached_property
     def enrichment(self) -> Tensor | None:
         """(N,) fp32: how far the pre-enrichment moved the embedding before each target, from its prefix; None without one."""
@@ -7600,6 +7640,14 @@ class SharedLoraNetwork(TestTimeNetwork):
         else:
             self.optimizer = torch.optim.SGD(self.params, self.lr, cfg.ttt_momentum)
 
+    def expected_seconds(self, text: ValidationText) -> float:
+        """Seconds of scoring, and of learning from one batch's time."""
+        rows = self.rehearsed(self.learning_rows)
+        spans = [(1, 1 + self.seq_len)] * rows * self.run.world
+        seconds = self.timed(lambda: self.gradient(self.tokens, spans, self.params, self.live))
+        learning = self.cfg.ttt_epochs * len(text.tokens) / self.seq_len * seconds / len(spans)
+        return super().expected_seconds(text) + learning
+
     def learn(self, tokens: Tensor, lo: int, hi: int) -> None:
         """TTT_EPOCHS passes over the targets [lo, hi), then one step of the average."""
         spans = [(s, min(s + self.seq_len, hi)) for s in range(lo, hi, self.seq_len)]
@@ -7649,8 +7697,9 @@ def phase_edges(edges: list[int], prefix: float, phases: int) -> list[int]:
 
 
 def block_size(cfg: Config, n_tokens: int) -> int:
-    """TTT_BLOCK_TOKENS, or 1/24 of the text."""
-    return cfg.ttt_block_tokens or -(-(n_tokens - 1) // 24)
+    """TTT_BLOCK_TOKENS; or the text between two phases, since all ranks wait for a block's longest document; without phases 1/24."""
+    share = cfg.phased_ttt_prefix / cfg.phased_ttt_num_phases if cfg.phased_ttt_num_phases else 1 / 24
+    return cfg.ttt_block_tokens or math.ceil((n_tokens - 1) * share)
 
 
 def check_phases(cfg: Config, tokens: Tensor) -> None:
@@ -7832,6 +7881,34 @@ class DocumentLoraNetwork(TestTimeNetwork):
         return deal_documents(documents, self.run.world, self.cfg.ttt_batch_size, self.chunks, self.seq_len)[
             self.run.rank
         ]
+
+    def expected_seconds(self, text: ValidationText) -> float:
+        """Seconds of the slowest rank of each block: a step is a constant and a share for each of its tokens, which steps of one
+        document and of a whole batch tell."""
+        cfg, documents = self.cfg, documents_of(text.tokens)
+        width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else self.seq_len
+        one, rows = self.timed(lambda: self.walked_step(1)), self.rehearsed(min(self.rows, len(self.documents)))
+        each = (self.timed(lambda: self.walked_step(rows)) - one) / (rows - 1) if rows > 1 else one
+        chunks = list(chunk_starts(cfg.ttt_chunk_steps, max(document.targets for document in documents)))
+        sent = [0, *itertools.accumulate(min(end - 1, width) / width for end in chunks[1:])]
+
+        def cost(batch: list[Document]) -> float:
+            steps = [bisect_right(chunks, document.targets) for document in batch]
+            return max(0.0, one - each) * steps[0] + each * sum(sent[n] for n in steps)
+
+        total, edges = 0.0, block_edges(documents, block_size(cfg, len(text.tokens)))
+        for lo, hi in itertools.pairwise([1, *edges]):
+            block = [document for document in documents if lo <= document.start + 1 < hi]
+            dealt = deal_documents(block, self.run.world, cfg.ttt_batch_size, chunks, width)
+            total += max(sum(map(cost, batches)) for batches in dealt)
+        return total * cfg.ttt_epochs
+
+    def walked_step(self, rows: int) -> None:
+        """Score and learn the last chunk of a whole context in the first documents of the text."""
+        hi, batch = self.seq_len + 1, DocumentBatch(self, self.documents[:rows])
+        lo = hi - min(self.cfg.ttt_chunk_size, self.seq_len)
+        batch.score(self.tokens, lo, hi)
+        batch.update(self.tokens, lo, hi)
 
     def score_ahead(self, tokens: Tensor, until: int) -> None:  # noqa: ARG002
         """Score the block that begins with the first target not scored yet: all of it, since its documents do not see each other."""
@@ -8736,15 +8813,23 @@ NO_TABLES = Tables()
 # ---- the driver
 
 
+def overtime(cfg: Config, since: float, deadline: float, done: int, n: int) -> str:
+    """Whether `done` of n tokens, a tenth at least, or the clock tell that the deadline is missed, by a fifth of the limit if at the
+    speed since the reading `since`: "passed", "will pass", or empty."""
+    now = time.perf_counter()
+    end = since + (now - since) * n / done if 10 * done >= n else now
+    return "passed" if now > deadline else "will pass" if end > deadline + 0.2 * cfg.eval_wallclock_seconds else ""
+
+
 def score_first(
     network: NetworkExpert, text: ValidationText, scorer: Any, parts: list[Any], chunk: int, deadline: float
 ) -> BpbMeter:
     """The driver of every stage: the account of what `scorer` scores, chunk by chunk, before every part may learn it.
 
     A chunk never crosses a point at which `network` learns. `deadline` is a reading of time.perf_counter(), rank 0's counts;
-    BrokenRun if it passes, since a score of a part is no score.
+    BrokenRun if it passes or clearly will, since a score of a part is no score.
     """
-    run, meter = network.run, BpbMeter()
+    run, meter, new = network.run, BpbMeter(), network.done < len(text.tokens)
     n, since = len(text.tokens), time.perf_counter()
 
     def edge(lo: int) -> int:
@@ -8754,8 +8839,8 @@ def score_first(
         meter.add(logp, text.bytes[lo:hi])
         run.progress("evaluating", hi, n, since)
         due = 256 * lo // n < 256 * hi // n < 256 and deadline < math.inf  # now and then, since the ranks must agree
-        if due and run.broadcast(time.perf_counter() > deadline):
-            raise BrokenRun(f"EVAL_WALLCLOCK_SECONDS={run.cfg.eval_wallclock_seconds:g} passed after {hi} of {n} tokens; "
+        if due and (late := run.broadcast(overtime(run.cfg, since, deadline, max(hi, network.done * new), n))):
+            raise BrokenRun(f"EVAL_WALLCLOCK_SECONDS={run.cfg.eval_wallclock_seconds:g} {late} after {hi} of {n} tokens; "
                             "raise EVAL_STRIDE or switch a stage off: a score of a part is no score")  # fmt: skip
     return meter
 
@@ -8966,6 +9051,30 @@ def evaluate(evaluation: Evaluation, stages: tuple[str, ...],
         report(results[-1])
     evaluation.model.train()
     return results
+
+
+def rehearse(cfg: Config, run: Run, model: GPT, text: ValidationText) -> None:
+    """Before the clocks: compile the evaluation's graphs on random tokens, and log what it will take for `text` on this many ranks."""
+    limit, longest = cfg.eval_wallclock_seconds, max(cfg.eval_len, cfg.ttt_eval_len) + 1
+    if not limit:
+        return
+    rows = 1
+    if run.device.type == "cuda":
+        rows = max(cfg.ttt_batch_size * cfg.ttt_enabled, (cfg.val_batch_tokens or 2**17) // cfg.eval_len + 1)
+    generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "rehearsal"))
+    ids = torch.randint(min(2, cfg.vocab_size - 1), cfg.vocab_size, (rows + 1, longest), generator=generator)
+    ids[:, 0] = BOS
+    own = text._replace(tokens=ids.flatten(), bytes=torch.ones(ids.numel(), dtype=torch.int64))
+    evaluation = Evaluation(cfg, run, model.eval(), own)
+    wanted = {stage if stage in STAGES[:3] else evaluation.best_network for stage in cfg.stages}
+    seconds = {stage: evaluation.network(stage).expected_seconds(text) for stage in STAGES if stage in wanted}
+    model.train()
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the log tells the training's
+    run.log(f"evaluation projected: {', '.join(f'{stage} {s:.0f}s' for stage, s in seconds.items())} of {limit:g}s")
+    if sum(seconds.values()) > limit:
+        run.notice(f"EVAL_WALLCLOCK_SECONDS={limit:g} will break: the network's stages take about {sum(seconds.values()):.0f}s on {run.world} ranks; "
+                   "take more ranks, raise EVAL_STRIDE or switch a stage off")  # fmt: skip
 
 
 # ---- the audit: is the score a code length?
@@ -9274,7 +9383,7 @@ def calibrate_in_time(
     cfg, run = opened.cfg, opened.run
     left = cfg.max_wallclock_seconds - result.seconds - counted if cfg.max_wallclock_seconds else math.inf
     # An eager backward pass keeps up to twice what the compiled one of training kept.
-    batches = calibration_inputs(cfg, run, model, stream, result.micro_tokens // 2)
+    batches = calibration_inputs(cfg, run, model, stream, result.micro_tokens // 2, time.perf_counter() + 0.8 * left)
     calibration = calibrate(cfg, run, model, while_time(batches, 0.9 * left, run))
     done = calibration.tokens // cfg.train_seq_len
     if done < cfg.gptq_n_samples:
@@ -9377,15 +9486,18 @@ def report_score(
 
 def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
     """Load the model from the artifact's bytes, score it in every stage and log the score; returns the exit status."""
-    started = time.perf_counter()
+    clock = Clock(opened.run)
     model = load_model(opened.cfg, opened.run, blob)
     opened.run.log(
-        f"loaded the artifact load_time:{time.perf_counter() - started:.2f}s peak_memory:{opened.run.peak_memory_mib():.0f}MiB"
+        f"loaded the artifact load_time:{clock.seconds():.2f}s peak_memory:{opened.run.peak_memory_mib():.0f}MiB"
     )
+    if opened.cfg.mode == "eval":  # a training has done it
+        with clock.paused():
+            rehearse(opened.cfg, opened.run, model, opened.text)
     sizes = account_bytes(opened, blob)
     evaluation = Evaluation(opened.cfg, opened.run, model, opened.text, load_tables(opened.cfg, blob))
     results = evaluate(evaluation, opened.cfg.stages, StageLog(opened.run, opened.text.complete))
-    held = report_score(opened, results, sizes, train_s, time.perf_counter() - started)
+    held = report_score(opened, results, sizes, train_s, clock.seconds())
     if opened.cfg.ttt_order == "length":
         order_claim(evaluation)
     if "claimed" in opened.cfg.ngram_scores:
@@ -9427,6 +9539,7 @@ def run_train(loaded: LoadedConfig) -> int:
     run.open_logs(append=cfg.resume != "")
     log_start(opened, stream.total, len(shards))
     model = build_model(cfg, run)
+    rehearse(cfg, run, model, opened.text)
 
     unlimited = dataclasses.replace(cfg, eval_wallclock_seconds=0.0)  # which is the limit of the evaluation afterwards
 

@@ -69,7 +69,7 @@ TECHNIQUES: dict[str, dict[str, str]] = {
     "floor .1 + three EMAs": {"MIN_LR": "0.1", "EMA_DECAYS": ".9,.97,.99"},
     "three EMAs": {"EMA_DECAYS": ".9,.97,.99"},
     "4,096 tokens a step": {"TRAIN_BATCH_TOKENS": "4096"},
-    "sequences of 256": {"TRAIN_SEQ_LEN": "256"},
+    "sequences of 256": {"TRAIN_SEQ_LEN": "256", "EVAL_SEQ_LEN": "512"},
     "MLP 3x": {"MLP_MULT": "3"},
     "6 blocks": {"NUM_LAYERS": "6"},
 }
@@ -141,7 +141,7 @@ def train(cfg: tg.Config, text: Text) -> tuple[int, float]:
         )
         spent = time.perf_counter() - started
     trainer.apply_average()
-    return trainer.step, bits_per_byte(model, text, cfg.train_seq_len)
+    return trainer.step, bits_per_byte(model, text, cfg.eval_len)
 
 
 class Results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -203,6 +204,76 @@ def test_a_part_of_a_score_is_no_score(tiny, model, text):
     with pytest.raises(tg.BrokenRun, match=r"EVAL_WALLCLOCK_SECONDS=1 passed after 65 of 300 tokens"):
         tg.score_first(network, text, recorder, [recorder], 64, -math.inf)
     tg.score_first(network, text, recorder, [recorder], 10**6, -math.inf)  # all is scored: the account tells
+
+
+@pytest.mark.parametrize(
+    "seconds, ended", [(0.11, None), (0.13, "will pass after 65 of 300"), (0.5, "passed after 65 of 300")]
+)
+def test_an_evaluation_that_clearly_will_miss_its_limit_ends(tiny, model, text, monkeypatch, seconds, ended):
+    """300 tokens in 30 s: 0.1 s each is the limit, a fifth above it is the tolerance, and a tenth of the text must be done."""
+    network, recorder, now = expert(config(tiny, EVAL_WALLCLOCK_SECONDS=30), model, text, SEQ), Recorder(), [0.0]
+    network.done = len(text.tokens)
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
+    recorder.score = lambda _tokens, lo, hi: now.__setitem__(0, now[0] + seconds * (hi - lo)) or torch.zeros(hi - lo)
+    if ended is None:
+        tg.score_first(network, text, recorder, [recorder], 64, 33.0)
+    else:
+        with pytest.raises(tg.BrokenRun, match=f"EVAL_WALLCLOCK_SECONDS=30 {ended}"):
+            tg.score_first(network, text, recorder, [recorder], 64, 30.0)
+    now[0] = 20.0
+    assert [tg.overtime(network.cfg, 0.0, 30.0, done, 300) for done in (29, 30)] == ["", "will pass"]
+
+
+def test_the_projection_is_one_batch_times_the_text(tiny, model, text, monkeypatch):
+    """Of windows by their number; of documents by their tokens, the slowest rank of each block. It runs on its own tokens."""
+    cfg = config(tiny, TTT_RESET="document", TTT_CHUNK_SIZE=8, TTT_BLOCK_TOKENS=10**6, TTT_LORA_RANK=2)
+    monkeypatch.setattr(tg.NetworkExpert, "timed", lambda _self, action: action() and 0 or 2.0)
+    run = tg.Run(cfg, 0, 0, 1, 1)
+    own = text._replace(tokens=torch.tensor([1, *[5] * SEQ] * 2))
+    own = own._replace(bytes=torch.ones_like(own.tokens))
+    assert expert(cfg, model, own, 8).expected_seconds(text) == pytest.approx(2.0 * len(text.tokens) / 8)
+    found = tg.DocumentLoraNetwork(cfg, run, model, own, 8).expected_seconds(text)
+    chunks = [1, *range(9, len(text.tokens) + 9, 8)]
+    sent = [
+        min(end - 1, SEQ)
+        for d in tg.documents_of(text.tokens)
+        for at, end in zip(chunks, chunks[1:], strict=False)
+        if at <= d.targets
+    ]
+    assert found == pytest.approx(2.0 * sum(sent) / SEQ)
+    network = tg.DocumentLoraNetwork(cfg, run, model, own, 8)
+    network.rehearsed, times = (lambda _: 2), iter([3.0, 4.0])  # 2 s a step, 1 s a row
+    monkeypatch.setattr(tg.NetworkExpert, "timed", lambda _self, action: action() and 0 or next(times))
+    steps = [sum(at <= d.targets for at in chunks[:-1]) for d in tg.documents_of(text.tokens)]
+    assert len(steps) <= cfg.ttt_batch_size
+    assert network.expected_seconds(text) == pytest.approx(2.0 * max(steps) + sum(sent) / SEQ)
+
+
+def test_the_evaluation_is_projected_before_the_training_on_tokens_of_its_own(tiny, script, monkeypatch):
+    seen, expected = [], tg.NetworkExpert.expected_seconds
+    monkeypatch.setattr(
+        tg.NetworkExpert,
+        "expected_seconds",
+        lambda self, text: seen.append((self.tokens, text.tokens)) or expected(self, text),
+    )
+    result = script(tiny, ITERATIONS=1, EVAL_WALLCLOCK_SECONDS=100)
+    lines = [line for line in result.out.splitlines() if line.startswith(("evaluation projected", "training ends"))]
+    assert (
+        result.status == 0
+        and re.match(r"evaluation projected: roundtrip \d+s, sliding \d+s of 100s$", lines[0])
+        and len(lines) == 2
+    )
+    assert len(seen) == 2 and all(len(own) == 2 * (SEQ + 1) < len(text) for own, text in seen)
+    broken = script(tiny, ITERATIONS=1, EVAL_WALLCLOCK_SECONDS=1e-6, RUN_ID="broken")
+    assert "notice: EVAL_WALLCLOCK_SECONDS=1e-06 will break: the network's stages take" in broken.out
+    again = script(
+        {k: tiny[k] for k in ("DATA_PATH", "LOG_DIR", "DEVICE", "ATTENTION")},
+        MODE="eval",
+        RUN_ID="again",
+        ARTIFACT=f"{tiny['LOG_DIR']}/tiny.pgz",
+    )
+    assert again.out.count("evaluation projected") == 1
+    assert "projected" not in script(tiny, ITERATIONS=1, EVAL_WALLCLOCK_SECONDS=0, RUN_ID="unlimited").out
 
 
 def test_evaluation_leaves_the_model_in_training_as_it_was(tiny, model, text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import shutil
@@ -9,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, config, events, losses, score_of, tiny_env, write_shard
+from conftest import BOS, config, events, finished, losses, score_of, spawn, tiny_env, write_shard
 from test_model import V, build, like, tokens
 from test_model import config as model_config
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -33,8 +34,7 @@ TECHNIQUES = {
 
 # ---- the recipe
 
-# The environment of #2135's run (Appendix A of its description), without the names of test-time training, n-gram tilt,
-# low-rank correction and case operators.
+# The environment of #2135's run (Appendix A of its description), and the names of the branches near it at the values it had.
 PUBLISHED = """
     VOCAB_SIZE=8192 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048 EVAL_SEQ_LEN=2560
     VAL_LOSS_EVERY=0 TRAIN_LOG_EVERY=500 WARMUP_STEPS=20 NUM_LAYERS=11 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=4.0
@@ -53,7 +53,22 @@ PUBLISHED = """
     FORCE_STOP_STEP=0 LEAKY_RELU_SQ_SLOPE=.5 RECUR_ALPHA_ENABLED=0 ALIAS_PREV_SMEAR_SCALE=1 TTT_LORA_EMA_DECAY=0
     TTT_UPDATE_EVERY=1 TTT_EVAL_BATCHES= WITHIN_TAU=99.0 WITHIN_BOOST=0 WORD_TAU=99 WORD_BOOST=0 AGREE_ADD_BOOST=0
     TTT_SHORT_DOC_LEN=2000 TTT_SHORT_CHUNK_SIZE=24 TRAIN_SEQ_SCHEDULE_MODE=wallclock
+    SEED=1337 RUN_ID= DATA_DIR=. ARTIFACT_DIR=logs DATA_PATH= TOKENIZER_PATH= VAL_BATCH_TOKENS=0 CASEOPS_ENABLED=1 GPTQ_RESERVE_SECONDS=.5
+    LQER_ENABLED=1 LQER_RANK=4 LQER_TOP_K=3 LQER_FACTOR_BITS=4 LQER_ASYM_ENABLED=1 LQER_ASYM_GROUP=32 AWQ_LITE_ENABLED=0
+    AWQ_LITE_BITS=8 AWQ_LITE_GROUP_TOP_K=1 AWQ_LITE_GROUP_SIZE=64 TTT_ENABLED=1 TTT_EVAL_SEQ_LEN=2560 TTT_BATCH_SIZE=64
+    TTT_CHUNK_SIZE=48 TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_LR=8e-5 TTT_WEIGHT_DECAY=2.0 TTT_BETA1=0 TTT_BETA2=.99
+    TTT_OPTIMIZER=adam TTT_GRAD_STEPS=1 TTT_K_LORA=0 TTT_O_LORA=1 TTT_MLP_LORA=1 TTT_Q_LORA=1 TTT_V_LORA=1 TTT_MASK=
+    TTT_WARM_START_A=1 PHASED_TTT_PREFIX_DOCS=2500 PHASED_TTT_NUM_PHASES=1 GLOBAL_TTT_LR=.001 GLOBAL_TTT_MOMENTUM=.9
+    GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_CHUNK_TOKENS=32768 GLOBAL_TTT_BATCH_SEQS=32 GLOBAL_TTT_GRAD_CLIP=1.0
+    GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1 GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_OPTIMIZER=sgd NGRAM_TILT_ENABLED=1 TOKEN_ORDER=16
+    TOKEN_THRESHOLD=.8 TOKEN_BOOST=2.625 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 ADAPTIVE_BOOST_GAMMA=0 TTT_EVAL_ONLY=0
+    TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 EVAL_STRIDE=0 TTT_SHORT_SCORE_FIRST_ENABLED=0
+    TTT_SHORT_SCORE_FIRST_STEPS=256:8,2000:24 TTT_LOCAL_LR_MULT=1
 """
+OTHER = {
+    "val_bytes": "sidecar",
+    "gptq_reserve_seconds": 0.5,
+}  # the recipe finds the sidecar by itself, and keeps the time that the rules ask for
 ENV = dict(word.split("=") for word in PUBLISHED.split())
 
 
@@ -64,8 +79,8 @@ def load(**env) -> tg.LoadedConfig:
 def test_the_published_environment_is_the_recipe():
     """Each name is a knob, an alias, or reported as without effect; none changes what the recipe already says."""
     loaded = load(**ENV)
-    assert loaded.cfg == load().cfg
-    dead = tg.NO_EFFECT["frontier"]
+    assert loaded.cfg == dataclasses.replace(load().cfg, **OTHER)
+    dead = {**tg.NO_EFFECT["*"], **tg.NO_EFFECT["frontier"]}
     assert {notice.split("=")[0] for notice in loaded.notices} == ENV.keys() & dead.keys()
     for name, value in ENV.items():
         assert name in {**tg.FIELDS, **tg.ALIASES["*"], **tg.ALIASES["frontier"], **dead}
@@ -393,21 +408,31 @@ def frontier_env(data, folder, **changes) -> dict[str, str]:
     """The recipe at 4 blocks of 256, one looped pass, lanes in the last; 6 steps, the loops from the third on."""
     sizes = {"RECIPE": "frontier", "NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "MLP_MULT": 2,
              "NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 2, "PARALLEL_START_LAYER": 3, "EVAL_SEQ_LEN": 48, "EVAL_STRIDE": 48,
+             "TTT_ENABLED": 0, "NGRAM_TILT_ENABLED": 0,
              "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 128, "GPTQ_N_SAMPLES": 4, "TARGET_BYTES": 0, "WARMUP_STEPS": 2,
              "QUANT_MIN_NUMEL": 1000, "NGRAM_SCORE": "off", "VAL_TOKENS": 600}  # fmt: skip
     return tiny_env(data, folder, **{**sizes, **changes})
 
 
 def test_a_run_of_the_recipe_from_end_to_end(data, tmp_path, script):
-    """Trains through the switch, packs, reloads, scores, decodes with a cache, and passes the audit."""
-    env = frontier_env(data, tmp_path, RUN_ID="f")
+    """Trains through the switch, fills its bytes, reloads, trains by document while it scores, decodes with a cache, scores the same in a
+    fresh process, and passes the audit."""
+    env = frontier_env(
+        data, tmp_path, RUN_ID="f", EVAL_STRIDE=0, TTT_ENABLED=1, TTT_EVAL_SEQ_LEN=48, TTT_CHUNK_SIZE=16, TTT_LORA_RANK=2, TTT_BATCH_SIZE=4,
+        NGRAM_TILT_ENABLED=1, NGRAM_TILT_ORDER=3, NGRAM_TILT_THRESHOLD=0.4, NGRAM_SCORE="exact", NGRAM_ORDER=4, TARGET_BYTES=112_000, **NARROW,
+    )  # fmt: skip
     result = script(env)
     assert result.status == 0, result.err
     switch = [e for e in events(env, "switch") if e["name"] == "loop"]
     assert [(e["step"], e["value"]) for e in switch] == [(3, True)]  # ENABLE_LOOPING_AT=.35 of 6 steps
     assert all(math.isfinite(loss) for loss in losses(env).values()) and len(losses(env)) == 6
     blob = (tmp_path / "f.pgz").read_bytes()
-    assert tg.read_header(blob).fields["looped"] is True
+    assert tg.read_header(blob).fields["looped"] is True and {
+        entry.trellis for entry in tg.read_header(blob).entries
+    } == {0, 8}
+    assert events(env, "pack")[0]["total_bytes"] <= 112_000
+    assert [e["stage"] for e in events(env, "stage")] == ["roundtrip", "ttt", "tilt", "ngram"]
+    assert "ttt: trained all weights on" in result.out and "evaluation projected: roundtrip " in result.out
     cfg = config(env)
     model = tg.load_model(cfg, tg.Run(cfg, rank=0, local_rank=0, world=1, local_world=1), blob)
     ids = torch.from_numpy(data.val[:40].astype("int64"))[None]
@@ -415,6 +440,12 @@ def test_a_run_of_the_recipe_from_end_to_end(data, tmp_path, script):
     with torch.no_grad():
         steps = torch.cat([model.features(ids[:, i : i + 1], tg.Ctx(cache=cache)) for i in range(40)], 1)
         assert torch.allclose(model.logits(steps), model.logits(model.features(ids)), atol=1e-3)
+    fresh = {name: env[name] for name in ("DATA_PATH", "LOG_DIR", "DEVICE", "ATTENTION", "VAL_TOKENS")} | {
+        "RUN_ID": "again"
+    }
+    again = finished(spawn({**fresh, "MODE": "eval", "ARTIFACT": str(tmp_path / "f.pgz")}))
+    assert again.status == 0, again.err
+    assert score_of(fresh) == pytest.approx(score_of(env), abs=1e-6)
     audit = script(env, MODE="audit", ARTIFACT=tmp_path / "f.pgz", RUN_ID="audit", VAL_TOKENS=300)
     assert audit.status == 0, audit.out + audit.err
 

@@ -299,6 +299,20 @@ def test_a_slow_batch_makes_the_next_ones_expected_as_slow(monkeypatch):
     assert got == [0, 1]  # 35 s used and 30 s for one more are above 60
 
 
+@pytest.mark.parametrize("until, written", [(math.inf, 32), (100, 32), (9.5, 11), (-1, 2)])
+def test_own_text_is_as_long_as_the_time_allows(monkeypatch, until, written):
+    """A token takes a second here; a sixteenth of the 32 is written whatever the clock says."""
+    cfg, model = small_model(
+        gptq_enabled=True, gptq_calibration="self", gptq_n_samples=2, train_seq_len=32, train_batch_tokens=64
+    )
+    now, features = [0.0], tg.GPT.features
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(tg.GPT, "features", lambda *args: now.__setitem__(0, now[0] + 1) or features(*args))
+    batches = list(tg.calibration_inputs(cfg, alone(), model, stream(), until=until))
+    assert [b.shape for b in batches] == [(2, written)]
+    assert tg.calibrate(cfg, alone(), model, batches).tokens == 2 * written
+
+
 def test_every_rank_calibrates_even_if_there_are_more_ranks_than_sequences():
     cfg, model = small_model(gptq_enabled=True, gptq_n_samples=1)
     for rank in range(3):
