@@ -446,7 +446,7 @@ def test_a_run_of_the_recipe_from_end_to_end(data, tmp_path, script):
     again = finished(spawn({**fresh, "MODE": "eval", "ARTIFACT": str(tmp_path / "f.pgz")}))
     assert again.status == 0, again.err
     assert score_of(fresh) == pytest.approx(score_of(env), abs=1e-6)
-    audit = script(env, MODE="audit", ARTIFACT=tmp_path / "f.pgz", RUN_ID="audit", VAL_TOKENS=300)
+    audit = script(env, MODE="audit", ARTIFACT=tmp_path / "f.pgz", RUN_ID="audit", VAL_TOKENS=200, EVAL_STAGES="ngram")
     assert audit.status == 0, audit.out + audit.err
 
 
