@@ -3150,6 +3150,8 @@ class KVCache:
     B sequences of equal length, at most `limit` positions each, that advance together. `length` is the positions so far.
     """
 
+    one_document = False  # a row may hold several
+
     def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (2, batch, limit, cfg.num_kv_heads, cfg.head_dim)
         self.slots = [torch.zeros(shape, device=device, dtype=dtype) for _ in layer_plan(cfg)]
@@ -3250,7 +3252,12 @@ class GPT(nn.Module):
 
     def with_segments(self, ids: Tensor, ctx: Ctx) -> Ctx:
         """The context with the segments of `ids` under DOC_MASK=1, unless it has them."""
-        if not self.cfg.doc_mask or ctx.segments is not None or ids.is_meta:
+        if (
+            not self.cfg.doc_mask
+            or ctx.segments is not None
+            or ids.is_meta
+            or (ctx.cache is not None and ctx.cache.one_document)
+        ):
             return ctx
         longest = ids.shape[1] if ctx.cache is None else ctx.cache.limit
         return ctx._replace(segments=find_segments(ids, longest, cache=ctx.cache))
@@ -7747,6 +7754,8 @@ def deal_documents(
 
 class DocumentCache:
     """Keys and values of a batch's earlier chunks as they were computed then, the last `window` positions with the new ones."""
+
+    one_document = True  # a row: nothing to mask
 
     def __init__(self, window: int) -> None:
         self.window, self.length = window, 0

@@ -86,6 +86,8 @@ RUNS = {
     "bytes": {"TARGET_BYTES": 150000, "CODE_FORM": "packed", "NGRAM_SCORE": "exact", "NGRAM_TILT_ENABLED": 1, "CHECKPOINT_EVERY": 2},
     "documents": {"TTT_ENABLED": 1, "TTT_RESET": "document", "TTT_LORA_SITES": "o,mlp,head", "TTT_LORA_BLOCKS": 0, "TTT_CHUNK_SIZE": 16,
                   "TTT_ORDER": "length", "TTT_KV_CACHE": 1, "NGRAM_SCORE": "off"},
+    "frontier": small("frontier", TRAIN_LOG_EVERY=1, TTT_EVAL_SEQ_LEN=48, TTT_CHUNK_SIZE=48, TTT_BATCH_SIZE=4, TTT_LORA_RANK=2, NGRAM_ORDER=4,
+                      NGRAM_TILT_ORDER=4, TARGET_BYTES=0, VAL_TOKENS=250),
     "self": {"GPTQ_ENABLED": 1, "GPTQ_CALIBRATION": "self", "GPTQ_N_SAMPLES": 2, "LQER_TOP_K": 2, "NGRAM_SCORE": "off"},
 }  # fmt: skip
 
@@ -93,13 +95,15 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_the_script_keeps_cudas_rules(gpu, data, tmp_path, script, name):
     env = {**tiny_env(data, tmp_path), "VAL_TOKENS": 130, **RUNS[name], "DATA_PATH": data.folder, "VOCAB_SIZE": 300, "ITERATIONS": 2,
-           "WARMUP_STEPS": 1, "DEVICE": "cuda", "COMPILE": "auto", "ATTENTION": "auto", "TRAIN_DTYPE": "auto", "RUN_ID": "r",
-           "LOG_DIR": tmp_path, "NGRAM_BUCKETS": 4096}  # fmt: skip
+           "WARMUP_STEPS": 1, "DEVICE": "cuda", "COMPILE": "auto", "TRAIN_DTYPE": "auto", "RUN_ID": "r",
+           "ATTENTION": "sdpa" if name == "frontier" else "auto",  # the kernel of its document mask needs a GPU
+           "LOG_DIR": tmp_path, "NGRAM_BUCKETS": 4096, "VAL_BATCH_TOKENS": 256}  # fmt: skip
     env = {k: str(v) for k, v in env.items()}
     result = script(env)
     assert result.status == 0, result.err
     assert events(env, "score")[-1]["val_bpb"] > 0
     assert gpu.launches > 1000
+    assert "evaluation projected: roundtrip" in result.out
     if name == "all stages":
         base = {
             "DATA_PATH": env["DATA_PATH"],
@@ -112,7 +116,7 @@ def test_the_script_keeps_cudas_rules(gpu, data, tmp_path, script, name):
 
 def test_less_memory_makes_the_same_steps(data, tmp_path, script):
     changes = {"DEVICE": "cuda", "COMPILE": "auto", "TRAIN_BATCH_TOKENS": 32 * SEQ, "NUM_HEADS": 2, "MODEL_DIM": 64, "VAL_TOKENS": 130,
-               "NGRAM_SCORE": "off", "ITERATIONS": 2, "EVAL_STRIDE": 0}  # fmt: skip
+               "NGRAM_SCORE": "off", "ITERATIONS": 2, "EVAL_STRIDE": 0, "VAL_BATCH_TOKENS": 256}  # fmt: skip
     losses = []
     for capacity in (float("inf"), 3.5 * 2**20):
         env = tiny_env(data, tmp_path / str(capacity), **changes)

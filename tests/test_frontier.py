@@ -446,8 +446,24 @@ def test_a_run_of_the_recipe_from_end_to_end(data, tmp_path, script):
     again = finished(spawn({**fresh, "MODE": "eval", "ARTIFACT": str(tmp_path / "f.pgz")}))
     assert again.status == 0, again.err
     assert score_of(fresh) == pytest.approx(score_of(env), abs=1e-6)
-    audit = script(env, MODE="audit", ARTIFACT=tmp_path / "f.pgz", RUN_ID="audit", VAL_TOKENS=300)
+    audit = script(env, MODE="audit", ARTIFACT=tmp_path / "f.pgz", RUN_ID="audit", VAL_TOKENS=200, EVAL_STAGES="ngram")
     assert audit.status == 0, audit.out + audit.err
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_document_of_its_own_needs_no_mask(data, tmp_path, kept):
+    """Test-time training scores the same with and without DOC_MASK, with keys and values kept or not."""
+    tokens = torch.randint(2, V, (200,), generator=torch.Generator().manual_seed(0))
+    tokens[::40] = BOS
+    text, scores = tg.ValidationText(tokens, torch.ones_like(tokens), complete=True), []
+    for mask in (0, 1):
+        env = frontier_env(data, tmp_path, TTT_ENABLED=1, TTT_EVAL_SEQ_LEN=48, TTT_CHUNK_SIZE=16, TTT_LORA_RANK=2, TTT_KV_CACHE=kept,
+                           DOC_MASK=mask, PHASED_TTT_NUM_PHASES=0, **NARROW)  # fmt: skip
+        cfg = config(env)
+        torch.manual_seed(0)
+        model, run = tg.GPT(cfg), tg.Run(cfg, 0, 0, 1, 1)
+        scores.append(tg.evaluate(tg.Evaluation(cfg, run, model, text), ("ttt",))[0].val_loss)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
 def test_a_run_that_ends_before_the_switch_scores_the_plan_it_trained(data, tmp_path, script):
