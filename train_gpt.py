@@ -6740,11 +6740,8 @@ def budget_table(budget: Budget, target: int) -> str:
 # ---- the code's own bytes
 
 
-KEPT_COMMENTS = ("# ====", "# ---- ")  # --toc and --help read them
-
-
 def removable(source: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
-    """(where to begin cutting, where to end, what to put there) for docstrings, texts of knobs, and annotations that nothing reads.
+    """(where to begin cutting, where to end, what to put there) for docstrings, what knobs are for and why others have no effect, and annotations that nothing reads.
 
     A cut begins at the start of a docstring or at the end of an annotated name; for a function's result the first node is
     the annotation itself. FieldReader of classes keep theirs, and so do decorated functions: Triton reads them.
@@ -6755,6 +6752,8 @@ def removable(source: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
             yield body[0], body[0], "pass" if len(body) == 1 else ""
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "knob":
             yield node.args[2], node.args[2], '""'
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "NO_EFFECT":
+            yield from ((why, why, '""') for table in node.value.values for why in table.values)
         if isinstance(node, ast.FunctionDef) and not node.decorator_list:
             args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
             yield from ((arg, arg.annotation, "") for arg in args if arg is not None and arg.annotation is not None)
@@ -6766,7 +6765,7 @@ def removable(source: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
 
 
 def squeeze(source: str) -> str:
-    """The same tokens with the least white space: a statement a line, a space a level, no comments but banners; idempotent.
+    """The same tokens with the least white space: a statement a line, a space a level, no comments but what --toc and --help read; idempotent.
 
     From Python 3.12 on the tokens of an f-string come one by one; it is copied as it stands.
     """
@@ -6785,7 +6784,7 @@ def squeeze(source: str) -> str:
             text = lines[top - 1][left:right] if top == bottom else "".join(
                 [lines[top - 1][left:], *lines[top : bottom - 1], lines[bottom - 1][:right]])  # fmt: skip
             token = token._replace(type=tokenize.STRING, string=text)
-        if kind == "COMMENT" and token.string.startswith(KEPT_COMMENTS):
+        if kind == "COMMENT" and token.string.startswith("# ---- " if token.start[1] else "# ===="):
             out.append(" " * (token.start[1] > 0) + token.string + "\n")
         elif kind == "NEWLINE":
             out.append("\n")
