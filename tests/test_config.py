@@ -263,7 +263,7 @@ def test_an_ordinary_shell_is_left_alone():
 
 
 def test_a_name_that_shares_words_with_a_knob_only_warns():
-    assert any("DATA_DIR is no knob and is ignored" in notice for notice in load(**BASE, DATA_DIR="x").notices)
+    assert any("DATASET is no knob and is ignored" in notice for notice in load(**BASE, DATASET="x").notices)
 
 
 def test_published_names_become_ours_and_an_explicit_knob_wins():

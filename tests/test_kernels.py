@@ -91,4 +91,4 @@ def test_norm_and_attention_gradients_against_finite_differences(monkeypatch):
     monkeypatch.setattr(t.BlockedAttention, "ROWS", 4)
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(t.UnitRMS.apply, x, atol=1e-4)
-    assert torch.autograd.gradcheck(t.BlockedAttention.apply, random_heads(10, 4, 2, torch.float64))
+    assert torch.autograd.gradcheck(lambda *qkv: t.attend_blocks(*qkv), random_heads(10, 4, 2, torch.float64))

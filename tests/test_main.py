@@ -122,7 +122,17 @@ def test_every_event_has_the_fields_of_the_schema(done):
         assert set(SCHEMA[e["event"]].split()) <= set(e), e["event"]
     run, config = seen[:2]
     assert run["source_sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-    assert set(run["data"]) == {"path", "sample", "train_shards", "train_tokens", "val_tokens", "val_sha256"}
+    assert set(run["data"]) == {
+        "path",
+        "sample",
+        "train_shards",
+        "train_tokens",
+        "val_tokens",
+        "val_bytes",
+        "val_sha256",
+        "bytes_from",
+        "transform",
+    }
     assert set(config["values"]) == set(config["sources"]) == set(tg.FIELDS)
 
 

@@ -117,12 +117,17 @@ def test_shares_partition_and_differ_by_one_at_most(tiny, world):
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_cores_are_shared_by_the_ranks_of_a_machine(tiny):
+def test_cores_are_shared_by_the_ranks_of_a_machine(tiny, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     tg.Run(config(tiny), 0, 0, 64, 64)
     assert torch.get_num_threads() == 1  # not torchrun's accident: 64 ranks leave no core idle and none oversubscribed
     tg.Run(config(tiny), 0, 0, 1, 1)
     assert torch.get_num_threads() == cores
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a user's word for one process is kept
+    tg.Run(config(tiny), 0, 0, 1, 1)
+    assert torch.get_num_threads() == 1
 
 
 def test_more_ranks_than_gpus_is_a_mistake_with_a_remedy(monkeypatch):
