@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, SEQ, VOCAB, config, events, score_of
+from conftest import BOS, SEQ, VOCAB, config, events, losses, score_of, tiny_env, torchrun, write_shard
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as tg
 
@@ -191,6 +192,42 @@ def test_a_step_is_one_stream_of_documents(tiny, data):
     loss = trainer.backward(inputs, targets, tg.Ctx())
     alone = [trainer.model.nll(flat[None, lo:hi], following[None, lo:hi]).sum() for lo, hi in cut]
     assert abs(loss.item() - sum(alone).item() / len(flat)) < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["blocks", "sdpa"])
+def test_a_compiled_step_is_the_eager_one(attention, tiny, data, monkeypatch):
+    """As a CPU compiles it; a stream of more documents than expected takes another size of bounds, not another result."""
+    monkeypatch.setattr(tg, "notice_failed_compile", lambda _run, error: pytest.fail(str(error)))
+    eager, compiled = (trainer_of(tiny, data, DOC_MASK=1, ATTENTION=attention, SMEAR=1) for _ in range(2))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled.forward = torch.compile(compiled.model, dynamic=False, backend=counter)
+    crowded = torch.full((4, SEQ), BOS)
+    for inputs, targets in [*(eager.batcher.next(SEQ) for _ in range(3)), (crowded, crowded)]:
+        expected = eager.backward(inputs, targets, tg.Ctx())
+        assert abs(compiled.backward(inputs, targets, tg.Ctx()) - expected) < 1e-5
+        ours, theirs = gradients(compiled.model), gradients(eager.model)
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
+    assert 0 < counter.frame_count < 20
+    torch._dynamo.reset()
+
+
+def test_ranks_train_alike_where_rows_begin_with_documents(tmp_path, data, script):
+    """A rank's part of a step begins a segment; here one does so anyway, so one process and two make the same steps."""
+    folder = tmp_path / "halves"
+    folder.mkdir()
+    tokens = np.array(data.train[: 80 * SEQ])
+    tokens[tokens == BOS] = 5
+    tokens[:: SEQ // 2] = BOS
+    write_shard(folder / "fineweb_train_000000.bin", tokens)
+    write_shard(folder / "fineweb_val_000000.bin", data.val)
+    (folder / data.tokenizer.name).write_bytes(data.tokenizer.read_bytes())
+    env = tiny_env(data, tmp_path / "logs", DOC_MASK=1, ATTENTION="blocks", DATA_PATH=folder, EVAL_STRIDE=0)
+    assert script(env, RUN_ID="one").status == 0 and script(env, RUN_ID="unmasked", DOC_MASK=0).status == 0
+    assert torchrun({**env, "RUN_ID": "two"}, 2).status == 0
+    one, two, unmasked = (losses({**env, "RUN_ID": name}) for name in ("one", "two", "unmasked"))
+    assert max(abs(one[step] - two[step]) for step in one) < 2e-4
+    assert max(abs(one[step] - unmasked[step]) for step in one) > 1e-3
 
 
 def test_the_score_is_of_the_masked_model(tiny, script, tmp_path):
