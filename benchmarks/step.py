@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                  the cpu recipe; any knob may be set: ATTENTION=sdpa python benchmarks/step.py
     python benchmarks/step.py --recipes        every recipe shrunk to that size, beside the FLOPs it should cost
+    python benchmarks/step.py --against DOC_MASK=1    the cpu recipe with these knobs over the cpu recipe
     python benchmarks/step.py --full pr164 pr850    recipes as they are, on the GPU: compile time, ms a step, MFU, memory
 
 All train on real text (DATA_PATH or the shipped sample), all but --full on the CPU. Each trainer lives in a process of its own, since settings such
@@ -177,6 +178,17 @@ def compare(knobs: dict[str, str], rounds: int) -> None:
         worker.close()
 
 
+def compare_knobs(knobs: dict[str, str], changes: list[str], rounds: int) -> None:
+    """A step with `changes` ("KNOB=value") over one without."""
+    workers = without, changed = Worker(Ours, knobs), Worker(Ours, knobs | dict(word.split("=", 1) for word in changes))
+    alternate(workers, rounds)
+    for name, worker in zip(("without", "with"), workers, strict=True):
+        print(describe(name, worker))
+        worker.close()
+    ratios = [a / b for a, b in zip(changed.times, without.times, strict=True)]
+    print(f"{' '.join(changes)}: {statistics.median(ratios):.3f} of the time")
+
+
 def shrink(recipe: str) -> dict[str, str]:
     """Knobs of `recipe` at the common size; block numbers move to the last blocks of the smaller model."""
     import train_gpt as t
@@ -244,12 +256,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each trainer")
     parser.add_argument("--recipes", action="store_true", help="compare the recipes instead")
+    parser.add_argument("--against", nargs="+", metavar="KNOB=value", help="compare these settings with the recipe's")
     parser.add_argument("--full", nargs="+", metavar="RECIPE", help="measure these recipes at full size instead")
     args = parser.parse_args()
     os.environ.setdefault("DATA_PATH", SAMPLE)
     if args.full:
         for recipe in args.full:
             full_size(recipe, args.rounds)
+    elif args.against:
+        compare_knobs({"RECIPE": "cpu", **os.environ}, args.against, args.rounds)
     elif args.recipes:
         compare_recipes(args.rounds)
     else:
