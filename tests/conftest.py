@@ -166,9 +166,9 @@ def script(capsys):
 
 
 def process_env(env: dict[str, str]) -> dict[str, str]:
-    """The environment for a child: this one without knobs, one thread, and `env`."""
+    """The environment for a child: this one without knobs, one thread, the code not packed for its count, and `env`."""
     mine = {name: value for name, value in os.environ.items() if name not in tg.FIELDS}
-    return {**mine, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
+    return {**mine, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CODE_FORM": "source", **env}
 
 
 def spawn(env: dict[str, str], *launcher: str) -> subprocess.Popen:
