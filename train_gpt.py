@@ -4911,7 +4911,7 @@ class TrellisSearch:
     DROPPED = 1e30  # cost of a path that is out
 
     def __init__(self, x_NCR: Tensor, moves_NCC: Tensor | None, weight_NC: Tensor, power_NC: Tensor, states: int):
-        self.x_NCR, self.moves_NCC, self.states, self.most = x_NCR.clone(), moves_NCC, states, largest_code(PATH_BITS) // 4
+        self.x_NCR, self.moves_NCC, self.states = x_NCR.clone(), moves_NCC, states
         n, columns, rows = x_NCR.shape
         power_NC = power_NC + 0.1
         power_NR = (x_NCR.square() / power_NC[:, :, None]).mean(dim=1) + 0.1
@@ -4982,7 +4982,8 @@ class TrellisSearch:
         0 (N, S/2, 2, R). Arithmetic chooses, several times as fast as torch.where."""
         target = target_NSR.unflatten(1, (2, -1, 1))
         code = torch.sub(target * shrink_NR[:, None, None, None], self.least / 4)
-        code = code.round_().clamp_(-self.most, self.most).mul_(4).add_(self.least)
+        most = largest_code(PATH_BITS) // 4
+        code = code.round_().clamp_(-most, most).mul_(4).add_(self.least)
         priced = code * root_NR[:, None, None, None]
         cost = (target - code).square_().addcmul_(priced, priced)
         cost += (self.cost_NSR * self.ratio_NC[:, j, None, None]).unflatten(1, (2, -1, 1))
