@@ -4577,7 +4577,7 @@ class QuantizedTensor:
     bits: int  # 2..8: codes; 16, 32: values
     shape: tuple[int, ...]
     values: Tensor | None = None  # `shape`, fp16 or fp32
-    codes: Tensor | None = None  # (R, C) int8, |code| <= 2**(bits-1) - 1
+    codes: Tensor | None = None  # (R, C) int8, |code| <= 2**(bits-1) - 1; paths through a trellis: int16 of PATH_BITS
     scale: Tensor | None = None  # (R,) fp16, steps of the rows
     columns: Tensor | None = None  # (C,) int8, what a column's step has more, in eighths of an octave; None: nothing
     trellis: int = 0  # states of the trellis through which each row's codes are a path; 0: codes are independent
@@ -4847,7 +4847,8 @@ def gptq(
 MIN_TRELLIS_ROWS, MAX_TRELLIS_COLUMNS = 16, 1 << 16  # a vector's codes stay independent: all rows take a column at once
 PATHS_AT_ONCE = {"cpu": 2048, "cuda": 65536}  # rows that are searched together
 RATE_PRICE = 0.45  # squared error, in steps^2, that a bit is worth: flat from 0.3 to 0.6 at 2 bits and more
-COLUMN_RANGE = (-16, 32)  # steps of columns are up to 2 octaves finer than a tensor's, or 4 coarser: codes have 8 bits
+COLUMN_RANGE = (-32, 32)  # steps of columns are up to 4 octaves finer or coarser than a tensor's
+PATH_BITS = 12  # of a code: fine steps of rows, of columns and of a trellis multiply, and 8 bits would widen the finest
 
 
 def next_state(state: Any, code: Any, states: int) -> Any:
@@ -4925,12 +4926,12 @@ class TrellisSearch:
         self.least = ((source & 1) + 2 * (shifted ^ (source >> 1 ^ source >> 2) & 1)).to(x_NCR)[None, :, :, :, None]
         self.cost_NSR = x_NCR.new_full((n, states, rows), self.DROPPED)
         self.cost_NSR[:, 0] = 0
-        self.codes_CNSR = torch.empty((columns, n, states, rows), dtype=torch.int8, device=x_NCR.device)
+        self.codes_CNSR = torch.empty((columns, n, states, rows), dtype=torch.int16, device=x_NCR.device)
         self.upper_CNSR = torch.empty((columns, n, states, rows), dtype=torch.bool, device=x_NCR.device)
-        self.error_NBSR, self.first = x_NCR.new_empty((n, 0, states, rows)), 0  # undecided errors, from column `first`
+        self.error_ANSR, self.first = x_NCR.new_empty((0, n, states, rows)), 0  # undecided errors, from column `first`
 
     def codes(self) -> Tensor:
-        """(N, C, R) int8: the path of least cost of each row."""
+        """(N, C, R) int16: the path of least cost of each row."""
         n, columns, rows = self.x_NCR.shape
         for lo in range(0, columns, self.BLOCK):
             hi = min(lo + self.BLOCK, columns)
@@ -4939,82 +4940,78 @@ class TrellisSearch:
                 self.decide(hi)
             self.cost_NSR -= self.cost_NSR.amin(dim=1, keepdim=True)
         at_N1R = self.cost_NSR.argmin(dim=1, keepdim=True)
-        found_NCR = torch.empty((n, columns, rows), dtype=torch.int8, device=self.x_NCR.device)
+        found_NCR = torch.empty((n, columns, rows), dtype=torch.int16, device=self.x_NCR.device)
         for j in range(columns - 1, -1, -1):
             found_NCR[:, j] = self.codes_CNSR[j].gather(1, at_N1R)[:, 0]
-            at_N1R = self.source(j, at_N1R)
+            at_N1R = (at_N1R >> 1) + self.states // 2 * self.upper_CNSR[j].gather(1, at_N1R)
         return found_NCR
 
-    def source(self, j: int, at_NXR: Tensor) -> Tensor:
-        """States before column j of the survivors that are in states `at_NXR` after it."""
-        return (at_NXR >> 1) + self.states // 2 * self.upper_CNSR[j].gather(1, at_NXR)
-
     def advance(self, lo: int, hi: int) -> None:
-        """Extend all survivors through columns lo..hi, each with what its own errors moved these columns by."""
-        n, _, rows = self.x_NCR.shape
-        targets_NBSR = self.x_NCR[:, lo:hi, None].expand(n, hi - lo, self.states, rows)
-        if self.error_NBSR.shape[1]:
-            moves_NBA = self.moves_NCC[:, self.first : lo, lo:hi].transpose(1, 2)
-            targets_NBSR = targets_NBSR - (moves_NBA @ self.error_NBSR.flatten(2)).view(targets_NBSR.shape)
-        errors = []
-        for j in range(lo, hi):
-            upper, error_NSR = self.step(j, targets_NBSR[:, 0])
-            errors.append(error_NSR)
-            if self.moves_NCC is not None and j + 1 < hi:
-                sources = targets_NBSR[:, 1:].unflatten(2, (2, -1, 1))
-                merged = torch.where(upper[:, None], sources[:, :, 1], sources[:, :, 0]).flatten(2, 3)
-                moves_NB = self.moves_NCC[:, j, j + 1 : hi]
-                targets_NBSR = merged.addcmul_(moves_NB[:, :, None, None], error_NSR[:, None], value=-1)
-            else:
-                targets_NBSR = targets_NBSR[:, 1:]
-        if self.moves_NCC is not None:
-            self.keep_errors(lo, errors)
+        """Extend all survivors through columns lo..hi, each with what its own errors moved these columns by.
 
-    def step(self, j: int, target_NSR: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose the cheaper way into each state at column j: whether it comes from the upper half (N, S/2, 2, R), and its
-        error (N, S, R)."""
+        `slots` hold, for every survivor, the errors of the columns it has passed, the targets of those to come, and the
+        state in which it was before `lo`: one merge of all is cheaper than going back for them.
+        """
+        (n, _, rows), width = self.x_NCR.shape, hi - lo
+        price_NBR = self.price_NCR[0][:, lo:hi] * self.price_NCR[1]
+        shrinks_NBR, roots_NBR = 0.25 / (1 + price_NBR), price_NBR.sqrt()
+        if self.moves_NCC is None:
+            for j in range(width):
+                target_NSR = self.x_NCR[:, lo + j, None].expand_as(self.cost_NSR)
+                self.step(lo + j, target_NSR, shrinks_NBR[:, j], roots_NBR[:, j])
+            return
+        slots = self.x_NCR.new_empty((width + 1, n, self.states, rows))
+        slots[:width] = self.x_NCR[:, lo:hi].transpose(0, 1)[:, :, None]
+        slots[width] = torch.arange(self.states, device=slots.device)[:, None]
+        moves_NBA = self.moves_NCC[:, self.first : lo, lo:hi].transpose(1, 2)
+        moved_NBX = moves_NBA @ self.error_ANSR.transpose(0, 1).flatten(2)
+        slots[:width] -= moved_NBX.view(n, width, self.states, rows).transpose(0, 1)
+        for j in range(width):
+            code, upper = self.step(lo + j, slots[j], shrinks_NBR[:, j], roots_NBR[:, j])
+            sources = slots.unflatten(2, (2, -1, 1))
+            slots = torch.lerp(sources[:, :, 0], sources[:, :, 1], upper).flatten(2, 3)
+            slots[j] -= code
+            moves_BN = self.moves_NCC[:, lo + j, lo + j + 1 : hi].T
+            slots[j + 1 : width].addcmul_(moves_BN[:, :, None, None], slots[j], value=-1)
+        origin_X = (slots[width].long() * rows + torch.arange(rows, device=slots.device)).flatten(1)
+        origin_X = (origin_X + torch.arange(n, device=slots.device)[:, None] * self.states * rows).flatten()
+        before = self.error_ANSR.flatten(1).index_select(1, origin_X).view_as(self.error_ANSR)
+        self.error_ANSR = torch.cat([before, slots[:width]])
+
+    def step(self, j: int, target_NSR: Tensor, shrink_NR: Tensor, root_NR: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the cheaper way into each state at column j: its code (N, S, R), and 1 where it comes from the upper half, else
+        0 (N, S/2, 2, R). Arithmetic chooses, several times as fast as torch.where."""
         target = target_NSR.unflatten(1, (2, -1, 1))
-        price_NR = self.price_NCR[0][:, j] * self.price_NCR[1][:, 0]
-        shrink = (0.25 / (1 + price_NR))[:, None, None, None]
-        code = torch.sub(target * shrink, self.least / 4).round_().clamp_(-31, 31).mul_(4).add_(self.least)
-        error = target - code
-        priced = code * price_NR.sqrt()[:, None, None, None]
-        cost = (error * error).addcmul_(priced, priced)
+        code = torch.sub(target * shrink_NR[:, None, None, None], self.least / 4)
+        most = largest_code(PATH_BITS) // 4
+        code = code.round_().clamp_(-most, most).mul_(4).add_(self.least)
+        priced = code * root_NR[:, None, None, None]
+        cost = (target - code).square_().addcmul_(priced, priced)
         cost += (self.cost_NSR * self.ratio_NC[:, j, None, None]).unflatten(1, (2, -1, 1))
-        upper = cost[:, 1] < cost[:, 0]
+        upper = (cost[:, 0] - cost[:, 1]).sign_().clamp_(min=0)
         self.cost_NSR = torch.minimum(cost[:, 0], cost[:, 1]).flatten(1, 2)
-        self.codes_CNSR[j] = torch.where(upper, code[:, 1], code[:, 0]).flatten(1, 2)
-        self.upper_CNSR[j] = upper.flatten(1, 2)
-        return upper, torch.where(upper, error[:, 1], error[:, 0]).flatten(1, 2)
-
-    def keep_errors(self, lo: int, errors: list[Tensor]) -> None:
-        """Append the errors of a block's columns (from `lo`), and put all undecided errors in the order of today's survivors."""
-        at_NSR = torch.arange(self.states, device=self.x_NCR.device)[:, None].expand_as(errors[0])
-        traced = []
-        for j in range(len(errors) - 1, -1, -1):
-            traced.append(errors[j].gather(1, at_NSR))
-            at_NSR = self.source(lo + j, at_NSR)
-        before = self.error_NBSR.gather(2, at_NSR[:, None].expand_as(self.error_NBSR))
-        self.error_NBSR = torch.cat([before, torch.stack(traced[::-1], dim=1)], dim=1)
+        code = torch.lerp(code[:, 0], code[:, 1], upper).flatten(1, 2)
+        self.codes_CNSR[j], self.upper_CNSR[j] = code, upper.flatten(1, 2)
+        return code, upper
 
     def decide(self, hi: int) -> None:
         """Settle the errors of all columns but the last DELAY before `hi`, and move the columns from `hi` on by them."""
-        old = (self.error_NBSR.shape[1] - self.DELAY) // self.BLOCK * self.BLOCK
+        old = (len(self.error_ANSR) - self.DELAY) // self.BLOCK * self.BLOCK
         if old <= 0:
             return
-        best_N11R = self.cost_NSR.argmin(dim=1, keepdim=True)[:, None]
-        decided_NB1R = self.error_NBSR[:, :old].gather(2, best_N11R.expand(-1, old, -1, -1))
-        self.cost_NSR.masked_fill_((self.error_NBSR[:, :old] != decided_NB1R).any(dim=1), self.DROPPED)
+        errors, best_N1R = self.error_ANSR[:old], self.cost_NSR.argmin(dim=1, keepdim=True)
+        decided = errors.gather(2, best_N1R.expand(old, *best_N1R.shape))
+        self.cost_NSR.masked_fill_((errors != decided).any(dim=0), self.DROPPED)
         moves_NBC = self.moves_NCC[:, self.first : self.first + old, hi:].transpose(1, 2)
-        self.x_NCR[:, hi:].baddbmm_(moves_NBC, decided_NB1R[:, :, 0], alpha=-1)
-        self.error_NBSR, self.first = self.error_NBSR[:, old:], self.first + old
+        self.x_NCR[:, hi:].baddbmm_(moves_NBC, decided[:, :, 0].transpose(0, 1), alpha=-1)
+        self.error_ANSR, self.first = self.error_ANSR[old:], self.first + old
 
 
 @torch.no_grad()
 def trellis_codes(
     x_NRC: Tensor, spreads: list[ErrorSpread] | None, states: int, power_NC: Tensor | None = None
 ) -> Tensor:
-    """Codes (N, R, C) int8 of N equal shapes in steps, paths through a trellis; `spreads` turn the search into GPTQ's.
+    """Codes (N, R, C) int16 of N equal shapes in steps, paths through a trellis; `spreads` turn the search into GPTQ's.
 
     `power_NC` are mean squares of columns, where these rows are only a part.
     """
@@ -5181,7 +5178,7 @@ def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
     groups: dict[tuple, list[int]] = {}
     for i, item in enumerate(items):
         if item.states:
-            codes[i] = torch.empty(item.w_RC.shape, dtype=torch.int8, device=item.w_RC.device)
+            codes[i] = torch.empty(item.w_RC.shape, dtype=torch.int16, device=item.w_RC.device)
             groups.setdefault((item.w_RC.shape, item.states, item.spread is None), []).append(i)
     batches = []
     for (shape, _, _), members in groups.items():
@@ -5309,9 +5306,9 @@ def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
     return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
 
 
-def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor) -> Tensor:
-    """fp16 steps (R,), widened where a row's largest weight would not fit 8 bits."""
-    top = largest_code(8)
+def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor, states: int = 0) -> Tensor:
+    """fp16 steps (R,), widened where a row's largest weight would not fit 8 bits, or PATH_BITS along a trellis."""
+    top = largest_code(PATH_BITS if states else 8)
     return row_scale(torch.maximum(step * row_factor_R * top, w_RC.abs().amax(dim=1)), top)
 
 
@@ -5328,7 +5325,7 @@ def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor
         if states:  # a state sees every second code
             chosen = (chosen.float() / 2).clamp_min(SCALE_EPS).half()
         if columns_C is not None:
-            chosen = steps_by_row(w_RC / octave_eighths(columns_C), 1.0, chosen.float())
+            chosen = steps_by_row(w_RC / octave_eighths(columns_C), 1.0, chosen.float(), states)
         bits = 8 if states or columns_C is not None else bits
     else:
         bits = 8
@@ -5527,7 +5524,7 @@ def zstd_unpack(packed: bytes, size: int) -> bytes:
 
 KINDS: dict[str, torch.dtype] = {
     "codes": torch.int8,
-    "trellis4": torch.int8,
+    "trellis4": torch.int8,  # as the header counts it: in memory paths are int16
     "trellis8": torch.int8,
     "columns": torch.int8,
     "scale": torch.float16,
@@ -5590,7 +5587,7 @@ def stream_plan(entries: list[TensorEntry]) -> dict[tuple[str, str], list[tuple[
 # is integer arithmetic or single IEEE operations, so that every machine derives the same.
 
 LEVELS_PER_OCTAVE = 8
-LEVEL_BOUNDS = (-24, 63)  # spreads from 1/8 to 235 steps
+LEVEL_BOUNDS = (-24, 95)  # spreads from 1/8 to 3756 steps
 LEVEL_GRIDS = (0, 4, 2, 1)  # coarseness of a tensor's row or column levels; 0 is one level for all
 CHUNK = 16  # columns predicted at once
 RIDGE_ROWS = 192  # rows of uncorrelated codes that a regression starts from: 1.3 % less than 32 on a trained embedding
@@ -5682,12 +5679,12 @@ def regions(shape: tuple[int, int], predicted: bool) -> list[tuple[slice, slice]
 
 
 def predict_codes(rows: int, columns: int, code: Callable[[slice, slice, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Walk `regions` of a tensor; `code(rows, columns, mean)` gives the codes there. Returns all of them, int8.
+    """Walk `regions` of a tensor; `code(rows, columns, mean)` gives the codes there. Returns all of them, int16.
 
     `mean` (integers) is the regression of a chunk on all columns before it, fitted to the rows before its block whenever
     these have doubled. Encoder and decoder both are callbacks of this walk, so they cannot disagree.
     """
-    codes_RC, moments_CC, fitted = np.zeros((rows, columns), np.int8), np.zeros((columns, columns)), 0
+    codes_RC, moments_CC, fitted = np.zeros((rows, columns), np.int16), np.zeros((columns, columns)), 0
     for block, chunk in regions((rows, columns), True):
         if chunk.start == 0:
             if block.start >= 2 * fitted:
@@ -5980,7 +5977,7 @@ def decode_tensor(decoder: Any, model: CodeModel, spread: CodeLevels) -> np.ndar
         return np.concatenate([code(*region, 0).astype(np.int8) for region in regions(shape, False)])
     if shape[1] > MAX_PREDICTED_COLUMNS:
         raise ArtifactError(f"a stream of codes predicts {shape[1]} columns, {MAX_PREDICTED_COLUMNS} at most")
-    return predict_codes(*shape, code)
+    return predict_codes(*shape, code).astype(np.int8)
 
 
 def decode_codes(stream: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
@@ -6092,10 +6089,10 @@ class PathReader:
 
 def walk_columns(spreads: list[CodeLevels], states: int, coder: PathWriter | PathReader,
                  known: list[np.ndarray] | None = None) -> list[np.ndarray]:  # fmt: skip
-    """Codes (R, C) int8 of tensors without prediction: column by column, over the rows of all that have the column, widest
+    """Codes (R, C) int16 of tensors without prediction: column by column, over the rows of all that have the column, widest
     tensors first. `known` are the codes to write."""
     order = sorted(range(len(spreads)), key=lambda i: -len(spreads[i].columns))
-    found_CR = {i: np.empty((len(spreads[i].columns), len(spreads[i].rows)), np.int8) for i in order}
+    found_CR = {i: np.empty((len(spreads[i].columns), len(spreads[i].rows)), np.int16) for i in order}
     given_CR = None if known is None else {i: np.ascontiguousarray(known[i].T) for i in order}
     row_levels = np.concatenate([spreads[i].rows for i in order])
     ends = np.cumsum([len(spreads[i].rows) for i in order])
@@ -6106,7 +6103,7 @@ def walk_columns(spreads: list[CodeLevels], states: int, coder: PathWriter | Pat
         levels = row_levels[:n] + np.repeat([spreads[i].columns[j] for i in live], [len(spreads[i].rows) for i in live])
         values = None if known is None else np.concatenate([given_CR[i][j] for i in live])
         values = coder.code(levels.clip(*LEVEL_BOUNDS), state[:n] & 1, values)
-        refuse_beyond_8_bits(values)
+        refuse_wide(values)
         state[:n] = next_state(state[:n], values, states)
         for i, part in zip(live, np.split(values, ends[: len(live) - 1]), strict=True):
             found_CR[i][j] = part
@@ -6116,27 +6113,27 @@ def walk_columns(spreads: list[CodeLevels], states: int, coder: PathWriter | Pat
 def walk_predicted(
     spread: CodeLevels, states: int, coder: PathWriter | PathReader, known: np.ndarray | None = None
 ) -> np.ndarray:
-    """Codes (R, C) int8 of a tensor with prediction: a value is a code less its mean, and both parities are known."""
+    """Codes (R, C) int16 of a tensor with prediction: a value is a code less its mean, and both parities are known."""
     state = np.zeros(len(spread.rows), np.uint8)
 
     def code(rows: slice, chunk: slice, mean: np.ndarray) -> np.ndarray:
-        if not np.abs(mean).max(initial=0) <= MAX_TABLE + 127:  # nor if it is no number
-            raise ArtifactError("a stream of codes holds values beyond 8 bits")
+        if not np.abs(mean).max(initial=0) <= 2 * MAX_TABLE:  # nor if it is no number
+            raise ArtifactError(f"a stream of codes holds values beyond {PATH_BITS} bits")
         codes, levels = mean.astype(np.int16), spread.levels(rows, chunk)
         for i in range(codes.shape[1]):
             values = None if known is None else known[rows, chunk.start + i] - codes[:, i]
             codes[:, i] += coder.code(levels[:, i], (state[rows] ^ codes[:, i]) & 1, values)
-            refuse_beyond_8_bits(codes[:, i])
+            refuse_wide(codes[:, i])
             state[rows] = next_state(state[rows], codes[:, i], states)
         return codes
 
     return predict_codes(len(spread.rows), len(spread.columns), code)
 
 
-def refuse_beyond_8_bits(codes: np.ndarray) -> None:
+def refuse_wide(codes: np.ndarray) -> None:
     """ArtifactError for what no tensor of codes can hold."""
-    if not np.abs(codes).max(initial=0) <= 127:
-        raise ArtifactError("a stream of codes holds values beyond 8 bits")
+    if not np.abs(codes).max(initial=0) <= largest_code(PATH_BITS):
+        raise ArtifactError(f"a stream of codes holds values beyond {PATH_BITS} bits")
 
 
 def walk_paths(spreads: list[CodeLevels], states: int, coder: PathWriter | PathReader,
@@ -6153,7 +6150,7 @@ def walk_paths(spreads: list[CodeLevels], states: int, coder: PathWriter | PathR
 
 
 def encode_paths(arrays: list[np.ndarray], states: int, predictable: bool = False) -> bytes:
-    """int8 codes of several tensors, each (R, C) of paths, as one stream: fields (LZMA), then a range coder's words."""
+    """int16 codes of several tensors, each (R, C) of paths, as one stream: fields (LZMA), then a range coder's words."""
     import constriction
 
     spreads = [plan_codes(codes_RC, predictable, parities=True)[0] for codes_RC in arrays]
@@ -6166,7 +6163,7 @@ def encode_paths(arrays: list[np.ndarray], states: int, predictable: bool = Fals
 
 
 def decode_paths(stream: bytes, shapes: list[tuple[int, int]], states: int) -> list[np.ndarray]:
-    """Inverse of encode_paths: int8 arrays of `shapes`. Raises ArtifactError."""
+    """Inverse of encode_paths: int16 arrays of `shapes`. Raises ArtifactError."""
     import constriction
 
     fields, words = read_fields(stream)
@@ -6242,7 +6239,9 @@ def pack(
             coder, packed = encode_stream(cfg, role, kind, arrays)
             coded[role, kind] = arrays, coder, packed
         blobs.append(packed)
-        streams.append(StreamInfo(role, kind, coder, len(packed), sum(a.numel() * a.itemsize for a in arrays)))
+        streams.append(
+            StreamInfo(role, kind, coder, len(packed), sum(a.numel() for a in arrays) * KINDS[kind].itemsize)
+        )
     sizes = [(name, len(section)) for name, section in sections.items()]
     fields = {**header, "tensors": [entry.line() for entry in entries], "streams": streams, "sections": sizes}
     return add_checksum(fields, b"".join([*blobs, *sections.values()]))
@@ -6432,9 +6431,9 @@ def restore(entry: TensorEntry, parts: list[Tensor]) -> QuantizedTensor:
         return QuantizedTensor(entry.role, entry.bits, entry.shape, values=parts[0])
     codes, scale, *correction = parts
     columns = correction.pop(0)[0] if entry.columns else None
-    top = largest_code(entry.bits)
+    top = largest_code(PATH_BITS if entry.trellis else entry.bits)
     if codes.min() < -top or codes.max() > top:
-        raise ArtifactError(f"tensor {entry.name[:80]!r} holds codes beyond {entry.bits} bits")
+        raise ArtifactError(f"tensor {entry.name[:80]!r} holds codes beyond +-{top}")
     low_rank = LowRank(*correction, entry.group) if correction else None
     return QuantizedTensor(entry.role, entry.bits, entry.shape, codes=codes, scale=scale, columns=columns,
                            trellis=entry.trellis, low_rank=low_rank)  # fmt: skip
@@ -6446,7 +6445,7 @@ def restore(entry: TensorEntry, parts: list[Tensor]) -> QuantizedTensor:
 # price of a byte for all tensors, found by bisection, sets every step. What the curves missed is corrected against the
 # packed file, by a secant; two files do for models of millions of weights. The last bytes go to one tensor at a time.
 
-STEP_GRID = np.exp2(np.arange(-11, 5) / 2)  # steps tried, in rms weights
+STEP_GRID = np.exp2(np.arange(-11, 5) / 2)  # steps tried, in rms weights; along a trellis in halves of these
 BUDGET_FLOOR, BUDGET_AIM = 0.995, 0.9975  # shares of TARGET_BYTES: accepted from, aimed at
 MAX_PACKS = 8  # four, unless none of those fits
 CURVE_ROWS = 256  # rows that a curve is measured on; paths are searched in half of them
@@ -6458,18 +6457,18 @@ class RateDistortion(NamedTuple):
     """What a tensor costs over `STEP_GRID`: bits of its codes, and expected added loss in nats a token."""
 
     name: str
-    rms: float
+    unit: float  # the rms weight, along a trellis half of it
     row_factor_R: Tensor  # steps of rows relative to the tensor's
     bits: np.ndarray
     loss: np.ndarray
 
     def at(self, step: float) -> tuple[float, float]:
-        """Bits and added loss at a step in rms weights."""
+        """Bits and added loss at a step in units."""
         octave, grid = math.log2(step), np.log2(STEP_GRID)
         return float(np.interp(octave, grid, self.bits)), math.exp(np.interp(octave, grid, np.log(self.loss)))
 
     def step_at(self, bits: float) -> float:
-        """The step, in rms weights, at which the codes take `bits`."""
+        """The step, in units, at which the codes take `bits`."""
         return 2.0 ** float(np.interp(-bits, -self.bits, np.log2(STEP_GRID)))
 
     def price(self, step: float) -> float:
@@ -6490,12 +6489,12 @@ def row_factors(fisher_R: Tensor) -> Tensor:
 
 def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states: int = 0) -> RateDistortion:
     """Code a sample of rows at every step of the grid; `gain` is GPTQ's share of the error without it, `states` the trellis'."""
-    rms = float(w_RC.square().mean().sqrt().clamp_min(1e-8))
+    unit = float(w_RC.square().mean().sqrt().clamp_min(1e-8)) / (2 if states else 1)
     by_row = role in PREDICTED_ROLES and w_RC.shape[0] > 1
     factor_R = row_factors(fisher_R) if by_row else torch.ones_like(fisher_R)
     most = CURVE_ROWS // 2 if states and not by_row else CURVE_ROWS
     pick = torch.linspace(0, len(w_RC) - 1, min(len(w_RC), most), device=w_RC.device).long()
-    w, all_scales = w_RC[pick], [steps_by_row(w_RC, step, factor_R) for step in STEP_GRID * rms]
+    w, all_scales = w_RC[pick], [steps_by_row(w_RC, step, factor_R, states) for step in STEP_GRID * unit]
     if states:
         w = w[:, torch.linspace(0, w.shape[1] - 1, min(w.shape[1], PATH_COLUMNS), device=w.device).long()]
     scales = [scale[pick] for scale in all_scales]
@@ -6513,9 +6512,9 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
         spread, values, _ = plan_codes(codes.cpu().numpy(), False, states > 0)
         bits.append(described_bits(spread, values, states > 0, len(w_RC)) * w_RC.shape[1] / w.shape[1])
         loss.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
-    saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * rms, factor_R)) if by_row else 0.0
+    saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * unit, factor_R)) if by_row else 0.0
     bits = np.maximum.accumulate(np.array(bits)[::-1])[::-1]  # of a coarser step never more: interpolation needs it
-    return RateDistortion(name, rms, factor_R, np.maximum(bits - saved, 0.02 * w_RC.numel()), np.array(loss))
+    return RateDistortion(name, unit, factor_R, np.maximum(bits - saved, 0.02 * w_RC.numel()), np.array(loss))
 
 
 def prediction_saving(w_RC: Tensor, scale_R: Tensor) -> float:
@@ -6525,7 +6524,7 @@ def prediction_saving(w_RC: Tensor, scale_R: Tensor) -> float:
 
 
 def choose_steps(curves: list[RateDistortion], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Steps (in rms weights) and predicted bits by name with the least added loss within `budget_bits`."""
+    """Steps (in units) and predicted bits by name with the least added loss within `budget_bits`."""
     fine = np.arange(-352, 129) / 64  # octaves, between the measured half octaves
     grid = np.log2(STEP_GRID)
     bits = np.stack([np.interp(fine, grid, c.bits) for c in curves])
@@ -6556,7 +6555,7 @@ class Budget(NamedTuple):
     blob: bytes
     predicted: dict[str, float]  # role -> bytes of codes
     spent: int  # artifact and code
-    steps: dict[str, float]  # in rms weights
+    steps: dict[str, float]  # in units of the curves
 
 
 def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], store: dict[str, str], calibration: Calibration,
@@ -6646,7 +6645,9 @@ class BudgetSearch:
     ) -> dict[str, QuantizedTensor]:
         """All tensors at `steps`, but those that are `kept`."""
         scales = {
-            n: steps_by_row(self.weights(n), steps[n] * c.rms, c.row_factor_R)
+            n: steps_by_row(
+                self.weights(n), steps[n] * c.unit, c.row_factor_R, trellis_states(self.cfg, self.named[n].shape)
+            )
             for n, c in self.curves.items()
             if n not in kept
         }

@@ -1,6 +1,6 @@
 """Bytes for the same codes against byte compressors, quantisation gap against bytes, seconds of pack, unpack and GPTQ.
 
-    python benchmarks/artifact.py [--weights logs/weights.pgz] [--data FOLDER] [--seconds 600] [--parts bytes error gap speed]
+    python benchmarks/artifact.py [--weights logs/weights.pgz] [--data FOLDER] [--seconds 600] [--parts bytes error gap speed encode]
 
 Without a file at --weights it trains the `cpu` recipe for --seconds first and keeps the weights there in fp32. --data holds
 shards and their tokenizer (default: the shipped sample): training and calibration read its training split, gaps are
@@ -12,6 +12,7 @@ independent codes against trellises, and the bytes of both and of the compressor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import lzma
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +36,7 @@ import train_gpt as tg
 FP32 = {f"{role}_BITS": "32" for role in ("ATTN", "MLP", "EMBED", "TABLE", "PROJ", "CONTROL")}
 RUN = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), share=lambda n: range(n), all_reduce=lambda t: t)
 GAP_TOKENS = 40_960
+PARTS = ("bytes", "error", "gap", "speed", "encode")
 BYTE_CODES = {
     "int6 by row maximum": {"attn_bits": 6, "mlp_bits": 6, "embed_bits": 6, "table_bits": 6, "quant_clip": "max"},
     "int5 by row maximum": {"attn_bits": 5, "mlp_bits": 5, "embed_bits": 5, "table_bits": 5, "quant_clip": "max"},
@@ -294,18 +297,6 @@ def time_packing(label: str, shapes: dict[str, torch.Size], store: dict[str, str
     return t1 - t0, t2 - t1
 
 
-def time_budget(label: str, shapes: dict[str, torch.Size], store: dict[str, str]) -> None:
-    """Seconds to fill 16 MB with weights of uneven importance, without GPTQ."""
-    cfg = tg.Config(target_bytes=15_900_000, control_bits=16)
-    torch.manual_seed(0)
-    named = {n: torch.randn(shape) * 0.02 for n, shape in shapes.items()}
-    fisher = {n: torch.rand(tg.rows_and_columns(w.shape)[0]) * 10 ** (3 * torch.rand(())) for n, w in named.items()}
-    budget, seconds, packs = timed_budget(cfg, named, store, tg.Calibration({}, fisher))
-    print(
-        f"{label}: TARGET_BYTES={cfg.target_bytes} filled to {budget.spent / cfg.target_bytes:.2%} in {packs} packs, {seconds:.1f}s"
-    )
-
-
 def time_gptq(recipe: str) -> float:
     """Seconds of GPTQ for every matrix of a recipe."""
     cfg, shapes, store = shapes_of(recipe)
@@ -325,44 +316,81 @@ def time_gptq(recipe: str) -> float:
     return seconds
 
 
-def time_trellis(shapes: dict[str, torch.Size], store: dict[str, str], states: int = 8) -> None:
-    """Seconds to encode and decode 36 M weights as trellis paths inside GPTQ, as one file."""
-    cfg = tg.Config(quant_clip="sigma", control_bits=16, quant_trellis=states, gptq_enabled=True)
+@contextlib.contextmanager
+def timed(spans: dict[str, list[float]], *targets: tuple[object, str]) -> Iterator[None]:
+    """Adds the seconds of every call of the named functions to `spans`."""
+    kept = [(owner, name, getattr(owner, name)) for owner, name in targets]
+
+    def wrapped(name: str, function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spans.setdefault(name, []).append(time.perf_counter() - started)
+
+        return call
+
+    for owner, name, function in kept:
+        setattr(owner, name, wrapped(name, function))
+    yield
+    for owner, name, function in kept:
+        setattr(owner, name, function)
+
+
+def time_encode(shapes: dict[str, torch.Size], store: dict[str, str], states: int) -> None:
+    """Seconds to fill 15.9 MB with 36 M weights of uneven importance as trellis paths inside GPTQ, and to decode them."""
+    cfg = tg.Config(target_bytes=15_900_000, control_bits=16, quant_trellis=states, gptq_enabled=True)
+    torch.manual_seed(0)
     named, hessians = {n: torch.randn(shape) * 0.02 for n, shape in shapes.items()}, {}
-    for columns in {shape[1] for n, shape in shapes.items() if len(shape) == 2}:
-        x = torch.randn(2 * columns, columns)
-        shared = x.T @ x
-        hessians |= {
-            n.removesuffix(".weight"): shared.clone() for n, s in shapes.items() if len(s) == 2 and s[1] == columns
-        }
-    clock = lambda: np.array([time.perf_counter(), time.process_time()])  # noqa: E731
-    t0 = clock()
-    stored = tg.quantize(cfg, named, store, hessians)
-    t1 = clock()
-    blob = tg.pack(cfg, {}, stored)
-    t2 = clock()
-    tg.unpack(blob)
-    t3 = clock()
-    total, peak = sum(w.numel() for w in named.values()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    spans = "; ".join(
-        f"{what} {t[0]:.1f}s ({t[1]:.1f}s of CPU)"
-        for what, t in (("search", t1 - t0), ("pack", t2 - t1), ("unpack", t3 - t2))
+    for n, shape in shapes.items():
+        if store[n] in ("attn", "mlp", "embed"):
+            x = torch.randn(2 * shape[1], shape[1]) * torch.logspace(-0.5, 0.5, shape[1])
+            hessians[n.removesuffix(".weight")] = x.T @ x
+    fisher = {n: torch.rand(tg.rows_and_columns(w.shape)[0]) * 10 ** (3 * torch.rand(())) for n, w in named.items()}
+    spans: dict[str, list[float]] = {}
+    parts = (
+        (tg.BudgetSearch, "curve"),
+        (tg, "quantize"),
+        (tg, "pack"),
+        (tg.BudgetSearch, "spend_rest"),
+        (tg, "fill_budget"),
     )
-    print(f"{states} states, {total:,} weights, {len(blob):,} bytes: {spans}; peak memory {peak:.0f} MiB", flush=True)
+    with timed(spans, *parts, (tg, "unpack")):
+        budget = tg.fill_budget(cfg, {}, named, store, tg.Calibration(hessians, fisher), 0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        _, found = tg.unpack(budget.blob)
+        for item in found.values():
+            tg.dequantize(item)
+    total = sum(w.numel() for w in named.values())
+    print(f"{states} states, {total:,} weights, {torch.get_num_threads()} threads: {budget.spent:,} bytes, "
+          f"{cfg.target_bytes - budget.spent:,} left; peak memory {peak:.0f} MiB")  # fmt: skip
+    for name, seconds in spans.items():
+        print(
+            f"  {name:<12} {sum(seconds):6.1f}s in {len(seconds)} calls: {' '.join(f'{x:.1f}' for x in seconds[:12])}"
+        )
+
+
+def large_shapes() -> tuple[dict[str, torch.Size], dict[str, str]]:
+    """Of 36 M weights: 11 x 512, MLP 4x, 8,192 pieces."""
+    with torch.device("meta"):
+        large = tg.GPT(tg.Config(num_layers=11, mlp_mult=4.0, vocab_size=8192))
+    return {n: p.shape for n, p in large.named_parameters()}, {n: p.store for n, p in large.named_parameters()}
 
 
 def measure_speed() -> None:
-    """Pack and unpack of the baseline and of a 36 M shape (11 x 512, MLP 4x, 8,192 pieces), GPTQ of pr850."""
+    """Pack and unpack of the baseline and of a 36 M shape, GPTQ of pr850."""
     _, shapes, store = shapes_of("baseline")
     time_packing("baseline", shapes, store)
-    cfg = tg.Config(num_layers=11, mlp_mult=4.0, vocab_size=8192)
-    with torch.device("meta"):
-        large = tg.GPT(cfg)
-    shapes, store = {n: p.shape for n, p in large.named_parameters()}, {n: p.store for n, p in large.named_parameters()}
-    time_packing("36 M", shapes, store)
-    time_budget("36 M", shapes, store)
-    time_trellis(shapes, store)
+    time_packing("36 M", *large_shapes())
     time_gptq("pr850")
+
+
+def measure_encode() -> None:
+    """The whole encoder at 36 M weights, independent codes and 8 states."""
+    shapes, store = large_shapes()
+    for states in (0, 8):
+        time_encode(shapes, store, states)
 
 
 def main() -> None:
@@ -370,11 +398,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("logs/weights.pgz"))
     parser.add_argument("--data", type=Path, default=tg.SAMPLE_DIR)
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument(
-        "--parts", nargs="+", choices=("bytes", "error", "gap", "speed"), default=("bytes", "error", "gap", "speed")
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
-    if set(args.parts) != {"speed"}:
+    if set(args.parts) - {"speed", "encode"}:
         if not args.weights.exists():
             train_weights(args.weights, args.data, args.seconds)
         subject = Subject(args.weights, args.data)
@@ -388,6 +414,8 @@ def main() -> None:
         compare_at_equal_error()
     if "speed" in args.parts:
         measure_speed()
+    if "encode" in args.parts:
+        measure_encode()
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def walk(codes: np.ndarray, states: int) -> np.ndarray:
 
 def random_paths(shape: tuple[int, int], states: int, spread: float, seed: int = 0) -> np.ndarray:
     """Random codes of the right parities."""
-    rng, codes, state = np.random.default_rng(seed), np.zeros(shape, np.int8), np.zeros(shape[0], np.int64)
+    rng, codes, state = np.random.default_rng(seed), np.zeros(shape, np.int16), np.zeros(shape[0], np.int64)
     for j in range(shape[1]):
         odd = state & 1
-        codes[:, j] = (2 * np.round((rng.normal(size=shape[0]) * spread - odd) / 2) + odd).clip(-126, 126 - odd)
+        codes[:, j] = (2 * np.round((rng.normal(size=shape[0]) * spread - odd) / 2) + odd).clip(-2046, 2046 - odd)
         state = tg.next_state(state, codes[:, j].astype(np.int64), states)
     return codes
 
@@ -147,12 +147,12 @@ def test_search_in_parts_and_in_threads_gives_the_same_codes(monkeypatch):
 def test_any_paths_survive_the_coder(states):
     shapes = [(16, 1), (90, 70), (17, 300), (64, 40)]
     arrays = [
-        random_paths(s, states, spread, i) for i, (s, spread) in enumerate(zip(shapes, (1, 5, 0.3, 40), strict=True))
+        random_paths(s, states, spread, i) for i, (s, spread) in enumerate(zip(shapes, (1, 5, 0.3, 600), strict=True))
     ]
     arrays.append(tg.trellis_codes((torch.randn(200, 4) @ torch.randn(4, 48) * 8)[None], None, states)[0].numpy())
     stream = tg.encode_paths(arrays, states, predictable=True)
     found = tg.decode_paths(stream, [a.shape for a in arrays], states)
-    assert all(np.array_equal(a, b) and b.dtype == np.int8 for a, b in zip(arrays, found, strict=True))
+    assert all(np.array_equal(a, b) and b.dtype == np.int16 for a, b in zip(arrays, found, strict=True))
     alone = tg.encode_paths(arrays[-1:], states, predictable=True)
     assert len(alone) < 0.9 * len(tg.encode_paths(arrays[-1:], states))  # prediction and trellis go together
 
@@ -180,6 +180,23 @@ def test_a_trellis_saves_error_at_equal_bytes_in_the_whole_quantizer():
     uniform = error(0)
     assert 10 * math.log10(error(8) / uniform) < -0.9
     assert 10 * math.log10(error(4) / uniform) < -0.8
+
+
+def test_fine_steps_of_rows_columns_and_trellis_multiply():
+    """A frequent token's row at a high rate: 8 bits would widen its step, which cost more than the trellis saves."""
+    g = torch.Generator().manual_seed(6)
+    named, h = {"tok_emb.weight": torch.randn(1200, 48, generator=g)}, second_moments(1.0, 48)
+    calibration = tg.Calibration({"tok_emb": h}, {"tok_emb.weight": 1 / torch.arange(1, 1201)})
+
+    def loss(states: int) -> float:
+        cfg = tg.Config(target_bytes=1200 * 48 * 6 // 8, quant_trellis=states, gptq_enabled=True)
+        budget = tg.fill_budget(cfg, {}, named, {"tok_emb.weight": "embed"}, calibration, 0)
+        item = tg.unpack(budget.blob)[1]["tok_emb.weight"]
+        error = tg.dequantize(item) - named["tok_emb.weight"]
+        assert (item.codes.abs().max() > 127) == (states > 0)
+        return float(calibration.fisher["tok_emb.weight"] @ (error @ h * error).sum(1))
+
+    assert 10 * math.log10(loss(8) / loss(0)) < -0.9
 
 
 # ---- files of version 2 and 3
@@ -243,6 +260,60 @@ def test_files_of_version_2_still_load():
     assert hashlib.sha256(parts).hexdigest() == VERSION_2_PARTS
     again = tg.pack(tg.Config(), header, stored, {"exact": bytes(range(16))})  # what was not new has not changed
     assert again[4:6] == b"\3\0" and again[6:-32] == VERSION_2[6:-32]
+
+
+VERSION_3 = base64.b85decode(
+    "P)AHn0{~JC00000001Nb002t@007_uN&y^Q06mC^XEX(yvdk@FH;>(tWhyRQhTN1LI<4}i-95OD$pZ=2{q^urxWzkOX1QRW!n+H~Z<%!m*Aa%w#T"
+    "ES=%HA6ohui(jOt1QfU<0>)4pOutsdkMx4CugTH24maE`$%>57z{&_MgH#Z&6d%ra9HEsyc)uv>><T1?Ce;m<mD$5vK%Vk(ei1&}&lF4R0Z4?e{i"
+    "OhsVc6iSt!oTv5CJqoK=08N&r_ntz@vNkYr|(G%)3G}na<VF<d~zP4yjh8{FTo3-6q;Ms^~LPThDW8SrVhm-Afb_FS4NUYoR`-q(bY54FLCkaijp"
+    "dy?jVBGsTE|-YL$b=gvex(ZA*_%+Z_XG`Pn#j3qQ#~0THOhDj24@940012T001li007_sIRGSG000Ma7a{}kIxk8I0PxY)Zd|u=<mUXoI5qoZi|?"
+    "aZ-Wako001I(h3eq0xm;9abGr*!0Hy%|A1+>HmPz~1MsRz_vhz3h;x#rmGBY<cI5;&mH#aslGXOLI002z@007_sX8=WA000Ea$R9Dxh?u_zW+7?V"
+    "oPSjqw;9?+sui7r@=hB3;z2(6^KbejVg0k~T?B;z!B3EQWMV_6IQgc@HRr$68r99B8UO%FTzMILF+465(2e+YW{GorNr(eY7EuqS5bA<S)Xg6!ZS"
+    "FIxVNSR##$)A{j7xv-&Q2zlbcZL!C+6EKP%Has$I59>&SoaBGs<!Ru;@XlVwz=D9|<)OUX+Vl4Y6lDM$JMv{PWxE$FK(7?TC^hl_e8DOijrG5+wZ"
+    "r054<6K-s=>P9q4Ki5ae6%iwKAuMm)s^-Hk7H$6K)IyShpKs39nysACAIy^Z#wJreQ0KWjUT>w3_7U&UjeifHS<-pj_Xtl?9VBYNfAf3vwu88?%H"
+    "-)pVZg<SAiQGDyOu5*FAZ6>{HY62ywo}NEIKnS$EK)ynzKam=s7N;5h~>lmx(IU*xf#-z?q#G^$X#=L;2(X~>-#Dl;qXdL3Nye<Mi$2yX~t7yc%$"
+    "(7U?_e?#Q*#BBF+wgvlhxZOuRp-H<NBh8dHUGX+@pirZx$%ul|ddm6z;6C#lE2;D)V=k`S8i6#$9=00682007_t69A-L000UP!b20Kl$*3o><PXh"
+    "1+xraiU5vRC*Eeb#~VXY5hZ>1-W%DJFvr`^It7eF4w&6h(G2N2=LKWzQlU>Bw{+=@H-hzpDhlXtPuQXhkB$)5`O(4vVWO2m6#rTg9wo>CJv3ssgf"
+    "<(8iMS!pXe_FRi}8x70Om}ENQJ%L8fT?jD)l{HTqKWKQCLy@JgU#BGg1|ia!O{RA>4^dZ@xHF&;Ye-X!Dbrfk`TAf(@2T))?-;o-J)=br*TXXo+)"
+    "8@>7&aAx#oa_(3>&7Sn%=%I%|7mNK{@0y2cu(1`DkdQ%|9AwW;OOD|BUi+_^PwaJT^^kbaOY22dxhjypL7vgpv+}IOgc#D4<w~DcK>n=ukRRP>32"
+    "#LTMov9nZ9HN-4UC(CtjAlp8pYf(QZmZKPd>=on)2%+Je|tuC!^Gw_m=<;zDqqXEU;7$Nwuu;=$*0kcAAWIUiYn>ypx6}ftH^2nE0g@NX0wJqJjt"
+    ")g0<E%@fw|!?@da_9r{m7<82@`D?*?KM?<A(ePC!!Qw*TByIrXlfK%vz34mR2XJgB{NP9_vmVrI_y&%=f2<=}DE><A1!DVhad3mV(&h_VP#WHe)z"
+    "|6|ZYJ-=j<TY;ExN9Jf5ozp%o$N7w=M57&Tg(mjq+wOSIH1s7x=0OOni6z(s=U5C@@CRjYHtj}&@-dcv5nDvGKo3p1gAa3TlE*7=4ntPN0|b30^h"
+    "gp8hgu+FRXTR-DTg2y<CjkPLT0csbvvN-)06(%6P&WR(8%2{utOI_@W=y*Yd;$z2aLfd7twE^;e?Za%J57+Vk;BMQxisN^60SxQ(ztVeRz)8nhy!"
+    "*g1ri7iyGL;#mZ==+_D@)0SptF&UFNkS8h=l403>$0$`KQm};GmpctIjS;&Pz2Rh%x<u@dCbW}AHlJWV<7^#V0rOtA(14ECfb!AJiYQHVy_|$Bl("
+    "`+Rk)lXl(TRHKlx!eQmKQ9<=n~}Da#Hb<#t}Dvb{AVJ9xx;`O!Q9GA^z)Gb<SlyaD;pmBWXDgT5s=+W|7)+(z?PDs4W=?ws_1heT3f~uhVd;|!1F"
+    "~hCZ5`JZW=(?&TMF+MSh>$8J1q-!g++CW1MwF5P&D&IoDH^q#_uWv?$?JQ&AskoNBP>ybP?$_DV(=SVOqCgGA~n6TA{?bjcb?ek17UAToTt8f|Ew"
+    "yHZK~YU>bw0Z<9-8yz763&PR$c+|STX!Of<Tu^=sIC*iqMMR}b-QAk(9&nRIE}%v3S3R$yN*rV@`12~s`5&q};mL7o$OLQ34B@m<ZGR%POk9=gfE"
+    "TjTj&XBJNzd<dgwZi$nwu4<1k6wMjSe!WB??@{btQ%d=A5tFDBZ@$4GwciuJ0{3?hZJW`I`1C)vq)mT&#zfO<&3E(WOCQB%Az|B8vT{9$~9PCK8d"
+    "S#ZDm@!{-i#)WGC&79B*FVS6GZN}cT05V0dtE6Bo-6`d#M6zy_Ko`%-7(ga7H;xs5js65MIe7Y7o238B$-B}xt<AfJ@L0W~EB6=3;FZkCzSiH=Z@"
+    "M3S`$$qbYO*ygdnzQaUZE#5SXA}r4xPAfbs7-W>y~KBL;2()It%yjGzW@Gr%tRC-+bL>K`@dH-i+8s!iSAG<C1<4~Vp@NxM`Pz~?@kTx)?0x)9<~"
+    "hC?lc$A7{L7RdmX=|4*w!h9i^4C54d~Eis(;3ixaDb>Ah&J1|AADvw5qHQD`jZD8qTld2zetAc6>QrcGK)ES?+!0?YG~0W~(}6gFlOhhq*@k&VP@"
+    "NISq6-2lb@DiNnytfyYm=*v+ryr6t!zgW<F5bC219|y<-j9@e~sUF3fE<3JGS?Vo%3eY>|eA0|eGo<|QWL9h(=pWF=&4+c(2ks#cH18_0zNp^+cc"
+    "S}X!AHc*FP3S>9fW|KVvQNDC;(Wk3ZJ8<J85WprH?qNNiWzPA^dq6)yDkhj!Y0RSiE!hz#VS`Wd{evzfQGpKZQC~Hr8gd#cp{Z<E_hu9d~xhu;`x"
+    "U;%0&k&gnP+mxUwTrouZn@0_zI4WZ<M^MClfAXX46daVTGdR@}9yo_7wpw0H^w6KBq*5VQYg>UU!$p_T48upk1D<iwsHpiQ3PA~wFG(p1i9ezc!t"
+    "w!0o>EfQEh((lVi1>2ULfVN!Bh&k%lNs{ZY}hGnJ5oAAx=A4)|NC;@5ys5m8q=q|@EC!B4jk4z5IXe2fjH?1lgAi=HvzSAS9KJUmzkS=7a8f3Tqu"
+    "OMAi*gZh)=3B&)Kb*(J(D#Wqo(xGA-hJV!|UXmfL-Bxcc+hPw9NPji*q+qyu%Hxz1--SDM1T(`F?A001`t007_sNdPZh00KEQ4$vvlGo@)-qSjjH"
+    "Wt18Co=m*;jH2&KN-Of4&~M@Ejw-{~G{CY#S1P~&0E`SuN+Ul{e5rjjDGA@XN#Jh}_ZV!mh;#{!T0eMh=^X$704x9i0N?;Q03=-i00(jxA_MU{FG"
+    ">jj@X^+8T(@%M=KQ`mHTz_X@1t4X7_u_}03vpU>fo-qTvTLpy9-$WrU3vo4wwnKs!q&{dtx<vRN5p^0TM0j?`-ZC$5&%EH#s&oIW{&nI5jslH#sp"
+    "kH8?XsFCrB!B^Urf000120002s0D%BcT>t?C_DtiMCJMV#0-0OA^E1E6C!jhlsSy4#`X39=K(@OZEsD`;IXupes2z(RHNQNbU(QBut&iu}bvg}F*"
+    "Cxhmp)9?H7!&CK9bklj007!HxvO-1#o<A2ngryME!gEx*5D(_rz2ahG$!A>Rm42!l5_lxbh`ik>dk-=k_14wtwV^GXxG7?k3!O;8t-Nq?=y(Dl+&"
+    "@VL;j-rO5-nkkcV8tYy#)8TP`L8{MY+{osw>s%n|u!Nix0>O?6IEtn{;oR`D-SIrLpAXVTH(=-qihOtbG-2msEZmAq|P6@~#1Hp<~r1W$R6$5&!Y"
+    "y@_)2$HgA%xvaR$8BvF_2Br"
+)
+VERSION_3_PARTS = "e4ead49bff34739a71de76bd2b1b9f079b9af5dcaffdfc81d94b957fd2eadc13"
+
+
+def test_files_of_version_3_with_codes_of_8_bits_still_load():
+    """Made when paths had codes of 8 bits: a predicted embedding, steps of columns, a grouped correction, floats."""
+    _, stored = tg.unpack(VERSION_3)
+    assert {n: (s.shape, s.trellis, s.columns is not None) for n, s in stored.items()} == {
+        "tok_emb.weight": ((96, 24), 8, False), "blocks.0.attn.q.weight": ((16, 24), 8, True),
+        "blocks.0.mlp.up.weight": ((20, 24), 8, True), "blocks.0.attn_scale": ((24,), 0, False),
+    }  # fmt: skip
+    assert stored["blocks.0.mlp.up.weight"].low_rank.group == 10
+    parts = [part for s in stored.values() for part in tg.parts_of(s)]
+    raw = b"".join((p if p.is_floating_point() else p.short()).numpy().tobytes() for p in parts)
+    assert hashlib.sha256(raw).hexdigest() == VERSION_3_PARTS
 
 
 def mixed(states: int = 8) -> dict[str, tg.QuantizedTensor]:
