@@ -354,7 +354,7 @@ def test_passes_through_one_block_learn_different_things(tiny, text):
     batch = tg.DocumentBatch(network, network.documents[:3])
     for _ in tg.score_then_learn(text.tokens, batch.n, network.chunk_end, batch, [batch]):
         pass
-    first, second = (batch.b[list(network.shapes).index((slot, "blocks.0.mlp"))] for slot in (0, 1))
+    first, second = (network.adapters(batch.params).lora[slot, "blocks.0.mlp"].b for slot in (0, 1))
     assert first.abs().max() > 0 and not torch.allclose(first, second)
 
 
