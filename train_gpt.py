@@ -9102,7 +9102,7 @@ class Audit:
     ) -> None:
         n = min(len(text.tokens), max(AUDIT_TOKENS, cfg.eval_len + 2))
         self.often = max(1, n // 8)  # learning comes within the prefix, or nothing would be seen of it
-        block = max(self.often, *(size for _, size in cfg.ttt_chunk_steps)) if cfg.ttt_block_tokens > self.often else 0
+        block = min(cfg.ttt_block_tokens, max(self.often, *(size for _, size in cfg.ttt_chunk_steps)))
         self.cfg = dataclasses.replace(
             cfg, ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, self.often), ttt_block_tokens=block
         )
