@@ -541,4 +541,4 @@ def test_the_claim_fails_its_audit(tiny, script):
         "claimed: noise costs its entropy",
     ]
     assert "audit claimed: a distribution: FAILED (sum at target" in failed.out
-    assert "audit claimed: noise costs its entropy: FAILED (7." in failed.out and "bits a token of 8.229)" in failed.out
+    assert "audit claimed: noise costs its entropy: FAILED (" in failed.out
