@@ -2252,7 +2252,7 @@ class Ctx(NamedTuple):
     """What a caller may add to the forward pass; the default context is the plain model."""
 
     tap: Callable[[str, Tensor], None] | None = None  # sees the input of each projection (GPTQ Hessians)
-    lora: Mapping[tuple[int, str], Callable[[Tensor], Tensor]] = MappingProxyType({})  # (pass, site) -> what TTT adds
+    lora: Mapping[tuple[int, str], Callable[[Tensor, Tensor], Tensor]] = MappingProxyType({})  # (pass, site) -> (x, y) -> adapted y
     slot: int = -1  # which pass through a block this is: a block that runs twice has two LoRAs; -1 outside the blocks
     cache: KVCache | None = None  # keys and values of earlier positions (incremental decoding)
     fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
@@ -2288,7 +2288,7 @@ def find_segments(ids_BT: Tensor, longest: int, least_bounds: int = 0, cache: KV
 
 def adapted(y: Tensor, x: Tensor, site: str, ctx: Ctx) -> Tensor:
     """y (..., out) plus what the LoRA of this pass and site makes of x (..., in); y itself where there is none."""
-    return y + ctx.lora[ctx.slot, site](x) if (ctx.slot, site) in ctx.lora else y
+    return ctx.lora[ctx.slot, site](x, y) if (ctx.slot, site) in ctx.lora else y
 
 
 def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Parameter:
@@ -7497,16 +7497,16 @@ class NetworkExpert:
 
 
 class Lora(NamedTuple):
-    """(alpha / r) B A x beside one site: A (r, in), B (out, r) fp32, or one pair a sequence with a leading axis. B = 0 at first, so it
+    """y + (alpha / r) B A x at one site: A (r, in), B (out, r), or one pair a sequence with a leading axis. B = 0 at first, so it
     starts as nothing."""
 
     a: Tensor
     b: Tensor
     scale: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = x @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype)  # one product a factor, however many sequences
-        return y if self.scale == 1.0 else y * self.scale
+    def __call__(self, x_BTC: Tensor, y_BTD: Tensor) -> Tensor:
+        low_BTR = x_BTC @ self.a.mT  # one product a factor, however many sequences
+        return torch.baddbmm(y_BTD, low_BTR, self.b.mT.expand(len(low_BTR), -1, -1), alpha=self.scale)
 
 
 SITE_NAMES = {"o": "attn", "mlp": "mlp"}  # sites that are a whole branch; all others end in their projection's name
@@ -7545,22 +7545,24 @@ class TestTimeNetwork(NetworkExpert):
         self.learned = 1  # targets below are learned
         self.learning_rows = max(1, self.rows // 4)  # sequences of full length that a backward pass takes at once
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "ttt"))  # the same on every rank
-        self.shapes = lora_sites(cfg, self.model)
-        drawn = (self.draw(torch.empty(cfg.ttt_lora_rank, d_in), generator) for _, d_in in self.shapes.values())
-        self.a = [a.to(run.device, self.logp.dtype) for a in drawn]
+        self.shapes, rank = lora_sites(cfg, self.model), cfg.ttt_lora_rank
+        drawn = [self.draw(torch.empty(rank, d_in), generator).flatten() for _, d_in in self.shapes.values()]
+        self.size_a, size_b = sum(map(len, drawn)), rank * sum(d_out for d_out, _ in self.shapes.values())
+        self.drawn = torch.cat([*drawn, torch.zeros(size_b)]).to(run.device, self.logp.dtype)
 
     @staticmethod
     def draw(a: Tensor, generator: torch.Generator) -> Tensor:
         """Fill an A (r, in) with N(0, 1/in)."""
         return a.normal_(std=a.shape[1] ** -0.5, generator=generator)
 
-    def zeros(self, *copies: int) -> list[Tensor]:
-        """B of every site, (*copies, out, r)."""
-        return [a.new_zeros(*copies, d_out, len(a)) for a, (d_out, _) in zip(self.a, self.shapes.values(), strict=True)]
-
-    def adapters(self, a: list[Tensor], b: list[Tensor]) -> Ctx:
-        """The context of a forward with these A and B."""
-        return Ctx(lora={site: Lora(*pair, self.scale) for site, *pair in zip(self.shapes, a, b, strict=True)})
+    def adapters(self, params: Tensor) -> Ctx:
+        """The context of a forward with the LoRA that are one row of numbers, A of all sites and then B; (R, P): a row a sequence."""
+        rank, shapes = self.cfg.ttt_lora_rank, self.shapes.values()
+        factors = [*((rank, d_in) for _, d_in in shapes), *((d_out, rank) for d_out, _ in shapes)]
+        flat = params.to(self.model.compute_dtype).split([math.prod(shape) for shape in factors], dim=-1)
+        views = [p.unflatten(-1, shape) for p, shape in zip(flat, factors, strict=True)]
+        pairs = zip(self.shapes, views[: len(shapes)], views[len(shapes) :], strict=True)
+        return Ctx(lora={site: Lora(a, b, self.scale) for site, a, b in pairs})
 
     def learns_at(self, t: int) -> int:
         """The first edge after target `t`."""
@@ -7635,24 +7637,20 @@ class SharedLoraNetwork(TestTimeNetwork):
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
         super().__init__(cfg, run, model, text, stride)
         self.edges = [*range(1 + cfg.ttt_chunk_tokens, self.n_tokens, cfg.ttt_chunk_tokens), self.n_tokens]
-        live = [self.a, self.zeros()]
-        mean = [[p.clone() for p in side] for side in live]
-        self.params, self.mean = ([p for side in both for p in side] for both in (live, mean))
-        for p in self.params:
-            p.requires_grad_()
-        self.live, self.ctx = self.adapters(*live), self.adapters(*mean)
+        self.params, self.mean = self.drawn.clone().requires_grad_(), self.drawn
+        self.ctx = self.adapters(self.mean)
         if cfg.ttt_optimizer == "adamw":
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                self.params, self.lr, (cfg.ttt_beta1, cfg.ttt_beta2), cfg.ttt_adam_eps, cfg.ttt_wd
+                [self.params], self.lr, (cfg.ttt_beta1, cfg.ttt_beta2), cfg.ttt_adam_eps, cfg.ttt_wd
             )
         else:
-            self.optimizer = torch.optim.SGD(self.params, self.lr, cfg.ttt_momentum)
+            self.optimizer = torch.optim.SGD([self.params], self.lr, cfg.ttt_momentum)
 
     def expected_seconds(self, text: ValidationText) -> float:
         """Seconds of scoring, and of learning from one batch's time."""
         rows = self.rehearsed(self.learning_rows)
         spans = [(1, 1 + self.seq_len)] * rows * self.run.world
-        seconds = self.timed(lambda: self.gradient(self.tokens, spans, self.params, self.live))
+        seconds = self.timed(lambda: self.gradient(self.tokens, spans, [self.params], self.adapters(self.params)))
         learning = self.cfg.ttt_epochs * len(text.tokens) / self.seq_len * seconds / len(spans)
         return super().expected_seconds(text) + learning
 
@@ -7661,9 +7659,11 @@ class SharedLoraNetwork(TestTimeNetwork):
         spans = [(s, min(s + self.seq_len, hi)) for s in range(lo, hi, self.seq_len)]
         size = self.cfg.ttt_batch_seqs or len(spans)
         for i in [*range(0, len(spans), size)] * self.cfg.ttt_epochs:
-            self.descend(tokens, spans[i : i + size], self.params, self.live, self.cfg.ttt_grad_clip, self.optimizer)
+            ctx = self.adapters(self.params)
+            self.descend(tokens, spans[i : i + size], [self.params], ctx, self.cfg.ttt_grad_clip, self.optimizer)
         with torch.no_grad():
-            torch._foreach_lerp_(self.mean, self.params, 1 - self.cfg.ttt_polyak_decay)
+            self.mean.lerp_(self.params, 1 - self.cfg.ttt_polyak_decay)
+            self.ctx = self.adapters(self.mean)
 
 
 # ---- test-time training document by document
@@ -7792,11 +7792,10 @@ class DocumentBatch:
         self.documents = sorted(documents, key=lambda d: -d.targets)
         device, self.n = network.logp.device, self.documents[0].targets + 1
         self.start_R, self.targets_R = torch.tensor(self.documents, device=device).T
-        self.a = [a.repeat(rows, 1, 1) for a in network.a]
-        self.b = network.zeros(rows)
-        self.moments = [[torch.zeros_like(p) for p in (*self.a, *self.b)] for _ in range(2)]
-        self.taken = [torch.zeros((), device=network.run.device) for _ in range(2 * len(self.a))]
-        self.steps_R = torch.zeros(rows, device=network.run.device, dtype=network.logp.dtype)
+        self.params = network.drawn.repeat(rows, 1)  # (R, P): one buffer, so that one kernel steps all LoRA of the batch
+        self.moments = [torch.zeros_like(self.params) for _ in range(2)]
+        self.taken = torch.zeros((), device=network.run.device)
+        self.steps_R = self.params.new_zeros(rows)
         self.cache = DocumentCache(network.seq_len) if network.cfg.ttt_kv_cache else None
 
     def rows(self, position: int) -> int:
@@ -7815,8 +7814,8 @@ class DocumentBatch:
         rows = self.rows(lo)
         start = lo - 1 if self.cache is not None else max(0, hi - 1 - network.cfg.ttt_eval_len)
         ids = self.gather(tokens, start, hi, rows, BOS)
-        self.live = [p[:rows].detach().requires_grad_(learners > 0) for p in (*self.a, *self.b)]
-        ctx = network.adapters(self.live[: len(self.a)], self.live[len(self.a) :])
+        self.live = self.params[:rows].detach().requires_grad_(learners > 0)
+        ctx = network.adapters(self.live)
         if self.cache is not None:
             ctx = ctx._replace(cache=self.cache.first(rows))
         with torch.set_grad_enabled(learners > 0):
@@ -7843,15 +7842,12 @@ class DocumentBatch:
         for epoch in range(cfg.ttt_epochs):
             if epoch:
                 self.forward(tokens, lo, hi)
-            grads = [g[:rows] for g in torch.autograd.grad(self.loss, self.live)]
+            grad = torch.autograd.grad(self.loss, self.live)[0][:rows]
             if cfg.ttt_grad_clip:
-                norm_R = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-                scale_R = (cfg.ttt_grad_clip / (norm_R + 1e-6)).clamp_max(1.0)
-                torch._foreach_mul_(grads, [scale_R[:, None, None]] * len(grads))
-            params, mean, square = ([p[:rows] for p in side] for side in ((*self.a, *self.b), *self.moments))
-            adamw(params, grads, mean, square, [], self.taken, amsgrad=False, beta1=cfg.ttt_beta1,
-                                    beta2=cfg.ttt_beta2, lr=self.network.lr, weight_decay=cfg.ttt_wd,
-                                    eps=cfg.ttt_adam_eps, maximize=False)  # fmt: skip
+                grad *= (cfg.ttt_grad_clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1.0)
+            params, mean, square = ([x[:rows]] for x in (self.params, *self.moments))
+            adamw(params, [grad], mean, square, [], [self.taken], fused=True, amsgrad=False, beta1=cfg.ttt_beta1,
+                  beta2=cfg.ttt_beta2, lr=self.network.lr, weight_decay=cfg.ttt_wd, eps=cfg.ttt_adam_eps, maximize=False)  # fmt: skip
             self.steps_R[:rows] += 1
 
 
@@ -7875,7 +7871,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         self.chunks = list(chunk_starts(cfg.ttt_chunk_steps, longest))
         if cfg.ttt_kv_cache:  # positions count from the document's start, however long it is
             self.model.rope = rope_table(cfg, longest + max(cfg.ttt_chunk_size, self.seq_len)).to(self.model.rope)
-        self.sum_a, self.steps = self.a, 0.0  # what the documents of the block leave behind
+        self.sum_a, self.steps = self.drawn[: self.size_a], 0.0  # what the documents of the block leave behind
 
     @staticmethod
     def draw(a: Tensor, generator: torch.Generator) -> Tensor:
@@ -7925,10 +7921,10 @@ class DocumentLoraNetwork(TestTimeNetwork):
         lo, end = self.done, self.learns_at(self.done)
         begins = [bisect_left(self.documents, edge - 1, key=lambda d: d.start) for edge in (lo, end)]
         fresh = torch.zeros(3, end - lo, device=self.run.device, dtype=self.logp.dtype)
-        self.sum_a, self.steps = [torch.zeros_like(a) for a in self.a], fresh.new_zeros(1)
+        self.sum_a, self.steps = torch.zeros_like(self.drawn[: self.size_a]), fresh.new_zeros(1)
         for batch in self.deal(self.documents[begins[0] : begins[1]]):
             self.walk(tokens, batch, fresh, lo)
-        for total in (fresh, self.steps, *self.sum_a):
+        for total in (fresh, self.steps, self.sum_a):
             self.run.all_reduce(total)
         self.keep(fresh, end)
 
@@ -7938,8 +7934,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         for i in range(0, len(documents), rows := self.rows):
             part = documents[i : i + rows]
             if (batch := self.walked(tokens, part, fresh, first)) is not None:
-                for total, a in zip(self.sum_a, batch.a, strict=True):
-                    total += torch.einsum("n,nri->ri", batch.steps_R, a)
+                self.sum_a += batch.steps_R @ batch.params[:, : self.size_a]
                 self.steps += batch.steps_R.sum().to(self.steps.device)
             elif len(part) == 1:
                 raise ConfigError(
@@ -7975,7 +7970,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
     def learn(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
         """The block is scored: its documents' A, and at a phase all scored text, change what the next one starts from."""
         if self.cfg.ttt_warm_start_a and self.steps > 0:
-            self.a = [total / self.steps.to(total) for total in self.sum_a]
+            self.drawn[: self.size_a] = self.sum_a / self.steps
         if hi in self.phases:
             self.train_weights(tokens, hi)
 
@@ -9109,7 +9104,7 @@ class Audit:
     ) -> None:
         n = min(len(text.tokens), max(AUDIT_TOKENS, cfg.eval_len + 2))
         self.often = max(1, n // 8)  # learning comes within the prefix, or nothing would be seen of it
-        block = max(self.often, *(size for _, size in cfg.ttt_chunk_steps)) if cfg.ttt_block_tokens > self.often else 0
+        block = min(cfg.ttt_block_tokens, max(self.often, *(size for _, size in cfg.ttt_chunk_steps)))
         self.cfg = dataclasses.replace(
             cfg, ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, self.often), ttt_block_tokens=block
         )
