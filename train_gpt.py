@@ -1,7 +1,7 @@
 """Train the best language model that fits 16,000,000 bytes, pack it, reload it and score it as a code length.
 
     python train_gpt.py                                            on a laptop: the `cpu` recipe on the shipped sample
-    torchrun --standalone --nproc_per_node=8 train_gpt.py          on 8xH100: the best recipe
+    torchrun --standalone --nproc_per_node=8 train_gpt.py          on 8xH100: the `frontier` recipe
     RECIPE=pr164 SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
     MODE=audit ARTIFACT=logs/run.pgz python train_gpt.py           is that score a code length?
@@ -119,7 +119,7 @@ class Config:
 
     # fmt: off
     # ---- 1 CONFIG
-    recipe: str = knob("auto", "", "named set of values; auto: the best on a GPU, cpu without one")
+    recipe: str = knob("auto", "", "named set of values; auto: frontier on a GPU, cpu without one")
     mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit", "pack_code"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
@@ -368,10 +368,14 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
-        errors = [e for check in (self._shape_errors, self._training_errors, self._quantizer_errors,
-                                                self._evaluation_errors, self._ngram_errors)
-                  for e in check()]  # fmt: skip
-        if errors:
+        checks = (
+            self._shape_errors,
+            self._training_errors,
+            self._quantizer_errors,
+            self._evaluation_errors,
+            self._ngram_errors,
+        )
+        if errors := [error for check in checks for error in check()]:
             raise ConfigError("\n".join(errors))
 
     @property
@@ -651,6 +655,9 @@ class Config:
 
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
+# The first knob of each section, which heads its group in --help.
+GROUPS = {"RECIPE": "1 CONFIG", "SEED": "2 RUNTIME", "DATA_PATH": "3 DATA", "NUM_LAYERS": "4 MODEL", "TIED_EMBED_LR": "5 OPTIMIZER",
+          "DOC_MASK": "6 TRAINING", "ATTN_BITS": "7 QUANTIZER", "ARTIFACT": "8 ARTIFACT", "EVAL_SEQ_LEN": "9 EVALUATOR"}  # fmt: skip
 TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 TYPE_WORDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
 
@@ -748,24 +755,130 @@ RECIPES: dict[str, dict[str, Any]] = {
         "NGRAM_TILT_ORDER": 16, "NGRAM_ORDER": 16, "NGRAM_TILT_THRESHOLD": 0.8, "NGRAM_TILT_BETA": 2.625,
     },
 }  # fmt: skip
-BEST_GPU_RECIPE = "frontier"
+GPU_RECIPE = "frontier"  # the default on a GPU
 
-Converter = Callable[[str], dict[str, str]]
+# What a published name becomes. Text: the knobs that take its value. A table: settings of ours for each value; those of 0 win even over
+# explicit settings. A pair: the one value that any published run used, and why no other is taken. A function: knobs computed from its number.
+Alias = str | dict[str, str] | tuple[str, str] | Callable[[float], dict[str, Any]]
 
+KEPT = "the published scorer is kept as it was"
+ONE_GATE = "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"
+ENTIRE = "VAL_TOKENS scores a prefix of the text"
+PEEKS = "hints that look at the target's own word or pieces are no prediction"
+CLAIMS = {"0": "NGRAM_SCORE=off", "1": "NGRAM_SCORE=exact,claimed"}
+# Knobs that this script once had, with the one value that is left of each, and why: accepted in an artifact's header too.
+FORMER_KNOBS = {"NGRAM_MIX": ("cascade", "every other way for exact counts to correct the network scored worse")}
 
-def renamed(*names: str) -> Converter:
-    """Published name -> the same value for each of our knobs."""
-    return lambda value: dict.fromkeys(names, value)
+# Names common to all recipes under "*", then recipe by recipe.
+ALIASES: dict[str, dict[str, Alias]] = {
+    "*": {
+        "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
+        "LN_SCALE": {"0": "LN_SCALE=none", "1": "LN_SCALE=in"},
+        "VRL_ENABLED": {"0": "VALUE_RESIDUAL=none", "1": "VALUE_RESIDUAL=softmax"},
+        "VALUE_RESIDUAL": {"0": "VALUE_RESIDUAL=none", "1": "VALUE_RESIDUAL=sigmoid"},
+        "GATED_ATTN_ENABLED": {"0": "ATTN_GATE=none", "1": "ATTN_GATE=input"},
+        "GATED_ATTN": {"0": "ATTN_GATE=none", "1": "ATTN_GATE=scalar ATTN_GATE_INIT=1.0"},
+        "GATED_ATTN_BIAS_INIT": "ATTN_GATE_INIT",
+        "LEAKY_RELU": {"0": "LEAKY_SLOPE=0", "1": "LEAKY_SLOPE=0.5"},
+        "TIED_EMBED_INIT_STD": "EMBED_INIT_STD",
+        "VE_ENABLED": {"0": "VE_DIM=0 VE_LAYERS=", "1": "VE_DIM=128"},
+        "EVAL_ONLY": {"0": "", "1": "MODE=eval"},
+        "CASEOPS_ENABLED": {"0": "VAL_BYTES=tokenizer", "1": "VAL_BYTES=sidecar"},
+        "EMA_ENABLED": {"0": "EMA_DECAY=0", "1": "EMA_DECAY=0.997"},
+        "QAT_ENABLED": {"0": "QAT=none", "1": "QAT=ste"},
+        "SWA_ENABLED": {"0": "SWA_EVERY=0", "1": "SWA_EVERY=50"},
+        "WEIGHT_DECAY": "MUON_WD",
+        "QUANT_BITS": "ATTN_BITS MLP_BITS",
+        "MATRIX_BITS": "ATTN_BITS MLP_BITS",
+        "GPTQ_DAMP": "GPTQ_PERCDAMP",
+        "FULL_GPTQ": "GPTQ_ENABLED",
+        "LQER_ENABLED": {"0": "LQER_TOP_K=0", "1": "LQER_TOP_K=3"},
+        "PRUNE_PCT": "PRUNE_FRAC",
+        "NGRAM_ENABLED": {"0": "NGRAM_SCORE=off", "1": "NGRAM_SCORE=exact"},
+        **FORMER_KNOBS,
+        "TTT_LORA_LR": "TTT_LR",
+        "TTT_WEIGHT_DECAY": "TTT_WD",
+        "TTT_OPTIMIZER": {"adam": "TTT_OPTIMIZER=adamw"},
+        "TTT_GRAD_STEPS": "TTT_EPOCHS",
+        "TTT_MASK": {"": "", "none": "", "no_qv": "TTT_Q_LORA=0 TTT_V_LORA=0"},
+        "TTT_SHORT_SCORE_FIRST_ENABLED": {"0": "TTT_SHORT_SCORE_FIRST_STEPS=", "1": ""},
+        # The 2,500 longest documents hold 30 % of the published validation text.
+        "PHASED_TTT_PREFIX_DOCS": lambda v: {"PHASED_TTT_PREFIX": min(1.0, 0.3 * v / 2500)},
+        "GLOBAL_TTT_OPTIMIZER": {"sgd": ""},
+        "TTT_EVAL_ONLY": {"0": "", "1": "MODE=eval"},
+        "TOKEN_ORDER": "NGRAM_TILT_ORDER",
+        "TOKEN_THRESHOLD": "NGRAM_TILT_THRESHOLD",
+        "TOKEN_BOOST": "NGRAM_TILT_BETA",
+        "ADAPTIVE_BOOST_GAMMA": "NGRAM_TILT_GAMMA",
+        # Three names together are one knob: `published_curriculum`.
+        "PROG_SEQ_ENABLED": {"0": "", "1": ""}, "PROG_SEQ_LENS": "", "PROG_SEQ_FRACS": "",
+    },
+    "pr164": {  # its average, collected through the whole warmdown, replaces the weights
+        "SWA_ENABLED": {"0": "SWA_EVERY=0", "1": "SWA_EVERY=200 SWA_START_SCALE=1 SWA_BLEND=1"},
+    },
+    "pr740": {  # both start by the clock, at 10 % and 40 %; SWA here as the warmdown starts, at 49 % in the record run
+        "EMA_ENABLED": {"0": "EMA_DECAY=0", "1": "EMA_DECAY=0.997 EMA_START_FRAC=0.1"},
+        "SWA_ENABLED": {"0": "SWA_EVERY=0", "1": "SWA_EVERY=50 SWA_START_SCALE=1"},
+        "PRUNE_PCT": lambda v: {"PRUNE_FRAC": v / 100},  # a percentage here, a fraction in #850
+        "NGRAM_ALPHA": ("0.2", KEPT),
+        "NGRAM_ENABLED": CLAIMS,
+    },
+    "pr187": {
+        "LN_SCALE": {"0": "LN_SCALE=none", "1": "LN_SCALE=out"},
+        "RUN_CONFIG": {"A": "", "C": "NUM_LAYERS=12 MLP_MULT=2 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=2600"},
+    },
+    "pr850": {
+        "QAT_TRIGGER_FRAC": "QAT_START_FRAC",
+        "QAT_ENABLED": {"0": "", "1": "QAT_START_FRAC=0"},  # from the first step; late QAT has its own switch
+        "LATE_QAT_THRESHOLD": lambda v: {} if v > 0 else {"QAT": "none"},  # was read as on or off
+        "NGRAM_ENABLED": CLAIMS,
+        "NGRAM_EVAL_BUCKETS": "NGRAM_BUCKETS",
+        "NGRAM_EVAL_MIN_COUNT": "NGRAM_MIN_COUNT",
+        "NGRAM_EVAL_BATCH_SEQS": lambda v: {"VAL_BATCH_TOKENS": int(v * 2048)},
+        **{f"NGRAM_EVAL_{name}": (value, KEPT) for name, value in (("ORDER", "9"), ("MIN_ORDER", "2"), ("ADAPTIVE", "1"),
+           ("ALPHA_MIN", "0.12"), ("ALPHA_MAX", "0.60"), ("ENTROPY_SCALE", "2"))},
+    },
+    # Published QAT starts where the learning-rate scale falls below the threshold, 5000 steps of warmdown in 9912.
+    "pr1095": {
+        "LATE_QAT_THRESHOLD": lambda v: {"QAT_START_FRAC": 1 - v * 5000 / 9912} if v > 0 else {"QAT": "none"},
+        "NGRAM_ENABLED": {"0": "NGRAM_SCORE=off NGRAM_TABLE=none", "1": "NGRAM_SCORE=exact,claimed NGRAM_TABLE=pr1095"},
+        "NGRAM_ORDERS": ("2,3,4,5,6,7", KEPT),
+        "NGRAM_ALPHA_MAX": ("0.95", KEPT),
+    },
+    "frontier": {
+        "ARTIFACT_DIR": "LOG_DIR",
+        "SMEAR_GATE_ENABLED": "SMEAR",
+        "SPARSE_ATTN_GATE_ENABLED": {"0": "ATTN_GATE=none", "1": "ATTN_GATE=sparse"},
+        "SPARSE_ATTN_GATE_INIT_STD": ("0", "the gate starts at zero"),
+        "GATED_ATTN_ENABLED": ("0", ONE_GATE),
+        "ATTN_OUT_GATE_ENABLED": ("0", ONE_GATE),
+        "LEAKY_RELU_SQ_SLOPE": "LEAKY_SLOPE",
+        "QK_GAIN_INIT_SCHEDULE": ("", "a gain by block showed no gain; QK_GAIN_INIT is that of all blocks"),
+        "PARALLEL_FINAL_LANE": ("mean", "the output is the mean of both lanes"),
+        "ROPE_YARN": ("0", "no published run of this stack rescaled its base; ROPE_TRAIN_LEN is the NTK rule"),
+        "RECUR_ALPHA_ENABLED": {"0": "LOOP_CARRY=", "1": "LOOP_CARRY=1.56,.23,.04,.03;1.85,.13,-.34,.01;2.13,.06,.19,-.02"},
+        "MUON_HUBER_WD": ("0", "the Huber form of the decay was an experiment that lost; MUON_WD is the decay"),
+        "FORCE_STOP_STEP": lambda v: {"ITERATIONS": int(v)} if v > 0 else {},
+        "GPTQ_CALIBRATION_BATCHES": lambda v: {"GPTQ_N_SAMPLES": int(v * 98304 / 2048)},
+        "GPTQ_CALIBRATION_MODE": {"random": "GPTQ_CALIBRATION=train"},
+        "COMPRESSOR": {"pergroup": "COMPRESSOR=entropy", "brotli": "COMPRESSOR=entropy"},
+        "OPTROT_ENABLED": ("0", "rotations before rounding gained nothing"),
+        "PREQUANT_ONLY": ("0", "a run always scores what its artifact holds"),
+        "VAL_DOC_FRACTION": ("1", ENTIRE),
+        "EVAL_INCLUDE_TAIL": {"0": "VAL_DROP_TAIL=1", "1": "VAL_DROP_TAIL=0"},
+        "ALIAS_PREV_SMEAR_SCALE": ("1", "no shards here have fused case markers"),
+        "TTT_LORA_EMA_DECAY": ("0", "no published run scored with an average of a document's LoRA"),
+        "TTT_UPDATE_EVERY": ("1", "every scored chunk is learned"),
+        "TTT_EVAL_BATCHES": ("", ENTIRE),
+        "WITHIN_TAU": ("99", PEEKS), "WITHIN_BOOST": ("0", PEEKS), "AGREE_ADD_BOOST": ("0", PEEKS),
+        "WORD_TAU": ("99", PEEKS), "WORD_BOOST": ("0", PEEKS),
+    },
+}  # fmt: skip
 
 
 def as_digit(text: str) -> str:
     """true and false, in any case, as 1 and 0; any other text unchanged."""
     return {"false": "0", "true": "1"}.get(text.lower(), text)
-
-
-def mapped(name: str, table: dict[str, str]) -> Converter:
-    """Published value -> our word for it; other values pass through unchanged."""
-    return lambda value: {name: table.get(as_digit(value), value)}
 
 
 def float_or_none(text: str) -> float | None:
@@ -776,70 +889,30 @@ def float_or_none(text: str) -> float | None:
         return None
 
 
-def computed(convert: Callable[[float], dict[str, Any]]) -> Converter:
-    """Published number -> our knobs, computed from it."""
-
-    def read(value: str) -> dict[str, str]:
-        number = float_or_none(value)
-        if number is None:
-            raise ConfigError("expected a number")
-        return {k: str(v) for k, v in convert(number).items()}
-
-    return read
-
-
-class SwitchedOff(dict[str, str]):
-    """The knobs that a published switch turns off; they win even over explicit settings of the same knobs."""
-
-
-def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
-    """Published 0/1 switch -> our knobs when on and when off."""
-
-    def convert(value: str) -> dict[str, str]:
-        value = as_digit(value)
-        if value not in ("0", "1"):
-            raise ConfigError(f"expected 0 or 1, got {value!r}")
-        kind, knobs = (dict, on) if value == "1" else (SwitchedOff, off)
-        return kind({k: str(v) for k, v in knobs.items()})
-
-    return convert
-
-
-def chosen(table: dict[str, dict[str, Any]]) -> Converter:
-    """Published word -> our knobs."""
-
-    def convert(value: str) -> dict[str, str]:
-        if value not in table:
-            raise ConfigError(f"expected one of {', '.join(table)}")
-        return {k: str(v) for k, v in table[value].items()}
-
-    return convert
-
-
-def kept(*published: float) -> Converter:
-    """A constant (or list) of a published scorer, which is kept as it was: no other value is taken."""
-
-    def convert(value: str) -> dict[str, str]:
-        if tuple(map(float_or_none, value.split(","))) != published:
-            raise ConfigError(f"the published scorer is kept as it was, with {','.join(f'{x:g}' for x in published)}")
+def from_alias(name: str, text: str, alias: Alias) -> dict[str, str]:
+    """{knob: text} that the published `name` with this value stands for; raises ConfigError with what is expected of it."""
+    number, word = float_or_none(text), as_digit(text)
+    if isinstance(alias, str):
+        return dict.fromkeys(alias.split(), text)
+    if isinstance(alias, tuple):
+        accepted, why = alias
+        if text != accepted and (number is None or number != float_or_none(accepted)):
+            raise ConfigError(f"expected {accepted or 'nothing'}: {why}")
         return {}
-
-    return convert
-
-
-PUBLISHED_CURRICULUM = {
-    "PROG_SEQ_ENABLED": "0",
-    "PROG_SEQ_LENS": "512,1024",
-    "PROG_SEQ_FRACS": "0.33,0.55",
-}  # #850's defaults
+    if isinstance(alias, dict):
+        if word not in alias and name not in FIELDS:  # our own name takes our own words too
+            raise ConfigError(f"expected {' or '.join(filter(None, alias))}")
+        return dict(setting.split("=") for setting in alias[word].split()) if word in alias else {name: text}
+    if number is None:
+        raise ConfigError("expected a number")
+    return {knob_name: str(value) for knob_name, value in alias(number).items()}
 
 
 def published_curriculum(env: Mapping[str, str]) -> dict[str, str]:
-    """TRAIN_SEQ_SCHEDULE from #850's three names, where it is not set and they switch it on."""
-    on, lens, fracs = (env.get(name, default) for name, default in PUBLISHED_CURRICULUM.items())
-    switch({}, {})(on)
-    if as_digit(on) == "0" or "TRAIN_SEQ_SCHEDULE" in env:
+    """TRAIN_SEQ_SCHEDULE from #850's three names, where they switch it on and it is not set."""
+    if as_digit(env.get("PROG_SEQ_ENABLED", "0")) != "1" or "TRAIN_SEQ_SCHEDULE" in env:
         return {}
+    lens, fracs = env.get("PROG_SEQ_LENS", "512,1024"), env.get("PROG_SEQ_FRACS", "0.33,0.55")
     try:
         text = ",".join(f"{n}@{f}" for n, f in zip(lens.split(","), fracs.split(","), strict=True))
         parse_schedule(text)
@@ -848,133 +921,6 @@ def published_curriculum(env: Mapping[str, str]) -> dict[str, str]:
                           "between 0 and 1") from None  # fmt: skip
     return {"TRAIN_SEQ_SCHEDULE": text}
 
-
-def only(accepted: str, why: str) -> Converter:
-    """A published name that is taken at its one value that any published run used."""
-
-    def convert(value: str) -> dict[str, str]:
-        if value != accepted and (float_or_none(value) is None or float_or_none(value) != float_or_none(accepted)):
-            raise ConfigError(f"expected {accepted or 'nothing'}: {why}")
-        return {}
-
-    return convert
-
-
-# Knobs that this script once had, with the one value that is left of each, and why: accepted in an artifact's header too.
-FORMER_KNOBS = {"NGRAM_MIX": ("cascade", "every other way for exact counts to correct the network scored worse")}
-
-# Published names that are not ours, and what they become: names common to all recipes under "*", then recipe by recipe.
-ALIASES: dict[str, dict[str, Converter]] = {
-    "*": {
-        "VAL_BATCH_SIZE": renamed("VAL_BATCH_TOKENS"),
-        "LN_SCALE": mapped("LN_SCALE", {"0": "none", "1": "in"}),
-        "VRL_ENABLED": mapped("VALUE_RESIDUAL", {"0": "none", "1": "softmax"}),
-        "VALUE_RESIDUAL": mapped("VALUE_RESIDUAL", {"0": "none", "1": "sigmoid"}),
-        "GATED_ATTN_ENABLED": mapped("ATTN_GATE", {"0": "none", "1": "input"}),
-        "GATED_ATTN": switch({"ATTN_GATE": "scalar", "ATTN_GATE_INIT": 1.0}, {"ATTN_GATE": "none"}),
-        "GATED_ATTN_BIAS_INIT": renamed("ATTN_GATE_INIT"),
-        "LEAKY_RELU": mapped("LEAKY_SLOPE", {"0": "0.0", "1": "0.5"}),
-        "TIED_EMBED_INIT_STD": renamed("EMBED_INIT_STD"),
-        "VE_ENABLED": switch({"VE_DIM": 128}, {"VE_DIM": 0, "VE_LAYERS": ""}),
-        "EVAL_ONLY": switch({"MODE": "eval"}, {}),
-        "CASEOPS_ENABLED": switch({"VAL_BYTES": "sidecar"}, {"VAL_BYTES": "tokenizer"}),
-        "EMA_ENABLED": switch({"EMA_DECAY": 0.997}, {"EMA_DECAY": 0.0}),
-        "QAT_ENABLED": switch({"QAT": "ste"}, {"QAT": "none"}),
-        "SWA_ENABLED": switch({"SWA_EVERY": 50}, {"SWA_EVERY": 0}),
-        "WEIGHT_DECAY": renamed("MUON_WD"),
-        "QUANT_BITS": renamed("ATTN_BITS", "MLP_BITS"),
-        "MATRIX_BITS": renamed("ATTN_BITS", "MLP_BITS"),
-        "GPTQ_DAMP": renamed("GPTQ_PERCDAMP"),
-        "FULL_GPTQ": renamed("GPTQ_ENABLED"),
-        "LQER_ENABLED": switch({"LQER_TOP_K": 3}, {"LQER_TOP_K": 0}),
-        "PRUNE_PCT": renamed("PRUNE_FRAC"),
-        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact"}, {"NGRAM_SCORE": "off"}),
-        **{name: only(*left) for name, left in FORMER_KNOBS.items()},
-        "TTT_LORA_LR": renamed("TTT_LR"),
-        "TTT_WEIGHT_DECAY": renamed("TTT_WD"),
-        "TTT_OPTIMIZER": mapped("TTT_OPTIMIZER", {"adam": "adamw"}),
-        "TTT_GRAD_STEPS": renamed("TTT_EPOCHS"),
-        "TTT_MASK": chosen({"": {}, "none": {}, "no_qv": {"TTT_Q_LORA": 0, "TTT_V_LORA": 0}}),
-        "TTT_SHORT_SCORE_FIRST_ENABLED": switch({}, {"TTT_SHORT_SCORE_FIRST_STEPS": ""}),
-        # The 2,500 longest documents hold 30 % of the published validation text.
-        "PHASED_TTT_PREFIX_DOCS": computed(lambda v: {"PHASED_TTT_PREFIX": min(1.0, 0.3 * v / 2500)}),
-        "GLOBAL_TTT_OPTIMIZER": chosen({"sgd": {}}),
-        "TTT_EVAL_ONLY": switch({"MODE": "eval"}, {}),
-        "TOKEN_ORDER": renamed("NGRAM_TILT_ORDER"),
-        "TOKEN_THRESHOLD": renamed("NGRAM_TILT_THRESHOLD"),
-        "TOKEN_BOOST": renamed("NGRAM_TILT_BETA"),
-        "ADAPTIVE_BOOST_GAMMA": renamed("NGRAM_TILT_GAMMA"),
-        **{name: lambda _: {} for name in PUBLISHED_CURRICULUM},  # three names together are one knob: `published_curriculum`
-    },
-    "pr164": {  # its average, collected through the whole warmdown, replaces the weights
-        "SWA_ENABLED": switch({"SWA_EVERY": 200, "SWA_START_SCALE": 1.0, "SWA_BLEND": 1.0}, {"SWA_EVERY": 0}),
-    },
-    "pr740": {  # both start by the clock, at 10 % and 40 %; SWA here as the warmdown starts, at 49 % in the record run
-        "EMA_ENABLED": switch({"EMA_DECAY": 0.997, "EMA_START_FRAC": 0.1}, {"EMA_DECAY": 0.0}),
-        "SWA_ENABLED": switch({"SWA_EVERY": 50, "SWA_START_SCALE": 1.0}, {"SWA_EVERY": 0}),
-        "PRUNE_PCT": computed(lambda v: {"PRUNE_FRAC": v / 100}),  # a percentage here, a fraction in #850
-        "NGRAM_ALPHA": kept(0.2),
-        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact,claimed"}, {"NGRAM_SCORE": "off"}),
-    },
-    "pr187": {
-        "LN_SCALE": mapped("LN_SCALE", {"0": "none", "1": "out"}),
-        "RUN_CONFIG": chosen({
-            "A": {},
-            "C": {"NUM_LAYERS": 12, "MLP_MULT": 2.0, "TRAIN_SEQ_LEN": 1024, "WARMDOWN_ITERS": 2600},
-        }),
-    },
-    "pr850": {
-        "QAT_TRIGGER_FRAC": renamed("QAT_START_FRAC"),
-        "QAT_ENABLED": switch({"QAT_START_FRAC": 0.0}, {}),  # from the first step; late QAT has its own switch
-        "LATE_QAT_THRESHOLD": computed(lambda v: {} if v > 0 else {"QAT": "none"}),  # was read as on or off
-        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact,claimed"}, {"NGRAM_SCORE": "off"}),
-        "NGRAM_EVAL_BUCKETS": renamed("NGRAM_BUCKETS"),
-        "NGRAM_EVAL_MIN_COUNT": renamed("NGRAM_MIN_COUNT"),
-        "NGRAM_EVAL_BATCH_SEQS": computed(lambda v: {"VAL_BATCH_TOKENS": int(v * 2048)}),
-        "NGRAM_EVAL_ORDER": kept(9),
-        "NGRAM_EVAL_MIN_ORDER": kept(2),
-        "NGRAM_EVAL_ADAPTIVE": kept(1),
-        "NGRAM_EVAL_ALPHA_MIN": kept(0.12),
-        "NGRAM_EVAL_ALPHA_MAX": kept(0.60),
-        "NGRAM_EVAL_ENTROPY_SCALE": kept(2),
-    },
-    # Published QAT starts where the learning-rate scale falls below the threshold, 5000 steps of warmdown in 9912.
-    "pr1095": {
-        "LATE_QAT_THRESHOLD": computed(lambda v: {"QAT_START_FRAC": 1 - v * 5000 / 9912} if v > 0 else {"QAT": "none"}),
-        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact,claimed", "NGRAM_TABLE": "pr1095"}, {"NGRAM_SCORE": "off", "NGRAM_TABLE": "none"}),
-        "NGRAM_ORDERS": kept(2, 3, 4, 5, 6, 7),
-        "NGRAM_ALPHA_MAX": kept(0.95),
-    },
-    "frontier": {
-        "ARTIFACT_DIR": renamed("LOG_DIR"),
-        "SMEAR_GATE_ENABLED": renamed("SMEAR"),
-        "SPARSE_ATTN_GATE_ENABLED": switch({"ATTN_GATE": "sparse"}, {"ATTN_GATE": "none"}),
-        "SPARSE_ATTN_GATE_INIT_STD": only("0", "the gate starts at zero"),
-        "GATED_ATTN_ENABLED": only("0", "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"),
-        "ATTN_OUT_GATE_ENABLED": only("0", "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"),
-        "LEAKY_RELU_SQ_SLOPE": renamed("LEAKY_SLOPE"),
-        "QK_GAIN_INIT_SCHEDULE": only("", "a gain by block showed no gain; QK_GAIN_INIT is that of all blocks"),
-        "PARALLEL_FINAL_LANE": only("mean", "the output is the mean of both lanes"),
-        "ROPE_YARN": only("0", "no published run of this stack rescaled its base; ROPE_TRAIN_LEN is the NTK rule"),
-        "RECUR_ALPHA_ENABLED": switch({"LOOP_CARRY": "1.56,.23,.04,.03;1.85,.13,-.34,.01;2.13,.06,.19,-.02"},
-                                      {"LOOP_CARRY": ""}),
-        "MUON_HUBER_WD": only("0", "the Huber form of the decay was an experiment that lost; MUON_WD is the decay"),
-        "FORCE_STOP_STEP": computed(lambda v: {"ITERATIONS": int(v)} if v > 0 else {}),
-        "GPTQ_CALIBRATION_BATCHES": computed(lambda v: {"GPTQ_N_SAMPLES": int(v * 98304 / 2048)}),
-        "GPTQ_CALIBRATION_MODE": chosen({"random": {"GPTQ_CALIBRATION": "train"}}),
-        "COMPRESSOR": mapped("COMPRESSOR", {"pergroup": "entropy", "brotli": "entropy"}),
-        "OPTROT_ENABLED": only("0", "rotations before rounding gained nothing"),
-        "PREQUANT_ONLY": only("0", "a run always scores what its artifact holds"),
-        "VAL_DOC_FRACTION": only("1", "VAL_TOKENS scores a prefix of the text"),
-        "EVAL_INCLUDE_TAIL": mapped("VAL_DROP_TAIL", {"0": "1", "1": "0"}),
-        "ALIAS_PREV_SMEAR_SCALE": only("1", "no shards here have fused case markers"),
-        "TTT_LORA_EMA_DECAY": only("0", "no published run scored with an average of a document's LoRA"),
-        "TTT_UPDATE_EVERY": only("1", "every scored chunk is learned"),
-        "TTT_EVAL_BATCHES": only("", "VAL_TOKENS scores a prefix of the text"),
-        **{name: only(value, "hints that look at the target's own word or pieces are no prediction")
-           for name, value in (("WITHIN_TAU", "99"), ("WITHIN_BOOST", "0"), ("WORD_TAU", "99"), ("WORD_BOOST", "0"), ("AGREE_ADD_BOOST", "0"))},
-    },
-}  # fmt: skip
 
 # Published knobs that never did anything: accepted, reported, and without effect here too.
 NO_EFFECT: dict[str, dict[str, str]] = {
@@ -1017,18 +963,8 @@ NO_EFFECT: dict[str, dict[str, str]] = {
     },
 }
 
-# MODE's former values -> the program that does it, and former knobs -> its arguments.
-MOVED_MODES = {
-    "plan": "tools/plan.py --device cuda", "compress": "tools/codec.py compress FILE --artifact FILE.pgz",
-    "decompress": "tools/codec.py decompress FILE --artifact FILE.pgz", "sample": "tools/sample.py --artifact FILE.pgz --prompt TEXT",
-    "explain": "tools/explain.py FILE --artifact FILE.pgz",
-}  # fmt: skip
-MOVED_KNOBS = {
-    "INPUT": "", "OUTPUT": "", "PROMPT": "",  # common names: passed over in silence
-    "CODEC_LANES": "tools/codec.py --lanes", "EXPLAIN_TOKENS": "tools/explain.py --tokens",
-    "SAMPLE_TOKENS": "tools/sample.py --tokens", "SAMPLE_NGRAM": "tools/sample.py --ngram",
-    "TEMPERATURE": "tools/sample.py --temperature", "TOP_P": "tools/sample.py --top-p",
-}  # fmt: skip
+# MODE's former values -> the program in tools/ that does it.
+MOVED_MODES = {"plan": "plan", "compress": "codec", "decompress": "codec", "sample": "sample", "explain": "explain"}
 
 # What gives a dead name its meaning back, where it is a knob of ours too.
 REVIVED_BY = {"WARMDOWN_ITERS": ("LR_SCHEDULE", "warmdown"), "TTT_MOMENTUM": ("TTT_OPTIMIZER", "sgd")}
@@ -1072,7 +1008,7 @@ def check_value(name: str, value: Any) -> Any:
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected {TYPE_WORDS[kind]}")
     if name == "MODE" and value in MOVED_MODES:
-        raise ConfigError(f"MODE={value} is a program of its own: python {MOVED_MODES[value]}")
+        raise ConfigError(f"MODE={value} is a program of its own: python tools/{MOVED_MODES[value]}.py --help")
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected one of {', '.join(map(str, meta['choices']))}")
     if kind in (int, float) and not (math.isfinite(value) and meta["lo"] <= value <= meta["hi"]):
@@ -1084,9 +1020,7 @@ def expand_home(name: str, path: str) -> str:
     """The path with a leading ~ or ~user replaced by that home folder, which a shell does only to an unquoted word."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ConfigError(
-            f"{name}={path!r}: no such home folder; write the whole path, or ./~ for a folder of that name"
-        )
+        raise ConfigError(f"{name}={path!r}: no such home folder; write the whole path, or ./~ for a folder named so")
     return expanded
 
 
@@ -1147,8 +1081,7 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
     """Environment -> {knob: text}: published names become ours, dead ones are reported, misspelt ones are errors."""
     aliases = {**ALIASES["*"], **ALIASES.get(recipe, {})}
     revived = {name for name, (by, value) in REVIVED_BY.items() if env.get(by) == value}
-    own = {name: why for name, why in NO_EFFECT.get(recipe, {}).items() if name not in revived}
-    dead = {**NO_EFFECT["*"], **own}
+    dead = {**NO_EFFECT["*"], **NO_EFFECT.get(recipe, {})}
     ours: dict[str, str] = {}
     off: dict[str, str] = {}
     try:
@@ -1156,14 +1089,14 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
     except ConfigError as e:
         errors.append(str(e))
     for name, text in env.items():
-        if name in own or (name in dead and name not in aliases):
+        if name in dead and name not in revived:
             notices.append(f"{name}={text} has no effect: {dead[name]}")
         elif name in aliases:
             try:
-                converted = aliases[name](text)
+                converted = from_alias(name, text, aliases[name])
                 for knob_name, value in converted.items():
                     parse_value(knob_name, value)
-                if isinstance(converted, SwitchedOff):
+                if isinstance(aliases[name], dict) and as_digit(text) == "0":
                     off.update(converted)
                 else:
                     ours = {**converted, **ours}  # an explicit knob of ours wins over a published name
@@ -1171,9 +1104,6 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
                 errors.append(f"{name}={text!r}: {e}")
         elif name in FIELDS:
             ours[name] = text
-        elif name in MOVED_KNOBS:
-            if MOVED_KNOBS[name]:
-                notices.append(f"{name} is no knob and is ignored: it is an argument, python {MOVED_KNOBS[name]}")
         else:
             guess, misspelt = nearest_knob(name)
             if misspelt:
@@ -1186,14 +1116,14 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
 
 
 def choose_recipe(env: Mapping[str, str], has_gpu: Callable[[], bool]) -> tuple[str, str]:
-    """(recipe, why). Without RECIPE: the best recipe on a GPU, `cpu` without one."""
+    """(recipe, why). Without RECIPE: GPU_RECIPE on a GPU, `cpu` without one."""
     asked = env.get("RECIPE", "auto")
+    if asked not in (*RECIPES, "auto"):
+        raise ConfigError(f"RECIPE={asked!r}: expected one of {', '.join(RECIPES)}")
     if asked != "auto":
-        if asked not in RECIPES:
-            raise ConfigError(f"RECIPE={asked!r}: expected one of {', '.join(RECIPES)}")
         return asked, "RECIPE is set"
     if env.get("DEVICE", "auto") in ("cuda", "auto") and has_gpu():
-        return BEST_GPU_RECIPE, "RECIPE is not set; this is the best valid one on a GPU"
+        return GPU_RECIPE, "RECIPE is not set; this is the default on a GPU"
     return "cpu", "RECIPE is not set and there is no GPU"
 
 
@@ -1208,13 +1138,11 @@ def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]
         return RECIPES[recipe]
     values = {}
     for name, value in header.items():
+        if name in FORMER_KNOBS and value == FORMER_KNOBS[name][0]:
+            continue
         try:
-            if name in FORMER_KNOBS and value == FORMER_KNOBS[name][0]:
-                continue
             if name not in FIELDS or (name in LOCAL_KNOBS and name != "RECIPE"):
-                raise ConfigError(
-                    f"{name[:40]} is no knob that an artifact of this script names; use the script that wrote it"
-                )
+                raise ConfigError(f"{name[:40]} is no knob that an artifact names; use the script that wrote it")
             values[name] = check_value(name, value)
             if name == "RECIPE" and value not in RECIPES:
                 raise ConfigError(f"RECIPE={value[:40]!r} is no recipe of this script; use the script that wrote it")
@@ -1267,34 +1195,14 @@ def source_text() -> str:
     return globals().get("__source__") or SCRIPT.read_text(encoding="utf-8")
 
 
-def knob_groups() -> dict[str, list[str]]:
-    """Section -> its knobs, read from the `# ---- N NAME` comments inside Config, so that --help is always complete."""
-    groups: dict[str, list[str]] = {"knobs": []}
-    text = source_text().partition("\nclass Config:")[2]
-    for group, name in re.findall(
-        r"^ +# ---- (.*)|^ +(\w+): ?\w+ ?= ?knob\(|^ +def ", text.partition("\nclass ")[0], re.M
-    ):
-        if group:
-            groups[group] = []
-        elif name:
-            groups[list(groups)[-1]].append(name.upper())
-        else:
-            break
-    return {group: names for group, names in groups.items() if names} or {"knobs": list(FIELDS)}
-
-
 def describe_knobs() -> str:
     """The text of --help: knobs by section, with default, unit and bounds."""
-    lines, groups = [__doc__.split("\n\n")[0], ""], knob_groups()
-    for group, names in groups.items():
-        lines += [f"[{group}]"]
-        for name in names:
-            meta, default = FIELDS[name].metadata, FIELDS[name].default
-            limits = "|".join(map(str, meta["choices"])) or bounds(name)
-            lines.append(f"  {name}={as_text(default)}{f' ({limits})' if limits else ''}  {meta['doc']}")
-        lines.append("")
-    lines.append("recipes: " + ", ".join(RECIPES))
-    return "\n".join(lines)
+    lines = [__doc__.split("\n\n")[0]]
+    for name, f in FIELDS.items():
+        lines += ["", f"[{GROUPS[name]}]"] if name in GROUPS else []
+        limits = "|".join(map(str, f.metadata["choices"])) or bounds(name)
+        lines.append(f"  {name}={as_text(f.default)}{f' ({limits})' if limits else ''}  {f.metadata['doc']}")
+    return "\n".join([*lines, "", f"recipes: {', '.join(RECIPES)}"])
 
 
 def dump_config(loaded: LoadedConfig) -> str:
