@@ -183,9 +183,7 @@ class Config:
     loop_carry: str = knob("", "", "frozen carry: for each looped block 'b,a1,a2,..', blocks separated by ';'; empty: none", shape=True)
     enable_looping_at: float = knob(0.35, "", "share of the training budget at which the loops start", lo=0, hi=1)
     parallel_start_layer: int = knob(0, "", "first block with attention and MLP on two parallel lanes; 0: none", lo=0, hi=255, shape=True)
-    encoder_recurrence: bool = knob(False, "", "run the encoder blocks ENCODER_PASSES times", shape=True)
-    encoder_passes: int = knob(2, "passes", "passes of ENCODER_RECURRENCE", lo=2, hi=8, shape=True)
-    resid_mix_init: str = knob("plain", "", "initial mix with the embedding: (1, 0), or by depth", choices=("plain", "phase"), shape=True)
+    encoder_recurrence: bool = knob(False, "", "run the encoder blocks twice", shape=True)
     linear_init: str = knob("default", "", "init of projections: torch's Kaiming-uniform or orthogonal", choices=("default", "orthogonal"), shape=True)
     out_init: str = knob("zero", "", "init of attention and MLP output projections; scaled: orthogonal / sqrt(2 L)", choices=("zero", "scaled"), shape=True)
     branch_proj_scaled: bool = knob(False, "", "1/sqrt(2 L) on the projections of bigram and value embeddings", shape=True)
@@ -368,14 +366,12 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
-        checks = (
-            self._shape_errors,
-            self._training_errors,
-            self._quantizer_errors,
-            self._evaluation_errors,
-            self._ngram_errors,
-        )
-        if errors := [error for check in checks for error in check()]:
+        if errors := [
+            *self._shape_errors(),
+            *self._training_errors(),
+            *self._evaluation_errors(),
+            *self._ngram_errors(),
+        ]:
             raise ConfigError("\n".join(errors))
 
     @property
@@ -509,14 +505,11 @@ class Config:
 
     def _branch_errors(self) -> Iterator[str]:
         try:
-            if any(not 0 <= i < self.num_layers for i in self.value_layers):
-                yield f"VE_LAYERS={self.ve_layers}: blocks are 0 to {self.num_layers - 1} with NUM_LAYERS={self.num_layers}"
-            if len(set(self.value_layers)) < len(self.value_layers):
-                yield f"VE_LAYERS={self.ve_layers}: a block is named twice"
-            if self.ve_dim and not self.value_layers:
-                yield f"VE_DIM={self.ve_dim} without VE_LAYERS: name the blocks that add the value embedding, or VE_DIM=0"
+            if self.ve_dim and not 0 < len(self.value_layers) == len({*self.value_layers} & {*range(self.num_layers)}):
+                raise ValueError
         except ValueError:
-            yield f"VE_LAYERS={self.ve_layers!r}: expected block numbers such as 9,10"
+            yield (f"VE_DIM={self.ve_dim} with VE_LAYERS={self.ve_layers!r}: expected different blocks of 0 to {self.num_layers - 1} with "
+                   "commas between, or VE_DIM=0")  # fmt: skip
         if self.bigram_vocab_size == 1:
             yield "BIGRAM_VOCAB_SIZE=1: expected 0 (off) or at least 2 rows"
         if self.adapter_b_init != "zero" and not self.adapter_rank:
@@ -546,9 +539,8 @@ class Config:
             yield f"ENCODER_RECURRENCE=1 needs an encoder block: NUM_LAYERS={self.num_layers} has none"
         try:
             n = self.loop_end - self.loop_start + 1 if self.num_loops else 0
-            if self.carry_rows and [len(row) for row in self.carry_rows] != [n + 1] * n:
-                raise ValueError
-            if not all(math.isfinite(x) for row in self.carry_rows for x in row):
+            fits = [len(row) for row in self.carry_rows] == [n + 1] * n
+            if self.carry_rows and not (fits and np.isfinite(self.carry_rows).all()):
                 raise ValueError
         except ValueError:
             yield f"LOOP_CARRY={self.loop_carry!r}: expected {n} looped blocks, separated by ';', of {n + 1} numbers each"
@@ -584,8 +576,6 @@ class Config:
             yield f"RUN_ID={self.run_id!r}: expected a name, which becomes LOG_DIR/NAME.txt; name folders with LOG_DIR"
         if self.resume == "auto" and not self.run_id:
             yield "RESUME=auto needs RUN_ID, the name of the run to continue"
-
-    def _quantizer_errors(self) -> Iterator[str]:
         if self.quant_trellis and self.compressor != "entropy":
             yield f"QUANT_TRELLIS={self.quant_trellis} needs COMPRESSOR=entropy: {self.compressor} knows no states, and the codes would grow"
         if self.quant_trellis and self.prune_frac and self.prune_scope == "global":
@@ -1234,8 +1224,7 @@ class BrokenRun(RuntimeError):
 def say(text: str, to_stderr: bool = False, end: str = "\n") -> OSError | None:
     """Print on standard output or standard error; characters that its encoding lacks are escaped. Never raises.
 
-    Returns the error of a stream that could not be written; it is discarded from then on. None where all went well, and
-    where whoever was reading has left (a closed pipe or terminal), which is no error.
+    Returns the error of a stream that could not be written, which is discarded from then on; a closed pipe or terminal is none.
     """
     stream = sys.stderr if to_stderr else sys.stdout
     if stream is None:  # closed before this process started
@@ -1244,10 +1233,10 @@ def say(text: str, to_stderr: bool = False, end: str = "\n") -> OSError | None:
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream, flush=True)
     except (OSError, ValueError) as e:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), stream.fileno()
-            )  # else the interpreter's exit fails at what is left
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # else the interpreter's exit fails at what is left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return e if isinstance(e, OSError) and e.errno not in (errno.EPIPE, errno.EIO) else None
     return None
 
@@ -1260,10 +1249,7 @@ def cannot_write(path: Path, error: OSError) -> ConfigError | BrokenRun:
 
 
 def atomic_write(path: Path, blob: bytes) -> None:
-    """Write `blob` to a file beside `path`, fsync it and rename it, so that `path` is complete or absent.
-
-    Raises what `cannot_write` returns.
-    """
+    """Write `blob` beside `path`, fsync it and rename it: `path` is complete or absent. Raises what `cannot_write` returns."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1330,11 +1316,7 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
     if not given:
         return Ranks()
     try:
-        ranks = Ranks(
-            int(env["RANK"]),
-            int(env["WORLD_SIZE"]),
-            *(int(env.get(n, d)) for n, d in zip(names[2:], "01", strict=True)),
-        )
+        ranks = Ranks(*(int(env.get(name, default)) for name, default in zip(names, ("", "", 0, 1), strict=True)))
         fits = 0 <= ranks.rank < ranks.world and ranks.local_rank >= 0 and 1 <= ranks.local_world <= ranks.world
         fits = fits and (ranks.local_rank < ranks.local_world or "LOCAL_WORLD_SIZE" not in env)
         fits = fits and (ranks.world == 1 or (bool(env["MASTER_ADDR"]) and int(env["MASTER_PORT"]) > 0))
@@ -1344,11 +1326,6 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
         raise ConfigError(f"{', '.join(f'{n}={v!r}' for n, v in given.items())}: not as torchrun sets them (it needs {', '.join(names[:2])}, "
                           f"MASTER_ADDR and MASTER_PORT); left from another job? unset {' '.join(given)}, or start with torchrun")  # fmt: skip
     return ranks
-
-
-def is_first_rank() -> bool:
-    """True on rank 0, also before a run has started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def is_first_on_node() -> bool:
@@ -1366,10 +1343,8 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu or DEVICE=auto")
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"rank {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; lower --nproc_per_node to as many"
-        )
+    if name == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"rank {local_rank} finds {count} GPUs; lower --nproc_per_node to as many")
     if name == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("DEVICE=mps: no Apple GPU is visible; use DEVICE=cpu or DEVICE=auto")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
@@ -1380,7 +1355,7 @@ def tune_cpu(local_world: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if (
         local_world > 1 or "OMP_NUM_THREADS" not in os.environ
-    ):  # for several processes torchrun sets it to 1: share the cores instead
+    ):  # torchrun sets it to 1 where there are several processes
         torch.set_num_threads(max(1, cores // local_world))
     # Sends products to oneDNN, twice as fast as MKL on AVX-512 that is not Intel's; rounding stays that of fp32 but where
     # the CPU has bf16 tiles (AMX).
@@ -1397,11 +1372,8 @@ def end_process_group(broken: bool = False) -> None:
     """Destroy the process group, if there is one, so that the interpreter can exit.
 
     After a failure NCCL's is left as it is: destroying it would wait for collectives that the other ranks never join.
-
-    A Gloo thread lets go of a collective's tensors after the collective is complete, and needs the interpreter's lock for
-    that. Where it gets the lock only while the interpreter is ending, the process aborts (1 run of 46 on 2 CPU ranks with
-    torch 2.13). Destroying the group does not wait for the thread once torch's compiler modules, which any optimizer
-    imports, hold a reference to it; sleeping gives the thread the lock.
+    After Gloo's a short sleep gives its threads the interpreter's lock, which they need to let go of tensors: where they get it
+    only while the interpreter ends, the process aborts (1 run of 46 on 2 CPU ranks with torch 2.13).
     """
     if dist.is_initialized():
         threads = dist.get_backend() == "gloo"
@@ -1451,8 +1423,7 @@ class Run:
         self.lost: dict[str, str] = {}  # what could not be written -> the message
         self.moved_artifact: Path | None = None  # where the artifact is if ARTIFACT could not be written
         self._locks: list[Any] = []
-        self._text: Any = None
-        self._events: Any = None
+        self._text = self._events = None  # the logs, once they are open
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -1472,9 +1443,7 @@ class Run:
                 store = group_store(rank, world)
             except dist.DistError as e:
                 address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                raise BrokenRun(
-                    f"rank {rank} cannot reach the first rank at {address} ({str(e).splitlines()[0]})"
-                ) from None
+                raise BrokenRun(f"rank {rank} cannot reach rank 0 at {address} ({str(e).splitlines()[0]})") from None
             dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                                     device_id=run.device if backend == "nccl" else None)  # fmt: skip
         for s in STOP_SIGNALS:
@@ -1483,22 +1452,15 @@ class Run:
         torch.manual_seed(derive_seed(cfg.seed, "init"))
         return run
 
-    def claim_name(self) -> None:
-        """Name the run, on all ranks; no other process can run under this name until it is closed."""
-        self.run_id = self.on_first(self._claim_name)
-
-    def _claim_name(self) -> str:
-        default = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.cfg.recipe}-{self.cfg.seed}"
-        for name in [self.cfg.run_id] if self.cfg.run_id else (default, *(f"{default}-{n}" for n in range(2, 1000))):
+    def claim_name(self) -> str:
+        """Name the run, on rank 0; no other process can run under this name until it is closed."""
+        asked, default = self.cfg.run_id, f"{time.strftime('%Y%m%d-%H%M%S')}-{self.cfg.recipe}-{self.cfg.seed}"
+        for name in [asked] if asked else (default, *(f"{default}-{n}" for n in range(2, 1000))):
             self.run_id = name
-            taken = not self.cfg.run_id and any(
-                self.log_path.with_suffix(s).exists() for s in (".txt", ".jsonl", ".pgz")
-            )
-            if not taken and self.lock(self.log_path):
+            files = () if asked else (self.log_path.with_suffix(s) for s in (".txt", ".jsonl", ".pgz"))
+            if not any(path.exists() for path in files) and self.lock(self.log_path):
                 return name
-        raise ConfigError(
-            f"RUN_ID={self.run_id}: a process that still runs has this name; wait for it or choose another RUN_ID"
-        )
+        raise ConfigError(f"RUN_ID={self.run_id}: a process that still runs has this name; choose another RUN_ID")
 
     def lock(self, path: Path) -> bool:
         """Keep other runs from `path` until this one is closed; False if one has it."""
@@ -1514,26 +1476,21 @@ class Run:
         return Path(self.cfg.log_dir) / f"{self.run_id}.txt"
 
     @property
-    def events_path(self) -> Path:
-        return self.log_path.with_suffix(".jsonl")
-
-    @property
     def artifact_path(self) -> Path:
-        asked = Path(self.cfg.artifact) if self.cfg.artifact else self.log_path.with_suffix(".pgz")
-        return self.moved_artifact or asked
+        return self.moved_artifact or Path(self.cfg.artifact or self.log_path.with_suffix(".pgz"))
 
     def open_logs(self, append: bool) -> None:
         """Open both logs on rank 0; refuses to overwrite those of another run unless FORCE=1 or `append`."""
         self.on_first(lambda: self._open_logs(append))
 
     def _open_logs(self, append: bool) -> None:
-        old = [p for p in (self.log_path, self.events_path) if p.exists()]
+        paths = (self.log_path, self.log_path.with_suffix(".jsonl"))
+        old = [p for p in paths if p.exists()]
         if old and not append and not self.cfg.force:
             raise ConfigError(f"{old[0]} exists: choose another RUN_ID, or FORCE=1 to overwrite it")
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            mode = "ab" if append else "wb"
-            self._text, self._events = (io.FileIO(p, mode) for p in (self.log_path, self.events_path))
+            self._text, self._events = (io.FileIO(p, "ab" if append else "wb") for p in paths)
         except OSError as e:
             raise cannot_write(self.log_path, e) from e
 
@@ -1645,17 +1602,16 @@ class Run:
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """What `action` returns on rank 0, on every rank; what it raises there ends all ranks, so that none waits for it."""
-        value, error, original = None, None, None
+        value, mistake, error = None, False, None
         if self.rank == 0:
             try:
                 value = action()
             except Exception as e:
-                original, error = e, (isinstance(e, ConfigError), str(e))
-        value, error = self.broadcast((value, error))
-        if original is not None:
-            raise original
+                self.broadcast((None, isinstance(e, ConfigError), str(e)))
+                raise
+        value, mistake, error = self.broadcast((value, mistake, error))
         if error is not None:
-            raise (ConfigError if error[0] else BrokenRun)(error[1])
+            raise (ConfigError if mistake else BrokenRun)(error)
         return value
 
     def reports_first(self) -> bool:
@@ -1770,9 +1726,7 @@ def find_tokenizer(cfg: Config, folder: Path, manifest: dict[str, Any] | None) -
         if not any(folder.glob("fineweb_*.bin")):
             raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
         named = path or f"none beside {folder}"
-        raise ConfigError(
-            f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
-        )
+        raise ConfigError(f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model of the shards")
     if manifest is not None and file_sha256(path) != manifest["tokenizer"]["sha256"]:
         remedy = "unset it" if cfg.tokenizer_path else "make the shards again"
         raise ConfigError(f"TOKENIZER_PATH={path}: the shards in {folder} were made with another tokenizer, says their manifest.json "
@@ -1802,14 +1756,13 @@ def open_tokenizer(path: Path) -> Any:
 def downloads(tokenizer_sha256: str, vocab_size: int) -> Iterator[Path]:
     """Downloaded folders with validation shards, the preferred first, and the sample; those alone whose tokenizer has this hash
     and this size, where they are given."""
-    for name in DOWNLOADS:
-        for parent in (FINEWEB_DIR.parent, SCRIPT.parent / FINEWEB_DIR.parent):
-            for folder in sorted(parent.glob(name)) if parent.is_dir() else ():
-                path = own_tokenizer(folder, read_manifest(folder)) if shard_paths(folder, "val") else None
-                if path is None or (tokenizer_sha256 and file_sha256(path) != tokenizer_sha256):
-                    continue
-                if not vocab_size or open_tokenizer(path).vocab_size() == vocab_size:
-                    yield folder
+    parents = (FINEWEB_DIR.parent, SCRIPT.parent / FINEWEB_DIR.parent)
+    for folder in (path for name in DOWNLOADS for parent in parents for path in sorted(parent.glob(name))):
+        path = own_tokenizer(folder, read_manifest(folder)) if shard_paths(folder, "val") else None
+        if path is None or (tokenizer_sha256 and file_sha256(path) != tokenizer_sha256):
+            continue
+        if not vocab_size or open_tokenizer(path).vocab_size() == vocab_size:
+            yield folder
     yield SAMPLE_DIR
 
 
@@ -1836,15 +1789,11 @@ def load_shard(path: Path) -> np.ndarray:
     size = path.stat().st_size
     head = np.fromfile(path, dtype="<i4", count=min(SHARD_HEADER, size // 4))
     if len(head) < SHARD_HEADER or head[0] != SHARD_MAGIC:
-        raise ConfigError(
-            f"{path}: not a token shard (expected magic {SHARD_MAGIC}); download it again or make it with data/make_shards.py"
-        )
+        raise ConfigError(f"{path}: not a token shard (expected magic {SHARD_MAGIC}); {HOW_TO_GET_SHARDS}")
     if head[1] != SHARD_VERSION:
         raise ConfigError(f"{path}: shard version {head[1]}, this script reads version {SHARD_VERSION}")
-    if size != 4 * SHARD_HEADER + 2 * int(head[2]):
-        raise ConfigError(
-            f"{path}: {size} bytes, its header promises {4 * SHARD_HEADER + 2 * int(head[2])}; download it again"
-        )
+    if size != (promised := 4 * SHARD_HEADER + 2 * int(head[2])):
+        raise ConfigError(f"{path}: {size} bytes, its header promises {promised}; download it again")
     if not head[2]:
         raise ConfigError(f"{path}: holds no tokens; remove it or make it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
@@ -1908,11 +1857,9 @@ class TokenStream:
 def check_batch(cfg: Config, world: int) -> None:
     """Raises ConfigError if a step has fewer sequences than there are ranks."""
     longest = max(t for _, t in cfg.seq_curriculum)
-    if cfg.train_batch_tokens // longest < world:
-        raise ConfigError(
-            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} holds {cfg.train_batch_tokens // longest} sequences of {longest}, "
-            f"fewer than the {world} ranks; the nearest that works is {world * longest}"
-        )
+    if (n := cfg.train_batch_tokens // longest) < world:
+        raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} holds {n} sequences of {longest}, fewer than the {world} ranks; "
+                          f"the nearest that works is {world * longest}")  # fmt: skip
 
 
 class Batcher:
@@ -2017,22 +1964,16 @@ class Tokenizer:
     def __init__(self, path: Path, vocab_size: int, transform: str | None = None) -> None:
         self.path, self.blob, self.sp = path, path.read_bytes(), open_tokenizer(path)
         self.sha256 = hashlib.sha256(self.blob).hexdigest()
-        if self.sp.vocab_size() != vocab_size:
-            raise ConfigError(
-                f"TOKENIZER_PATH={path} has {self.sp.vocab_size()} pieces but VOCAB_SIZE={vocab_size}; set them equal"
-            )
-        if self.sp.bos_id() != BOS:
-            raise ConfigError(
-                f"TOKENIZER_PATH={path} has BOS at {self.sp.bos_id()}; documents begin with id {BOS} here, as in every published export"
-            )
+        if (n := self.sp.vocab_size()) != vocab_size:
+            raise ConfigError(f"TOKENIZER_PATH={path} has {n} pieces but VOCAB_SIZE={vocab_size}; set them equal")
+        if (bos := self.sp.bos_id()) != BOS:
+            raise ConfigError(f"TOKENIZER_PATH={path} has BOS at {bos}; documents begin with id {BOS} here")
         self.lengths, self.spaced, self.boundary = piece_bytes(self.sp, f"TOKENIZER_PATH={path}")
         self.lost = np.array([self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)])
         pieces = [self.sp.id_to_piece(i) for i in range(vocab_size)]
         cased = set(OPERATORS) <= set(pieces)
         if transform and not cased:
-            raise ConfigError(
-                f"TOKENIZER_PATH={path}: CaseOps text needs U+E001 to U+E004 as pieces; name the tokenizer of the data"
-            )
+            raise ConfigError(f"TOKENIZER_PATH={path} lacks CaseOps' U+E001 to U+E004; name the data's tokenizer")
         self.transform = ("caseops" if cased else "") if transform is None else transform
         self.operators = np.array([sum(map(piece.count, OPERATORS)) if self.transform else 0 for piece in pieces])
         self.lengths -= OPERATOR_BYTES * self.operators
@@ -2081,10 +2022,8 @@ def load_sidecar(folder: Path) -> np.ndarray:
         raise ConfigError(f"{folder / odd[0]}: {what}; get shards and sidecars together, or set VAL_BYTES=tokenizer")
     for name, path in needed.items():
         parts.append(load_shard(folder / name))
-        if len(parts[-1]) != (tokens := len(load_shard(path))):
-            raise ConfigError(
-                f"{folder / name}: {len(parts[-1])} numbers for the {tokens} tokens of {path.name}; it is of another shard"
-            )
+        if (n := len(parts[-1])) != (tokens := len(load_shard(path))):
+            raise ConfigError(f"{folder / name}: {n} numbers for the {tokens} tokens of {path.name}, not of this shard")
     return np.concatenate(parts).astype(np.int64)
 
 
@@ -2118,9 +2057,7 @@ def validation_bytes(cfg: Config, folder: Path, tokens: np.ndarray, tokenizer: T
     counts = np.concatenate([[0], tokenizer.count_bytes(tokens)])
     present = bool(shard_paths(folder, "val_bytes"))
     if cfg.val_bytes == "sidecar" and not present:
-        raise ConfigError(
-            f"VAL_BYTES=sidecar: no fineweb_val_bytes_*.bin in {folder}; get them, or set VAL_BYTES=tokenizer"
-        )
+        raise ConfigError(f"VAL_BYTES=sidecar: {folder} has no fineweb_val_bytes_*.bin; set VAL_BYTES=tokenizer")
     if cfg.val_bytes == "tokenizer" or not present:
         return counts, "tokenizer"
     sidecar = load_sidecar(folder)
@@ -2137,9 +2074,8 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
         raise ConfigError(f"DATA_PATH={folder}: validation token {at[0]} is {tokenizer.sp.id_to_piece(int(tokens[at[0]]))!r}, whose "
                           "text is lost, so it cannot be scored; take a tokenizer with byte fallback")  # fmt: skip
     if len(tokens) - 1 < cfg.eval_len:
-        raise ConfigError(
-            f"DATA_PATH={folder}: {len(tokens)} validation tokens are fewer than one window of {cfg.eval_len} + 1; lower EVAL_SEQ_LEN"
-        )
+        raise ConfigError(f"DATA_PATH={folder}: {len(tokens)} validation tokens are fewer than one window of {cfg.eval_len} + 1; "
+                          "lower EVAL_SEQ_LEN")  # fmt: skip
     counts, bytes_from = validation_bytes(cfg, folder, tokens, tokenizer)
     complete = not cfg.val_tokens or cfg.val_tokens >= len(tokens)
     n = len(tokens) if complete else max(cfg.val_tokens, cfg.eval_len + 1)
@@ -2238,6 +2174,8 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
     """Fill the matrix in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
+    if w_RC.is_meta:
+        return
     if how == "zero":
         nn.init.zeros_(w_RC)
     elif how == "normal":
@@ -2257,8 +2195,7 @@ class Linear(nn.Module):
         super().__init__()
         self.site, self.shape = site, torch.Size((d_out, d_in))
         self.weight = tag(nn.Parameter(torch.empty(d_out, d_in)), role, store, lr_mult)
-        if self.weight.device.type != "meta":
-            init_matrix(self.weight, init, gain)
+        init_matrix(self.weight, init, gain)
 
     def matrix(self, ctx: Ctx) -> Tensor:
         """The effective weight (out, in), fp32."""
@@ -2328,11 +2265,11 @@ class AdapterLinear(Linear):
         r = cfg.adapter_rank
         self.a = tag(nn.Parameter(torch.empty(r, d_in)), "matrix", "adapter", lr_mult)
         self.b = tag(nn.Parameter(torch.zeros(d_out, r)), "matrix", "adapter", lr_mult)
+        init_matrix(self.a, "normal", 1 / math.sqrt(d_in))
+        if cfg.adapter_b_init == "published" and kind not in ("out", "down"):
+            init_matrix(self.b, "normal", 1 / math.sqrt(r))
         base = torch.empty(d_out, d_in)
-        if base.device.type != "meta":
-            init_matrix(self.a, "normal", 1 / math.sqrt(d_in))
-            if cfg.adapter_b_init == "published" and kind not in ("out", "down"):
-                init_matrix(self.b, "normal", 1 / math.sqrt(r))
+        if not base.is_meta:
             q = random_orthogonal(cfg.adapter_seed + 100 * layer + ADAPTER_TYPES[kind], max(d_in, d_out))
             base = torch.from_numpy((q[:d_out, :d_in] / math.sqrt(d_in)).astype(np.float32))
         self.register_buffer("base", base, persistent=False)
@@ -2662,27 +2599,27 @@ class NoValueResidual(nn.Module):
         return v
 
 
-class SoftmaxValueResidual(nn.Module):
-    """v <- a v0 + (1 - a) v, (a, 1 - a) = softmax of two learned logits, v0 the first block's values (arXiv 2410.17897, #850)."""
+class ValueResidual(nn.Module):
+    """v <- a v0 + b v, v0 the first block's values, (a, b) = softmax of two learned logits (arXiv 2410.17897, #850)."""
+
+    shares = staticmethod(functools.partial(torch.softmax, dim=0))
 
     def __init__(self) -> None:
         super().__init__()
         self.logits = vector(2, value=0.5)
 
     def forward(self, v: Tensor, v0: Tensor) -> Tensor:
-        a, b = self.logits.softmax(0).to(v.dtype).unbind()
+        a, b = self.shares(self.logits).to(v.dtype).unbind()
         return a * v0 + b * v
 
 
-class SigmoidValueResidual(SoftmaxValueResidual):
-    """v <- sigmoid(l0) v0 + sigmoid(l1) v (#187's option): the two shares are independent, .62 each at first."""
+class SigmoidValueResidual(ValueResidual):
+    """The same with independent shares, (a, b) = sigmoid of the logits, .62 each at first (#187's option)."""
 
-    def forward(self, v: Tensor, v0: Tensor) -> Tensor:
-        a, b = self.logits.sigmoid().to(v.dtype).unbind()
-        return a * v0 + b * v
+    shares = staticmethod(torch.sigmoid)
 
 
-VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": SoftmaxValueResidual, "sigmoid": SigmoidValueResidual}
+VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": ValueResidual, "sigmoid": SigmoidValueResidual}
 
 
 # ---- embeddings
@@ -2694,8 +2631,7 @@ class Embedding(nn.Module):
     def __init__(self, rows: int, dim: int, std: float, role: str, store: str) -> None:
         super().__init__()
         self.weight = tag(nn.Parameter(torch.empty(rows, dim)), role, store)
-        if self.weight.device.type != "meta":
-            init_matrix(self.weight, "normal" if std else "zero", std)
+        init_matrix(self.weight, "normal" if std else "zero", std)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, self.weight).to(dtype)
@@ -2726,9 +2662,8 @@ class BigramHash(nn.Module):
         self.form, self.rows = cfg.bigram_hash, cfg.bigram_vocab_size
         gain = 1 / math.sqrt(2 * cfg.num_layers) if cfg.branch_proj_scaled else 1.0
         self.table = Embedding(self.rows, cfg.bigram_dim, cfg.bigram_table_std, cfg.bigram_table_role, "table")
-        self.proj = Linear(
-            "bigram.proj", cfg.bigram_dim, cfg.model_dim, "proj", cfg.linear_init, gain, cfg.bigram_proj_role
-        )
+        how, role = cfg.linear_init, cfg.bigram_proj_role
+        self.proj = Linear("bigram.proj", cfg.bigram_dim, cfg.model_dim, "proj", how, gain, role)
         self.scale = vector(1, value=cfg.bigram_scale) if cfg.bigram_scale else None
 
     def forward(self, prev: Tensor, cur: Tensor, dtype: torch.dtype, ctx: Ctx) -> Tensor:
@@ -2887,11 +2822,6 @@ class MLP(nn.Module):
         return adapted(y, x, f"blocks.{self.layer}.mlp", ctx)
 
 
-def phase_mix(layer: int, layers: int) -> float:
-    """Share of the stream in the phase-transition init: sigmoid(3 (i / (L - 1) - 1/2)), early blocks lean on x0 (#60)."""
-    return 1 / (1 + math.exp(-3 * (layer / max(layers - 1, 1) - 0.5)))
-
-
 class Block(nn.Module):
     """u = m0 x + m1 x0;  u += a Attn(norm u);  u += b MLP(norm u). Per-channel m, a, b; LN_SCALE = 1/sqrt(layer + 1).
 
@@ -2903,9 +2833,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, layer), MLP(cfg, layer)
         self.attn_scale, self.mlp_scale = vector(cfg.model_dim, value=1.0), vector(cfg.model_dim, value=1.0)
         self.resid_mix = vector(2, cfg.model_dim)
-        share = phase_mix(layer, cfg.num_layers) if cfg.resid_mix_init == "phase" else 1.0
-        if self.resid_mix.device.type != "meta":
-            self.resid_mix.data[0], self.resid_mix.data[1] = share, 1.0 - share
+        self.resid_mix.data[0] = 1.0
         depth = 1 / math.sqrt(layer + 1)
         self.in_scale = depth if cfg.ln_scale == "in" else 1.0
         self.out_scale = depth if cfg.ln_scale == "out" else 1.0
@@ -2947,8 +2875,7 @@ class ParallelBlock(Block):
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__(cfg, layer)
         self.lane_mix = vector(2, 3, value=1.0)  # (A, M) x (r, share of y, share of z)
-        if self.lane_mix.device.type != "meta":
-            self.lane_mix.data[:, 0] = 1.1
+        self.lane_mix.data[:, 0] = 1.1
 
     def forward(self, a: Tensor, m: Tensor, v0: Tensor | None, s: Stream, slot: int) -> tuple[Tensor, Tensor, Tensor]:
         y, v0 = self.attn(self.norm(self.mixed(a, s)), v0, s, slot)
@@ -2978,12 +2905,12 @@ def layer_plan(cfg: Config, looped: bool = True) -> list[Step]:
     """The passes through blocks in their order: encoder, whose outputs are pushed, then decoder, which pops them as skips.
 
     NUM_LOOPS repeats blocks LOOP_START..LOOP_END and halves what results, once `looped`; 11 blocks with 3..5 three times:
-    0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8 9 10, 8 skips (#1344). ENCODER_RECURRENCE repeats the encoder ENCODER_PASSES times,
-    normalises in between, and takes skips from its last pass (#187).
+    0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8 9 10, 8 skips (#1344). ENCODER_RECURRENCE runs the encoder twice,
+    normalises in between, and takes skips from its second pass (#187).
     """
     first, last, repeats = 0, 0, 0  # blocks first .. last - 1 are run `repeats` times more
     if cfg.encoder_recurrence:
-        first, last, repeats = 0, cfg.encoder_layers, cfg.encoder_passes - 1
+        first, last, repeats = 0, cfg.encoder_layers, 1
     elif looped and cfg.num_loops:
         first, last, repeats = cfg.loop_start, cfg.loop_end + 1, cfg.num_loops
     order = [*range(last), *list(range(first, last)) * repeats, *range(last, cfg.num_layers)]
@@ -2995,14 +2922,10 @@ def layer_plan(cfg: Config, looped: bool = True) -> list[Step]:
             for i, block in enumerate(order)]  # fmt: skip
 
 
-def add_skip(x: Tensor, skip: Tensor, w_D: Tensor, _gate_D: Tensor | None) -> Tensor:
-    """x + w skip."""
-    return x + w_D.to(x.dtype) * skip
-
-
-def blend_skip(x: Tensor, skip: Tensor, w_D: Tensor, gate_D: Tensor) -> Tensor:
-    """s x + (1 - s) w skip, s = sigmoid(gate)."""
-    return torch.lerp(w_D.to(x.dtype) * skip, x, torch.sigmoid(gate_D).to(x.dtype))
+def merge_skip(x: Tensor, skip: Tensor, w_D: Tensor, gate_D: Tensor | None) -> Tensor:
+    """x + w skip; with a gate s x + (1 - s) w skip, s = sigmoid(gate)."""
+    skip = w_D.to(x.dtype) * skip
+    return x + skip if gate_D is None else torch.lerp(skip, x, torch.sigmoid(gate_D).to(x.dtype))
 
 
 class LoopCarry:
@@ -3086,7 +3009,7 @@ class GPT(nn.Module):
         self.set_looped(True)
         self.compute_dtype = torch.float32
         self.tok_emb = Embedding(cfg.vocab_size, cfg.model_dim, cfg.embed_init_std, "embed", "embed")
-        if cfg.overtone_init and self.tok_emb.weight.device.type != "meta":
+        if cfg.overtone_init and not self.tok_emb.weight.is_meta:
             overtone_(self.tok_emb.weight.data)
         self.head = None
         if not cfg.tie_embeddings:
@@ -3100,7 +3023,6 @@ class GPT(nn.Module):
         skips = max(sum(step.skip is not None for step in plan) for plan in self.plans.values())
         self.skip_weights = vector(skips, cfg.model_dim, value=1.0)
         self.skip_gates = vector(skips, cfg.model_dim) if cfg.skip_gates_enabled else None
-        self.merge_skip = blend_skip if cfg.skip_gates_enabled else add_skip
         self.carry = LoopCarry(cfg)
         self.softcap = AsymSoftcap(cfg) if cfg.asym_logit_rescale else Softcap(cfg)
         self.register_buffer("rope", rope_table(cfg), persistent=False)
@@ -3160,12 +3082,8 @@ class GPT(nn.Module):
 
     def with_segments(self, ids: Tensor, ctx: Ctx) -> Ctx:
         """The context with the segments of `ids` under DOC_MASK=1, unless it has them."""
-        if (
-            not self.cfg.doc_mask
-            or ctx.segments is not None
-            or ids.is_meta
-            or (ctx.cache is not None and ctx.cache.one_document)
-        ):
+        known = ctx.segments is not None or (ctx.cache is not None and ctx.cache.one_document)
+        if known or ids.is_meta or not self.cfg.doc_mask:
             return ctx
         longest = ids.shape[1] if ctx.cache is None else ctx.cache.limit
         return ctx._replace(segments=find_segments(ids, longest, cache=ctx.cache))
@@ -3188,7 +3106,7 @@ class GPT(nn.Module):
                 a = rms_norm(a)
             if step.skip is not None:
                 gate = None if self.skip_gates is None else self.skip_gates[step.skip]
-                a = self.merge_skip(a, saved.pop(), self.skip_weights[step.skip], gate)
+                a = merge_skip(a, saved.pop(), self.skip_weights[step.skip], gate)
             a, m, v0 = self.blocks[step.block](a, m, v0, stream._replace(ctx=ctx._replace(slot=slot)), slot)
             a, m = self.carry(a, m, step, firsts)
             if step.save:
@@ -3408,12 +3326,8 @@ class SmallParameters(Collective):
         for p in self.params:
             decay = cfg.adam_wd if p.role == "scalar" else embed_wd
             groups.setdefault((rates[p.role] * p.lr_mult, decay), []).append(p)
-        self.adam = torch.optim.AdamW(
-            [{"params": ps, "rate": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()],
-            betas=(cfg.beta1, cfg.beta2),
-            eps=cfg.adam_eps,
-            fused=True,
-        )
+        adam_groups = [{"params": ps, "rate": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+        self.adam = torch.optim.AdamW(adam_groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
 
     def reduce(self) -> None:
         """Starts summing the gradients over the ranks."""
@@ -3452,11 +3366,8 @@ class Optimizers:
 
     def __init__(self, cfg: Config, model: nn.Module, run: Run):
         self.cfg, self.run = cfg, run
-        rates = {
-            "embed": cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr,
-            "head": cfg.head_lr,
-            "scalar": cfg.scalar_lr,
-        }
+        embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
+        rates = {"embed": embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         small = {name: p for name, p in trainable.items() if getattr(p, "role", None) in rates}
         shapes: dict[torch.Size, dict[str, nn.Parameter]] = {}
@@ -3522,10 +3433,8 @@ class Optimizers:
 
     def state_dict(self) -> dict[str, dict]:
         """Everything a step depends on besides weights and gradients, whole on every rank; all ranks must call it."""
-        return {
-            "muon": {k: v for bank in self.banks for k, v in bank.state_dict().items()},
-            "adam": self.small.state_dict(),
-        }
+        momentum = {name: m for bank in self.banks for name, m in bank.state_dict().items()}
+        return {"muon": momentum, "adam": self.small.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Continues from `state` bit for bit at the same world size, and to rounding at any other."""
@@ -3863,9 +3772,9 @@ class Checkpoints:
             try:
                 self.write(path, state)
                 saved = self.saved()
-                here = saved.index(path)
+                kept = saved[: saved.index(path) + 1][-self.cfg.checkpoint_keep :]
                 # Later steps are of a run that was taken back, or that this one overwrites.
-                for old in (*saved[: max(0, here + 1 - self.cfg.checkpoint_keep)], *saved[here + 1 :]):
+                for old in set(saved) - set(kept):
                     old.unlink(missing_ok=True)
             except (ConfigError, BrokenRun, OSError) as e:
                 self.run.report_lost("checkpoint", f"of step {step} ({e})")
@@ -3913,10 +3822,8 @@ class Checkpoints:
                 except ConfigError as e:
                     self.damaged.append(str(e))
             if self.damaged:
-                raise ConfigError(
-                    "\n".join(self.damaged)
-                    + f"\nRESUME=auto: no checkpoint is left; remove {self.folder} to start anew"
-                )
+                last = f"RESUME=auto: no checkpoint is left; remove {self.folder} to start anew"
+                raise ConfigError("\n".join([*self.damaged, last]))
             return None
         if self.cfg.resume and not Path(self.cfg.resume).is_file():
             raise ConfigError(f"RESUME={self.cfg.resume}: no such checkpoint; RESUME=auto takes the newest of RUN_ID")
@@ -3969,15 +3876,10 @@ class Checkpoints:
         limits = {name: state["config"][name] for name in RAISED_ON_RESUME if self.raised(state, name)}
         if limits:
             was = dataclasses.replace(self.cfg, **{name.lower(): limit for name, limit in limits.items()})
-            scales = (lr_scale(cfg, step, elapsed, training_budget(cfg)) for cfg in (was, self.cfg))
-            words = " and ".join(
-                f"{name} from {was:g} to {getattr(self.cfg, name.lower()):g}" for name, was in limits.items()
-            )
-            run.notice(
-                "raised {}: the schedule follows the new end; lr_scale at step {} was {:.3f}, is {:.3f}".format(
-                    words, step, *scales
-                )
-            )
+            before, now = (lr_scale(cfg, step, elapsed, training_budget(cfg)) for cfg in (was, self.cfg))
+            words = (f"{name} from {limit:g} to {getattr(self.cfg, name.lower()):g}" for name, limit in limits.items())
+            run.notice(f"raised {' and '.join(words)}: the schedule follows the new end; lr_scale at step {step} was {before:.3f}, "
+                       f"is {now:.3f}")  # fmt: skip
 
 
 # ---- the step and the loop
@@ -4088,11 +3990,12 @@ class Trainer:
             try:
                 return self.accumulate(inputs, targets, ctx, weights, total)
             except torch.OutOfMemoryError:
-                retry = self.halve_micro_batch
+                pass
             except torch._dynamo.exc.TorchDynamoException as e:
                 notice_failed_compile(self.run, e)
-                retry = self.run_eager
-            retry()  # out here, where the exception no longer holds the memory of the failed pass
+                self.forward = self.model
+                continue
+            self.halve_micro_batch()  # out here, where the exception no longer holds the memory of the failed pass
 
     def start_curriculum(self) -> None:
         """As before the first step: no length has changed."""
@@ -4182,16 +4085,11 @@ class Trainer:
         seq = max(t for _, t in self.cfg.seq_curriculum)
         local = -(-self.cfg.train_batch_tokens // self.run.world)
         if self.cfg.micro_batch_tokens or min(self.micro_tokens, local) < 2 * seq:
-            raise ConfigError(
-                f"MICRO_BATCH_TOKENS={self.micro_tokens}: out of memory with {seq}-token sequences; use a smaller model or TRAIN_SEQ_LEN"
-            )
+            raise ConfigError(f"MICRO_BATCH_TOKENS={self.micro_tokens}: out of memory with {seq}-token sequences; use a smaller "
+                              "model or TRAIN_SEQ_LEN")  # fmt: skip
         self.micro_tokens = min(self.micro_tokens, local) // 2 // seq * seq
         if self.run.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def run_eager(self) -> None:
-        """Train with the plain forward."""
-        self.forward = self.model
 
 
 class StopConsensus:
@@ -4227,9 +4125,7 @@ class StopConsensus:
         if any(bad):
             ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag)
             good = ", ".join(f"step {s} loss {v:.4f}" for s, v in self.good) or "none"
-            raise BrokenRun(
-                f"loss is not finite at step {step} on rank {ranks}; last good: {good}; lower the learning rates"
-            )
+            raise BrokenRun(f"loss is not finite at step {step} on rank {ranks}; last good: {good}; lower the rates")
         self.good = [*self.good[-2:], (step, loss)]
         return stop > 0
 
@@ -4355,11 +4251,8 @@ class TrainingLoop:
 
     def report_validation(self, train_s: float) -> None:
         """Validate the current weights and log it."""
-        loss, bpb = self.validate(self.trainer.model)
-        step = self.trainer.step
-        self.run.log(
-            f"step:{step}/{self.cfg.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * train_s:.0f}ms"
-        )
+        (loss, bpb), step, total = self.validate(self.trainer.model), self.trainer.step, self.cfg.iterations
+        self.run.log(f"step:{step}/{total} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * train_s:.0f}ms")
         self.run.event("val", step=step, val_loss=loss, val_bpb=bpb, train_s=train_s)
 
     def save(self, elapsed: float) -> Path | None:
@@ -4433,9 +4326,8 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
         checkpoints.notice_resumed(resumed)
     loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
     if cfg.lr_schedule == "warmdown" and not cfg.warmdown_frac and 0 < cfg.iterations < cfg.warmdown_iters:
-        run.notice(
-            f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: rates fall from the first step on"
-        )
+        run.notice(f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: "
+                   "rates fall from the first step on")  # fmt: skip
     steps = f"{cfg.iterations} steps" if cfg.iterations else ""
     run.log("training ends after " + " or ".join(filter(None, (steps, f"{loop.budget:g}s" if loop.budget else ""))))
     result = loop.run_until_done(elapsed)
@@ -9178,7 +9070,7 @@ def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     text = load_validation(cfg, paths.folder, tokenizer)
     check_phases(cfg, text.tokens)
     run = Run.start(cfg)
-    run.claim_name()
+    run.run_id = run.on_first(run.claim_name)
     return OpenRun(loaded, run, paths, tokenizer, text)
 
 
@@ -9212,30 +9104,25 @@ def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
     run.log(dump_config(opened.loaded), to_terminal=False)
     device = device_name(run.device)
     run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({opened.loaded.recipe_reason}) mode:{cfg.mode} seed:{cfg.seed}")
-    run.log(
-        f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} threads:{torch.get_num_threads()}"
-    )
-    run.log(
-        f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(opened.text.tokens) - 1} val_bytes:{int(opened.text.bytes.sum())} "
-        f"bytes_from:{opened.text.bytes_from} transform:{opened.tokenizer.transform or 'none'}"
-    )
+    run.log(f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} "
+            f"threads:{torch.get_num_threads()}")  # fmt: skip
+    text, tokenizer = opened.text, opened.tokenizer
+    data = {"train_shards": train_shards, "train_tokens": train_tokens, "val_tokens": len(text.tokens) - 1,
+            "val_bytes": int(text.bytes.sum()), "bytes_from": text.bytes_from, "transform": tokenizer.transform}  # fmt: skip
+    run.log(" ".join(f"{key}:{'none' if value == '' else value}" for key, value in data.items()))
     run.log(f"model_params:{params} source_sha256:{source_sha256} packed_sha256:{packed_sha256}")
     if opened.paths.sample:
         run.notice("training and scoring the sample that ships with the script; its numbers are no challenge results")
-    for text in opened.loaded.notices:
-        run.notice(text)
-    values = {n: getattr(cfg, n.lower()) for n in FIELDS}
+    for notice in opened.loaded.notices:
+        run.notice(notice)
     run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=opened.loaded.recipe_reason, mode=cfg.mode,
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
               python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
               source_sha256=source_sha256, source_bytes=len(source.encode()), packed_sha256=packed_sha256, packed_bytes=len(packed), params=params,
-              data={"path": shown_path(opened.paths.folder), "sample": opened.paths.sample, "train_shards": train_shards,
-                    "train_tokens": train_tokens, "val_tokens": len(opened.text.tokens) - 1,
-                    "val_bytes": int(opened.text.bytes.sum()), "bytes_from": opened.text.bytes_from,
-                    "transform": opened.tokenizer.transform,
-                    "val_sha256": hashlib.sha256(opened.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
-              tokenizer={"path": shown_path(opened.paths.tokenizer), "sha256": opened.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
-    run.event("config", values=values, sources=opened.loaded.source)
+              data={"path": shown_path(opened.paths.folder), "sample": opened.paths.sample, **data,
+                    "val_sha256": hashlib.sha256(text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
+              tokenizer={"path": shown_path(opened.paths.tokenizer), "sha256": tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
+    run.event("config", values={n: getattr(cfg, n.lower()) for n in FIELDS}, sources=opened.loaded.source)
 
 
 def build_model(cfg: Config, run: Run) -> GPT:
@@ -9249,20 +9136,11 @@ def build_model(cfg: Config, run: Run) -> GPT:
 def artifact_header(cfg: Config, tokenizer: Tokenizer, looped: bool = True) -> dict[str, Any]:
     """The artifact's header: recipe, every knob that differs from its default, the tokenizer's hash, the text's transform, and with
     NUM_LOOPS whether the training reached the looped plan."""
-    values = {
-        n: getattr(cfg, n.lower())
-        for n, f in FIELDS.items()
-        if n not in LOCAL_KNOBS and getattr(cfg, n.lower()) != f.default
-    }
+    values = {n: getattr(cfg, n.lower()) for n in FIELDS if n not in LOCAL_KNOBS}
+    values = {n: value for n, value in values.items() if value != FIELDS[n].default}
     transform = {"transform": tokenizer.transform} if tokenizer.transform else {}
     plan = {"looped": looped} if cfg.num_loops else {}
     return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256, **transform, **plan}
-
-
-def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
-    """NGRAM_TABLE=exact: the most useful n-grams of the training tokens that were trained on, packed."""
-    n = min(stream.position or stream.total, stream.total, cfg.ngram_table_tokens)
-    return build_trie(stream.read(-stream.position, n), cfg.vocab_size, cfg.ngram_table_order, cfg.ngram_table_bytes)
 
 
 def pack_model(
@@ -9281,9 +9159,8 @@ def pack_model(
     else:
         stored = quantize(cfg, named, store, calibration.hessians if calibration else None)
         blob = pack(cfg, header, stored, sections)
-    run.event(
-        "quant", seconds=time.perf_counter() - started, calibration_s=calibration_s, roles=quant_report(named, stored)
-    )
+    seconds, roles = time.perf_counter() - started, quant_report(named, stored)
+    run.event("quant", seconds=seconds, calibration_s=calibration_s, roles=roles)
     run.write_artifact(blob)
     blob = run.artifact_path.read_bytes()
     run.log(f"quantized and packed {run.artifact_path} in {time.perf_counter() - started:.1f}s after {calibration_s:.1f}s of calibration\n"
@@ -9312,8 +9189,10 @@ def write_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: Tra
     """Calibrate, quantise, pack and write the artifact (rank 0): its bytes on every rank, as read back from the file, and
     the seconds of calibration and of counting the training text's n-grams."""
     cfg, run, started, sections = opened.cfg, opened.run, time.perf_counter(), {}
-    if "exact" in cfg.ngram_tables and run.rank == 0:
-        sections["exact"] = count_training_text(cfg, stream)
+    if "exact" in cfg.ngram_tables and run.rank == 0:  # of the tokens that were trained on
+        n = min(stream.position or stream.total, stream.total, cfg.ngram_table_tokens)
+        tokens = stream.read(-stream.position, n)
+        sections["exact"] = build_trie(tokens, cfg.vocab_size, cfg.ngram_table_order, cfg.ngram_table_bytes)
     counted = run.broadcast(time.perf_counter() - started)
     calibration = calibrate_in_time(opened, model, stream, result, counted) if cfg.calibrates else None
     run.sync()
@@ -9345,27 +9224,19 @@ def load_tables(cfg: Config, blob: bytes) -> Tables:
     packed = {name: read_section(blob, name) for name in cfg.ngram_tables}
     for name, section in packed.items():
         if section is None:
-            raise ConfigError(
-                f"NGRAM_TABLE={cfg.ngram_table}: the artifact carries no table {name}; leave NGRAM_TABLE unset, or train with it"
-            )
+            raise ConfigError(f"NGRAM_TABLE={cfg.ngram_table}: the artifact carries no table {name}; unset NGRAM_TABLE")
     return Tables(unpack_hashed(packed["pr1095"]) if "pr1095" in packed else None,
                   unpack_trie(packed["exact"], cfg.vocab_size) if "exact" in packed else None)  # fmt: skip
 
 
 def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
     """Count artifact and code against ARTIFACT_LIMIT, and log it."""
-    cfg, code = opened.cfg, code_bytes(opened.cfg)
-    sizes = {
-        "artifact_bytes": len(blob),
-        "code_bytes": code,
-        "total_bytes": len(blob) + code,
-        "limit": cfg.artifact_limit,
-    }
-    opened.run.log(
-        f"Total submission size: {len(blob) + code} bytes = artifact {len(blob)} + code {code}, limit {cfg.artifact_limit}"
-    )
-    opened.run.event("pack", artifact=str(opened.run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), **sizes,
-                  code_form=cfg.code_form, roles=role_bytes(blob))  # fmt: skip
+    cfg, run, size, code = opened.cfg, opened.run, len(blob), code_bytes(opened.cfg)
+    total, limit = size + code, cfg.artifact_limit
+    sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": total, "limit": limit}
+    run.log(f"Total submission size: {total} bytes = artifact {size} + code {code}, limit {limit}")
+    run.event("pack", artifact=str(run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), **sizes,
+              code_form=cfg.code_form, roles=role_bytes(blob))  # fmt: skip
     return sizes
 
 
@@ -9382,9 +9253,8 @@ def report_score(
         broken.append(f"total {sizes['total_bytes']} bytes exceed ARTIFACT_LIMIT={sizes['limit']}")
     if cfg.max_wallclock_seconds and train_s > cfg.max_wallclock_seconds:
         remedy = "; raise GPTQ_RESERVE_SECONDS" if cfg.reserved_seconds else ""
-        broken.append(
-            f"training and calibration took {train_s:.1f}s, MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}{remedy}"
-        )
+        limit = f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"
+        broken.append(f"training and calibration took {train_s:.1f}s, {limit}{remedy}")
     if cfg.eval_wallclock_seconds and eval_s > cfg.eval_wallclock_seconds:
         broken.append(f"evaluation took {eval_s:.1f}s, EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}")
     for text in broken:
@@ -9392,9 +9262,8 @@ def report_score(
         run.event("error", message=text)
     word = "score" if opened.text.complete else f"no_score (VAL_TOKENS={cfg.val_tokens} scored a prefix only)"
     counted = " ".join(f"{name}:{size}" for name, size in sizes.items())
-    run.log(
-        f"{word} val_bpb:{r.val_bpb:.8f} stage:{r.stage} {counted} train_time:{train_s:.1f}s eval_time:{eval_s:.1f}s"
-    )
+    times = f"train_time:{train_s:.1f}s eval_time:{eval_s:.1f}s"
+    run.log(f"{word} val_bpb:{r.val_bpb:.8f} stage:{r.stage} {counted} {times}")
     run.event("score", val_bpb=r.val_bpb, val_loss=r.val_loss, stage=r.stage, **sizes, train_s=train_s, eval_s=eval_s,
               complete=opened.text.complete, limits_ok=not broken)  # fmt: skip
     return not broken
@@ -9402,24 +9271,22 @@ def report_score(
 
 def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
     """Load the model from the artifact's bytes, score it in every stage and log the score; returns the exit status."""
-    clock = Clock(opened.run)
-    model = load_model(opened.cfg, opened.run, blob)
-    opened.run.log(
-        f"loaded the artifact load_time:{clock.seconds():.2f}s peak_memory:{opened.run.peak_memory_mib():.0f}MiB"
-    )
-    if opened.cfg.mode == "eval":  # a training has done it
+    cfg, run, clock = opened.cfg, opened.run, Clock(opened.run)
+    model = load_model(cfg, run, blob)
+    run.log(f"loaded the artifact load_time:{clock.seconds():.2f}s peak_memory:{run.peak_memory_mib():.0f}MiB")
+    if cfg.mode == "eval":  # a training has done it
         with clock.paused():
-            rehearse(opened.cfg, opened.run, model, opened.text)
+            rehearse(cfg, run, model, opened.text)
     sizes = account_bytes(opened, blob)
-    evaluation = Evaluation(opened.cfg, opened.run, model, opened.text, load_tables(opened.cfg, blob))
-    results = evaluate(evaluation, opened.cfg.stages, StageLog(opened.run, opened.text.complete))
+    evaluation = Evaluation(cfg, run, model, opened.text, load_tables(cfg, blob))
+    results = evaluate(evaluation, cfg.stages, StageLog(run, opened.text.complete))
     held = report_score(opened, results, sizes, train_s, clock.seconds())
-    if opened.cfg.ttt_order == "length":
+    if cfg.ttt_order == "length":
         order_claim(evaluation)
-    if "claimed" in opened.cfg.ngram_scores:
+    if "claimed" in cfg.ngram_scores:
         claim(evaluation)
     # Clocks differ by rank, and ranks that end differently keep torchrun waiting.
-    return 0 if opened.run.broadcast(held) else 1
+    return 0 if run.broadcast(held) else 1
 
 
 def check_artifact_path(run: Run, continuing: bool) -> None:
@@ -9428,9 +9295,7 @@ def check_artifact_path(run: Run, continuing: bool) -> None:
     if path.is_dir() or (path.exists() and not (run.cfg.force or continuing)):
         raise ConfigError(f"{path} exists: choose another RUN_ID or ARTIFACT, or FORCE=1 to overwrite it")
     if not run.lock(path):
-        raise ConfigError(
-            f"ARTIFACT={path}: a process that still runs will write it; wait for it or choose another ARTIFACT"
-        )
+        raise ConfigError(f"ARTIFACT={path}: a process that still runs will write it; choose another ARTIFACT")
     probe = path.with_name(f".{path.name}.probe")
     atomic_write(probe, b"")
     probe.unlink()
@@ -9470,9 +9335,8 @@ def run_train(loaded: LoadedConfig) -> int:
         blob, calibration_s = write_artifact(opened, model, stream, result)
     try:
         if run.rank == 0:
-            written = sample_calibration_text(
-                model.eval(), 1, min(48, cfg.train_seq_len), derive_seed(cfg.seed, "sample")
-            )
+            seed, length = derive_seed(cfg.seed, "sample"), min(48, cfg.train_seq_len)
+            written = sample_calibration_text(model.eval(), 1, length, seed)
             run.log(f"sample: {opened.tokenizer.sp.decode(written[0, 1:].tolist())!r}")
         return score_artifact(opened, blob, result.seconds + calibration_s)
     except Exception:
@@ -9483,9 +9347,7 @@ def run_train(loaded: LoadedConfig) -> int:
 def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -> None:
     """Raises ConfigError unless tokenizer and transform of the text are those that the artifact names."""
     if header["tokenizer_sha256"] != tokenizer.sha256:
-        raise ConfigError(
-            f"TOKENIZER_PATH={tokenizer.path}: not the tokenizer of {cfg.artifact}; name the one it was trained with"
-        )
+        raise ConfigError(f"TOKENIZER_PATH={tokenizer.path}: not the tokenizer of {cfg.artifact}; name that one")
     if header.get("transform", "") != tokenizer.transform:
         raise ConfigError(f"ARTIFACT={cfg.artifact}: made for text that went through {header.get('transform') or 'nothing'}, these data went "
                           f"through {tokenizer.transform or 'nothing'}; name the data it was trained for in DATA_PATH")  # fmt: skip
@@ -9533,9 +9395,8 @@ def run_pack_code(loaded: LoadedConfig) -> int:
         raise ConfigError(f"{path} exists: choose another LOG_DIR, or FORCE=1 to overwrite it")
     packed = pack_code(source)
     atomic_write(path, packed)
-    say(
-        f"{path}: {len(packed)} bytes, sha256 {hashlib.sha256(packed).hexdigest()}; source {len(source.encode())} bytes"
-    )
+    sha256 = hashlib.sha256(packed).hexdigest()
+    say(f"{path}: {len(packed)} bytes, sha256 {sha256}; source {len(source.encode())} bytes")
     return 0
 
 
@@ -9566,11 +9427,8 @@ def dispatch(env: Mapping[str, str]) -> int:
 
 def show_toc() -> str:
     """The file's sections with their line numbers, the text of --toc."""
-    return "\n".join(
-        f"{i:5d}  {line[7:].rstrip(' =')}"
-        for i, line in enumerate(source_text().splitlines(), 1)
-        if line.startswith("# ==== ")
-    )
+    lines = enumerate(source_text().splitlines(), 1)
+    return "\n".join(f"{i:5d}  {line[7:].rstrip(' =')}" for i, line in lines if line.startswith("# ==== "))
 
 
 def finish(outcome: str, message: str, reported: bool) -> None:
