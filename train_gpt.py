@@ -1,7 +1,7 @@
 """Train the best language model that fits 16,000,000 bytes, pack it, reload it and score it as a code length.
 
     python train_gpt.py                                            on a laptop: the `cpu` recipe on the shipped sample
-    torchrun --standalone --nproc_per_node=8 train_gpt.py          on 8xH100: the best recipe
+    torchrun --standalone --nproc_per_node=8 train_gpt.py          on 8xH100: the `frontier` recipe
     RECIPE=pr164 SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
     MODE=audit ARTIFACT=logs/run.pgz python train_gpt.py           is that score a code length?
@@ -119,7 +119,7 @@ class Config:
 
     # fmt: off
     # ---- 1 CONFIG
-    recipe: str = knob("auto", "", "named set of values; auto: the best on a GPU, cpu without one")
+    recipe: str = knob("auto", "", "named set of values; auto: frontier on a GPU, cpu without one")
     mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit", "pack_code"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
@@ -183,9 +183,7 @@ class Config:
     loop_carry: str = knob("", "", "frozen carry: for each looped block 'b,a1,a2,..', blocks separated by ';'; empty: none", shape=True)
     enable_looping_at: float = knob(0.35, "", "share of the training budget at which the loops start", lo=0, hi=1)
     parallel_start_layer: int = knob(0, "", "first block with attention and MLP on two parallel lanes; 0: none", lo=0, hi=255, shape=True)
-    encoder_recurrence: bool = knob(False, "", "run the encoder blocks ENCODER_PASSES times", shape=True)
-    encoder_passes: int = knob(2, "passes", "passes of ENCODER_RECURRENCE", lo=2, hi=8, shape=True)
-    resid_mix_init: str = knob("plain", "", "initial mix with the embedding: (1, 0), or by depth", choices=("plain", "phase"), shape=True)
+    encoder_recurrence: bool = knob(False, "", "run the encoder blocks twice", shape=True)
     linear_init: str = knob("default", "", "init of projections: torch's Kaiming-uniform or orthogonal", choices=("default", "orthogonal"), shape=True)
     out_init: str = knob("zero", "", "init of attention and MLP output projections; scaled: orthogonal / sqrt(2 L)", choices=("zero", "scaled"), shape=True)
     branch_proj_scaled: bool = knob(False, "", "1/sqrt(2 L) on the projections of bigram and value embeddings", shape=True)
@@ -368,10 +366,12 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
-        errors = [e for check in (self._shape_errors, self._training_errors, self._quantizer_errors,
-                                                self._evaluation_errors, self._ngram_errors)
-                  for e in check()]  # fmt: skip
-        if errors:
+        if errors := [
+            *self._shape_errors(),
+            *self._training_errors(),
+            *self._evaluation_errors(),
+            *self._ngram_errors(),
+        ]:
             raise ConfigError("\n".join(errors))
 
     @property
@@ -505,14 +505,11 @@ class Config:
 
     def _branch_errors(self) -> Iterator[str]:
         try:
-            if any(not 0 <= i < self.num_layers for i in self.value_layers):
-                yield f"VE_LAYERS={self.ve_layers}: blocks are 0 to {self.num_layers - 1} with NUM_LAYERS={self.num_layers}"
-            if len(set(self.value_layers)) < len(self.value_layers):
-                yield f"VE_LAYERS={self.ve_layers}: a block is named twice"
-            if self.ve_dim and not self.value_layers:
-                yield f"VE_DIM={self.ve_dim} without VE_LAYERS: name the blocks that add the value embedding, or VE_DIM=0"
+            if self.ve_dim and not 0 < len(self.value_layers) == len({*self.value_layers} & {*range(self.num_layers)}):
+                raise ValueError
         except ValueError:
-            yield f"VE_LAYERS={self.ve_layers!r}: expected block numbers such as 9,10"
+            yield (f"VE_DIM={self.ve_dim} with VE_LAYERS={self.ve_layers!r}: expected different blocks of 0 to {self.num_layers - 1} with "
+                   "commas between, or VE_DIM=0")  # fmt: skip
         if self.bigram_vocab_size == 1:
             yield "BIGRAM_VOCAB_SIZE=1: expected 0 (off) or at least 2 rows"
         if self.adapter_b_init != "zero" and not self.adapter_rank:
@@ -542,9 +539,8 @@ class Config:
             yield f"ENCODER_RECURRENCE=1 needs an encoder block: NUM_LAYERS={self.num_layers} has none"
         try:
             n = self.loop_end - self.loop_start + 1 if self.num_loops else 0
-            if self.carry_rows and [len(row) for row in self.carry_rows] != [n + 1] * n:
-                raise ValueError
-            if not all(math.isfinite(x) for row in self.carry_rows for x in row):
+            fits = [len(row) for row in self.carry_rows] == [n + 1] * n
+            if self.carry_rows and not (fits and np.isfinite(self.carry_rows).all()):
                 raise ValueError
         except ValueError:
             yield f"LOOP_CARRY={self.loop_carry!r}: expected {n} looped blocks, separated by ';', of {n + 1} numbers each"
@@ -580,8 +576,6 @@ class Config:
             yield f"RUN_ID={self.run_id!r}: expected a name, which becomes LOG_DIR/NAME.txt; name folders with LOG_DIR"
         if self.resume == "auto" and not self.run_id:
             yield "RESUME=auto needs RUN_ID, the name of the run to continue"
-
-    def _quantizer_errors(self) -> Iterator[str]:
         if self.quant_trellis and self.compressor != "entropy":
             yield f"QUANT_TRELLIS={self.quant_trellis} needs COMPRESSOR=entropy: {self.compressor} knows no states, and the codes would grow"
         if self.quant_trellis and self.prune_frac and self.prune_scope == "global":
@@ -651,6 +645,9 @@ class Config:
 
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
+# The first knob of each section, which heads its group in --help.
+GROUPS = {"RECIPE": "1 CONFIG", "SEED": "2 RUNTIME", "DATA_PATH": "3 DATA", "NUM_LAYERS": "4 MODEL", "TIED_EMBED_LR": "5 OPTIMIZER",
+          "DOC_MASK": "6 TRAINING", "ATTN_BITS": "7 QUANTIZER", "ARTIFACT": "8 ARTIFACT", "EVAL_SEQ_LEN": "9 EVALUATOR"}  # fmt: skip
 TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 TYPE_WORDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
 
@@ -748,24 +745,130 @@ RECIPES: dict[str, dict[str, Any]] = {
         "NGRAM_TILT_ORDER": 16, "NGRAM_ORDER": 16, "NGRAM_TILT_THRESHOLD": 0.8, "NGRAM_TILT_BETA": 2.625,
     },
 }  # fmt: skip
-BEST_GPU_RECIPE = "frontier"
+GPU_RECIPE = "frontier"  # the default on a GPU
 
-Converter = Callable[[str], dict[str, str]]
+# What a published name becomes. Text: the knobs that take its value. A table: settings of ours for each value; those of 0 win even over
+# explicit settings. A pair: the one value that any published run used, and why no other is taken. A function: knobs computed from its number.
+Alias = str | dict[str, str] | tuple[str, str] | Callable[[float], dict[str, Any]]
 
+KEPT = "the published scorer is kept as it was"
+ONE_GATE = "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"
+ENTIRE = "VAL_TOKENS scores a prefix of the text"
+PEEKS = "hints that look at the target's own word or pieces are no prediction"
+CLAIMS = {"0": "NGRAM_SCORE=off", "1": "NGRAM_SCORE=exact,claimed"}
+# Knobs that this script once had, with the one value that is left of each, and why: accepted in an artifact's header too.
+FORMER_KNOBS = {"NGRAM_MIX": ("cascade", "every other way for exact counts to correct the network scored worse")}
 
-def renamed(*names: str) -> Converter:
-    """Published name -> the same value for each of our knobs."""
-    return lambda value: dict.fromkeys(names, value)
+# Names common to all recipes under "*", then recipe by recipe.
+ALIASES: dict[str, dict[str, Alias]] = {
+    "*": {
+        "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
+        "LN_SCALE": {"0": "LN_SCALE=none", "1": "LN_SCALE=in"},
+        "VRL_ENABLED": {"0": "VALUE_RESIDUAL=none", "1": "VALUE_RESIDUAL=softmax"},
+        "VALUE_RESIDUAL": {"0": "VALUE_RESIDUAL=none", "1": "VALUE_RESIDUAL=sigmoid"},
+        "GATED_ATTN_ENABLED": {"0": "ATTN_GATE=none", "1": "ATTN_GATE=input"},
+        "GATED_ATTN": {"0": "ATTN_GATE=none", "1": "ATTN_GATE=scalar ATTN_GATE_INIT=1.0"},
+        "GATED_ATTN_BIAS_INIT": "ATTN_GATE_INIT",
+        "LEAKY_RELU": {"0": "LEAKY_SLOPE=0", "1": "LEAKY_SLOPE=0.5"},
+        "TIED_EMBED_INIT_STD": "EMBED_INIT_STD",
+        "VE_ENABLED": {"0": "VE_DIM=0 VE_LAYERS=", "1": "VE_DIM=128"},
+        "EVAL_ONLY": {"0": "", "1": "MODE=eval"},
+        "CASEOPS_ENABLED": {"0": "VAL_BYTES=tokenizer", "1": "VAL_BYTES=sidecar"},
+        "EMA_ENABLED": {"0": "EMA_DECAY=0", "1": "EMA_DECAY=0.997"},
+        "QAT_ENABLED": {"0": "QAT=none", "1": "QAT=ste"},
+        "SWA_ENABLED": {"0": "SWA_EVERY=0", "1": "SWA_EVERY=50"},
+        "WEIGHT_DECAY": "MUON_WD",
+        "QUANT_BITS": "ATTN_BITS MLP_BITS",
+        "MATRIX_BITS": "ATTN_BITS MLP_BITS",
+        "GPTQ_DAMP": "GPTQ_PERCDAMP",
+        "FULL_GPTQ": "GPTQ_ENABLED",
+        "LQER_ENABLED": {"0": "LQER_TOP_K=0", "1": "LQER_TOP_K=3"},
+        "PRUNE_PCT": "PRUNE_FRAC",
+        "NGRAM_ENABLED": {"0": "NGRAM_SCORE=off", "1": "NGRAM_SCORE=exact"},
+        **FORMER_KNOBS,
+        "TTT_LORA_LR": "TTT_LR",
+        "TTT_WEIGHT_DECAY": "TTT_WD",
+        "TTT_OPTIMIZER": {"adam": "TTT_OPTIMIZER=adamw"},
+        "TTT_GRAD_STEPS": "TTT_EPOCHS",
+        "TTT_MASK": {"": "", "none": "", "no_qv": "TTT_Q_LORA=0 TTT_V_LORA=0"},
+        "TTT_SHORT_SCORE_FIRST_ENABLED": {"0": "TTT_SHORT_SCORE_FIRST_STEPS=", "1": ""},
+        # The 2,500 longest documents hold 30 % of the published validation text.
+        "PHASED_TTT_PREFIX_DOCS": lambda v: {"PHASED_TTT_PREFIX": min(1.0, 0.3 * v / 2500)},
+        "GLOBAL_TTT_OPTIMIZER": {"sgd": ""},
+        "TTT_EVAL_ONLY": {"0": "", "1": "MODE=eval"},
+        "TOKEN_ORDER": "NGRAM_TILT_ORDER",
+        "TOKEN_THRESHOLD": "NGRAM_TILT_THRESHOLD",
+        "TOKEN_BOOST": "NGRAM_TILT_BETA",
+        "ADAPTIVE_BOOST_GAMMA": "NGRAM_TILT_GAMMA",
+        # Three names together are one knob: `published_curriculum`.
+        "PROG_SEQ_ENABLED": {"0": "", "1": ""}, "PROG_SEQ_LENS": "", "PROG_SEQ_FRACS": "",
+    },
+    "pr164": {  # its average, collected through the whole warmdown, replaces the weights
+        "SWA_ENABLED": {"0": "SWA_EVERY=0", "1": "SWA_EVERY=200 SWA_START_SCALE=1 SWA_BLEND=1"},
+    },
+    "pr740": {  # both start by the clock, at 10 % and 40 %; SWA here as the warmdown starts, at 49 % in the record run
+        "EMA_ENABLED": {"0": "EMA_DECAY=0", "1": "EMA_DECAY=0.997 EMA_START_FRAC=0.1"},
+        "SWA_ENABLED": {"0": "SWA_EVERY=0", "1": "SWA_EVERY=50 SWA_START_SCALE=1"},
+        "PRUNE_PCT": lambda v: {"PRUNE_FRAC": v / 100},  # a percentage here, a fraction in #850
+        "NGRAM_ALPHA": ("0.2", KEPT),
+        "NGRAM_ENABLED": CLAIMS,
+    },
+    "pr187": {
+        "LN_SCALE": {"0": "LN_SCALE=none", "1": "LN_SCALE=out"},
+        "RUN_CONFIG": {"A": "", "C": "NUM_LAYERS=12 MLP_MULT=2 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=2600"},
+    },
+    "pr850": {
+        "QAT_TRIGGER_FRAC": "QAT_START_FRAC",
+        "QAT_ENABLED": {"0": "", "1": "QAT_START_FRAC=0"},  # from the first step; late QAT has its own switch
+        "LATE_QAT_THRESHOLD": lambda v: {} if v > 0 else {"QAT": "none"},  # was read as on or off
+        "NGRAM_ENABLED": CLAIMS,
+        "NGRAM_EVAL_BUCKETS": "NGRAM_BUCKETS",
+        "NGRAM_EVAL_MIN_COUNT": "NGRAM_MIN_COUNT",
+        "NGRAM_EVAL_BATCH_SEQS": lambda v: {"VAL_BATCH_TOKENS": int(v * 2048)},
+        **{f"NGRAM_EVAL_{name}": (value, KEPT) for name, value in (("ORDER", "9"), ("MIN_ORDER", "2"), ("ADAPTIVE", "1"),
+           ("ALPHA_MIN", "0.12"), ("ALPHA_MAX", "0.60"), ("ENTROPY_SCALE", "2"))},
+    },
+    # Published QAT starts where the learning-rate scale falls below the threshold, 5000 steps of warmdown in 9912.
+    "pr1095": {
+        "LATE_QAT_THRESHOLD": lambda v: {"QAT_START_FRAC": 1 - v * 5000 / 9912} if v > 0 else {"QAT": "none"},
+        "NGRAM_ENABLED": {"0": "NGRAM_SCORE=off NGRAM_TABLE=none", "1": "NGRAM_SCORE=exact,claimed NGRAM_TABLE=pr1095"},
+        "NGRAM_ORDERS": ("2,3,4,5,6,7", KEPT),
+        "NGRAM_ALPHA_MAX": ("0.95", KEPT),
+    },
+    "frontier": {
+        "ARTIFACT_DIR": "LOG_DIR",
+        "SMEAR_GATE_ENABLED": "SMEAR",
+        "SPARSE_ATTN_GATE_ENABLED": {"0": "ATTN_GATE=none", "1": "ATTN_GATE=sparse"},
+        "SPARSE_ATTN_GATE_INIT_STD": ("0", "the gate starts at zero"),
+        "GATED_ATTN_ENABLED": ("0", ONE_GATE),
+        "ATTN_OUT_GATE_ENABLED": ("0", ONE_GATE),
+        "LEAKY_RELU_SQ_SLOPE": "LEAKY_SLOPE",
+        "QK_GAIN_INIT_SCHEDULE": ("", "a gain by block showed no gain; QK_GAIN_INIT is that of all blocks"),
+        "PARALLEL_FINAL_LANE": ("mean", "the output is the mean of both lanes"),
+        "ROPE_YARN": ("0", "no published run of this stack rescaled its base; ROPE_TRAIN_LEN is the NTK rule"),
+        "RECUR_ALPHA_ENABLED": {"0": "LOOP_CARRY=", "1": "LOOP_CARRY=1.56,.23,.04,.03;1.85,.13,-.34,.01;2.13,.06,.19,-.02"},
+        "MUON_HUBER_WD": ("0", "the Huber form of the decay was an experiment that lost; MUON_WD is the decay"),
+        "FORCE_STOP_STEP": lambda v: {"ITERATIONS": int(v)} if v > 0 else {},
+        "GPTQ_CALIBRATION_BATCHES": lambda v: {"GPTQ_N_SAMPLES": int(v * 98304 / 2048)},
+        "GPTQ_CALIBRATION_MODE": {"random": "GPTQ_CALIBRATION=train"},
+        "COMPRESSOR": {"pergroup": "COMPRESSOR=entropy", "brotli": "COMPRESSOR=entropy"},
+        "OPTROT_ENABLED": ("0", "rotations before rounding gained nothing"),
+        "PREQUANT_ONLY": ("0", "a run always scores what its artifact holds"),
+        "VAL_DOC_FRACTION": ("1", ENTIRE),
+        "EVAL_INCLUDE_TAIL": {"0": "VAL_DROP_TAIL=1", "1": "VAL_DROP_TAIL=0"},
+        "ALIAS_PREV_SMEAR_SCALE": ("1", "no shards here have fused case markers"),
+        "TTT_LORA_EMA_DECAY": ("0", "no published run scored with an average of a document's LoRA"),
+        "TTT_UPDATE_EVERY": ("1", "every scored chunk is learned"),
+        "TTT_EVAL_BATCHES": ("", ENTIRE),
+        "WITHIN_TAU": ("99", PEEKS), "WITHIN_BOOST": ("0", PEEKS), "AGREE_ADD_BOOST": ("0", PEEKS),
+        "WORD_TAU": ("99", PEEKS), "WORD_BOOST": ("0", PEEKS),
+    },
+}  # fmt: skip
 
 
 def as_digit(text: str) -> str:
     """true and false, in any case, as 1 and 0; any other text unchanged."""
     return {"false": "0", "true": "1"}.get(text.lower(), text)
-
-
-def mapped(name: str, table: dict[str, str]) -> Converter:
-    """Published value -> our word for it; other values pass through unchanged."""
-    return lambda value: {name: table.get(as_digit(value), value)}
 
 
 def float_or_none(text: str) -> float | None:
@@ -776,70 +879,30 @@ def float_or_none(text: str) -> float | None:
         return None
 
 
-def computed(convert: Callable[[float], dict[str, Any]]) -> Converter:
-    """Published number -> our knobs, computed from it."""
-
-    def read(value: str) -> dict[str, str]:
-        number = float_or_none(value)
-        if number is None:
-            raise ConfigError("expected a number")
-        return {k: str(v) for k, v in convert(number).items()}
-
-    return read
-
-
-class SwitchedOff(dict[str, str]):
-    """The knobs that a published switch turns off; they win even over explicit settings of the same knobs."""
-
-
-def switch(on: dict[str, Any], off: dict[str, Any]) -> Converter:
-    """Published 0/1 switch -> our knobs when on and when off."""
-
-    def convert(value: str) -> dict[str, str]:
-        value = as_digit(value)
-        if value not in ("0", "1"):
-            raise ConfigError(f"expected 0 or 1, got {value!r}")
-        kind, knobs = (dict, on) if value == "1" else (SwitchedOff, off)
-        return kind({k: str(v) for k, v in knobs.items()})
-
-    return convert
-
-
-def chosen(table: dict[str, dict[str, Any]]) -> Converter:
-    """Published word -> our knobs."""
-
-    def convert(value: str) -> dict[str, str]:
-        if value not in table:
-            raise ConfigError(f"expected one of {', '.join(table)}")
-        return {k: str(v) for k, v in table[value].items()}
-
-    return convert
-
-
-def kept(*published: float) -> Converter:
-    """A constant (or list) of a published scorer, which is kept as it was: no other value is taken."""
-
-    def convert(value: str) -> dict[str, str]:
-        if tuple(map(float_or_none, value.split(","))) != published:
-            raise ConfigError(f"the published scorer is kept as it was, with {','.join(f'{x:g}' for x in published)}")
+def from_alias(name: str, text: str, alias: Alias) -> dict[str, str]:
+    """{knob: text} that the published `name` with this value stands for; raises ConfigError with what is expected of it."""
+    number, word = float_or_none(text), as_digit(text)
+    if isinstance(alias, str):
+        return dict.fromkeys(alias.split(), text)
+    if isinstance(alias, tuple):
+        accepted, why = alias
+        if text != accepted and (number is None or number != float_or_none(accepted)):
+            raise ConfigError(f"expected {accepted or 'nothing'}: {why}")
         return {}
-
-    return convert
-
-
-PUBLISHED_CURRICULUM = {
-    "PROG_SEQ_ENABLED": "0",
-    "PROG_SEQ_LENS": "512,1024",
-    "PROG_SEQ_FRACS": "0.33,0.55",
-}  # #850's defaults
+    if isinstance(alias, dict):
+        if word not in alias and name not in FIELDS:  # our own name takes our own words too
+            raise ConfigError(f"expected {' or '.join(filter(None, alias))}")
+        return dict(setting.split("=") for setting in alias[word].split()) if word in alias else {name: text}
+    if number is None:
+        raise ConfigError("expected a number")
+    return {knob_name: str(value) for knob_name, value in alias(number).items()}
 
 
 def published_curriculum(env: Mapping[str, str]) -> dict[str, str]:
-    """TRAIN_SEQ_SCHEDULE from #850's three names, where it is not set and they switch it on."""
-    on, lens, fracs = (env.get(name, default) for name, default in PUBLISHED_CURRICULUM.items())
-    switch({}, {})(on)
-    if as_digit(on) == "0" or "TRAIN_SEQ_SCHEDULE" in env:
+    """TRAIN_SEQ_SCHEDULE from #850's three names, where they switch it on and it is not set."""
+    if as_digit(env.get("PROG_SEQ_ENABLED", "0")) != "1" or "TRAIN_SEQ_SCHEDULE" in env:
         return {}
+    lens, fracs = env.get("PROG_SEQ_LENS", "512,1024"), env.get("PROG_SEQ_FRACS", "0.33,0.55")
     try:
         text = ",".join(f"{n}@{f}" for n, f in zip(lens.split(","), fracs.split(","), strict=True))
         parse_schedule(text)
@@ -848,133 +911,6 @@ def published_curriculum(env: Mapping[str, str]) -> dict[str, str]:
                           "between 0 and 1") from None  # fmt: skip
     return {"TRAIN_SEQ_SCHEDULE": text}
 
-
-def only(accepted: str, why: str) -> Converter:
-    """A published name that is taken at its one value that any published run used."""
-
-    def convert(value: str) -> dict[str, str]:
-        if value != accepted and (float_or_none(value) is None or float_or_none(value) != float_or_none(accepted)):
-            raise ConfigError(f"expected {accepted or 'nothing'}: {why}")
-        return {}
-
-    return convert
-
-
-# Knobs that this script once had, with the one value that is left of each, and why: accepted in an artifact's header too.
-FORMER_KNOBS = {"NGRAM_MIX": ("cascade", "every other way for exact counts to correct the network scored worse")}
-
-# Published names that are not ours, and what they become: names common to all recipes under "*", then recipe by recipe.
-ALIASES: dict[str, dict[str, Converter]] = {
-    "*": {
-        "VAL_BATCH_SIZE": renamed("VAL_BATCH_TOKENS"),
-        "LN_SCALE": mapped("LN_SCALE", {"0": "none", "1": "in"}),
-        "VRL_ENABLED": mapped("VALUE_RESIDUAL", {"0": "none", "1": "softmax"}),
-        "VALUE_RESIDUAL": mapped("VALUE_RESIDUAL", {"0": "none", "1": "sigmoid"}),
-        "GATED_ATTN_ENABLED": mapped("ATTN_GATE", {"0": "none", "1": "input"}),
-        "GATED_ATTN": switch({"ATTN_GATE": "scalar", "ATTN_GATE_INIT": 1.0}, {"ATTN_GATE": "none"}),
-        "GATED_ATTN_BIAS_INIT": renamed("ATTN_GATE_INIT"),
-        "LEAKY_RELU": mapped("LEAKY_SLOPE", {"0": "0.0", "1": "0.5"}),
-        "TIED_EMBED_INIT_STD": renamed("EMBED_INIT_STD"),
-        "VE_ENABLED": switch({"VE_DIM": 128}, {"VE_DIM": 0, "VE_LAYERS": ""}),
-        "EVAL_ONLY": switch({"MODE": "eval"}, {}),
-        "CASEOPS_ENABLED": switch({"VAL_BYTES": "sidecar"}, {"VAL_BYTES": "tokenizer"}),
-        "EMA_ENABLED": switch({"EMA_DECAY": 0.997}, {"EMA_DECAY": 0.0}),
-        "QAT_ENABLED": switch({"QAT": "ste"}, {"QAT": "none"}),
-        "SWA_ENABLED": switch({"SWA_EVERY": 50}, {"SWA_EVERY": 0}),
-        "WEIGHT_DECAY": renamed("MUON_WD"),
-        "QUANT_BITS": renamed("ATTN_BITS", "MLP_BITS"),
-        "MATRIX_BITS": renamed("ATTN_BITS", "MLP_BITS"),
-        "GPTQ_DAMP": renamed("GPTQ_PERCDAMP"),
-        "FULL_GPTQ": renamed("GPTQ_ENABLED"),
-        "LQER_ENABLED": switch({"LQER_TOP_K": 3}, {"LQER_TOP_K": 0}),
-        "PRUNE_PCT": renamed("PRUNE_FRAC"),
-        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact"}, {"NGRAM_SCORE": "off"}),
-        **{name: only(*left) for name, left in FORMER_KNOBS.items()},
-        "TTT_LORA_LR": renamed("TTT_LR"),
-        "TTT_WEIGHT_DECAY": renamed("TTT_WD"),
-        "TTT_OPTIMIZER": mapped("TTT_OPTIMIZER", {"adam": "adamw"}),
-        "TTT_GRAD_STEPS": renamed("TTT_EPOCHS"),
-        "TTT_MASK": chosen({"": {}, "none": {}, "no_qv": {"TTT_Q_LORA": 0, "TTT_V_LORA": 0}}),
-        "TTT_SHORT_SCORE_FIRST_ENABLED": switch({}, {"TTT_SHORT_SCORE_FIRST_STEPS": ""}),
-        # The 2,500 longest documents hold 30 % of the published validation text.
-        "PHASED_TTT_PREFIX_DOCS": computed(lambda v: {"PHASED_TTT_PREFIX": min(1.0, 0.3 * v / 2500)}),
-        "GLOBAL_TTT_OPTIMIZER": chosen({"sgd": {}}),
-        "TTT_EVAL_ONLY": switch({"MODE": "eval"}, {}),
-        "TOKEN_ORDER": renamed("NGRAM_TILT_ORDER"),
-        "TOKEN_THRESHOLD": renamed("NGRAM_TILT_THRESHOLD"),
-        "TOKEN_BOOST": renamed("NGRAM_TILT_BETA"),
-        "ADAPTIVE_BOOST_GAMMA": renamed("NGRAM_TILT_GAMMA"),
-        **{name: lambda _: {} for name in PUBLISHED_CURRICULUM},  # three names together are one knob: `published_curriculum`
-    },
-    "pr164": {  # its average, collected through the whole warmdown, replaces the weights
-        "SWA_ENABLED": switch({"SWA_EVERY": 200, "SWA_START_SCALE": 1.0, "SWA_BLEND": 1.0}, {"SWA_EVERY": 0}),
-    },
-    "pr740": {  # both start by the clock, at 10 % and 40 %; SWA here as the warmdown starts, at 49 % in the record run
-        "EMA_ENABLED": switch({"EMA_DECAY": 0.997, "EMA_START_FRAC": 0.1}, {"EMA_DECAY": 0.0}),
-        "SWA_ENABLED": switch({"SWA_EVERY": 50, "SWA_START_SCALE": 1.0}, {"SWA_EVERY": 0}),
-        "PRUNE_PCT": computed(lambda v: {"PRUNE_FRAC": v / 100}),  # a percentage here, a fraction in #850
-        "NGRAM_ALPHA": kept(0.2),
-        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact,claimed"}, {"NGRAM_SCORE": "off"}),
-    },
-    "pr187": {
-        "LN_SCALE": mapped("LN_SCALE", {"0": "none", "1": "out"}),
-        "RUN_CONFIG": chosen({
-            "A": {},
-            "C": {"NUM_LAYERS": 12, "MLP_MULT": 2.0, "TRAIN_SEQ_LEN": 1024, "WARMDOWN_ITERS": 2600},
-        }),
-    },
-    "pr850": {
-        "QAT_TRIGGER_FRAC": renamed("QAT_START_FRAC"),
-        "QAT_ENABLED": switch({"QAT_START_FRAC": 0.0}, {}),  # from the first step; late QAT has its own switch
-        "LATE_QAT_THRESHOLD": computed(lambda v: {} if v > 0 else {"QAT": "none"}),  # was read as on or off
-        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact,claimed"}, {"NGRAM_SCORE": "off"}),
-        "NGRAM_EVAL_BUCKETS": renamed("NGRAM_BUCKETS"),
-        "NGRAM_EVAL_MIN_COUNT": renamed("NGRAM_MIN_COUNT"),
-        "NGRAM_EVAL_BATCH_SEQS": computed(lambda v: {"VAL_BATCH_TOKENS": int(v * 2048)}),
-        "NGRAM_EVAL_ORDER": kept(9),
-        "NGRAM_EVAL_MIN_ORDER": kept(2),
-        "NGRAM_EVAL_ADAPTIVE": kept(1),
-        "NGRAM_EVAL_ALPHA_MIN": kept(0.12),
-        "NGRAM_EVAL_ALPHA_MAX": kept(0.60),
-        "NGRAM_EVAL_ENTROPY_SCALE": kept(2),
-    },
-    # Published QAT starts where the learning-rate scale falls below the threshold, 5000 steps of warmdown in 9912.
-    "pr1095": {
-        "LATE_QAT_THRESHOLD": computed(lambda v: {"QAT_START_FRAC": 1 - v * 5000 / 9912} if v > 0 else {"QAT": "none"}),
-        "NGRAM_ENABLED": switch({"NGRAM_SCORE": "exact,claimed", "NGRAM_TABLE": "pr1095"}, {"NGRAM_SCORE": "off", "NGRAM_TABLE": "none"}),
-        "NGRAM_ORDERS": kept(2, 3, 4, 5, 6, 7),
-        "NGRAM_ALPHA_MAX": kept(0.95),
-    },
-    "frontier": {
-        "ARTIFACT_DIR": renamed("LOG_DIR"),
-        "SMEAR_GATE_ENABLED": renamed("SMEAR"),
-        "SPARSE_ATTN_GATE_ENABLED": switch({"ATTN_GATE": "sparse"}, {"ATTN_GATE": "none"}),
-        "SPARSE_ATTN_GATE_INIT_STD": only("0", "the gate starts at zero"),
-        "GATED_ATTN_ENABLED": only("0", "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"),
-        "ATTN_OUT_GATE_ENABLED": only("0", "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"),
-        "LEAKY_RELU_SQ_SLOPE": renamed("LEAKY_SLOPE"),
-        "QK_GAIN_INIT_SCHEDULE": only("", "a gain by block showed no gain; QK_GAIN_INIT is that of all blocks"),
-        "PARALLEL_FINAL_LANE": only("mean", "the output is the mean of both lanes"),
-        "ROPE_YARN": only("0", "no published run of this stack rescaled its base; ROPE_TRAIN_LEN is the NTK rule"),
-        "RECUR_ALPHA_ENABLED": switch({"LOOP_CARRY": "1.56,.23,.04,.03;1.85,.13,-.34,.01;2.13,.06,.19,-.02"},
-                                      {"LOOP_CARRY": ""}),
-        "MUON_HUBER_WD": only("0", "the Huber form of the decay was an experiment that lost; MUON_WD is the decay"),
-        "FORCE_STOP_STEP": computed(lambda v: {"ITERATIONS": int(v)} if v > 0 else {}),
-        "GPTQ_CALIBRATION_BATCHES": computed(lambda v: {"GPTQ_N_SAMPLES": int(v * 98304 / 2048)}),
-        "GPTQ_CALIBRATION_MODE": chosen({"random": {"GPTQ_CALIBRATION": "train"}}),
-        "COMPRESSOR": mapped("COMPRESSOR", {"pergroup": "entropy", "brotli": "entropy"}),
-        "OPTROT_ENABLED": only("0", "rotations before rounding gained nothing"),
-        "PREQUANT_ONLY": only("0", "a run always scores what its artifact holds"),
-        "VAL_DOC_FRACTION": only("1", "VAL_TOKENS scores a prefix of the text"),
-        "EVAL_INCLUDE_TAIL": mapped("VAL_DROP_TAIL", {"0": "1", "1": "0"}),
-        "ALIAS_PREV_SMEAR_SCALE": only("1", "no shards here have fused case markers"),
-        "TTT_LORA_EMA_DECAY": only("0", "no published run scored with an average of a document's LoRA"),
-        "TTT_UPDATE_EVERY": only("1", "every scored chunk is learned"),
-        "TTT_EVAL_BATCHES": only("", "VAL_TOKENS scores a prefix of the text"),
-        **{name: only(value, "hints that look at the target's own word or pieces are no prediction")
-           for name, value in (("WITHIN_TAU", "99"), ("WITHIN_BOOST", "0"), ("WORD_TAU", "99"), ("WORD_BOOST", "0"), ("AGREE_ADD_BOOST", "0"))},
-    },
-}  # fmt: skip
 
 # Published knobs that never did anything: accepted, reported, and without effect here too.
 NO_EFFECT: dict[str, dict[str, str]] = {
@@ -1017,18 +953,8 @@ NO_EFFECT: dict[str, dict[str, str]] = {
     },
 }
 
-# MODE's former values -> the program that does it, and former knobs -> its arguments.
-MOVED_MODES = {
-    "plan": "tools/plan.py --device cuda", "compress": "tools/codec.py compress FILE --artifact FILE.pgz",
-    "decompress": "tools/codec.py decompress FILE --artifact FILE.pgz", "sample": "tools/sample.py --artifact FILE.pgz --prompt TEXT",
-    "explain": "tools/explain.py FILE --artifact FILE.pgz",
-}  # fmt: skip
-MOVED_KNOBS = {
-    "INPUT": "", "OUTPUT": "", "PROMPT": "",  # common names: passed over in silence
-    "CODEC_LANES": "tools/codec.py --lanes", "EXPLAIN_TOKENS": "tools/explain.py --tokens",
-    "SAMPLE_TOKENS": "tools/sample.py --tokens", "SAMPLE_NGRAM": "tools/sample.py --ngram",
-    "TEMPERATURE": "tools/sample.py --temperature", "TOP_P": "tools/sample.py --top-p",
-}  # fmt: skip
+# MODE's former values -> the program in tools/ that does it.
+MOVED_MODES = {"plan": "plan", "compress": "codec", "decompress": "codec", "sample": "sample", "explain": "explain"}
 
 # What gives a dead name its meaning back, where it is a knob of ours too.
 REVIVED_BY = {"WARMDOWN_ITERS": ("LR_SCHEDULE", "warmdown"), "TTT_MOMENTUM": ("TTT_OPTIMIZER", "sgd")}
@@ -1072,7 +998,7 @@ def check_value(name: str, value: Any) -> Any:
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected {TYPE_WORDS[kind]}")
     if name == "MODE" and value in MOVED_MODES:
-        raise ConfigError(f"MODE={value} is a program of its own: python {MOVED_MODES[value]}")
+        raise ConfigError(f"MODE={value} is a program of its own: python tools/{MOVED_MODES[value]}.py --help")
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected one of {', '.join(map(str, meta['choices']))}")
     if kind in (int, float) and not (math.isfinite(value) and meta["lo"] <= value <= meta["hi"]):
@@ -1084,9 +1010,7 @@ def expand_home(name: str, path: str) -> str:
     """The path with a leading ~ or ~user replaced by that home folder, which a shell does only to an unquoted word."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ConfigError(
-            f"{name}={path!r}: no such home folder; write the whole path, or ./~ for a folder of that name"
-        )
+        raise ConfigError(f"{name}={path!r}: no such home folder; write the whole path, or ./~ for a folder named so")
     return expanded
 
 
@@ -1147,8 +1071,7 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
     """Environment -> {knob: text}: published names become ours, dead ones are reported, misspelt ones are errors."""
     aliases = {**ALIASES["*"], **ALIASES.get(recipe, {})}
     revived = {name for name, (by, value) in REVIVED_BY.items() if env.get(by) == value}
-    own = {name: why for name, why in NO_EFFECT.get(recipe, {}).items() if name not in revived}
-    dead = {**NO_EFFECT["*"], **own}
+    dead = {**NO_EFFECT["*"], **NO_EFFECT.get(recipe, {})}
     ours: dict[str, str] = {}
     off: dict[str, str] = {}
     try:
@@ -1156,14 +1079,14 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
     except ConfigError as e:
         errors.append(str(e))
     for name, text in env.items():
-        if name in own or (name in dead and name not in aliases):
+        if name in dead and name not in revived:
             notices.append(f"{name}={text} has no effect: {dead[name]}")
         elif name in aliases:
             try:
-                converted = aliases[name](text)
+                converted = from_alias(name, text, aliases[name])
                 for knob_name, value in converted.items():
                     parse_value(knob_name, value)
-                if isinstance(converted, SwitchedOff):
+                if isinstance(aliases[name], dict) and as_digit(text) == "0":
                     off.update(converted)
                 else:
                     ours = {**converted, **ours}  # an explicit knob of ours wins over a published name
@@ -1171,9 +1094,6 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
                 errors.append(f"{name}={text!r}: {e}")
         elif name in FIELDS:
             ours[name] = text
-        elif name in MOVED_KNOBS:
-            if MOVED_KNOBS[name]:
-                notices.append(f"{name} is no knob and is ignored: it is an argument, python {MOVED_KNOBS[name]}")
         else:
             guess, misspelt = nearest_knob(name)
             if misspelt:
@@ -1186,14 +1106,14 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
 
 
 def choose_recipe(env: Mapping[str, str], has_gpu: Callable[[], bool]) -> tuple[str, str]:
-    """(recipe, why). Without RECIPE: the best recipe on a GPU, `cpu` without one."""
+    """(recipe, why). Without RECIPE: GPU_RECIPE on a GPU, `cpu` without one."""
     asked = env.get("RECIPE", "auto")
+    if asked not in (*RECIPES, "auto"):
+        raise ConfigError(f"RECIPE={asked!r}: expected one of {', '.join(RECIPES)}")
     if asked != "auto":
-        if asked not in RECIPES:
-            raise ConfigError(f"RECIPE={asked!r}: expected one of {', '.join(RECIPES)}")
         return asked, "RECIPE is set"
     if env.get("DEVICE", "auto") in ("cuda", "auto") and has_gpu():
-        return BEST_GPU_RECIPE, "RECIPE is not set; this is the best valid one on a GPU"
+        return GPU_RECIPE, "RECIPE is not set; this is the default on a GPU"
     return "cpu", "RECIPE is not set and there is no GPU"
 
 
@@ -1208,13 +1128,11 @@ def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]
         return RECIPES[recipe]
     values = {}
     for name, value in header.items():
+        if name in FORMER_KNOBS and value == FORMER_KNOBS[name][0]:
+            continue
         try:
-            if name in FORMER_KNOBS and value == FORMER_KNOBS[name][0]:
-                continue
             if name not in FIELDS or (name in LOCAL_KNOBS and name != "RECIPE"):
-                raise ConfigError(
-                    f"{name[:40]} is no knob that an artifact of this script names; use the script that wrote it"
-                )
+                raise ConfigError(f"{name[:40]} is no knob that an artifact names; use the script that wrote it")
             values[name] = check_value(name, value)
             if name == "RECIPE" and value not in RECIPES:
                 raise ConfigError(f"RECIPE={value[:40]!r} is no recipe of this script; use the script that wrote it")
@@ -1267,34 +1185,14 @@ def source_text() -> str:
     return globals().get("__source__") or SCRIPT.read_text(encoding="utf-8")
 
 
-def knob_groups() -> dict[str, list[str]]:
-    """Section -> its knobs, read from the `# ---- N NAME` comments inside Config, so that --help is always complete."""
-    groups: dict[str, list[str]] = {"knobs": []}
-    text = source_text().partition("\nclass Config:")[2]
-    for group, name in re.findall(
-        r"^ +# ---- (.*)|^ +(\w+): ?\w+ ?= ?knob\(|^ +def ", text.partition("\nclass ")[0], re.M
-    ):
-        if group:
-            groups[group] = []
-        elif name:
-            groups[list(groups)[-1]].append(name.upper())
-        else:
-            break
-    return {group: names for group, names in groups.items() if names} or {"knobs": list(FIELDS)}
-
-
 def describe_knobs() -> str:
     """The text of --help: knobs by section, with default, unit and bounds."""
-    lines, groups = [__doc__.split("\n\n")[0], ""], knob_groups()
-    for group, names in groups.items():
-        lines += [f"[{group}]"]
-        for name in names:
-            meta, default = FIELDS[name].metadata, FIELDS[name].default
-            limits = "|".join(map(str, meta["choices"])) or bounds(name)
-            lines.append(f"  {name}={as_text(default)}{f' ({limits})' if limits else ''}  {meta['doc']}")
-        lines.append("")
-    lines.append("recipes: " + ", ".join(RECIPES))
-    return "\n".join(lines)
+    lines = [__doc__.split("\n\n")[0]]
+    for name, f in FIELDS.items():
+        lines += ["", f"[{GROUPS[name]}]"] if name in GROUPS else []
+        limits = "|".join(map(str, f.metadata["choices"])) or bounds(name)
+        lines.append(f"  {name}={as_text(f.default)}{f' ({limits})' if limits else ''}  {f.metadata['doc']}")
+    return "\n".join([*lines, "", f"recipes: {', '.join(RECIPES)}"])
 
 
 def dump_config(loaded: LoadedConfig) -> str:
@@ -1326,8 +1224,7 @@ class BrokenRun(RuntimeError):
 def say(text: str, to_stderr: bool = False, end: str = "\n") -> OSError | None:
     """Print on standard output or standard error; characters that its encoding lacks are escaped. Never raises.
 
-    Returns the error of a stream that could not be written; it is discarded from then on. None where all went well, and
-    where whoever was reading has left (a closed pipe or terminal), which is no error.
+    Returns the error of a stream that could not be written, which is discarded from then on; a closed pipe or terminal is none.
     """
     stream = sys.stderr if to_stderr else sys.stdout
     if stream is None:  # closed before this process started
@@ -1336,10 +1233,10 @@ def say(text: str, to_stderr: bool = False, end: str = "\n") -> OSError | None:
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream, flush=True)
     except (OSError, ValueError) as e:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), stream.fileno()
-            )  # else the interpreter's exit fails at what is left
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # else the interpreter's exit fails at what is left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return e if isinstance(e, OSError) and e.errno not in (errno.EPIPE, errno.EIO) else None
     return None
 
@@ -1352,10 +1249,7 @@ def cannot_write(path: Path, error: OSError) -> ConfigError | BrokenRun:
 
 
 def atomic_write(path: Path, blob: bytes) -> None:
-    """Write `blob` to a file beside `path`, fsync it and rename it, so that `path` is complete or absent.
-
-    Raises what `cannot_write` returns.
-    """
+    """Write `blob` beside `path`, fsync it and rename it: `path` is complete or absent. Raises what `cannot_write` returns."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1422,11 +1316,7 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
     if not given:
         return Ranks()
     try:
-        ranks = Ranks(
-            int(env["RANK"]),
-            int(env["WORLD_SIZE"]),
-            *(int(env.get(n, d)) for n, d in zip(names[2:], "01", strict=True)),
-        )
+        ranks = Ranks(*(int(env.get(name, default)) for name, default in zip(names, ("", "", 0, 1), strict=True)))
         fits = 0 <= ranks.rank < ranks.world and ranks.local_rank >= 0 and 1 <= ranks.local_world <= ranks.world
         fits = fits and (ranks.local_rank < ranks.local_world or "LOCAL_WORLD_SIZE" not in env)
         fits = fits and (ranks.world == 1 or (bool(env["MASTER_ADDR"]) and int(env["MASTER_PORT"]) > 0))
@@ -1436,11 +1326,6 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
         raise ConfigError(f"{', '.join(f'{n}={v!r}' for n, v in given.items())}: not as torchrun sets them (it needs {', '.join(names[:2])}, "
                           f"MASTER_ADDR and MASTER_PORT); left from another job? unset {' '.join(given)}, or start with torchrun")  # fmt: skip
     return ranks
-
-
-def is_first_rank() -> bool:
-    """True on rank 0, also before a run has started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def is_first_on_node() -> bool:
@@ -1458,10 +1343,8 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu or DEVICE=auto")
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"rank {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; lower --nproc_per_node to as many"
-        )
+    if name == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"rank {local_rank} finds {count} GPUs; lower --nproc_per_node to as many")
     if name == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("DEVICE=mps: no Apple GPU is visible; use DEVICE=cpu or DEVICE=auto")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
@@ -1472,7 +1355,7 @@ def tune_cpu(local_world: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if (
         local_world > 1 or "OMP_NUM_THREADS" not in os.environ
-    ):  # for several processes torchrun sets it to 1: share the cores instead
+    ):  # torchrun sets it to 1 where there are several processes
         torch.set_num_threads(max(1, cores // local_world))
     # Sends products to oneDNN, twice as fast as MKL on AVX-512 that is not Intel's; rounding stays that of fp32 but where
     # the CPU has bf16 tiles (AMX).
@@ -1489,11 +1372,8 @@ def end_process_group(broken: bool = False) -> None:
     """Destroy the process group, if there is one, so that the interpreter can exit.
 
     After a failure NCCL's is left as it is: destroying it would wait for collectives that the other ranks never join.
-
-    A Gloo thread lets go of a collective's tensors after the collective is complete, and needs the interpreter's lock for
-    that. Where it gets the lock only while the interpreter is ending, the process aborts (1 run of 46 on 2 CPU ranks with
-    torch 2.13). Destroying the group does not wait for the thread once torch's compiler modules, which any optimizer
-    imports, hold a reference to it; sleeping gives the thread the lock.
+    After Gloo's a short sleep gives its threads the interpreter's lock, which they need to let go of tensors: where they get it
+    only while the interpreter ends, the process aborts (1 run of 46 on 2 CPU ranks with torch 2.13).
     """
     if dist.is_initialized():
         threads = dist.get_backend() == "gloo"
@@ -1543,8 +1423,7 @@ class Run:
         self.lost: dict[str, str] = {}  # what could not be written -> the message
         self.moved_artifact: Path | None = None  # where the artifact is if ARTIFACT could not be written
         self._locks: list[Any] = []
-        self._text: Any = None
-        self._events: Any = None
+        self._text = self._events = None  # the logs, once they are open
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -1564,9 +1443,7 @@ class Run:
                 store = group_store(rank, world)
             except dist.DistError as e:
                 address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                raise BrokenRun(
-                    f"rank {rank} cannot reach the first rank at {address} ({str(e).splitlines()[0]})"
-                ) from None
+                raise BrokenRun(f"rank {rank} cannot reach rank 0 at {address} ({str(e).splitlines()[0]})") from None
             dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                                     device_id=run.device if backend == "nccl" else None)  # fmt: skip
         for s in STOP_SIGNALS:
@@ -1575,22 +1452,15 @@ class Run:
         torch.manual_seed(derive_seed(cfg.seed, "init"))
         return run
 
-    def claim_name(self) -> None:
-        """Name the run, on all ranks; no other process can run under this name until it is closed."""
-        self.run_id = self.on_first(self._claim_name)
-
-    def _claim_name(self) -> str:
-        default = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.cfg.recipe}-{self.cfg.seed}"
-        for name in [self.cfg.run_id] if self.cfg.run_id else (default, *(f"{default}-{n}" for n in range(2, 1000))):
+    def claim_name(self) -> str:
+        """Name the run, on rank 0; no other process can run under this name until it is closed."""
+        asked, default = self.cfg.run_id, f"{time.strftime('%Y%m%d-%H%M%S')}-{self.cfg.recipe}-{self.cfg.seed}"
+        for name in [asked] if asked else (default, *(f"{default}-{n}" for n in range(2, 1000))):
             self.run_id = name
-            taken = not self.cfg.run_id and any(
-                self.log_path.with_suffix(s).exists() for s in (".txt", ".jsonl", ".pgz")
-            )
-            if not taken and self.lock(self.log_path):
+            files = () if asked else (self.log_path.with_suffix(s) for s in (".txt", ".jsonl", ".pgz"))
+            if not any(path.exists() for path in files) and self.lock(self.log_path):
                 return name
-        raise ConfigError(
-            f"RUN_ID={self.run_id}: a process that still runs has this name; wait for it or choose another RUN_ID"
-        )
+        raise ConfigError(f"RUN_ID={self.run_id}: a process that still runs has this name; choose another RUN_ID")
 
     def lock(self, path: Path) -> bool:
         """Keep other runs from `path` until this one is closed; False if one has it."""
@@ -1606,26 +1476,21 @@ class Run:
         return Path(self.cfg.log_dir) / f"{self.run_id}.txt"
 
     @property
-    def events_path(self) -> Path:
-        return self.log_path.with_suffix(".jsonl")
-
-    @property
     def artifact_path(self) -> Path:
-        asked = Path(self.cfg.artifact) if self.cfg.artifact else self.log_path.with_suffix(".pgz")
-        return self.moved_artifact or asked
+        return self.moved_artifact or Path(self.cfg.artifact or self.log_path.with_suffix(".pgz"))
 
     def open_logs(self, append: bool) -> None:
         """Open both logs on rank 0; refuses to overwrite those of another run unless FORCE=1 or `append`."""
         self.on_first(lambda: self._open_logs(append))
 
     def _open_logs(self, append: bool) -> None:
-        old = [p for p in (self.log_path, self.events_path) if p.exists()]
+        paths = (self.log_path, self.log_path.with_suffix(".jsonl"))
+        old = [p for p in paths if p.exists()]
         if old and not append and not self.cfg.force:
             raise ConfigError(f"{old[0]} exists: choose another RUN_ID, or FORCE=1 to overwrite it")
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            mode = "ab" if append else "wb"
-            self._text, self._events = (io.FileIO(p, mode) for p in (self.log_path, self.events_path))
+            self._text, self._events = (io.FileIO(p, "ab" if append else "wb") for p in paths)
         except OSError as e:
             raise cannot_write(self.log_path, e) from e
 
@@ -1737,17 +1602,16 @@ class Run:
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """What `action` returns on rank 0, on every rank; what it raises there ends all ranks, so that none waits for it."""
-        value, error, original = None, None, None
+        value, mistake, error = None, False, None
         if self.rank == 0:
             try:
                 value = action()
             except Exception as e:
-                original, error = e, (isinstance(e, ConfigError), str(e))
-        value, error = self.broadcast((value, error))
-        if original is not None:
-            raise original
+                self.broadcast((None, isinstance(e, ConfigError), str(e)))
+                raise
+        value, mistake, error = self.broadcast((value, mistake, error))
         if error is not None:
-            raise (ConfigError if error[0] else BrokenRun)(error[1])
+            raise (ConfigError if mistake else BrokenRun)(error)
         return value
 
     def reports_first(self) -> bool:
@@ -1862,9 +1726,7 @@ def find_tokenizer(cfg: Config, folder: Path, manifest: dict[str, Any] | None) -
         if not any(folder.glob("fineweb_*.bin")):
             raise ConfigError(f"DATA_PATH={folder}: no fineweb_*.bin there; {HOW_TO_GET_SHARDS}")
         named = path or f"none beside {folder}"
-        raise ConfigError(
-            f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model the shards were made with"
-        )
+        raise ConfigError(f"TOKENIZER_PATH={named}: no such file; name the SentencePiece model of the shards")
     if manifest is not None and file_sha256(path) != manifest["tokenizer"]["sha256"]:
         remedy = "unset it" if cfg.tokenizer_path else "make the shards again"
         raise ConfigError(f"TOKENIZER_PATH={path}: the shards in {folder} were made with another tokenizer, says their manifest.json "
@@ -1894,14 +1756,13 @@ def open_tokenizer(path: Path) -> Any:
 def downloads(tokenizer_sha256: str, vocab_size: int) -> Iterator[Path]:
     """Downloaded folders with validation shards, the preferred first, and the sample; those alone whose tokenizer has this hash
     and this size, where they are given."""
-    for name in DOWNLOADS:
-        for parent in (FINEWEB_DIR.parent, SCRIPT.parent / FINEWEB_DIR.parent):
-            for folder in sorted(parent.glob(name)) if parent.is_dir() else ():
-                path = own_tokenizer(folder, read_manifest(folder)) if shard_paths(folder, "val") else None
-                if path is None or (tokenizer_sha256 and file_sha256(path) != tokenizer_sha256):
-                    continue
-                if not vocab_size or open_tokenizer(path).vocab_size() == vocab_size:
-                    yield folder
+    parents = (FINEWEB_DIR.parent, SCRIPT.parent / FINEWEB_DIR.parent)
+    for folder in (path for name in DOWNLOADS for parent in parents for path in sorted(parent.glob(name))):
+        path = own_tokenizer(folder, read_manifest(folder)) if shard_paths(folder, "val") else None
+        if path is None or (tokenizer_sha256 and file_sha256(path) != tokenizer_sha256):
+            continue
+        if not vocab_size or open_tokenizer(path).vocab_size() == vocab_size:
+            yield folder
     yield SAMPLE_DIR
 
 
@@ -1928,15 +1789,11 @@ def load_shard(path: Path) -> np.ndarray:
     size = path.stat().st_size
     head = np.fromfile(path, dtype="<i4", count=min(SHARD_HEADER, size // 4))
     if len(head) < SHARD_HEADER or head[0] != SHARD_MAGIC:
-        raise ConfigError(
-            f"{path}: not a token shard (expected magic {SHARD_MAGIC}); download it again or make it with data/make_shards.py"
-        )
+        raise ConfigError(f"{path}: not a token shard (expected magic {SHARD_MAGIC}); {HOW_TO_GET_SHARDS}")
     if head[1] != SHARD_VERSION:
         raise ConfigError(f"{path}: shard version {head[1]}, this script reads version {SHARD_VERSION}")
-    if size != 4 * SHARD_HEADER + 2 * int(head[2]):
-        raise ConfigError(
-            f"{path}: {size} bytes, its header promises {4 * SHARD_HEADER + 2 * int(head[2])}; download it again"
-        )
+    if size != (promised := 4 * SHARD_HEADER + 2 * int(head[2])):
+        raise ConfigError(f"{path}: {size} bytes, its header promises {promised}; download it again")
     if not head[2]:
         raise ConfigError(f"{path}: holds no tokens; remove it or make it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
@@ -2000,11 +1857,9 @@ class TokenStream:
 def check_batch(cfg: Config, world: int) -> None:
     """Raises ConfigError if a step has fewer sequences than there are ranks."""
     longest = max(t for _, t in cfg.seq_curriculum)
-    if cfg.train_batch_tokens // longest < world:
-        raise ConfigError(
-            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} holds {cfg.train_batch_tokens // longest} sequences of {longest}, "
-            f"fewer than the {world} ranks; the nearest that works is {world * longest}"
-        )
+    if (n := cfg.train_batch_tokens // longest) < world:
+        raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} holds {n} sequences of {longest}, fewer than the {world} ranks; "
+                          f"the nearest that works is {world * longest}")  # fmt: skip
 
 
 class Batcher:
@@ -2109,22 +1964,16 @@ class Tokenizer:
     def __init__(self, path: Path, vocab_size: int, transform: str | None = None) -> None:
         self.path, self.blob, self.sp = path, path.read_bytes(), open_tokenizer(path)
         self.sha256 = hashlib.sha256(self.blob).hexdigest()
-        if self.sp.vocab_size() != vocab_size:
-            raise ConfigError(
-                f"TOKENIZER_PATH={path} has {self.sp.vocab_size()} pieces but VOCAB_SIZE={vocab_size}; set them equal"
-            )
-        if self.sp.bos_id() != BOS:
-            raise ConfigError(
-                f"TOKENIZER_PATH={path} has BOS at {self.sp.bos_id()}; documents begin with id {BOS} here, as in every published export"
-            )
+        if (n := self.sp.vocab_size()) != vocab_size:
+            raise ConfigError(f"TOKENIZER_PATH={path} has {n} pieces but VOCAB_SIZE={vocab_size}; set them equal")
+        if (bos := self.sp.bos_id()) != BOS:
+            raise ConfigError(f"TOKENIZER_PATH={path} has BOS at {bos}; documents begin with id {BOS} here")
         self.lengths, self.spaced, self.boundary = piece_bytes(self.sp, f"TOKENIZER_PATH={path}")
         self.lost = np.array([self.sp.is_unknown(i) or self.sp.is_unused(i) for i in range(vocab_size)])
         pieces = [self.sp.id_to_piece(i) for i in range(vocab_size)]
         cased = set(OPERATORS) <= set(pieces)
         if transform and not cased:
-            raise ConfigError(
-                f"TOKENIZER_PATH={path}: CaseOps text needs U+E001 to U+E004 as pieces; name the tokenizer of the data"
-            )
+            raise ConfigError(f"TOKENIZER_PATH={path} lacks CaseOps' U+E001 to U+E004; name the data's tokenizer")
         self.transform = ("caseops" if cased else "") if transform is None else transform
         self.operators = np.array([sum(map(piece.count, OPERATORS)) if self.transform else 0 for piece in pieces])
         self.lengths -= OPERATOR_BYTES * self.operators
@@ -2173,10 +2022,8 @@ def load_sidecar(folder: Path) -> np.ndarray:
         raise ConfigError(f"{folder / odd[0]}: {what}; get shards and sidecars together, or set VAL_BYTES=tokenizer")
     for name, path in needed.items():
         parts.append(load_shard(folder / name))
-        if len(parts[-1]) != (tokens := len(load_shard(path))):
-            raise ConfigError(
-                f"{folder / name}: {len(parts[-1])} numbers for the {tokens} tokens of {path.name}; it is of another shard"
-            )
+        if (n := len(parts[-1])) != (tokens := len(load_shard(path))):
+            raise ConfigError(f"{folder / name}: {n} numbers for the {tokens} tokens of {path.name}, not of this shard")
     return np.concatenate(parts).astype(np.int64)
 
 
@@ -2210,9 +2057,7 @@ def validation_bytes(cfg: Config, folder: Path, tokens: np.ndarray, tokenizer: T
     counts = np.concatenate([[0], tokenizer.count_bytes(tokens)])
     present = bool(shard_paths(folder, "val_bytes"))
     if cfg.val_bytes == "sidecar" and not present:
-        raise ConfigError(
-            f"VAL_BYTES=sidecar: no fineweb_val_bytes_*.bin in {folder}; get them, or set VAL_BYTES=tokenizer"
-        )
+        raise ConfigError(f"VAL_BYTES=sidecar: {folder} has no fineweb_val_bytes_*.bin; set VAL_BYTES=tokenizer")
     if cfg.val_bytes == "tokenizer" or not present:
         return counts, "tokenizer"
     sidecar = load_sidecar(folder)
@@ -2229,9 +2074,8 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
         raise ConfigError(f"DATA_PATH={folder}: validation token {at[0]} is {tokenizer.sp.id_to_piece(int(tokens[at[0]]))!r}, whose "
                           "text is lost, so it cannot be scored; take a tokenizer with byte fallback")  # fmt: skip
     if len(tokens) - 1 < cfg.eval_len:
-        raise ConfigError(
-            f"DATA_PATH={folder}: {len(tokens)} validation tokens are fewer than one window of {cfg.eval_len} + 1; lower EVAL_SEQ_LEN"
-        )
+        raise ConfigError(f"DATA_PATH={folder}: {len(tokens)} validation tokens are fewer than one window of {cfg.eval_len} + 1; "
+                          "lower EVAL_SEQ_LEN")  # fmt: skip
     counts, bytes_from = validation_bytes(cfg, folder, tokens, tokenizer)
     complete = not cfg.val_tokens or cfg.val_tokens >= len(tokens)
     n = len(tokens) if complete else max(cfg.val_tokens, cfg.eval_len + 1)
@@ -2330,6 +2174,8 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def init_matrix(w_RC: Tensor, how: str, gain: float = 1.0) -> None:
     """Fill the matrix in place: `default` is torch's Linear (Kaiming-uniform, a = sqrt 5), `orthogonal`, `normal` N(0, gain^2), `zero`."""
+    if w_RC.is_meta:
+        return
     if how == "zero":
         nn.init.zeros_(w_RC)
     elif how == "normal":
@@ -2349,8 +2195,7 @@ class Linear(nn.Module):
         super().__init__()
         self.site, self.shape = site, torch.Size((d_out, d_in))
         self.weight = tag(nn.Parameter(torch.empty(d_out, d_in)), role, store, lr_mult)
-        if self.weight.device.type != "meta":
-            init_matrix(self.weight, init, gain)
+        init_matrix(self.weight, init, gain)
 
     def matrix(self, ctx: Ctx) -> Tensor:
         """The effective weight (out, in), fp32."""
@@ -2420,11 +2265,11 @@ class AdapterLinear(Linear):
         r = cfg.adapter_rank
         self.a = tag(nn.Parameter(torch.empty(r, d_in)), "matrix", "adapter", lr_mult)
         self.b = tag(nn.Parameter(torch.zeros(d_out, r)), "matrix", "adapter", lr_mult)
+        init_matrix(self.a, "normal", 1 / math.sqrt(d_in))
+        if cfg.adapter_b_init == "published" and kind not in ("out", "down"):
+            init_matrix(self.b, "normal", 1 / math.sqrt(r))
         base = torch.empty(d_out, d_in)
-        if base.device.type != "meta":
-            init_matrix(self.a, "normal", 1 / math.sqrt(d_in))
-            if cfg.adapter_b_init == "published" and kind not in ("out", "down"):
-                init_matrix(self.b, "normal", 1 / math.sqrt(r))
+        if not base.is_meta:
             q = random_orthogonal(cfg.adapter_seed + 100 * layer + ADAPTER_TYPES[kind], max(d_in, d_out))
             base = torch.from_numpy((q[:d_out, :d_in] / math.sqrt(d_in)).astype(np.float32))
         self.register_buffer("base", base, persistent=False)
@@ -2755,27 +2600,27 @@ class NoValueResidual(nn.Module):
         return v
 
 
-class SoftmaxValueResidual(nn.Module):
-    """v <- a v0 + (1 - a) v, (a, 1 - a) = softmax of two learned logits, v0 the first block's values (arXiv 2410.17897, #850)."""
+class ValueResidual(nn.Module):
+    """v <- a v0 + b v, v0 the first block's values, (a, b) = softmax of two learned logits (arXiv 2410.17897, #850)."""
+
+    shares = staticmethod(functools.partial(torch.softmax, dim=0))
 
     def __init__(self) -> None:
         super().__init__()
         self.logits = vector(2, value=0.5)
 
     def forward(self, v: Tensor, v0: Tensor) -> Tensor:
-        a, b = self.logits.softmax(0).to(v.dtype).unbind()
+        a, b = self.shares(self.logits).to(v.dtype).unbind()
         return a * v0 + b * v
 
 
-class SigmoidValueResidual(SoftmaxValueResidual):
-    """v <- sigmoid(l0) v0 + sigmoid(l1) v (#187's option): the two shares are independent, .62 each at first."""
+class SigmoidValueResidual(ValueResidual):
+    """The same with independent shares, (a, b) = sigmoid of the logits, .62 each at first (#187's option)."""
 
-    def forward(self, v: Tensor, v0: Tensor) -> Tensor:
-        a, b = self.logits.sigmoid().to(v.dtype).unbind()
-        return a * v0 + b * v
+    shares = staticmethod(torch.sigmoid)
 
 
-VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": SoftmaxValueResidual, "sigmoid": SigmoidValueResidual}
+VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": ValueResidual, "sigmoid": SigmoidValueResidual}
 
 
 # ---- embeddings
@@ -2787,8 +2632,7 @@ class Embedding(nn.Module):
     def __init__(self, rows: int, dim: int, std: float, role: str, store: str) -> None:
         super().__init__()
         self.weight = tag(nn.Parameter(torch.empty(rows, dim)), role, store)
-        if self.weight.device.type != "meta":
-            init_matrix(self.weight, "normal" if std else "zero", std)
+        init_matrix(self.weight, "normal" if std else "zero", std)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, self.weight).to(dtype)
@@ -2819,9 +2663,8 @@ class BigramHash(nn.Module):
         self.form, self.rows = cfg.bigram_hash, cfg.bigram_vocab_size
         gain = 1 / math.sqrt(2 * cfg.num_layers) if cfg.branch_proj_scaled else 1.0
         self.table = Embedding(self.rows, cfg.bigram_dim, cfg.bigram_table_std, cfg.bigram_table_role, "table")
-        self.proj = Linear(
-            "bigram.proj", cfg.bigram_dim, cfg.model_dim, "proj", cfg.linear_init, gain, cfg.bigram_proj_role
-        )
+        how, role = cfg.linear_init, cfg.bigram_proj_role
+        self.proj = Linear("bigram.proj", cfg.bigram_dim, cfg.model_dim, "proj", how, gain, role)
         self.scale = vector(1, value=cfg.bigram_scale) if cfg.bigram_scale else None
 
     def forward(self, prev: Tensor, cur: Tensor, dtype: torch.dtype, ctx: Ctx) -> Tensor:
@@ -2980,11 +2823,6 @@ class MLP(nn.Module):
         return adapted(y, x, f"blocks.{self.layer}.mlp", ctx)
 
 
-def phase_mix(layer: int, layers: int) -> float:
-    """Share of the stream in the phase-transition init: sigmoid(3 (i / (L - 1) - 1/2)), early blocks lean on x0 (#60)."""
-    return 1 / (1 + math.exp(-3 * (layer / max(layers - 1, 1) - 0.5)))
-
-
 class Block(nn.Module):
     """u = m0 x + m1 x0;  u += a Attn(norm u);  u += b MLP(norm u). Per-channel m, a, b; LN_SCALE = 1/sqrt(layer + 1).
 
@@ -2996,9 +2834,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, layer), MLP(cfg, layer)
         self.attn_scale, self.mlp_scale = vector(cfg.model_dim, value=1.0), vector(cfg.model_dim, value=1.0)
         self.resid_mix = vector(2, cfg.model_dim)
-        share = phase_mix(layer, cfg.num_layers) if cfg.resid_mix_init == "phase" else 1.0
-        if self.resid_mix.device.type != "meta":
-            self.resid_mix.data[0], self.resid_mix.data[1] = share, 1.0 - share
+        self.resid_mix.data[0] = 1.0
         depth = 1 / math.sqrt(layer + 1)
         self.in_scale = depth if cfg.ln_scale == "in" else 1.0
         self.out_scale = depth if cfg.ln_scale == "out" else 1.0
@@ -3040,8 +2876,7 @@ class ParallelBlock(Block):
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__(cfg, layer)
         self.lane_mix = vector(2, 3, value=1.0)  # (A, M) x (r, share of y, share of z)
-        if self.lane_mix.device.type != "meta":
-            self.lane_mix.data[:, 0] = 1.1
+        self.lane_mix.data[:, 0] = 1.1
 
     def forward(self, a: Tensor, m: Tensor, v0: Tensor | None, s: Stream, slot: int) -> tuple[Tensor, Tensor, Tensor]:
         y, v0 = self.attn(self.norm(self.mixed(a, s)), v0, s, slot)
@@ -3071,12 +2906,12 @@ def layer_plan(cfg: Config, looped: bool = True) -> list[Step]:
     """The passes through blocks in their order: encoder, whose outputs are pushed, then decoder, which pops them as skips.
 
     NUM_LOOPS repeats blocks LOOP_START..LOOP_END and halves what results, once `looped`; 11 blocks with 3..5 three times:
-    0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8 9 10, 8 skips (#1344). ENCODER_RECURRENCE repeats the encoder ENCODER_PASSES times,
-    normalises in between, and takes skips from its last pass (#187).
+    0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8 9 10, 8 skips (#1344). ENCODER_RECURRENCE runs the encoder twice,
+    normalises in between, and takes skips from its second pass (#187).
     """
     first, last, repeats = 0, 0, 0  # blocks first .. last - 1 are run `repeats` times more
     if cfg.encoder_recurrence:
-        first, last, repeats = 0, cfg.encoder_layers, cfg.encoder_passes - 1
+        first, last, repeats = 0, cfg.encoder_layers, 1
     elif looped and cfg.num_loops:
         first, last, repeats = cfg.loop_start, cfg.loop_end + 1, cfg.num_loops
     order = [*range(last), *list(range(first, last)) * repeats, *range(last, cfg.num_layers)]
@@ -3088,14 +2923,10 @@ def layer_plan(cfg: Config, looped: bool = True) -> list[Step]:
             for i, block in enumerate(order)]  # fmt: skip
 
 
-def add_skip(x: Tensor, skip: Tensor, w_D: Tensor, _gate_D: Tensor | None) -> Tensor:
-    """x + w skip."""
-    return x + w_D.to(x.dtype) * skip
-
-
-def blend_skip(x: Tensor, skip: Tensor, w_D: Tensor, gate_D: Tensor) -> Tensor:
-    """s x + (1 - s) w skip, s = sigmoid(gate)."""
-    return torch.lerp(w_D.to(x.dtype) * skip, x, torch.sigmoid(gate_D).to(x.dtype))
+def merge_skip(x: Tensor, skip: Tensor, w_D: Tensor, gate_D: Tensor | None) -> Tensor:
+    """x + w skip; with a gate s x + (1 - s) w skip, s = sigmoid(gate)."""
+    skip = w_D.to(x.dtype) * skip
+    return x + skip if gate_D is None else torch.lerp(skip, x, torch.sigmoid(gate_D).to(x.dtype))
 
 
 class LoopCarry:
@@ -3179,7 +3010,7 @@ class GPT(nn.Module):
         self.set_looped(True)
         self.compute_dtype = torch.float32
         self.tok_emb = Embedding(cfg.vocab_size, cfg.model_dim, cfg.embed_init_std, "embed", "embed")
-        if cfg.overtone_init and self.tok_emb.weight.device.type != "meta":
+        if cfg.overtone_init and not self.tok_emb.weight.is_meta:
             overtone_(self.tok_emb.weight.data)
         self.head = None
         if not cfg.tie_embeddings:
@@ -3193,7 +3024,6 @@ class GPT(nn.Module):
         skips = max(sum(step.skip is not None for step in plan) for plan in self.plans.values())
         self.skip_weights = vector(skips, cfg.model_dim, value=1.0)
         self.skip_gates = vector(skips, cfg.model_dim) if cfg.skip_gates_enabled else None
-        self.merge_skip = blend_skip if cfg.skip_gates_enabled else add_skip
         self.carry = LoopCarry(cfg)
         self.softcap = AsymSoftcap(cfg) if cfg.asym_logit_rescale else Softcap(cfg)
         self.register_buffer("rope", rope_table(cfg), persistent=False)
@@ -3253,12 +3083,8 @@ class GPT(nn.Module):
 
     def with_segments(self, ids: Tensor, ctx: Ctx) -> Ctx:
         """The context with the segments of `ids` under DOC_MASK=1, unless it has them."""
-        if (
-            not self.cfg.doc_mask
-            or ctx.segments is not None
-            or ids.is_meta
-            or (ctx.cache is not None and ctx.cache.one_document)
-        ):
+        known = ctx.segments is not None or (ctx.cache is not None and ctx.cache.one_document)
+        if known or ids.is_meta or not self.cfg.doc_mask:
             return ctx
         longest = ids.shape[1] if ctx.cache is None else ctx.cache.limit
         return ctx._replace(segments=find_segments(ids, longest, cache=ctx.cache))
@@ -3281,7 +3107,7 @@ class GPT(nn.Module):
                 a = rms_norm(a)
             if step.skip is not None:
                 gate = None if self.skip_gates is None else self.skip_gates[step.skip]
-                a = self.merge_skip(a, saved.pop(), self.skip_weights[step.skip], gate)
+                a = merge_skip(a, saved.pop(), self.skip_weights[step.skip], gate)
             a, m, v0 = self.blocks[step.block](a, m, v0, stream._replace(ctx=ctx._replace(slot=slot)), slot)
             a, m = self.carry(a, m, step, firsts)
             if step.save:
@@ -3501,12 +3327,8 @@ class SmallParameters(Collective):
         for p in self.params:
             decay = cfg.adam_wd if p.role == "scalar" else embed_wd
             groups.setdefault((rates[p.role] * p.lr_mult, decay), []).append(p)
-        self.adam = torch.optim.AdamW(
-            [{"params": ps, "rate": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()],
-            betas=(cfg.beta1, cfg.beta2),
-            eps=cfg.adam_eps,
-            fused=True,
-        )
+        adam_groups = [{"params": ps, "rate": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+        self.adam = torch.optim.AdamW(adam_groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
 
     def reduce(self) -> None:
         """Starts summing the gradients over the ranks."""
@@ -3545,11 +3367,8 @@ class Optimizers:
 
     def __init__(self, cfg: Config, model: nn.Module, run: Run):
         self.cfg, self.run = cfg, run
-        rates = {
-            "embed": cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr,
-            "head": cfg.head_lr,
-            "scalar": cfg.scalar_lr,
-        }
+        embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
+        rates = {"embed": embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         small = {name: p for name, p in trainable.items() if getattr(p, "role", None) in rates}
         shapes: dict[torch.Size, dict[str, nn.Parameter]] = {}
@@ -3615,10 +3434,8 @@ class Optimizers:
 
     def state_dict(self) -> dict[str, dict]:
         """Everything a step depends on besides weights and gradients, whole on every rank; all ranks must call it."""
-        return {
-            "muon": {k: v for bank in self.banks for k, v in bank.state_dict().items()},
-            "adam": self.small.state_dict(),
-        }
+        momentum = {name: m for bank in self.banks for name, m in bank.state_dict().items()}
+        return {"muon": momentum, "adam": self.small.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Continues from `state` bit for bit at the same world size, and to rounding at any other."""
@@ -3956,9 +3773,9 @@ class Checkpoints:
             try:
                 self.write(path, state)
                 saved = self.saved()
-                here = saved.index(path)
+                kept = saved[: saved.index(path) + 1][-self.cfg.checkpoint_keep :]
                 # Later steps are of a run that was taken back, or that this one overwrites.
-                for old in (*saved[: max(0, here + 1 - self.cfg.checkpoint_keep)], *saved[here + 1 :]):
+                for old in set(saved) - set(kept):
                     old.unlink(missing_ok=True)
             except (ConfigError, BrokenRun, OSError) as e:
                 self.run.report_lost("checkpoint", f"of step {step} ({e})")
@@ -4006,10 +3823,8 @@ class Checkpoints:
                 except ConfigError as e:
                     self.damaged.append(str(e))
             if self.damaged:
-                raise ConfigError(
-                    "\n".join(self.damaged)
-                    + f"\nRESUME=auto: no checkpoint is left; remove {self.folder} to start anew"
-                )
+                last = f"RESUME=auto: no checkpoint is left; remove {self.folder} to start anew"
+                raise ConfigError("\n".join([*self.damaged, last]))
             return None
         if self.cfg.resume and not Path(self.cfg.resume).is_file():
             raise ConfigError(f"RESUME={self.cfg.resume}: no such checkpoint; RESUME=auto takes the newest of RUN_ID")
@@ -4062,15 +3877,10 @@ class Checkpoints:
         limits = {name: state["config"][name] for name in RAISED_ON_RESUME if self.raised(state, name)}
         if limits:
             was = dataclasses.replace(self.cfg, **{name.lower(): limit for name, limit in limits.items()})
-            scales = (lr_scale(cfg, step, elapsed, training_budget(cfg)) for cfg in (was, self.cfg))
-            words = " and ".join(
-                f"{name} from {was:g} to {getattr(self.cfg, name.lower()):g}" for name, was in limits.items()
-            )
-            run.notice(
-                "raised {}: the schedule follows the new end; lr_scale at step {} was {:.3f}, is {:.3f}".format(
-                    words, step, *scales
-                )
-            )
+            before, now = (lr_scale(cfg, step, elapsed, training_budget(cfg)) for cfg in (was, self.cfg))
+            words = (f"{name} from {limit:g} to {getattr(self.cfg, name.lower()):g}" for name, limit in limits.items())
+            run.notice(f"raised {' and '.join(words)}: the schedule follows the new end; lr_scale at step {step} was {before:.3f}, "
+                       f"is {now:.3f}")  # fmt: skip
 
 
 # ---- the step and the loop
@@ -4181,11 +3991,12 @@ class Trainer:
             try:
                 return self.accumulate(inputs, targets, ctx, weights, total)
             except torch.OutOfMemoryError:
-                retry = self.halve_micro_batch
+                pass
             except torch._dynamo.exc.TorchDynamoException as e:
                 notice_failed_compile(self.run, e)
-                retry = self.run_eager
-            retry()  # out here, where the exception no longer holds the memory of the failed pass
+                self.forward = self.model
+                continue
+            self.halve_micro_batch()  # out here, where the exception no longer holds the memory of the failed pass
 
     def start_curriculum(self) -> None:
         """As before the first step: no length has changed."""
@@ -4275,16 +4086,11 @@ class Trainer:
         seq = max(t for _, t in self.cfg.seq_curriculum)
         local = -(-self.cfg.train_batch_tokens // self.run.world)
         if self.cfg.micro_batch_tokens or min(self.micro_tokens, local) < 2 * seq:
-            raise ConfigError(
-                f"MICRO_BATCH_TOKENS={self.micro_tokens}: out of memory with {seq}-token sequences; use a smaller model or TRAIN_SEQ_LEN"
-            )
+            raise ConfigError(f"MICRO_BATCH_TOKENS={self.micro_tokens}: out of memory with {seq}-token sequences; use a smaller "
+                              "model or TRAIN_SEQ_LEN")  # fmt: skip
         self.micro_tokens = min(self.micro_tokens, local) // 2 // seq * seq
         if self.run.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def run_eager(self) -> None:
-        """Train with the plain forward."""
-        self.forward = self.model
 
 
 class StopConsensus:
@@ -4320,9 +4126,7 @@ class StopConsensus:
         if any(bad):
             ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag)
             good = ", ".join(f"step {s} loss {v:.4f}" for s, v in self.good) or "none"
-            raise BrokenRun(
-                f"loss is not finite at step {step} on rank {ranks}; last good: {good}; lower the learning rates"
-            )
+            raise BrokenRun(f"loss is not finite at step {step} on rank {ranks}; last good: {good}; lower the rates")
         self.good = [*self.good[-2:], (step, loss)]
         return stop > 0
 
@@ -4448,11 +4252,8 @@ class TrainingLoop:
 
     def report_validation(self, train_s: float) -> None:
         """Validate the current weights and log it."""
-        loss, bpb = self.validate(self.trainer.model)
-        step = self.trainer.step
-        self.run.log(
-            f"step:{step}/{self.cfg.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * train_s:.0f}ms"
-        )
+        (loss, bpb), step, total = self.validate(self.trainer.model), self.trainer.step, self.cfg.iterations
+        self.run.log(f"step:{step}/{total} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * train_s:.0f}ms")
         self.run.event("val", step=step, val_loss=loss, val_bpb=bpb, train_s=train_s)
 
     def save(self, elapsed: float) -> Path | None:
@@ -4526,9 +4327,8 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
         checkpoints.notice_resumed(resumed)
     loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
     if cfg.lr_schedule == "warmdown" and not cfg.warmdown_frac and 0 < cfg.iterations < cfg.warmdown_iters:
-        run.notice(
-            f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: rates fall from the first step on"
-        )
+        run.notice(f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than ITERATIONS={cfg.iterations}: "
+                   "rates fall from the first step on")  # fmt: skip
     steps = f"{cfg.iterations} steps" if cfg.iterations else ""
     run.log("training ends after " + " or ".join(filter(None, (steps, f"{loop.budget:g}s" if loop.budget else ""))))
     result = loop.run_until_done(elapsed)
@@ -9267,7 +9067,7 @@ def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     text = load_validation(cfg, paths.folder, tokenizer)
     check_phases(cfg, text.tokens)
     run = Run.start(cfg)
-    run.claim_name()
+    run.run_id = run.on_first(run.claim_name)
     return OpenRun(loaded, run, paths, tokenizer, text)
 
 
@@ -9301,30 +9101,25 @@ def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
     run.log(dump_config(opened.loaded), to_terminal=False)
     device = device_name(run.device)
     run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({opened.loaded.recipe_reason}) mode:{cfg.mode} seed:{cfg.seed}")
-    run.log(
-        f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} threads:{torch.get_num_threads()}"
-    )
-    run.log(
-        f"train_shards:{train_shards} train_tokens:{train_tokens} val_tokens:{len(opened.text.tokens) - 1} val_bytes:{int(opened.text.bytes.sum())} "
-        f"bytes_from:{opened.text.bytes_from} transform:{opened.tokenizer.transform or 'none'}"
-    )
+    run.log(f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} "
+            f"threads:{torch.get_num_threads()}")  # fmt: skip
+    text, tokenizer = opened.text, opened.tokenizer
+    data = {"train_shards": train_shards, "train_tokens": train_tokens, "val_tokens": len(text.tokens) - 1,
+            "val_bytes": int(text.bytes.sum()), "bytes_from": text.bytes_from, "transform": tokenizer.transform}  # fmt: skip
+    run.log(" ".join(f"{key}:{'none' if value == '' else value}" for key, value in data.items()))
     run.log(f"model_params:{params} source_sha256:{source_sha256} packed_sha256:{packed_sha256}")
     if opened.paths.sample:
         run.notice("training and scoring the sample that ships with the script; its numbers are no challenge results")
-    for text in opened.loaded.notices:
-        run.notice(text)
-    values = {n: getattr(cfg, n.lower()) for n in FIELDS}
+    for notice in opened.loaded.notices:
+        run.notice(notice)
     run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=opened.loaded.recipe_reason, mode=cfg.mode,
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
               python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
               source_sha256=source_sha256, source_bytes=len(source.encode()), packed_sha256=packed_sha256, packed_bytes=len(packed), params=params,
-              data={"path": shown_path(opened.paths.folder), "sample": opened.paths.sample, "train_shards": train_shards,
-                    "train_tokens": train_tokens, "val_tokens": len(opened.text.tokens) - 1,
-                    "val_bytes": int(opened.text.bytes.sum()), "bytes_from": opened.text.bytes_from,
-                    "transform": opened.tokenizer.transform,
-                    "val_sha256": hashlib.sha256(opened.text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
-              tokenizer={"path": shown_path(opened.paths.tokenizer), "sha256": opened.tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
-    run.event("config", values=values, sources=opened.loaded.source)
+              data={"path": shown_path(opened.paths.folder), "sample": opened.paths.sample, **data,
+                    "val_sha256": hashlib.sha256(text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
+              tokenizer={"path": shown_path(opened.paths.tokenizer), "sha256": tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
+    run.event("config", values={n: getattr(cfg, n.lower()) for n in FIELDS}, sources=opened.loaded.source)
 
 
 def build_model(cfg: Config, run: Run) -> GPT:
@@ -9338,20 +9133,11 @@ def build_model(cfg: Config, run: Run) -> GPT:
 def artifact_header(cfg: Config, tokenizer: Tokenizer, looped: bool = True) -> dict[str, Any]:
     """The artifact's header: recipe, every knob that differs from its default, the tokenizer's hash, the text's transform, and with
     NUM_LOOPS whether the training reached the looped plan."""
-    values = {
-        n: getattr(cfg, n.lower())
-        for n, f in FIELDS.items()
-        if n not in LOCAL_KNOBS and getattr(cfg, n.lower()) != f.default
-    }
+    values = {n: getattr(cfg, n.lower()) for n in FIELDS if n not in LOCAL_KNOBS}
+    values = {n: value for n, value in values.items() if value != FIELDS[n].default}
     transform = {"transform": tokenizer.transform} if tokenizer.transform else {}
     plan = {"looped": looped} if cfg.num_loops else {}
     return {"config": {**values, "RECIPE": cfg.recipe}, "tokenizer_sha256": tokenizer.sha256, **transform, **plan}
-
-
-def count_training_text(cfg: Config, stream: TokenStream) -> bytes:
-    """NGRAM_TABLE=exact: the most useful n-grams of the training tokens that were trained on, packed."""
-    n = min(stream.position or stream.total, stream.total, cfg.ngram_table_tokens)
-    return build_trie(stream.read(-stream.position, n), cfg.vocab_size, cfg.ngram_table_order, cfg.ngram_table_bytes)
 
 
 def pack_model(
@@ -9370,9 +9156,8 @@ def pack_model(
     else:
         stored = quantize(cfg, named, store, calibration.hessians if calibration else None)
         blob = pack(cfg, header, stored, sections)
-    run.event(
-        "quant", seconds=time.perf_counter() - started, calibration_s=calibration_s, roles=quant_report(named, stored)
-    )
+    seconds, roles = time.perf_counter() - started, quant_report(named, stored)
+    run.event("quant", seconds=seconds, calibration_s=calibration_s, roles=roles)
     run.write_artifact(blob)
     blob = run.artifact_path.read_bytes()
     run.log(f"quantized and packed {run.artifact_path} in {time.perf_counter() - started:.1f}s after {calibration_s:.1f}s of calibration\n"
@@ -9401,8 +9186,10 @@ def write_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: Tra
     """Calibrate, quantise, pack and write the artifact (rank 0): its bytes on every rank, as read back from the file, and
     the seconds of calibration and of counting the training text's n-grams."""
     cfg, run, started, sections = opened.cfg, opened.run, time.perf_counter(), {}
-    if "exact" in cfg.ngram_tables and run.rank == 0:
-        sections["exact"] = count_training_text(cfg, stream)
+    if "exact" in cfg.ngram_tables and run.rank == 0:  # of the tokens that were trained on
+        n = min(stream.position or stream.total, stream.total, cfg.ngram_table_tokens)
+        tokens = stream.read(-stream.position, n)
+        sections["exact"] = build_trie(tokens, cfg.vocab_size, cfg.ngram_table_order, cfg.ngram_table_bytes)
     counted = run.broadcast(time.perf_counter() - started)
     calibration = calibrate_in_time(opened, model, stream, result, counted) if cfg.calibrates else None
     run.sync()
@@ -9434,27 +9221,19 @@ def load_tables(cfg: Config, blob: bytes) -> Tables:
     packed = {name: read_section(blob, name) for name in cfg.ngram_tables}
     for name, section in packed.items():
         if section is None:
-            raise ConfigError(
-                f"NGRAM_TABLE={cfg.ngram_table}: the artifact carries no table {name}; leave NGRAM_TABLE unset, or train with it"
-            )
+            raise ConfigError(f"NGRAM_TABLE={cfg.ngram_table}: the artifact carries no table {name}; unset NGRAM_TABLE")
     return Tables(unpack_hashed(packed["pr1095"]) if "pr1095" in packed else None,
                   unpack_trie(packed["exact"], cfg.vocab_size) if "exact" in packed else None)  # fmt: skip
 
 
 def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
     """Count artifact and code against ARTIFACT_LIMIT, and log it."""
-    cfg, code = opened.cfg, code_bytes(opened.cfg)
-    sizes = {
-        "artifact_bytes": len(blob),
-        "code_bytes": code,
-        "total_bytes": len(blob) + code,
-        "limit": cfg.artifact_limit,
-    }
-    opened.run.log(
-        f"Total submission size: {len(blob) + code} bytes = artifact {len(blob)} + code {code}, limit {cfg.artifact_limit}"
-    )
-    opened.run.event("pack", artifact=str(opened.run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), **sizes,
-                  code_form=cfg.code_form, roles=role_bytes(blob))  # fmt: skip
+    cfg, run, size, code = opened.cfg, opened.run, len(blob), code_bytes(opened.cfg)
+    total, limit = size + code, cfg.artifact_limit
+    sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": total, "limit": limit}
+    run.log(f"Total submission size: {total} bytes = artifact {size} + code {code}, limit {limit}")
+    run.event("pack", artifact=str(run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), **sizes,
+              code_form=cfg.code_form, roles=role_bytes(blob))  # fmt: skip
     return sizes
 
 
@@ -9471,9 +9250,8 @@ def report_score(
         broken.append(f"total {sizes['total_bytes']} bytes exceed ARTIFACT_LIMIT={sizes['limit']}")
     if cfg.max_wallclock_seconds and train_s > cfg.max_wallclock_seconds:
         remedy = "; raise GPTQ_RESERVE_SECONDS" if cfg.reserved_seconds else ""
-        broken.append(
-            f"training and calibration took {train_s:.1f}s, MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}{remedy}"
-        )
+        limit = f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"
+        broken.append(f"training and calibration took {train_s:.1f}s, {limit}{remedy}")
     if cfg.eval_wallclock_seconds and eval_s > cfg.eval_wallclock_seconds:
         broken.append(f"evaluation took {eval_s:.1f}s, EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}")
     for text in broken:
@@ -9481,9 +9259,8 @@ def report_score(
         run.event("error", message=text)
     word = "score" if opened.text.complete else f"no_score (VAL_TOKENS={cfg.val_tokens} scored a prefix only)"
     counted = " ".join(f"{name}:{size}" for name, size in sizes.items())
-    run.log(
-        f"{word} val_bpb:{r.val_bpb:.8f} stage:{r.stage} {counted} train_time:{train_s:.1f}s eval_time:{eval_s:.1f}s"
-    )
+    times = f"train_time:{train_s:.1f}s eval_time:{eval_s:.1f}s"
+    run.log(f"{word} val_bpb:{r.val_bpb:.8f} stage:{r.stage} {counted} {times}")
     run.event("score", val_bpb=r.val_bpb, val_loss=r.val_loss, stage=r.stage, **sizes, train_s=train_s, eval_s=eval_s,
               complete=opened.text.complete, limits_ok=not broken)  # fmt: skip
     return not broken
@@ -9491,24 +9268,22 @@ def report_score(
 
 def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
     """Load the model from the artifact's bytes, score it in every stage and log the score; returns the exit status."""
-    clock = Clock(opened.run)
-    model = load_model(opened.cfg, opened.run, blob)
-    opened.run.log(
-        f"loaded the artifact load_time:{clock.seconds():.2f}s peak_memory:{opened.run.peak_memory_mib():.0f}MiB"
-    )
-    if opened.cfg.mode == "eval":  # a training has done it
+    cfg, run, clock = opened.cfg, opened.run, Clock(opened.run)
+    model = load_model(cfg, run, blob)
+    run.log(f"loaded the artifact load_time:{clock.seconds():.2f}s peak_memory:{run.peak_memory_mib():.0f}MiB")
+    if cfg.mode == "eval":  # a training has done it
         with clock.paused():
-            rehearse(opened.cfg, opened.run, model, opened.text)
+            rehearse(cfg, run, model, opened.text)
     sizes = account_bytes(opened, blob)
-    evaluation = Evaluation(opened.cfg, opened.run, model, opened.text, load_tables(opened.cfg, blob))
-    results = evaluate(evaluation, opened.cfg.stages, StageLog(opened.run, opened.text.complete))
+    evaluation = Evaluation(cfg, run, model, opened.text, load_tables(cfg, blob))
+    results = evaluate(evaluation, cfg.stages, StageLog(run, opened.text.complete))
     held = report_score(opened, results, sizes, train_s, clock.seconds())
-    if opened.cfg.ttt_order == "length":
+    if cfg.ttt_order == "length":
         order_claim(evaluation)
-    if "claimed" in opened.cfg.ngram_scores:
+    if "claimed" in cfg.ngram_scores:
         claim(evaluation)
     # Clocks differ by rank, and ranks that end differently keep torchrun waiting.
-    return 0 if opened.run.broadcast(held) else 1
+    return 0 if run.broadcast(held) else 1
 
 
 def check_artifact_path(run: Run, continuing: bool) -> None:
@@ -9517,9 +9292,7 @@ def check_artifact_path(run: Run, continuing: bool) -> None:
     if path.is_dir() or (path.exists() and not (run.cfg.force or continuing)):
         raise ConfigError(f"{path} exists: choose another RUN_ID or ARTIFACT, or FORCE=1 to overwrite it")
     if not run.lock(path):
-        raise ConfigError(
-            f"ARTIFACT={path}: a process that still runs will write it; wait for it or choose another ARTIFACT"
-        )
+        raise ConfigError(f"ARTIFACT={path}: a process that still runs will write it; choose another ARTIFACT")
     probe = path.with_name(f".{path.name}.probe")
     atomic_write(probe, b"")
     probe.unlink()
@@ -9559,9 +9332,8 @@ def run_train(loaded: LoadedConfig) -> int:
         blob, calibration_s = write_artifact(opened, model, stream, result)
     try:
         if run.rank == 0:
-            written = sample_calibration_text(
-                model.eval(), 1, min(48, cfg.train_seq_len), derive_seed(cfg.seed, "sample")
-            )
+            seed, length = derive_seed(cfg.seed, "sample"), min(48, cfg.train_seq_len)
+            written = sample_calibration_text(model.eval(), 1, length, seed)
             run.log(f"sample: {opened.tokenizer.sp.decode(written[0, 1:].tolist())!r}")
         return score_artifact(opened, blob, result.seconds + calibration_s)
     except Exception:
@@ -9572,9 +9344,7 @@ def run_train(loaded: LoadedConfig) -> int:
 def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -> None:
     """Raises ConfigError unless tokenizer and transform of the text are those that the artifact names."""
     if header["tokenizer_sha256"] != tokenizer.sha256:
-        raise ConfigError(
-            f"TOKENIZER_PATH={tokenizer.path}: not the tokenizer of {cfg.artifact}; name the one it was trained with"
-        )
+        raise ConfigError(f"TOKENIZER_PATH={tokenizer.path}: not the tokenizer of {cfg.artifact}; name that one")
     if header.get("transform", "") != tokenizer.transform:
         raise ConfigError(f"ARTIFACT={cfg.artifact}: made for text that went through {header.get('transform') or 'nothing'}, these data went "
                           f"through {tokenizer.transform or 'nothing'}; name the data it was trained for in DATA_PATH")  # fmt: skip
@@ -9622,9 +9392,8 @@ def run_pack_code(loaded: LoadedConfig) -> int:
         raise ConfigError(f"{path} exists: choose another LOG_DIR, or FORCE=1 to overwrite it")
     packed = pack_code(source)
     atomic_write(path, packed)
-    say(
-        f"{path}: {len(packed)} bytes, sha256 {hashlib.sha256(packed).hexdigest()}; source {len(source.encode())} bytes"
-    )
+    sha256 = hashlib.sha256(packed).hexdigest()
+    say(f"{path}: {len(packed)} bytes, sha256 {sha256}; source {len(source.encode())} bytes")
     return 0
 
 
@@ -9655,11 +9424,8 @@ def dispatch(env: Mapping[str, str]) -> int:
 
 def show_toc() -> str:
     """The file's sections with their line numbers, the text of --toc."""
-    return "\n".join(
-        f"{i:5d}  {line[7:].rstrip(' =')}"
-        for i, line in enumerate(source_text().splitlines(), 1)
-        if line.startswith("# ==== ")
-    )
+    lines = enumerate(source_text().splitlines(), 1)
+    return "\n".join(f"{i:5d}  {line[7:].rstrip(' =')}" for i, line in lines if line.startswith("# ==== "))
 
 
 def finish(outcome: str, message: str, reported: bool) -> None:

@@ -362,12 +362,12 @@ def test_a_branch_site_maps_the_branch_input_to_its_output(double):
 
 
 def test_every_pass_through_a_block_has_its_own_lora(tiny):
-    cfg = config(tiny, **{**TTT, "ENCODER_RECURRENCE": 1, "ENCODER_PASSES": 3, "TTT_LORA_SITES": "q,mlp,head"})
+    cfg = config(tiny, **{**TTT, "ENCODER_RECURRENCE": 1, "TTT_LORA_SITES": "q,mlp,head"})
     with torch.device("meta"):
         model = tg.GPT(cfg)
     blocks = [step.block for step in model.plan]
     expected = [(slot, f"blocks.{i}.{part}") for slot, i in enumerate(blocks) for part in ("attn.q", "mlp")]
-    assert blocks == [0, 0, 0, 1] and list(tg.lora_sites(cfg, model)) == [*expected, (-1, "head")]
+    assert blocks == [0, 0, 1] and list(tg.lora_sites(cfg, model)) == [*expected, (-1, "head")]
 
 
 def test_passes_through_one_block_learn_different_things(tiny, text):

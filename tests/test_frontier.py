@@ -256,7 +256,7 @@ def test_the_window_smear_adds_a_share_of_the_token_before_and_never_crosses_a_b
 
 def test_a_skip_gate_blends():
     x, skip, w, g = torch.randn(4, 7)
-    assert torch.allclose(tg.blend_skip(x, skip, w, g), g.sigmoid() * x + (1 - g.sigmoid()) * w * skip, atol=1e-6)
+    assert torch.allclose(tg.merge_skip(x, skip, w, g), g.sigmoid() * x + (1 - g.sigmoid()) * w * skip, atol=1e-6)
     model = build(skip_gates_enabled=True)
     assert not model.skip_gates.any() and model.skip_gates.shape == model.skip_weights.shape
 

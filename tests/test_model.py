@@ -31,11 +31,11 @@ TINY = {
 EVERYTHING = {
     "xsa_last_n": -1, "rope_dims": 4, "rope_train_len": 8, "ln_scale": "in", "attn_gate": "input", "attn_gate_init": 0.5,
     "value_residual": "softmax", "ve_dim": 6, "ve_layers": "1,3", "smear": True, "bigram_vocab_size": 50, "bigram_dim": 6,
-    "bigram_table_std": 0.5, "leaky_slope": 0.5, "resid_mix_init": "phase", "mlp_mult_encoder": 1.0, "kv_fused": True,
+    "bigram_table_std": 0.5, "leaky_slope": 0.5, "mlp_mult_encoder": 1.0, "kv_fused": True,
 }  # fmt: skip
 EVERYTHING_ELSE = {
     **EVERYTHING, "ln_scale": "out", "attn_gate": "scalar", "value_residual": "sigmoid", "smear_before_norm": True,
-    "pre_enrich_dim": 12, "encoder_recurrence": True, "encoder_passes": 3, "skip_split": "ceil", "num_layers": 5,
+    "pre_enrich_dim": 12, "encoder_recurrence": True, "skip_split": "ceil", "num_layers": 5,
     "bigram_hash": "pr187", "bigram_scale": 0.0, "adapter_rank": 3, "adapter_b_init": "published", "kv_fused": False,
     "overtone_init": True,
 }  # fmt: skip
@@ -138,7 +138,7 @@ OFF = {
     "value embedding": {"ve_dim": 0, "ve_layers": "1,2"},
     "branch scale without a branch": {"branch_proj_scaled": True},
     "pre-enrichment": {"pre_enrich_dim": 0},
-    "recurrence": {"encoder_recurrence": False, "encoder_passes": 4},
+    "recurrence": {"encoder_recurrence": False},
     "random base": {"adapter_rank": 0, "adapter_seed": 7},
     "leaky slope": {"leaky_slope": 0.0},
     "LN scale": {"ln_scale": "none"},
@@ -447,15 +447,6 @@ def test_encoder_and_decoder_may_have_other_widths():
     assert [b.mlp.up.weight.lr_mult for b in model.blocks] == [1, 1, 2, 2, 2]
 
 
-def test_the_phase_mix_leans_on_the_embedding_in_early_blocks():
-    assert tg.phase_mix(0, 10) == pytest.approx(0.182, abs=1e-3) and tg.phase_mix(9, 10) == pytest.approx(
-        0.818, abs=1e-3
-    )
-    mixes = [b.resid_mix for b in build(num_layers=10, resid_mix_init="phase").blocks]
-    assert [m[0, 0].item() for m in mixes] == pytest.approx([tg.phase_mix(i, 10) for i in range(10)])
-    assert all(torch.allclose(m.sum(0), torch.ones(32)) for m in mixes)
-
-
 def steps(**knobs) -> list[tuple[int, bool, int | None]]:
     return [(s.block, s.save, s.skip) for s in tg.layer_plan(config(**knobs))]
 
@@ -470,10 +461,10 @@ def test_the_plan_of_the_u_net():
 
 
 def test_the_plan_of_encoder_recurrence():
-    plan = tg.layer_plan(config(num_layers=4, encoder_recurrence=True, encoder_passes=3))
-    assert [s.block for s in plan] == [0, 1, 0, 1, 0, 1, 2, 3]
-    assert [i for i, s in enumerate(plan) if s.norm] == [2, 4]
-    assert [i for i, s in enumerate(plan) if s.save] == [4, 5] and [s.skip for s in plan][6:] == [0, 1]
+    plan = tg.layer_plan(config(num_layers=4, encoder_recurrence=True))
+    assert [s.block for s in plan] == [0, 1, 0, 1, 2, 3]
+    assert [i for i, s in enumerate(plan) if s.norm] == [2]
+    assert [i for i, s in enumerate(plan) if s.save] == [2, 3] and [s.skip for s in plan][4:] == [0, 1]
     assert tg.count_parameters(build(encoder_recurrence=True)) == tg.count_parameters(build())
 
 
@@ -575,7 +566,7 @@ def test_a_tap_sees_the_input_of_every_site(knobs):
     assert seen.keys() == sites.keys() | (set() if model.head else {"tok_emb"})
     for site, shape in sites.items():
         assert set(seen[site]) == {torch.Size((2, T - 1, shape[1]))}, site
-    passes = 3 if model.cfg.encoder_recurrence else 1
+    passes = 2 if model.cfg.encoder_recurrence else 1
     assert len(seen["blocks.0.attn.q"]) == passes and len(seen["blocks.3.attn.q"]) == 1
 
 
@@ -656,8 +647,8 @@ SWITCHES = {
     "bigram 740": {"bigram_vocab_size": 50, "bigram_hash": "pr740", "bigram_scale": 0.0, "bigram_table_std": 1.0},
     "bigram 187": {"bigram_vocab_size": 50, "bigram_hash": "pr187", "bigram_table_role": "matrix"},
     "enrich": {"pre_enrich_dim": 12}, "ceil": {"skip_split": "ceil", "num_layers": 5},
-    "recurrence": {"encoder_recurrence": True}, "three passes": {"encoder_recurrence": True, "encoder_passes": 3},
-    "phase": {"resid_mix_init": "phase"}, "orthogonal": {"linear_init": "orthogonal"}, "scaled out": {"out_init": "scaled"},
+    "recurrence": {"encoder_recurrence": True},
+    "orthogonal": {"linear_init": "orthogonal"}, "scaled out": {"out_init": "scaled"},
     "overtone": {"overtone_init": True}, "adapters": {"adapter_rank": 3}, "fused": {"kv_fused": True},
     "published b": {"adapter_rank": 3, "adapter_b_init": "published"}, "leaky": {"leaky_slope": 0.5},
     "widths": {"mlp_mult_encoder": 1.0, "mlp_mult_decoder": 3.0}, "own head": {"tie_embeddings": False},
@@ -689,10 +680,10 @@ def test_a_pair_of_switches_learns(a, b):
 
 BAD = [
     ({"xsa_last_n": 5}, "XSA_LAST_N=5 exceeds NUM_LAYERS=4"),
-    ({"ve_dim": 8, "ve_layers": "3,4"}, "VE_LAYERS=3,4: blocks are 0 to 3"),
-    ({"ve_dim": 8, "ve_layers": "two"}, "VE_LAYERS='two': expected block numbers"),
-    ({"ve_dim": 8, "ve_layers": "1,1"}, "VE_LAYERS=1,1: a block is named twice"),
-    ({"ve_dim": 8}, "VE_DIM=8 without VE_LAYERS"),
+    ({"ve_dim": 8, "ve_layers": "3,4"}, "VE_LAYERS='3,4': expected different blocks of 0 to 3"),
+    ({"ve_dim": 8, "ve_layers": "two"}, "VE_LAYERS='two': expected different blocks of 0 to 3"),
+    ({"ve_dim": 8, "ve_layers": "1,1"}, "VE_LAYERS='1,1': expected different blocks of 0 to 3"),
+    ({"ve_dim": 8}, "VE_DIM=8 with VE_LAYERS='': expected different blocks of 0 to 3"),
     ({"rope_dims": 3}, "ROPE_DIMS=3: expected an even number of at most the head width 8"),
     ({"rope_dims": 10}, "ROPE_DIMS=10: expected an even number of at most the head width 8"),
     ({"rope_dims": 2, "rope_train_len": 8}, "ROPE_TRAIN_LEN=8: the NTK rule needs more than 2 rotated dims"),

@@ -434,7 +434,7 @@ def tool(artifact, capfd, monkeypatch):
         command = [name] if TOOLS[name] is tc else []
         capfd.readouterr()
         with monkeypatch.context() as patch:
-            for knob in [*tg.FIELDS, *tg.MOVED_KNOBS]:
+            for knob in tg.FIELDS:
                 patch.delenv(knob, raising=False)
             for knob, value in {"DEVICE": "cpu", **env}.items():
                 patch.setenv(knob, str(value))

@@ -42,7 +42,7 @@ def run_tool(job: Callable[[argparse.Namespace], None], parser: argparse.Argumen
             raise tg.ConfigError("this tool runs in one process; start it with python instead of torchrun")
         job(args)
     except (tg.ConfigError, tg.ArtifactError, tg.Interrupted) as e:
-        if tg.is_first_rank():
+        if os.environ.get("RANK", "0") == "0":
             print("\n".join(f"error: {line}" for line in str(e).splitlines()), file=sys.stderr)
         return 1 if isinstance(e, tg.Interrupted) else 2
     return 0

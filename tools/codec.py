@@ -33,20 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
-from tools.artifact import (
-    SCORING_KNOBS,
-    Lanes,
-    Predictor,
-    TextTokens,
-    add_artifact,
-    number_in,
-    open_predictor,
-    output_path,
-    read_artifact,
-    read_bytes,
-    run_tool,
-    tool_parser,
-)
+from tools import artifact as ta
 
 # ---- coders: one function codes in both directions, so that writing and reading cannot drift apart
 
@@ -166,7 +153,7 @@ class Edit(NamedTuple):
 class Normalizer:
     """Splits bytes into text that the tokenizer keeps as it is and the edits that restore the bytes."""
 
-    def __init__(self, text: TextTokens) -> None:
+    def __init__(self, text: ta.TextTokens) -> None:
         self.text = text
         self.plain = functools.lru_cache(maxsize=1 << 16)(self._plain)
 
@@ -333,7 +320,7 @@ def restore_bytes(normal: str, edits: list[Edit]) -> bytes:
 
 
 def code_tokens(
-    coder: Coder, lanes: Lanes, counts: np.ndarray, given: np.ndarray | None, progress: Callable[[int], None]
+    coder: Coder, lanes: ta.Lanes, counts: np.ndarray, given: np.ndarray | None, progress: Callable[[int], None]
 ) -> np.ndarray:
     """The coded tokens (L, longest), 0 where a lane has ended: counts[i] of lane i, position by position, lane by lane.
 
@@ -384,7 +371,7 @@ class CodecHeader(NamedTuple):
     threads: int = 0
     artifact: str = ""  # first 16 digits of the artifact's SHA-256
     machine: str = ""  # torch build and device: floats agree bitwise only there
-    settings: str = ""  # JSON of SCORING_KNOBS that differ from the artifact's
+    settings: str = ""  # JSON of ta.SCORING_KNOBS that differ from the artifact's
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -486,7 +473,7 @@ class Compressed(NamedTuple):
 class Codec:
     """Compresses bytes with one artifact, in at most `most_lanes` lanes, and restores them."""
 
-    def __init__(self, predictor: Predictor, most_lanes: int = 16) -> None:
+    def __init__(self, predictor: ta.Predictor, most_lanes: int = 16) -> None:
         self.predictor, self.most_lanes = predictor, most_lanes
         self.machine = machine_name(predictor.cfg, predictor.run)
 
@@ -578,8 +565,8 @@ class Codec:
 
 def compress(args: argparse.Namespace) -> None:
     """FILE -> FILE.pgz, and the account of its bits."""
-    data, path = read_bytes(args.file), output_path(args.output or f"{args.file}.pgz", args.force)
-    predictor = open_predictor(*read_artifact(args.artifact))
+    data, path = ta.read_bytes(args.file), ta.output_path(args.output or f"{args.file}.pgz", args.force)
+    predictor = ta.open_predictor(*ta.read_artifact(args.artifact))
     started = time.perf_counter()
     packed = Codec(predictor, args.lanes).compress(data)
     seconds = time.perf_counter() - started
@@ -601,12 +588,12 @@ def adopt_settings(loaded: tg.LoadedConfig, settings: str) -> tg.LoadedConfig:
     """The configuration with the scoring knobs that the compressed file was coded with."""
     try:
         coded = {n: tg.parse_value(n, tg.as_text(v)) for n, v in json.loads(settings or "{}").items()}
-        if coded.keys() - set(SCORING_KNOBS):
+        if coded.keys() - set(ta.SCORING_KNOBS):
             raise ValueError
         cfg = dataclasses.replace(loaded.cfg, **{n.lower(): v for n, v in coded.items()})
     except (ValueError, KeyError, AttributeError, RecursionError):
         raise tg.ArtifactError("the file's header is inconsistent") from None
-    for name in SCORING_KNOBS:
+    for name in ta.SCORING_KNOBS:
         mine, theirs = getattr(loaded.cfg, name.lower()), getattr(cfg, name.lower())
         if loaded.source[name] == "env" and mine != theirs:
             raise tg.ConfigError(
@@ -617,14 +604,14 @@ def adopt_settings(loaded: tg.LoadedConfig, settings: str) -> tg.LoadedConfig:
 
 def decompress(args: argparse.Namespace) -> None:
     """FILE.pgz -> FILE."""
-    packed = read_bytes(args.file)
+    packed = ta.read_bytes(args.file)
     if not args.output and not args.file.endswith(".pgz"):
         raise tg.ConfigError(f"{args.file} does not end in .pgz: name the file to write with -o")
-    path = output_path(args.output or args.file.removesuffix(".pgz"), args.force)
-    blob, header, loaded = read_artifact(args.artifact)
+    path = ta.output_path(args.output or args.file.removesuffix(".pgz"), args.force)
+    blob, header, loaded = ta.read_artifact(args.artifact)
     try:
         file_header = read_file(packed)[0]
-        predictor = open_predictor(blob, header, adopt_settings(loaded, file_header.settings))
+        predictor = ta.open_predictor(blob, header, adopt_settings(loaded, file_header.settings))
         started = time.perf_counter()
         data = Codec(predictor).decompress(packed)
     except tg.ArtifactError as e:
@@ -639,22 +626,22 @@ def decompress(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status."""
-    parser = tool_parser(__doc__)
+    parser = ta.tool_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="compress|decompress")
     for job in (compress, decompress):
         command = commands.add_parser(job.__name__, help=job.__doc__, description=job.__doc__)
         command.add_argument("file", metavar="FILE", help="the file to read")
-        add_artifact(command)
+        ta.add_artifact(command)
         command.add_argument("-o", "--output", metavar="FILE", default="", help="the file to write")
         command.add_argument("--force", action="store_true", help="overwrite it")
         command.set_defaults(job=job)
     commands.choices["compress"].add_argument(
         "--lanes",
-        type=number_in(1, 4096),
+        type=ta.number_in(1, 4096),
         default=16,
         help="most parts of the text that are coded side by side: more is faster, but each learns from less (default 16)",
     )
-    return run_tool(lambda args: args.job(args), parser, argv)
+    return ta.run_tool(lambda args: args.job(args), parser, argv)
 
 
 if __name__ == "__main__":

@@ -27,19 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from text import InputError, read_documents
 
 import train_gpt as tg
-from tools.artifact import (
-    Lanes,
-    Predictor,
-    TextTokens,
-    add_artifact,
-    number_in,
-    open_predictor,
-    output_path,
-    read_artifact,
-    read_bytes,
-    run_tool,
-    tool_parser,
-)
+from tools import artifact as ta
 from tools.codec import END, START, Normalizer
 
 SIDE_BY_SIDE = 16  # documents that are explained at once
@@ -59,7 +47,7 @@ class TokenNote(NamedTuple):
     piece: str  # the token itself, as `likely` spells it
 
 
-def texts_of(path: str, spelling: TextTokens) -> list[str]:
+def texts_of(path: str, spelling: ta.TextTokens) -> list[str]:
     """Documents of a token shard (.bin, split at BOS) or of what data/text.py reads: .jsonl, .txt, plain, .gz or .zst."""
     try:
         if not path.endswith(".bin"):
@@ -71,7 +59,7 @@ def texts_of(path: str, spelling: TextTokens) -> list[str]:
     return [spelling.decode(part[part != tg.BOS].tolist()) for part in parts if len(part) > 1]
 
 
-def token_texts(spelling: TextTokens, text: str) -> tuple[list[int], list[str]]:
+def token_texts(spelling: ta.TextTokens, text: str) -> tuple[list[int], list[str]]:
     """(token ids of a document, the stretch of the original text that each stands for); what precedes text joins its first token."""
     sp = spelling.sp
     normal, edits = Normalizer(spelling).split(text.encode()) or (spelling.decode(spelling.encode(text)), [])
@@ -96,7 +84,7 @@ def token_texts(spelling: TextTokens, text: str) -> tuple[list[int], list[str]]:
     return ids, texts
 
 
-def costs(lanes: Lanes, lane: int, p_V: Tensor, token: int) -> tuple[float, float, float, float, int, int]:
+def costs(lanes: ta.Lanes, lane: int, p_V: Tensor, token: int) -> tuple[float, float, float, float, int, int]:
     """TokenNote's numbers: what the mixture gave the token, split into the network's part and the n-gram's."""
     bits = lambda p: math.inf if p <= 0 else -math.log2(p)  # noqa: E731
     share, match, seen = lanes.mixture(lane)
@@ -105,7 +93,7 @@ def costs(lanes: Lanes, lane: int, p_V: Tensor, token: int) -> tuple[float, floa
     return bits(p), bits(network), bits(ngram if ngram > 1e-12 else 0.0), share, match, seen
 
 
-def explain_lanes(predictor: Predictor, split: list[tuple[list[int], list[str]]]) -> list[list[TokenNote]]:
+def explain_lanes(predictor: ta.Predictor, split: list[tuple[list[int], list[str]]]) -> list[list[TokenNote]]:
     """Notes on documents side by side, one a lane."""
     counts = np.array([len(ids) for ids, _ in split])
     lanes = predictor.lanes(len(split), int(counts.max()))
@@ -123,7 +111,7 @@ def explain_lanes(predictor: Predictor, split: list[tuple[list[int], list[str]]]
     return notes
 
 
-def explain_documents(predictor: Predictor, documents: list[str], limit: int) -> list[list[TokenNote]]:
+def explain_documents(predictor: ta.Predictor, documents: list[str], limit: int) -> list[list[TokenNote]]:
     """Notes on every token of the documents, each coded on its own; at most `limit` tokens together, and a notice then."""
     split, left = [], limit
     for i, document in enumerate(documents):
@@ -186,9 +174,9 @@ def page_html(title: str, subtitle: str, documents: list[list[TokenNote]]) -> st
 
 def explain(args: argparse.Namespace) -> None:
     """FILE, shaded by what each token cost: on a terminal, and as a page."""
-    path = output_path(args.output or f"{args.file}.html", args.force)
-    read_bytes(args.file)  # a mistake in it is found before the artifact is opened
-    predictor = open_predictor(*read_artifact(args.artifact))
+    path = ta.output_path(args.output or f"{args.file}.html", args.force)
+    ta.read_bytes(args.file)  # a mistake in it is found before the artifact is opened
+    predictor = ta.open_predictor(*ta.read_artifact(args.artifact))
     documents = explain_documents(predictor, texts_of(args.file, predictor.text), args.tokens)
     for i, notes in enumerate(documents):
         if sys.stdout.isatty():
@@ -204,15 +192,15 @@ def explain(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status."""
-    parser = tool_parser(__doc__)
+    parser = ta.tool_parser(__doc__)
     parser.add_argument("file", metavar="FILE", help='text, .jsonl of objects with "text", or a token shard (.bin)')
-    add_artifact(parser)
+    ta.add_artifact(parser)
     parser.add_argument("-o", "--output", metavar="FILE", default="", help="the page; default FILE.html")
     parser.add_argument("--force", action="store_true", help="overwrite it")
     parser.add_argument(
-        "--tokens", type=number_in(1, 10**9), default=20000, help="most tokens to explain (default 20000)"
+        "--tokens", type=ta.number_in(1, 10**9), default=20000, help="most tokens to explain (default 20000)"
     )
-    return run_tool(explain, parser, argv)
+    return ta.run_tool(explain, parser, argv)
 
 
 if __name__ == "__main__":
