@@ -184,6 +184,7 @@ class Config:
     enable_looping_at: float = knob(0.35, "", "share of the training budget at which the loops start", lo=0, hi=1)
     parallel_start_layer: int = knob(0, "", "first block with attention and MLP on two parallel lanes; 0: none", lo=0, hi=255, shape=True)
     encoder_recurrence: bool = knob(False, "", "run the encoder blocks twice", shape=True)
+    resid_mix_init: str = knob("plain", "", "initial mix with the embedding: (1, 0), or by depth", choices=("plain", "phase"), shape=True)
     linear_init: str = knob("default", "", "init of projections: torch's Kaiming-uniform or orthogonal", choices=("default", "orthogonal"), shape=True)
     out_init: str = knob("zero", "", "init of attention and MLP output projections; scaled: orthogonal / sqrt(2 L)", choices=("zero", "scaled"), shape=True)
     branch_proj_scaled: bool = knob(False, "", "1/sqrt(2 L) on the projections of bigram and value embeddings", shape=True)
@@ -757,7 +758,10 @@ ENTIRE = "VAL_TOKENS scores a prefix of the text"
 PEEKS = "hints that look at the target's own word or pieces are no prediction"
 CLAIMS = {"0": "NGRAM_SCORE=off", "1": "NGRAM_SCORE=exact,claimed"}
 # Knobs that this script once had, with the one value that is left of each, and why: accepted in an artifact's header too.
-FORMER_KNOBS = {"NGRAM_MIX": ("cascade", "every other way for exact counts to correct the network scored worse")}
+FORMER_KNOBS = {
+    "NGRAM_MIX": ("cascade", "every other way for exact counts to correct the network scored worse"),
+    "ENCODER_PASSES": ("2", "ENCODER_RECURRENCE runs the encoder twice, as published"),
+}
 
 # Names common to all recipes under "*", then recipe by recipe.
 ALIASES: dict[str, dict[str, Alias]] = {
@@ -1128,7 +1132,7 @@ def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]
         return RECIPES[recipe]
     values = {}
     for name, value in header.items():
-        if name in FORMER_KNOBS and value == FORMER_KNOBS[name][0]:
+        if name in FORMER_KNOBS and str(value) == FORMER_KNOBS[name][0]:
             continue
         try:
             if name not in FIELDS or (name in LOCAL_KNOBS and name != "RECIPE"):
@@ -2835,6 +2839,9 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = vector(cfg.model_dim, value=1.0), vector(cfg.model_dim, value=1.0)
         self.resid_mix = vector(2, cfg.model_dim)
         self.resid_mix.data[0] = 1.0
+        if cfg.resid_mix_init == "phase":  # early blocks lean on x0 (#60)
+            share = 1 / (1 + math.exp(-3 * (layer / max(cfg.num_layers - 1, 1) - 0.5)))
+            self.resid_mix.data[0], self.resid_mix.data[1] = share, 1.0 - share
         depth = 1 / math.sqrt(layer + 1)
         self.in_scale = depth if cfg.ln_scale == "in" else 1.0
         self.out_scale = depth if cfg.ln_scale == "out" else 1.0

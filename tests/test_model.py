@@ -31,7 +31,7 @@ TINY = {
 EVERYTHING = {
     "xsa_last_n": -1, "rope_dims": 4, "rope_train_len": 8, "ln_scale": "in", "attn_gate": "input", "attn_gate_init": 0.5,
     "value_residual": "softmax", "ve_dim": 6, "ve_layers": "1,3", "smear": True, "bigram_vocab_size": 50, "bigram_dim": 6,
-    "bigram_table_std": 0.5, "leaky_slope": 0.5, "mlp_mult_encoder": 1.0, "kv_fused": True,
+    "bigram_table_std": 0.5, "leaky_slope": 0.5, "resid_mix_init": "phase", "mlp_mult_encoder": 1.0, "kv_fused": True,
 }  # fmt: skip
 EVERYTHING_ELSE = {
     **EVERYTHING, "ln_scale": "out", "attn_gate": "scalar", "value_residual": "sigmoid", "smear_before_norm": True,
@@ -447,6 +447,12 @@ def test_encoder_and_decoder_may_have_other_widths():
     assert [b.mlp.up.weight.lr_mult for b in model.blocks] == [1, 1, 2, 2, 2]
 
 
+def test_the_phase_mix_leans_on_the_embedding_in_early_blocks():
+    mixes = [b.resid_mix for b in build(num_layers=10, resid_mix_init="phase").blocks]
+    assert (mixes[0][0, 0].item(), mixes[9][0, 0].item()) == pytest.approx((0.182, 0.818), abs=1e-3)
+    assert all(torch.allclose(m.sum(0), torch.ones(32)) for m in mixes)
+
+
 def steps(**knobs) -> list[tuple[int, bool, int | None]]:
     return [(s.block, s.save, s.skip) for s in tg.layer_plan(config(**knobs))]
 
@@ -647,7 +653,7 @@ SWITCHES = {
     "bigram 740": {"bigram_vocab_size": 50, "bigram_hash": "pr740", "bigram_scale": 0.0, "bigram_table_std": 1.0},
     "bigram 187": {"bigram_vocab_size": 50, "bigram_hash": "pr187", "bigram_table_role": "matrix"},
     "enrich": {"pre_enrich_dim": 12}, "ceil": {"skip_split": "ceil", "num_layers": 5},
-    "recurrence": {"encoder_recurrence": True},
+    "recurrence": {"encoder_recurrence": True}, "phase": {"resid_mix_init": "phase"},
     "orthogonal": {"linear_init": "orthogonal"}, "scaled out": {"out_init": "scaled"},
     "overtone": {"overtone_init": True}, "adapters": {"adapter_rank": 3}, "fused": {"kv_fused": True},
     "published b": {"adapter_rank": 3, "adapter_b_init": "published"}, "leaky": {"leaky_slope": 0.5},
