@@ -1665,6 +1665,7 @@ class Clock:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # header: 256 little-endian int32, then uint16 tokens
 SAMPLE_DIR = SCRIPT.parent / "data" / "sample"
+SAMPLE_CASEOPS = SAMPLE_DIR / "caseops_2048"  # the same text with case factored out, 2,048 pieces
 FINEWEB_DIR = Path("data/datasets/fineweb10B_sp1024")
 DOWNLOADS = ("fineweb10B_sp8192*caseops*", "fineweb10B_sp8192", FINEWEB_DIR.name)  # the first that is there is taken
 HOW_TO_GET_SHARDS = "download them with data/cached_challenge_fineweb.py or make them with data/make_shards.py"
@@ -1758,10 +1759,11 @@ def open_tokenizer(path: Path) -> Any:
 
 
 def downloads(tokenizer_sha256: str, vocab_size: int) -> Iterator[Path]:
-    """Downloaded folders with validation shards, the preferred first, and the sample; those alone whose tokenizer has this hash
-    and this size, where they are given."""
+    """Folders with validation shards, the preferred first: downloads, the sample with case factored out, the plain sample; but for
+    the last those alone whose tokenizer has this hash and this size, where they are given."""
     parents = (FINEWEB_DIR.parent, SCRIPT.parent / FINEWEB_DIR.parent)
-    for folder in (path for name in DOWNLOADS for parent in parents for path in sorted(parent.glob(name))):
+    found = (path for name in DOWNLOADS for parent in parents for path in sorted(parent.glob(name)))
+    for folder in (*found, SAMPLE_CASEOPS):
         path = own_tokenizer(folder, read_manifest(folder)) if shard_paths(folder, "val") else None
         if path is None or (tokenizer_sha256 and file_sha256(path) != tokenizer_sha256):
             continue
@@ -1783,7 +1785,7 @@ def find_data(cfg: Config, tokenizer_sha256: str = "", vocab_size: int = 0) -> D
         folder = next(downloads(tokenizer_sha256, vocab_size))
     manifest = read_manifest(folder)
     transform = None if manifest is None else manifest.get("transform", "")
-    return DataPaths(folder, find_tokenizer(cfg, folder, manifest), folder.resolve() == SAMPLE_DIR, transform)
+    return DataPaths(folder, find_tokenizer(cfg, folder, manifest), folder.resolve() in (SAMPLE_CASEOPS, SAMPLE_DIR), transform)
 
 
 def load_shard(path: Path) -> np.ndarray:

@@ -553,7 +553,9 @@ def _reproduce(seeds: list[Run]) -> str:
     data, others = run.info.get("data", {}), ", ".join(str(r.seed) for r in seeds[1:])
     asked = {k: v for k, v in run.config.items() if run.sources.get(k) == "env"}
     asked = {k: v for k, v in asked.items() if k not in logs.BOOKKEEPING and not k.endswith("_PATH")}
-    data_path = {"DATA_PATH": "data/sample"} if data.get("sample") else {}  # without it, downloaded FineWeb is used
+    # Without DATA_PATH, downloaded FineWeb is used.
+    sample = "data/sample" + "/caseops_2048" * str(data.get("path")).endswith("caseops_2048")
+    data_path = {"DATA_PATH": sample} if data.get("sample") else {}
     words = {"RECIPE": run.info.get("recipe"), "SEED": run.seed} | data_path | asked
     line = " ".join(f"{k}={shlex.quote(logs.show(v))}" for k, v in words.items())
     ranks = run.info.get("world_size") or 1

@@ -77,8 +77,12 @@ def test_missing_and_empty_data_paths_are_told_apart(tmp_path, tiny):
 def test_the_sample_is_the_default_and_is_marked(monkeypatch, tmp_path, tiny):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tg, "FINEWEB_DIR", tmp_path / "absent")
-    paths = tg.find_data(config({**tiny, "DATA_PATH": ""}))
-    assert paths.sample and paths.folder == tg.SAMPLE_DIR and paths.tokenizer.parent == tg.SAMPLE_DIR
+    cfg = config({**tiny, "DATA_PATH": ""})
+    for vocab_size, folder in ((0, tg.SAMPLE_CASEOPS), (2048, tg.SAMPLE_CASEOPS), (1024, tg.SAMPLE_DIR)):
+        paths = tg.find_data(cfg, vocab_size=vocab_size)
+        assert paths.sample and paths.folder == folder and paths.tokenizer.parent == folder
+    named = tg.find_data(config({**tiny, "DATA_PATH": "", "TOKENIZER_PATH": tg.SAMPLE_DIR / "tokenizer_1024.model"}))
+    assert named.folder == tg.SAMPLE_DIR
 
 
 def test_a_downloaded_folder_finds_the_tokenizer_of_its_own_vocabulary(monkeypatch, tmp_path, tiny, data):
@@ -205,7 +209,7 @@ def test_unset_data_is_the_best_download_that_fits(monkeypatch, data, tmp_path, 
     env = {**tiny, "DATA_PATH": ""}
     shipped = tg.SAMPLE_DIR / "tokenizer_1024.model"
     (tmp_path / "tokenizers").mkdir()
-    expected = tg.SAMPLE_DIR
+    expected = tg.SAMPLE_CASEOPS
     for variant, model in (
         ("sp1024", shipped),
         ("sp8192", data.tokenizer),

