@@ -2252,7 +2252,7 @@ class Ctx(NamedTuple):
     """What a caller may add to the forward pass; the default context is the plain model."""
 
     tap: Callable[[str, Tensor], None] | None = None  # sees the input of each projection (GPTQ Hessians)
-    lora: Mapping[tuple[int, str], Callable[[Tensor, Tensor], Tensor]] = MappingProxyType({})  # (pass, site) -> (x, y) -> adapted y
+    lora: Mapping[tuple[int, str], Callable[..., Tensor]] = MappingProxyType({})  # (pass, site) -> (x, y) -> adapted y
     slot: int = -1  # which pass through a block this is: a block that runs twice has two LoRAs; -1 outside the blocks
     cache: KVCache | None = None  # keys and values of earlier positions (incremental decoding)
     fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
@@ -7790,7 +7790,7 @@ class DocumentBatch:
         self.documents = sorted(documents, key=lambda d: -d.targets)
         device, self.n = network.logp.device, self.documents[0].targets + 1
         self.start_R, self.targets_R = torch.tensor(self.documents, device=device).T
-        self.params = network.drawn.repeat(rows, 1)  # (R, P): one buffer, so that one kernel steps all LoRA of the batch
+        self.params = network.drawn.repeat(rows, 1)  # (R, P), so that one kernel steps them all
         self.moments = [torch.zeros_like(self.params) for _ in range(2)]
         self.taken = torch.zeros((), device=network.run.device)
         self.steps_R = self.params.new_zeros(rows)
