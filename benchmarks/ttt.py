@@ -14,8 +14,8 @@ the seconds of the stage, side by side in one process:
     tilt    the token tilt on the network, alone and under the cascade, for several strengths
 
 --estimate plans the evaluation of RECIPE=frontier on 8 GPUs from a synthetic text of 50,000 documents; it needs no artifact.
-The settings are those of the published runs but for the learning rates, which fit networks of another size: part lr chooses
-them, --lr sets that of the documents without it. The validation text is for measuring: nothing is chosen by these figures.
+The settings are those of the published runs but for the learning rates and the text that the single LoRA and the phases take a
+step on, which fit other sizes: part lr chooses the rates, --lr sets that of the documents without it. The validation text is for measuring: nothing is chosen by these figures.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Bench:
         self.single = {
             "TTT_ENABLED": "1",
             "TTT_RESET": "none",
-            "TTT_CHUNK_TOKENS": "4096",
+            "TTT_CHUNK_TOKENS": "1024",
             "TTT_LORA_SITES": "q,v",
             "TTT_LR": "0.003",
         }
-        self.phase = {"PHASED_TTT_NUM_PHASES": "1", "GLOBAL_TTT_CHUNK_TOKENS": "4096", "GLOBAL_TTT_LR": "0.001"}
+        self.phase = {"PHASED_TTT_NUM_PHASES": "1", "GLOBAL_TTT_CHUNK_TOKENS": "1024", "GLOBAL_TTT_LR": "0.001"}
         cfg = self.config()
         self.run, paths = tg.Run(cfg, 0, 0, 1, 1), tg.find_data(cfg)
         tokenizer = tg.Tokenizer(paths.tokenizer, cfg.vocab_size)
@@ -95,7 +95,7 @@ class Bench:
 
     def lr(self) -> None:
         """Choose each rate by the training text; the first of a list that loses ends it."""
-        forms = [("a LoRA a document", self.document, "TTT_LR", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+        forms = [("a LoRA a document", self.document, "TTT_LR", (1e-3, 3e-3, 1e-2, 3e-2)),
                  ("single LoRA", self.single, "TTT_LR", (1e-3, 3e-3, 1e-2, 3e-2)),
                  ("phase", self.phase, "GLOBAL_TTT_LR", (1e-3, 1e-2, 1e-1))]  # fmt: skip
         for name, knobs, rate, values in forms:
