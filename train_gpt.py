@@ -7860,6 +7860,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
         super().__init__(cfg, run, model, text, stride)
         self.rows, self.seq_len = cfg.ttt_batch_size, cfg.ttt_eval_len
+        self.width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else self.seq_len  # tokens that a chunk sends, at most
         self.documents = documents_of(text.tokens)
         self.edges = block_edges(self.documents, block_size(cfg, self.n_tokens))
         self.phases = phase_edges(self.edges, cfg.phased_ttt_prefix, cfg.phased_ttt_num_phases)
@@ -7881,17 +7882,16 @@ class DocumentLoraNetwork(TestTimeNetwork):
     def deal(self, documents: list[Document]) -> list[list[Document]]:
         """This rank's batches of a block."""
         world, rows = self.run.world, self.cfg.ttt_batch_size
-        return deal_documents(documents, world, rows, self.chunks, self.seq_len)[self.run.rank]
+        return deal_documents(documents, world, rows, self.chunks, self.width)[self.run.rank]
 
     def expected_seconds(self, text: ValidationText) -> float:
         """Seconds of the slowest rank of each block: a step is a constant and a share for each of its tokens, which steps of one
         document and of a whole batch tell."""
         cfg, documents = self.cfg, documents_of(text.tokens)
-        width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else self.seq_len
         one, rows = self.timed(lambda: self.walked_step(1)), self.rehearsed(min(self.rows, len(self.documents)))
         each = (self.timed(lambda: self.walked_step(rows)) - one) / (rows - 1) if rows > 1 else one
         chunks = list(chunk_starts(cfg.ttt_chunk_steps, max(document.targets for document in documents)))
-        sent = [0, *itertools.accumulate(min(end - 1, width) / width for end in chunks[1:])]
+        sent = [0, *itertools.accumulate(min(end - 1, self.width) / self.width for end in chunks[1:])]
 
         def cost(batch: list[Document]) -> float:
             steps = [bisect_right(chunks, document.targets) for document in batch]
@@ -7900,7 +7900,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         total, edges = 0.0, block_edges(documents, block_size(cfg, len(text.tokens)))
         for lo, hi in itertools.pairwise([1, *edges]):
             block = [document for document in documents if lo <= document.start + 1 < hi]
-            dealt = deal_documents(block, self.run.world, cfg.ttt_batch_size, chunks, width)
+            dealt = deal_documents(block, self.run.world, cfg.ttt_batch_size, chunks, self.width)
             total += max(sum(map(cost, batches)) for batches in dealt)
         return total * cfg.ttt_epochs
 
