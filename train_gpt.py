@@ -2102,7 +2102,7 @@ class Ctx(NamedTuple):
     """What a caller may add to the forward pass; the default context is the plain model."""
 
     tap: Callable[[str, Tensor], None] | None = None  # sees the input of each projection (GPTQ Hessians)
-    lora: Mapping[tuple[int, str], Callable[[Tensor, Tensor], Tensor]] = MappingProxyType({})  # (pass, site) -> (x, y) -> adapted y
+    lora: Mapping[tuple[int, str], Callable[..., Tensor]] = MappingProxyType({})  # (pass, site) -> (x, y) -> adapted y
     slot: int = -1  # which pass through a block this is: a block that runs twice has two LoRAs; -1 outside the blocks
     cache: KVCache | None = None  # keys and values of earlier positions (incremental decoding)
     fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
@@ -7507,10 +7507,8 @@ def block_edges(documents: list[Document], size: int) -> list[int]:
 def phase_edges(edges: list[int], prefix: float, phases: int) -> list[int]:
     """The block ends at which the weights are trained: the first past i / phases of the share `prefix` of the text, i = 1 .. phases."""
     total = edges[-1] - 1
-    due = [
-        edges[min(bisect_left(edges, 1 + prefix * total * i / phases), len(edges) - 1)] for i in range(1, phases + 1)
-    ]
-    return sorted(set(due) - {edges[-1]})
+    due = (bisect_left(edges, 1 + prefix * total * i / phases) for i in range(1, phases + 1))
+    return sorted({edges[i] for i in due if i < len(edges) - 1})
 
 
 def block_size(cfg: Config, n_tokens: int) -> int:
@@ -7601,7 +7599,7 @@ class DocumentBatch:
         self.documents = sorted(documents, key=lambda d: -d.targets)
         device, self.n = network.logp.device, self.documents[0].targets + 1
         self.start_R, self.targets_R = torch.tensor(self.documents, device=device).T
-        self.params = network.drawn.repeat(rows, 1)  # (R, P): one buffer, so that one kernel steps all LoRA of the batch
+        self.params = network.drawn.repeat(rows, 1)  # (R, P), so that one kernel steps them all
         self.moments = [torch.zeros_like(self.params) for _ in range(2)]
         self.taken = torch.zeros((), device=network.run.device)
         self.steps_R = self.params.new_zeros(rows)
@@ -7673,6 +7671,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
         super().__init__(cfg, run, model, text, stride)
         self.rows, self.seq_len = cfg.ttt_batch_size, cfg.ttt_eval_len
+        self.width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else self.seq_len  # tokens that a chunk sends, at most
         self.documents = documents_of(text.tokens)
         self.edges = block_edges(self.documents, block_size(cfg, self.n_tokens))
         self.phases = phase_edges(self.edges, cfg.phased_ttt_prefix, cfg.phased_ttt_num_phases)
@@ -7693,19 +7692,17 @@ class DocumentLoraNetwork(TestTimeNetwork):
 
     def deal(self, documents: list[Document]) -> list[list[Document]]:
         """This rank's batches of a block."""
-        return deal_documents(documents, self.run.world, self.cfg.ttt_batch_size, self.chunks, self.seq_len)[
-            self.run.rank
-        ]
+        world, rows = self.run.world, self.cfg.ttt_batch_size
+        return deal_documents(documents, world, rows, self.chunks, self.width)[self.run.rank]
 
     def expected_seconds(self, text: ValidationText) -> float:
         """Seconds of the slowest rank of each block: a step is a constant and a share for each of its tokens, which steps of one
         document and of a whole batch tell."""
         cfg, documents = self.cfg, documents_of(text.tokens)
-        width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else self.seq_len
         one, rows = self.timed(lambda: self.walked_step(1)), self.rehearsed(min(self.rows, len(self.documents)))
         each = (self.timed(lambda: self.walked_step(rows)) - one) / (rows - 1) if rows > 1 else one
         chunks = list(chunk_starts(cfg.ttt_chunk_steps, max(document.targets for document in documents)))
-        sent = [0, *itertools.accumulate(min(end - 1, width) / width for end in chunks[1:])]
+        sent = [0, *itertools.accumulate(min(end - 1, self.width) / self.width for end in chunks[1:])]
 
         def cost(batch: list[Document]) -> float:
             steps = [bisect_right(chunks, document.targets) for document in batch]
@@ -7714,7 +7711,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         total, edges = 0.0, block_edges(documents, block_size(cfg, len(text.tokens)))
         for lo, hi in itertools.pairwise([1, *edges]):
             block = [document for document in documents if lo <= document.start + 1 < hi]
-            dealt = deal_documents(block, self.run.world, cfg.ttt_batch_size, chunks, width)
+            dealt = deal_documents(block, self.run.world, cfg.ttt_batch_size, chunks, self.width)
             total += max(sum(map(cost, batches)) for batches in dealt)
         return total * cfg.ttt_epochs
 
@@ -7825,7 +7822,7 @@ class NgramStats(NamedTuple):
     last: Tensor  # position of the token that followed its latest occurrence, -1 where it is new
 
 
-class RepeatedNngrams(NamedTuple):
+class RepeatedNgrams(NamedTuple):
     """All occurrences of n-grams of one length that occur twice or more, (n,) int32: equal ones form a group, in order of time."""
 
     end: np.ndarray | Tensor  # position of the last token
@@ -7840,17 +7837,15 @@ class PositionStats(NamedTuple):
     last: np.ndarray | Tensor
     symbol: (
         np.ndarray | Tensor
-    )  # x_t if the n-gram that ends at t occurs twice or more, else -1: no longer one that ends there does
+    )  # x_t if the n-gram that ends at t occurs twice or more, else -1: then no longer one does
 
 
-def _split_between_groups(ngrams: RepeatedNngrams, size: int = 1 << 17) -> list[RepeatedNngrams]:
+def _split_between_groups(ngrams: RepeatedNgrams, size: int = 1 << 17) -> list[RepeatedNgrams]:
     """The occurrences in parts of about `size`, cut between groups: a part sorts in the processor's cache, in its own thread."""
     heads = np.flatnonzero(ngrams.rank == 0)
     at = np.searchsorted(heads, np.arange(size, len(ngrams.rank), size))
     edges = [*np.unique(np.append(heads[at[at < len(heads)]], 0)).tolist(), len(ngrams.rank)]
-    return [
-        RepeatedNngrams(ngrams.end[lo:hi], ngrams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [RepeatedNgrams(ngrams.end[lo:hi], ngrams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def _rank_in_groups(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -7867,7 +7862,7 @@ def _rank_in_groups(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray,
     return key & ((1 << bits) - 1), rank, np.flatnonzero(~(head[:-1] & head[1:]))
 
 
-def _count_tokens(tokens: np.ndarray, vocab_size: int, columns: PositionStats) -> RepeatedNngrams:
+def _count_tokens(tokens: np.ndarray, vocab_size: int, columns: PositionStats) -> RepeatedNgrams:
     """Occurrences of the single tokens; writes their counts into `columns`."""
     end = np.argsort(tokens.astype(np.uint16), kind="stable").astype(np.int32)  # NumPy sorts 16 bits by radix
     sizes = np.bincount(tokens, minlength=vocab_size)
@@ -7877,12 +7872,12 @@ def _count_tokens(tokens: np.ndarray, vocab_size: int, columns: PositionStats) -
     again = np.repeat(sizes > 1, sizes)
     end, rank = end[again], rank[again]
     columns.symbol[end] = tokens[end]
-    return RepeatedNngrams(end, rank)
+    return RepeatedNgrams(end, rank)
 
 
 def _extend_ngrams(
-    context: RepeatedNngrams, symbol: np.ndarray, symbol_bits: int, columns: PositionStats
-) -> RepeatedNngrams:
+    context: RepeatedNgrams, symbol: np.ndarray, symbol_bits: int, columns: PositionStats
+) -> RepeatedNgrams:
     """Occurrences one token longer than those of `context`; writes the statistics of the contexts into `columns`.
 
     A token that follows but whose own n-gram occurs once needs no sorting.
@@ -7906,16 +7901,16 @@ def _extend_ngrams(
     columns.last[target[met]] = target[met - 1]
     index = index[again]
     columns.symbol[target[index]] = x[index]
-    return RepeatedNngrams(target[index], rank[again])
+    return RepeatedNgrams(target[index], rank[again])
 
 
 def _longer_ngrams_torch(
-    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNngrams | None, symbol: Tensor | None
-) -> tuple[RepeatedNngrams, PositionStats]:
+    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNgrams | None, symbol: Tensor | None
+) -> tuple[RepeatedNgrams, PositionStats]:
     """`_longer_ngrams` by one stable sort on the tokens' device; the empty context is one group that ends at -1 .. N-2."""
     n, device = len(tokens_N), tokens_N.device
     if ngrams is None:
-        ngrams = RepeatedNngrams(torch.arange(-1, n - 1, device=device), torch.arange(n, device=device))
+        ngrams = RepeatedNgrams(torch.arange(-1, n - 1, device=device), torch.arange(n, device=device))
         symbol = torch.cat([tokens_N.int(), tokens_N.new_full((1,), -1, dtype=torch.int32)])
     columns = PositionStats(*(torch.full((n + 1,), fill, dtype=torch.int32, device=device) for fill in (0, 0, -1, -1)))
     target = ngrams.end + 1
@@ -7937,12 +7932,12 @@ def _longer_ngrams_torch(
     again = (~(head[:-1] & head[1:])).nonzero().squeeze(1)
     index = index[again]
     columns.symbol[target[index]] = symbol[target[index]]
-    return RepeatedNngrams(target[index], rank[again]), columns
+    return RepeatedNgrams(target[index], rank[again]), columns
 
 
 def _longer_ngrams(
-    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNngrams | None, symbol
-) -> tuple[RepeatedNngrams, PositionStats]:
+    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNgrams | None, symbol
+) -> tuple[RepeatedNgrams, PositionStats]:
     """(n-grams one token longer than `ngrams`, statistics of `ngrams` as contexts); None stands for the empty context."""
     if tokens_N.is_cuda:
         return _longer_ngrams_torch(tokens_N, vocab_size, ngrams, symbol)
@@ -7956,7 +7951,7 @@ def _longer_ngrams(
     bits = max(vocab_size - 1, 1).bit_length()
     with ThreadPoolExecutor(threads) as pool:
         parts = list(pool.map(lambda run: _extend_ngrams(run, symbol, bits, columns), _split_between_groups(ngrams)))
-    return RepeatedNngrams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
+    return RepeatedNgrams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
 
 
 def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> Iterator[NgramStats]:
@@ -8384,14 +8379,8 @@ class Tilt(NgramExpert):
     def __init__(self, table: NgramTable, base: Any, order: int, beta: float = 2.625, threshold: float = 0.8,
                  gamma: float = 0.0, rate: float = 0.0) -> None:  # fmt: skip
         super().__init__(table, base)
-        self.k, self.beta, self.threshold, self.gamma, self.rate, self.squares = (
-            order - 1,
-            beta,
-            threshold,
-            gamma,
-            rate,
-            3.0,
-        )
+        self.k, self.beta, self.threshold, self.gamma, self.rate = order - 1, beta, threshold, gamma, rate
+        self.squares = 3.0
 
     def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
         total, last = query.stats.total[self.k], query.stats.last[self.k]
@@ -8452,9 +8441,7 @@ class PublishedCache(NamedTuple):
     alpha: Callable[[Tensor, Tensor, Tensor], Tensor]
     window: int  # targets a window scores
     batch: int  # windows scored between two updates of a rank's tables
-    layout: (
-        str  # "blocks": a rank owns a contiguous share of the text; "windows": every n-th window; "shared": one table
-    )
+    layout: str  # "blocks": a rank owns a contiguous share of the text; "windows": every n-th; "shared": one table
 
     @property
     def chunk(self) -> int:
@@ -9004,10 +8991,8 @@ def bytes_check(text: ValidationText, tokenizer: Tokenizer, exact: bool) -> Audi
 
     Unless `exact`, the totals may differ as a published sidecar's may, and CaseOps operators may be out of place.
     """
-    name, (tokens, counts) = (
-        "bytes are the text's",
-        (x[:DECODED_TOKENS].cpu().numpy() for x in (text.tokens, text.bytes)),
-    )
+    name = "bytes are the text's"
+    tokens, counts = (x[:DECODED_TOKENS].cpu().numpy() for x in (text.tokens, text.bytes))
     starts = [0, *np.flatnonzero(tokenizer.boundary[tokens[1:]]) + 1]
     while len(tokens) > 1 and tokenizer.sp.is_byte(int(tokens[-1])):  # the cut may lie within a character
         tokens = tokens[:-1]

@@ -1,6 +1,6 @@
 """Test-time training document by document against sliding windows and the single LoRA, on one artifact and one text.
 
-    python benchmarks/ttt.py ARTIFACT [--data FOLDER] [--tokens 60000] [--parts lr,gain,sites,order,tilt] [--context 0]
+    python benchmarks/ttt.py ARTIFACT [--data FOLDER] [--tokens 60000] [--parts lr,gain,cache,sites,order,tilt] [--context 0]
     python benchmarks/ttt.py --estimate
 
 ARTIFACT is any finished run's; FOLDER (default: its own data) holds the validation split, of which the first --tokens are
@@ -9,24 +9,27 @@ the seconds of the stage, side by side in one process:
 
     lr      the learning rates of the parts below, each the best of a few on the last --training-tokens of the *training* split
     gain    non-overlapping windows, sliding windows (stride = chunk), the single LoRA, a LoRA a document, warm A, phases
+    cache   windows computed anew against keys and values kept from earlier chunks, on the training text too
     sites   a LoRA a document for each choice of sites
     order   the text's order against the published one, longest document first, with the bits of order that figure leaves out
     tilt    the token tilt on the network, alone and under the cascade, for several strengths
 
 --estimate plans the evaluation of RECIPE=frontier on 8 GPUs from a synthetic text of 50,000 documents; it needs no artifact.
-The settings are those of the published runs but for the learning rates, which fit networks of another size: part lr chooses
-them, --lr sets that of the documents without it. The validation text is for measuring: nothing is chosen by these figures.
+The settings are those of the published runs but for the learning rates and the text that the single LoRA and the phases take a
+step on, which fit other sizes: part lr chooses the rates, --lr sets that of the documents without it. The validation text is for measuring: nothing is chosen by these figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 import sys
 import time
 from bisect import bisect_left
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,11 +62,11 @@ class Bench:
         self.single = {
             "TTT_ENABLED": "1",
             "TTT_RESET": "none",
-            "TTT_CHUNK_TOKENS": "4096",
+            "TTT_CHUNK_TOKENS": "1024",
             "TTT_LORA_SITES": "q,v",
             "TTT_LR": "0.003",
         }
-        self.phase = {"PHASED_TTT_NUM_PHASES": "1", "GLOBAL_TTT_CHUNK_TOKENS": "4096", "GLOBAL_TTT_LR": "0.001"}
+        self.phase = {"PHASED_TTT_NUM_PHASES": "1", "GLOBAL_TTT_CHUNK_TOKENS": "1024", "GLOBAL_TTT_LR": "0.001"}
         cfg = self.config()
         self.run, paths = tg.Run(cfg, 0, 0, 1, 1), tg.find_data(cfg)
         tokenizer = tg.Tokenizer(paths.tokenizer, cfg.vocab_size)
@@ -95,7 +98,7 @@ class Bench:
 
     def lr(self) -> None:
         """Choose each rate by the training text; the first of a list that loses ends it."""
-        forms = [("a LoRA a document", self.document, "TTT_LR", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+        forms = [("a LoRA a document", self.document, "TTT_LR", (1e-3, 3e-3, 1e-2, 3e-2)),
                  ("single LoRA", self.single, "TTT_LR", (1e-3, 3e-3, 1e-2, 3e-2)),
                  ("phase", self.phase, "GLOBAL_TTT_LR", (1e-3, 1e-2, 1e-1))]  # fmt: skip
         for name, knobs, rate, values in forms:
@@ -137,8 +140,11 @@ class Bench:
             )
 
     def cache(self) -> None:
-        fresh = self.line("windows computed anew", self.score("ttt", **self.document))
-        self.line("keys and values kept", self.score("ttt", **self.document, TTT_KV_CACHE="1"), fresh)
+        for name, text in (("training text", self.training), ("validation text", self.text)):
+            fresh = self.line(f"windows computed anew, {name}", self.score("ttt", text, **self.document))
+            self.line(
+                f"keys and values kept, {name}", self.score("ttt", text, **self.document, TTT_KV_CACHE="1"), fresh
+            )
 
     def tilt(self) -> None:
         """All forms on the scores of one network pass, whose hints do not depend on the strength."""
@@ -165,13 +171,38 @@ def synthetic_lengths(seed: int = 0, n: int = 50_000, total: int = 47_851_520) -
     return np.maximum(1, (lengths * total / lengths.sum()).astype(np.int64))
 
 
-def forward_flops(
-    model: tg.GPT, sites: dict[tuple[int, str], tuple[int, int]], rank: int, length: int
-) -> tuple[float, float]:
-    """FLOPs a token of one forward over `length` tokens, the head left out: (without LoRA, of the LoRA alone)."""
-    head = 2 * model.cfg.vocab_size * model.cfg.model_dim
-    inner = sum(d_out + d_in for (slot, _), (d_out, d_in) in sites.items() if slot >= 0)
-    return tg.flops_per_token(model, length) / 3 - head, 2.0 * rank * inner
+class Plan(NamedTuple):
+    """What test-time training document by document takes."""
+
+    sent: float  # tokens that go through the network, all windows together
+    steps: int  # of optimizers, batches of documents one after the other
+    flops: float
+    balance: float  # tokens of the fullest rank of each block over the mean
+
+
+def plan_documents(cfg: tg.Config, model: tg.GPT, lengths: np.ndarray, ranks: int) -> Plan:
+    """The plan for documents of so many targets, from the evaluator's own blocks, chunks and batches."""
+    sites, context = tg.lora_sites(cfg, model), cfg.ttt_eval_len
+    width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else context
+    starts, n = np.cumsum([0, *lengths]), int(lengths.sum()) + 1
+    documents = [tg.Document(int(s), int(t)) for s, t in zip(starts, lengths, strict=False)]
+    edges = tg.block_edges(documents, tg.block_size(cfg, n))
+    chunks = list(tg.chunk_starts(cfg.ttt_chunk_steps, int(lengths.max())))
+    sent = np.cumsum([0, *(min(end - 1, width) for end in chunks[1:])])  # tokens of a document's first windows
+    done = dict(zip(documents, np.searchsorted(chunks, lengths, side="right").tolist(), strict=True))
+    steps, slowest = 0, 0.0
+    for lo, hi in itertools.pairwise([1, *edges]):
+        block = documents[bisect_left(starts, lo - 1) : bisect_left(starts, hi - 1)]
+        dealt = tg.deal_documents(block, ranks, cfg.ttt_batch_size, chunks, width)
+        steps += sum(done[batch[0]] - 1 for batches in dealt for batch in batches)
+        slowest += max(sum(float(sent[done[d]]) for batch in batches for d in batch) for batches in dealt)
+    total, learned = (float(sum(sent[k - last] for k in done.values())) for last in (0, 1))
+    # A forward without the head; a window's tokens see half of it, new ones after kept keys all of it. Backward through frozen
+    # weights costs a forward, through LoRA two.
+    plain = tg.flops_per_token(model, context * (1 + cfg.ttt_kv_cache)) / 3 - 2 * cfg.vocab_size * cfg.model_dim
+    lora = 2.0 * cfg.ttt_lora_rank * sum(d_out + d_in for (slot, _), (d_out, d_in) in sites.items() if slot >= 0)
+    flops = (plain + lora) * total + (plain + 2 * lora) * learned
+    return Plan(total, steps, flops, slowest * ranks / total)
 
 
 def estimate(ranks: int = 8, peak: float = 989e12, share: float = 0.11) -> None:
@@ -179,58 +210,29 @@ def estimate(ranks: int = 8, peak: float = 989e12, share: float = 0.11) -> None:
     cfg = tg.load_config({"RECIPE": "frontier"}, has_gpu=lambda: True).cfg
     with torch.device("meta"):
         model = tg.GPT(cfg)
-    sites, rank, context = tg.lora_sites(cfg, model), cfg.ttt_lora_rank, cfg.ttt_eval_len
-    lengths = synthetic_lengths()
-    starts, n = np.cumsum([0, *lengths]), int(lengths.sum()) + 1
-    documents = [tg.Document(int(s), int(t)) for s, t in zip(starts, lengths, strict=False)]
-    edges = tg.block_edges(documents, tg.block_size(cfg, n))
-    chunks = list(tg.chunk_starts(cfg.ttt_chunk_steps, int(lengths.max())))
-    sent = np.cumsum([0, *(min(end - 1, context) for end in chunks[1:])])  # tokens of a document's first windows
-    done = np.searchsorted(chunks, lengths, side="right")  # chunks of each document
-    windows, learned, steps, slowest = float(sent[done].sum()), float(sent[done - 1].sum()), 0, 0.0
-    for lo, hi in itertools.pairwise([1, *edges]):
-        block = documents[bisect_left(starts, lo - 1) : bisect_left(starts, hi - 1)]
-        dealt = tg.deal_documents(block, ranks, cfg.ttt_batch_size, chunks, context)
-        loads = [
-            sum(int(sent[np.searchsorted(chunks, d.targets, side="right")]) for b in batches for d in b)
-            for batches in dealt
-        ]
-        steps += sum(
-            int(np.searchsorted(chunks, batch[0].targets, side="right")) - 1 for batches in dealt for batch in batches
-        )
-        slowest += max(loads)
-    # Backward through frozen weights costs a forward, through LoRA two; in a phase two through everything.
-    plain, lora = forward_flops(model, sites, rank, context)
-    flops = (plain + lora) * windows + (plain + 2 * lora) * learned
-    phases = tg.phase_edges(edges, cfg.phased_ttt_prefix, cfg.phased_ttt_num_phases)
-    phase = tg.flops_per_token(model, context) * sum(phases) * cfg.global_ttt_epochs
-    pace, balance = ranks * peak * share, slowest * ranks / windows
-    orders = (
-        sum(cfg.counted_orders) / 12
-    )  # measured at 12, see RESULTS.md: statistics .54 us a token, mixing 1.2, on one CPU core
-    parts = {
-        "loading (published: 20 to 60)": 30.0,
-        "roundtrip": tg.flops_per_token(model, cfg.eval_len) / 3 * n / pace,
-        "LoRA": flops / pace * balance,
-        "phases": phase / pace,
-        "n-gram statistics": 0.54e-6 * n * orders,
-        "mixing": 1.2e-6 * n * orders,
-    }
-    print(f"  stages {', '.join(cfg.stages)}; {len(lengths):,} documents, {n - 1:,} targets, longest {lengths.max():,}; the 2,500 longest hold "
-          f"{np.sort(lengths)[-2500:].sum() / lengths.sum():.0%}")  # fmt: skip
-    print(
-        f"  window tokens {windows:.3e} ({windows / n:.1f} a target), optimizer steps {steps:,} ({steps // ranks:,} a rank)"
-    )
-    print(
-        f"  FLOPs {flops:.2e} (LoRA) + {phase:.2e} ({len(phases)} phases); the fullest rank of each block has {balance:.2f}x the mean"
-    )
+    lengths, context, pace = synthetic_lengths(), cfg.ttt_eval_len, ranks * peak * share
+    n = int(lengths.sum())
+    ttt = plan_documents(cfg, model, lengths, ranks)
+    phase = tg.flops_per_token(model, context) * n * cfg.global_ttt_epochs * sum(
+        cfg.phased_ttt_prefix * (i + 1) / cfg.phased_ttt_num_phases for i in range(cfg.phased_ttt_num_phases))  # fmt: skip
+    cpu = (
+        1e-6 * n * sum(cfg.counted_orders) / 12
+    )  # measured at order 12 on one CPU core: .54 us a token and 1.2, see RESULTS.md
+    parts = {"loading (published: 20 to 60)": 30.0, "roundtrip": tg.flops_per_token(model, cfg.eval_len) / 3 * n / pace,
+             "LoRA": ttt.flops / pace * ttt.balance, "phases": phase / pace, "n-gram statistics": 0.54 * cpu, "mixing": 1.2 * cpu}  # fmt: skip
+    print(f"  stages {', '.join(cfg.stages)}; {len(lengths):,} documents, {n:,} targets, longest {lengths.max():,}; the 2,500 longest hold "
+          f"{np.sort(lengths)[-2500:].sum() / n:.0%}")  # fmt: skip
+    print(f"  tokens through the network {ttt.sent:.3e} ({ttt.sent / n:.1f} a target), optimizer steps {ttt.steps:,} ({ttt.steps // ranks:,} a rank); "
+          f"FLOPs {ttt.flops:.2e} + {phase:.2e} (phases); the fullest rank of each block has {ttt.balance:.2f}x the mean")  # fmt: skip
     print(f"  seconds at {share:.0%} of peak: {' + '.join(f'{name} {s:.0f}' for name, s in parts.items())} = {sum(parts.values()):.0f}"
           f" of EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}")  # fmt: skip
-    numbers, rows, d = rank * sum(map(sum, sites.values())), cfg.ttt_batch_size, cfg.model_dim
+    numbers, rows = cfg.ttt_lora_rank * sum(map(sum, tg.lora_sites(cfg, model).values())), cfg.ttt_batch_size
     # Kept for backward, bf16: inputs of norms, projections, attention, both halves of the MLP.
-    kept = rows * context * len(model.plan) * d * (14 + 2 * cfg.mlp_mult) * 2
+    kept = rows * context * len(model.plan) * cfg.model_dim * (14 + 2 * cfg.mlp_mult) * 2
     print(f"  memory: LoRA of {rows} documents {numbers:,} numbers each, {rows * numbers * 16 / 2**30:.1f} GiB with gradients and moments; "
           f"activations about {kept / 2**30:.1f} GiB; two models in fp32 {8 * tg.count_parameters(model) / 2**30:.1f} GiB")  # fmt: skip
+    other = plan_documents(dataclasses.replace(cfg, ttt_kv_cache=not cfg.ttt_kv_cache), model, lengths, ranks)
+    print(f"  with TTT_KV_CACHE={1 - cfg.ttt_kv_cache}: {other.flops:.1e} FLOPs, {other.flops / ttt.flops:.2f}x")
 
 
 def main() -> None:
@@ -244,7 +246,7 @@ def main() -> None:
         "--training-tokens", type=int, default=6000, help="of the training split's end, to choose rates by"
     )
     parser.add_argument("--rank", type=int, default=80, help="of the LoRA; alpha keeps the published ratio to it")
-    parser.add_argument("--parts", default="lr,gain,sites,order,tilt")
+    parser.add_argument("--parts", default="lr,gain,cache,sites,order,tilt")
     parser.add_argument("--estimate", action="store_true")
     args = parser.parse_args()
     if args.estimate:
