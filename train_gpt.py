@@ -894,7 +894,7 @@ def from_alias(name: str, text: str, alias: Alias) -> dict[str, str]:
     if isinstance(alias, dict):
         if word not in alias and name not in FIELDS:  # our own name takes our own words too
             raise ConfigError(f"expected {' or '.join(filter(None, alias))}")
-        return dict(setting.split("=") for setting in alias[word].split()) if word in alias else {name: text}
+        return dict(pair.split("=") for pair in alias[word].split()) if word in alias else {name: text}
     if number is None:
         raise ConfigError("expected a number")
     return {knob_name: str(value) for knob_name, value in alias(number).items()}
