@@ -918,12 +918,10 @@ def published_curriculum(env: Mapping[str, str]) -> dict[str, str]:
 NO_EFFECT: dict[str, dict[str, str]] = {
     "*": {
         "MUON_BETA2": "read by no published update rule",
-        "MTP_NUM_HEADS": "multi-token heads were off in every published run; they are left out because they need heads and a loss "
-        "of their own, which no artifact holds and no other technique uses",
+        "MTP_NUM_HEADS": "off in every published run; left out because it needs heads and a loss that no artifact holds",
         "MTP_LOSS_WEIGHT": "belongs to MTP_NUM_HEADS",
         "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are always computed inside the evaluation's clock",
-        "DTG_ENABLED": "the per-token gate on block outputs was off in every published run; it is left out because nothing shows "
-        "that it helps, and every block would carry its branch",
+        "DTG_ENABLED": "off in every published run; left out because every block would carry its gate and nothing shows that it helps",
     },
     "pr850": {
         "WARMDOWN_ITERS": "the published schedule is WSD, which never reads it",
