@@ -88,19 +88,36 @@ SCRIPT = Path(__file__).resolve()
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)  # bits a weight may be stored in: codes up to 8, floats above
 # Of the evaluation, in the order they are scored.
 STAGES = ("roundtrip", "sliding", "ttt", "normalized", "tilt", "table", "ngram")
-NGRAM_SCORES = ("exact", "normalized", "claimed")
-NGRAM_TABLES = ("pr1095", "exact")
 
 
 class ConfigError(ValueError):
     """A user's mistake: the message names the knob or file, the value and the remedy. Exit status 2."""
 
 
-def knob(default: Any, unit: str, doc: str, *, choices: tuple = (), lo: float = -math.inf, hi: float = math.inf,
-         shape: bool = False) -> Any:  # fmt: skip
-    """Declare one knob; `shape` marks those that fix the model or its tokenizer, which an artifact's header binds."""
-    meta = {"unit": unit, "doc": doc, "choices": choices, "lo": lo, "hi": hi, "shape": shape}
+def knob(default: Any, unit: str, doc: str, *, choices: tuple = (), several: str = "", lo: float = -math.inf,
+         hi: float = math.inf, shape: bool = False) -> Any:  # fmt: skip
+    """Declare one knob; `shape` marks those that fix the model or its tokenizer, which an artifact's header binds. The value may be
+    a list of choices where a word, `several`, stands for none of them or for the usual ones."""
+    meta = {"unit": unit, "doc": doc, "choices": choices, "several": several, "lo": lo, "hi": hi, "shape": shape}
     return field(default=default, metadata=meta)
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """ "a, b" -> ("a", "b")."""
+    return tuple(word.strip() for word in text.split(","))
+
+
+def as_text(value: Any) -> str:
+    """A value as the environment writes it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def setting(f: dataclasses.Field, value: Any) -> str:
+    """KNOB=value as messages show it: free text in quotes."""
+    if f.type == "float":
+        return f"{f.name.upper()}={value:g}"
+    free = f.type == "str" and not f.metadata["choices"]
+    return f"{f.name.upper()}={repr(value) if free else as_text(value)}"
 
 
 def parse_schedule(text: str) -> list[tuple[float, int]]:
@@ -300,13 +317,13 @@ class Config:
     eval_stride: int = knob(0, "tokens", "targets that each sliding window scores; 0: no sliding pass", lo=0)
     val_batch_tokens: int = knob(0, "tokens", "tokens of one evaluation forward on one rank; 0: by device, halved until it fits", lo=0)
     eval_wallclock_seconds: float = knob(600.0, "s", "evaluation time limit; 0: none", lo=0)
-    eval_stages: str = knob("auto", "", f"stages to score, of {','.join(STAGES)}; auto: all that are switched on")
-    score_stage: str = knob("auto", "", "the stage that is the score, fixed before scoring; auto: the last valid one switched on")
-    ngram_score: str = knob("exact", "", "n-gram passes, comma-separated: exact, normalized, claimed; or off")
+    eval_stages: str = knob("auto", "", "stages to score; auto: all that are switched on", choices=STAGES, several="auto")
+    score_stage: str = knob("auto", "", "the stage that is the score, fixed before scoring; auto: the last valid one switched on", choices=("auto", *STAGES))
+    ngram_score: str = knob("exact", "", "n-gram passes", choices=("exact", "normalized", "claimed"), several="off")
     ngram_claim: str = knob("pr850", "", "published scorer that normalized and claimed run", choices=("pr740", "pr740b", "pr187", "pr850", "pr1095"))
     ngram_claim_ranks: int = knob(8, "ranks", "caches that #740 and #187 kept apart; the claimed pass emulates them", lo=1, hi=1024)
     ngram_buckets: int = knob(2**22, "cells", "size of a published hash table, a power of two", lo=2, hi=2**28)
-    ngram_table: str = knob("none", "", "n-grams of the training text that the artifact carries, comma-separated: pr1095 (hashed, counted while training, for its claim), exact (an expert); or none")
+    ngram_table: str = knob("none", "", "n-grams of the training text that the artifact carries: pr1095 (hashed, counted while training, for its claim), exact (an expert)", choices=("pr1095", "exact"), several="none")
     ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones and all single tokens", lo=1000, hi=2**28)
     ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8)
     ngram_table_tokens: int = knob(2**23, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1)
@@ -367,13 +384,10 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
-        if errors := [
-            *self._shape_errors(),
-            *self._training_errors(),
-            *self._evaluation_errors(),
-            *self._ngram_errors(),
-        ]:
-            raise ConfigError("\n".join(errors))
+        parts = (self._shape_errors(), self._training_errors(), self._evaluation_errors(), self._ngram_errors())
+        if errors := "\n".join(itertools.chain(*parts)):
+            shown = {f.name.upper(): setting(f, getattr(self, f.name)) for f in dataclasses.fields(self)}
+            raise ConfigError(string.Template(errors).safe_substitute(shown))
 
     @property
     def head_dim(self) -> int:
@@ -417,8 +431,7 @@ class Config:
     @property
     def ttt_sites(self) -> set[str]:
         """Where LoRA acts: TTT_LORA_SITES less what its switches take off."""
-        named = {site.strip() for site in self.ttt_lora_sites.split(",")}
-        return {site for site in named if getattr(self, f"ttt_{site}_lora", True)}
+        return {site for site in listed(self.ttt_lora_sites) if getattr(self, f"ttt_{site}_lora", True)}
 
     @property
     def ttt_chunk_steps(self) -> list[tuple[float, int]]:
@@ -457,8 +470,7 @@ class Config:
     def stages(self) -> tuple[str, ...]:
         """Evaluation stages in the order they are scored."""
         if self.eval_stages != "auto":
-            asked = {s.strip() for s in self.eval_stages.split(",")}
-            return tuple(s for s in STAGES if s in asked)
+            return tuple(s for s in STAGES if s in listed(self.eval_stages))
         on = {"roundtrip": True, "sliding": self.eval_stride > 0, "ttt": self.ttt_enabled,
               "normalized": "normalized" in self.ngram_scores, "tilt": self.ngram_tilt_enabled, "table": "exact" in self.ngram_tables,
               "ngram": "exact" in self.ngram_scores}  # fmt: skip
@@ -467,12 +479,12 @@ class Config:
     @property
     def ngram_scores(self) -> tuple[str, ...]:
         """The n-gram passes asked for."""
-        return () if self.ngram_score == "off" else tuple(s.strip() for s in self.ngram_score.split(","))
+        return () if self.ngram_score == "off" else listed(self.ngram_score)
 
     @property
     def ngram_tables(self) -> tuple[str, ...]:
         """The n-gram tables that the artifact carries."""
-        return () if self.ngram_table == "none" else tuple(t.strip() for t in self.ngram_table.split(","))
+        return () if self.ngram_table == "none" else listed(self.ngram_table)
 
     @property
     def counted_orders(self) -> tuple[int, ...]:
@@ -485,22 +497,24 @@ class Config:
         """The stage that is the score."""
         return self.stages[-1] if self.score_stage == "auto" else self.score_stage
 
+    # ---- what fits together: each error is a text in which $KNOB stands for KNOB=value
+
     def _shape_errors(self) -> Iterator[str]:
         if self.model_dim % self.num_heads:
-            yield f"MODEL_DIM={self.model_dim} is not a multiple of NUM_HEADS={self.num_heads}"
+            yield "$MODEL_DIM is not a multiple of $NUM_HEADS"
         if self.num_heads % self.num_kv_heads:
-            yield f"NUM_HEADS={self.num_heads} is not a multiple of NUM_KV_HEADS={self.num_kv_heads}"
+            yield "$NUM_HEADS is not a multiple of $NUM_KV_HEADS"
         if self.head_dim % 2:
-            yield f"MODEL_DIM={self.model_dim} / NUM_HEADS={self.num_heads} gives an odd head width; RoPE needs an even one"
+            yield "$MODEL_DIM / $NUM_HEADS gives an odd head width; RoPE needs an even one"
         if self.rope_dims % 2 or self.rope_dims > self.head_dim:
-            yield f"ROPE_DIMS={self.rope_dims}: expected an even number of at most the head width {self.head_dim}"
+            yield f"$ROPE_DIMS: expected an even number of at most the head width {self.head_dim}"
         if self.rope_train_len and (self.rope_dims or self.head_dim) <= 2:
-            yield f"ROPE_TRAIN_LEN={self.rope_train_len}: the NTK rule needs more than 2 rotated dims"
+            yield "$ROPE_TRAIN_LEN: the NTK rule needs more than 2 rotated dims"
         if self.xsa_last_n > self.num_layers:
-            yield f"XSA_LAST_N={self.xsa_last_n} exceeds NUM_LAYERS={self.num_layers}; XSA_LAST_N=-1 means all blocks"
+            yield "$XSA_LAST_N exceeds $NUM_LAYERS; XSA_LAST_N=-1 means all blocks"
         for name in ("mlp_mult", "mlp_mult_encoder", "mlp_mult_decoder"):
             if 0 < getattr(self, name) * self.model_dim < 1:
-                yield f"{name.upper()}={getattr(self, name)} leaves no hidden unit at MODEL_DIM={self.model_dim}"
+                yield f"${name.upper()} leaves no hidden unit at $MODEL_DIM"
         yield from self._branch_errors()
         yield from self._topology_errors()
 
@@ -509,140 +523,128 @@ class Config:
             if self.ve_dim and not 0 < len(self.value_layers) == len({*self.value_layers} & {*range(self.num_layers)}):
                 raise ValueError
         except ValueError:
-            yield (f"VE_DIM={self.ve_dim} with VE_LAYERS={self.ve_layers!r}: expected different blocks of 0 to {self.num_layers - 1} with "
-                   "commas between, or VE_DIM=0")  # fmt: skip
+            yield f"$VE_DIM with $VE_LAYERS: expected different blocks of 0 to {self.num_layers - 1}, with commas between, or VE_DIM=0"
         if self.bigram_vocab_size == 1:
-            yield "BIGRAM_VOCAB_SIZE=1: expected 0 (off) or at least 2 rows"
+            yield "$BIGRAM_VOCAB_SIZE: expected 0 (off) or at least 2 rows"
         if self.adapter_b_init != "zero" and not self.adapter_rank:
-            yield f"ADAPTER_B_INIT={self.adapter_b_init} has no adapters to act on: set ADAPTER_RANK above 0"
+            yield "$ADAPTER_B_INIT has no adapters to act on: set ADAPTER_RANK above 0"
         if self.adapter_rank and self.out_init != "zero":
-            yield f"OUT_INIT={self.out_init} has no matrices to act on with ADAPTER_RANK={self.adapter_rank}: unset one of them"
+            yield "$OUT_INIT has no matrices to act on with $ADAPTER_RANK: unset one of them"
         if self.value_residual != "none" and self.num_layers < 2:
-            yield f"VALUE_RESIDUAL={self.value_residual} needs at least 2 blocks, NUM_LAYERS={self.num_layers}"
-
+            yield "$VALUE_RESIDUAL needs at least 2 blocks, $NUM_LAYERS"
         reads_window = self.attn_gate == "sparse" or (self.smear and self.smear_form == "window")
         if reads_window and self.gate_window > self.model_dim:
-            yield f"GATE_WINDOW={self.gate_window} is wider than the model: MODEL_DIM={self.model_dim}"
+            yield "$GATE_WINDOW is wider than the model: $MODEL_DIM"
 
     def _topology_errors(self) -> Iterator[str]:
-        looped = f"NUM_LOOPS={self.num_loops} through LOOP_START={self.loop_start} to LOOP_END={self.loop_end}"
+        looped = "$NUM_LOOPS through $LOOP_START to $LOOP_END"
         if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
-            yield f"{looped}: expected rising block numbers of 0 to {self.num_layers - 1} with NUM_LAYERS={self.num_layers}"
+            yield f"{looped}: expected rising block numbers of 0 to {self.num_layers - 1} with $NUM_LAYERS"
         if self.num_loops and 0 < self.parallel_start_layer <= self.loop_end:
-            yield f"{looped} reaches into the lanes: PARALLEL_START_LAYER={self.parallel_start_layer} must lie above LOOP_END"
+            yield f"{looped} reaches into the lanes: $PARALLEL_START_LAYER must lie above LOOP_END"
         if self.encoder_recurrence and 0 < self.parallel_start_layer < self.encoder_layers:
-            yield f"ENCODER_RECURRENCE=1 repeats blocks with lanes: PARALLEL_START_LAYER={self.parallel_start_layer}, expected at least {self.encoder_layers}"
+            yield f"$ENCODER_RECURRENCE repeats blocks with lanes: $PARALLEL_START_LAYER, expected at least {self.encoder_layers}"
         if self.num_loops and self.encoder_recurrence:
-            yield f"NUM_LOOPS={self.num_loops} and ENCODER_RECURRENCE=1 both repeat blocks: unset one of them"
+            yield "$NUM_LOOPS and $ENCODER_RECURRENCE both repeat blocks: unset one of them"
         if self.parallel_start_layer >= self.num_layers:
-            yield f"PARALLEL_START_LAYER={self.parallel_start_layer} is no block with NUM_LAYERS={self.num_layers}; 0: no lanes"
+            yield "$PARALLEL_START_LAYER is no block with $NUM_LAYERS; 0: no lanes"
         if self.encoder_recurrence and self.encoder_layers == 0:
-            yield f"ENCODER_RECURRENCE=1 needs an encoder block: NUM_LAYERS={self.num_layers} has none"
+            yield "$ENCODER_RECURRENCE needs an encoder block: $NUM_LAYERS has none"
         try:
             n = self.loop_end - self.loop_start + 1 if self.num_loops else 0
             fits = [len(row) for row in self.carry_rows] == [n + 1] * n
             if self.carry_rows and not (fits and np.isfinite(self.carry_rows).all()):
                 raise ValueError
         except ValueError:
-            yield f"LOOP_CARRY={self.loop_carry!r}: expected {n} looped blocks, separated by ';', of {n + 1} numbers each"
+            yield f"$LOOP_CARRY: expected {n} looped blocks, separated by ';', of {n + 1} numbers each"
 
     def _training_errors(self) -> Iterator[str]:
         try:
             lens = [t for _, t in self.seq_curriculum]
         except ValueError:
             lens = []
-            yield (f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule!r}: expected LENGTH@SHARE,LENGTH@SHARE..., lengths of 8 tokens or more and "
-                   "rising shares between 0 and 1, as in 1024@0.1,2048@0.7,3072@1.0")  # fmt: skip
+            yield ("$TRAIN_SEQ_SCHEDULE: expected LENGTH@SHARE,LENGTH@SHARE..., lengths of 8 tokens or more and rising shares "
+                   "between 0 and 1, as in 1024@0.1,2048@0.7,3072@1.0")  # fmt: skip
         for t in lens:
             if self.train_batch_tokens % t:
                 n = max(1, round(self.train_batch_tokens / t)) * t
-                yield f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of the sequence length {t}; nearest: {n}"
+                yield f"$TRAIN_BATCH_TOKENS is not a multiple of the sequence length {t}; nearest: {n}"
         if self.complement_alpha and self.vocab_size > 16384:
-            yield f"COMPLEMENT_ALPHA={self.complement_alpha} counts all pairs of tokens, too many at VOCAB_SIZE={self.vocab_size}: set it to 0"
+            yield "$COMPLEMENT_ALPHA counts all pairs of tokens, too many at $VOCAB_SIZE: set it to 0"
         try:
             if not all(0 < d < 1 for d in self.averages) or len(set(self.averages)) < len(self.averages):
                 raise ValueError
             if self.swa_every and len(self.averages) > 1:
-                yield f"EMA_DECAYS={self.ema_decays} and SWA_EVERY={self.swa_every}: only one EMA blends with SWA; unset one of them"
+                yield "$EMA_DECAYS and $SWA_EVERY: only one EMA blends with SWA; unset one of them"
             if self.swa_every and self.swa_source == "ema" and not self.averages:
-                yield "SWA_SOURCE=ema needs EMA_DECAY above 0"
+                yield "$SWA_SOURCE needs EMA_DECAY above 0"
         except ValueError:
-            yield f"EMA_DECAYS={self.ema_decays!r}: expected different decays between 0 and 1, separated by commas"
+            yield "$EMA_DECAYS: expected different decays between 0 and 1, separated by commas"
         if self.mode == "train" and not self.max_wallclock_seconds and not self.iterations:
-            yield "MAX_WALLCLOCK_SECONDS=0 and ITERATIONS=0: one of them must end the training"
+            yield "$MAX_WALLCLOCK_SECONDS and $ITERATIONS: one of them must end the training"
         if self.mode == "train" and 0 < self.max_wallclock_seconds <= self.reserved_seconds:
-            yield (f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
-                   f"{self.max_wallclock_seconds:g} to train in: lower the one or raise the other")  # fmt: skip
+            yield "$GPTQ_RESERVE_SECONDS leaves nothing of $MAX_WALLCLOCK_SECONDS to train in: lower the one or raise the other"
         if re.search(r"[/\x00-\x1f]", self.run_id):
-            yield f"RUN_ID={self.run_id!r}: expected a name, which becomes LOG_DIR/NAME.txt; name folders with LOG_DIR"
+            yield "$RUN_ID: expected a name, which becomes LOG_DIR/NAME.txt; name folders with LOG_DIR"
         if self.resume == "auto" and not self.run_id:
             yield "RESUME=auto needs RUN_ID, the name of the run to continue"
         if self.quant_trellis and self.compressor != "entropy":
-            yield f"QUANT_TRELLIS={self.quant_trellis} needs COMPRESSOR=entropy: {self.compressor} knows no states, and the codes would grow"
+            yield "$QUANT_TRELLIS needs COMPRESSOR=entropy: $COMPRESSOR knows no states, and the codes would grow"
         if self.quant_trellis and self.prune_frac and self.prune_scope == "global":
-            yield f"QUANT_TRELLIS={self.quant_trellis} leaves no code to set to zero afterwards: PRUNE_SCOPE=tensor, or PRUNE_FRAC=0"
+            yield "$QUANT_TRELLIS leaves no code to set to zero afterwards: PRUNE_SCOPE=tensor, or PRUNE_FRAC=0"
         if self.awq_lite_enabled and not self.gptq_enabled:
-            yield "AWQ_LITE_ENABLED=1 ranks columns by their inputs, which only GPTQ_ENABLED=1 looks at"
+            yield "$AWQ_LITE_ENABLED ranks columns by their inputs, which only GPTQ_ENABLED=1 looks at"
 
     def _evaluation_errors(self) -> Iterator[str]:
         if self.eval_stride > self.eval_len:
-            yield f"EVAL_STRIDE={self.eval_stride} exceeds the window of {self.eval_len}: some tokens would never be scored"
+            yield f"$EVAL_STRIDE exceeds the window of {self.eval_len}: some tokens would never be scored"
         if self.ttt_enabled or "ttt" in self.stages:
             yield from self._ttt_errors()
         if self.ttt_order != "text" and not (self.ttt_enabled and self.ttt_reset == "document"):
-            yield f"TTT_ORDER={self.ttt_order} orders the documents of TTT_ENABLED=1 TTT_RESET=document: set both, or TTT_ORDER=text"
-        asked = [] if self.eval_stages == "auto" else [s.strip() for s in self.eval_stages.split(",")]
-        unknown = [s for s in asked if s not in STAGES]
-        if unknown:
-            yield f"EVAL_STAGES={self.eval_stages!r}: unknown stage {', '.join(unknown)}; stages: {', '.join(STAGES)}"
-        elif self.score_stage != "auto" and self.score_stage not in self.stages:
-            yield f"SCORE_STAGE={self.score_stage} is not among the stages switched on: {', '.join(self.stages)}"
+            yield "$TTT_ORDER orders the documents of TTT_ENABLED=1 TTT_RESET=document: set both, or TTT_ORDER=text"
+        if self.score_stage != "auto" and self.score_stage not in self.stages:
+            yield f"$SCORE_STAGE is not among the stages switched on: {', '.join(self.stages)}"
 
     def _ttt_errors(self) -> Iterator[str]:
         known = {"q", "out", "up", "down", "o", "mlp", "head", *(("kv",) if self.kv_fused else ("k", "v"))}
         if not self.ttt_sites or self.ttt_sites - known:
-            yield f"TTT_LORA_SITES={self.ttt_lora_sites!r}: this model has the sites {', '.join(sorted(known))}; name some and leave their switches on"
+            yield f"$TTT_LORA_SITES: this model has the sites {', '.join(sorted(known))}; name some and leave their switches on"
         if self.ttt_lora_blocks > self.num_layers:
-            yield f"TTT_LORA_BLOCKS={self.ttt_lora_blocks} exceeds NUM_LAYERS={self.num_layers}"
+            yield "$TTT_LORA_BLOCKS exceeds $NUM_LAYERS"
         if self.ttt_reset == "document":
             yield from self._document_errors()
         elif self.phased_ttt_num_phases:
-            yield f"PHASED_TTT_NUM_PHASES={self.phased_ttt_num_phases}: phases come at the ends of blocks of documents; set TTT_RESET=document, or no phases"
+            yield "$PHASED_TTT_NUM_PHASES: phases come at the ends of blocks of documents; set TTT_RESET=document, or no phases"
 
     def _document_errors(self) -> Iterator[str]:
         if self.ttt_optimizer != "adamw":
-            yield f"TTT_OPTIMIZER={self.ttt_optimizer}: a document's own LoRA is trained with adamw (TTT_RESET=document)"
+            yield "$TTT_OPTIMIZER: a document's own LoRA is trained with adamw (TTT_RESET=document)"
         if self.ttt_kv_cache and self.ttt_epochs > 1:
-            yield f"TTT_EPOCHS={self.ttt_epochs}: with TTT_KV_CACHE=1 a chunk is sent through the network once; set one of them to its default"
+            yield "$TTT_EPOCHS: with TTT_KV_CACHE=1 a chunk is sent through the network once; set one of them to its default"
         if self.phased_ttt_num_phases and not self.phased_ttt_prefix:
-            yield "PHASED_TTT_PREFIX=0 leaves no text to train on before a phase: raise it, or PHASED_TTT_NUM_PHASES=0"
+            yield "$PHASED_TTT_PREFIX leaves no text to train on before a phase: raise it, or PHASED_TTT_NUM_PHASES=0"
         try:
             below, sizes = zip(*self.ttt_chunk_steps, strict=True)
             if min(sizes) < 1 or any(a >= b for a, b in zip((0, *below), below, strict=False)):
                 raise ValueError
         except ValueError:
-            yield (f"TTT_SHORT_SCORE_FIRST_STEPS={self.ttt_short_score_first_steps!r}: expected POSITION:SIZE pairs of rising "
-                   "positions and sizes of at least 1, such as 256:8,2000:24")  # fmt: skip
+            yield "$TTT_SHORT_SCORE_FIRST_STEPS: expected POSITION:SIZE pairs of rising positions and sizes of at least 1, as in 256:8,2000:24"
             return
         if 0 < self.ttt_block_tokens < max(sizes):
-            yield f"TTT_BLOCK_TOKENS={self.ttt_block_tokens} is shorter than a chunk of {max(sizes)} targets: raise it, or 0 for a share of the text"
+            yield f"$TTT_BLOCK_TOKENS is shorter than a chunk of {max(sizes)} targets: raise it, or 0 for a share of the text"
         if max(sizes) > self.ttt_eval_len:
             yield f"TTT_CHUNK_SIZE={max(sizes)} exceeds the context of {self.ttt_eval_len}: some targets would never be scored; raise TTT_EVAL_SEQ_LEN"
 
     def _ngram_errors(self) -> Iterator[str]:
-        if set(self.ngram_scores) - set(NGRAM_SCORES):
-            yield f"NGRAM_SCORE={self.ngram_score!r}: expected off or a list of {', '.join(NGRAM_SCORES)}"
-        if set(self.ngram_tables) - set(NGRAM_TABLES):
-            yield f"NGRAM_TABLE={self.ngram_table!r}: expected none or a list of {', '.join(NGRAM_TABLES)}"
         if self.ngram_claim == "pr1095" and "pr1095" not in self.ngram_tables and set(self.ngram_scores) - {"exact"}:
-            yield f"NGRAM_CLAIM=pr1095 scores with a table of the training text: NGRAM_TABLE={self.ngram_table} lacks pr1095"
+            yield "$NGRAM_CLAIM scores with a table of the training text: $NGRAM_TABLE lacks pr1095"
         if "table" in self.stages and "exact" not in self.ngram_tables:
-            yield f"EVAL_STAGES={self.eval_stages}: stage table needs NGRAM_TABLE=exact"
+            yield "$EVAL_STAGES: stage table needs NGRAM_TABLE=exact"
         if "tilt" in self.stages and not self.ngram_tilt_enabled:
-            yield f"EVAL_STAGES={self.eval_stages}: stage tilt needs NGRAM_TILT_ENABLED=1"
+            yield "$EVAL_STAGES: stage tilt needs NGRAM_TILT_ENABLED=1"
         if self.ngram_buckets & (self.ngram_buckets - 1):
             below = 1 << (self.ngram_buckets.bit_length() - 1)
-            yield f"NGRAM_BUCKETS={self.ngram_buckets}: the published hashes need a power of two; nearest below: {below}"
+            yield f"$NGRAM_BUCKETS: the published hashes need a power of two; nearest below: {below}"
 
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
@@ -896,7 +898,7 @@ def from_alias(name: str, text: str, alias: Alias) -> dict[str, str]:
     if isinstance(alias, dict):
         if word not in alias and name not in FIELDS:  # our own name takes our own words too
             raise ConfigError(f"expected {' or '.join(filter(None, alias))}")
-        return dict(setting.split("=") for setting in alias[word].split()) if word in alias else {name: text}
+        return dict(pair.split("=") for pair in alias[word].split()) if word in alias else {name: text}
     if number is None:
         raise ConfigError("expected a number")
     return {knob_name: str(value) for knob_name, value in alias(number).items()}
@@ -920,12 +922,10 @@ def published_curriculum(env: Mapping[str, str]) -> dict[str, str]:
 NO_EFFECT: dict[str, dict[str, str]] = {
     "*": {
         "MUON_BETA2": "read by no published update rule",
-        "MTP_NUM_HEADS": "multi-token heads were off in every published run; they are left out because they need heads and a loss "
-        "of their own, which no artifact holds and no other technique uses",
+        "MTP_NUM_HEADS": "off in every published run; left out because it needs heads and a loss that no artifact holds",
         "MTP_LOSS_WEIGHT": "belongs to MTP_NUM_HEADS",
         "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are always computed inside the evaluation's clock",
-        "DTG_ENABLED": "the per-token gate on block outputs was off in every published run; it is left out because nothing shows "
-        "that it helps, and every block would carry its branch",
+        "DTG_ENABLED": "off in every published run; left out because every block would carry its gate and nothing shows that it helps",
     },
     "pr850": {
         "WARMDOWN_ITERS": "the published schedule is WSD, which never reads it",
@@ -1003,8 +1003,10 @@ def check_value(name: str, value: Any) -> Any:
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected {TYPE_WORDS[kind]}")
     if name == "MODE" and value in MOVED_MODES:
         raise ConfigError(f"MODE={value} is a program of its own: python tools/{MOVED_MODES[value]}.py --help")
-    if meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(f"{name}={str(value)[:80]!r}: expected one of {', '.join(map(str, meta['choices']))}")
+    words = listed(value) if meta["several"] else (value,)
+    if meta["choices"] and value != meta["several"] and not set(words) <= set(meta["choices"]):
+        which = f"{meta['several']} or a list" if meta["several"] else "one"
+        raise ConfigError(f"{name}={str(value)[:80]!r}: expected {which} of {', '.join(map(str, meta['choices']))}")
     if kind in (int, float) and not (math.isfinite(value) and meta["lo"] <= value <= meta["hi"]):
         raise ConfigError(f"{name}={value}: expected {bounds(name) or 'a finite number'}")
     return value
@@ -1030,11 +1032,6 @@ def parse_value(name: str, text: str) -> Any:
     except (KeyError, ValueError):
         raise ConfigError(f"{name}={text!r}: expected {TYPE_WORDS[kind]}") from None
     return check_value(name, value)
-
-
-def as_text(value: Any) -> str:
-    """A value as the environment writes it."""
-    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def one_edit_apart(a: str, b: str) -> bool:
@@ -1194,7 +1191,7 @@ def describe_knobs() -> str:
     lines = [__doc__.split("\n\n")[0]]
     for name, f in FIELDS.items():
         lines += ["", f"[{GROUPS[name]}]"] if name in GROUPS else []
-        limits = "|".join(map(str, f.metadata["choices"])) or bounds(name)
+        limits = "|".join(map(str, filter(None, (f.metadata["several"], *f.metadata["choices"])))) or bounds(name)
         lines.append(f"  {name}={as_text(f.default)}{f' ({limits})' if limits else ''}  {f.metadata['doc']}")
     return "\n".join([*lines, "", f"recipes: {', '.join(RECIPES)}"])
 

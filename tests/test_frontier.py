@@ -377,7 +377,7 @@ BAD = [
     ({"ema_decays": ".99,1"}, "EMA_DECAYS='.99,1': expected different decays between 0 and 1"),
     ({"ema_decays": ".99,.99"}, "EMA_DECAYS='.99,.99': expected different decays"),
     ({"ema_decays": ".99;.9"}, "EMA_DECAYS='.99;.9': expected different decays"),
-    ({"ema_decays": ".9,.99", "swa_every": 3}, "EMA_DECAYS=.9,.99 and SWA_EVERY=3: only one EMA"),
+    ({"ema_decays": ".9,.99", "swa_every": 3}, "EMA_DECAYS='.9,.99' and SWA_EVERY=3: only one EMA"),
 ]  # fmt: skip
 
 

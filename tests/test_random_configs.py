@@ -50,6 +50,8 @@ FIXED = {
     "FORCE",
     "PROFILE",
     "CODE_FORM",
+    "EVAL_STAGES",
+    "SCORE_STAGE",
 }
 
 
