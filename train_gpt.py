@@ -6615,9 +6615,9 @@ class BudgetSearch:
     def curve(self, name: str) -> RateDistortion:
         """The curve of a tensor as it will be coded."""
         cfg, states = self.cfg, trellis_states(self.cfg, self.named[name].shape)
-        spread, h_CC, gain = self.inputs.spread(name) if states else None, self.inputs.moments[name], 1.0
-        if spread is not None:
-            gain = spread.in_steps(self.inputs.columns(name, states)).gain
+        columns_C, h_CC, gain = self.inputs.columns(name, states), self.inputs.moments[name], 1.0
+        if h_CC is not None and columns_C is not None:
+            gain = self.inputs.spread(name).in_steps(columns_C).gain
         elif h_CC is not None:
             gain = compensation_gain(h_CC, cfg.gptq_percdamp, cfg.gptq_order)
         return measure_curve(name, self.weights(name), self.store[name], self.fisher[name], gain, states)
