@@ -5609,9 +5609,14 @@ class CodeLevels(NamedTuple):
 
 
 def entropy_bits(counts: np.ndarray) -> float:
-    """Bits that `counts` occurrences cost under their own frequencies."""
-    counts = counts[counts > 0]
-    return float(counts @ np.log2(counts.sum() / counts))
+    """Bits that `counts` occurrences (..., K) cost under their own frequencies, those of each K by themselves."""
+    totals, some = counts.sum(axis=-1), counts[counts > 1]
+    return float((totals * np.log2(np.maximum(totals, 1))).sum() - some @ np.log2(some))
+
+
+def level_bits(levels: np.ndarray) -> float:
+    """Bits of the levels of one side of a tensor."""
+    return entropy_bits(np.bincount(levels.astype(np.int32) - int(levels.min(initial=0))))
 
 
 def on_grid(levels: np.ndarray, grid: int) -> np.ndarray:
@@ -5640,13 +5645,16 @@ def fit_levels(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.stack([np.exp2(-2.0 * x / LEVELS_PER_OCTAVE) for x in side]).astype(np.float32) for side in (rows, columns)
     ]
     energy = inverse[0] @ power_RC @ inverse[1].T
-    best = (math.inf, 0, 0)
-    for i, r in enumerate(rows):
-        for j, c in enumerate(columns):
-            logs = (float(r.sum()) * len(c) + float(c.sum()) * len(r)) / LEVELS_PER_OCTAVE
-            side = sum(entropy_bits(np.unique(x, return_counts=True)[1]) + 32 for x, on in ((r, i), (c, j)) if on)
-            best = min(best, (logs + energy[i, j] / (2 * math.log(2)) + side, i, j))
-    return rows[best[1]], columns[best[2]]
+
+    def costs(side: list[np.ndarray], other: int) -> np.ndarray:
+        logs = np.array([float(x.sum()) for x in side]) * other / LEVELS_PER_OCTAVE
+        return logs + [0, *(level_bits(x) + 32 for x in side[1:])]
+
+    rows_by_columns = (
+        costs(rows, power_RC.shape[1])[:, None] + costs(columns, len(power_RC)) + energy / (2 * math.log(2))
+    )
+    i, j = np.unravel_index(rows_by_columns.argmin(), energy.shape)
+    return rows[i], columns[j]
 
 
 # Elementwise steps only: a BLAS may sum in any order, and the decoder's machine must find the very same factor.
@@ -5809,10 +5817,9 @@ def described_bits(spread: CodeLevels, values: np.ndarray, parities: bool = Fals
     """Bits of a tensor's values under the frequencies of their levels (and parities, where these are known), and of its
     levels; if these are a sample of its rows, of all `rows`."""
     joint = count_levels(spread.levels(), values, int(np.abs(values).max(initial=0)) + 1)
-    tables = [*joint[:, ::2], *joint[:, 1::2]] if parities else joint
-    of_rows, of_columns = (np.unique(side, return_counts=True)[1] for side in (spread.rows, spread.columns))
-    by_rows = sum(map(entropy_bits, [*tables, of_rows])) + np.count_nonzero(values)  # a sign each
-    return by_rows * (rows or len(values)) / max(len(values), 1) + entropy_bits(of_columns)
+    tables = (joint[:, ::2], joint[:, 1::2]) if parities else (joint,)
+    by_rows = sum(map(entropy_bits, tables)) + level_bits(spread.rows) + np.count_nonzero(values)  # a sign each
+    return by_rows * (rows or len(values)) / max(len(values), 1) + level_bits(spread.columns)
 
 
 def plan_codes(codes_RC: np.ndarray, predictable: bool, parities: bool = False) -> tuple[CodeLevels, np.ndarray, float]:
