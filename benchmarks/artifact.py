@@ -448,6 +448,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("logs/weights.pgz"))
     parser.add_argument("--data", type=Path, default=tg.SAMPLE_DIR)
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--rates", type=float, nargs="+", default=[3.0, 3.5, 4.0, 4.5], help="bits a weight of `error`")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     if set(args.parts) - {"speed", "encode"}:
