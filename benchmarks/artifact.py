@@ -265,8 +265,9 @@ def damage(
 class EvenColumns(tg.Inputs):
     """Steps of columns for independent codes too."""
 
-    def columns(self, name: str, _states: int) -> torch.Tensor | None:
-        return super().columns(name, 8)
+    def columns(self, name: str) -> torch.Tensor | None:
+        spread = self.spread(name)
+        return None if spread is None else tg.column_steps(spread.weight_C)
 
 
 def compare_errors(subject: Subject, rates: list[float]) -> None:
