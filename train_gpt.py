@@ -4602,13 +4602,12 @@ def inverse_factor(h_NCC: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(flipped, eye, upper=True)
 
 
-def compensation(h_NCC: Tensor, variant: str) -> Tensor:
-    """Rows that spread a column's error over the columns after it.
+def compensation(factor_NCC: Tensor, variant: str) -> Tensor:
+    """Rows that spread a column's error over the columns after it, from `inverse_factor`.
 
     `cholesky` is the algorithm of arXiv 2210.17323; `pr850` repeats the published script, which takes rows of the full
     inverse: errors then land with coefficients of a problem in which no column is fixed yet.
     """
-    factor_NCC = inverse_factor(h_NCC)
     return factor_NCC if variant == "cholesky" else factor_NCC.transpose(1, 2) @ factor_NCC
 
 
@@ -4627,7 +4626,7 @@ def gptq(
     over the columns not yet rounded (arXiv 2210.17323). `scale_NR` are the steps; H need not be normalised."""
     h_NCC, order_NC, dead_NC = ordered_hessian(h_NCC, damp, order)
     as_rows = order_NC[:, None, :].expand_as(w_NRC)
-    u_NCC = compensation(h_NCC, variant).float()
+    u_NCC = compensation(inverse_factor(h_NCC), variant).float()
     w_NRC = w_NRC.masked_fill(dead_NC[:, None, :], 0.0).gather(2, as_rows)
     codes_NRC = torch.empty_like(w_NRC)
     scale_NR = scale_NR.float()
@@ -4683,16 +4682,16 @@ class ErrorSpread(NamedTuple):
         return ErrorSpread(self.moves_CC * step_C[:, None] / step_C, weight_C / mean, self.gain * float(mean))
 
 
-def error_spread(h_CC: Tensor, damp: float, variant: str) -> ErrorSpread:
-    """What (C, C) second moments mean to GPTQ; a dead input's errors cost next to nothing."""
-    h_1CC, _, dead_1C = ordered_hessian(h_CC[None], damp, "natural")
-    factor_CC = compensation(h_1CC, variant)[0]
-    diagonal_C = factor_CC.diagonal()
-    weight_C = diagonal_C.square().reciprocal()
+def error_spread(h_CC: Tensor, damp: float, variant: str, order: str = "natural") -> ErrorSpread:
+    """What (C, C) second moments mean to GPTQ in some order of columns; a dead input's errors cost next to nothing."""
+    h_1CC, order_1C, dead_1C = ordered_hessian(h_CC[None], damp, order)
+    factor_1CC, back_C = inverse_factor(h_1CC), order_1C[0].argsort()
+    weight_C = factor_1CC[0].diagonal().square().reciprocal()[back_C]
+    moves_CC = compensation(factor_1CC, variant)[0][back_C][:, back_C]
     weight_C = torch.where(dead_1C[0], 1e-3 * weight_C[~dead_1C[0]].mean().nan_to_num(1.0), weight_C)
     mean = weight_C.mean()
     gain = float(mean / h_1CC[0].diagonal().mean())
-    return ErrorSpread((factor_CC / diagonal_C[:, None]).float(), (weight_C / mean).float(), gain)
+    return ErrorSpread((moves_CC / moves_CC.diagonal()[:, None]).float(), (weight_C / mean).float(), gain)
 
 
 def column_steps(weight_C: Tensor) -> Tensor:
@@ -4923,12 +4922,6 @@ def calibrate(cfg: Config, run: Run, model: GPT, batches: Iterable[Tensor]) -> C
     return Calibration(hessians, {n: total / tokens for n, total in fisher.items()}, int(tokens))
 
 
-def compensation_gain(h_CC: Tensor, damp: float, order: str) -> float:
-    """Output error of GPTQ relative to that of rounding, for the same step: mean of D over mean of diag H, H = L D L^T."""
-    h_1CC = ordered_hessian(h_CC[None], damp, order)[0]
-    return float(inverse_factor(h_1CC)[0].diagonal().square().reciprocal().mean() / h_1CC[0].diagonal().mean())
-
-
 def input_moments(name: str, named: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> Tensor | None:
     """(C, C) second moments of what a tensor multiplies, if they were taken: its site's input; for an adapter's B, A times it."""
     site, _, part = name.rpartition(".")
@@ -5062,25 +5055,38 @@ def dequantize(stored: QuantizedTensor) -> Tensor:
     return w_RC.reshape(stored.shape)
 
 
+def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
+    """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
+    rows, columns = rows_and_columns(shape)
+    return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
+
+
 class Inputs:
     """What is known of the inputs of every tensor: second moments, what they mean to GPTQ, and steps of columns."""
 
     def __init__(self, cfg: Config, named: Mapping[str, Tensor], hessians: Mapping[str, Tensor] | None):
         self.cfg = cfg
+        self.states = {name: trellis_states(cfg, w.shape) for name, w in named.items()}
         self.moments = {name: input_moments(name, named, hessians or {}) for name in named}
         self.spreads: dict[int, ErrorSpread] = {}  # by second moments, which tensors share
         self.finer: dict[str, Tensor] = {}  # (C,) int8 eighths of an octave by which AWQ-lite refines columns
 
     def spread(self, name: str) -> ErrorSpread | None:
         """GPTQ's view of a tensor's inputs, None where they were not looked at."""
-        h_CC = self.moments[name]
+        cfg, h_CC = self.cfg, self.moments[name]
+        order = "natural" if cfg.quant_trellis else cfg.gptq_order
         if h_CC is not None and id(h_CC) not in self.spreads:
-            self.spreads[id(h_CC)] = error_spread(h_CC, self.cfg.gptq_percdamp, self.cfg.gptq_variant)
+            self.spreads[id(h_CC)] = error_spread(h_CC, cfg.gptq_percdamp, cfg.gptq_variant, order)
         return None if h_CC is None else self.spreads[id(h_CC)]
 
-    def columns(self, name: str, states: int) -> Tensor | None:
+    def spread_in_steps(self, name: str) -> ErrorSpread | None:
+        """The same for the tensor divided by the steps of its columns."""
+        spread, columns_C = self.spread(name), self.columns(name)
+        return spread if spread is None or columns_C is None else spread.in_steps(columns_C)
+
+    def columns(self, name: str) -> Tensor | None:
         """Steps of a tensor's columns in eighths of an octave, None where all are equal."""
-        spread, finer = self.spread(name) if states else None, self.finer.get(name)
+        spread, finer = self.spread(name) if self.states[name] else None, self.finer.get(name)
         even = None if spread is None else column_steps(spread.weight_C)
         if finer is None:
             return even
@@ -5106,12 +5112,6 @@ def awq_groups(policy: Policy, inputs: Inputs) -> dict[str, Tensor]:
     return finer
 
 
-def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
-    """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
-    rows, columns = rows_and_columns(shape)
-    return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
-
-
 def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor, states: int = 0) -> Tensor:
     """fp16 steps (R,), widened where a row's largest weight would not fit 8 bits, or PATH_BITS along a trellis."""
     top = largest_code(PATH_BITS if states else 8)
@@ -5123,8 +5123,8 @@ def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor
     cfg, bits, w_RC = policy.cfg, policy.bits(name), matrix_of(w).clone()
     if cfg.prune_scope == "tensor":
         prune_smallest_(w_RC, cfg.prune_frac)
-    states = trellis_states(cfg, w.shape)
-    columns_C, hessian = inputs.columns(name, states), inputs.moments[name]
+    states, columns_C, hessian = inputs.states[name], inputs.columns(name), inputs.moments[name]
+    wide = chosen is not None or states or columns_C is not None
     if chosen is None:
         base_C = None if columns_C is None else columns_C + inputs.finer.get(name, 0)
         chosen = clipped_scale(w_RC if base_C is None else w_RC / octave_eighths(base_C), bits, policy.clip(name))
@@ -5132,16 +5132,12 @@ def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor
             chosen = (chosen.float() / 2).clamp_min(SCALE_EPS).half()
         if columns_C is not None:
             chosen = steps_by_row(w_RC / octave_eighths(columns_C), 1.0, chosen.float(), states)
-        bits = 8 if states or columns_C is not None else bits
-    else:
-        bits = 8
-    item = TensorToCode(name, w_RC, bits, chosen.to(w.device), hessian, columns_C, states)
+    item = TensorToCode(name, w_RC, 8 if wide else bits, chosen.to(w.device), hessian, columns_C, states)
     if columns_C is not None:
         step_C = octave_eighths(columns_C)
         item.w_RC = w_RC / step_C
         item.hessian = None if hessian is None or states else hessian * step_C * step_C[:, None]
-    spread = inputs.spread(name) if states else None
-    item.spread = spread and spread.in_steps(columns_C)
+    item.spread = inputs.spread_in_steps(name) if states else None
     return item
 
 
@@ -5416,9 +5412,14 @@ class CodeLevels(NamedTuple):
 
 
 def entropy_bits(counts: np.ndarray) -> float:
-    """Bits that `counts` occurrences cost under their own frequencies."""
-    counts = counts[counts > 0]
-    return float(counts @ np.log2(counts.sum() / counts))
+    """Bits that `counts` occurrences (..., K) cost under their own frequencies, those of each K by themselves."""
+    totals, some = counts.sum(axis=-1), counts[counts > 1]
+    return float((totals * np.log2(np.maximum(totals, 1))).sum() - some @ np.log2(some))
+
+
+def level_bits(levels: np.ndarray) -> float:
+    """Bits of the levels of one side of a tensor."""
+    return entropy_bits(np.bincount(levels.astype(np.int32) - int(levels.min(initial=0))))
 
 
 def on_grid(levels: np.ndarray, grid: int) -> np.ndarray:
@@ -5447,13 +5448,16 @@ def fit_levels(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.stack([np.exp2(-2.0 * x / LEVELS_PER_OCTAVE) for x in side]).astype(np.float32) for side in (rows, columns)
     ]
     energy = inverse[0] @ power_RC @ inverse[1].T
-    best = (math.inf, 0, 0)
-    for i, r in enumerate(rows):
-        for j, c in enumerate(columns):
-            logs = (float(r.sum()) * len(c) + float(c.sum()) * len(r)) / LEVELS_PER_OCTAVE
-            side = sum(entropy_bits(np.unique(x, return_counts=True)[1]) + 32 for x, on in ((r, i), (c, j)) if on)
-            best = min(best, (logs + energy[i, j] / (2 * math.log(2)) + side, i, j))
-    return rows[best[1]], columns[best[2]]
+
+    def costs(side: list[np.ndarray], other: int) -> np.ndarray:
+        logs = np.array([float(x.sum()) for x in side]) * other / LEVELS_PER_OCTAVE
+        return logs + [0, *(level_bits(x) + 32 for x in side[1:])]
+
+    rows_by_columns = (
+        costs(rows, power_RC.shape[1])[:, None] + costs(columns, len(power_RC)) + energy / (2 * math.log(2))
+    )
+    i, j = np.unravel_index(rows_by_columns.argmin(), energy.shape)
+    return rows[i], columns[j]
 
 
 # Elementwise steps only: a BLAS may sum in any order, and the decoder's machine must find the very same factor.
@@ -5616,10 +5620,9 @@ def described_bits(spread: CodeLevels, values: np.ndarray, parities: bool = Fals
     """Bits of a tensor's values under the frequencies of their levels (and parities, where these are known), and of its
     levels; if these are a sample of its rows, of all `rows`."""
     joint = count_levels(spread.levels(), values, int(np.abs(values).max(initial=0)) + 1)
-    tables = [*joint[:, ::2], *joint[:, 1::2]] if parities else joint
-    of_rows, of_columns = (np.unique(side, return_counts=True)[1] for side in (spread.rows, spread.columns))
-    by_rows = sum(map(entropy_bits, [*tables, of_rows])) + np.count_nonzero(values)  # a sign each
-    return by_rows * (rows or len(values)) / max(len(values), 1) + entropy_bits(of_columns)
+    tables = (joint[:, ::2], joint[:, 1::2]) if parities else (joint,)
+    by_rows = sum(map(entropy_bits, tables)) + level_bits(spread.rows) + np.count_nonzero(values)  # a sign each
+    return by_rows * (rows or len(values)) / max(len(values), 1) + level_bits(spread.columns)
 
 
 def plan_codes(codes_RC: np.ndarray, predictable: bool, parities: bool = False) -> tuple[CodeLevels, np.ndarray, float]:
@@ -5763,20 +5766,30 @@ class LevelFields:
 def read_tables(fields: FieldReader) -> list[FrequencyTable]:
     """A list of tables, one for every level."""
     tables = [read_table(fields) for _ in range(fields.one(1, 99))]
-    starts = [table.start for table in tables]
-    if starts[0] != LEVEL_BOUNDS[0] or starts != sorted(set(starts)):
-        raise ArtifactError("a stream of codes has no table for some level")
+    check_starts(tables)
     return tables
 
 
+def check_starts(tables: list[FrequencyTable]) -> None:
+    """ArtifactError unless every level has a table."""
+    starts = [table.start for table in tables]
+    if starts[0] != LEVEL_BOUNDS[0] or starts != sorted(set(starts)):
+        raise ArtifactError("a stream of codes has no table for some level")
+
+
+def refuse_beyond(most: int, codes: np.ndarray) -> None:
+    """ArtifactError for what a tensor of codes cannot hold, or for no number, before anything is computed from it."""
+    if not np.abs(codes).max(initial=0) <= most:
+        raise ArtifactError(f"a stream of codes holds values beyond +-{most}")
+
+
 def decode_tensor(decoder: Any, model: CodeModel, spread: CodeLevels) -> np.ndarray:
-    """Codes (R, C) int8 of one tensor; refuses what int8 cannot hold before anything is computed from it."""
+    """Codes (R, C) int8 of one tensor."""
     shape = len(spread.rows), len(spread.columns)
 
     def code(rows: slice, columns: slice, mean: np.ndarray | int) -> np.ndarray:
         codes = model.decode(decoder, spread.levels(rows, columns)) + mean
-        if not np.abs(codes).max(initial=0) <= 127:  # nor if it is no number
-            raise ArtifactError("a stream of codes holds values beyond 8 bits")
+        refuse_beyond(largest_code(8), codes)
         return codes
 
     if not spread.predicted:
@@ -5858,15 +5871,12 @@ class PathReader:
         self.table_of = np.zeros((2, LEVEL_BOUNDS[1] - LEVEL_BOUNDS[0] + 1), np.uint8)
         counts = []
         for odd in (0, 1):
-            starts = []
             for _ in range(fields.one(1, 99)):
                 table = read_table(fields)
                 counts.append((fields.one(0, 0x7FFF) << 15) + fields.one(0, 0x7FFF))
-                starts.append(table.start)
                 self.table_of[odd, table.start - LEVEL_BOUNDS[0] :] = len(self.tables)
                 self.tables.append((table, odd))
-            if starts[0] != LEVEL_BOUNDS[0] or starts != sorted(set(starts)):
-                raise ArtifactError("a stream of codes has no table for some level")
+            check_starts([table for table, parity in self.tables if parity == odd])
         if sum(counts) != total:
             raise ArtifactError("a stream of codes holds other counts than its tensors")
         self.ends = np.cumsum(counts)
@@ -5909,7 +5919,7 @@ def walk_columns(spreads: list[CodeLevels], states: int, coder: PathWriter | Pat
         levels = row_levels[:n] + np.repeat([spreads[i].columns[j] for i in live], [len(spreads[i].rows) for i in live])
         values = None if known is None else np.concatenate([given_CR[i][j] for i in live])
         values = coder.code(levels.clip(*LEVEL_BOUNDS), state[:n] & 1, values)
-        refuse_wide(values)
+        refuse_beyond(largest_code(PATH_BITS), values)
         state[:n] = next_state(state[:n], values, states)
         for i, part in zip(live, np.split(values, ends[: len(live) - 1]), strict=True):
             found_CR[i][j] = part
@@ -5923,23 +5933,16 @@ def walk_predicted(
     state = np.zeros(len(spread.rows), np.uint8)
 
     def code(rows: slice, chunk: slice, mean: np.ndarray) -> np.ndarray:
-        if not np.abs(mean).max(initial=0) <= 2 * MAX_TABLE:  # nor if it is no number
-            raise ArtifactError(f"a stream of codes holds values beyond {PATH_BITS} bits")
+        refuse_beyond(2 * MAX_TABLE, mean)
         codes, levels = mean.astype(np.int16), spread.levels(rows, chunk)
         for i in range(codes.shape[1]):
             values = None if known is None else known[rows, chunk.start + i] - codes[:, i]
             codes[:, i] += coder.code(levels[:, i], (state[rows] ^ codes[:, i]) & 1, values)
-            refuse_wide(codes[:, i])
+            refuse_beyond(largest_code(PATH_BITS), codes[:, i])
             state[rows] = next_state(state[rows], codes[:, i], states)
         return codes
 
     return predict_codes(len(spread.rows), len(spread.columns), code)
-
-
-def refuse_wide(codes: np.ndarray) -> None:
-    """ArtifactError for what no tensor of codes can hold."""
-    if not np.abs(codes).max(initial=0) <= largest_code(PATH_BITS):
-        raise ArtifactError(f"a stream of codes holds values beyond {PATH_BITS} bits")
 
 
 def walk_paths(spreads: list[CodeLevels], states: int, coder: PathWriter | PathReader,
@@ -6301,10 +6304,9 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
     most = CURVE_ROWS // 2 if states and not by_row else CURVE_ROWS
     pick = torch.linspace(0, len(w_RC) - 1, min(len(w_RC), most), device=w_RC.device).long()
     w, all_scales = w_RC[pick], [steps_by_row(w_RC, step, factor_R, states) for step in STEP_GRID * unit]
-    if states:
-        w = w[:, torch.linspace(0, w.shape[1] - 1, min(w.shape[1], PATH_COLUMNS), device=w.device).long()]
     scales = [scale[pick] for scale in all_scales]
     if states:
+        w = w[:, torch.linspace(0, w.shape[1] - 1, min(w.shape[1], PATH_COLUMNS), device=w.device).long()]
         found = trellis_codes(torch.stack([w / scale.float()[:, None] for scale in scales]), None, states)
     else:
         found = [round_rows(w, scale, largest_code(8)) for scale in scales]
@@ -6415,26 +6417,20 @@ class BudgetSearch:
 
     def weights(self, name: str) -> Tensor:
         """A tensor as it is divided by row steps: (R, C), its columns in their own steps."""
-        columns_C = self.inputs.columns(name, trellis_states(self.cfg, self.named[name].shape))
+        columns_C = self.inputs.columns(name)
         w_RC = matrix_of(self.named[name])
         return w_RC if columns_C is None else w_RC / octave_eighths(columns_C)
 
     def curve(self, name: str) -> RateDistortion:
         """The curve of a tensor as it will be coded."""
-        cfg, states = self.cfg, trellis_states(self.cfg, self.named[name].shape)
-        spread, h_CC, gain = self.inputs.spread(name) if states else None, self.inputs.moments[name], 1.0
-        if spread is not None:
-            gain = spread.in_steps(self.inputs.columns(name, states)).gain
-        elif h_CC is not None:
-            gain = compensation_gain(h_CC, cfg.gptq_percdamp, cfg.gptq_order)
+        spread, states = self.inputs.spread_in_steps(name), self.inputs.states[name]
+        gain = 1.0 if spread is None else spread.gain
         return measure_curve(name, self.weights(name), self.store[name], self.fisher[name], gain, states)
 
     def refining_pays(self, name: str, finer_C: Tensor, step: float) -> bool:
         """Whether finer steps for some columns of a tensor save more than their bits would elsewhere."""
         curve, octaves_C = self.curves[name], finer_C.double() / 8
-        spread = self.inputs.spread(name)
-        columns_C = self.inputs.columns(name, trellis_states(self.cfg, self.named[name].shape))
-        weight_C = (spread if columns_C is None else spread.in_steps(columns_C)).weight_C.double()
+        weight_C = self.inputs.spread_in_steps(name).weight_C.double()
         saved = curve.at(step)[1] * float((weight_C * (1 - 4.0**-octaves_C)).sum() / weight_C.sum())
         return saved > curve.price(step) * float(octaves_C.sum()) * len(curve.row_factor_R)
 
@@ -6451,9 +6447,7 @@ class BudgetSearch:
     ) -> dict[str, QuantizedTensor]:
         """All tensors at `steps`, but those that are `kept`."""
         scales = {
-            n: steps_by_row(
-                self.weights(n), steps[n] * c.unit, c.row_factor_R, trellis_states(self.cfg, self.named[n].shape)
-            )
+            n: steps_by_row(self.weights(n), steps[n] * c.unit, c.row_factor_R, self.inputs.states[n])
             for n, c in self.curves.items()
             if n not in kept
         }

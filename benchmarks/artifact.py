@@ -5,7 +5,7 @@
 Without a file at --weights it trains the `cpu` recipe for --seconds first and keeps the weights there in fp32. --data holds
 shards and their tokenizer (default: the shipped sample): training and calibration read its training split, gaps are
 measured on its validation split and choose nothing. Codes go to the byte compressors as row-major int8, and to lrzip also
-with rows sorted by similarity, the permutation counted. `error` compares Hessian-weighted error at equal bytes of the file,
+with rows sorted by similarity, the permutation counted. `error` compares errors and losses at equal bytes of the file,
 independent codes against trellises, and the bytes of both and of the compressors at equal error.
 """
 
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -213,33 +214,83 @@ def compare_gaps(subject: Subject) -> None:
 # ---- error at equal bytes, bytes at equal error
 
 
-def weighted_error(named: dict, stored: dict[str, tg.QuantizedTensor], moments: dict) -> float:
-    """tr(E H E^T) over all tensors whose inputs were seen."""
-    total = 0.0
+class Damage(NamedTuple):
+    """What quantisation does to a model, all tensors whose inputs were seen together, and what its text then costs."""
+
+    hessian: float  # tr(E H E^T)
+    fisher: float  # nats a token that the byte budget minimises: rows weighted by their Fisher information
+    divergence: (
+        float  # nats a token from the model before, on training text: quieter than the gap, which has a first order
+    )
+    gap: float  # bpb
+
+    def against(self, plain: Damage) -> str:
+        """As decibels and as a share of another's."""
+        decibels = (
+            f"{name} {10 * np.log10(a / b):+.2f} dB" for name, a, b in zip(self._fields[:3], self, plain, strict=False)
+        )
+        return f"{', '.join(decibels)}, gap {self.gap:+.6f} ({self.gap / plain.gap:.3f})"
+
+
+@torch.no_grad()
+def log_probabilities(subject: Subject, named: dict[str, torch.Tensor], sequences: int = 16) -> torch.Tensor:
+    """(N, V) over a sample of the training text."""
+    subject.model.load_state_dict(named)
+    length, apart = subject.cfg.train_seq_len, subject.stream.total // (sequences + 1)
+    text = np.stack([subject.stream.read(i * apart, length) for i in range(sequences)])
+    parts = [
+        subject.model.logits(subject.model.features(x, tg.Ctx()), tg.Ctx())
+        for x in torch.from_numpy(text).long().split(4)
+    ]
+    return torch.cat(parts).flatten(0, 1).log_softmax(-1)
+
+
+def damage(
+    subject: Subject, stored: dict[str, tg.QuantizedTensor], moments: dict, fisher: dict, before: tuple
+) -> Damage:
+    """Measures `stored` against (bpb, log-probabilities) of the model before."""
+    hessian, loss = 0.0, 0.0
     for name, h_CC in moments.items():
-        if h_CC is not None and stored[name].codes is not None:
-            error_RC = (tg.dequantize(stored[name]) - named[name]).reshape(stored[name].codes.shape).double()
-            total += float((error_RC @ h_CC.double() * error_RC).sum())
-    return total
+        if stored[name].codes is not None:
+            error_RC = tg.matrix_of(tg.dequantize(stored[name]) - subject.named[name]).double()
+            moved_RC = error_RC / error_RC.shape[1] if h_CC is None else error_RC @ h_CC.double()
+            cost_R = (moved_RC * error_RC).sum(dim=1)
+            hessian += 0.0 if h_CC is None else float(cost_R.sum())
+            loss += float(fisher[name].double() @ cost_R) / (2 if h_CC is None else 2 * float(h_CC.double().trace()))
+    now = log_probabilities(subject, {n: tg.dequantize(s) for n, s in stored.items()})
+    divergence = float((before[1].exp() * (before[1] - now)).sum(dim=-1).double().mean())
+    return Damage(hessian, loss, divergence, subject.gap(stored, before[0]))
 
 
-def compare_errors(subject: Subject, rates: tuple[float, ...] = (3.0, 3.5, 4.0, 4.5)) -> None:
-    """At equal bytes of the file, filled by the byte budget: error and gap of 4 and 8 states against independent codes."""
+class EvenColumns(tg.Inputs):
+    """Steps of columns for independent codes too."""
+
+    def columns(self, name: str) -> torch.Tensor | None:
+        spread = self.spread(name)
+        return None if spread is None else tg.column_steps(spread.weight_C)
+
+
+def compare_errors(subject: Subject, rates: list[float]) -> None:
+    """At equal bytes of the file, filled by the byte budget: damage of independent codes, of the same with steps of columns,
+    of 4 and of 8 states."""
     cfg = dataclasses.replace(subject.cfg, gptq_enabled=True, target_bytes=1)
     calibration = tg.calibrate(cfg, RUN, subject.model, tg.calibration_inputs(cfg, RUN, subject.model, subject.stream))
-    moments = tg.Inputs(cfg, subject.named, calibration.hessians).moments
-    policy, before = tg.Policy(cfg, subject.named, subject.store), subject.bpb(subject.named)
+    moments, inputs = tg.Inputs(cfg, subject.named, calibration.hessians).moments, tg.Inputs
+    policy = tg.Policy(cfg, subject.named, subject.store)
+    before = subject.bpb(subject.named), log_probabilities(subject, subject.named)
     coded = sum(w.numel() for n, w in subject.named.items() if policy.bits(n) <= 8)
+    print(f"{before[0]:.4f} bpb before, {coded:,} coded weights")
     for rate in rates:
         plain = None
-        for states in (0, 4, 8):
+        for states, label in ((0, "independent"), (0, "with steps of columns"), (4, "4 states"), (8, "8 states")):
+            tg.Inputs = EvenColumns if label.startswith("with") else inputs
             aim = dataclasses.replace(cfg, target_bytes=int(coded * rate / 8) + 6000, quant_trellis=states)
             budget, seconds, packs = timed_budget(aim, subject.named, subject.store, calibration)
-            found = weighted_error(subject.named, budget.stored, moments), subject.gap(budget.stored, before)
+            found = damage(subject, budget.stored, moments, calibration.fisher, before)
             plain = plain or found
-            print(f"{rate} bits, {states} states: {budget.spent:,} bytes, {aim.target_bytes - budget.spent:,} left; error "
-                  f"{10 * np.log10(found[0] / plain[0]):+.2f} dB, gap {found[1]:+.6f} ({found[1] / plain[1]:.3f}); "
-                  f"{packs} packs, {seconds:.1f}s", flush=True)  # fmt: skip
+            print(f"{rate} bits, {label}: {budget.spent:,} bytes, {aim.target_bytes - budget.spent:,} left; "
+                  f"{found.against(plain)}; {packs} packs, {seconds:.1f}s", flush=True)  # fmt: skip
+    tg.Inputs = inputs
 
 
 def compare_at_equal_error(states: int = 8, shape: tuple[int, int] = (1024, 512)) -> None:
@@ -398,6 +449,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("logs/weights.pgz"))
     parser.add_argument("--data", type=Path, default=tg.SAMPLE_DIR)
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--rates", type=float, nargs="+", default=[3.0, 3.5, 4.0, 4.5], help="bits a weight of `error`")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     if set(args.parts) - {"speed", "encode"}:
@@ -407,7 +459,7 @@ def main() -> None:
         if "bytes" in args.parts:
             compare_bytes(subject)
         if "error" in args.parts:
-            compare_errors(subject)
+            compare_errors(subject, args.rates)
         if "gap" in args.parts:
             compare_gaps(subject)
     if "error" in args.parts:
