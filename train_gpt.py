@@ -1782,7 +1782,9 @@ def find_data(cfg: Config, tokenizer_sha256: str = "", vocab_size: int = 0) -> D
         folder = next(downloads(tokenizer_sha256, vocab_size))
     manifest = read_manifest(folder)
     transform = None if manifest is None else manifest.get("transform", "")
-    return DataPaths(folder, find_tokenizer(cfg, folder, manifest), folder.resolve() in (SAMPLE_CASEOPS, SAMPLE_DIR), transform)
+    return DataPaths(
+        folder, find_tokenizer(cfg, folder, manifest), folder.resolve() in (SAMPLE_CASEOPS, SAMPLE_DIR), transform
+    )
 
 
 def load_shard(path: Path) -> np.ndarray:
@@ -2104,6 +2106,7 @@ class Ctx(NamedTuple):
     cache: KVCache | None = None  # keys and values of earlier positions (incremental decoding)
     fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
     segments: Segments | None = None  # what each position may see (DOC_MASK=1); None: found from the ids
+    one_document: bool = False  # each row is one document: nothing to mask
 
 
 class Segments(NamedTuple):
@@ -2988,8 +2991,6 @@ class KVCache:
     B sequences of equal length, at most `limit` positions each, that advance together. `length` is the positions so far.
     """
 
-    one_document = False  # a row may hold several
-
     def __init__(self, cfg: Config, batch: int, limit: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (2, batch, limit, cfg.num_kv_heads, cfg.head_dim)
         self.slots = [torch.zeros(shape, device=device, dtype=dtype) for _ in layer_plan(cfg)]
@@ -3089,8 +3090,7 @@ class GPT(nn.Module):
 
     def with_segments(self, ids: Tensor, ctx: Ctx) -> Ctx:
         """The context with the segments of `ids` under DOC_MASK=1, unless it has them."""
-        known = ctx.segments is not None or (ctx.cache is not None and ctx.cache.one_document)
-        if known or ids.is_meta or not self.cfg.doc_mask:
+        if not self.cfg.doc_mask or ctx.segments is not None or ctx.one_document or ids.is_meta:
             return ctx
         longest = ids.shape[1] if ctx.cache is None else ctx.cache.limit
         return ctx._replace(segments=find_segments(ids, longest, cache=ctx.cache))
@@ -7111,11 +7111,16 @@ def score_logits(z_BTV: Tensor, targets_BT: Tensor, hints_BT: Tensor) -> Tensor:
     return torch.stack([logp, lse - (p * z_BTV).sum(-1), hint_prob])
 
 
+def last_logits(model: GPT, inputs: Tensor, n: int, ctx: Ctx) -> Tensor:
+    """Logits of the last n targets of each row, (B, n, V)."""
+    return model.logits(model.features(inputs, ctx)[:, -n:], ctx)
+
+
 def score_windows(
     model: GPT, inputs: Tensor, targets: Tensor, hints: Tensor, n: int, ctx: Ctx, temperature: float
 ) -> Tensor:
     """`score_logits` of the last n targets of each row, (3, B, n)."""
-    z = model.logits(model.features(inputs, ctx)[:, -n:], ctx) / temperature
+    z = last_logits(model, inputs, n, ctx) / temperature
     return score_logits(z, targets[:, -n:], hints[:, -n:])
 
 
@@ -7166,8 +7171,26 @@ class NetworkExpert:
         self.logp, self.entropy, self.hint_prob = torch.zeros(3, self.n_tokens, device=device, dtype=dtype)
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
         self.done = 1  # targets below are scored
-        wanted = run.device.type == "cuda" and cfg.compile != "0"
-        self.compiled = torch.compile(score_windows, dynamic=False) if wanted else None
+        self.compiled = self.compile(score_windows)
+
+    def compile(self, kernel: Callable[..., Tensor], dynamic: bool = False) -> Callable[..., Tensor] | None:
+        """The kernel compiled, on a GPU if COMPILE allows it."""
+        wanted = self.run.device.type == "cuda" and self.cfg.compile != "0"
+        return torch.compile(kernel, dynamic=dynamic) if wanted else None
+
+    def compute(self, kernel: Callable[..., Tensor], *args: Any) -> Tensor:
+        """kernel(*args) by its compiled form; as it stands where there is none, and for good once the compiler fails."""
+        if self.compiled is not None:
+            try:
+                return self.compiled(*args)
+            except torch._dynamo.exc.TorchDynamoException as e:
+                self.run_eager(e)
+        return kernel(*args)
+
+    def run_eager(self, error: Exception) -> None:
+        """Go on without the compiler, which failed."""
+        notice_failed_compile(self.run, error)
+        self.compiled = None
 
     def timed(self, action: Callable[[], Any]) -> float:
         """Seconds of a second call, which finds graphs compiled and memory allocated; of the only one where a CPU needs a second for it."""
@@ -7267,16 +7290,12 @@ class NetworkExpert:
         Compiled for full batches of full windows alone: each odd shape, at the end of a chunk, would compile anew.
         """
         usual = n == self.stride and ids.shape == (self.rows, self.seq_len + 1)
-        kernel = self.compiled if usual and self.compiled is not None else score_windows
+        kernel = functools.partial(self.compute, score_windows) if usual else score_windows
         ctx = self.model.with_segments(ids[:, :-1], self.ctx)
         try:
             return kernel(self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, ctx, self.temperature)
         except torch.OutOfMemoryError:
             return None
-        except torch._dynamo.exc.TorchDynamoException as e:
-            notice_failed_compile(self.run, e)
-            self.compiled = None
-        return self.score_rows(ids, hints, n)
 
     def score_batch(self, tokens: Tensor, batch: list[Window], fresh: Tensor) -> None:
         """Score windows of equal shape; halves the batch for good when memory runs out."""
@@ -7554,8 +7573,6 @@ def deal_documents(
 class DocumentCache:
     """Keys and values of a batch's earlier chunks as they were computed then, the last `window` positions with the new ones."""
 
-    one_document = True  # a row: nothing to mask
-
     def __init__(self, window: int) -> None:
         self.window, self.length = window, 0
         self.slots: dict[int, list[Tensor]] = {}
@@ -7612,12 +7629,15 @@ class DocumentBatch:
         rows = self.rows(lo)
         start = lo - 1 if self.cache is not None else max(0, hi - 1 - network.cfg.ttt_eval_len)
         ids = self.gather(tokens, start, hi, rows, BOS)
-        self.live = self.params[:rows].detach().requires_grad_(learners > 0)
-        ctx = network.adapters(self.live)
+        self.live = self.params[:rows].detach().requires_grad_()  # one graph, whoever learns
+        ctx = network.adapters(self.live)._replace(one_document=True)
         if self.cache is not None:
             ctx = ctx._replace(cache=self.cache.first(rows))
-        with torch.set_grad_enabled(learners > 0):
-            z = network.model.logits(network.model.features(ids[:, :-1], ctx)[:, lo - hi :], ctx)
+        # One graph for any number of rows and length; a single row, a document's first chunk and a cache would need others.
+        usual = self.cache is None and rows > 1 and lo > 1
+        kernel = functools.partial(network.compute, last_logits) if usual else last_logits
+        with torch.enable_grad():
+            z = kernel(network.model, ids[:, :-1], hi - lo, ctx)
             targets = ids[:learners, lo - hi :]
             nll = F.cross_entropy(z[:learners].flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
             weights = self.gather(network.weights, lo, hi, learners, 0)
@@ -7631,6 +7651,15 @@ class DocumentBatch:
         targets, hints = (self.gather(x, lo, hi, rows, 0) for x in (tokens, self.network.hints))
         return score_logits(self.z, targets, hints)
 
+    def gradient(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        """Of the loss that `forward` kept. A backward pass may be compiled as late as here: where that fails, both run eager."""
+        try:
+            return torch.autograd.grad(self.loss, self.live)[0]
+        except torch._dynamo.exc.TorchDynamoException as e:
+            self.network.run_eager(e)
+        self.forward(tokens, lo, hi)
+        return torch.autograd.grad(self.loss, self.live)[0]
+
     @torch.no_grad()
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:
         """Each document that goes on takes TTT_EPOCHS steps on the mean nll of its targets lo .. hi-1."""
@@ -7640,7 +7669,7 @@ class DocumentBatch:
         for epoch in range(cfg.ttt_epochs):
             if epoch:
                 self.forward(tokens, lo, hi)
-            grad = torch.autograd.grad(self.loss, self.live)[0][:rows]
+            grad = self.gradient(tokens, lo, hi)[:rows]
             if cfg.ttt_grad_clip:
                 grad *= (cfg.ttt_grad_clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1.0)
             params, mean, square = ([x[:rows]] for x in (self.params, *self.moments))
@@ -7663,6 +7692,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         super().__init__(cfg, run, model, text, stride)
         self.rows, self.seq_len = cfg.ttt_batch_size, cfg.ttt_eval_len
         self.width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else self.seq_len  # tokens that a chunk sends, at most
+        self.compiled = self.compile(last_logits, dynamic=True)  # a batch grows chunk by chunk, and loses rows
         self.documents = documents_of(text.tokens)
         self.edges = block_edges(self.documents, block_size(cfg, self.n_tokens))
         self.phases = phase_edges(self.edges, cfg.phased_ttt_prefix, cfg.phased_ttt_num_phases)

@@ -171,10 +171,10 @@ def process_env(env: dict[str, str]) -> dict[str, str]:
     return {**mine, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CODE_FORM": "source", **env}
 
 
-def spawn(env: dict[str, str], *launcher: str) -> subprocess.Popen:
+def spawn(env: dict[str, str], *launcher: str, program: Path = SCRIPT) -> subprocess.Popen:
     """The script in a process of its own; `launcher` are options of torchrun, none for plain python."""
     start = ["-m", "torch.distributed.run", *launcher] if launcher else []
-    return subprocess.Popen([sys.executable, *start, str(SCRIPT)], env=process_env(env), text=True, cwd=SCRIPT.parent,
+    return subprocess.Popen([sys.executable, *start, str(program)], env=process_env(env), text=True, cwd=SCRIPT.parent,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
 
 
@@ -201,9 +201,9 @@ def finished(process: subprocess.Popen, seconds: float = 240) -> Result:
     return Result(process.returncode, out, err)
 
 
-def torchrun(env: dict[str, str], ranks: int) -> Result:
-    """The script under torchrun on this machine."""
-    return finished(spawn(env, "--standalone", f"--nproc_per_node={ranks}"))
+def torchrun(env: dict[str, str], ranks: int, program: Path = SCRIPT) -> Result:
+    """The script, or a program around it, under torchrun on this machine."""
+    return finished(spawn(env, "--standalone", f"--nproc_per_node={ranks}", program=program))
 
 
 # ---- reading logs

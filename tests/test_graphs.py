@@ -1,94 +1,99 @@
-"""Every training and scoring graph compiles whole, in the form a GPU runs; graphs and recompilations are counted."""
+"""Every training and scoring graph compiles whole, in the form a GPU runs; all are made before the clocks, none inside them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import NoCompiler
 from test_recipes import small
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as tg
+from benchmarks.compile import gpu_form, model_of, outcomes, random_tokens, scoring, training
 
-ROWS, LENGTH = 1, 8
-
-
-def attend_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tg.Segments | None = None) -> torch.Tensor:
-    """What attend_sdpa does on a GPU, where heads that share keys need not be expanded."""
-    assert segments is None
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-
-@pytest.fixture
-def gpu_form(monkeypatch):
-    """Take the branches of CUDA in the forward pass."""
-    monkeypatch.setattr(tg, "rms_norm", lambda x: F.rms_norm(x, (x.shape[-1],)))
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64):
-        yield
-    torch._dynamo.reset()
+FEWER = {"NUM_LAYERS": 2, "TRAIN_SEQ_LEN": 16, "TRAIN_BATCH_TOKENS": 32, "EVAL_SEQ_LEN": 16, "EVAL_STRIDE": 4, "VAL_BATCH_TOKENS": 32,
+         "WARMUP_STEPS": 1}  # fmt: skip
+LOOPED = {
+    "NUM_LAYERS": 3,
+    "LOOP_START": 1,
+    "LOOP_END": 1,
+    "PARALLEL_START_LAYER": 2,
+    "TTT_ENABLED": 0,
+    "EVAL_STRIDE": 0,
+}
 
 
-def model_of(recipe: str) -> tuple[tg.Config, tg.GPT]:
-    smaller = (
-        {}
-        if recipe == "frontier"
-        else {"NUM_LAYERS": 2, **({"VE_LAYERS": 1} if tg.RECIPES[recipe].get("VE_DIM") else {})}
-    )
-    cfg = tg.load_config(small(recipe, DOC_MASK=0, **smaller), has_gpu=lambda: False).cfg
-    torch.manual_seed(0)
-    model = tg.GPT(cfg)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape)
-    return cfg, model.place(torch.device("cpu"), attend_gpu)
+def shrunken(recipe: str) -> dict[str, str]:
+    """A recipe of few blocks, and with QAT in the second half where it has none of its own."""
+    own = {"VE_LAYERS": 1} if tg.RECIPES[recipe].get("VE_DIM") else LOOPED if recipe == "frontier" else {}
+    qat = {} if tg.RECIPES[recipe].get("QAT") else {"QAT": "soft_round", "QAT_BITS": 6, "QAT_START_FRAC": 0.5}
+    return small(recipe, **{**FEWER, **own, **qat})
 
 
-def batch(cfg: tg.Config) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(2, cfg.vocab_size, (ROWS, LENGTH + 1))
-    return ids[:, :-1], ids[:, 1:]
+# Graphs of training: without and with QAT; with it from the start; without it by both plans, with it by the looped one.
+TRAINING = {"pr187": 1, "frontier": 3}
 
 
-@pytest.mark.usefixtures("gpu_form")
 @pytest.mark.parametrize("recipe", sorted(tg.RECIPES))
-def test_a_recipe_compiles_whole(recipe):
-    """Training: one graph, and one for QAT whatever its sharpness. Scoring: one, and one with LoRA whatever it learned."""
-    cfg, model = model_of(recipe)
-    counter = CompileCounterWithBackend("aot_eager")
-    forward = torch.compile(model, dynamic=False, fullgraph=True, backend=counter)
+def test_a_recipe_compiles_whole_before_the_clocks(recipe):
+    env = shrunken(recipe)
+    found, cfg = list(outcomes(env, "aot_eager")), tg.load_config(env, has_gpu=lambda: False).cfg
+    assert [o.stage for o in found] == ["training", *(s for s in cfg.stages if s in ("roundtrip", "sliding", "ttt"))]
+    assert [o.primed for o in found] == [TRAINING.get(recipe, 2), *(1 for _ in found[1:])]
+    assert not any(o.later for o in found)
+    assert max(o.difference for o in found) < 2e-3
 
-    def train(ctx: tg.Ctx) -> None:
-        inputs, targets = batch(cfg)
-        got = forward(inputs, targets, ctx)
-        got.sum().backward()
-        torch.testing.assert_close(got, model(inputs, targets, ctx), rtol=2e-3, atol=2e-3)
 
-    train(tg.Ctx())
-    quant = tg.FakeQuant(cfg.qat if cfg.qat != "none" else "soft_round", 6)
-    for sharpness in (1.0, 16.0):
-        quant.sharpness.fill_(sharpness)
-        train(tg.Ctx(fake_quant=quant))
-    model.eval()  # as validation does in between
-    model.train()
-    train(tg.Ctx())
-    assert counter.frame_count == 2
+def test_each_length_of_a_schedule_is_one_graph_however_its_documents_lie():
+    env = small("baseline", **FEWER, DOC_MASK=1, TRAIN_SEQ_SCHEDULE="8@0.4")
+    with gpu_form():
+        found = training(env, "aot_eager")
+    assert (found.primed, found.later) == (2, 0) and found.difference < 2e-3
 
-    scoring = CompileCounterWithBackend("aot_eager")
-    score = torch.compile(tg.score_windows, dynamic=False, fullgraph=True, backend=scoring)
 
-    def check(ctx: tg.Ctx) -> None:
-        inputs, targets = batch(cfg)
-        given = (model, inputs, targets, torch.zeros_like(inputs), 4, ctx, 1.0)
-        with torch.no_grad():
-            torch.testing.assert_close(score(*given), tg.score_windows(*given), rtol=2e-3, atol=2e-3)
+def test_a_lora_a_document_is_one_graph_however_long_and_many_they_are():
+    env = small("baseline", **FEWER, DOC_MASK=1, TTT_ENABLED=1, TTT_RESET="document", TTT_LORA_SITES="q,o,mlp,head", TTT_LORA_BLOCKS=0,
+                TTT_LORA_RANK=2, TTT_EVAL_SEQ_LEN=16, TTT_CHUNK_SIZE=4, TTT_BATCH_SIZE=4)  # fmt: skip
+    with gpu_form():
+        found = list(scoring(env, "aot_eager"))[-1]
+    assert (found.stage, found.primed, found.later) == ("ttt", 1, 0) and found.difference < 2e-3
 
-    check(tg.Ctx())
-    check(tg.Ctx())
-    places = {(-1, "head"): (cfg.vocab_size, cfg.model_dim), (0, "blocks.0.attn.q"): model.sites()["blocks.0.attn.q"]}
-    lora = {place: tg.Lora(torch.randn(2, d_in), torch.zeros(d_out, 2), 1.0) for place, (d_out, d_in) in places.items()}
-    check(tg.Ctx(lora=lora))
-    for part in lora.values():
-        part.b.add_(0.1)
-    check(tg.Ctx(lora=lora))
-    assert scoring.frame_count == 2
+
+def no_forward(*_: object) -> None:
+    raise NoCompiler
+
+
+class NoBackward(torch.autograd.Function):
+    """Passes a tensor on, and fails where its gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx, x):  # noqa: ARG004
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):  # noqa: ARG004
+        raise NoCompiler
+
+
+@pytest.mark.parametrize(
+    "kernel", [no_forward, lambda *args: NoBackward.apply(tg.last_logits(*args))], ids=["forward", "backward"]
+)
+def test_documents_outlive_a_failing_compiler(kernel):
+    env = small(
+        "baseline",
+        **FEWER,
+        TTT_ENABLED=1,
+        TTT_RESET="document",
+        TTT_EVAL_SEQ_LEN=16,
+        TTT_CHUNK_SIZE=4,
+        TTT_BATCH_SIZE=4,
+    )
+    scores = []
+    for compiled in (None, kernel):
+        cfg, run, model = model_of(env)
+        tokens = torch.from_numpy(random_tokens(cfg, 300))
+        text = tg.ValidationText(tokens, torch.ones(len(tokens), dtype=torch.int64), complete=True)
+        network = tg.Evaluation(cfg, run, model.eval(), text).network("ttt")
+        network.compiled, notices = compiled, []
+        run.notice = notices.append
+        scores.append(network.score(tokens, 1, len(tokens)))
+    assert torch.equal(*scores) and len(notices) == 1 and "no compiler" in notices[0]
