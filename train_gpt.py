@@ -1004,7 +1004,8 @@ def check_value(name: str, value: Any) -> Any:
     if name == "MODE" and value in MOVED_MODES:
         raise ConfigError(f"MODE={value} is a program of its own: python tools/{MOVED_MODES[value]}.py --help")
     words = listed(value) if meta["several"] else (value,)
-    if meta["choices"] and value != meta["several"] and not set(words) <= set(meta["choices"]):
+    fits = set(words) <= set(meta["choices"]) or value == (meta["several"] or None)
+    if meta["choices"] and not fits:
         which = f"{meta['several']} or a list" if meta["several"] else "one"
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected {which} of {', '.join(map(str, meta['choices']))}")
     if kind in (int, float) and not (math.isfinite(value) and meta["lo"] <= value <= meta["hi"]):

@@ -96,6 +96,8 @@ def test_every_recipe_sets_only_known_knobs_to_values_in_bounds():
     ({"SEED": "-1"}, ["SEED=-1", "0 to "]),
     ({"TRAIN_LOG_EVERY": "0"}, ["TRAIN_LOG_EVERY=0", "at least 1 steps"]),
     ({"MODE": "trian"}, ["MODE='trian'", "train, eval, audit, pack_code"]),
+    ({"ATTENTION": ""}, ["ATTENTION=''", "one of auto"]),
+    ({"NGRAM_SCORE": ""}, ["NGRAM_SCORE=''", "expected off or a list of exact"]),
     ({"ATTENTION": "fast"}, ["ATTENTION='fast'", "auto, fa3, fa2, sdpa"]),
     ({"RECIPE": "pr999"}, ["RECIPE='pr999'", *tg.RECIPES]),
     ({"ATTN_BITS": "9"}, ["ATTN_BITS='9'", "2, 3, 4, 5, 6, 7, 8, 16, 32"]),
