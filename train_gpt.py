@@ -1550,6 +1550,7 @@ class Run:
             torch.backends.cuda.matmul.allow_tf32 = True
             # A graph for each sequence length, size of micro-batch, state of QAT and stage: beyond 8 they would run eager unnoticed.
             torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.specialize_float = True  # or a graph of all sizes is made twice, for its LoRA's scale
         elif self.device.type == "cpu":
             tune_cpu(local_world)
 
@@ -2252,7 +2253,7 @@ class Ctx(NamedTuple):
     """What a caller may add to the forward pass; the default context is the plain model."""
 
     tap: Callable[[str, Tensor], None] | None = None  # sees the input of each projection (GPTQ Hessians)
-    lora: Mapping[tuple[int, str], Callable[[Tensor], Tensor]] = MappingProxyType({})  # (pass, site) -> what TTT adds
+    lora: Mapping[tuple[int, str], Callable[..., Tensor]] = MappingProxyType({})  # (pass, site) -> (x, y) -> adapted y
     slot: int = -1  # which pass through a block this is: a block that runs twice has two LoRAs; -1 outside the blocks
     cache: KVCache | None = None  # keys and values of earlier positions (incremental decoding)
     fake_quant: nn.Module | None = None  # weight -> weight as the quantizer will leave it (QAT)
@@ -2289,7 +2290,7 @@ def find_segments(ids_BT: Tensor, longest: int, least_bounds: int = 0, cache: KV
 
 def adapted(y: Tensor, x: Tensor, site: str, ctx: Ctx) -> Tensor:
     """y (..., out) plus what the LoRA of this pass and site makes of x (..., in); y itself where there is none."""
-    return y + ctx.lora[ctx.slot, site](x) if (ctx.slot, site) in ctx.lora else y
+    return ctx.lora[ctx.slot, site](x, y) if (ctx.slot, site) in ctx.lora else y
 
 
 def tag(p: nn.Parameter, role: str, store: str, lr_mult: float = 1.0) -> nn.Parameter:
@@ -7508,16 +7509,16 @@ class NetworkExpert:
 
 
 class Lora(NamedTuple):
-    """(alpha / r) B A x beside one site: A (r, in), B (out, r) fp32, or one pair a sequence with a leading axis. B = 0 at first, so it
+    """y + (alpha / r) B A x at one site: A (r, in), B (out, r), or one pair a sequence with a leading axis. B = 0 at first, so it
     starts as nothing."""
 
     a: Tensor
     b: Tensor
     scale: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = x @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype)  # one product a factor, however many sequences
-        return y if self.scale == 1.0 else y * self.scale
+    def __call__(self, x_BTC: Tensor, y_BTD: Tensor) -> Tensor:
+        low_BTR = x_BTC @ self.a.mT  # one product a factor, however many sequences
+        return torch.baddbmm(y_BTD, low_BTR, self.b.mT.expand(len(low_BTR), -1, -1), alpha=self.scale)
 
 
 SITE_NAMES = {"o": "attn", "mlp": "mlp"}  # sites that are a whole branch; all others end in their projection's name
@@ -7556,22 +7557,24 @@ class TestTimeNetwork(NetworkExpert):
         self.learned = 1  # targets below are learned
         self.learning_rows = max(1, self.rows // 4)  # sequences of full length that a backward pass takes at once
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "ttt"))  # the same on every rank
-        self.shapes = lora_sites(cfg, self.model)
-        drawn = (self.draw(torch.empty(cfg.ttt_lora_rank, d_in), generator) for _, d_in in self.shapes.values())
-        self.a = [a.to(run.device, self.logp.dtype) for a in drawn]
+        self.shapes, rank = lora_sites(cfg, self.model), cfg.ttt_lora_rank
+        drawn = [self.draw(torch.empty(rank, d_in), generator).flatten() for _, d_in in self.shapes.values()]
+        self.size_a, size_b = sum(map(len, drawn)), rank * sum(d_out for d_out, _ in self.shapes.values())
+        self.drawn = torch.cat([*drawn, torch.zeros(size_b)]).to(run.device, self.logp.dtype)
 
     @staticmethod
     def draw(a: Tensor, generator: torch.Generator) -> Tensor:
         """Fill an A (r, in) with N(0, 1/in)."""
         return a.normal_(std=a.shape[1] ** -0.5, generator=generator)
 
-    def zeros(self, *copies: int) -> list[Tensor]:
-        """B of every site, (*copies, out, r)."""
-        return [a.new_zeros(*copies, d_out, len(a)) for a, (d_out, _) in zip(self.a, self.shapes.values(), strict=True)]
-
-    def adapters(self, a: list[Tensor], b: list[Tensor]) -> Ctx:
-        """The context of a forward with these A and B."""
-        return Ctx(lora={site: Lora(*pair, self.scale) for site, *pair in zip(self.shapes, a, b, strict=True)})
+    def adapters(self, params: Tensor) -> Ctx:
+        """The context of a forward with the LoRA that are one row of numbers, A of all sites and then B; (R, P): a row a sequence."""
+        rank, shapes = self.cfg.ttt_lora_rank, self.shapes.values()
+        factors = [*((rank, d_in) for _, d_in in shapes), *((d_out, rank) for d_out, _ in shapes)]
+        flat = params.to(self.model.compute_dtype).split([math.prod(shape) for shape in factors], dim=-1)
+        views = [p.unflatten(-1, shape) for p, shape in zip(flat, factors, strict=True)]
+        pairs = zip(self.shapes, views[: len(shapes)], views[len(shapes) :], strict=True)
+        return Ctx(lora={site: Lora(a, b, self.scale) for site, a, b in pairs})
 
     def learns_at(self, t: int) -> int:
         """The first edge after target `t`."""
@@ -7646,24 +7649,20 @@ class SharedLoraNetwork(TestTimeNetwork):
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
         super().__init__(cfg, run, model, text, stride)
         self.edges = [*range(1 + cfg.ttt_chunk_tokens, self.n_tokens, cfg.ttt_chunk_tokens), self.n_tokens]
-        live = [self.a, self.zeros()]
-        mean = [[p.clone() for p in side] for side in live]
-        self.params, self.mean = ([p for side in both for p in side] for both in (live, mean))
-        for p in self.params:
-            p.requires_grad_()
-        self.live, self.ctx = self.adapters(*live), self.adapters(*mean)
+        self.params, self.mean = self.drawn.clone().requires_grad_(), self.drawn
+        self.ctx = self.adapters(self.mean)
         if cfg.ttt_optimizer == "adamw":
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                self.params, self.lr, (cfg.ttt_beta1, cfg.ttt_beta2), cfg.ttt_adam_eps, cfg.ttt_wd
+                [self.params], self.lr, (cfg.ttt_beta1, cfg.ttt_beta2), cfg.ttt_adam_eps, cfg.ttt_wd
             )
         else:
-            self.optimizer = torch.optim.SGD(self.params, self.lr, cfg.ttt_momentum)
+            self.optimizer = torch.optim.SGD([self.params], self.lr, cfg.ttt_momentum)
 
     def expected_seconds(self, text: ValidationText) -> float:
         """Seconds of scoring, and of learning from one batch's time."""
         rows = self.rehearsed(self.learning_rows)
         spans = [(1, 1 + self.seq_len)] * rows * self.run.world
-        seconds = self.timed(lambda: self.gradient(self.tokens, spans, self.params, self.live))
+        seconds = self.timed(lambda: self.gradient(self.tokens, spans, [self.params], self.adapters(self.params)))
         learning = self.cfg.ttt_epochs * len(text.tokens) / self.seq_len * seconds / len(spans)
         return super().expected_seconds(text) + learning
 
@@ -7672,9 +7671,11 @@ class SharedLoraNetwork(TestTimeNetwork):
         spans = [(s, min(s + self.seq_len, hi)) for s in range(lo, hi, self.seq_len)]
         size = self.cfg.ttt_batch_seqs or len(spans)
         for i in [*range(0, len(spans), size)] * self.cfg.ttt_epochs:
-            self.descend(tokens, spans[i : i + size], self.params, self.live, self.cfg.ttt_grad_clip, self.optimizer)
+            ctx = self.adapters(self.params)
+            self.descend(tokens, spans[i : i + size], [self.params], ctx, self.cfg.ttt_grad_clip, self.optimizer)
         with torch.no_grad():
-            torch._foreach_lerp_(self.mean, self.params, 1 - self.cfg.ttt_polyak_decay)
+            self.mean.lerp_(self.params, 1 - self.cfg.ttt_polyak_decay)
+            self.ctx = self.adapters(self.mean)
 
 
 # ---- test-time training document by document
@@ -7709,10 +7710,8 @@ def block_edges(documents: list[Document], size: int) -> list[int]:
 def phase_edges(edges: list[int], prefix: float, phases: int) -> list[int]:
     """The block ends at which the weights are trained: the first past i / phases of the share `prefix` of the text, i = 1 .. phases."""
     total = edges[-1] - 1
-    due = [
-        edges[min(bisect_left(edges, 1 + prefix * total * i / phases), len(edges) - 1)] for i in range(1, phases + 1)
-    ]
-    return sorted(set(due) - {edges[-1]})
+    due = (bisect_left(edges, 1 + prefix * total * i / phases) for i in range(1, phases + 1))
+    return sorted({edges[i] for i in due if i < len(edges) - 1})
 
 
 def block_size(cfg: Config, n_tokens: int) -> int:
@@ -7801,11 +7800,10 @@ class DocumentBatch:
         self.documents = sorted(documents, key=lambda d: -d.targets)
         device, self.n = network.logp.device, self.documents[0].targets + 1
         self.start_R, self.targets_R = torch.tensor(self.documents, device=device).T
-        self.a = [a.repeat(rows, 1, 1) for a in network.a]
-        self.b = network.zeros(rows)
-        self.moments = [[torch.zeros_like(p) for p in (*self.a, *self.b)] for _ in range(2)]
-        self.taken = [torch.zeros(()) for _ in range(2 * len(self.a))]  # on the host, where AdamW reads them
-        self.steps_R = torch.zeros(rows, device=network.run.device, dtype=network.logp.dtype)
+        self.params = network.drawn.repeat(rows, 1)  # (R, P), so that one kernel steps them all
+        self.moments = [torch.zeros_like(self.params) for _ in range(2)]
+        self.taken = torch.zeros((), device=network.run.device)
+        self.steps_R = self.params.new_zeros(rows)
         self.cache = DocumentCache(network.seq_len) if network.cfg.ttt_kv_cache else None
 
     def rows(self, position: int) -> int:
@@ -7824,14 +7822,13 @@ class DocumentBatch:
         rows = self.rows(lo)
         start = lo - 1 if self.cache is not None else max(0, hi - 1 - network.cfg.ttt_eval_len)
         ids = self.gather(tokens, start, hi, rows, BOS)
-        self.live = [p[:rows].detach().requires_grad_() for p in (*self.a, *self.b)]  # one graph, whoever learns
-        ctx = network.adapters(self.live[: len(self.a)], self.live[len(self.a) :])._replace(one_document=True)
-        if self.cache is not None:
-            ctx = ctx._replace(cache=self.cache.first(rows))
+        self.live = self.params[:rows].detach().requires_grad_()  # one graph, whoever learns
+        cache = None if self.cache is None else self.cache.first(rows)
         # One graph for any number of rows and length; a single row, a document's first chunk and a cache would need others.
-        usual = self.cache is None and rows > 1 and lo > 1
+        usual = cache is None and rows > 1 and lo > 1
         kernel = functools.partial(network.compute, last_logits) if usual else last_logits
         with torch.enable_grad():
+            ctx = network.adapters(self.live)._replace(cache=cache, one_document=True)
             z = kernel(network.model, ids[:, :-1], hi - lo, ctx)
             targets = ids[:learners, lo - hi :]
             nll = F.cross_entropy(z[:learners].flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
@@ -7846,14 +7843,14 @@ class DocumentBatch:
         targets, hints = (self.gather(x, lo, hi, rows, 0) for x in (tokens, self.network.hints))
         return score_logits(self.z, targets, hints)
 
-    def gradient(self, tokens: Tensor, lo: int, hi: int) -> tuple[Tensor, ...]:
+    def gradient(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         """Of the loss that `forward` kept. A backward pass may be compiled as late as here: where that fails, both run eager."""
         try:
-            return torch.autograd.grad(self.loss, self.live)
+            return torch.autograd.grad(self.loss, self.live)[0]
         except torch._dynamo.exc.TorchDynamoException as e:
             self.network.run_eager(e)
         self.forward(tokens, lo, hi)
-        return torch.autograd.grad(self.loss, self.live)
+        return torch.autograd.grad(self.loss, self.live)[0]
 
     @torch.no_grad()
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:
@@ -7864,15 +7861,12 @@ class DocumentBatch:
         for epoch in range(cfg.ttt_epochs):
             if epoch:
                 self.forward(tokens, lo, hi)
-            grads = [g[:rows] for g in self.gradient(tokens, lo, hi)]
+            grad = self.gradient(tokens, lo, hi)[:rows]
             if cfg.ttt_grad_clip:
-                norm_R = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-                scale_R = (cfg.ttt_grad_clip / (norm_R + 1e-6)).clamp_max(1.0)
-                torch._foreach_mul_(grads, [scale_R[:, None, None]] * len(grads))
-            params, mean, square = ([p[:rows] for p in side] for side in ((*self.a, *self.b), *self.moments))
-            adamw(params, grads, mean, square, [], self.taken, amsgrad=False, beta1=cfg.ttt_beta1,
-                                    beta2=cfg.ttt_beta2, lr=self.network.lr, weight_decay=cfg.ttt_wd,
-                                    eps=cfg.ttt_adam_eps, maximize=False)  # fmt: skip
+                grad *= (cfg.ttt_grad_clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1.0)
+            params, mean, square = ([x[:rows]] for x in (self.params, *self.moments))
+            adamw(params, [grad], mean, square, [], [self.taken], fused=True, amsgrad=False, beta1=cfg.ttt_beta1,
+                  beta2=cfg.ttt_beta2, lr=self.network.lr, weight_decay=cfg.ttt_wd, eps=cfg.ttt_adam_eps, maximize=False)  # fmt: skip
             self.steps_R[:rows] += 1
 
 
@@ -7890,6 +7884,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         super().__init__(cfg, run, model, text, stride)
         self.rows, self.seq_len = cfg.ttt_batch_size, cfg.ttt_eval_len
         self.compiled = self.compile(last_logits, dynamic=True)  # a batch grows chunk by chunk, and loses rows
+        self.width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else self.seq_len  # tokens that a chunk sends, at most
         self.documents = documents_of(text.tokens)
         self.edges = block_edges(self.documents, block_size(cfg, self.n_tokens))
         self.phases = phase_edges(self.edges, cfg.phased_ttt_prefix, cfg.phased_ttt_num_phases)
@@ -7897,7 +7892,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         self.chunks = list(chunk_starts(cfg.ttt_chunk_steps, longest))
         if cfg.ttt_kv_cache:  # positions count from the document's start, however long it is
             self.model.rope = rope_table(cfg, longest + max(cfg.ttt_chunk_size, self.seq_len)).to(self.model.rope)
-        self.sum_a, self.steps = self.a, 0.0  # what the documents of the block leave behind
+        self.sum_a, self.steps = self.drawn[: self.size_a], 0.0  # what the documents of the block leave behind
 
     @staticmethod
     def draw(a: Tensor, generator: torch.Generator) -> Tensor:
@@ -7910,19 +7905,17 @@ class DocumentLoraNetwork(TestTimeNetwork):
 
     def deal(self, documents: list[Document]) -> list[list[Document]]:
         """This rank's batches of a block."""
-        return deal_documents(documents, self.run.world, self.cfg.ttt_batch_size, self.chunks, self.seq_len)[
-            self.run.rank
-        ]
+        world, rows = self.run.world, self.cfg.ttt_batch_size
+        return deal_documents(documents, world, rows, self.chunks, self.width)[self.run.rank]
 
     def expected_seconds(self, text: ValidationText) -> float:
         """Seconds of the slowest rank of each block: a step is a constant and a share for each of its tokens, which steps of one
         document and of a whole batch tell."""
         cfg, documents = self.cfg, documents_of(text.tokens)
-        width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else self.seq_len
         one, rows = self.timed(lambda: self.walked_step(1)), self.rehearsed(min(self.rows, len(self.documents)))
         each = (self.timed(lambda: self.walked_step(rows)) - one) / (rows - 1) if rows > 1 else one
         chunks = list(chunk_starts(cfg.ttt_chunk_steps, max(document.targets for document in documents)))
-        sent = [0, *itertools.accumulate(min(end - 1, width) / width for end in chunks[1:])]
+        sent = [0, *itertools.accumulate(min(end - 1, self.width) / self.width for end in chunks[1:])]
 
         def cost(batch: list[Document]) -> float:
             steps = [bisect_right(chunks, document.targets) for document in batch]
@@ -7931,7 +7924,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         total, edges = 0.0, block_edges(documents, block_size(cfg, len(text.tokens)))
         for lo, hi in itertools.pairwise([1, *edges]):
             block = [document for document in documents if lo <= document.start + 1 < hi]
-            dealt = deal_documents(block, self.run.world, cfg.ttt_batch_size, chunks, width)
+            dealt = deal_documents(block, self.run.world, cfg.ttt_batch_size, chunks, self.width)
             total += max(sum(map(cost, batches)) for batches in dealt)
         return total * cfg.ttt_epochs
 
@@ -7947,10 +7940,10 @@ class DocumentLoraNetwork(TestTimeNetwork):
         lo, end = self.done, self.learns_at(self.done)
         begins = [bisect_left(self.documents, edge - 1, key=lambda d: d.start) for edge in (lo, end)]
         fresh = torch.zeros(3, end - lo, device=self.run.device, dtype=self.logp.dtype)
-        self.sum_a, self.steps = [torch.zeros_like(a) for a in self.a], fresh.new_zeros(1)
+        self.sum_a, self.steps = torch.zeros_like(self.drawn[: self.size_a]), fresh.new_zeros(1)
         for batch in self.deal(self.documents[begins[0] : begins[1]]):
             self.walk(tokens, batch, fresh, lo)
-        for total in (fresh, self.steps, *self.sum_a):
+        for total in (fresh, self.steps, self.sum_a):
             self.run.all_reduce(total)
         self.keep(fresh, end)
 
@@ -7960,8 +7953,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         for i in range(0, len(documents), rows := self.rows):
             part = documents[i : i + rows]
             if (batch := self.walked(tokens, part, fresh, first)) is not None:
-                for total, a in zip(self.sum_a, batch.a, strict=True):
-                    total += torch.einsum("n,nri->ri", batch.steps_R, a)
+                self.sum_a += batch.steps_R @ batch.params[:, : self.size_a]
                 self.steps += batch.steps_R.sum().to(self.steps.device)
             elif len(part) == 1:
                 raise ConfigError(
@@ -7997,7 +7989,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
     def learn(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
         """The block is scored: its documents' A, and at a phase all scored text, change what the next one starts from."""
         if self.cfg.ttt_warm_start_a and self.steps > 0:
-            self.a = [total / self.steps.to(total) for total in self.sum_a]
+            self.drawn[: self.size_a] = self.sum_a / self.steps
         if hi in self.phases:
             self.train_weights(tokens, hi)
 
@@ -8043,7 +8035,7 @@ class NgramStats(NamedTuple):
     last: Tensor  # position of the token that followed its latest occurrence, -1 where it is new
 
 
-class RepeatedNngrams(NamedTuple):
+class RepeatedNgrams(NamedTuple):
     """All occurrences of n-grams of one length that occur twice or more, (n,) int32: equal ones form a group, in order of time."""
 
     end: np.ndarray | Tensor  # position of the last token
@@ -8058,17 +8050,15 @@ class PositionStats(NamedTuple):
     last: np.ndarray | Tensor
     symbol: (
         np.ndarray | Tensor
-    )  # x_t if the n-gram that ends at t occurs twice or more, else -1: no longer one that ends there does
+    )  # x_t if the n-gram that ends at t occurs twice or more, else -1: then no longer one does
 
 
-def _split_between_groups(ngrams: RepeatedNngrams, size: int = 1 << 17) -> list[RepeatedNngrams]:
+def _split_between_groups(ngrams: RepeatedNgrams, size: int = 1 << 17) -> list[RepeatedNgrams]:
     """The occurrences in parts of about `size`, cut between groups: a part sorts in the processor's cache, in its own thread."""
     heads = np.flatnonzero(ngrams.rank == 0)
     at = np.searchsorted(heads, np.arange(size, len(ngrams.rank), size))
     edges = [*np.unique(np.append(heads[at[at < len(heads)]], 0)).tolist(), len(ngrams.rank)]
-    return [
-        RepeatedNngrams(ngrams.end[lo:hi], ngrams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [RepeatedNgrams(ngrams.end[lo:hi], ngrams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def _rank_in_groups(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -8085,7 +8075,7 @@ def _rank_in_groups(key: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray,
     return key & ((1 << bits) - 1), rank, np.flatnonzero(~(head[:-1] & head[1:]))
 
 
-def _count_tokens(tokens: np.ndarray, vocab_size: int, columns: PositionStats) -> RepeatedNngrams:
+def _count_tokens(tokens: np.ndarray, vocab_size: int, columns: PositionStats) -> RepeatedNgrams:
     """Occurrences of the single tokens; writes their counts into `columns`."""
     end = np.argsort(tokens.astype(np.uint16), kind="stable").astype(np.int32)  # NumPy sorts 16 bits by radix
     sizes = np.bincount(tokens, minlength=vocab_size)
@@ -8095,12 +8085,12 @@ def _count_tokens(tokens: np.ndarray, vocab_size: int, columns: PositionStats) -
     again = np.repeat(sizes > 1, sizes)
     end, rank = end[again], rank[again]
     columns.symbol[end] = tokens[end]
-    return RepeatedNngrams(end, rank)
+    return RepeatedNgrams(end, rank)
 
 
 def _extend_ngrams(
-    context: RepeatedNngrams, symbol: np.ndarray, symbol_bits: int, columns: PositionStats
-) -> RepeatedNngrams:
+    context: RepeatedNgrams, symbol: np.ndarray, symbol_bits: int, columns: PositionStats
+) -> RepeatedNgrams:
     """Occurrences one token longer than those of `context`; writes the statistics of the contexts into `columns`.
 
     A token that follows but whose own n-gram occurs once needs no sorting.
@@ -8124,16 +8114,16 @@ def _extend_ngrams(
     columns.last[target[met]] = target[met - 1]
     index = index[again]
     columns.symbol[target[index]] = x[index]
-    return RepeatedNngrams(target[index], rank[again])
+    return RepeatedNgrams(target[index], rank[again])
 
 
 def _longer_ngrams_torch(
-    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNngrams | None, symbol: Tensor | None
-) -> tuple[RepeatedNngrams, PositionStats]:
+    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNgrams | None, symbol: Tensor | None
+) -> tuple[RepeatedNgrams, PositionStats]:
     """`_longer_ngrams` by one stable sort on the tokens' device; the empty context is one group that ends at -1 .. N-2."""
     n, device = len(tokens_N), tokens_N.device
     if ngrams is None:
-        ngrams = RepeatedNngrams(torch.arange(-1, n - 1, device=device), torch.arange(n, device=device))
+        ngrams = RepeatedNgrams(torch.arange(-1, n - 1, device=device), torch.arange(n, device=device))
         symbol = torch.cat([tokens_N.int(), tokens_N.new_full((1,), -1, dtype=torch.int32)])
     columns = PositionStats(*(torch.full((n + 1,), fill, dtype=torch.int32, device=device) for fill in (0, 0, -1, -1)))
     target = ngrams.end + 1
@@ -8155,12 +8145,12 @@ def _longer_ngrams_torch(
     again = (~(head[:-1] & head[1:])).nonzero().squeeze(1)
     index = index[again]
     columns.symbol[target[index]] = symbol[target[index]]
-    return RepeatedNngrams(target[index], rank[again]), columns
+    return RepeatedNgrams(target[index], rank[again]), columns
 
 
 def _longer_ngrams(
-    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNngrams | None, symbol
-) -> tuple[RepeatedNngrams, PositionStats]:
+    tokens_N: Tensor, vocab_size: int, ngrams: RepeatedNgrams | None, symbol
+) -> tuple[RepeatedNgrams, PositionStats]:
     """(n-grams one token longer than `ngrams`, statistics of `ngrams` as contexts); None stands for the empty context."""
     if tokens_N.is_cuda:
         return _longer_ngrams_torch(tokens_N, vocab_size, ngrams, symbol)
@@ -8174,7 +8164,7 @@ def _longer_ngrams(
     bits = max(vocab_size - 1, 1).bit_length()
     with ThreadPoolExecutor(threads) as pool:
         parts = list(pool.map(lambda run: _extend_ngrams(run, symbol, bits, columns), _split_between_groups(ngrams)))
-    return RepeatedNngrams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
+    return RepeatedNgrams(*(np.concatenate(column) for column in zip(*parts, strict=True))), columns
 
 
 def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> Iterator[NgramStats]:
@@ -8602,14 +8592,8 @@ class Tilt(NgramExpert):
     def __init__(self, table: NgramTable, base: Any, order: int, beta: float = 2.625, threshold: float = 0.8,
                  gamma: float = 0.0, rate: float = 0.0) -> None:  # fmt: skip
         super().__init__(table, base)
-        self.k, self.beta, self.threshold, self.gamma, self.rate, self.squares = (
-            order - 1,
-            beta,
-            threshold,
-            gamma,
-            rate,
-            3.0,
-        )
+        self.k, self.beta, self.threshold, self.gamma, self.rate = order - 1, beta, threshold, gamma, rate
+        self.squares = 3.0
 
     def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
         total, last = query.stats.total[self.k], query.stats.last[self.k]
@@ -8670,9 +8654,7 @@ class PublishedCache(NamedTuple):
     alpha: Callable[[Tensor, Tensor, Tensor], Tensor]
     window: int  # targets a window scores
     batch: int  # windows scored between two updates of a rank's tables
-    layout: (
-        str  # "blocks": a rank owns a contiguous share of the text; "windows": every n-th window; "shared": one table
-    )
+    layout: str  # "blocks": a rank owns a contiguous share of the text; "windows": every n-th; "shared": one table
 
     @property
     def chunk(self) -> int:
@@ -9131,7 +9113,7 @@ class Audit:
     ) -> None:
         n = min(len(text.tokens), max(AUDIT_TOKENS, cfg.eval_len + 2))
         self.often = max(1, n // 8)  # learning comes within the prefix, or nothing would be seen of it
-        block = max(self.often, *(size for _, size in cfg.ttt_chunk_steps)) if cfg.ttt_block_tokens > self.often else 0
+        block = min(cfg.ttt_block_tokens, max(self.often, *(size for _, size in cfg.ttt_chunk_steps)))
         self.cfg = dataclasses.replace(
             cfg, ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, self.often), ttt_block_tokens=block
         )
@@ -9222,10 +9204,8 @@ def bytes_check(text: ValidationText, tokenizer: Tokenizer, exact: bool) -> Audi
 
     Unless `exact`, the totals may differ as a published sidecar's may, and CaseOps operators may be out of place.
     """
-    name, (tokens, counts) = (
-        "bytes are the text's",
-        (x[:DECODED_TOKENS].cpu().numpy() for x in (text.tokens, text.bytes)),
-    )
+    name = "bytes are the text's"
+    tokens, counts = (x[:DECODED_TOKENS].cpu().numpy() for x in (text.tokens, text.bytes))
     starts = [0, *np.flatnonzero(tokenizer.boundary[tokens[1:]]) + 1]
     while len(tokens) > 1 and tokenizer.sp.is_byte(int(tokens[-1])):  # the cut may lie within a character
         tokens = tokens[:-1]

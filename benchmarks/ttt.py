@@ -1,34 +1,38 @@
 """Test-time training document by document against sliding windows and the single LoRA, on one artifact and one text.
 
-    python benchmarks/ttt.py ARTIFACT [--data FOLDER] [--tokens 60000] [--parts gain,sites,order,cache,tilt] [--context 0]
+    python benchmarks/ttt.py ARTIFACT [--data FOLDER] [--tokens 60000] [--parts lr,gain,cache,sites,order,tilt] [--context 0]
     python benchmarks/ttt.py --estimate
 
 ARTIFACT is any finished run's; FOLDER (default: its own data) holds the validation split, of which the first --tokens are
 scored. All figures are bits per byte of the same text with the same context length (--context, default: as trained) and
 the seconds of the stage, side by side in one process:
 
+    lr      the learning rates of the parts below, each the best of a few on the last --training-tokens of the *training* split
     gain    non-overlapping windows, sliding windows (stride = chunk), the single LoRA, a LoRA a document, warm A, phases
+    cache   windows computed anew against keys and values kept from earlier chunks, on the training text too
     sites   a LoRA a document for each choice of sites
     order   the text's order against the published one, longest document first, with the bits of order that figure leaves out
-    cache   windows computed anew against keys and values kept from earlier chunks
     tilt    the token tilt on the network, alone and under the cascade, for several strengths
 
---estimate plans the full-size evaluation on 8 GPUs from a synthetic text of 50,000 documents; it needs no artifact.
-The settings are those of the published runs but for the learning rate, which --lr sets for a network of another size. The
-text is for measuring: nothing is chosen by these figures.
+--estimate plans the evaluation of RECIPE=frontier on 8 GPUs from a synthetic text of 50,000 documents; it needs no artifact.
+The settings are those of the published runs but for the learning rates and the text that the single LoRA and the phases take a
+step on, which fit other sizes: part lr chooses the rates, --lr sets that of the documents without it. The validation text is for measuring: nothing is chosen by these figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 import sys
 import time
 from bisect import bisect_left
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -48,20 +52,42 @@ class Bench:
         self.blob = args.artifact.read_bytes()
         self.header = tg.read_header(self.blob).fields["config"]
         self.base = {"DATA_PATH": args.data, "VAL_TOKENS": str(args.tokens), "NGRAM_SCORE": "off", "NGRAM_TABLE": "none", "EVAL_STAGES": "auto",
-                     "SCORE_STAGE": "auto", "EVAL_STRIDE": PUBLISHED["TTT_CHUNK_SIZE"], "EVAL_SEQ_LEN": str(args.context), "TTT_LR": str(args.lr)}  # fmt: skip
-        PUBLISHED.update(TTT_LORA_RANK=str(args.rank), TTT_LORA_ALPHA=str(1.8 * args.rank))
+                     "SCORE_STAGE": "auto", "EVAL_STRIDE": PUBLISHED["TTT_CHUNK_SIZE"], "EVAL_SEQ_LEN": str(args.context)}  # fmt: skip
+        self.document = {
+            **PUBLISHED,
+            "TTT_LORA_RANK": str(args.rank),
+            "TTT_LORA_ALPHA": str(1.8 * args.rank),
+            "TTT_LR": str(args.lr),
+        }
+        self.single = {
+            "TTT_ENABLED": "1",
+            "TTT_RESET": "none",
+            "TTT_CHUNK_TOKENS": "1024",
+            "TTT_LORA_SITES": "q,v",
+            "TTT_LR": "0.003",
+        }
+        self.phase = {"PHASED_TTT_NUM_PHASES": "1", "GLOBAL_TTT_CHUNK_TOKENS": "1024", "GLOBAL_TTT_LR": "0.001"}
         cfg = self.config()
         self.run, paths = tg.Run(cfg, 0, 0, 1, 1), tg.find_data(cfg)
-        self.text = tg.load_validation(cfg, paths.folder, tg.Tokenizer(paths.tokenizer, cfg.vocab_size))
+        tokenizer = tg.Tokenizer(paths.tokenizer, cfg.vocab_size)
+        self.text = tg.load_validation(cfg, paths.folder, tokenizer)
+        held = np.array(tg.load_split(paths.folder, "train")[-1][-args.training_tokens :]).astype(np.int64)
+        counts = np.concatenate([[0], tokenizer.count_bytes(held)])
+        self.training = tg.ValidationText(torch.from_numpy(held), torch.from_numpy(counts), complete=True)
         self.model = tg.load_model(cfg, self.run, self.blob).eval()
+        self.scored: dict[tuple[object, ...], tg.StageResult] = {}
 
     def config(self, **knobs: str) -> tg.Config:
         return tg.load_config({**self.base, **knobs}, self.header).cfg
 
     def score(self, stage: str, text: tg.ValidationText | None = None, **knobs: str) -> tg.StageResult:
-        """One stage under these knobs, in a fresh evaluation."""
-        evaluation = tg.Evaluation(self.config(**knobs), self.run, self.model, text or self.text)
-        return evaluation.score(stage, *evaluation.scorer(stage), math.inf)
+        """One stage under these knobs, in a fresh evaluation; a second time the same result."""
+        text = text or self.text
+        key = (stage, id(text), *sorted(knobs.items()))
+        if key not in self.scored:
+            evaluation = tg.Evaluation(self.config(**knobs), self.run, self.model, text)
+            self.scored[key] = evaluation.score(stage, *evaluation.scorer(stage), math.inf)
+        return self.scored[key]
 
     def line(self, name: str, r: tg.StageResult, than: tg.StageResult | None = None) -> tg.StageResult:
         versus = (
@@ -70,33 +96,42 @@ class Bench:
         print(f"  {name:<44} {r.val_bpb:.4f} bpb {r.seconds:7.1f} s{versus}", flush=True)
         return r
 
+    def lr(self) -> None:
+        """Choose each rate by the training text; the first of a list that loses ends it."""
+        forms = [("a LoRA a document", self.document, "TTT_LR", (1e-3, 3e-3, 1e-2, 3e-2)),
+                 ("single LoRA", self.single, "TTT_LR", (1e-3, 3e-3, 1e-2, 3e-2)),
+                 ("phase", self.phase, "GLOBAL_TTT_LR", (1e-3, 1e-2, 1e-1))]  # fmt: skip
+        for name, knobs, rate, values in forms:
+            best = math.inf
+            for value in values:
+                tried = {**(self.document if knobs is self.phase else {}), **knobs, rate: f"{value:g}"}
+                r = self.line(f"{name}, {rate}={value:g}, training text", self.score("ttt", self.training, **tried))
+                if r.val_bpb >= best:
+                    break
+                best, knobs[rate] = r.val_bpb, f"{value:g}"
+            print(f"  {name}: {rate}={knobs[rate]}")
+
     def gain(self) -> None:
         self.line("windows that do not overlap", self.score("roundtrip"))
         sliding = self.line("sliding, stride 48", self.score("sliding"))
-        single = {"TTT_ENABLED": "1", "TTT_RESET": "none", "TTT_CHUNK_TOKENS": "4096", "TTT_LORA_SITES": "q,v"}
-        self.line("single LoRA, q and v of the last 2 blocks", self.score("ttt", **single, TTT_LR="0.003"), sliding)
-        frozen = self.score("ttt", **{**PUBLISHED, "TTT_LR": "0"})
-        self.line("documents, nothing learned", frozen, sliding)
-        plain = self.line("LoRA a document, A as drawn", self.score("ttt", **PUBLISHED, TTT_WARM_START_A="0"), frozen)
-        self.line("LoRA a document, warm A", self.score("ttt", **PUBLISHED), plain)
-        self.line(
-            "  and chunks of 8, then 24, at the start",
-            self.score("ttt", **PUBLISHED, TTT_SHORT_SCORE_FIRST_STEPS="256:8,2000:24"),
-            plain,
-        )
-        self.line(
-            "  and one phase on all weights", self.score("ttt", **{**PUBLISHED, "PHASED_TTT_NUM_PHASES": "1"}), plain
-        )
+        self.line("single LoRA, q and v of the last 2 blocks", self.score("ttt", **self.single), sliding)
+        frozen = self.line("documents, nothing learned", self.score("ttt", **{**self.document, "TTT_LR": "0"}), sliding)
+        drawn = self.score("ttt", **self.document, TTT_WARM_START_A="0")
+        self.line("LoRA a document, A as drawn", drawn, frozen)
+        plain = self.line("LoRA a document, warm A", self.score("ttt", **self.document), drawn)
+        short = self.score("ttt", **self.document, TTT_SHORT_SCORE_FIRST_STEPS="256:8,2000:24")
+        self.line("  and chunks of 8, then 24, at the start", short, plain)
+        self.line("  and one phase on all weights", self.score("ttt", **{**self.document, **self.phase}), plain)
 
     def sites(self) -> None:
-        every = self.line("q,k,v,o,mlp,head", self.score("ttt", **PUBLISHED))
+        every = self.line("q,k,v,o,mlp,head", self.score("ttt", **self.document))
         for sites in ("k,o,mlp,head", "q,v,o,mlp,head", "o,mlp,head", "head", "q,v"):
-            self.line(sites, self.score("ttt", **{**PUBLISHED, "TTT_LORA_SITES": sites}), every)
+            self.line(sites, self.score("ttt", **{**self.document, "TTT_LORA_SITES": sites}), every)
 
     def order(self) -> None:
         other, bits = tg.longest_first(self.text)
         for phases in ("0", "1"):
-            knobs = {**PUBLISHED, "PHASED_TTT_NUM_PHASES": phases}
+            knobs = {**self.document, **(self.phase if phases == "1" else {})}
             mine = self.line(f"order of the text, {phases} phases", self.score("ttt", **knobs))
             r = self.line(f"longest first, {phases} phases", self.score("ttt", other, **knobs), mine)
             cost = bits / r.bytes
@@ -105,18 +140,26 @@ class Bench:
             )
 
     def cache(self) -> None:
-        fresh = self.line("windows computed anew", self.score("ttt", **PUBLISHED))
-        self.line("keys and values kept", self.score("ttt", **PUBLISHED, TTT_KV_CACHE="1"), fresh)
+        for name, text in (("training text", self.training), ("validation text", self.text)):
+            fresh = self.line(f"windows computed anew, {name}", self.score("ttt", text, **self.document))
+            self.line(
+                f"keys and values kept, {name}", self.score("ttt", text, **self.document, TTT_KV_CACHE="1"), fresh
+            )
 
     def tilt(self) -> None:
+        """All forms on the scores of one network pass, whose hints do not depend on the strength."""
+        on, networks = {"NGRAM_SCORE": "exact", "NGRAM_TILT_ENABLED": "1"}, {}
         forms = {"beta 2.625": {}, "gamma 1": {"NGRAM_TILT_GAMMA": "1"}, "gamma 1, beta learned": {"NGRAM_TILT_GAMMA": "1", "NGRAM_TILT_RATE": "0.8"}}  # fmt: skip
-        for on, base in (("alone", "sliding"), ("under the cascade", "ngram")):
-            than = self.line(f"{base} without", self.score(base, NGRAM_SCORE="exact"))
+
+        def score(stage: str, **knobs: str) -> tg.StageResult:
+            evaluation = tg.Evaluation(self.config(**{**on, **knobs}), self.run, self.model, self.text)
+            evaluation.networks = networks
+            return evaluation.score(stage, *evaluation.scorer(stage), math.inf)
+
+        for stage, base in (("tilt", "sliding"), ("ngram", "ngram")):
+            than = self.line(f"{base} without", score(base, NGRAM_TILT_ENABLED="1" if base == "sliding" else "0"))
             for name, knobs in forms.items():
-                stage = "ngram" if base == "ngram" else "tilt"
-                self.line(
-                    f"tilt {on}, {name}", self.score(stage, NGRAM_SCORE="exact", NGRAM_TILT_ENABLED="1", **knobs), than
-                )
+                self.line(f"tilt on {base}, {name}", score(stage, **knobs), than)
 
 
 # ---- the plan at full size
@@ -128,65 +171,68 @@ def synthetic_lengths(seed: int = 0, n: int = 50_000, total: int = 47_851_520) -
     return np.maximum(1, (lengths * total / lengths.sum()).astype(np.int64))
 
 
-def estimate(ranks: int = 8, peak: float = 989e12, share: float = 0.11) -> None:
-    """Forwards, steps, FLOPs and seconds of the frontier's test-time training, with the sum written down."""
-    depth, d, v, rank, context, chunk, rows = 17, 512, 8192, 80, 2560, 48, 64
-    matrices = depth * (2 * d * d + 2 * d * d // 2 + 8 * d * d)  # q, out; k, v; up, down
-    site = 2 * rank * d  # A and B of o or mlp
-    lora = depth * 2 * site + rank * (d + v)
-    lengths = synthetic_lengths()
-    starts = np.cumsum([0, *lengths])
-    documents = [tg.Document(int(s), int(n)) for s, n in zip(starts, lengths, strict=False)]
-    edges = tg.block_edges(documents, -(-int(starts[-1]) // 24))
-    chunks = list(tg.chunk_starts([(math.inf, chunk)], int(lengths.max())))
-    steps, windows, learned, slowest = 0, 0, 0, 0.0
+class Plan(NamedTuple):
+    """What test-time training document by document takes."""
+
+    sent: float  # tokens that go through the network, all windows together
+    steps: int  # of optimizers, batches of documents one after the other
+    flops: float
+    balance: float  # tokens of the fullest rank of each block over the mean
+
+
+def plan_documents(cfg: tg.Config, model: tg.GPT, lengths: np.ndarray, ranks: int) -> Plan:
+    """The plan for documents of so many targets, from the evaluator's own blocks, chunks and batches."""
+    sites, context = tg.lora_sites(cfg, model), cfg.ttt_eval_len
+    width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else context
+    starts, n = np.cumsum([0, *lengths]), int(lengths.sum()) + 1
+    documents = [tg.Document(int(s), int(t)) for s, t in zip(starts, lengths, strict=False)]
+    edges = tg.block_edges(documents, tg.block_size(cfg, n))
+    chunks = list(tg.chunk_starts(cfg.ttt_chunk_steps, int(lengths.max())))
+    sent = np.cumsum([0, *(min(end - 1, width) for end in chunks[1:])])  # tokens of a document's first windows
+    done = dict(zip(documents, np.searchsorted(chunks, lengths, side="right").tolist(), strict=True))
+    steps, slowest = 0, 0.0
     for lo, hi in itertools.pairwise([1, *edges]):
         block = documents[bisect_left(starts, lo - 1) : bisect_left(starts, hi - 1)]
-        loads = []
-        for batches in tg.deal_documents(block, ranks, rows, chunks, context):
-            sent = 0
-            for batch in batches:
-                targets = np.array([d.targets for d in batch])
-                ends = np.arange(chunk, targets.max() + chunk, chunk)
-                active, going = ((targets > at[:, None]).sum(1) for at in (ends - chunk, ends))
-                seen = np.minimum(ends, context)
-                sent += int((active * seen).sum())
-                steps, learned = steps + int((going > 0).sum()), learned + int((going * seen).sum())
-            loads.append(sent)
-        windows, slowest = windows + sum(loads), slowest + max(loads)
-    # 2 a weight and token forward; backward through frozen weights 2 more; attention 2 products of T D / 2 pairs a token.
-    per_token = 2 * (matrices + depth * 2 * site) + 2 * depth * context * d
-    flops = per_token * windows + (per_token + 2 * depth * 2 * site) * learned
-    phase = 6 * (matrices + v * d) * 0.3 * lengths.sum()
-    pace = ranks * peak * share
-    balance = slowest * ranks / windows
-    parts = {
-        "LoRA": flops / pace * balance,
-        "one phase of SGD": phase / pace,
-        "n-grams, both statistics": 2 * 5.0,
-        "loading": 30.0,
-    }
-    print(f"  documents {len(lengths):,}, targets {lengths.sum():,}, longest {lengths.max():,}; the 2,500 longest hold "
-          f"{np.sort(lengths)[-2500:].sum() / lengths.sum():.0%}")  # fmt: skip
-    print(
-        f"  window tokens {windows:.3e} ({windows / lengths.sum():.1f} a target), optimizer steps {steps:,} ({steps // ranks:,} a rank)"
-    )
-    print(
-        f"  FLOPs {flops:.2e} (LoRA) + {phase:.2e} (phase); the fullest rank of each block has {balance:.2f}x the mean"
-    )
-    print(
-        "  seconds at 11 % of peak: "
-        + " + ".join(f"{name} {s:.0f}" for name, s in parts.items())
-        + f" = {sum(parts.values()):.0f}"
-    )
-    held = rows * lora * 4 * 4  # parameters, gradients, two moments, fp32
-    kept = (
-        rows * context * depth * (2 * d * 11) * 2
-    )  # inputs of norms, projections, attention, both halves of the MLP; bf16
-    print(f"  memory: LoRA of {rows} documents {lora:,} numbers each, {held / 2**30:.1f} GiB with gradients and moments; "
-          f"activations about {kept / 2**30:.1f} GiB; two models in fp32 {2 * 4 * 36e6 / 2**30:.1f} GiB")  # fmt: skip
-    cached = per_token * lengths.sum() * 2
-    print(f"  with TTT_KV_CACHE=1: {cached:.1e} FLOPs, {cached / flops:.2f}x")
+        dealt = tg.deal_documents(block, ranks, cfg.ttt_batch_size, chunks, width)
+        steps += sum(done[batch[0]] - 1 for batches in dealt for batch in batches)
+        slowest += max(sum(float(sent[done[d]]) for batch in batches for d in batch) for batches in dealt)
+    total, learned = (float(sum(sent[k - last] for k in done.values())) for last in (0, 1))
+    # A forward without the head; a window's tokens see half of it, new ones after kept keys all of it. Backward through frozen
+    # weights costs a forward, through LoRA two.
+    plain = tg.flops_per_token(model, context * (1 + cfg.ttt_kv_cache)) / 3 - 2 * cfg.vocab_size * cfg.model_dim
+    lora = 2.0 * cfg.ttt_lora_rank * sum(d_out + d_in for (slot, _), (d_out, d_in) in sites.items() if slot >= 0)
+    flops = (plain + lora) * total + (plain + 2 * lora) * learned
+    return Plan(total, steps, flops, slowest * ranks / total)
+
+
+def estimate(ranks: int = 8, peak: float = 989e12, share: float = 0.11) -> None:
+    """Forwards, steps, FLOPs and seconds of all stages of RECIPE=frontier, its numbers read from the recipe, with the sum written down."""
+    cfg = tg.load_config({"RECIPE": "frontier"}, has_gpu=lambda: True).cfg
+    with torch.device("meta"):
+        model = tg.GPT(cfg)
+    lengths, context, pace = synthetic_lengths(), cfg.ttt_eval_len, ranks * peak * share
+    n = int(lengths.sum())
+    ttt = plan_documents(cfg, model, lengths, ranks)
+    phase = tg.flops_per_token(model, context) * n * cfg.global_ttt_epochs * sum(
+        cfg.phased_ttt_prefix * (i + 1) / cfg.phased_ttt_num_phases for i in range(cfg.phased_ttt_num_phases))  # fmt: skip
+    cpu = (
+        1e-6 * n * sum(cfg.counted_orders) / 12
+    )  # measured at order 12 on one CPU core: .54 us a token and 1.2, see RESULTS.md
+    parts = {"loading (published: 20 to 60)": 30.0, "roundtrip": tg.flops_per_token(model, cfg.eval_len) / 3 * n / pace,
+             "LoRA": ttt.flops / pace * ttt.balance, "phases": phase / pace, "n-gram statistics": 0.54 * cpu, "mixing": 1.2 * cpu}  # fmt: skip
+    print(f"  stages {', '.join(cfg.stages)}; {len(lengths):,} documents, {n:,} targets, longest {lengths.max():,}; the 2,500 longest hold "
+          f"{np.sort(lengths)[-2500:].sum() / n:.0%}")  # fmt: skip
+    print(f"  tokens through the network {ttt.sent:.3e} ({ttt.sent / n:.1f} a target), optimizer steps {ttt.steps:,} ({ttt.steps // ranks:,} a rank); "
+          f"FLOPs {ttt.flops:.2e} + {phase:.2e} (phases); the fullest rank of each block has {ttt.balance:.2f}x the mean")  # fmt: skip
+    print(f"  seconds at {share:.0%} of peak: {' + '.join(f'{name} {s:.0f}' for name, s in parts.items())} = {sum(parts.values()):.0f}"
+          f" of EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}")  # fmt: skip
+    numbers, rows = cfg.ttt_lora_rank * sum(map(sum, tg.lora_sites(cfg, model).values())), cfg.ttt_batch_size
+    # Kept for backward, bf16: inputs of norms, projections, attention, both halves of the MLP.
+    kept = rows * context * len(model.plan) * cfg.model_dim * (14 + 2 * cfg.mlp_mult) * 2
+    print(f"  memory: LoRA of {rows} documents {numbers:,} numbers each, {rows * numbers * 16 / 2**30:.1f} GiB with gradients and moments; "
+          f"activations about {kept / 2**30:.1f} GiB; two models in fp32 {8 * tg.count_parameters(model) / 2**30:.1f} GiB")  # fmt: skip
+    other = plan_documents(dataclasses.replace(cfg, ttt_kv_cache=not cfg.ttt_kv_cache), model, lengths, ranks)
+    print(f"  with TTT_KV_CACHE={1 - cfg.ttt_kv_cache}: {other.flops:.1e} FLOPs, {other.flops / ttt.flops:.2f}x")
 
 
 def main() -> None:
@@ -196,8 +242,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--context", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--training-tokens", type=int, default=6000, help="of the training split's end, to choose rates by"
+    )
     parser.add_argument("--rank", type=int, default=80, help="of the LoRA; alpha keeps the published ratio to it")
-    parser.add_argument("--parts", default="gain,sites,order,cache,tilt")
+    parser.add_argument("--parts", default="lr,gain,cache,sites,order,tilt")
     parser.add_argument("--estimate", action="store_true")
     args = parser.parse_args()
     if args.estimate:
@@ -206,7 +255,8 @@ def main() -> None:
     if args.artifact is None:
         parser.error("name an artifact, or --estimate")
     bench = Bench(args)
-    print(f"{len(bench.text.tokens):,} tokens, {len(tg.documents_of(bench.text.tokens))} documents, TTT_LR={args.lr:g}")
+    documents, context = len(tg.documents_of(bench.text.tokens)), bench.config().eval_len
+    print(f"{len(bench.text.tokens):,} tokens, {documents} documents, context {context}, LoRA of rank {args.rank}")
     for part in args.parts.split(","):
         started = time.perf_counter()
         print(f"{part}:")

@@ -296,6 +296,30 @@ def test_other_stages_see_no_trace(tiny, model, text):
     assert not torch.equal(moved.tok_emb.weight, model.tok_emb.weight), "the phases trained a copy"
 
 
+def test_the_two_caps_move_in_the_global_phase_alone(tiny, double, text, monkeypatch):
+    knobs = {**PHASES, "ASYM_LOGIT_RESCALE": 1, "LOGIT_SOFTCAP": 3}
+    double.softcap = tg.AsymSoftcap(config(tiny, **knobs)).double()
+    packed, moved, learn = copy.deepcopy(double.state_dict()), {}, tg.DocumentLoraNetwork.learn
+
+    def watched(self, tokens, lo, hi):
+        before = self.model.softcap.caps.clone()
+        learn(self, tokens, lo, hi)
+        moved[hi] = (self.model.softcap.caps - before).abs().min() > 1e-6  # both of them
+
+    monkeypatch.setattr(tg.DocumentLoraNetwork, "learn", watched)
+    network = learner(tiny, double, text, **knobs)
+    scores = walk(network, text)
+    assert len(network.phases) == 2 and [hi for hi in moved if moved[hi]] == network.phases != [*moved]
+    assert (scores - by_hand(tiny, double, text, **knobs)).abs().max() < 1e-9, "what moved is what scores"
+    shared = {"TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 60, "ASYM_LOGIT_RESCALE": 1, "LOGIT_SOFTCAP": 3}
+    single = tg.SharedLoraNetwork(config(tiny, **shared), network.run, double, text, 8)
+    for still in (learner(tiny, double, text, **{**knobs, "PHASED_TTT_NUM_PHASES": 0}), single):
+        walk(still, text)
+        assert torch.equal(still.model.softcap.caps, packed["softcap.caps"])
+    assert all(torch.equal(p, packed[name]) for name, p in double.state_dict().items())
+    assert not double.softcap.caps.requires_grad, "as it was unpacked"
+
+
 # ---- memory
 
 
@@ -354,7 +378,7 @@ def test_passes_through_one_block_learn_different_things(tiny, text):
     batch = tg.DocumentBatch(network, network.documents[:3])
     for _ in tg.score_then_learn(text.tokens, batch.n, network.chunk_end, batch, [batch]):
         pass
-    first, second = (batch.b[list(network.shapes).index((slot, "blocks.0.mlp"))] for slot in (0, 1))
+    first, second = (network.adapters(batch.params).lora[slot, "blocks.0.mlp"].b for slot in (0, 1))
     assert first.abs().max() > 0 and not torch.allclose(first, second)
 
 
@@ -496,6 +520,13 @@ def test_the_audit_passes_and_sees_several_blocks_and_phases(tiny, model, data, 
     )
 
 
+@pytest.mark.parametrize(("given", "audited"), [(0, 0), (60, 60), (65536, 112)])
+def test_the_audit_shortens_blocks_that_are_long_for_its_prefix(tiny, model, data, given, audited):
+    cfg = config(tiny, **{**TTT, "TTT_BLOCK_TOKENS": given, "NGRAM_SCORE": "off"})
+    text = tg.load_validation(config(tiny, VAL_TOKENS=900), data.folder, tg.Tokenizer(data.tokenizer, VOCAB))
+    assert tg.Audit(cfg, tg.Run(cfg, 0, 0, 1, 1), model, text, "ttt").cfg.ttt_block_tokens == audited
+
+
 def test_the_claim_fails_its_audit(tiny, script):
     assert script(tiny, NGRAM_SCORE="exact,claimed", NGRAM_BUCKETS=256).status == 0
     base = {k: tiny[k] for k in ("DATA_PATH", "DEVICE", "ATTENTION", "LOG_DIR")}
@@ -505,4 +536,9 @@ def test_the_claim_fails_its_audit(tiny, script):
     failed = script(audit, RUN_ID="claim", NGRAM_SCORE="claimed")
     assert failed.status == 1
     verdict = {row["name"]: row["passed"] for row in events({**audit, "RUN_ID": "claim"}, "audit")[0]["checks"]}
-    assert verdict["roundtrip: a distribution"] and not verdict["claimed: a distribution"]
+    assert [name for name, passed in verdict.items() if not passed] == [
+        "claimed: a distribution",
+        "claimed: noise costs its entropy",
+    ]
+    assert "audit claimed: a distribution: FAILED (sum at target" in failed.out
+    assert "audit claimed: noise costs its entropy: FAILED (" in failed.out
