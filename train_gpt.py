@@ -1431,6 +1431,7 @@ class Run:
             torch.backends.cuda.matmul.allow_tf32 = True
             # A graph for each sequence length, size of micro-batch, state of QAT and stage: beyond 8 they would run eager unnoticed.
             torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.specialize_float = True  # or a graph of all sizes is made twice, for its LoRA's scale
         elif self.device.type == "cpu":
             tune_cpu(local_world)
 
@@ -7631,13 +7632,12 @@ class DocumentBatch:
         start = lo - 1 if self.cache is not None else max(0, hi - 1 - network.cfg.ttt_eval_len)
         ids = self.gather(tokens, start, hi, rows, BOS)
         self.live = self.params[:rows].detach().requires_grad_()  # one graph, whoever learns
-        ctx = network.adapters(self.live)._replace(one_document=True)
-        if self.cache is not None:
-            ctx = ctx._replace(cache=self.cache.first(rows))
+        cache = None if self.cache is None else self.cache.first(rows)
         # One graph for any number of rows and length; a single row, a document's first chunk and a cache would need others.
-        usual = self.cache is None and rows > 1 and lo > 1
+        usual = cache is None and rows > 1 and lo > 1
         kernel = functools.partial(network.compute, last_logits) if usual else last_logits
         with torch.enable_grad():
+            ctx = network.adapters(self.live)._replace(cache=cache, one_document=True)
             z = kernel(network.model, ids[:, :-1], hi - lo, ctx)
             targets = ids[:learners, lo - hi :]
             nll = F.cross_entropy(z[:learners].flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
@@ -7692,8 +7692,8 @@ class DocumentLoraNetwork(TestTimeNetwork):
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
         super().__init__(cfg, run, model, text, stride)
         self.rows, self.seq_len = cfg.ttt_batch_size, cfg.ttt_eval_len
-        self.width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else self.seq_len  # tokens that a chunk sends, at most
         self.compiled = self.compile(last_logits, dynamic=True)  # a batch grows chunk by chunk, and loses rows
+        self.width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else self.seq_len  # tokens that a chunk sends, at most
         self.documents = documents_of(text.tokens)
         self.edges = block_edges(self.documents, block_size(cfg, self.n_tokens))
         self.phases = phase_edges(self.edges, cfg.phased_ttt_prefix, cfg.phased_ttt_num_phases)

@@ -51,8 +51,9 @@ def test_each_length_of_a_schedule_is_one_graph_however_its_documents_lie():
 
 
 def test_a_lora_a_document_is_one_graph_however_long_and_many_they_are():
-    env = small("baseline", **FEWER, DOC_MASK=1, TTT_ENABLED=1, TTT_RESET="document", TTT_LORA_SITES="q,o,mlp,head", TTT_LORA_BLOCKS=0,
-                TTT_LORA_RANK=2, TTT_EVAL_SEQ_LEN=16, TTT_CHUNK_SIZE=4, TTT_BATCH_SIZE=4)  # fmt: skip
+    knobs = {"NUM_LAYERS": 1, "DOC_MASK": 1, "TTT_ENABLED": 1, "TTT_RESET": "document", "TTT_LORA_SITES": "q,mlp,head", "TTT_LORA_BLOCKS": 0,
+             "TTT_LORA_RANK": 2, "TTT_EVAL_SEQ_LEN": 16, "TTT_CHUNK_SIZE": 4, "TTT_BATCH_SIZE": 4}  # fmt: skip
+    env = small("baseline", **{**FEWER, **knobs})
     with gpu_form():
         found = list(scoring(env, "aot_eager"))[-1]
     assert (found.stage, found.primed, found.later) == ("ttt", 1, 0) and found.difference < 2e-3
@@ -86,6 +87,7 @@ def test_documents_outlive_a_failing_compiler(kernel):
         TTT_EVAL_SEQ_LEN=16,
         TTT_CHUNK_SIZE=4,
         TTT_BATCH_SIZE=4,
+        TTT_EPOCHS=2,
     )
     scores = []
     for compiled in (None, kernel):
