@@ -725,9 +725,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # #2135, but for the coding of weights (one step a tensor fills the limit, trellis paths; a low-rank correction only where it pays its
     # bytes) and the order of the text, in which documents train: 3.5 blocks up to whose ends it holds what was scored.
-    # Evaluation on 8xH100, estimated from the published runs, not measured with this script: loading 30 s, roundtrip 10, test-time
-    # training 340 with its phase, statistics of 16 orders 25 (shared by tilt and n-grams), mixing 30, together 435 of 600. Sliding windows would add 100 and no
-    # stage builds on them: each chunk of a document sees as much context.
+    # Evaluation on 8xH100: benchmarks/ttt.py --estimate writes the sum down, 542 of 600 s at 11 % of peak, not measured; TTT_KV_CACHE=1
+    # would take most of it away. Sliding windows would add 100 and no stage builds on them: a chunk of a document sees as much context.
     "frontier": {
         **_SEQ_2048, "VOCAB_SIZE": 8192, "NUM_LAYERS": 11, "MLP_MULT": 4.0, "LEAKY_SLOPE": 0.5, "XSA_LAST_N": -1,
         "ROPE_DIMS": 16, "LN_SCALE": "in", "QK_GAIN_INIT": 5.0, "LINEAR_INIT": "orthogonal", "ASYM_LOGIT_RESCALE": True,
