@@ -2138,7 +2138,7 @@ def find_segments(ids_BT: Tensor, longest: int, least_bounds: int = 0, cache: KV
 
 
 def adapted(y: Tensor, x: Tensor, site: str, ctx: Ctx) -> Tensor:
-    """y (..., out) plus what the LoRA of this pass and site makes of x (..., in); y itself where there is none."""
+    """What the LoRA of this pass and site makes of x (..., in) and the projection y (..., out); y where there is none."""
     return ctx.lora[ctx.slot, site](x, y) if (ctx.slot, site) in ctx.lora else y
 
 

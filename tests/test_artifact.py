@@ -542,7 +542,7 @@ def test_packed_script_trains_the_same_artifact_to_the_same_score(tiny, script, 
     packed.write_bytes(tg.pack_code(tg.source_text()))
     torch.set_num_threads(1)
     ours = {**tiny, "GPTQ_ENABLED": "1", "GPTQ_N_SAMPLES": "4"}
-    theirs = {**ours, "LOG_DIR": str(tmp_path / "packed")}
+    theirs = {**ours, "LOG_DIR": str(tmp_path / "packed"), "CODE_FORM": "packed"}
     first = script(ours)
     second = subprocess.run(
         [sys.executable, packed], env=process_env(theirs), cwd=tmp_path, capture_output=True, text=True

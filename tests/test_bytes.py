@@ -329,7 +329,7 @@ def test_a_sidecar_of_other_shards_is_refused(manifest, cased, tiny):
     gone.unlink()
     assert f"{gone}: is missing beside its shard" in data.refusal(tiny)
     (data.folder / "fineweb_val_bytes_000000.bin").unlink()
-    assert "VAL_BYTES=sidecar: no fineweb_val_bytes_*.bin" in data.refusal(tiny, VAL_BYTES="sidecar")
+    assert f"VAL_BYTES=sidecar: {data.folder} has no fineweb_val_bytes_*.bin" in data.refusal(tiny, VAL_BYTES="sidecar")
     assert data.load(tiny).bytes_from == "tokenizer"
 
 
@@ -408,5 +408,5 @@ def test_a_run_on_caseops_says_what_it_counted(cased, tiny, script, tmp_path):
 
 def test_caseops_needs_its_operators_as_pieces(train):
     path = train({})
-    with pytest.raises(tg.ConfigError, match="CaseOps text needs U\\+E001 to U\\+E004 as pieces"):
+    with pytest.raises(tg.ConfigError, match="lacks CaseOps' U\\+E001 to U\\+E004; name the data's tokenizer"):
         tg.Tokenizer(path, tokenizer_of(path).sp.vocab_size(), "caseops")

@@ -13,7 +13,6 @@ import torch
 from conftest import BOS, config, events, finished, losses, score_of, spawn, tiny_env, write_shard
 from test_model import V, build, like, tokens
 from test_model import config as model_config
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as tg
 
@@ -342,21 +341,6 @@ def test_no_token_changes_what_was_predicted_before_it(name):
     other[:, 11] = ids[:, 11] % (V - 2) + 2
     a, b = model.features(ids), model.features(other)
     assert torch.equal(a[:, :11], b[:, :11]) and not torch.equal(a[:, 11], b[:, 11])
-
-
-def test_two_plans_are_two_graphs_without_a_break():
-    loop = {"num_layers": 4, "num_loops": 1, "loop_start": 1, "loop_end": 1, "loop_carry": "1.5,.2"}
-    model, ids = build(noise=0.1, **{**FRONTIER, **loop}), tokens()
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
-    for looped in (False, True, False, True):
-        model.set_looped(looped)
-        loss = compiled(ids[:, :-1], ids[:, 1:]).mean()
-        loss.backward()
-        assert torch.allclose(loss, model(ids[:, :-1], ids[:, 1:]).mean(), atol=1e-6)
-    assert counter.frame_count == 2
-    torch._dynamo.reset()
 
 
 # ---- mistakes

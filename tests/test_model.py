@@ -581,15 +581,15 @@ def test_a_lora_adds_its_delta_and_a_zero_one_is_nothing():
     ids = tokens()
     plain = model.logits(model.features(ids))
     sites = {**model.sites(), "head": torch.Size((V, 32))}
-    zeros = {site: lambda x, n=shape[0]: x.new_zeros(*x.shape[:-1], n) for site, shape in sites.items()}
+    zeros = {site: lambda _, y: y + torch.zeros_like(y) for site in sites}
     zero = tg.Ctx(lora=every_pass(model, zeros))
     assert torch.equal(model.logits(model.features(ids, zero), zero), plain)
     for site in sites:  # each site is reached
-        one = tg.Ctx(lora=every_pass(model, {site: zero_plus_one(sites[site][0])}))
+        one = tg.Ctx(lora=every_pass(model, {site: plus_one}))
         assert not torch.equal(model.logits(model.features(ids, one), one), plain), site
     site = "blocks.1.mlp.up"
     d = torch.randn(sites[site]) * 0.1
-    delta = model.logits(model.features(ids, tg.Ctx(lora=every_pass(model, {site: lambda x: F.linear(x, d)}))))
+    delta = model.logits(model.features(ids, tg.Ctx(lora=every_pass(model, {site: lambda x, y: y + F.linear(x, d)}))))
     with torch.no_grad():
         model.get_parameter(site + ".weight").add_(d)
     assert torch.allclose(delta, model.logits(model.features(ids)), atol=1e-4)
@@ -600,8 +600,9 @@ def every_pass(model: tg.GPT, lora: dict) -> dict:
     return {(slot, site): f for site, f in lora.items() for slot in range(-1, len(model.plan))}
 
 
-def zero_plus_one(n: int):
-    return lambda x: F.one_hot(torch.tensor(0), n).to(x).expand(*x.shape[:-1], n)
+def plus_one(_x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A LoRA that adds 1 to the first output."""
+    return y + F.one_hot(torch.tensor(0), y.shape[-1]).to(y)
 
 
 @pytest.mark.parametrize("knobs", [EVERYTHING, {**EVERYTHING_ELSE, "adapter_rank": 0, "adapter_b_init": "zero"}])
