@@ -9349,7 +9349,7 @@ def run_train(loaded: LoadedConfig) -> int:
         if run.rank == 0:
             seed, length = derive_seed(cfg.seed, "sample"), min(48, cfg.train_seq_len)
             written = sample_calibration_text(model.eval(), 1, length, seed)
-            run.log(f"sample: {opened.tokenizer.sp.decode(written[0, 1:].tolist())!r}")
+            run.log(f"sample: {opened.tokenizer.decode(written[0, 1:].cpu().numpy())[0]!r}")
         return score_artifact(opened, blob, result.seconds + calibration_s)
     except Exception:
         run.notice(f"the artifact is whole: MODE=eval ARTIFACT={run.artifact_path} scores it")

@@ -365,12 +365,16 @@ def test_operators_out_of_place_are_found(cased, tiny):
     assert not check.passed and "1 operators out of place" in check.detail
 
 
-def test_a_run_on_caseops_says_what_it_counted(cased, tiny, script, tmp_path):
+def test_a_run_on_caseops_says_what_it_counted(cased, tiny, script, tmp_path, monkeypatch):
     data = cased("own")
+    document = torch.from_numpy(data.tokens[: np.flatnonzero(data.tokens == 1)[1]])
+    assert data.tokenizer.operators[document].any()
+    monkeypatch.setattr(tg, "sample_calibration_text", lambda *_: document[None])
     env = {**tiny, "DATA_PATH": str(data.folder), "EVAL_STRIDE": "0", "ITERATIONS": "1", "NGRAM_SCORE": "off"}
     del env["VOCAB_SIZE"]
     result = script(env)
     assert result.status == 0 and "bytes_from:sidecar transform:caseops" in result.out
+    assert f"sample: {data.tokenizer.decode(document[1:].numpy())[0]!r}" in result.out  # original text, case restored
     facts = events(env, "run")[0]
     assert facts["data"]["bytes_from"] == "sidecar" and facts["data"]["transform"] == "caseops"
     assert (
