@@ -43,6 +43,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -2475,14 +2476,22 @@ def attend_flash(module: str) -> AttentionKernel:
     return attend
 
 
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
-    """PyTorch's own FlashAttention of packed sequences, in bf16 on a GPU; SDPA without segments."""
-    if segments is None:
-        return attend_sdpa(q, k, v)
+def attend_varlen() -> AttentionKernel:
+    """PyTorch's own FlashAttention of packed sequences, in bf16 on a GPU; SDPA without segments. Torch 2.11 and 2.12 changed its options."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = q.shape[2] != k.shape[2]
-    return attend_packed(functools.partial(varlen_attn, window_size=(-1, 0), enable_gqa=grouped), q, k, v, segments)
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
+        if segments is None:
+            return attend_sdpa(q, k, v)
+        grouped = {"enable_gqa": q.shape[2] != k.shape[2]} if "enable_gqa" in known else {}
+        if not grouped:
+            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+        return attend_packed(functools.partial(varlen_attn, **causal, **grouped), q, k, v, segments)
+
+    return attend
 
 
 PLAIN_ATTENTION = {"sdpa": attend_sdpa, "blocks": attend_blocks}  # run wherever PyTorch does
@@ -2511,7 +2520,7 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionK
         if name != "auto":
             raise ConfigError(f"ATTENTION={name}: {reason}; use ATTENTION=auto or ATTENTION=sdpa")
     packed = cfg.doc_mask and device.type == "cuda" and compute_dtype(cfg.train_dtype, device) == torch.bfloat16
-    return ("varlen", attend_varlen) if packed else ("sdpa", attend_sdpa)
+    return ("varlen", attend_varlen()) if packed else ("sdpa", attend_sdpa)
 
 
 # ---- operations on the heads' outputs

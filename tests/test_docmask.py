@@ -95,16 +95,31 @@ def varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal=False, window_size=(-1, -1)
     return torch.cat([tg.attend_sdpa(q[None, p], k[None, p], v[None, p])[0] for p in parts])
 
 
+def varlen_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1)):
+    """Torch 2.11's: as many heads of keys as of queries."""
+    assert q.shape == k.shape
+    return varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size=window_size)
+
+
+def varlen_2_10(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
+    """Torch 2.10's."""
+    assert q.shape == k.shape
+    return varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal=is_causal)
+
+
 def fakes(monkeypatch) -> dict[str, tg.AttentionKernel]:
     """Every kernel; those of a GPU with their packages replaced by what they promise."""
     monkeypatch.setitem(sys.modules, "fake_flash", SimpleNamespace(
         flash_attn_func=None, flash_attn_varlen_func=lambda *args, causal: (varlen(*args, causal=causal), None)))  # fmt: skip
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    packed = {}
+    for name, kernel in (("varlen", varlen), ("varlen of 2.11", varlen_2_11), ("varlen of 2.10", varlen_2_10)):
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+        packed[name] = tg.attend_varlen()
     return {
+        **packed,
         "sdpa": tg.attend_sdpa,
         "blocks": tg.attend_blocks,
         "flash": tg.attend_flash("fake_flash"),
-        "varlen": tg.attend_varlen,
     }
 
 
