@@ -62,7 +62,10 @@ def trainer_of(cfg: tg.Config) -> tg.Trainer:
     torch.manual_seed(cfg.seed)
     model = tg.build_model(cfg, run)
     trainer = tg.Trainer(
-        cfg, run, model, tg.TokenStream(tg.load_split(tg.find_data(cfg).folder, "train"), cfg.vocab_size)
+        cfg,
+        run,
+        model,
+        tg.TokenStream(tg.load_split(tg.find_data(cfg, vocab_size=cfg.vocab_size).folder, "train"), cfg.vocab_size),
     )
     trainer.compile()
     return trainer
@@ -105,7 +108,7 @@ def scores(tiny: bool) -> dict[str, float]:
         cfg = knobs(
             "cpu", tiny, DEVICE=device, TRAIN_DTYPE="fp32", VAL_TOKENS=200 if tiny else 20_000, NGRAM_TABLE="none"
         )
-        run, paths = quiet_run(cfg), tg.find_data(cfg)
+        run, paths = quiet_run(cfg), tg.find_data(cfg, vocab_size=cfg.vocab_size)
         torch.manual_seed(0)
         model = tg.build_model(cfg, run)
         with torch.no_grad():
@@ -175,7 +178,7 @@ def evaluation(tiny: bool) -> dict[str, float]:
         VAL_TOKENS=200 if tiny else 60_000,
         NGRAM_SCORE="off",
     )
-    run, paths = quiet_run(cfg), tg.find_data(cfg)
+    run, paths = quiet_run(cfg), tg.find_data(cfg, vocab_size=cfg.vocab_size)
     model = tg.build_model(cfg, run)
     text = tg.load_validation(cfg, paths.folder, tg.Tokenizer(paths.tokenizer, cfg.vocab_size))
     results = tg.evaluate(tg.Evaluation(cfg, run, model, text), ("roundtrip", "sliding"))

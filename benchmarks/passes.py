@@ -30,7 +30,12 @@ def trainer(loops: int, knobs: dict[str, str]) -> tg.Trainer:
     run = tg.Run(cfg, rank=0, local_rank=0, world=1, local_world=1)
     torch.manual_seed(0)
     model = tg.GPT(cfg).place(run.device, tg.choose_attention(cfg, run.device)[1], cfg.train_dtype)
-    return tg.Trainer(cfg, run, model, tg.TokenStream(tg.load_split(tg.find_data(cfg).folder, "train"), cfg.vocab_size))
+    return tg.Trainer(
+        cfg,
+        run,
+        model,
+        tg.TokenStream(tg.load_split(tg.find_data(cfg, vocab_size=cfg.vocab_size).folder, "train"), cfg.vocab_size),
+    )
 
 
 def main() -> None:

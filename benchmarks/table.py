@@ -41,7 +41,7 @@ def main() -> None:
         "TTT_ENABLED": "0",
     }
     cfg = tg.load_config(env, tg.read_header(blob).fields["config"]).cfg
-    run, paths = tg.Run(cfg, 0, 0, 1, 1), tg.find_data(cfg)
+    run, paths = tg.Run(cfg, 0, 0, 1, 1), tg.find_data(cfg, vocab_size=cfg.vocab_size)
     text = tg.load_validation(cfg, paths.folder, tg.Tokenizer(paths.tokenizer, cfg.vocab_size))
     learned = np.concatenate([np.asarray(shard) for shard in tg.load_split(paths.folder, "train")])[
         : args.tokens

@@ -68,7 +68,7 @@ class Bench:
         }
         self.phase = {"PHASED_TTT_NUM_PHASES": "1", "GLOBAL_TTT_CHUNK_TOKENS": "1024", "GLOBAL_TTT_LR": "0.001"}
         cfg = self.config()
-        self.run, paths = tg.Run(cfg, 0, 0, 1, 1), tg.find_data(cfg)
+        self.run, paths = tg.Run(cfg, 0, 0, 1, 1), tg.find_data(cfg, vocab_size=cfg.vocab_size)
         tokenizer = tg.Tokenizer(paths.tokenizer, cfg.vocab_size)
         self.text = tg.load_validation(cfg, paths.folder, tokenizer)
         held = np.array(tg.load_split(paths.folder, "train")[-1][-args.training_tokens :]).astype(np.int64)
