@@ -7356,8 +7356,9 @@ def lora_sites(cfg: Config, model: GPT) -> dict[tuple[int, str], tuple[int, int]
 
 
 class TestTimeNetwork(NetworkExpert):
-    """The network with LoRA that learn from scored text, at the targets in `edges` alone; a subclass says what is learned there.
+    """The network with LoRA that learn from scored text, at the targets in `edges` alone.
 
+    A subclass has `learn(tokens, lo, hi)`, which learns from the targets [lo, hi), all of them scored.
     It computes with a copy of the model, so that no other stage sees what was learned here. Ranks share the work and sum
     gradients, so that all of them learn the same.
     """
@@ -7406,10 +7407,6 @@ class TestTimeNetwork(NetworkExpert):
         while self.learned < hi and (end := self.learns_at(self.learned)) <= hi < self.n_tokens:
             self.learn(tokens, self.learned, end)
             self.learned = end
-
-    def learn(self, tokens: Tensor, lo: int, hi: int) -> None:
-        """Learn from the targets [lo, hi), all of them scored."""
-        raise NotImplementedError
 
     def descend(self, tokens: Tensor, spans: list[tuple[int, int]], params: list[Tensor], ctx: Ctx, clip: float,
                 optimizer: torch.optim.Optimizer) -> None:  # fmt: skip
