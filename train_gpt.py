@@ -9073,8 +9073,8 @@ class OpenRun(NamedTuple):
         return self.loaded.cfg
 
 
-def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
-    """Read tokenizer and validation text, then start and name the run; logs are opened later, after all checks.
+def fit_data(loaded: LoadedConfig, tokenizer_sha256: str = "") -> tuple[LoadedConfig, DataPaths]:
+    """Where the data are, and the configuration with VOCAB_SIZE of their tokenizer where nobody set it.
 
     An artifact's hash of its tokenizer, where it is given, chooses among downloads.
     """
@@ -9083,6 +9083,12 @@ def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     if not bound:
         cfg = dataclasses.replace(loaded.cfg, vocab_size=open_tokenizer(paths.tokenizer).vocab_size())
         loaded = loaded._replace(cfg=cfg, source={**loaded.source, "VOCAB_SIZE": "tokenizer"})
+    return loaded, paths
+
+
+def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
+    """Read tokenizer and validation text, then start and name the run; logs are opened later, after all checks."""
+    loaded, paths = fit_data(loaded, tokenizer_sha256)
     cfg = loaded.cfg
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform)
     text = load_validation(cfg, paths.folder, tokenizer)

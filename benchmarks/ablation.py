@@ -53,22 +53,27 @@ TECHNIQUES: dict[str, dict[str, str]] = {
     "gated XSA": {"XSA_LAST_N": "-1", "XSA_GATED": "1"},
     "QK gain 5": {"QK_GAIN_INIT": "5"},
     "LN scale in": {"LN_SCALE": "in"},
+    "documents apart": {"DOC_MASK": "1"},
+    "sequences of 256, then 512": {"TRAIN_SEQ_SCHEDULE": "256@0.6,512@1.0"},
     "RoPE on 16 dims": {"ROPE_DIMS": "16"},
     "value residual": {"VALUE_RESIDUAL": "softmax"},
     "slope .3": {"LEAKY_SLOPE": "0.3"},
-    "slope 0": {"LEAKY_SLOPE": "0"},
+    "slope .9": {"LEAKY_SLOPE": "0.9"},
     "orthogonal init": {"LINEAR_INIT": "orthogonal"},
     "MuonEq-R": {"MUON_ROW_NORMALIZE": "1"},
     "Polar Express": {"NEWTON_SCHULZ": "polar"},
     "MuonEq-R + Polar Express": {"MUON_ROW_NORMALIZE": "1", "NEWTON_SCHULZ": "polar"},
     "MATRIX_LR .028": {"MATRIX_LR": "0.028"},
+    "MATRIX_LR .06": {"MATRIX_LR": "0.06"},
+    "MATRIX_LR .06 + MuonEq-R + Polar Express": {"MATRIX_LR": "0.06", "MUON_ROW_NORMALIZE": "1", "NEWTON_SCHULZ": "polar"},
     "decay .095": {"MUON_WD": "0.095", "EMBED_WD": "0.085", "ADAM_WD": "0.02"},
     "beta2 .99": {"BETA2": "0.99"},
     "clip at .3": {"GRAD_CLIP_NORM": "0.3"},
     "warmdown .85": {"WARMDOWN_FRAC": "0.85"},
     "floor .1 + three EMAs": {"MIN_LR": "0.1", "EMA_DECAYS": ".9,.97,.99"},
     "three EMAs": {"EMA_DECAYS": ".9,.97,.99"},
-    "4,096 tokens a step": {"TRAIN_BATCH_TOKENS": "4096"},
+    "8,192 tokens a step": {"TRAIN_BATCH_TOKENS": "8192"},
+    "2,048 tokens a step": {"TRAIN_BATCH_TOKENS": "2048"},
     "sequences of 256": {"TRAIN_SEQ_LEN": "256", "EVAL_SEQ_LEN": "512"},
     "MLP 3x": {"MLP_MULT": "3"},
     "6 blocks": {"NUM_LAYERS": "6"},
@@ -94,10 +99,10 @@ class Text(NamedTuple):
 
 
 def configure(seed: int, data: str, seconds: float, knobs: dict[str, str]) -> tg.Config:
-    """RECIPE=cpu with `knobs`, trained for that many seconds; the last 40 % are the warmdown unless the knobs say otherwise."""
+    """RECIPE=cpu with `knobs`, trained for that many seconds."""
     env = {"RECIPE": "cpu", "DEVICE": "cpu", "SEED": str(seed), "DATA_PATH": data, "MAX_WALLCLOCK_SECONDS": str(seconds),
-           "COMPILE": "0", "NGRAM_TABLE": "none", "WARMDOWN_FRAC": "0.4", **knobs}  # fmt: skip
-    return tg.load_config(env).cfg
+           "COMPILE": "0", "NGRAM_TABLE": "none", **knobs}  # fmt: skip
+    return tg.fit_data(tg.load_config(env))[0].cfg
 
 
 def load_text(cfg: tg.Config, held_back: int) -> Text:
@@ -109,7 +114,7 @@ def load_text(cfg: tg.Config, held_back: int) -> Text:
             f"--held-back {held_back}: the last shard of {paths.folder} has {len(last)} tokens; at most half may be held back"
         )
     tokens = last[-held_back:]
-    counts = tg.Tokenizer(paths.tokenizer, cfg.vocab_size).count_bytes(tokens)
+    counts = tg.Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform).count_bytes(tokens)
     return Text([*shards, last[:-held_back]], torch.from_numpy(tokens.astype("int64")), torch.from_numpy(counts))
 
 
@@ -198,7 +203,7 @@ def together(names: list[str]) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=str(tg.SAMPLE_DIR), help="folder of shards and tokenizer")
+    parser.add_argument("--data", default=str(tg.SAMPLE_CASEOPS), help="folder of shards and tokenizer")
     parser.add_argument("--screen", type=float, default=60.0, help="seconds of training in the first stage")
     parser.add_argument(
         "--final", type=float, default=240.0, help="seconds of training in the second stage; 0: only the first"

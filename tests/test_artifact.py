@@ -3,6 +3,7 @@
 import ast
 import builtins
 import hashlib
+import json
 import os
 import random
 import re
@@ -504,37 +505,47 @@ def test_the_checker_reads_the_packed_script_without_running_it(tmp_path, monkey
     assert path.stat().st_size <= 82_000
 
 
-def test_packed_script_behaves_like_its_source(tmp_path):
+ASK_THE_PACKED = """
+import contextlib, inspect, io, json, os, sys, traceback
+import train_gpt
+
+def run(*args, **more):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = train_gpt.main(list(args), {**os.environ, **more})
+    return status, out.getvalue(), err.getvalue()
+
+try:
+    train_gpt.main(1, 2)
+except TypeError:
+    trace = traceback.format_exc()
+print(json.dumps({"again": run(MODE="pack_code"), "refused": run(MODE="pack_code"), "help": run("--help"), "trace": trace,
+                  "bad": run(NUM_HEADS="3", MUON_MOMENTUN="1"), "main": inspect.getsource(train_gpt.main)}))
+"""
+
+
+def test_packed_script_behaves_like_its_source(tmp_path, script):
     """Help, configuration, error and exit status, packing itself again; tracebacks show real lines."""
     packed, made = tmp_path / "train_gpt.py", tmp_path / "train_gpt_packed.py"
-    env = {"PATH": os.environ["PATH"], "MODE": "pack_code", "LOG_DIR": str(tmp_path)}
-
-    def run(script, *args, **more):
-        return subprocess.run(
-            [sys.executable, script, *args], env={**env, **more}, cwd=tmp_path, capture_output=True, text=True
-        )
-
-    script = Path(tg.__file__)
-    assert run(script).returncode == 0
-    packed.write_bytes(made.read_bytes())
+    bad, env = {"NUM_HEADS": "3", "MUON_MOMENTUN": "1"}, {"PATH": os.environ["PATH"], "LOG_DIR": str(tmp_path)}
+    assert script({"MODE": "pack_code", "LOG_DIR": str(tmp_path / "ours")}).status == 0
+    packed.write_bytes((tmp_path / "ours" / made.name).read_bytes())
     assert packed.read_bytes() == tg.pack_code(tg.source_text())
-    refused, again = run(packed), run(packed, LOG_DIR=str(tmp_path / "again"))
-    assert (refused.returncode, again.returncode) == (2, 0) and "FORCE=1" in refused.stderr, again.stderr
-    assert (tmp_path / "again" / made.name).read_bytes() == packed.read_bytes()
-    ours, theirs = run(script, "--help"), run(packed, "--help")
-    knobs = [
-        [line.split()[0] for line in h.stdout.splitlines() if line.startswith(("  ", "["))] for h in (ours, theirs)
-    ]
+    program = subprocess.run([sys.executable, packed], env={**env, **bad}, cwd=tmp_path, capture_output=True, text=True)
+    assert (program.returncode, program.stderr) == (2, script({**env, **bad}).err)
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK_THE_PACKED], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    told = json.loads(asked.stdout)
+    assert told["again"][0] == 0 and made.read_bytes() == packed.read_bytes(), told["again"]
+    assert told["refused"][0] == 2 and "FORCE=1" in told["refused"][2]
+    assert told["bad"] == [2, "", program.stderr]
+    knobs = [[line.split()[0] for line in text.splitlines() if line.startswith(("  ", "["))]
+             for text in (script({}, "--help").out, told["help"][1])]  # fmt: skip
     assert knobs[0] == knobs[1] and "[8" in knobs[1]  # the packed form leaves out what each knob does
-    bad = run(packed, NUM_HEADS="3", MUON_MOMENTUN="1")
-    assert (bad.returncode, bad.stderr) == (2, run(script, NUM_HEADS="3", MUON_MOMENTUN="1").stderr)
-    lines = "import train_gpt, traceback\ntry: train_gpt.main(1, 2)\nexcept TypeError: print(traceback.format_exc())"
-    trace = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True).stdout
-    quoted = [line.strip() for line in trace.splitlines() if line.startswith("    ") and "^" not in line][-1]
+    quoted = [line.strip() for line in told["trace"].splitlines() if line.startswith("    ") and "^" not in line][-1]
     assert quoted in tg.shorten_names(tg.strip_source(tg.source_text())), "a traceback quotes the unpacked line"
-    lines = "import train_gpt, inspect; print(inspect.getsource(train_gpt.main))"  # as Triton and torch.compile ask
-    shown = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True).stdout
-    assert shown.startswith("def main(")
+    assert told["main"].startswith("def main("), "as Triton and torch.compile ask for a function's source"
 
 
 def test_packed_script_trains_the_same_artifact_to_the_same_score(tiny, script, tmp_path):

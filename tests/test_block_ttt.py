@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, config, events, torchrun
+from conftest import VOCAB, config, events, run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluator import model  # noqa: F401 (a fixture)
@@ -240,7 +240,7 @@ def test_any_number_of_ranks_gives_the_same_scores(tiny, double, text, ranks):
     assert all(dealt) and sum(map(len, dealt)) == len(networks[0].documents), "each rank has documents, none twice"
 
 
-def test_ranks_of_torchrun_score_alike(tiny, script):
+def test_two_processes_score_alike(tiny, script):
     knobs = {**TTT, **PHASES, "NGRAM_SCORE": "off", "EVAL_STAGES": "ttt", "VAL_TOKENS": 300, "ITERATIONS": 2}
     env = {**tiny, **{name: str(value) for name, value in knobs.items()}}
     assert script(env).status == 0
@@ -252,7 +252,7 @@ def test_ranks_of_torchrun_score_alike(tiny, script):
         "RUN_ID": "shared",
         "VAL_TOKENS": "300",
     }
-    assert torchrun(shared, 2).status == 0
+    run_ranks(shared, 2)
     (mine,), (theirs,) = events(shared, "stage"), events(env, "stage")
     assert abs(mine["val_bpb"] - theirs["val_bpb"]) < 1e-5
 

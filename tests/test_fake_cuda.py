@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import types
-from pathlib import Path
 
-import fake_cuda
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, SEQ, config, events, tiny_env, torchrun
+from conftest import SCRIPT, SEQ, config, events, run_ranks, tiny_env
 from fake_cuda import DeviceMismatch, FakeCuda
 from test_recipes import small
 
@@ -125,9 +123,7 @@ def test_two_ranks_keep_cudas_rules(data, tmp_path):
     env = tiny_env(data, tmp_path, DEVICE="cuda", ITERATIONS=2, NUM_HEADS=2, GPTQ_ENABLED=1, GPTQ_N_SAMPLES=2, CHECKPOINT_EVERY=1,
                    EMA_DECAY=0.9, COMPLEMENT_ALPHA=0.5, TTT_ENABLED=1, TTT_CHUNK_TOKENS=48, NGRAM_TABLE="pr1095", NGRAM_SCORE="exact",
                    VAL_TOKENS=80, VAL_BATCH_TOKENS=256, EVAL_STRIDE=16)  # fmt: skip
-    result = torchrun(env, 2, Path(fake_cuda.__file__))
-    assert result.status == 0, result.err
-    assert result.err.count(" kernels") == 2 and events(env, "score")[-1]["val_bpb"] > 0
+    assert run_ranks(env, 2, "fake_cuda").count(" kernels") == 2 and events(env, "score")[-1]["val_bpb"] > 0
 
 
 def test_less_memory_makes_the_same_steps(data, tmp_path, script):

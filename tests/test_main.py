@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from conftest import (
     children,
     events,
     finished,
+    free_port,
     losses,
     score_of,
     spawn,
@@ -355,12 +355,6 @@ def test_any_number_of_ranks_trains_the_same_and_scores_the_same(tmp_path, data,
     assert script(alone, MODE="eval", RUN_ID="alone").status == 0
     for mine, theirs in zip(events({**env, "RUN_ID": "alone"}, "stage"), events(env, "stage"), strict=True):
         assert abs(mine["val_bpb"] - theirs["val_bpb"]) < 1e-6 and mine["bytes"] == theirs["bytes"]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_two_nodes_work_and_all_ranks_stop_on_the_same_step(tmp_path, data, single):

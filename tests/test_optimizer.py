@@ -476,7 +476,7 @@ def test_several_processes_equal_one(world, tmp_path):
     alone = {dtype: train_alone(dtype, parts) for dtype in DTYPES}
     for dtype in DTYPES:
         torch.save(alone[dtype], tmp_path / f"alone-{dtype}.pt")
-    mp.spawn(worker, (world, str(tmp_path)), nprocs=world)
+    mp.start_processes(worker, (world, str(tmp_path)), nprocs=world, start_method="forkserver")
     for dtype, tolerance in {"fp32": {"rtol": 1e-4, "atol": 1e-5}, "bf16": {"rtol": 0.02, "atol": 2e-3}}.items():
         expected = alone[dtype]
         ranks = [torch.load(tmp_path / f"{dtype}-{rank}.pt", weights_only=True) for rank in parts]

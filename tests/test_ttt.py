@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SEQ, config, events, torchrun
+from conftest import SEQ, config, events, run_ranks
 from test_evaluator import model, text  # noqa: F401 (fixtures)
 
 import train_gpt as tg
@@ -179,6 +179,6 @@ def test_ranks_adapt_alike(tiny, script):
     assert script(env).status == 0
     base = {k: env[k] for k in ("DATA_PATH", "DEVICE", "ATTENTION", "LOG_DIR")}
     shared = {**base, "MODE": "eval", "ARTIFACT": str(Path(env["LOG_DIR"]) / "tiny.pgz"), "RUN_ID": "shared"}
-    assert torchrun(shared, 2).status == 0
+    run_ranks(shared, 2)
     for mine, theirs in zip(events(shared, "stage"), events(env, "stage"), strict=True):
         assert mine["stage"] == theirs["stage"] and abs(mine["val_bpb"] - theirs["val_bpb"]) < 1e-6
