@@ -6669,7 +6669,7 @@ def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
     return dict(zip(names, free, strict=False))
 
 
-def module_names(tree: ast.Module) -> set[str]:
+def module_names(tree: ast.Module, nodes: list[ast.AST]) -> set[str]:
     """Functions, classes and constants of the script that may have another name: bound at the top of the script alone, not read
     in an f-string, printed by no message (exceptions) and sought by no text (Config)."""
     top = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))} - {"Config"}
@@ -6678,9 +6678,7 @@ def module_names(tree: ast.Module) -> set[str]:
     inner = [m for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) for m in ast.walk(n) if m is not n]
     bound = {getattr(m, "arg", getattr(m, "name", getattr(m, "id", None))) for m in inner
              if not isinstance(m, (ast.Name, ast.keyword)) or isinstance(getattr(m, "ctx", None), ast.Store)}  # fmt: skip
-    texts = {
-        m.id for f in ast.walk(tree) if isinstance(f, ast.JoinedStr) for m in ast.walk(f) if isinstance(m, ast.Name)
-    }
+    texts = {m.id for f in nodes if isinstance(f, ast.JoinedStr) for m in ast.walk(f) if isinstance(m, ast.Name)}
     raised = {
         n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith(("Error", "Run", "Interrupted"))
     }
@@ -6693,14 +6691,15 @@ def shorten_names(source: str) -> str:
     Attributes, fields and whatever some call gives by keyword keep theirs, and parameters of what is called with `**`.
     """
     tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
+    nodes = list(ast.walk(tree))
     taken = {*dir(builtins), *(n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))}
     taken |= {t.id for n in tree.body if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) for t in ast.walk(n)
               if isinstance(t, ast.Name)}  # fmt: skip
     imported = [a for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
     taken |= {(a.asname or a.name).split(".")[0] for a in imported}
-    uses = Counter(n.id for n in ast.walk(tree) if isinstance(n, ast.Name))
-    ranked = sorted(module_names(tree), key=lambda name: (-uses[name], name))
-    used = {*uses, *(n.arg for n in ast.walk(tree) if isinstance(n, ast.arg))}
+    uses = Counter(n.id for n in nodes if isinstance(n, ast.Name))
+    ranked = sorted(module_names(tree, nodes), key=lambda name: (-uses[name], name))
+    used = {*uses, *(n.arg for n in nodes if isinstance(n, ast.arg))}
     short = (
         w
         for k in (1, 2)
@@ -6710,9 +6709,9 @@ def shorten_names(source: str) -> str:
     renamed_globals = dict(zip(ranked, short, strict=False))
     cuts = {(n.lineno, n.col_offset + len("def " if isinstance(n, ast.FunctionDef) else "class "), n.name, renamed_globals[n.name])
             for n in tree.body if getattr(n, "name", "") in renamed_globals}  # fmt: skip
-    cuts |= {(n.lineno, n.col_offset, n.id, renamed_globals[n.id]) for n in ast.walk(tree)
+    cuts |= {(n.lineno, n.col_offset, n.id, renamed_globals[n.id]) for n in nodes
              if isinstance(n, ast.Name) and n.id in renamed_globals}  # fmt: skip
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    calls = [n for n in nodes if isinstance(n, ast.Call)]
     taken |= {k.arg for n in calls for k in n.keywords if k.arg}
     unpacked = {
         getattr(n.func, "id", getattr(n.func, "attr", "")) for n in calls if any(k.arg is None for k in n.keywords)

@@ -65,7 +65,7 @@ TECHNIQUES: dict[str, dict[str, str]] = {
     "MuonEq-R + Polar Express": {"MUON_ROW_NORMALIZE": "1", "NEWTON_SCHULZ": "polar"},
     "MATRIX_LR .028": {"MATRIX_LR": "0.028"},
     "MATRIX_LR .06": {"MATRIX_LR": "0.06"},
-    "MATRIX_LR .06 + MuonEq-R + Polar Express": {"MATRIX_LR": "0.06", "MUON_ROW_NORMALIZE": "1", "NEWTON_SCHULZ": "polar"},
+    "MuonEq-R + Polar Express at .06": {"MATRIX_LR": "0.06", "MUON_ROW_NORMALIZE": "1", "NEWTON_SCHULZ": "polar"},
     "decay .095": {"MUON_WD": "0.095", "EMBED_WD": "0.085", "ADAM_WD": "0.02"},
     "beta2 .99": {"BETA2": "0.99"},
     "clip at .3": {"GRAD_CLIP_NORM": "0.3"},

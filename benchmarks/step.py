@@ -69,12 +69,14 @@ class Ours:
     def __init__(self, knobs: dict[str, str], quiet: bool = False) -> None:
         import train_gpt as t
 
-        cfg = t.load_config({**knobs, "DEVICE": "cpu", "DATA_PATH": os.environ["DATA_PATH"], "LOG_DIR": os.devnull}).cfg
+        env = {**knobs, "DEVICE": "cpu", "DATA_PATH": os.environ["DATA_PATH"], "LOG_DIR": os.devnull}
+        loaded, paths = t.fit_data(t.load_config(env))
+        cfg = loaded.cfg
         run = t.Run(cfg, 0, 0, 1, 1)
         if quiet:
             run.log = lambda *_: None
         torch.manual_seed(cfg.seed)
-        stream = t.TokenStream(t.load_split(t.find_data(cfg).folder, "train"), cfg.vocab_size)
+        stream = t.TokenStream(t.load_split(paths.folder, "train"), cfg.vocab_size)
         self.trainer = t.Trainer(cfg, run, t.build_model(cfg, run), stream)
         self.trainer.compile()
         self.tokens = cfg.train_batch_tokens
@@ -229,7 +231,7 @@ def full_size(recipe: str, rounds: int) -> None:
     run = t.Run(cfg, 0, 0, 1, 1)
     run.log = lambda *_: None
     torch.manual_seed(cfg.seed)
-    stream = t.TokenStream(t.load_split(t.find_data(cfg).folder, "train"), cfg.vocab_size)
+    stream = t.TokenStream(t.load_split(t.find_data(cfg, vocab_size=cfg.vocab_size).folder, "train"), cfg.vocab_size)
     trainer, start = t.Trainer(cfg, run, t.build_model(cfg, run), stream), time.perf_counter()
     trainer.compile()
     trainer.prime()  # compiles, finds the micro-batch, and is undone
