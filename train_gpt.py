@@ -670,7 +670,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 512,
         "TRAIN_BATCH_TOKENS": 4096, "MAX_WALLCLOCK_SECONDS": 240, "WARMUP_STEPS": 1, "WARMDOWN_FRAC": 0.5,
         "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 20, "EVAL_STRIDE": 128, "TRAIN_DTYPE": "fast", "SMEAR": True,
-        "BIGRAM_VOCAB_SIZE": 8192, "BIGRAM_DIM": 128, "LEAKY_SLOPE": 0.5, "TIED_EMBED_LR": 0.03, "NGRAM_TABLE": "exact",
+        "SMEAR_INIT": -3.0, "PARALLEL_START_LAYER": 2, "BIGRAM_VOCAB_SIZE": 8192, "BIGRAM_DIM": 128,
+        "LEAKY_SLOPE": 0.5, "TIED_EMBED_LR": 0.03, "NGRAM_TABLE": "exact",
     },
     "pr164": {
         **_SEQ_2048, **_MUON_99, **_BIGRAM, "MLP_MULT": 3.0, "ITERATIONS": 9000, "MATRIX_LR": 0.02, "SCALAR_LR": 0.02,
@@ -1143,6 +1144,16 @@ def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]
     return values
 
 
+def without_room(values: dict[str, Any]) -> Iterator[str]:
+    """Switch a recipe's lanes off, and say so, where the blocks and loops that were asked for leave no room for them."""
+    blocks, loops, loop_end, recurrence = (values.get(name, FIELDS[name].default) for name in
+                                           ("NUM_LAYERS", "NUM_LOOPS", "LOOP_END", "ENCODER_RECURRENCE"))  # fmt: skip
+    first = max(1, (loop_end + 1) * (loops > 0), -(-blocks // 2) * recurrence)
+    if not first <= values["PARALLEL_START_LAYER"] < blocks:
+        yield f"PARALLEL_START_LAYER={values['PARALLEL_START_LAYER']} of RECIPE={values['RECIPE']} is off: it has no room among these blocks and loops"
+        values["PARALLEL_START_LAYER"] = 0
+
+
 def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
                 has_gpu: Callable[[], bool] = torch.cuda.is_available) -> LoadedConfig:  # fmt: skip
     """Resolve every knob: defaults < recipe < environment, or with an artifact's `header`: defaults < header < environment.
@@ -1172,6 +1183,8 @@ def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
             errors.append(f"{name}={text}: the artifact was made with {as_text(made_with)}; unset {name}")
         values[name], source[name] = value, "env"
     values["RECIPE"] = recipe
+    if source["PARALLEL_START_LAYER"] == f"recipe {recipe}":
+        notices += without_room(values)
     try:
         cfg = Config(**{k.lower(): v for k, v in values.items()})
     except ConfigError as e:
@@ -7642,7 +7655,7 @@ class DocumentBatch:
         kernel = functools.partial(network.compute, last_logits) if usual else last_logits
         with torch.enable_grad():
             ctx = network.adapters(self.live)._replace(cache=cache, one_document=True)
-            z = kernel(network.model, ids[:, :-1], hi - lo, ctx)
+            z = kernel(network.model, ids[:, :-1].contiguous(), hi - lo, ctx)  # or their stride would be one more size
             targets = ids[:learners, lo - hi :]
             nll = F.cross_entropy(z[:learners].flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
             weights = self.gather(network.weights, lo, hi, learners, 0)
@@ -7703,8 +7716,10 @@ class DocumentLoraNetwork(TestTimeNetwork):
         self.phases = phase_edges(self.edges, cfg.phased_ttt_prefix, cfg.phased_ttt_num_phases)
         longest = max(document.targets for document in self.documents)
         self.chunks = list(chunk_starts(cfg.ttt_chunk_steps, longest))
-        if cfg.ttt_kv_cache:  # positions count from the document's start, however long it is
-            self.model.rope = rope_table(cfg, longest + max(cfg.ttt_chunk_size, self.seq_len)).to(self.model.rope)
+        # With a cache positions count from the document's start, however long it is. Else one more than a context has: one as long
+        # as the table is another shape to the compiler.
+        positions = longest + max(cfg.ttt_chunk_size, self.seq_len) if cfg.ttt_kv_cache else self.seq_len + 1
+        self.model.rope = rope_table(cfg, positions).to(self.model.rope)
         self.sum_a, self.steps = self.drawn[: self.size_a], 0.0  # what the documents of the block leave behind
 
     @staticmethod
@@ -7725,7 +7740,8 @@ class DocumentLoraNetwork(TestTimeNetwork):
         """Seconds of the slowest rank of each block: a step is a constant and a share for each of its tokens, which steps of one
         document and of a whole batch tell."""
         cfg, documents = self.cfg, documents_of(text.tokens)
-        one, rows = self.timed(lambda: self.walked_step(1)), self.rehearsed(min(self.rows, len(self.documents)))
+        rows = self.first_step(self.rehearsed(min(self.rows, len(self.documents))))
+        one = self.timed(lambda: self.walked_step(1))
         each = (self.timed(lambda: self.walked_step(rows)) - one) / (rows - 1) if rows > 1 else one
         chunks = list(chunk_starts(cfg.ttt_chunk_steps, max(document.targets for document in documents)))
         sent = [0, *itertools.accumulate(min(end - 1, self.width) / self.width for end in chunks[1:])]
@@ -7741,10 +7757,31 @@ class DocumentLoraNetwork(TestTimeNetwork):
             total += max(sum(map(cost, batches)) for batches in dealt)
         return total * cfg.ttt_epochs
 
-    def walked_step(self, rows: int) -> None:
-        """Score and learn the last chunk of a whole context in the first documents of the text."""
-        hi, batch = self.seq_len + 1, DocumentBatch(self, self.documents[:rows])
-        lo = hi - min(self.cfg.ttt_chunk_size, self.seq_len)
+    def first_step(self, rows: int) -> int:
+        """How many of `rows` documents a step has memory for, halving them; its graph is made on the way.
+
+        Rows and length are odd: where a length is also a width of the network, or its product with the rows is, the compiler
+        takes both for one size and would make the graph anew for each other length.
+        """
+        while True:
+            try:
+                self.walked_step(rows + (rows > 1) * (1 - rows % 2), self.seq_len - 1 + self.seq_len % 2)
+                return rows
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise self.too_long() from None
+            rows //= 2
+            torch.cuda.empty_cache()
+
+    def too_long(self) -> ConfigError:
+        """What to say where not even one document fits in memory."""
+        return ConfigError(f"TTT_EVAL_SEQ_LEN={self.seq_len}: one document does not fit in memory; use a shorter one")
+
+    def walked_step(self, rows: int, length: int | None = None) -> None:
+        """Score and learn the last chunk of a context of so many tokens (TTT_EVAL_SEQ_LEN) in the first documents of the text."""
+        length = length or self.seq_len
+        hi, batch = length + 1, DocumentBatch(self, self.documents[:rows])
+        lo = hi - min(self.cfg.ttt_chunk_size, length)
         batch.score(self.tokens, lo, hi)
         batch.update(self.tokens, lo, hi)
 
@@ -7769,9 +7806,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
                 self.sum_a += batch.steps_R @ batch.params[:, : self.size_a]
                 self.steps += batch.steps_R.sum().to(self.steps.device)
             elif len(part) == 1:
-                raise ConfigError(
-                    f"TTT_EVAL_SEQ_LEN={self.seq_len}: one document does not fit in memory; use a shorter one"
-                )
+                raise self.too_long()
             else:
                 self.rows = len(part) // 2
                 torch.cuda.empty_cache()

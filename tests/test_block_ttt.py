@@ -335,9 +335,13 @@ def test_out_of_memory_halves_the_documents_and_changes_no_score(tiny, double, t
     small = learner(tiny, double, text, **PHASES)
     assert (walk(small, text) - plain).abs().max() < 1e-9
     assert small.rows <= 4 and small.learning_rows == 2
+    monkeypatch.setattr(small, "rehearsed", lambda rows: rows)  # as a GPU does
+    assert small.first_step(16) <= 2 and small.expected_seconds(text) > 0, "a rehearsal finds room before the training"
     room[0] = 0
     with pytest.raises(tg.ConfigError, match="TTT_EVAL_SEQ_LEN=24: one document does not fit in memory"):
         walk(learner(tiny, double, text), text)
+    with pytest.raises(tg.ConfigError, match="TTT_EVAL_SEQ_LEN=24: one document does not fit in memory"):
+        learner(tiny, double, text).expected_seconds(text)
     shared = tg.SharedLoraNetwork(config(tiny, TTT_ENABLED=1, TTT_CHUNK_TOKENS=96), small.run, double, text, 8)
     with pytest.raises(tg.ConfigError, match="EVAL_SEQ_LEN=32: memory runs out learning one sequence"):
         shared.learn(text.tokens, 1, 97)

@@ -51,9 +51,10 @@ def test_each_length_of_a_schedule_is_one_graph_however_its_documents_lie():
     assert (found.primed, found.later) == (2, 0) and found.difference < 2e-3
 
 
-def test_a_lora_a_document_is_one_graph_however_long_and_many_they_are():
+@pytest.mark.parametrize("length", [16, 32])  # that of training and of the table of positions; the width of the network
+def test_a_lora_a_document_is_one_graph_however_long_and_many_they_are(length):
     knobs = {"NUM_LAYERS": 1, "DOC_MASK": 1, "TTT_ENABLED": 1, "TTT_RESET": "document", "TTT_LORA_SITES": "q,mlp,head", "TTT_LORA_BLOCKS": 0,
-             "TTT_LORA_RANK": 2, "TTT_EVAL_SEQ_LEN": 16, "TTT_CHUNK_SIZE": 4, "TTT_BATCH_SIZE": 4}  # fmt: skip
+             "TTT_LORA_RANK": 2, "TTT_EVAL_SEQ_LEN": length, "TTT_CHUNK_SIZE": 4, "TTT_BATCH_SIZE": 4}  # fmt: skip
     env = small("baseline", **{**FEWER, **knobs})
     with gpu_form():
         found = list(scoring(env, "aot_eager"))[-1]
