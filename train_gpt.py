@@ -670,7 +670,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "NUM_LAYERS": 4, "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 512,
         "TRAIN_BATCH_TOKENS": 4096, "MAX_WALLCLOCK_SECONDS": 240, "WARMUP_STEPS": 1, "WARMDOWN_FRAC": 0.5,
         "VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 20, "EVAL_STRIDE": 128, "TRAIN_DTYPE": "fast", "SMEAR": True,
-        "SMEAR_INIT": -3.0, "PARALLEL_START_LAYER": 2, "BIGRAM_VOCAB_SIZE": 8192, "BIGRAM_DIM": 128,
+        "SMEAR_INIT": -3.0, "BIGRAM_VOCAB_SIZE": 8192, "BIGRAM_DIM": 128,
         "LEAKY_SLOPE": 0.5, "TIED_EMBED_LR": 0.03, "NGRAM_TABLE": "exact",
     },
     "pr164": {
@@ -1144,16 +1144,6 @@ def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]
     return values
 
 
-def without_room(values: dict[str, Any]) -> Iterator[str]:
-    """Switch a recipe's lanes off, and say so, where the blocks and loops that were asked for leave no room for them."""
-    blocks, loops, loop_end, recurrence = (values.get(name, FIELDS[name].default) for name in
-                                           ("NUM_LAYERS", "NUM_LOOPS", "LOOP_END", "ENCODER_RECURRENCE"))  # fmt: skip
-    first = max(1, (loop_end + 1) * (loops > 0), -(-blocks // 2) * recurrence)
-    if not first <= values["PARALLEL_START_LAYER"] < blocks:
-        yield f"PARALLEL_START_LAYER={values['PARALLEL_START_LAYER']} of RECIPE={values['RECIPE']} is off: it has no room among these blocks and loops"
-        values["PARALLEL_START_LAYER"] = 0
-
-
 def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
                 has_gpu: Callable[[], bool] = torch.cuda.is_available) -> LoadedConfig:  # fmt: skip
     """Resolve every knob: defaults < recipe < environment, or with an artifact's `header`: defaults < header < environment.
@@ -1183,8 +1173,6 @@ def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
             errors.append(f"{name}={text}: the artifact was made with {as_text(made_with)}; unset {name}")
         values[name], source[name] = value, "env"
     values["RECIPE"] = recipe
-    if source["PARALLEL_START_LAYER"] == f"recipe {recipe}":
-        notices += without_room(values)
     try:
         cfg = Config(**{k.lower(): v for k, v in values.items()})
     except ConfigError as e:

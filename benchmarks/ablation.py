@@ -33,15 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as tg
 
-LOOP = {"NUM_LOOPS": "1", "LOOP_START": "0", "LOOP_END": "1"}
+LOOP = {"NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "2"}
 TECHNIQUES: dict[str, dict[str, str]] = {
-    "loop 0-1 once": LOOP,
-    "loop 0-1 twice": {**LOOP, "NUM_LOOPS": "2"},
-    "loop 1 once": {**LOOP, "LOOP_START": "1"},
-    "loop 0-1 once from .6": {**LOOP, "ENABLE_LOOPING_AT": "0.6"},
-    "frozen carry on loop 0-1": {**LOOP, "LOOP_CARRY": "1.56,.23,.04;1.85,.13,-.34"},
+    "loop 1-2 once": LOOP,
+    "loop 1-2 twice": {**LOOP, "NUM_LOOPS": "2"},
+    "loop 2 once": {**LOOP, "LOOP_START": "2"},
+    "loop 1-2 once from .6": {**LOOP, "ENABLE_LOOPING_AT": "0.6"},
+    "frozen carry on loop 1-2": {**LOOP, "LOOP_CARRY": "1.56,.23,.04;1.85,.13,-.34"},
     "lanes in the last block": {"PARALLEL_START_LAYER": "3"},
-    "no lanes": {"PARALLEL_START_LAYER": "0"},
+    "lanes in two blocks": {"PARALLEL_START_LAYER": "2"},
     "lanes in three blocks": {"PARALLEL_START_LAYER": "1"},
     "sparse gate": {"ATTN_GATE": "sparse"},
     "sparse gate at .5": {"ATTN_GATE": "sparse", "SPARSE_ATTN_GATE_SCALE": "0.5"},

@@ -24,7 +24,7 @@ import train_gpt as tg
 
 def trainer(loops: int, knobs: dict[str, str]) -> tg.Trainer:
     """A primed trainer of the looped plan with that many further passes."""
-    env = {"RECIPE": "cpu", "DEVICE": "cpu", "COMPILE": "0", "NGRAM_TABLE": "none", "LOOP_START": "0", "LOOP_END": "1",
+    env = {"RECIPE": "cpu", "DEVICE": "cpu", "COMPILE": "0", "NGRAM_TABLE": "none", "LOOP_START": "1", "LOOP_END": "2",
            "ENABLE_LOOPING_AT": "0", "NUM_LOOPS": str(loops), **knobs}  # fmt: skip
     cfg = tg.load_config(env).cfg
     run = tg.Run(cfg, rank=0, local_rank=0, world=1, local_world=1)

@@ -370,21 +370,6 @@ def test_baseline_is_the_challenges_baseline():
     assert math.isclose(cfg.tied_embed_lr, 0.05) and cfg.grad_clip_norm == 0 and cfg.iterations == 20000
 
 
-@pytest.mark.parametrize("knobs", [{"NUM_LAYERS": "2"}, {"NUM_LAYERS": "1"}, {"NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "2"},
-                                   {"NUM_LAYERS": "6", "ENCODER_RECURRENCE": "1"}])  # fmt: skip
-def test_a_recipes_lanes_give_way_to_blocks_and_loops(knobs):
-    loaded = tg.load_config({"RECIPE": "cpu", **knobs})
-    assert loaded.cfg.parallel_start_layer == 0 and "PARALLEL_START_LAYER=2 of RECIPE=cpu is off" in loaded.notices[0]
-    with pytest.raises(tg.ConfigError, match="PARALLEL_START_LAYER"):  # but what was asked for is not dropped
-        tg.load_config({"RECIPE": "cpu", "PARALLEL_START_LAYER": "2", **knobs})
-
-
-def test_a_recipes_lanes_stay_where_they_have_room():
-    for knobs in ({}, {"NUM_LAYERS": "3"}, {"NUM_LOOPS": "1", "LOOP_START": "0", "LOOP_END": "1"}):
-        loaded = tg.load_config({"RECIPE": "cpu", **knobs})
-        assert loaded.cfg.parallel_start_layer == 2 and not loaded.notices
-
-
 @pytest.mark.parametrize("mode", tg.MOVED_MODES)
 def test_a_former_mode_names_the_program_that_does_it(script, mode):
     result = script({"MODE": mode, "INPUT": "notes.txt", "ARTIFACT": "a.pgz", "TEMPERATURE": "0.8"})
