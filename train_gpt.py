@@ -7753,7 +7753,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         """
         while True:
             try:
-                self.walked_step(rows + (rows > 1) * (1 - rows % 2), self.seq_len - 1 + self.seq_len % 2)
+                self.walked_step(rows | 1, self.seq_len - 1 | 1)
                 return rows
             except torch.OutOfMemoryError:
                 if rows == 1:
