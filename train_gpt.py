@@ -1618,9 +1618,9 @@ class Run:
             raise (ConfigError if mistake else BrokenRun)(error)
         return value
 
-    def reports_first(self) -> bool:
-        """True on exactly one rank, the first that calls this: it prints the error, whether one rank failed or all did."""
-        return self.world == 1 or dist.distributed_c10d._get_default_store().add("said", 1) == 1
+    def is_first(self, to: str) -> bool:
+        """True on exactly one rank, the first that calls this with `to`: it prints the error, whether one rank failed or all did."""
+        return self.world == 1 or dist.distributed_c10d._get_default_store().add(to, 1) == 1
 
     def share(self, n: int) -> range:
         """This rank's contiguous part of range(n); the parts differ by at most one."""
@@ -3809,11 +3809,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def keep_weights(self, model: GPT, stream: TokenStream, result: TrainResult) -> Iterator[None]:
-        """Where the body fails, however it does, the trained weights are written as trained.pt, which RESUME packs and scores."""
+        """Where the body fails, however it does and on whatever rank, the trained weights are written as trained.pt, which RESUME
+        packs and scores. The first rank that fails writes: the others may wait for it until they are killed."""
         try:
             yield
         except BaseException:
-            if self.run.rank == 0:
+            self.run.graceful = True  # a second signal must not cut this short
+            if self.run.is_first("kept"):
                 cells = {n: torch.from_numpy(c.astype(np.int32)) for n, c in (result.cells or {}).items()}
                 state = {"model": model.state_dict(), "step": result.steps, "average": {}, "position": stream.position,
                          "elapsed": result.seconds, "looped": model.looped, "finished": {**result._asdict(), "cells": cells}}  # fmt: skip
@@ -3823,7 +3825,8 @@ class Checkpoints:
                 except (ConfigError, BrokenRun, OSError):
                     path = Path(tempfile.mkdtemp(prefix="train_gpt-")) / "trained.pt"
                     self.write(path, state)
-                self.run.notice(f"the trained weights are kept: RESUME={path} packs and scores them")
+                text = f"the trained weights are kept: RESUME={path} packs and scores them"
+                say(f"notice: {text}") if self.run.rank else self.run.notice(text)
             raise
 
     def saved(self) -> list[Path]:
@@ -4174,10 +4177,11 @@ class TrainingLoop:
         self.first_step = trainer.step
         self.first_elapsed = self.last_elapsed = elapsed
         self.first_frac = budget_frac(cfg, trainer.step, elapsed, self.budget)
-        self.run.graceful, self.run.training_began, reason = True, True, "iterations"
+        # A checkpoint of the last steps may leave no time for one more, which may take twice the mean.
+        over = self.past_limit(elapsed, 2 * elapsed / max(trainer.step, 1))
+        self.run.graceful, self.run.training_began, reason = True, True, "wallclock" if over else "iterations"
         self.profiler = self.start_profiler()
-        scale = 1.0
-        while not cfg.iterations or trainer.step < cfg.iterations:
+        while not over and (not cfg.iterations or trainer.step < cfg.iterations):
             now = self.clock.seconds() if run.world == 1 else self.stop.seconds
             frac = budget_frac(cfg, trainer.step, now, self.budget)
             scale = lr_scale(cfg, trainer.step, now, self.budget)
@@ -4208,8 +4212,12 @@ class TrainingLoop:
         now = self.clock.seconds()
         self.recent.append(now - self.last_elapsed)
         self.last_elapsed = now
+        return self.past_limit(now, max(self.recent))
+
+    def past_limit(self, now: float, step_s: float) -> bool:
+        """True if what is still to come after `now` passes the time limit, at so many seconds a step."""
         ahead = (4 if self.stop.late else 1) + (self.trainer.choice.steps if self.trainer.choice else 0)
-        return self.budget > 0 and now + max(self.recent) * ahead > self.budget
+        return 0 < self.budget < now + step_s * ahead
 
     def after_step(self, loss: Tensor, scale: float) -> None:
         """Log, validate, save a checkpoint, advance profiler and progress bar, each where it is due after this step."""
@@ -4329,6 +4337,8 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
     stream; its time is not counted.
     """
     if resumed is not None and "finished" in resumed:
+        if len(cfg.averages) > 1:
+            AverageChoice(cfg, run, stream)  # what was held back stays so
         model.load_state_dict(resumed["model"])
         model.set_looped(resumed["looped"])
         stream.position, run.training_began = resumed["position"], True
@@ -4349,7 +4359,10 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
     steps = f"{cfg.iterations} steps" if cfg.iterations else ""
     run.log("training ends after " + " or ".join(filter(None, (steps, f"{loop.budget:g}s" if loop.budget else ""))))
     result = loop.run_until_done(elapsed)
-    what = trainer.apply_average()
+    if trainer.ngrams is not None:
+        result = result._replace(cells=trainer.ngrams.total())
+    with checkpoints.keep_weights(model, stream, result):
+        what = trainer.apply_average()
     if trainer.choice is not None:
         result = result._replace(seconds=loop.clock.seconds())
     if cfg.num_loops and not model.looped:
@@ -4358,8 +4371,6 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
             f"weights:{what} peak_memory:{run.peak_memory_mib():.0f}MiB")  # fmt: skip
     run.event("train_end", steps=result.steps, train_s=result.seconds, reason=result.reason, weights=what,
               peak_memory_mib=run.peak_memory_mib())  # fmt: skip
-    if trainer.ngrams is not None:
-        result = result._replace(cells=trainer.ngrams.total())
     with checkpoints.keep_weights(model, stream, result):
         loop.report_validation(result.seconds)
     return result
@@ -7265,8 +7276,8 @@ class NetworkExpert:
         if t >= w.hi:  # in one of those that follow it, a stride apart
             w = window_at(w.hi + (t - w.hi) // self.stride * self.stride, end, self.seq_len, self.stride)
         inputs = tokens[w.start : t][None].to(self.run.device)
-        z = self.model.logits(self.model.features(inputs, self.ctx)[:, -1], self.ctx) / self.temperature
-        return z[0].cpu().double().softmax(-1)
+        z = last_logits(self.model, inputs, 1, self.ctx) / self.temperature
+        return z[0, 0].cpu().double().softmax(-1)
 
     def plan(self, until: int) -> list[Window]:
         """Windows from the first target not scored yet to target `until`, or to the next learning."""
@@ -8962,7 +8973,7 @@ class Audit:
             cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "audit"))
         )
         after_bos = (self.text.tokens[: n - 1] == BOS).nonzero().flatten()[: AUDIT_SAMPLES // 4] + 1
-        self.at = sorted({1, 2, n // 2, n - 1, *range(1, n, n // AUDIT_SAMPLES), *after_bos.tolist()})
+        self.at = sorted({1, 2, n // 2, n - 1, *range(1, n, max(1, n // AUDIT_SAMPLES)), *after_bos.tolist()})
 
     def walk(self, tokens: Tensor, at: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor], BpbMeter]:
         """Scores of targets 1 .. n-1, distributions, and the driver's account, of a stream in the text's place."""
@@ -9002,7 +9013,7 @@ class Audit:
         )
 
     def future_is_unseen(self, scores: Tensor) -> AuditCheck:
-        t = len(scores) // 2
+        t = (len(scores) + 1) // 2
         gap = (self.walk(torch.cat([self.text.tokens[: t + 1], self.noise[t + 1 :]]))[0][:t] - scores[:t]).abs()
         return AuditCheck(
             "prefix only: future",
@@ -9357,6 +9368,8 @@ def run_train(loaded: LoadedConfig) -> int:
     if cfg.calibrates and stream.total < cfg.train_seq_len:
         raise ConfigError(f"calibration needs {cfg.train_seq_len} training tokens, DATA_PATH={opened.paths.folder} holds {stream.total}: "
                           "GPTQ_ENABLED=0, TARGET_BYTES=0 or more data")  # fmt: skip
+    if len(cfg.averages) > 1:
+        AverageChoice(cfg, run, copy.copy(stream))  # ConfigError where there is too little to hold back
     choose_attention(cfg, run.device)
     with torch.device("meta"):
         Policy.of(cfg, GPT(cfg))  # a mistake in it is found now, not after the training
@@ -9482,7 +9495,7 @@ def finish(outcome: str, message: str, reported: bool) -> None:
     run = Run.current
     if run is not None:
         run.graceful = True  # a signal that arrives now must not cut this short
-    if message and not reported and (is_first_on_node() if run is None else run.reports_first()):
+    if message and not reported and (is_first_on_node() if run is None else run.is_first("said")):
         say("\n".join(f"error: {line}" for line in message.splitlines()), to_stderr=True)
     if run is not None:
         for text in filter(None, (message, *run.lost.values())):

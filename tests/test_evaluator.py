@@ -190,6 +190,15 @@ class Recorder:
         self.calls.append(("update", lo, hi))
 
 
+@pytest.mark.parametrize("n", [2, 3, 9, 23])
+def test_a_text_of_a_few_tokens_is_audited(tiny, model, text, n):
+    cfg = config(tiny, EVAL_SEQ_LEN=1, EVAL_STRIDE=1)
+    few = text._replace(tokens=text.tokens[:n], bytes=text.bytes[:n])
+    checks = {c.name: c.passed for c in tg.Audit(cfg, tg.Run(cfg, 0, 0, 1, 1), model, few, "ngram").checks()}
+    checks.pop("noise costs its entropy")  # which is a mean over many tokens
+    assert len(checks) == 5 and all(checks.values()), checks
+
+
 def test_the_driver_scores_each_chunk_once_before_anything_learns_it(tiny, model, text):
     network, recorder = expert(config(tiny), model, text, SEQ), Recorder()
     n = len(text.tokens)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, config, events, losses, process_env, score_of, tiny_env
+from conftest import SCRIPT, VOCAB, config, events, losses, process_env, score_of, tiny_env
 
 import train_gpt as tg
 
@@ -249,6 +249,56 @@ def test_all_that_the_artifact_carries_is_kept_with_the_weights(tiny, script, mo
     assert_equal_runs(tiny, {**tiny, "RUN_ID": "whole"})
 
 
+def test_text_held_back_to_choose_an_average_stays_so_where_the_weights_are_packed_later(tiny, script, monkeypatch):
+    monkeypatch.setattr(tg, "HELD_BACK_TOKENS", 2**10)
+    knobs = {"EMA_DECAYS": ".9,.5", "TRAIN_BATCH_TOKENS": 4096, "ITERATIONS": 7, "NGRAM_TABLE": "exact"}  # two passes
+    assert script(tiny, RUN_ID="whole", **knobs).status == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "pack", lambda *_: (_ for _ in ()).throw(tg.ConfigError("no")))
+        assert script(tiny, **knobs).status == 1
+    assert script(tiny, RESUME=Path(tiny["LOG_DIR"]) / "tiny.ckpt" / "trained.pt", **knobs).status == 0
+    assert artifact(tiny) == artifact({**tiny, "RUN_ID": "whole"})
+
+
+def test_weights_whose_average_cannot_be_taken_are_kept(tiny, script, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tg.WeightAverage, "apply", lambda *_: (_ for _ in ()).throw(tg.ConfigError("out of memory")))
+        assert script(tiny, EMA_DECAY=0.9).status == 1
+    assert script(tiny, EMA_DECAY=0.9, RESUME=Path(tiny["LOG_DIR"]) / "tiny.ckpt" / "trained.pt").status == 0
+
+
+def test_a_second_signal_does_not_cut_the_keeping_short(tiny, whole, script, monkeypatch):
+    """As Ctrl-C under torchrun sends it, from the terminal and from the agent."""
+    write, kill = tg.atomic_write, lambda *_: os.kill(os.getpid(), signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "quantize", kill)
+        patch.setattr(tg, "atomic_write", lambda path, blob: (path.name == "trained.pt" and kill(), write(path, blob)))
+        stopped = script(tiny)
+    assert stopped.status == 1 and stopped.err == "error: stopped by SIGINT\n", stopped
+    assert script(tiny, RESUME=Path(tiny["LOG_DIR"]) / "tiny.ckpt" / "trained.pt").status == 0
+    assert_equal_runs(tiny, whole)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_rank_that_fails_keeps_the_weights(tiny, data, capsys, monkeypatch, first):
+    """The others may wait for it in a collective until they are killed."""
+    cfg = config(tiny)
+    run = tg.Run(cfg, 1, 1, 2, 2)
+    run.run_id = "tiny"
+    monkeypatch.setattr(run, "is_first", lambda what: first and what == "kept")
+    stream = tg.TokenStream(tg.load_split(data.folder, "train"), VOCAB)
+    with (
+        pytest.raises(ZeroDivisionError),
+        tg.Checkpoints(cfg, run).keep_weights(tg.GPT(cfg), stream, tg.TrainResult(6, 1.0, "iterations", 128)),
+    ):
+        raise ZeroDivisionError
+    kept = Path(tiny["LOG_DIR"]) / "tiny.ckpt" / "trained.pt"
+    assert (
+        kept.exists() == first
+        and (f"notice: the trained weights are kept: RESUME={kept}" in capsys.readouterr().out) == first
+    )
+
+
 def test_a_score_that_fails_leaves_the_artifact_and_says_how_to_score_it(tiny, script, monkeypatch):
     monkeypatch.setattr(tg, "account_bytes", lambda *_: (_ for _ in ()).throw(tg.ConfigError("NGRAM_X=1: no")))
     result = script(tiny)
@@ -435,6 +485,16 @@ def test_a_longer_time_limit_is_a_raised_one(tiny, script):
             "raised MAX_WALLCLOCK_SECONDS from 1000 to"
             in script(tiny, RESUME="auto", **{**knobs, "MAX_WALLCLOCK_SECONDS": more}).out
         )
+
+
+def test_a_checkpoint_of_the_last_steps_leaves_no_time_for_another(tiny, script):
+    """One killed while it packed: a further step would break the limit that it kept."""
+    knobs = {"MAX_WALLCLOCK_SECONDS": 1000, "CHECKPOINT_EVERY": 3, "ITERATIONS": 0}
+    assert script(tiny, **{**knobs, "ITERATIONS": 3}).status == 0
+    path = Path(tiny["LOG_DIR"]) / "tiny.ckpt" / "step_000003.pt"
+    torch.save({**torch.load(path, weights_only=True), "elapsed": 999.0}, path)
+    assert script(tiny, RESUME=path, FORCE=1, **knobs).status == 0
+    assert [(e["steps"], e["reason"]) for e in events(tiny, "train_end")[1:]] == [(3, "wallclock")]
 
 
 # ---- twins

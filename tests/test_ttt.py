@@ -42,7 +42,7 @@ def test_the_audit_sees_what_learns_whatever_the_chunk(tiny, model, text, monkey
     monkeypatch.setattr(
         tg.SharedLoraNetwork, "learn", lambda self, x, lo, hi: (learned.append((lo, hi)), learn(self, x, lo, hi))
     )
-    cfg = config(tiny, **{**TTT, "TTT_CHUNK_TOKENS": 65536, "NGRAM_SCORE": "off"})
+    cfg = config(tiny, **{**TTT, "TTT_CHUNK_TOKENS": 65536, "TTT_LORA_SITES": "q,head", "NGRAM_SCORE": "off"})
     checks = list(tg.Audit(cfg, tg.Run(cfg, 0, 0, 1, 1), model, text, "ttt").checks())
     assert all(check.passed for check in checks), checks
     assert len(learned) >= 4 * 6, "every walk learns several times within the prefix"
