@@ -4170,15 +4170,18 @@ class TrainingLoop:
         self.epoch = 0
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds of the last steps
 
-    def run_until_done(self, elapsed: float) -> TrainResult:
-        """Train until the time or the steps are used up or a signal arrives; returns what the rest of the run needs."""
+    def run_until_done(self, elapsed: float, slowest: float = 0.0) -> TrainResult:
+        """Train until the time or the steps are used up or a signal arrives; returns what the rest of the run needs.
+
+        `elapsed` and `slowest` are of a checkpoint: its training time, and the slowest of the steps before it.
+        """
         cfg, run, trainer = self.cfg, self.run, self.trainer
         self.clock, self.stop = Clock(run, elapsed), StopConsensus(run, elapsed)
         self.first_step = trainer.step
         self.first_elapsed = self.last_elapsed = elapsed
         self.first_frac = budget_frac(cfg, trainer.step, elapsed, self.budget)
-        # A checkpoint of the last steps may leave no time for one more, which may take twice the mean.
-        over = self.past_limit(elapsed, 2 * elapsed / max(trainer.step, 1))
+        self.recent.append(slowest)
+        over = self.past_limit(elapsed, slowest)  # a checkpoint of the last step leaves no time for another
         self.run.graceful, self.run.training_began, reason = True, True, "wallclock" if over else "iterations"
         self.profiler = self.start_profiler()
         while not over and (not cfg.iterations or trainer.step < cfg.iterations):
@@ -4283,7 +4286,9 @@ class TrainingLoop:
 
     def save(self, elapsed: float) -> Path | None:
         """Write a checkpoint of this moment; None where it cannot be written."""
-        path = self.checkpoints.save(self.trainer.step, {**self.trainer.state_dict(), "elapsed": elapsed})
+        path = self.checkpoints.save(
+            self.trainer.step, {**self.trainer.state_dict(), "elapsed": elapsed, "slowest": max(self.recent)}
+        )
         if path is not None:
             self.run.event("checkpoint", step=self.trainer.step, path=str(path))
         return path
@@ -4345,12 +4350,12 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
         run.notice(f"{resumed['path']} is the result of a whole training; it is packed and scored as it is")
         result = TrainResult(**resumed["finished"])
         return result._replace(cells={n: c.numpy().astype(np.uint16) for n, c in result.cells.items()} or None)
-    trainer, elapsed = Trainer(cfg, run, model, stream), 0.0
+    trainer, elapsed, slowest = Trainer(cfg, run, model, stream), 0.0, 0.0
     trainer.compile()
     trainer.prime()
     if resumed is not None:
         trainer.load_state_dict(resumed)
-        elapsed = resumed["elapsed"]
+        elapsed, slowest = resumed["elapsed"], resumed.get("slowest", 0.0)
         checkpoints.notice_resumed(resumed)
     loop = TrainingLoop(cfg, run, trainer, checkpoints, validate)
     if cfg.lr_schedule == "warmdown" and not cfg.warmdown_frac and 0 < cfg.iterations < cfg.warmdown_iters:
@@ -4358,7 +4363,7 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
                    "rates fall from the first step on")  # fmt: skip
     steps = f"{cfg.iterations} steps" if cfg.iterations else ""
     run.log("training ends after " + " or ".join(filter(None, (steps, f"{loop.budget:g}s" if loop.budget else ""))))
-    result = loop.run_until_done(elapsed)
+    result = loop.run_until_done(elapsed, slowest)
     if trainer.ngrams is not None:
         result = result._replace(cells=trainer.ngrams.total())
     with checkpoints.keep_weights(model, stream, result):

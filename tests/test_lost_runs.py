@@ -492,7 +492,7 @@ def test_a_checkpoint_of_the_last_steps_leaves_no_time_for_another(tiny, script)
     knobs = {"MAX_WALLCLOCK_SECONDS": 1000, "CHECKPOINT_EVERY": 3, "ITERATIONS": 0}
     assert script(tiny, **{**knobs, "ITERATIONS": 3}).status == 0
     path = Path(tiny["LOG_DIR"]) / "tiny.ckpt" / "step_000003.pt"
-    torch.save({**torch.load(path, weights_only=True), "elapsed": 999.0}, path)
+    torch.save({**torch.load(path, weights_only=True), "elapsed": 999.0, "slowest": 1.5}, path)
     assert script(tiny, RESUME=path, FORCE=1, **knobs).status == 0
     assert [(e["steps"], e["reason"]) for e in events(tiny, "train_end")[1:]] == [(3, "wallclock")]
 
