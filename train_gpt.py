@@ -7258,7 +7258,7 @@ class NetworkExpert:
 
     def learns_at(self, t: int) -> int:
         """The first position after target `t` at which the network may have changed; the end if it never does."""
-        return self.n_tokens if t < self.n_tokens else t
+        return max(t, self.n_tokens)
 
     def last_learned(self, t: int) -> int:  # noqa: ARG002
         """The first target that was scored by the network as it is at target `t`."""
@@ -8299,13 +8299,13 @@ class PackedTable:
         for level, count, parents in zip(levels, counts, [1, *(len(level.token) for level in levels)], strict=False):
             order, start = level.siblings(parents)
             first = np.append(level.token[order], 0)[start[:-1]]
-            of_parent = (np.bincount(level.parent, count[:-1], parents), np.diff(start), first)
-            for rows, values in zip((self.totals, self.kinds, self.likeliest), of_parent, strict=True):
-                rows.append(put(np.append(values, 0).astype(np.int32)))
+            columns = (np.bincount(level.parent, count[:-1], parents), np.diff(start), first)
+            C, U, likeliest = (np.append(column, 0).astype(np.int32) for column in columns)
+            for rows, values in ((self.totals, C), (self.kinds, U), (self.likeliest, likeliest)):
+                rows.append(put(values))
             self.starts.append(start)
             self.follower_counts.append(count[:-1].astype(np.int32))
-            totals, kinds, likeliest = (np.append(values, 0) for values in of_parent)
-            self.context_stats.append(np.stack([totals, np.zeros_like(totals), kinds, likeliest]).astype(np.int32))
+            self.context_stats.append(np.stack([C, np.zeros_like(C), U, likeliest]))
 
     def rows(self, tokens: Tensor) -> list[Tensor]:
         """[k] -> (n,) row of the n-gram of k tokens that ends at each position, -1 where it is not packed or starts before."""
