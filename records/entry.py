@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def read_entry(folder: Path, data_path: str | None = None) -> Entry:
                 run.source = dumped_source(text.read_text(encoding="utf-8-sig", errors="replace"))
     if script := find_script(folder):
         entry.script = source.read_script(script)
-        entry.helpers = source.helpers(entry.script, folder)
+        entry.helpers = source.bring_along(entry.script, folder)
     return entry
 
 
@@ -114,9 +115,9 @@ def find_script(folder: Path) -> Path | None:
     """train_gpt.py, or where there is none the largest script that trains."""
     if (script := folder / "train_gpt.py").is_file():
         return script
-    scripts = sorted(folder.glob("*.py"), key=lambda p: ("train" not in p.name, -p.stat().st_size))
-    trains = (p for p in scripts if b"torch" in p.read_bytes() or b"exec(" in p.read_bytes())
-    return next(trains, None)
+    found = [p for p in folder.glob("*.py") if p.is_file()]
+    scripts = sorted(found, key=lambda p: ("train" not in p.name, -p.stat().st_size))[:MAX_LOGS]
+    return next((p for p in scripts if re.search(rb"torch|exec\(", source.head(p))), None)
 
 
 def _fingerprint(run: Run) -> tuple:

@@ -22,6 +22,7 @@ class Finding(NamedTuple):
     text: str
     name: str = ""
     guards: tuple[str, ...] = ()  # names whose value decides whether it runs
+    place: str = ""  # the file or layer of packing, where it is not the script's innermost
 
 
 TRAINED = "training on validation text before it is scored"

@@ -588,7 +588,8 @@ def code(entry: Entry) -> Lines:
 
 
 def _finding(entry: Entry, pattern: str, found: list[source.Finding]) -> Line:
-    where = f"line {', '.join(str(f.line) for f in found[:5])}{' ...' * (len(found) > 5)}: {found[0].text}"
+    lines = ", ".join(f"{f.line} of {f.place}" if f.place else str(f.line) for f in found[:5])
+    where = f"line {lines}{' ...' * (len(found) > 5)}: {found[0].text}"
     status = FAIL if pattern in HARD else WARN
     if pattern == patterns.TRAINED:
         where = f"{found[0].name}, {where}"

@@ -183,7 +183,9 @@ def _copy_code(folder: Path, seeds: list[Run], script: Path) -> list[str]:
         text = packed
     (folder / "train_gpt.py").write_bytes(text)
     for helper in source.helpers(source.read_script(folder / "train_gpt.py"), script.parent):
-        shutil.copyfile(helper, folder / helper.name)
+        copy = folder / helper.relative_to(script.parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(helper, copy)
     return []
 
 

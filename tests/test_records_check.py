@@ -842,3 +842,58 @@ def test_a_hundred_folders_take_seconds_each_fraction_of_one(folder):
     began = time.process_time()
     rules.checks(rules.read_entry(folder))
     assert time.process_time() - began < 2.0
+
+
+# ---- Code in several places
+
+KEYED = "\ndef probability(self, ctx_hash, target):\n    return self.counts[(ctx_hash ^ target * 36313) % self.size]\n"
+TEXT = SCRIPT + KEYED + "".join(f"# {n * 7919 % 1009}\n" for n in range(200))
+BLOB = packed(TEXT).partition('"')[2].rpartition('"')[0]
+SPREAD = {  # what train_gpt.py holds, and whatever else stands beside it
+    "beside an executed literal": (TEXT + f"exec({'import os' + chr(10) + 'x = 1 #' * 99!r})\n", {}),
+    "in a second packed literal": (f"{packed(SCRIPT * 2)}{packed(TEXT)}", {}),
+    "packed for a function of another name": (f'import base64\nrun = exec\nrun(unpack(base64.b85decode("{BLOB}")))\n', {}),
+    "packed for a file that it writes": (f'import base64\nopen("a.py", "wb").write(base64.b85decode("{BLOB}"))\n', {}),
+    "in a module": ("import scorer\n" + SCRIPT, {"scorer.py": KEYED}),
+    "in a package": ("from lib.scorer import probability\n" + SCRIPT, {"lib/scorer.py": KEYED}),
+    "in a packed module": ("import scorer\n" + SCRIPT, {"scorer.py": packed(TEXT)}),
+    "in a file that it runs": ("import runpy\nrunpy.run_path('scorer.py')\n" + SCRIPT, {"scorer.py": KEYED}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPREAD)
+def test_code_is_searched_wherever_the_script_holds_it(folder, kind):
+    text, beside = SPREAD[kind]
+    for name, content in {"train_gpt.py": text, **beside}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    check = verdicts(folder)[f"code: {patterns.TARGET_KEY}"]
+    assert check.status == "FAIL" and all(Path(name).name in check.detail for name in beside)
+
+
+def test_validation_tokens_are_followed_into_a_helper_file(folder):
+    (folder / "train_gpt.py").write_text(
+        "from refining import refine\n" + with_call("    refine(model, val_tokens, opt)\n", "")
+    )
+    (folder / "refining.py").write_text("import torch\n" + ADAPT.format(name="refine"))
+    assert "line 7 of refining.py" in verdicts(folder)[f"code: {patterns.TRAINED}"].detail
+
+
+def test_code_from_elsewhere_is_a_finding_and_a_folder_or_a_pipe_is_no_script(folder):
+    (folder / "train_gpt.py").write_text(SCRIPT + "exec(open('/tmp/more.py').read())\n")
+    assert verdicts(folder)["code: runs code that is not in the file"].status == "WARN"
+    (folder / "train_gpt.py").unlink()
+    (folder / "train_gpt.py").mkdir()
+    os.mkfifo(folder / "train_pipe.py")
+    assert verdicts(folder)["file train_gpt.py"].status == "FAIL"
+
+
+@pytest.mark.parametrize("text, there", [
+    ("PREFIX = " + repr("The quick brown fox jumps. " * 1000), True),
+    (f"FIRST = {list(range(20_000))}", True),
+    (f"PARTS = {['abcdefghijk' * 1000 + str(n) for n in range(3)]}", True),
+    ("KERNEL = " + repr("#include <cuda.h>\n" + "  x[i] = y[i] + z[i];\n" * 1500), False),
+])  # fmt: skip
+def test_text_and_tokens_in_literals_are_payloads_and_kernels_are_none(folder, text, there):
+    (folder / "train_gpt.py").write_text(SCRIPT + text + "\n")
+    assert ("code: large literal in the code" in warned(folder)) == there
