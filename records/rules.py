@@ -550,6 +550,7 @@ def _leaks(entry: Entry, scored: list[Run]) -> Line:
 
 HARD = {
     patterns.TARGET_KEY,
+    patterns.LEARNED,
     patterns.IN_TRAINING,
     patterns.ORACLE,
     patterns.TRAINED,

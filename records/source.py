@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from patterns import Finding, find_patterns
-from syntax import calls, dotted, every, nodes, parse
+from syntax import calls, children, dotted, every, imports, nodes, parse
 
 MAX_BYTES, MAX_LAYERS, MAX_PROGRAMS = 8_000_000, 4, 24
 LARGE_LITERAL = 400  # bytes; shorter ones hold no training script
@@ -320,9 +320,8 @@ def _payloads(part: Part) -> Iterator[Finding]:
     """Large literals that are no script: tables, or text that the artifact was not to hold."""
     for node in every(part.tree, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict):
         data = _bytes_of(node)
-        if data is None and not isinstance(node, ast.Constant):
-            items = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
-            data = b"".join(map(_flat, items))
+        if not isinstance(node, ast.Constant):
+            data = b"".join(_flat(n.value) for n in children(node) if isinstance(n, ast.Constant))
         if len(data or b"") > LARGE_PAYLOAD and data not in part.held and not _CODE.search(data):
             yield Finding("large literal in the code", node.lineno, f"{len(data):,} bytes that no comment explains", "")
 
@@ -430,14 +429,9 @@ def helpers(script: Script, folder: Path) -> list[Path]:
 def _brought_along(script: Script, folder: Path) -> list[Path]:
     if script.tree is None:
         return []
-    modules, words = set(), set()
-    for node in every(script.tree, ast.Import, ast.ImportFrom, ast.Constant):
-        if isinstance(node, ast.Import):
-            modules |= {a.name.split(".")[0] for a in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            modules.add((node.module or "").split(".")[0])
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 200:
-            words.add(Path(node.value).name)
+    modules = {module.partition(".")[0] for module, _ in imports(script.tree)}
+    texts = (n.value for n in every(script.tree, ast.Constant) if isinstance(n.value, str))
+    words = {Path(text).name for text in texts if len(text) < 200}
     found, packages = [], (p for p in folder.iterdir() if p.is_dir() and p.name in modules)
     for path in sorted([*folder.iterdir(), *(p for package in packages for p in package.rglob("*.py"))]):
         free = path.suffix in (
