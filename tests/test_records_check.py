@@ -1192,3 +1192,92 @@ def test_every_way_to_the_network_is_found(line, pattern):
 def test_validation_text_put_into_the_state_is_found():
     text = "def dump(model, val_tokens):\n    state = model.state_dict()\n    state['prefix'] = val_tokens[:99]\n"
     assert found(text) == {patterns.SAVED}
+
+
+# ---- Logs and figures in other words
+
+
+def rewrite(folder: Path, change) -> None:
+    for path in folder.glob("*.log"):
+        path.write_text(change(path.read_text()))
+
+
+@pytest.mark.parametrize("words, status", [
+    ("\nEvaluation took 612.3 seconds", "FAIL"),
+    ("\nTotal eval time: 612.3s", "FAIL"),
+    ("\neval time: 10.3 min", "FAIL"),
+    ("\nEvaluation took 480 seconds", "PASS"),
+])  # fmt: skip
+def test_evaluation_time_is_read_in_any_words(folder, words, status):
+    write_logs(folder, eval=words)
+    assert verdicts(folder)["evaluation time"].status == status
+
+
+def test_calibration_after_the_training_counts_as_training(folder):
+    write_logs(folder, steps="GPTQ:collected 67 Hessians in 35.2s\n")
+    check = verdicts(folder)["training time"]
+    assert check.status == "WARN" and "635.2 s with the calibration" in check.detail
+    write_logs(folder, steps="GPTQ:collected 67 Hessians in 3.5s\n", stop="592000")
+    assert verdicts(folder)["training time"].status == "PASS"
+
+
+@pytest.mark.parametrize(
+    "size, status", [("16.10 MB", "FAIL"), ("15.93 MB", "PASS"), ("15.4 MiB", "FAIL"), ("15,900,000", "PASS")]
+)
+def test_a_total_may_stand_in_other_units(folder, size, status):
+    rewrite(folder, lambda text: text.replace("size int6+zstd: 15900000 bytes", f"size int6+zstd: {size}"))
+    assert verdicts(folder)["bytes"].status == status
+
+
+@pytest.mark.parametrize("code", ["Code size: 0 bytes", "", f"Code size: {len(SCRIPT)} bytes"])
+@pytest.mark.parametrize("total, status", [(15_999_900, "FAIL"), (15_000_000, "WARN")])
+def test_a_total_that_is_the_models_alone_is_found(folder, code, total, status):
+    write_logs(folder, code=code, total=total, artifact=total)
+    check = verdicts(folder)["bytes"]
+    assert check.status == status and "the code was not counted" in check.detail
+
+
+def test_colours_utf_16_and_slurms_names_are_read_and_a_hostile_line_costs_no_time(folder):
+    one, two, three = sorted(folder.glob("*.log"))
+    one.write_text(one.read_text().replace("final_int6", "\x1b[32mfinal_int6"))
+    two.write_bytes(two.read_text().encode("utf-16"))
+    three.rename(three.with_suffix(".out"))
+    (folder / "train_seed4.log").write_text("adapt " * 200_000 + "\n" + "val_loss:" * 100_000)
+    assert failing(folder) == set() and verdicts(folder)["seeds"].detail.startswith("3 (")
+
+
+def test_a_cut_log_is_named_with_the_step_it_ends_at(folder):
+    path = folder / "train_seed3.log"
+    path.write_text(path.read_text().partition("step:8570")[0])
+    got = verdicts(folder)
+    assert "train_seed3.log ends at step 8000 without a score" in got["a log for each seed"].detail
+    (folder / "train_seed4.log").write_text(path.read_text().replace("seed:3", "seed:4"))
+    assert "train_seed4.log (seed 4) at step 8000" in verdicts(folder)["logs without a score"].detail
+
+
+@pytest.mark.parametrize("fields, rule, status", [
+    ({"bytes_total": "16,100,000"}, "bytes", "FAIL"),
+    ({"artifact_bytes": {"1": 15_000_000, "2": 16_000_001}}, "bytes", "FAIL"),
+    ({"train_time_s": "605.2 s"}, "training time", "FAIL"),
+    ({"eval_time_s": [480, 700]}, "evaluation time", "FAIL"),
+    ({"bytes_total": "small"}, "submission fields", "WARN"),
+    ({"seeds": "1, 2, 3"}, "submission fields", "WARN"),
+    ({"seed_results": [1.1]}, "submission fields", "WARN"),
+    ({"seed_results": {"1": 1.2}}, "val_bpb of seed 1", "FAIL"),
+    ({"date": 20260410}, "submission fields", "WARN"),
+    ({"date": "April 10"}, "date", "WARN"),
+    ({"val_loss": 9.9}, "val_loss", "WARN"),
+])  # fmt: skip
+def test_a_field_of_another_form_is_read_or_named(folder, fields, rule, status):
+    edit(folder, **fields)
+    assert verdicts(folder)[rule].status == status
+
+
+def test_nesting_is_no_traceback_and_the_summary_has_the_rules_figures(folder, capsys):
+    edit(folder, bytes_total=16_000_001)
+    path = folder / "submission.json"
+    path.write_text(path.read_text()[:-1] + ', "notes": ' + '{"a":' * 900 + "1" + "}" * 900 + "}")
+    assert report.main(["check", str(folder)]) == 1 and "; 16,000,001 bytes; " in capsys.readouterr().out
+    assert report.main(["check", str(folder), str(folder / "none"), str(folder / "README.md")]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "none, " in err and "README.md: no such folder" in err
