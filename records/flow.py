@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from syntax import FUNCTIONS, Scope, children, dotted, every, last_name, scopes
+from syntax import FUNCTIONS, Scope, children, dotted, every, last_name, names, scopes
 
 _ENDING = r"(?:_(?:all|full|cpu|gpu|cuda|np|flat|local|dev|device|t|x|y|\d+))*$"
 VALIDATION = re.compile(
@@ -186,7 +186,7 @@ class Flow:
         for node, around in self.scopes[scope].acts:
             if isinstance(node, ast.Call):
                 found, other = self._of_call(node, scope, given)
-                guards = frozenset(word for test in around.tests for word in _words(test)) if found else frozenset()
+                guards = frozenset(word for test in around.tests for word in names(test)) if found else frozenset()
                 found = [step and step._replace(guards=step.guards | guards) for step in found]
                 items += [Item(_at(node), around.loops, step) for step in found]
                 trains |= other
@@ -274,7 +274,7 @@ class Flow:
                 if _calibrates(last_name(call.func)) and self._handed(call, scope):
                     yield call.lineno, last_name(call.func)
             for loop in scope.of(ast.For):
-                if any(map(_calibrates, _words(loop.iter) | _words(loop.target))):
+                if any(map(_calibrates, names(loop.iter) | names(loop.target))):
                     uses = [loop.iter, *(n for n in ast.walk(loop) if isinstance(n, ast.Subscript))]
                     found = (n for n in uses if self.tokens(n, scope.node, _at(n), frozenset()))
                     yield from ((n.lineno, _word(n)) for n in found)
@@ -321,10 +321,10 @@ class Flow:
             if isinstance(node, ast.Call):
                 teaches, handed = _teaches(node), self._handed_present(node, scope)
                 parts = [getattr(node.func, "value", None), *node.args, *(k.value for k in node.keywords)]
-                names = [
+                about = [
                     name for name in map(_root, parts) if _TABLE.search(name) and not self._holds(name, scope, node)
                 ]
-                found = [(name, teaches, handed) for name in names[:1] if handed or not teaches]
+                found = [(name, teaches, handed) for name in about[:1] if handed or not teaches]
             else:
                 part = node.target if isinstance(node, ast.AugAssign) else node
                 if not isinstance(part, ast.Subscript) or not _TABLE.search(_root(part)):
@@ -379,12 +379,12 @@ def _comes_late(learn: TableUse, use: TableUse, asked: list[TableUse], made: lis
 def _repeats(loop: ast.AST) -> bool:
     """Whether a loop is one over epochs, or over a small number that picks nothing in it."""
     head = [loop.test] if isinstance(loop, ast.While) else [loop.target, loop.iter]
-    if any(_EPOCHS.search(word) for part in head for word in _words(part)):
+    if any(_EPOCHS.search(word) for part in head for word in names(part)):
         return True
     times = loop.iter.args if isinstance(loop, ast.For) and last_name(loop.iter) == "range" else []
     if len(times) != 1 or not isinstance(times[0], ast.Constant):
         return False
-    used = {w for part in loop.body for n in ast.walk(part) if isinstance(n, ast.Subscript) for w in _words(n.slice)}
+    used = {w for part in loop.body for n in ast.walk(part) if isinstance(n, ast.Subscript) for w in names(n.slice)}
     return not used & _target_names(loop.target)
 
 
@@ -430,12 +430,6 @@ def _bound(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
 
 def _target_names(target: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-
-
-def _words(node: ast.AST) -> set[str]:
-    return {
-        getattr(n, "id", getattr(n, "attr", "")) for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute))
-    }
 
 
 def _word(node: ast.AST | None) -> str:

@@ -140,8 +140,8 @@ def every(tree: ast.Module, *types: type) -> list:
 
 def names(node: ast.AST) -> set[str]:
     """Identifiers in an expression: names, and the last part of attributes."""
-    out = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return out | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    found = (n for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute)))
+    return {getattr(n, "id", getattr(n, "attr", "")) for n in found}
 
 
 def dotted(node: ast.AST) -> str:
