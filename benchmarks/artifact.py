@@ -450,7 +450,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=tg.SAMPLE_DIR)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--rates", type=float, nargs="+", default=[3.0, 3.5, 4.0, 4.5], help="bits a weight of `error`")
-    parser.add_argument("--states", type=int, nargs="+", default=list(tg.TRELLISES), help="trellises of `error` and `encode`")
+    parser.add_argument(
+        "--states", type=int, nargs="+", default=list(tg.TRELLISES), help="trellises of `error` and `encode`"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     if set(args.parts) - {"speed", "encode"}:
