@@ -80,7 +80,7 @@ def rate_by_parity(codes: torch.Tensor) -> float:
     return sum(tg.entropy_bits(counts[p::2]) for p in (0, 1)) / values.size
 
 
-@pytest.mark.parametrize(("states", "gap"), [(4, 0.62), (8, 0.53), (32, 0.41), (64, 0.37)])
+@pytest.mark.parametrize(("states", "gap"), [(4, 0.62), (8, 0.53), (64, 0.37)])
 @pytest.mark.parametrize("spread", [1.0, 2.0, 4.0])
 def test_a_gaussian_source_is_coded_near_its_bound(states, gap, spread):
     """In dB above the rate-distortion bound; independent codes lie 1.5 dB above it."""
@@ -90,7 +90,7 @@ def test_a_gaussian_source_is_coded_near_its_bound(states, gap, spread):
     assert 10 * math.log10(error) + 20 * math.log10(2) * rate_by_parity(codes) < gap + (0.15 if spread == 1 else 0)
 
 
-@pytest.mark.parametrize(("states", "gain"), [(4, 0.8), (8, 0.9), (32, 1.0), (64, 1.04)])
+@pytest.mark.parametrize(("states", "gain"), [(4, 0.8), (8, 0.9), (64, 1.04)])
 def test_compensation_inside_the_search_beats_gptq_at_equal_rate(states, gain):
     """Correlated inputs: at least `gain` dB below GPTQ in its best order, and below the search without it."""
     w, h = torch.randn(192, 160, generator=torch.Generator().manual_seed(0)), second_moments(0.7, 160)
