@@ -2400,10 +2400,10 @@ class BlockedAttention(torch.autograd.Function):
         q = (q_NTHK * K**-0.5).transpose(1, 2).reshape(N * G, H // G, T, K)
         k, v = (x.transpose(1, 2).reshape(N * G, T, K) for x in (k_NTGK, v_NTGK))
         y, probs = torch.empty_like(q), []
+        future = q.new_full((BlockedAttention.ROWS, BlockedAttention.ROWS), -math.inf).triu_(1)
         for first, lo, hi in blocks:
             scores = q[:, :, lo:hi].reshape(N * G, -1, K) @ k[:, first:hi].mT
-            future = scores.new_full((hi - lo, hi - lo), -math.inf).triu_(1)
-            scores.view(N * G, -1, hi - lo, hi - first)[..., lo - first :].add_(future)
+            scores.view(N * G, -1, hi - lo, hi - first)[..., lo - first :].add_(future[: hi - lo, : hi - lo])
             p = scores.softmax(-1)
             y[:, :, lo:hi] = (p @ v[:, first:hi]).view(N * G, -1, hi - lo, K)
             probs += [p] if any(ctx.needs_input_grad) else []
