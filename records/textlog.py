@@ -141,7 +141,8 @@ class _Reader:
         elif (loss := _LOSS.search(line)) and (bpb := _BPB.search(line)):
             self._stage(line, loss, bpb)
         elif match := _WHOLE_EVAL.match(line):
-            self.run.info["total_eval_s"] = _seconds(match[1], match[2])
+            took = _seconds(match[1], match[2])  # of validations on the way, too: the longest counts
+            self.run.info["total_eval_s"] = max(took, self.run.info.get("total_eval_s", 0.0))
         elif match := _CALIBRATED.match(line):
             self.run.info["calibration_s"] = max(self.run.info.get("calibration_s", 0.0), _seconds(*match.groups()))
         elif line.startswith("ngram_tilt:hints"):
@@ -239,9 +240,9 @@ class _Reader:
 
 def _eval_seconds(run: Run) -> float | None:
     """The log's own total, or the score's stage and what adapted apart from it; else the longest stage."""
-    if whole := run.info.pop("total_eval_s", None):
-        return whole
     seconds = [e["seconds"] for e in run.stages.values() if e.get("seconds") is not None]
+    if whole := run.info.pop("total_eval_s", None):
+        return max([whole, *seconds])
     stage = run.score.get("seconds") or max(seconds, default=None)
     apart, perhaps = 0.0, 0.0
     for name, took in run.info.get("adapt_s", {}).items():

@@ -1207,6 +1207,7 @@ def rewrite(folder: Path, change) -> None:
     ("\nTotal eval time: 612.3s", "FAIL"),
     ("\neval time: 10.3 min", "FAIL"),
     ("\nEvaluation took 480 seconds", "PASS"),
+    (" eval_time:610000ms\nEvaluation took 4 seconds", "FAIL"),
 ])  # fmt: skip
 def test_evaluation_time_is_read_in_any_words(folder, words, status):
     write_logs(folder, eval=words)
