@@ -419,6 +419,15 @@ def test_exit_status_2_is_for_mistakes_and_1_for_a_full_disk(tmp_path, corpus, c
     assert os.strerror(number) in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_is_reported_with_the_file(tmp_path, capsys, monkeypatch):
+    def full(_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert shards.run_tool(lambda: shards.write_synced(tmp_path / "a.bin", b"x")) == 1
+    assert capsys.readouterr().err == f"error: [Errno 28] No space left on device: '{tmp_path / 'a.bin'}'\n"
+
+
 @pytest.mark.parametrize("words", [
     ["--character-coverage", "0.97"], ["--character-coverage", "1.01"], ["--character-coverage", "nan"],
     ["--shard-tokens", str(1 << 31)], ["--vocab-size", "65537"], ["--vocab-size", "0"], ["--doc-bytes", "0"],
