@@ -344,6 +344,7 @@ def fetch(hub: HfApi, repo: str, remote: Remote, target: Path, staging: Path) ->
             got = hub.hf_hub_download(repo, remote.path, repo_type="dataset", local_dir=staging, force_download=last)
         except Exception as error:  # as in list_files
             if isinstance(error, OSError) and error.errno:  # a full disk, which run_tool names
+                error.filename = error.filename or str(target)
                 raise
             if type(error) is OSError:  # the library's complaint of a file that is longer or shorter than announced
                 problem = "its length is not the hub's"

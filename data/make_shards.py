@@ -556,6 +556,8 @@ def staged(out: Path, args: argparse.Namespace) -> Iterator[Path]:
                 f"--out {out}: {old[0].name} is there already; name another folder, or --force to replace it"
             )
         if not begun:
+            if args.resume and (folder / PROGRESS).exists():
+                print(f"what an earlier job left in {folder} is of other inputs or settings: starting anew")
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         try:

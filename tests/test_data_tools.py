@@ -648,7 +648,7 @@ def test_a_job_stopped_while_it_publishes_goes_on_to_the_same_bytes(tmp_path, mo
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_job_with_other_settings_starts_anew_and_one_without_resume_too(tmp_path, monkeypatch):
+def test_a_job_with_other_settings_starts_anew_and_one_without_resume_too(tmp_path, monkeypatch, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", PLAIN)
     argv = [source, "--out", tmp_path / "out", "--val-docs", 8, "--vocab-size", 300, "--workers", 1]
 
@@ -660,6 +660,7 @@ def test_a_job_with_other_settings_starts_anew_and_one_without_resume_too(tmp_pa
         assert run(make_shards.main, [*argv, "--resume"]) == 130
     argv[4] = 9
     assert run(make_shards.main, [*argv, "--resume"]) == 0
+    assert "is of other inputs or settings: starting anew" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["val"]["documents"] == 9
     with monkeypatch.context() as patch:
         patch.setattr(make_shards.Job, "add", stopped)
@@ -1041,6 +1042,15 @@ def test_a_damaged_file_is_fetched_again_once_and_then_reported(hub, tmp_path, c
     assert fetch(hub, tmp_path / "twice", "--train-shards", 1) == 1
     assert f"arrived damaged twice: its {what} is not the hub's" in capsys.readouterr().err
     assert not (tmp_path / "twice/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").exists()
+
+
+def test_a_disk_that_fills_while_fetching_is_reported_with_the_file(hub, tmp_path, capsys, monkeypatch):
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", full)
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 1
+    assert re.search(rf"No space left on device: '{tmp_path}/(tokenizers|datasets)/.*'", capsys.readouterr().err)
 
 
 def test_a_shard_whose_header_lies_on_the_hub_is_refused(hub, tmp_path, capsys):
