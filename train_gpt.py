@@ -126,7 +126,7 @@ def parse_schedule(text: str) -> list[tuple[float, int]]:
     pairs = [part.split("@") for part in text.split(",")] if text.strip() else []
     steps = [(float(share), int(length)) for length, share in pairs]
     shares = [share for share, _ in steps]
-    if shares != sorted(shares) or not all(0 <= share <= 1 and length >= 8 for share, length in steps):
+    if shares != sorted(set(shares)) or not all(0 < share <= 1 and length >= 8 for share, length in steps):
         raise ValueError
     return steps
 
@@ -1704,12 +1704,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def own_tokenizer(folder: Path, manifest: dict[str, Any] | None) -> Path | None:
-    """The SentencePiece model that belongs to the shards in `folder`: the manifest's, the only one beside them, or the download's
-    (datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model). ConfigError if there are several."""
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def own_tokenizer(folder: Path, manifest: dict[str, Any] | None, wanted: str = "") -> Path | None:
+    """The SentencePiece model that belongs to the shards in `folder`: the manifest's, the only one beside them (of the `wanted` hash),
+    or the download's (datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model). ConfigError if there are several."""
     if manifest is not None:
         return folder / manifest["tokenizer"]["file"]
-    beside = sorted(folder.glob("*.model"))
+    beside = sorted(p for p in folder.glob("*.model") if wanted in ("", file_sha256(p)))
     if len(beside) > 1:
         raise ConfigError(f"TOKENIZER_PATH is unset and {folder} holds {', '.join(p.name for p in beside)}; name the one "
                           "that the shards were made with")  # fmt: skip
@@ -1717,11 +1722,6 @@ def own_tokenizer(folder: Path, manifest: dict[str, Any] | None) -> Path | None:
     name = f"fineweb_{pieces[1]}_bpe{pieces[2]}.model" if pieces else "fineweb_1024_bpe.model"
     path = beside[0] if beside else folder.resolve().parent.parent / "tokenizers" / name
     return path if path.is_file() else None
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def find_tokenizer(cfg: Config, folder: Path, manifest: dict[str, Any] | None) -> Path:
@@ -1764,7 +1764,7 @@ def downloads(tokenizer_sha256: str, vocab_size: int) -> Iterator[Path]:
     parents = (FINEWEB_DIR.parent, SCRIPT.parent / FINEWEB_DIR.parent)
     found = (path for name in DOWNLOADS for parent in parents for path in sorted(parent.glob(name)))
     for folder in (*found, SAMPLE_CASEOPS):
-        path = own_tokenizer(folder, read_manifest(folder)) if shard_paths(folder, "val") else None
+        path = own_tokenizer(folder, read_manifest(folder), tokenizer_sha256) if shard_paths(folder, "val") else None
         if path is None or (tokenizer_sha256 and file_sha256(path) != tokenizer_sha256):
             continue
         if not vocab_size or open_tokenizer(path).vocab_size() == vocab_size:
