@@ -270,9 +270,9 @@ class EvenColumns(tg.Inputs):
         return None if spread is None else tg.column_steps(spread.weight_C)
 
 
-def compare_errors(subject: Subject, rates: list[float]) -> None:
+def compare_errors(subject: Subject, rates: list[float], trellises: list[int]) -> None:
     """At equal bytes of the file, filled by the byte budget: damage of independent codes, of the same with steps of columns,
-    of 4 and of 8 states."""
+    and of each trellis."""
     cfg = dataclasses.replace(subject.cfg, gptq_enabled=True, target_bytes=1)
     calibration = tg.calibrate(cfg, RUN, subject.model, tg.calibration_inputs(cfg, RUN, subject.model, subject.stream))
     moments, inputs = tg.Inputs(cfg, subject.named, calibration.hessians).moments, tg.Inputs
@@ -281,8 +281,8 @@ def compare_errors(subject: Subject, rates: list[float]) -> None:
     coded = sum(w.numel() for n, w in subject.named.items() if policy.bits(n) <= 8)
     print(f"{before[0]:.4f} bpb before, {coded:,} coded weights")
     for rate in rates:
-        plain = None
-        for states, label in ((0, "independent"), (0, "with steps of columns"), (4, "4 states"), (8, "8 states")):
+        plain, paths = None, [(states, f"{states} states") for states in trellises]
+        for states, label in ((0, "independent"), (0, "with steps of columns"), *paths):
             tg.Inputs = EvenColumns if label.startswith("with") else inputs
             aim = dataclasses.replace(cfg, target_bytes=int(coded * rate / 8) + 6000, quant_trellis=states)
             budget, seconds, packs = timed_budget(aim, subject.named, subject.store, calibration)
@@ -293,7 +293,7 @@ def compare_errors(subject: Subject, rates: list[float]) -> None:
     tg.Inputs = inputs
 
 
-def compare_at_equal_error(states: int = 8, shape: tuple[int, int] = (1024, 512)) -> None:
+def compare_at_equal_error(states: int, shape: tuple[int, int] = (1024, 512)) -> None:
     """Bytes of Gaussian weights without Hessians: paths in our stream, independent codes of the same error in all others."""
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.rand(shape[1]).add(0.5)
     codes = tg.trellis_codes((w / 0.2)[None], None, states)[0]
@@ -437,10 +437,10 @@ def measure_speed() -> None:
     time_gptq("pr850")
 
 
-def measure_encode() -> None:
-    """The whole encoder at 36 M weights, independent codes and 8 states."""
+def measure_encode(trellises: list[int]) -> None:
+    """The whole encoder at 36 M weights, independent codes and each trellis."""
     shapes, store = large_shapes()
-    for states in (0, 8):
+    for states in (0, *trellises):
         time_encode(shapes, store, states)
 
 
@@ -450,6 +450,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=tg.SAMPLE_DIR)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--rates", type=float, nargs="+", default=[3.0, 3.5, 4.0, 4.5], help="bits a weight of `error`")
+    parser.add_argument(
+        "--states", type=int, nargs="+", default=list(tg.TRELLISES), help="trellises of `error` and `encode`"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     if set(args.parts) - {"speed", "encode"}:
@@ -459,15 +462,16 @@ def main() -> None:
         if "bytes" in args.parts:
             compare_bytes(subject)
         if "error" in args.parts:
-            compare_errors(subject, args.rates)
+            compare_errors(subject, args.rates, args.states)
         if "gap" in args.parts:
             compare_gaps(subject)
     if "error" in args.parts:
-        compare_at_equal_error()
+        for states in args.states:
+            compare_at_equal_error(states)
     if "speed" in args.parts:
         measure_speed()
     if "encode" in args.parts:
-        measure_encode()
+        measure_encode(args.states)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def form_and_pieces(word: str) -> tuple[str, int]:
 
 def write_documents(args: argparse.Namespace) -> Path:
     """The documents of this work folder, held-out ones first; InputError if it was begun with others."""
-    settings = {"documents": str(args.documents.resolve()), "skip": args.skip, "limit": args.limit}
+    settings = {"documents": str(args.documents.resolve()), "skip": args.skip, "limit": args.limit,
+                "held_out": args.held_out}  # fmt: skip
     kept, path = args.work / "settings.json", args.work / "documents.jsonl"
     if kept.is_file():
         if (before := json.loads(kept.read_text())) != settings:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
 import caseops
 import make_shards
+from shards import run_tool
 from text import Document, read_documents
 
 FORMS = {"plain": [], "caseops": ["--caseops", "--no-fused-markers"], "fused": ["--caseops"]}
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

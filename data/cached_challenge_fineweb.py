@@ -129,7 +129,7 @@ def explain(error: Exception) -> str:
     if status in (401, 403):
         return "not found or not open to you; check the name, or set HF_TOKEN if you have access"
     if status == 404:
-        return "no such dataset repository"
+        return "no such dataset repository or file"
     if status is not None:
         return f"the hub answered with status {status}; try again later"
     return f"the hub cannot be reached ({type(error).__name__} {error})".replace("\n", " ")
@@ -344,7 +344,11 @@ def fetch(hub: HfApi, repo: str, remote: Remote, target: Path, staging: Path) ->
             got = hub.hf_hub_download(repo, remote.path, repo_type="dataset", local_dir=staging, force_download=last)
         except Exception as error:  # as in list_files
             if isinstance(error, OSError) and error.errno:  # a full disk, which run_tool names
+                error.filename = error.filename or str(target)
                 raise
+            if type(error) is OSError:  # the library's complaint of a file that is longer or shorter than announced
+                problem = "its length is not the hub's"
+                continue
             raise Failure(f"{repo}: {remote.path}: {explain(error)}; start again to continue") from None
         problem = fault(Path(got), remote)
         if problem is None:
@@ -422,8 +426,9 @@ def make_caseops(hub: HfApi, args: argparse.Namespace) -> None:
     repo, files = choose_documents(hub, args)
     fetched = fetch_all(hub, repo, name, files, args)
     print(f"{repo}: {fetched} file(s) fetched, {len(files) - fetched} were there and good", flush=True)
+    train_shards = DEFAULT_TRAIN_SHARDS if args.train_shards is None else args.train_shards
     words = ["--caseops", "--official-split", "--resume", "--vocab-size", args.vocab_size, "--out", folder]
-    words += ["--train-shards", args.train_shards or DEFAULT_TRAIN_SHARDS, args.out / DOCUMENTS]
+    words += ["--train-shards", train_shards, args.out / DOCUMENTS]
     make_shards.main([str(word) for word in words])
 
 

@@ -63,7 +63,7 @@ BATCH_CHARS = 1 << 19  # text handed to a worker at a time: large enough to hide
 # What decides the bytes of the shards, for the manifest; and what else must be equal for a job to go on.
 SETTINGS = "val_docs shard_tokens blank_line_docs doc_bytes drop_copies".split()
 OTHER_SETTINGS = "vocab_size character_coverage tokenizer_bytes caseops fused_markers train_shards".split()
-STAGING, PROGRESS = ".make_shards.partial", "progress.json"
+STAGING, PROGRESS, MANIFEST = ".make_shards.partial", "progress.json", "manifest.json"
 # What published tokenizers of the challenge are trained with: all text is representable (bytes), digits stand alone.
 TRAINER = {
     "model_type": "bpe",
@@ -435,7 +435,13 @@ class Job:
         """Write all documents, or as many as --train-shards holds; returns the manifest's entries."""
         limit = (self.args.train_shards or sys.maxsize) * self.args.shard_tokens
         for item in encoded:
-            if self.train.tokens + len(item.tokens) > limit:
+            tokens = self.train.tokens + len(item.tokens)
+            if self.val.documents == self.args.val_docs and tokens > limit:
+                if not self.train.documents:
+                    raise InputError(
+                        f"--train-shards {self.args.train_shards}: the first training document has {tokens:,} tokens, they "
+                        f"hold {limit:,}; give more, or larger ones by --shard-tokens"
+                    )
                 break
             self.add(item)
         if not self.train.documents:
@@ -521,16 +527,19 @@ def saved_progress(folder: Path, args: argparse.Namespace) -> dict[str, Any] | N
         state = json.loads((folder / PROGRESS).read_text())
     except (OSError, ValueError):
         return None
-    return state if state.get("identity") == identity(args) else None
+    if state.get("identity") != identity(args):
+        return None
+    left = (MANIFEST, state["tokenizer"]["file"])  # neither is left of a set that was published
+    return state if any((folder / name).exists() for name in left) else None
 
 
 def files_of_set(out: Path) -> list[Path]:
     """Files in `out` that an earlier call left: shards, tokenizers, the manifest (first, so that no set is half valid)."""
     try:
-        named = json.loads((out / "manifest.json").read_text())["tokenizer"]["file"]
+        named = json.loads((out / MANIFEST).read_text())["tokenizer"]["file"]
     except (OSError, ValueError, LookupError, TypeError):
         named = None
-    patterns = ("manifest.json", "fineweb_*.bin", "tokenizer*.model")
+    patterns = (MANIFEST, "fineweb_*.bin", "tokenizer*.model")
     found = [path for pattern in patterns for path in sorted(out.glob(pattern))]
     return found + [path for path in out.glob("*.model") if path.name == named and path not in found]
 
@@ -540,26 +549,40 @@ def staged(out: Path, args: argparse.Namespace) -> Iterator[Path]:
     """A folder aside whose files take the place of the old set in `out` at the end, or vanish on any failure; with
     --resume they wait there for the next call."""
     with locked(out) as created:
-        if (old := files_of_set(out)) and not args.force:
+        folder = out / STAGING
+        begun = args.resume and saved_progress(folder, args)
+        if (old := files_of_set(out)) and not (args.force or (begun and (folder / MANIFEST).exists())):
             raise InputError(
                 f"--out {out}: {old[0].name} is there already; name another folder, or --force to replace it"
             )
-        folder = out / STAGING
-        if not (args.resume and saved_progress(folder, args)):
+        if not begun:
+            if args.resume and (folder / PROGRESS).exists():
+                print(f"what an earlier job left in {folder} is of other inputs or settings: starting anew")
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         try:
             yield folder
-            for path in old:
-                path.unlink()
-            for path in reversed(files_of_set(folder)):  # the manifest last
-                os.replace(path, out / path.name)
-            sync_folder(out)
+            publish(folder, out)
         except BaseException:
             if not (args.resume and (folder / PROGRESS).exists()):
                 shutil.rmtree(out if created else folder, ignore_errors=True)
             raise
         shutil.rmtree(folder)
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Put the whole set in `folder` in the place of what `out` holds; after an interruption, the rest of it."""
+    new, manifest = files_of_set(folder), json.loads((folder / MANIFEST).read_text())
+    files = [manifest["tokenizer"]]
+    for split, kind in itertools.product(("val", "train"), ("shards", "sidecars")):
+        files += manifest[split].get(kind, [])
+    moved = {file["file"] for file in files} - {path.name for path in new}
+    for path in files_of_set(out):
+        if path.name not in moved:
+            path.unlink()
+    for path in reversed(new):  # the manifest last
+        os.replace(path, out / path.name)
+    sync_folder(out)
 
 
 # ---- the tool
@@ -584,6 +607,8 @@ def make_shards(args: argparse.Namespace) -> dict[str, Any]:
     check_inputs(args.inputs)
     corpus = Corpus(args.inputs, args.blank_line_docs, args.doc_bytes, args.official_split)
     with staged(args.out, args) as folder:
+        if (folder / MANIFEST).exists():  # the last call was stopped while it published
+            return json.loads((folder / MANIFEST).read_text())
         state = saved_progress(folder, args) if args.resume else None
         if state:
             about, model = state["tokenizer"], (folder / state["tokenizer"]["file"]).read_bytes()
@@ -605,7 +630,7 @@ def make_shards(args: argparse.Namespace) -> dict[str, Any]:
             "tokenizer": about,
             **splits,
         }
-        write_synced(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+        write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     job.pace.tell(job.val, job.train, wait=0 if args.resume else 10)
     return manifest
 
@@ -683,6 +708,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--doc-bytes {args.doc_bytes}: expected at most 2147483647")
     if args.official_split and args.val_docs != OFFICIAL_VAL_DOCS:
         parser.error(f"--val-docs {args.val_docs}: the official split is {OFFICIAL_VAL_DOCS}")
+    if not args.fused_markers and (args.tokenizer or not args.caseops):
+        parser.error("--no-fused-markers: it says how --caseops trains a tokenizer")
     if args.vocab_size > 1 << 16:
         parser.error(f"--vocab-size {args.vocab_size}: shards hold uint16, so at most 65536")
     return args

@@ -82,11 +82,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write `content` to `path` and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write `content` to `path` and wait until the disk has it; an OSError names the file."""
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk is reported without a name
+        error.filename = str(path)
+        raise
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +64,7 @@ def blocks(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
         plain = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
         while block := plain.read(1 << 20):
             yield block
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise InputError(f"{path}: cannot be decompressed ({error})") from None
 
 

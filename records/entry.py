@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import runs as logs
 import source
 from runs import Run, UserError
-from textlog import dumped_source, seed_in_name
+from textlog import decoded, dumped_source, seed_in_name
 
 MAX_LOGS = 200
 
@@ -45,7 +46,8 @@ class Entry:
         nested = self.meta.get("results") if isinstance(self.meta.get("results"), dict) else {}
         for found in (self.meta.get("seed_results"), nested.get("seeds"), self.meta.get("seeds")):
             if isinstance(found, dict):
-                return {str(seed): said for seed, said in found.items() if isinstance(said, dict)}
+                told = {str(s): {"val_bpb": said} if is_number(said) else said for s, said in found.items()}
+                return {seed: said for seed, said in told.items() if isinstance(said, dict)}
         return {}
 
     @property
@@ -70,7 +72,7 @@ def read_entry(folder: Path, data_path: str | None = None) -> Entry:
     _read_submission(entry)
     found, entry.unreadable = logs.load_runs([folder])
     if not any(r.score for r in found):
-        below = [p for p in folder.rglob("*") if p.suffix in (".jsonl", ".txt", ".log") and p.is_file()]
+        below = [p for p in folder.rglob("*") if p.suffix in logs.SUFFIXES and p.is_file()]
         below = [p for p in sorted(below) if p.parent not in (folder, folder / "logs")][:MAX_LOGS]
         found += _readable(below)
     trained = [r for r in found if r.mode == "train" and (r.score or r.info.get("v"))]
@@ -78,12 +80,12 @@ def read_entry(folder: Path, data_path: str | None = None) -> Entry:
     _attach_evaluations(trained)
     entry.runs = _one_a_seed(entry, _without_copies(entry, trained))
     for run in entry.runs:
-        for suffix in (".txt", ".log"):
+        for suffix in logs.SUFFIXES[1:]:
             if run.source is None and (text := run.path.with_suffix(suffix)).is_file():
-                run.source = dumped_source(text.read_text(encoding="utf-8-sig", errors="replace"))
+                run.source = dumped_source(decoded(text))
     if script := find_script(folder):
         entry.script = source.read_script(script)
-        entry.helpers = source.helpers(entry.script, folder)
+        entry.helpers = source.bring_along(entry.script, folder)
     return entry
 
 
@@ -114,9 +116,9 @@ def find_script(folder: Path) -> Path | None:
     """train_gpt.py, or where there is none the largest script that trains."""
     if (script := folder / "train_gpt.py").is_file():
         return script
-    scripts = sorted(folder.glob("*.py"), key=lambda p: ("train" not in p.name, -p.stat().st_size))
-    trains = (p for p in scripts if b"torch" in p.read_bytes() or b"exec(" in p.read_bytes())
-    return next(trains, None)
+    found = [p for p in folder.glob("*.py") if p.is_file()]
+    scripts = sorted(found, key=lambda p: ("train" not in p.name, -p.stat().st_size))[:MAX_LOGS]
+    return next((p for p in scripts if re.search(rb"torch|exec\(", source.head(p))), None)
 
 
 def _fingerprint(run: Run) -> tuple:

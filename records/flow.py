@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from syntax import FUNCTIONS, Scope, children, every, last_name, scopes
+from syntax import FUNCTIONS, Scope, children, dotted, every, last_name, names, scopes
 
 _ENDING = r"(?:_(?:all|full|cpu|gpu|cuda|np|flat|local|dev|device|t|x|y|\d+))*$"
 VALIDATION = re.compile(
@@ -35,10 +35,18 @@ _HANDS_ON = re.compile(
 EVALUATES = re.compile(r"eval|valid|score|audit|bpb|test", re.I)
 _SUM = re.compile(r"loss|nll|nats|bits|bpb|score|logp|log_?prob|(?:^|_)(?:ce|lp|ptl|total|sum)(?:_|$)", re.I)
 _EPOCHS = re.compile(r"(?:^|_)(?:epochs?|ep|n_?pass(?:es)?|passes|rounds?)(?:_|$)", re.I)
-_CALIBRATES = re.compile(r"calib|hessian|gptq|collect_(?:act|stat)", re.I)
+_CALIBRATES = re.compile(r"calib|(?:^|_)cal(?:_|$)|hessian|gptq|quantize(?!d)|collect_(?:act|stat)", re.I)
+_TABLE = re.compile(  # of n-grams; a network's keys and values are none
+    r"^(?!.*(?:kv|past|rope|rotary|cos|sin|mask|attn)).*(?:gram|cache|table|mixer|(?:^|_)(?:ctx|full|counts?|ppm|trie|hist)(?:_|\d|$))",
+    re.I,
+)
+_LEARNS = re.compile(
+    r"^_?(?:update|insert|observe|learn|record|add|ingest|fit|feed|train|build)(?:_|$)|index_add_|scatter_add_", re.I
+)
 _IS_MODEL = re.compile(r"model|net$|forward|logits|compiled", re.I)  # a name of what is trained, not of a scorer
 _ADDING = {"append", "add_", "copy_", "extend", "index_add_", "scatter_add_"}
-_STORES = re.compile(r"\w*compress|save\w*|dumps?|tofile")
+_STORES = re.compile(r"\w*compress|save\w*|dumps?|tofile|register_buffer")
+_KEPT = re.compile(r"state|artifact|payload|blob|pack|(?:^|_)(?:sd|obj|meta|export)(?:_|$)", re.I)
 _BINDING = (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.AsyncFor, ast.comprehension, ast.With)
 _MAX_DEPTH = 12
 
@@ -58,6 +66,16 @@ class Item(NamedTuple):
     at: tuple[int, int]
     loops: tuple[ast.AST, ...]
     step: Step | None  # None: a score
+
+
+class TableUse(NamedTuple):
+    """An update of a table or a question to it, in its loops; `tokens`: by what validation tokens give."""
+
+    at: tuple[int, int]
+    table: str
+    learns: bool
+    tokens: bool
+    loops: tuple[ast.AST, ...]
 
 
 class Summary(NamedTuple):
@@ -116,7 +134,7 @@ class Flow:
         if isinstance(node, ast.comprehension):
             return ask(node.iter)
         if isinstance(node, (ast.ListComp, ast.GeneratorExp, ast.SetComp)):
-            return any(map(ask, node.generators))
+            return any(map(ask, (node.elt, *node.generators)))
         if isinstance(node, (*FUNCTIONS, ast.Lambda, ast.Compare)):
             return False
         return any(ask(child) for child in children(node) if isinstance(child, ast.expr))
@@ -168,7 +186,7 @@ class Flow:
         for node, around in self.scopes[scope].acts:
             if isinstance(node, ast.Call):
                 found, other = self._of_call(node, scope, given)
-                guards = frozenset(word for test in around.tests for word in _words(test)) if found else frozenset()
+                guards = frozenset(word for test in around.tests for word in names(test)) if found else frozenset()
                 found = [step and step._replace(guards=step.guards | guards) for step in found]
                 items += [Item(_at(node), around.loops, step) for step in found]
                 trains |= other
@@ -244,10 +262,10 @@ class Flow:
         entries = [self.tree, *(f for name, f in self.functions.items() if name not in used)]
         return list(dict.fromkeys(step for entry in entries for step in self.summary(entry).steps))
 
-    def _handed(self, call: ast.Call, scope: Scope, more: tuple = ()) -> bool:
-        """Whether a call gets validation tokens."""
+    def _handed(self, call: ast.Call, scope: Scope, more: tuple = (), loss: bool = False) -> bool:
+        """Whether a call gets validation tokens, or with `loss` anything computed from them."""
         arguments = [*call.args, *(k.value for k in call.keywords), *more]
-        return any(self.tokens(a, scope.node, _at(call), frozenset()) for a in arguments)
+        return any(self.tokens(a, scope.node, _at(call), frozenset(), loss) for a in arguments)
 
     def calibrations(self) -> Iterator[tuple[int, str]]:
         """(line, name) of calls and loops that calibrate and get validation tokens."""
@@ -256,8 +274,8 @@ class Flow:
                 if _calibrates(last_name(call.func)) and self._handed(call, scope):
                     yield call.lineno, last_name(call.func)
             for loop in scope.of(ast.For):
-                if any(map(_calibrates, _words(loop.iter) | _words(loop.target))):
-                    uses = [n for n in ast.walk(loop) if isinstance(n, ast.Subscript)]
+                if any(map(_calibrates, names(loop.iter) | names(loop.target))):
+                    uses = [loop.iter, *(n for n in ast.walk(loop) if isinstance(n, ast.Subscript))]
                     found = (n for n in uses if self.tokens(n, scope.node, _at(n), frozenset()))
                     yield from ((n.lineno, _word(n)) for n in found)
 
@@ -270,6 +288,67 @@ class Flow:
                     call, scope, (call.func.value,) if name == "tofile" else ()
                 ):
                     yield call.lineno, name
+            for node in scope.of(ast.Assign):
+                kept = [t.value for t in node.targets if isinstance(t, ast.Subscript)]
+                if any(_KEPT.search(_word(t)) for t in kept) and self.tokens(
+                    node.value, scope.node, _at(node), frozenset()
+                ):
+                    yield node.lineno, _word(kept[0])
+
+    # ---- Tables that learn
+
+    def learned_first(self) -> Iterator[tuple[int, str]]:
+        """(line, table) of updates by validation tokens whose table is asked about the same tokens only afterwards.
+
+        An update is in order once the table was asked before it in a loop around both, if no loop of its own is over by
+        the time it is asked again (a second pass) and none around both is one over epochs.
+        """
+        for scope in self.scopes.values():
+            if not any(_TABLE.search(_root(n.target)) for n in scope.of(ast.AugAssign)) and not any(
+                map(_teaches, scope.of(ast.Call))
+            ):
+                continue
+            uses = sorted(self._table_uses(scope), key=lambda use: use.at)
+            for learn in (u for u in uses if u.learns):
+                asked = [u for u in uses if u.table == learn.table and not u.learns]
+                made = [where for where, _ in self.bindings(scope.node).get(learn.table, ())]
+                if any(use.tokens and _comes_late(learn, use, asked, made) for use in asked):
+                    yield learn.at[0], learn.table
+
+    def _table_uses(self, scope: Scope) -> Iterator[TableUse]:
+        """Calls and subscripts about a table: updates by validation tokens, and questions, by such tokens or not."""
+        for node, around in scope.acts:
+            if isinstance(node, ast.Call):
+                teaches, handed = _teaches(node), self._handed_present(node, scope)
+                parts = [getattr(node.func, "value", None), *node.args, *(k.value for k in node.keywords)]
+                about = [
+                    name for name in map(_root, parts) if _TABLE.search(name) and not self._holds(name, scope, node)
+                ]
+                found = [(name, teaches, handed) for name in about[:1] if handed or not teaches]
+            else:
+                part = node.target if isinstance(node, ast.AugAssign) else node
+                if not isinstance(part, ast.Subscript) or not _TABLE.search(_root(part)):
+                    continue
+                keyed = self.tokens(part.slice, scope.node, _at(node), frozenset(), loss=True)
+                learns = part is not node
+                kept = keyed if learns else not self._holds(_root(part), scope, node)
+                found = [(_root(part), learns, keyed)] if kept else []
+            for name, learns, tokens in found:
+                yield TableUse(_at(node), name, learns, tokens, around.loops)
+
+    def _holds(self, name: str, scope: Scope, node: ast.AST) -> bool:
+        """Whether a name that sounds like a table's holds the tokens themselves, as `ctx_tokens` does."""
+        return self.tokens(ast.Name(name, ast.Load()), scope.node, _at(node), frozenset())
+
+    def _handed_present(self, call: ast.Call, scope: Scope) -> bool:
+        """Validation tokens among a call's arguments; `tokens[:start]` in a loop over `start` is what came before."""
+        past = [a for a in call.args if isinstance(a, ast.Subscript) and isinstance(a.slice, ast.Slice)]
+        if any(isinstance(p.slice.upper, ast.Name) and self._counts(p.slice.upper.id, scope) for p in past):
+            return False
+        return self._handed(call, scope, loss=True)
+
+    def _counts(self, name: str, scope: Scope) -> bool:
+        return any(name in _target_names(loop.target) for loop in scope.of(ast.For))
 
 
 def _calibrates(name: str) -> bool:
@@ -286,10 +365,38 @@ def _judged(item: Item, items: list[Item], top: bool) -> Step | None:
     return None
 
 
+def _comes_late(learn: TableUse, use: TableUse, asked: list[TableUse], made: list[tuple[int, int]]) -> bool:
+    """Whether `use` asks the table, not `made` anew since, what `learn` has told it."""
+    common = set(learn.loops) & set(use.loops)
+    if any(_repeats(loop) and not any(_at(loop) < m < (loop.end_lineno + 1, 0) for m in made) for loop in common):
+        return True
+    if use.at < learn.at or any(learn.at < where < use.at for where in made):
+        return False
+    before = any(u.at < learn.at and common <= set(u.loops) for u in asked)
+    return not before or set(learn.loops) != common
+
+
 def _repeats(loop: ast.AST) -> bool:
-    """Whether a loop is one over epochs."""
+    """Whether a loop is one over epochs, or over a small number that picks nothing in it."""
     head = [loop.test] if isinstance(loop, ast.While) else [loop.target, loop.iter]
-    return any(_EPOCHS.search(word) for part in head for word in _words(part))
+    if any(_EPOCHS.search(word) for part in head for word in names(part)):
+        return True
+    times = loop.iter.args if isinstance(loop, ast.For) and last_name(loop.iter) == "range" else []
+    if len(times) != 1 or not isinstance(times[0], ast.Constant):
+        return False
+    used = {w for part in loop.body for n in ast.walk(part) if isinstance(n, ast.Subscript) for w in names(n.slice)}
+    return not used & _target_names(loop.target)
+
+
+def _root(node: ast.AST) -> str:
+    """`ctx_tables` of `ctx_tables[n][key]` and of `self.ctx_tables`; "" of anything else."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    return getattr(node, "id", getattr(node, "attr", ""))
+
+
+def _teaches(call: ast.Call) -> bool:
+    return bool(_LEARNS.search(last_name(call))) or dotted(call.func).endswith("add.at")
 
 
 def _at(node: ast.AST) -> tuple[int, int]:
@@ -323,12 +430,6 @@ def _bound(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
 
 def _target_names(target: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-
-
-def _words(node: ast.AST) -> set[str]:
-    return {
-        getattr(n, "id", getattr(n, "attr", "")) for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute))
-    }
 
 
 def _word(node: ast.AST | None) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from flow import EVALUATES, VALIDATION, Flow
-from syntax import Scope, calls, dotted, every, keyword_is, last_name, names, nodes, scopes
+from syntax import Scope, calls, dotted, every, imports, keyword_is, last_name, names, nodes, scopes
 
 
 class Finding(NamedTuple):
@@ -22,11 +22,13 @@ class Finding(NamedTuple):
     text: str
     name: str = ""
     guards: tuple[str, ...] = ()  # names whose value decides whether it runs
+    place: str = ""  # the file or layer of packing, where it is not the script's innermost
 
 
 TRAINED = "training on validation text before it is scored"
 STORED = "validation text compressed by the script"
 SAVED = "validation text saved to a file"
+LEARNED = "table that learns tokens before they are scored"
 TARGET_KEY = "target token in a cache key"
 IN_TRAINING = "validation data in training code"
 ORACLE = "per-token choice by the target"
@@ -39,7 +41,6 @@ _HASHLIKE = re.compile(r"(hash|ctx|context|bucket|key|^h\d?$|prefix)", re.I)
 _TRAINS = re.compile(r"train|calib|hessian|gptq|quantiz|collect", re.I)
 _ADAPTS = re.compile(r"ttt|adapt|lora", re.I)  # adapting after scoring is evaluation; flow.py looks at its order
 _LEARNS = re.compile(r"update|insert|observe|learn|record|(?:^|_)add(?:_|$)|build", re.I)
-_LOG_PROB = re.compile(r"^(?:nll|nlls|losses|logprobs?|log_probs?|lp|lps|logp|logps|ptl|per_tok\w*)$")
 _OF_TARGET = re.compile(
     r"(?:^|_)(?:tgt|target|true|actual|gold|y)_(?:lp|logp|log_?prob|prob|nll|loss)s?(?:_|$)"
     r"|(?:^|_)(?:lp|logp|log_?prob|prob|nll|p)_(?:tgt|target|true|actual|gold|y)(?:_|$)"
@@ -62,16 +63,27 @@ REJECTED = {  # words of methods that were ruled out (issue #1017, the FAQ, the 
     "second pass over scored text": re.compile(r"two_?pass|second_pass|rescor", re.I),
     "hints computed outside the timer": re.compile(r"precompute_outside|outside_timer", re.I),
     "validation text hidden in the artifact": re.compile(
-        r"paid_?prefix|val_?(blob|payload|prefix)|prefix_(blob|payload)", re.I
+        r"paid_?prefix|(?:^|_)val_?(blob|payload|prefix)|prefix_(blob|payload)", re.I
     ),
 }
-_NETWORK = {"requests", "urllib", "socket", "http", "ftplib", "huggingface_hub", "wandb", "aiohttp"}
+_NETWORK = {
+    *("requests", "urllib", "urllib3", "httpx", "socket", "http", "ftplib", "aiohttp", "wget", "boto3", "gdown"),
+    *("huggingface_hub", "wandb", "kagglehub", "paramiko"),
+}
+_FETCHES = {
+    *("from_pretrained", "load_dataset", "hf_hub_download", "snapshot_download", "load_state_dict_from_url"),
+    *("urlopen", "urlretrieve", "get_kernel"),
+}
+_COMMANDS = {"run", "system", "popen", "Popen", "call", "check_call", "check_output", "getoutput", "getstatusoutput"}
+_FETCHING = re.compile(
+    r"\b(?:curl|wget|aria2c|rsync|scp|git clone|gsutil|aws s3|apt-get|(?:pip3?|conda|uv) (?:pip )?install)\b"
+)
 
 
 def find_patterns(tree: ast.Module, source: str) -> list[Finding]:
     """Every finding in reading order, one a line and pattern."""
-    finders = (_target_keys, _pickles, _in_training, _oracle_choices, _target_gates, _thresholds, _no_distribution)
-    raw = [found for finder in (*finders, _network, _rejected_names, _flow) for found in finder(tree)]
+    finders = (_target_keys, _pickles, _in_training, _training_files, _oracle_choices, _target_gates, _thresholds)
+    raw = [found for finder in (*finders, _no_distribution, _network, _rejected_names, _flow) for found in finder(tree)]
     lines, seen = source.split("\n"), {}
     for pattern, line, name, *guards in sorted(raw, key=lambda f: (f[1], f[0], f[2])):
         text = lines[line - 1] if 0 < line <= len(lines) else ""
@@ -104,16 +116,37 @@ def _first(words: set[str], pattern: re.Pattern) -> str:
 def _target_keys(tree: ast.Module) -> Found:
     """`ctx_hash ^ tgt * P`, or `(ctx * P + tgt) % B`: a cell chosen by the token whose probability it is to give."""
     for scope in scopes(tree):
-        for node in scope.of(ast.BinOp) if not _LEARNS.search(scope.name) else ():
-            mixed = node if isinstance(node.op, ast.BitXor) else None
-            if isinstance(node.op, (ast.Mod, ast.BitAnd)) and isinstance(node.left, ast.BinOp):
-                mixed = node.left
-            if mixed is None or not isinstance(mixed.op, (ast.BitXor, ast.Add, ast.Mult, ast.BitOr)):
-                continue
-            for one, other in ((mixed.left, mixed.right), (mixed.right, mixed.left)):
-                target = _first(names(one), _TARGET)
-                if target and any(_HASHLIKE.search(n) for n in names(other)):
-                    yield TARGET_KEY, node.lineno, target
+        if _LEARNS.search(scope.name):
+            continue
+        for line, one, other in _hashed(scope):
+            target = _first(names(one), _TARGET)
+            if target and any(_HASHLIKE.search(n) for n in names(other)):
+                yield TARGET_KEY, line, target
+        for call in scope.of(ast.Call):
+            target = _first(names(call), _TARGET) if dotted(call.func) == "hash" else ""
+            if target:
+                yield TARGET_KEY, call.lineno, target
+
+
+def _hashed(scope: Scope) -> Iterator[tuple[int, ast.AST, ast.AST]]:
+    """(line, one, other) of values mixed into a key: `a ^ b`, `(a + b) % n`, `h ^= b`, a loop that takes in b last."""
+    for node in scope.of(ast.BinOp):
+        mixed = node if isinstance(node.op, ast.BitXor) else None
+        if isinstance(node.op, (ast.Mod, ast.BitAnd)) and isinstance(node.left, ast.BinOp):
+            mixed = node.left
+        if mixed is not None and isinstance(mixed.op, (ast.BitXor, ast.Add, ast.Mult, ast.BitOr)):
+            yield from ((node.lineno, mixed.left, mixed.right), (node.lineno, mixed.right, mixed.left))
+    for node in scope.of(ast.AugAssign):
+        if isinstance(node.op, ast.BitXor):
+            yield node.lineno, node.value, node.target
+    for loop in scope.of(ast.For):  # `for t in (*context, target): h = (h * P + t) % B`
+        last = [n for n in ast.walk(loop.iter) if isinstance(n, (ast.List, ast.Tuple))]
+        keys = [
+            n
+            for n in ast.walk(loop)
+            if isinstance(n, ast.BinOp) and isinstance(n.op, (ast.BitXor, ast.Mod, ast.BitAnd))
+        ]
+        yield from ((key.lineno, group, key) for group in last for key in keys)
 
 
 def _pickles(tree: ast.Module) -> Found:
@@ -147,6 +180,19 @@ def _in_training(tree: ast.Module) -> Found:
                 yield IN_TRAINING, node.lineno, word
 
 
+def _training_files(tree: ast.Module) -> Found:
+    """`train_files = "fineweb_*.bin"`: a pattern of training shards that takes in the validation split."""
+    for node in every(tree, ast.Assign, ast.AnnAssign):
+        if node.value is None or not any(_TRAIN_FILES.search(n) for n in _assigned(node)):
+            continue
+        for part in ast.walk(node.value):
+            if isinstance(part, ast.Constant) and re.search(r"fineweb_(?:val|\*)", str(part.value)):
+                yield IN_TRAINING, node.lineno, str(part.value)
+
+
+_TRAIN_FILES = re.compile(r"(?:^|_)train(?:ing)?_(?:files?|pattern|shards?|glob|paths?|data)$", re.I)
+
+
 def _spared(node: ast.AST) -> Iterator[ast.AST]:
     """Parts of a node that do not train: evaluations, messages, sizes, and the loading of what is named validation."""
     if isinstance(node, ast.Call):
@@ -165,7 +211,8 @@ def _target_gates(tree: ast.Module) -> Found:
     for scope in scopes(tree):
         scores = EVALUATES.search(scope.name) or re.search("gram|hint|tilt|mix", scope.name, re.I)
         for node in scope.of(ast.Assign):
-            if not any(_GATES.search(n) for t in node.targets for n in names(t)):
+            weighs = _WEIGHT if scores and not re.search("byte|lut", ast.dump(node.value)) else _GATES
+            if not any(_GATES.search(n) or weighs.search(n) for t in node.targets for n in names(t)):
                 continue
             plain = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
             plain -= set() if scores else {"y", "labels"}  # elsewhere a network's activations
@@ -173,20 +220,73 @@ def _target_gates(tree: ast.Module) -> Found:
                 yield GATE, node.lineno, target
 
 
+_EXTREMES = {"minimum", "maximum", "fmin", "fmax", "min", "max", "amin", "amax"}
+_COST = re.compile(r"(?:^|_)(?:nlls?|losses|logprobs?)(?:_|\d|$)", re.I)
+_CHANCE = re.compile(r"(?:^|_)(?:p|probs?)(?:_|\d|$)", re.I)
+_RUNNING = re.compile(r"best|lowest|min|max|running|clip|floor|eps|cap", re.I)
+
+
 def _oracle_choices(tree: ast.Module) -> Found:
     """torch.minimum(nll_a, nll_b): per token the better of two models, which needs the target."""
-    for call in calls(tree, {"torch.minimum", "np.minimum", "torch.maximum", "np.maximum", "min", "max"}):
-        if len(call.args) == 2:
-            words = [{w for n in names(a) for w in n.lower().split("_")} for a in call.args]
-            if all(w & {"nll", "losses", "logprob", "logprobs", "nlls"} for w in words):
-                yield ORACLE, call.lineno, _first(names(call.args[0]), re.compile("nll|loss|logprob", re.I))
+    for scope in _scoring(tree):
+        costs = _target_costs(scope)
+        for call in scope.of(ast.Call):
+            name = last_name(call)
+            if name == "where" and len(call.args) == 3 and isinstance(call.args[0], ast.Compare):
+                compared = [call.args[0].left, *call.args[0].comparators]
+            elif name in _EXTREMES:
+                compared = _compared(call)
+            else:
+                continue
+            word = _rivals(compared, costs, elementwise=isinstance(call.func, ast.Attribute))
+            if word := word or (name in _EXTREMES and _stacked(call, scope, costs)):
+                yield ORACLE, call.lineno, word
+
+
+def _compared(call: ast.Call) -> list[ast.AST]:
+    """The two sides of `torch.minimum(a, b)`, `min(a, b)` or `a.minimum(b)`."""
+    of_module = isinstance(call.func, ast.Attribute) and dotted(call.func.value) not in ("torch", "np", "numpy", "math")
+    return ([call.func.value] if of_module else []) + [a for a in call.args if not isinstance(a, ast.Starred)]
+
+
+def _rivals(sides: list[ast.AST], costs: set[str], elementwise: bool) -> str:
+    """The first of two sides that are both what a token cost, or (in arrays) both a probability of it; else ""."""
+    words = [names(side) for side in sides]
+    if len(words) != 2 or words[0] == words[1] or any(map(_RUNNING.search, words[0] | words[1])):
+        return ""
+    for kind in (_COST, _CHANCE) if elementwise else (_COST,):
+        found = [
+            min((n for n in side if kind.search(n) or (kind is _COST and n in costs)), default="") for side in words
+        ]
+        if all(found) and found[0] != found[1]:
+            return found[0]
+    return ""
+
+
+def _stacked(call: ast.Call, scope: Scope, costs: set[str]) -> str:
+    """The name of the smallest over models: `torch.stack([nll_a, nll_b]).min(0)`, whole or by way of a name."""
+    piled = {n: node.value for node in scope.of(ast.Assign) for n in _assigned(node)}
+    for part in [call.func.value, *call.args[:1]] if isinstance(call.func, ast.Attribute) else []:
+        part = piled.get(part.id, part) if isinstance(part, ast.Name) else part
+        if not isinstance(part, ast.Call) or last_name(part) not in ("stack", "vstack", "array"):
+            continue
+        if word := min((n for n in names(part) if n in costs or _COST.search(n)), default=""):
+            return word
+        if any(_costs_a_target(n) for n in ast.walk(part) if isinstance(n, (ast.Call, ast.Subscript))):
+            return last_name(part)
+    return ""
+
+
+def _scoring(tree: ast.Module) -> Iterator[Scope]:
+    """Scopes whose losses may be scores: a training loss may choose its tokens."""
+    trains = (s for s in scopes(tree) if _TRAINS.search(s.name))
+    excused = {id(s) for s in trains if not (EVALUATES.search(s.name) or _ADAPTS.search(s.name))}
+    yield from (s for s in scopes(tree) if id(s) not in excused)
 
 
 def _thresholds(tree: ast.Module) -> Found:
     """`w = where(target_logp > -2, a, b)`: the weight of an expert is chosen by what the target turned out to cost."""
-    for scope in scopes(tree):
-        if _TRAINS.search(scope.name) and not (EVALUATES.search(scope.name) or _ADAPTS.search(scope.name)):
-            continue  # a training loss may choose its tokens
+    for scope in _scoring(tree):
         compared = [n for test in scope.of(ast.Compare) for n in names(test)]
         costs = _target_costs(scope) if compared else set()
         if not any(n in costs or _OF_TARGET.search(n) for n in compared):
@@ -265,12 +365,18 @@ def _is_one(node: ast.AST) -> bool:
 
 
 def _network(tree: ast.Module) -> Found:
-    for node in every(tree, ast.Import, ast.ImportFrom):
-        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        for module in modules:
-            if module.split(".")[0] in _NETWORK:
-                yield "network module", node.lineno, module
+    """Modules, calls and commands that reach the network while the script runs."""
+    for module, line in imports(tree):
+        if module.split(".")[0] in _NETWORK:
+            yield "network module", line, module
+    for call in every(tree, ast.Call):
+        name = last_name(call)
+        if name in _FETCHES or dotted(call.func).startswith("torch.hub."):
+            yield "network access", call.lineno, name
+        elif name in _COMMANDS:
+            words = [n.value for a in call.args for n in ast.walk(a) if isinstance(n, ast.Constant)]
+            if found := _FETCHING.search(" ".join(w for w in words if isinstance(w, str))):
+                yield "network access", call.lineno, found[0]
 
 
 def _rejected_names(tree: ast.Module) -> Found:
@@ -313,4 +419,5 @@ def _flow(tree: ast.Module) -> Found:
     flow = Flow(tree)
     yield from ((TRAINED, step.line, step.name, tuple(sorted(step.guards))) for step in flow.steps())
     yield from ((IN_TRAINING, line, name) for line, name in flow.calibrations())
+    yield from ((LEARNED, line, name) for line, name in flow.learned_first())
     yield from ((STORED if "compress" in name else SAVED, line, name) for line, name in flow.stored())

@@ -20,6 +20,7 @@ training shards. submission.py writes folders, sweep.py runs lists.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import shlex
@@ -208,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (UserError, OSError) as error:  # a file that cannot be read or written: the system's words and its name
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
 
 
 if __name__ == "__main__":

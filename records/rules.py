@@ -88,6 +88,10 @@ def files(entry: Entry) -> Lines:
     for run in entry.runs:
         if run.score is None or run.damage:
             yield FAIL, f"log {run.path.name}", run.status()
+    told = {r.path for r in (*entry.scored, *(other for _, other in entry.reruns))}
+    if cut := [r for r in entry.others if r.mode == "train" and r.steps and r.path not in told]:
+        ends = "; ".join(f"{r.path.name} (seed {r.seed}) at step {r.last_step}" for r in cut)
+        yield WARN, "logs without a score", f"{ends}: a run that was cut, or one that was left out"
     if entry.copies:
         pairs = "; ".join(f"{other.path.name} is {kept.path.name}" for kept, other in entry.copies)
         yield PASS, "copies of logs", f"counted once: {pairs}"
@@ -116,7 +120,9 @@ def figures(entry: Entry) -> Lines:
     missing = [k for k in ("author", "github_id", "name", "date", "val_bpb") if meta.get(k) in (None, "")]
     status = FAIL if "val_bpb" in missing else WARN if missing else PASS
     other = [f"{k} is {v:.5f}" for k, v in _mean_figures(entry)] if "val_bpb" in missing else []
-    detail = "; ".join([f"empty: {', '.join(missing)}", *other]) if missing else "complete"
+    other += (odd := _odd_fields(meta))
+    status = WARN if odd and status == PASS else status
+    detail = "; ".join([f"empty: {', '.join(missing)}"] * bool(missing) + other) or "complete"
     yield status, "submission fields", detail
     flags = meta.get("compliance") if isinstance(meta.get("compliance"), dict) else {}
     if broken := [k for k, v in flags.items() if v is False]:
@@ -129,6 +135,8 @@ def figures(entry: Entry) -> Lines:
         yield _supported(entry, float(bpb))
     elif "val_bpb" not in missing:
         yield FAIL, "val_bpb", f"is no number: {bpb!r}"
+    if is_number(loss := meta.get("val_loss")) and any(r.loss() for r in entry.scored):
+        yield from _supported_loss(entry, float(loss))
 
 
 def _mean_figures(entry: Entry) -> list[tuple[str, float]]:
@@ -160,7 +168,12 @@ def _holds_another(entry: Entry, seed: str) -> str:
     """What the file named after a missing seed holds instead."""
     known = [*entry.runs, *entry.others, *(r for pair in (*entry.copies, *entry.reruns) for r in pair)]
     named = [r for r in known if str(seed_in_name(r.path)) == seed]
-    return f": {named[0].path.name} holds seed {named[0].seed}" if named and str(named[0].seed) != seed else ""
+    if not named:
+        return ""
+    run = named[0]
+    if str(run.seed) != seed:
+        return f": {run.path.name} holds seed {run.seed}"
+    return "" if run.score else f": {run.path.name} ends at step {run.last_step} without a score"
 
 
 def _gain(entry: Entry) -> Lines:
@@ -185,18 +198,45 @@ def _gain(entry: Entry) -> Lines:
 
 
 def _dated(entry: Entry) -> Lines:
-    date = str(entry.meta.get("date", ""))[:10]
-    if entry.is_record and date > LAST_DAY:
+    date = str(entry.meta.get("date") or "")[:10]
+    if date and not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+        yield WARN, "date", f"{entry.meta['date']!r:.60}: expected YYYY-MM-DD"
+    elif entry.is_record and date > LAST_DAY:
         yield WARN, "date", f"{date}: entries after {LAST_DAY} were taken as non-record"
+
+
+def _leaves(meta: object, names: set[str]) -> list[tuple[str, object]]:
+    """(name, value) of all that submission.json says under one of `names`, at any depth, by seed or not."""
+    found, waiting = [], [("", meta)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(k if k in names else name, v) for k, v in value.items()]
+        elif isinstance(value, list):
+            waiting += [(name, v) for v in value]
+        elif name and value is not None:
+            found.append((name, value))
+    return found
+
+
+def _number(value: object) -> float | None:
+    """A number, or a text that is one: "16,100,000", "599.8 s"."""
+    if isinstance(value, str) and re.fullmatch(r"[\d,_]*\d(?:\.\d+)?(?: ?(?:bytes|s|seconds))?", value.strip()):
+        return float(re.sub(r"[,_ a-z]", "", value))
+    return value if is_number(value) else None
 
 
 def _said(meta: object, names: set[str]) -> list[float]:
     """Every number under one of `names`, at any depth of submission.json."""
-    if isinstance(meta, list):
-        return [n for item in meta for n in _said(item, names)]
-    if not isinstance(meta, dict):
-        return []
-    return [n for k, v in meta.items() for n in ([v] if k in names and is_number(v) else _said(v, names))]
+    return [n for _, value in _leaves(meta, names) if (n := _number(value)) is not None]
+
+
+def _odd_fields(meta: dict) -> list[str]:
+    """Fields of another type than every reader of records takes them for."""
+    odd = [k for k, kind in _TYPES.items() if k in meta and meta[k] is not None and not isinstance(meta[k], kind)]
+    told = [f"{k} is {meta[k]!r:.60}" for k in odd]
+    numbers = _leaves(meta, _TOTALS | _TRAIN_S | _TRAIN_MS | _EVAL_S)
+    return told + [f"{k} is {v!r:.60}, no number" for k, v in numbers if _number(v) is None]
 
 
 def _supported(entry: Entry, bpb: float) -> Line:
@@ -220,7 +260,25 @@ def _supported(entry: Entry, bpb: float) -> Line:
     return (FAIL, rule, f"{bpb:.5f}, but {scores}") if scored else (WARN, rule, f"{bpb:.5f}: no log shows it")
 
 
+def _supported_loss(entry: Entry, loss: float) -> Lines:
+    """Whether the logs show `val_loss`, as the mean of a stage or in one log; nothing to say if they do."""
+    stages = {s for r in entry.scored for s in r.stages}
+    each = [[r.loss(s) for r in entry.scored if s in r.stages] for s in stages] + [[r.loss() for r in entry.scored]]
+    shown = [v for values in each for v in (*values, fmean(values))] if all(None not in v for v in each) else []
+    if shown and min(abs(v - loss) for v in shown) >= near(loss):
+        losses = ", ".join(f"{r.loss():.5f}" for r in entry.scored)
+        yield WARN, "val_loss", f"{loss:.5f}, but the logs' scores are {losses} nats/token"
+
+
 # ---- Limits
+
+_TOTALS = {"bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max", "max_artifact_bytes", "counted_bytes"}
+_TRAIN_S, _TRAIN_MS = {"train_time_s", "train_wallclock_seconds"}, {"train_wallclock_ms", "train_wallclock_ms_max"}
+_EVAL_S = {"eval_time_s", "ttt_eval_time_s", "eval_time_s_max", "eval_seconds", "max_eval_seconds"}
+_TYPES = {
+    **dict.fromkeys(("author", "name", "date", "track"), str),
+    **{"github_id": str | int, "seeds": list | dict, "seed_results": dict, "compliance": dict},
+}
 
 
 def limits(entry: Entry) -> Lines:
@@ -235,20 +293,33 @@ def limits(entry: Entry) -> Lines:
             yield entry.bent(FAIL), f"limits of {run.path.name}", run.status()
 
 
-_TOTALS = {"bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max", "max_artifact_bytes", "counted_bytes"}
+def _totals(entry: Entry) -> list[int]:
+    """Every total that logs and submission.json give, code included: a log's may be the model alone."""
+    return [*(_whole_total(entry, r) for r in entry.runs if r.total_bytes), *map(int, _said(entry.meta, _TOTALS))]
+
+
+def _whole_total(entry: Entry, run: Run) -> int:
+    pack = run.pack or {}
+    alone = pack.get("artifact_bytes") == run.total_bytes
+    on_disk = len(entry.script.outer) if entry.script else 0
+    return run.total_bytes + ((pack.get("code_bytes") or on_disk) if alone else 0)
 
 
 def _bytes(entry: Entry) -> Lines:
     logged = [r.total_bytes for r in entry.runs if r.total_bytes]
-    totals = [*logged, *map(int, _said(entry.meta, _TOTALS))]
+    totals = _totals(entry)
     if not totals:
         yield WARN, "bytes", "cannot be known: neither logs nor submission.json give a total"
         return
     worst = max(totals)
     detail = f"{worst:,} of {LIMIT_BYTES:,} (largest of {len(totals)} figures)"
+    if alone := next((r for r in entry.runs if r.total_bytes and _whole_total(entry, r) > r.total_bytes), None):
+        detail += (
+            f"; the total of {alone.path.name}, {alone.total_bytes:,}, is the model's alone: the code was not counted"
+        )
     packed = _with_packed_code(entry)
     if worst <= LIMIT_BYTES:
-        yield PASS, "bytes", detail
+        yield WARN if alone else PASS, "bytes", detail
     elif packed and worst == max(logged) and packed <= LIMIT_BYTES:
         yield WARN, "bytes", f"{detail}: counted with unpacked code; with the packed {entry.script.name} {packed:,}"
         worst = packed
@@ -334,16 +405,26 @@ def _hardware(entry: Entry) -> Line:
     )
 
 
+def _train_seconds(entry: Entry) -> list[float]:
+    said = [*_said(entry.meta, _TRAIN_S), *(ms / 1000 for ms in _said(entry.meta, _TRAIN_MS))]
+    return said + [r.train_s for r in entry.scored if r.train_s is not None]
+
+
+def _eval_seconds(entry: Entry) -> list[float]:
+    return _said(entry.meta, _EVAL_S) + [r.eval_s for r in entry.scored if r.eval_s is not None]
+
+
 def _training_time(entry: Entry) -> Line:
     """Over by up to one step is how the baseline stops; logs give means, so a step may take thrice as long."""
-    meta = entry.meta
-    seconds = _said(meta, {"train_time_s", "train_wallclock_seconds"})
-    seconds += [ms / 1000 for ms in _said(meta, {"train_wallclock_ms", "train_wallclock_ms_max"})]
-    seconds += [r.train_s for r in entry.scored if r.train_s is not None]
+    seconds = _train_seconds(entry)
     steps = [r.slowest_step_s for r in entry.runs if r.slowest_step_s]
     if not seconds:
         return WARN, "training time", "cannot be known from the logs"
     detail = f"{max(seconds):.1f} s of {LIMIT_SECONDS:.0f} s"
+    calibrated = max((r.train_s + r.info.get("calibration_s", 0.0) for r in entry.scored if r.train_s), default=0.0)
+    if max(seconds) <= LIMIT_SECONDS < calibrated:
+        why = "with the calibration that the log times, which counts as training"
+        return WARN, "training time", f"{detail}; {calibrated:.1f} s {why}"
     if max(seconds) <= LIMIT_SECONDS:
         return PASS, "training time", detail
     if max(seconds) <= LIMIT_SECONDS + min(3 * max(steps, default=0.0), 0.5):
@@ -353,10 +434,7 @@ def _training_time(entry: Entry) -> Line:
 
 
 def _evaluation_time(entry: Entry) -> Line:
-    seconds = _said(
-        entry.meta, {"eval_time_s", "ttt_eval_time_s", "eval_time_s_max", "eval_seconds", "max_eval_seconds"}
-    )
-    seconds += [r.eval_s for r in entry.scored if r.eval_s is not None]
+    seconds = _eval_seconds(entry)
     if not seconds:
         return WARN, "evaluation time", "cannot be known from the logs"
     worst = max(entry.scored, key=lambda r: r.eval_s or 0.0, default=None)
@@ -550,6 +628,7 @@ def _leaks(entry: Entry, scored: list[Run]) -> Line:
 
 HARD = {
     patterns.TARGET_KEY,
+    patterns.LEARNED,
     patterns.IN_TRAINING,
     patterns.ORACLE,
     patterns.TRAINED,
@@ -588,7 +667,8 @@ def code(entry: Entry) -> Lines:
 
 
 def _finding(entry: Entry, pattern: str, found: list[source.Finding]) -> Line:
-    where = f"line {', '.join(str(f.line) for f in found[:5])}{' ...' * (len(found) > 5)}: {found[0].text}"
+    lines = ", ".join(f"{f.line} of {f.place}" if f.place else str(f.line) for f in found[:5])
+    where = f"line {lines}{' ...' * (len(found) > 5)}: {found[0].text}"
     status = FAIL if pattern in HARD else WARN
     if pattern == patterns.TRAINED:
         where = f"{found[0].name}, {where}"
@@ -717,15 +797,7 @@ def summary(entry: Entry, lines: list[Check]) -> Check:
     bpb = entry.meta.get("val_bpb") if is_number(entry.meta.get("val_bpb")) else None
     if bpb is None and entry.scored:
         bpb = fmean(r.bpb() for r in entry.scored)
-    totals = [r.total_bytes for r in entry.runs if r.total_bytes] or [int(n) for n in _said(entry.meta, _TOTALS)]
-    train, evals = (
-        (
-            [s for s in values if s is not None]
-            for values in zip(*((r.train_s, r.eval_s) for r in entry.scored), strict=True)
-        )
-        if entry.scored
-        else ([], [])
-    )
+    totals, train, evals = _totals(entry), _train_seconds(entry), _eval_seconds(entry)
     parts = [
         f"{bpb:.5f} bpb" if bpb is not None else "no score",
         f"{max(totals):,} bytes" if totals else "bytes unknown",
@@ -743,6 +815,8 @@ def summary(entry: Entry, lines: list[Check]) -> Check:
 
 def check_folders(folders: list[Path], as_json: bool, data_path: str | None) -> int:
     """Prints every folder's verdicts; 1 if any line fails."""
+    if wrong := [str(f) for f in folders if not f.is_dir()]:
+        raise UserError(f"{', '.join(wrong)}: no such folder")
     results: dict[str, list[Check]] = {}
     for folder in folders:
         entry = read_entry(folder, data_path)

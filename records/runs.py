@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 SCHEMA = 1
+SUFFIXES = (".jsonl", ".txt", ".log", ".out")  # .out as Slurm names them
 MAX_LOG_BYTES = 200_000_000
 STILL_WARM_S = 120  # a log without an end that was written to this recently belongs to a run still going
 BOOKKEEPING = {  # knobs that name, place or watch a run without touching its score
@@ -328,7 +329,7 @@ def log_files(places: Iterable[str | Path]) -> list[Path]:
     for place in map(Path, places):
         if place.is_dir():
             inside = [*place.iterdir(), *(place / "logs").glob("*")]
-            found += sorted(p for p in inside if p.suffix in (".jsonl", ".txt", ".log") and p.is_file())
+            found += sorted(p for p in inside if p.suffix in SUFFIXES and p.is_file())
         elif place.is_file():
             found.append(place)
         else:

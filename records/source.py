@@ -9,10 +9,12 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import bisect
 import bz2
 import functools
 import hashlib
 import importlib
+import itertools
 import lzma
 import re
 import sys
@@ -21,13 +23,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from patterns import Finding, find_patterns
-from syntax import calls, dotted, every, nodes, parse
+from syntax import calls, children, dotted, every, imports, nodes, parse
 
-MAX_BYTES, MAX_LAYERS = 8_000_000, 4
+MAX_BYTES, MAX_LAYERS, MAX_PROGRAMS = 8_000_000, 4, 24
 LARGE_LITERAL = 400  # bytes; shorter ones hold no training script
 LARGE_PAYLOAD = 20_000  # bytes; shorter ones hold no text worth hiding
+
+
+class Part(NamedTuple):
+    """One program of a script: the innermost, its wrappers, what else its literals hold, or a helper file."""
+
+    place: str  # "" for the innermost
+    data: bytes
+    tree: ast.Module
+    held: dict[bytes, bytes]  # literal -> the program it decodes to
 
 
 @dataclass
@@ -44,6 +56,7 @@ class Script:
     unread: str | None = None
     tree: ast.Module | None = None
     name: str = "train_gpt.py"
+    parts: list[Part] = field(default_factory=list)  # every program it holds, that which runs first
     findings: list[Finding] = field(default_factory=list)
 
     def hashes(self) -> set[str]:
@@ -52,33 +65,79 @@ class Script:
 
 def read_script(path: Path) -> Script:
     """The script at `path`, unpacked as far as static decoding goes, with its findings. Never raises on content."""
+    script = _open(path)
+    _search(script)
+    return script
+
+
+def bring_along(script: Script, folder: Path) -> list[Path]:
+    """The helper files beside a script. Their code is searched as one with it, calls followed from file to file."""
+    found = helpers(script, folder)
+    opened = [_open(path) for path in found if path.suffix == ".py"]
+    script.parts += [p._replace(place=f"{s.name} {p.place}".strip()) for s in opened for p in s.parts]
+    if opened:
+        _search(script, together=True)
+    return found
+
+
+def head(path: Path) -> bytes:
+    """A file's bytes, of one that is too long the first."""
     with path.open("rb") as file:
-        script = Script(file.read(MAX_BYTES + 1), name=path.name)
+        return file.read(MAX_BYTES + 1)
+
+
+def _open(path: Path) -> Script:
+    """A script and every program in its literals, nothing searched yet."""
+    script = Script(head(path), name=path.name)
     if len(script.outer) > MAX_BYTES:
         script.opaque = f"more than {MAX_BYTES:,} bytes"
         return script
     if not script.outer.strip():
         script.opaque = f"holds no code ({len(script.outer):,} bytes)"
         return script
-    data = script.outer
-    for script.layers in range(MAX_LAYERS + 1):
-        script.source = data.decode("utf-8", "surrogateescape")
-        tree = parse(data)
+    waiting, depth = [script.outer], {script.outer: 0}
+    data: bytes | None = script.outer  # of the layer that is not unpacked yet
+    while waiting and len(depth) < MAX_PROGRAMS:
+        text = waiting.pop(0)
+        tree = parse(text)
+        if text == data:
+            script.source, script.layers, script.tree = text.decode("utf-8", "surrogateescape"), depth[text], tree
         if tree is None:
-            _explain(script, data)
-            break
-        script.tree = tree
-        inner = _hidden_script(tree)
-        if inner is None:
-            break
-        data = inner
+            if text == data:
+                _explain(script, text)
+            continue
+        held = _programs(tree) if depth[text] < MAX_LAYERS else {}
+        script.parts.append(Part(f"layer {depth[text]}", text, tree, held))
+        if text == data:
+            data = _wrapped(text, tree, held)
+        fresh = [program for program in held.values() if program not in depth]
+        depth |= dict.fromkeys(fresh, depth[text] + 1)
+        waiting += fresh
+    inner = [p for p in script.parts if p.tree is script.tree]
+    script.parts = [p._replace(place="") for p in inner] + [p for p in script.parts if p.tree is not script.tree]
     if script.tree is not None and not (script.opaque or script.unread):
         script.opaque = _unread(script.tree)
-        try:
-            script.findings = [*find_patterns(script.tree, script.source), *_payloads(script.tree)]
-        except RecursionError:
-            script.unread = "is nested too deeply to be searched"
     return script
+
+
+def _search(script: Script, together: bool = False) -> None:
+    """Findings in every part, each with its place and line; with `together` calls are followed from part to part."""
+    if script.tree is None or script.opaque or script.unread:
+        return
+    texts = [part.data.decode("utf-8", "surrogateescape") for part in script.parts]
+    tree = parse("\n".join(texts).encode("utf-8", "surrogateescape")) if together else None
+    groups = [(tree, script.parts, texts)] if tree else [(p.tree, [p], [t]) for p, t in zip(script.parts, texts)]  # noqa: B905
+    script.findings = []
+    try:
+        for tree, parts, group in groups:
+            starts = [0, *itertools.accumulate(text.count("\n") + 1 for text in group)]
+            for f in find_patterns(tree, "\n".join(group)):
+                n = bisect.bisect(starts, f.line - 1) - 1
+                script.findings.append(f._replace(line=f.line - starts[n], place=parts[n].place))
+        for part in script.parts:
+            script.findings += [f._replace(place=part.place) for f in (*_payloads(part), *_executes(part))]
+    except RecursionError:
+        script.unread = "is nested too deeply to be searched"
 
 
 def _explain(script: Script, data: bytes) -> None:
@@ -124,11 +183,26 @@ def _bytes_of(node: ast.AST) -> bytes | None:
     )
 
 
-def _hidden_script(tree: ast.Module) -> bytes | None:
-    """The largest Python text that a literal of `tree` decodes to, if `tree` itself looks like its wrapper."""
-    if not calls(tree, {"exec", "eval", "runpy.run_path", "compile", "importlib.import_module", "subprocess.run"}):
-        return None
-    return next((text for literal in _literals(tree) for text in _contents(literal) if _is_program(text)), None)
+def _programs(tree: ast.Module) -> dict[bytes, bytes]:
+    """Literals that hold Python, largest first -> the program; one in plain sight counts only where code is executed."""
+    runs = bool(calls(tree, {"exec", "eval", "runpy.run_path", "compile", "importlib.import_module", "subprocess.run"}))
+    held = {}
+    for literal in _literals(tree):
+        texts = (text for text in _contents(literal) if (runs or text != literal) and _is_program(text))
+        if program := next(texts, None):
+            held[literal] = program
+    return held
+
+
+def _wrapped(data: bytes, tree: ast.Module, held: dict[bytes, bytes]) -> bytes | None:
+    """The program that a script is the wrapper of: it defines nothing itself, or is smaller without its literals."""
+    program = next(iter(held.values()), None)
+    around = len(data) - sum(map(len, held))
+    return program if program and (not _defines(tree) or around < len(program)) else None
+
+
+def _defines(tree: ast.Module) -> bool:
+    return any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in nodes(tree))
 
 
 def _contents(literal: bytes) -> Iterator[bytes]:
@@ -165,7 +239,8 @@ def _decodings(literal: bytes) -> Iterator[bytes]:
     yield literal
     packed = re.sub(rb"\s", b"", literal)
     hexed = functools.partial(base64.b16decode, casefold=True)
-    for decode in (base64.b85decode, functools.partial(base64.b64decode, validate=True), base64.a85decode, hexed):
+    strict = functools.partial(base64.b64decode, validate=True)
+    for decode in (base64.b85decode, strict, base64.a85decode, hexed, base64.b32decode):
         if raw := _quietly(decode, packed):
             yield raw
     latin = _quietly(lambda b: b.decode("utf-8").encode("latin-1"), literal)
@@ -241,21 +316,41 @@ INFLATERS: list[Callable[[bytes], bytes]] = [
 ]
 
 
-def _payloads(tree: ast.Module) -> Iterator[Finding]:
+def _payloads(part: Part) -> Iterator[Finding]:
     """Large literals that are no script: tables, or text that the artifact was not to hold."""
-    for node in every(tree, ast.Constant):
-        size = len(_bytes_of(node) or b"")
-        if size > LARGE_PAYLOAD and b" " not in (_bytes_of(node) or b"")[:200]:
-            yield Finding("large literal in the code", node.lineno, f"{size:,} bytes that no comment explains", "")
+    for node in every(part.tree, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict):
+        data = _bytes_of(node)
+        if not isinstance(node, ast.Constant):
+            data = b"".join(_flat(n.value) for n in children(node) if isinstance(n, ast.Constant))
+        if len(data or b"") > LARGE_PAYLOAD and data not in part.held and not _CODE.search(data):
+            yield Finding("large literal in the code", node.lineno, f"{len(data):,} bytes that no comment explains", "")
+
+
+_CODE = re.compile(rb"#include|__global__|(?m:^\s*(?:def|class|import|from) \w)|@triton")
+
+
+def _flat(value: object) -> bytes:
+    """A constant of a collection as bytes, a number as the two that a token takes."""
+    if isinstance(value, str | bytes):
+        return value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
+    return b"\0\0"
+
+
+def _executes(part: Part) -> Iterator[Finding]:
+    """`exec` of what no literal holds: a file, a download, something computed."""
+    for call in calls(part.tree, {"exec", "runpy.run_path", "runpy.run_module"}):
+        if not part.held and call.args and not isinstance(call.args[0], ast.Constant | ast.JoinedStr):
+            yield Finding("runs code that is not in the file", call.lineno, ast.unparse(call)[:100], "exec")
 
 
 def _unread(tree: ast.Module) -> str | None:
     """Why the innermost layer is still not the whole program: it executes something that is not in plain sight."""
     blobs = [literal for literal in _literals(tree) if len(literal) > 4 * LARGE_LITERAL and b" " not in literal[:200]]
-    if blobs and calls(tree, {"exec", "eval", "runpy.run_path"}):
-        return f"executes a literal of {len(blobs[0]):,} bytes that no known decoder opens"
-    if not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in nodes(tree)) and calls(tree, {"exec"}):
-        return "executes code that is not in the file"
+    runs = calls(tree, {"exec", "eval", "runpy.run_path"})
+    if blobs and (runs or not _defines(tree)):
+        return f"{'executes' if runs else 'holds'} a literal of {len(blobs[0]):,} bytes that no known decoder opens"
+    if calls(tree, {"exec"}) and not _defines(tree):
+        return "executes code that is not in the file, or not in a known form"
     return None
 
 
@@ -279,7 +374,7 @@ def likeness(script: Script, text: str) -> Likeness:
     """Compares the innermost layers of a script and of a text."""
     data, layers = text.encode("utf-8", "surrogateescape"), 0
     tree = parse(data)
-    while tree is not None and layers < MAX_LAYERS and (data := _hidden_script(tree)):
+    while tree is not None and layers < MAX_LAYERS and (data := _wrapped(data, tree, _programs(tree))):
         tree, layers = parse(data), layers + 1
     if tree is None or script.tree is None:
         return Likeness(False, False, False, 0.0)
@@ -334,16 +429,11 @@ def helpers(script: Script, folder: Path) -> list[Path]:
 def _brought_along(script: Script, folder: Path) -> list[Path]:
     if script.tree is None:
         return []
-    modules, words = set(), set()
-    for node in every(script.tree, ast.Import, ast.ImportFrom, ast.Constant):
-        if isinstance(node, ast.Import):
-            modules |= {a.name.split(".")[0] for a in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            modules.add((node.module or "").split(".")[0])
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 200:
-            words.add(Path(node.value).name)
-    found = []
-    for path in sorted(folder.iterdir()):
+    modules = {module.partition(".")[0] for module, _ in imports(script.tree)}
+    texts = (n.value for n in every(script.tree, ast.Constant) if isinstance(n.value, str))
+    words = {Path(text).name for text in texts if len(text) < 200}
+    found, packages = [], (p for p in folder.iterdir() if p.is_dir() and p.name in modules)
+    for path in sorted([*folder.iterdir(), *(p for package in packages for p in package.rglob("*.py"))]):
         free = path.suffix in (
             ".md",
             ".txt",
@@ -360,7 +450,7 @@ def _brought_along(script: Script, folder: Path) -> list[Path]:
         )
         if path.name in (script.name, "submission.json") or free or not path.is_file():
             continue
-        if path.name in words or (path.suffix == ".py" and path.stem in modules):
+        if path.name in words or (path.suffix == ".py" and ({path.stem, path.relative_to(folder).parts[0]} & modules)):
             found.append(path)
     return found
 

@@ -183,7 +183,9 @@ def _copy_code(folder: Path, seeds: list[Run], script: Path) -> list[str]:
         text = packed
     (folder / "train_gpt.py").write_bytes(text)
     for helper in source.helpers(source.read_script(folder / "train_gpt.py"), script.parent):
-        shutil.copyfile(helper, folder / helper.name)
+        copy = folder / helper.relative_to(script.parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(helper, copy)
     return []
 
 
@@ -193,7 +195,7 @@ def _script_that_ran(seeds: list[Run], script: Path) -> bytes | None:
     texts = [script.read_bytes()] if script.is_file() else []
     for run in seeds:
         twin = run.path.with_suffix(".txt")
-        dump = textlog.dumped_source(twin.read_text(encoding="utf-8", errors="replace")) if twin.is_file() else None
+        dump = textlog.dumped_source(textlog.decoded(twin)) if twin.is_file() else None
         lines = dump.rstrip("\n").splitlines(keepends=True) if dump else []
         texts += [("".join(lines[first:]) + "\n").encode() for first in range(min(len(lines), MAX_LINES_BEFORE_SOURCE))]
     return next((t for t in texts if hashlib.sha256(t).hexdigest() == wanted), None)

@@ -25,7 +25,7 @@ except ImportError:  # Windows
 
 def run(list_file: str, launch: str, only: int | None) -> int:
     """Runs every line (or line `only`, counted from 0) and prints what became of each. 1 if any failed or still goes."""
-    jobs = read_list(list_file)
+    jobs, command = read_list(list_file), _words(launch)
     if only is not None:
         if not 0 <= only < len(jobs):
             raise UserError(f"--only {only}: {list_file} holds configurations 0 to {len(jobs) - 1}")
@@ -34,7 +34,7 @@ def run(list_file: str, launch: str, only: int | None) -> int:
     for number, knobs in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {knobs['RUN_ID']}", flush=True)
         try:
-            outcomes.append((knobs["RUN_ID"], _one(knobs, launch)))
+            outcomes.append((knobs["RUN_ID"], _one(knobs, command)))
         except KeyboardInterrupt:
             print(f"stopped by hand in {knobs['RUN_ID']}; the same command goes on from here", file=sys.stderr)
             return 1
@@ -44,6 +44,16 @@ def run(list_file: str, launch: str, only: int | None) -> int:
     print(f"{len(outcomes) - len(failed) - len(going)} of {len(outcomes)} done", end="")
     print(*[f"; {word}: {', '.join(names)}" for word, names in (("failed", failed), ("still going", going)) if names])
     return int(bool(failed or going))
+
+
+def _words(launch: str) -> list[str]:
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise UserError(f"--launch {launch}: {error}") from None
+    if not words:
+        raise UserError("--launch: expected the command that a configuration starts")
+    return words
 
 
 def read_list(list_file: str) -> list[dict[str, str]]:
@@ -67,6 +77,8 @@ def read_list(list_file: str) -> list[dict[str, str]]:
             raise UserError(f"{list_file}, line {number}: expected KNOB=value words, got {wrong[0]!r}")
         knobs = dict(w.split("=", 1) for w in words)
         knobs.setdefault("RUN_ID", run_id(knobs))
+        if not knobs["RUN_ID"] or re.search(r"[/\x00-\x1f]", knobs["RUN_ID"]):
+            raise UserError(f"{list_file}, line {number}: RUN_ID={knobs['RUN_ID']}: expected the name of a file")
         if knobs["RUN_ID"] in ids:
             raise UserError(
                 f"{list_file}, line {number}: the same run as line {ids[knobs['RUN_ID']]} ({knobs['RUN_ID']})"
@@ -116,7 +128,7 @@ def _run(command: list[str], environment: dict[str, str], lock: IO) -> int:
             signal.signal(signal.SIGTERM, before)
 
 
-def _one(knobs: dict[str, str], launch: str) -> str:
+def _one(knobs: dict[str, str], launch: list[str]) -> str:
     """What became of one configuration. Its lock tells whether a run of it lives; without one, the age of its log."""
     environment = os.environ | knobs
     path = Path(os.path.expanduser(environment.get("LOG_DIR") or "logs"), f"{knobs['RUN_ID']}.jsonl")
@@ -142,14 +154,14 @@ def _one(knobs: dict[str, str], launch: str) -> str:
     return outcome
 
 
-def _start(environment: dict[str, str], path: Path, launch: str, lock: IO) -> str:
+def _start(environment: dict[str, str], path: Path, launch: list[str], lock: IO) -> str:
     began = time.monotonic()
     if path.exists():
         environment = AGAIN | environment
     try:
-        status = _run(shlex.split(launch), environment, lock)
+        status = _run(launch, environment, lock)
     except OSError as error:
-        raise UserError(f"--launch {launch}: {error.strerror}") from None
+        raise UserError(f"--launch {shlex.join(launch)}: {error.strerror}") from None
     after = _state(path)
     if status != 0:
         return f"failed: exit status {status}; {after}"

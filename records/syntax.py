@@ -58,7 +58,7 @@ def _settled(tree: ast.Module) -> ast.Module:
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _SCOPES, _LOOPS = {*FUNCTIONS, ast.ClassDef}, {ast.For, ast.AsyncFor, ast.While}
-_ACTS = {ast.Call, ast.Assign, ast.AugAssign, ast.Expr}
+_ACTS = {ast.Call, ast.Assign, ast.AugAssign, ast.Expr, ast.Subscript}
 
 
 class Around(NamedTuple):
@@ -76,7 +76,7 @@ class Scope:
         self.name, self.node, self.outer = name, node, outer
         self.nodes: list[ast.AST] = []
         self.by_type: dict[type, list] = {}
-        self.acts: list[tuple[ast.AST, Around]] = []  # calls and assignments
+        self.acts: list[tuple[ast.AST, Around]] = []  # calls, assignments, subscripts
 
     def of(self, *types: type) -> list:
         found = [self.by_type.get(t, ()) for t in types]
@@ -140,8 +140,8 @@ def every(tree: ast.Module, *types: type) -> list:
 
 def names(node: ast.AST) -> set[str]:
     """Identifiers in an expression: names, and the last part of attributes."""
-    out = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return out | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    found = (n for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute)))
+    return {getattr(n, "id", getattr(n, "attr", "")) for n in found}
 
 
 def dotted(node: ast.AST) -> str:
@@ -154,6 +154,14 @@ def last_name(node: ast.AST) -> str:
     """`c` of `a.b.c`, of `f().c` and of a call of either."""
     node = node.func if isinstance(node, ast.Call) else node
     return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def imports(tree: ast.Module) -> list[tuple[str, int]]:
+    """(module, line) of every import: statements, `__import__("name")` and `importlib.import_module("name")`."""
+    found = [(a.name, n.lineno) for n in every(tree, ast.Import) for a in n.names]
+    found += [(n.module or "", n.lineno) for n in every(tree, ast.ImportFrom)]
+    dynamic = (c for c in every(tree, ast.Call) if last_name(c) in ("__import__", "import_module") and c.args)
+    return found + [(str(c.args[0].value), c.lineno) for c in dynamic if isinstance(c.args[0], ast.Constant)]
 
 
 @functools.lru_cache(maxsize=4)

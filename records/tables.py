@@ -189,7 +189,7 @@ def published(text: str) -> Sample:
         numbers = [float(w) for w in words]
     except ValueError:
         numbers = []
-    if not all(map(math.isfinite, numbers)):
+    if not all(map(math.isfinite, numbers)) or numbers[:1] <= [0.0] or not all(n.is_integer() for n in numbers[2:]):
         numbers = []
     if len(numbers) == 1:
         return Sample(numbers[0], math.nan, 0)

@@ -10,7 +10,7 @@ from runs import Run, UserError
 
 _NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 _COUNT = r"(\d[\d,_]*)"
-_TIME = rf"{_NUMBER} ?(ms|s|sec|seconds|m|min)\b"
+_TIME = rf"{_NUMBER} ?(ms|s|sec|secs|seconds|m|min|mins|minutes)\b"
 _BEFORE_KEY = re.compile(  # a time stamp, a logger's or a rank's name before the key
     r"(?:\[[^\]\n]{1,40}\]|\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d)?(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?|\d{10}(?:\.\d+)?(?= )"
     r"|\d\d:\d\d:\d\d(?:[.,]\d+)?|(?:INFO|DEBUG|WARNING)\b(?::root:)?|rank ?\d+\b)[\s:|>-]*"
@@ -22,7 +22,10 @@ _TRAIN_TIME = re.compile(rf"train_time[:=] ?{_TIME}")
 _STOPPED = re.compile(rf"stopping_early:.* train_time[:=] ?{_TIME} step[:=] ?(\d+)")
 _LOSS, _BPB = (re.compile(rf"\b{key}[:=] ?{_NUMBER}") for key in ("val_loss", "val_bpb"))
 _STAGE_TIME = re.compile(rf"\b(?:eval_time|elapsed)[:=] ?{_TIME}")
-_WHOLE_EVAL = re.compile(rf"total_eval_time[:=] ?{_TIME}")
+_WHOLE_EVAL = re.compile(
+    rf"(?i)(?:total[_ ]eval(?:uation)?[_ ]time|eval(?:uation)? (?:took|done in|finished in|time))\b[:= ]*{_TIME}"
+)
+_CALIBRATED = re.compile(rf"(?i).*(?:gptq|hessian|calibrat)\w*\b.*\bin {_TIME}")
 _ADAPTED = re.compile(
     rf"(?i)\b(\w*(?:ttt|adapt|lora|sgd)\w*)\b.*?\b(?:time|elapsed|took|done|finished|in)\b[^\d\n]{{0,12}}{_TIME}"
 )
@@ -30,17 +33,21 @@ _UNTIMED = re.compile(r"(?i)compil|warm|random tokens|val_loss|train_time")
 _GATES = re.compile(r"(\w+)_gate=(\d+)")
 _PAIR = re.compile(r"(?:^|[\s:])([a-z][a-z0-9_]*)[:=] ?([^\s:=]+)(?=\s|$)")
 _VAL_TOKENS = re.compile(rf"(?i)\bval(?:idation)?[ _]tokens ?[:=] ?{_COUNT}(?=\s|$)")
-_TOTAL = re.compile(rf"(?i)\btotal[ _]submission[ _]size([^:\n]*): ?{_COUNT}")
-_CODE = re.compile(rf"(?i)\bcode[ _]size([^:\n]*): ?{_COUNT}")
-_MODEL = re.compile(rf"(?i)\bserialized[ _]model[ _][^:\n]*: ?{_COUNT}")
+_SIZE = r"(\d[\d,_]*(?:\.\d+)?) ?(bytes|[kKmM]i?B|B)?(?!\w|\.\d)"
+_TOTAL = re.compile(rf"(?i)\btotal[ _]submission[ _]size([^:\n]*): ?{_SIZE}")
+_CODE = re.compile(rf"(?i)\bcode[ _]size([^:\n]*): ?{_SIZE}")
+_MODEL = re.compile(rf"(?i)\bserialized[ _]model[ _]([^:\n]*): ?{_SIZE}")
 _CLAIM = re.compile(rf"claimed_bpb: ?{_NUMBER}(?: z_mean: ?{_NUMBER} z_max: ?{_NUMBER})?")
 _DEVICE = re.compile(r"NVIDIA (?:H\d+|A\d+|B\d+|GeForce RTX \d+)[^|\n]{0,24}")
 _DIAGNOSTIC = re.compile(r"(?i)diagnostic|pre-?_?quant|post-?_?ema$")
+_COLOUR, MAX_LINE = re.compile(r"\x1b\[[\d;]*[A-Za-z]"), 20_000
 _RULER = re.compile(r"^={80,}\s*$", re.M)
 _CODE_LINE = re.compile(r'(?:import |from \w|def |class |@|#|"""|\'\'\')')
 _IS_SOURCE = re.compile(r"^(?:import \w|from \w[\w.]* import |exec\()", re.M)
 _MEASURES = re.compile(r"^(?:step:)?\d+/\d+ (?:train|val)_loss:", re.M)
-_SECONDS = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "seconds": 1.0, "m": 60.0, "min": 60.0}
+_SECONDS = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0}
+_SECONDS |= dict.fromkeys(("m", "min", "mins", "minutes"), 60.0)
+_UNITS = {"": 1, "b": 1, "bytes": 1, "kb": 1e3, "mb": 1e6, "kib": 1 << 10, "mib": 1 << 20}
 _MEASURED = {"step", "warmup_step", "train_loss", "val_loss", "val_bpb", "train_time", "step_avg", "eval_time"}
 _FACTS = {"world_size", "train_shards", "val_tokens", "tokens", "model_params", "dataset", "seed", "run_id"}
 
@@ -56,6 +63,12 @@ def _rounding(number: str, unit: str) -> float:
 
 def _whole(count: str) -> int:
     return int(re.sub(r"[,_]", "", count))
+
+
+def _bytes(number: str, unit: str | None) -> int:
+    """15.93 MB may be 15,925,000 bytes: the least that a rounded figure can stand for."""
+    each, digits = _UNITS[(unit or "").lower()], len(number.partition(".")[2])
+    return round((float(re.sub(r"[,_]", "", number)) - (0.5 * 10.0**-digits if each > 1 else 0)) * each)
 
 
 # ---- The parts of a log
@@ -99,7 +112,9 @@ class _Reader:
         self.source = source
 
     def line(self, line: str) -> None:
-        line = line.strip()
+        line = _COLOUR.sub("", line).strip()
+        if len(line) > MAX_LINE:
+            return  # no measurement: expressions over it would take time that grows with its square
         while match := _BEFORE_KEY.match(line):
             line = line[match.end() :]
         if not self._measure(line):
@@ -126,7 +141,10 @@ class _Reader:
         elif (loss := _LOSS.search(line)) and (bpb := _BPB.search(line)):
             self._stage(line, loss, bpb)
         elif match := _WHOLE_EVAL.match(line):
-            self.run.info["total_eval_s"] = _seconds(match[1], match[2])
+            took = _seconds(match[1], match[2])  # of validations on the way, too: the longest counts
+            self.run.info["total_eval_s"] = max(took, self.run.info.get("total_eval_s", 0.0))
+        elif match := _CALIBRATED.match(line):
+            self.run.info["calibration_s"] = max(self.run.info.get("calibration_s", 0.0), _seconds(*match.groups()))
         elif line.startswith("ngram_tilt:hints"):
             self.run.info["gates"] = {name: int(n) for name, n in _GATES.findall(line) if int(n)}
         else:
@@ -170,14 +188,14 @@ class _Reader:
         pack = self.run.pack or {}
         if match := _CODE.search(line):
             raw = re.search(r"(?i)uncompressed|\braw\b|source", match[1])
-            pack["code_uncompressed" if raw else "code_bytes"] = _whole(match[2])
-            pack.setdefault("code_bytes", _whole(match[2]))
+            pack["code_uncompressed" if raw else "code_bytes"] = _bytes(*match.groups()[1:])
+            pack.setdefault("code_bytes", _bytes(*match.groups()[1:]))
         if match := _TOTAL.search(line):
             labelled = bool(match[1].strip(" _"))
             if labelled or not self.labelled_total:
-                pack["total_bytes"], self.labelled_total = _whole(match[2]), labelled
+                pack["total_bytes"], self.labelled_total = _bytes(*match.groups()[1:]), labelled
         if match := _MODEL.search(line):
-            pack["artifact_bytes"] = _whole(match[1])
+            pack["artifact_bytes"] = _bytes(*match.groups()[1:])
         changed = pack != (self.run.pack or {})
         self.run.pack = pack or None
         return changed
@@ -222,9 +240,9 @@ class _Reader:
 
 def _eval_seconds(run: Run) -> float | None:
     """The log's own total, or the score's stage and what adapted apart from it; else the longest stage."""
-    if whole := run.info.pop("total_eval_s", None):
-        return whole
     seconds = [e["seconds"] for e in run.stages.values() if e.get("seconds") is not None]
+    if whole := run.info.pop("total_eval_s", None):
+        return max([whole, *seconds])
     stage = run.score.get("seconds") or max(seconds, default=None)
     apart, perhaps = 0.0, 0.0
     for name, took in run.info.get("adapt_s", {}).items():
@@ -280,9 +298,17 @@ def seed_in_name(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def decoded(path: Path) -> str:
+    """A text log: UTF-8, or UTF-16 with a byte-order mark as some shells redirect it."""
+    data = path.read_bytes()
+    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    text = data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_text_runs(path: Path) -> list[Run]:
     """Every run of a text log that keeps the baseline's keys; a `UserError` if no line of it is one of those."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    text = decoded(path)
     reader = _Reader(path)
     for is_source, part in sections(text):
         if is_source:

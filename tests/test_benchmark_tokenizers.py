@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,14 @@ def test_one_set_from_documents_to_the_table(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split("|") == row
     with pytest.raises(bench.InputError, match="begun with"):
         bench.main([*argv, "--skip", "4"])
+    with pytest.raises(bench.InputError, match="begun with"):  # its sets have 20 validation documents
+        bench.main([*argv, "--held-out", "19"])
+
+
+def test_the_transform_s_benchmark_names_a_file_that_is_not_there(tmp_path):
+    command = [sys.executable, PATH.with_name("transform.py"), tmp_path / "none.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.jsonl" in done.stderr
 
 
 def test_a_set_is_a_form_and_a_number(capsys):

@@ -117,8 +117,11 @@ def test_every_recipe_sets_only_known_knobs_to_values_in_bounds():
     ({"VALUE_RESIDUAL": "softmax", "NUM_LAYERS": "1"}, ["VALUE_RESIDUAL=softmax", "at least 2"]),
     ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_FRACS": "0.5"}, ["PROG_SEQ_LENS='512,1024'", "PROG_SEQ_FRACS='0.5'"]),
     ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_FRACS": "0.6,0.5"}, ["PROG_SEQ_FRACS='0.6,0.5'", "rising"]),
+    ({"PROG_SEQ_ENABLED": "1", "PROG_SEQ_FRACS": "0.5,0.5"}, ["PROG_SEQ_FRACS='0.5,0.5'", "rising"]),
     ({"PROG_SEQ_ENABLED": "yes"}, ["PROG_SEQ_ENABLED='yes': expected 0 or 1"]),
     ({"TRAIN_SEQ_SCHEDULE": "512@0.6,1024@0.5"}, ["TRAIN_SEQ_SCHEDULE='512@0.6,1024@0.5'", "rising"]),
+    ({"TRAIN_SEQ_SCHEDULE": "512@0.5,1024@0.5"}, ["TRAIN_SEQ_SCHEDULE='512@0.5,1024@0.5'", "rising"]),  # 1024 would never be used
+    ({"TRAIN_SEQ_SCHEDULE": "512@0,1024@1"}, ["TRAIN_SEQ_SCHEDULE='512@0,1024@1'", "rising"]),
     ({"TRAIN_BATCH_TOKENS": "2000"}, ["TRAIN_BATCH_TOKENS=2000", "sequence length 1024", "nearest: 2048"]),
     ({"TRAIN_BATCH_TOKENS": "512"}, ["TRAIN_BATCH_TOKENS=512", "nearest: 1024"]),
     ({"SWA_EVERY": "10", "SWA_SOURCE": "ema"}, ["SWA_SOURCE=ema needs EMA_DECAY"]),

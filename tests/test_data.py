@@ -164,6 +164,17 @@ def test_two_tokenizers_and_no_manifest_is_a_question(data, tmp_path, tiny):
     assert tg.find_data(config(tiny, DATA_PATH=folder)).tokenizer == folder / "my own.model"
 
 
+def test_of_two_tokenizers_beside_a_download_the_named_one_is_taken(data, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(tg, "FINEWEB_DIR", tmp_path / "fineweb10B_sp1024")
+    folder = with_manifest(data, tmp_path / "fineweb10B_sp8192")
+    (folder / "manifest.json").unlink()
+    env = {**tiny, "DATA_PATH": ""}
+    assert f"{folder} holds a.model, my own.model; name the one" in message(tg.find_data, config(env))
+    for path in (folder / "a.model", folder / "my own.model"):
+        assert tg.find_data(config(env, TOKENIZER_PATH=path))[:2] == (folder, path)
+    assert tg.find_data(config(env, TOKENIZER_PATH=tg.SAMPLE_CASEOPS / "tokenizer_2048.model")).sample
+
+
 def test_every_mode_asks_the_manifest(data, tmp_path, tiny, script):
     folder = with_manifest(data, tmp_path / "d")
     assert script(tiny, DATA_PATH=folder, ITERATIONS=1, EVAL_STRIDE=0, NGRAM_SCORE="off").status == 0

@@ -419,10 +419,19 @@ def test_exit_status_2_is_for_mistakes_and_1_for_a_full_disk(tmp_path, corpus, c
     assert os.strerror(number) in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_is_reported_with_the_file(tmp_path, capsys, monkeypatch):
+    def full(_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert shards.run_tool(lambda: shards.write_synced(tmp_path / "a.bin", b"x")) == 1
+    assert capsys.readouterr().err == f"error: [Errno 28] No space left on device: '{tmp_path / 'a.bin'}'\n"
+
+
 @pytest.mark.parametrize("words", [
     ["--character-coverage", "0.97"], ["--character-coverage", "1.01"], ["--character-coverage", "nan"],
     ["--shard-tokens", str(1 << 31)], ["--vocab-size", "65537"], ["--vocab-size", "0"], ["--doc-bytes", "0"],
-    ["--doc-bytes", "9", "--blank-line-docs"], ["--val-docs", "none"], ["--workers", "0"],
+    ["--no-fused-markers"], ["--no-fused-markers", "--caseops", "--tokenizer", "a.model"], ["--doc-bytes", "9", "--blank-line-docs"], ["--val-docs", "none"], ["--workers", "0"],
 ])  # fmt: skip
 def test_values_that_could_not_work_are_refused_before_any_work(tmp_path, capsys, words):
     with pytest.raises(SystemExit) as stop:
@@ -604,7 +613,42 @@ def test_an_interrupted_job_goes_on_to_the_same_bytes(tmp_path, monkeypatch, cap
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_job_with_other_settings_starts_anew_and_one_without_resume_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moves", [0, 4, 8, 99])
+def test_a_job_stopped_while_it_publishes_goes_on_to_the_same_bytes(tmp_path, monkeypatch, moves):
+    """The set is whole, some of its 9 files are in their place; 99: all are, and the folder aside is still there."""
+    source = write_jsonl(tmp_path / "a.jsonl", PLAIN)
+    argv = [source, "--caseops", "--val-docs", 8, "--shard-tokens", 300, "--workers", 1, "--out"]
+    argv_new = [*argv, tmp_path / "out", "--tokenizer", SAMPLE / "caseops_2048" / "tokenizer_2048.model", "--resume"]
+    assert run(make_shards.main, [*argv, tmp_path / "whole", *argv_new[-3:]]) == 0
+    more_files = [*argv, tmp_path / "out", "--vocab-size", 300, "--shard-tokens", 100]
+    assert run(make_shards.main, more_files) == 0
+    replace, remove, done = os.replace, shutil.rmtree, Counter()
+
+    def interrupted(source: Path, target: Path) -> None:
+        if target.parent == tmp_path / "out":
+            if done["moves"] == moves:
+                raise KeyboardInterrupt
+            done["moves"] += 1
+        replace(source, target)
+
+    def stopped(folder: Path, **how) -> None:
+        if done["moves"]:
+            raise KeyboardInterrupt
+        remove(folder, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        patch.setattr(shutil, "rmtree", stopped)
+        assert run(make_shards.main, [*argv_new, "--force"]) == 130
+    again = [*argv_new, "--force"] if moves == 99 else argv_new  # the set there is whole
+    with monkeypatch.context() as patch:
+        if moves < 99:
+            patch.setattr(make_shards, "encode_all", None)  # nothing is done twice
+        assert run(make_shards.main, again) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_job_with_other_settings_starts_anew_and_one_without_resume_too(tmp_path, monkeypatch, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", PLAIN)
     argv = [source, "--out", tmp_path / "out", "--val-docs", 8, "--vocab-size", 300, "--workers", 1]
 
@@ -616,6 +660,7 @@ def test_a_job_with_other_settings_starts_anew_and_one_without_resume_too(tmp_pa
         assert run(make_shards.main, [*argv, "--resume"]) == 130
     argv[4] = 9
     assert run(make_shards.main, [*argv, "--resume"]) == 0
+    assert "is of other inputs or settings: starting anew" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["val"]["documents"] == 9
     with monkeypatch.context() as patch:
         patch.setattr(make_shards.Job, "add", stopped)
@@ -638,6 +683,21 @@ def test_so_many_training_shards_and_no_more(tmp_path, corpus, capsys):
     assert re.search(
         r"[\d.]+ MB/s of text on \d+ process.*80 shards of 100,000,000 tokens take", capsys.readouterr().out
     )
+
+
+def test_a_document_longer_than_the_training_shards_is_refused_there_and_taken_in_validation(tmp_path, corpus, capsys):
+    long, model = " ".join(PLAIN), corpus / "out" / "tokenizer_400.model"
+    argv = ["--val-docs", 3, "--tokenizer", model, "--shard-tokens", 300, "--train-shards", 1, "--workers", 1]
+    source = write_jsonl(tmp_path / "a.jsonl", [PLAIN[0], long, *PLAIN[1:]])
+    assert run(make_shards.main, [source, *argv, "--out", tmp_path / "out"]) == 0
+    assert len(split_documents(tmp_path / "out", "val")) == 3 and len(split_documents(tmp_path / "out", "train")) > 3
+    source = write_jsonl(tmp_path / "b.jsonl", [*PLAIN[:3], long])
+    capsys.readouterr()
+    assert run(make_shards.main, [source, *argv, "--out", tmp_path / "other"]) == 2
+    error = capsys.readouterr().err
+    words = r"--train-shards 1: the first training document has [\d,]+ tokens, they hold 300; give more"
+    assert re.search(words, error)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_official_split_is_50_000_lines(tmp_path, corpus, capsys, monkeypatch):
@@ -830,6 +890,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             start = int(re.match(r"bytes=(\d+)-", asked)[1])
             headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         fault = self.hub.faults[path].pop(0) if self.hub.faults.get(path) else None
+        if fault == "short":
+            content = content[:-10]
         if fault == "corrupt":
             content = content[:-1] + bytes([content[-1] ^ 1])
         if fault in ("cut", "stall"):
@@ -969,16 +1031,26 @@ def test_a_connection_that_breaks_is_resumed_in_place(hub, tmp_path, monkeypatch
     assert hub.served[path] == 2 and hub.ranges and not hub.ranges[0].startswith("bytes=0-")
 
 
-def test_a_damaged_file_is_fetched_again_once_and_then_reported(hub, tmp_path, capsys):
+@pytest.mark.parametrize("fault, what", [("corrupt", "sha256 hash"), ("short", "length")])
+def test_a_damaged_file_is_fetched_again_once_and_then_reported(hub, tmp_path, capsys, fault, what):
     path = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
-    hub.faults[path] = ["corrupt"]
+    hub.faults[path] = [fault]
     assert fetch(hub, tmp_path / "once", "--train-shards", 1) == 0
     assert (tmp_path / "once/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").read_bytes() == shard(0)
-    hub.faults[path] = ["corrupt", "corrupt"]
+    hub.faults[path] = [fault, fault]
     capsys.readouterr()
     assert fetch(hub, tmp_path / "twice", "--train-shards", 1) == 1
-    assert "arrived damaged twice: its sha256 hash is not the hub's" in capsys.readouterr().err
+    assert f"arrived damaged twice: its {what} is not the hub's" in capsys.readouterr().err
     assert not (tmp_path / "twice/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").exists()
+
+
+def test_a_disk_that_fills_while_fetching_is_reported_with_the_file(hub, tmp_path, capsys, monkeypatch):
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", full)
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 1
+    assert re.search(rf"No space left on device: '{tmp_path}/(tokenizers|datasets)/.*'", capsys.readouterr().err)
 
 
 def test_a_shard_whose_header_lies_on_the_hub_is_refused(hub, tmp_path, capsys):
@@ -1153,6 +1225,9 @@ def test_one_command_leads_from_documents_to_fused_shards(documents_hub, tmp_pat
 def test_documents_that_are_not_there_or_too_few_are_named(documents_hub, tmp_path, capsys, monkeypatch):
     assert fetch(documents_hub, tmp_path, "--make-caseops", "--repo", "someone/else") == 2
     assert "--make-caseops needs docs_selected.jsonl: someone/else holds none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fetch(documents_hub, tmp_path, "--make-caseops", "--train-shards", 0)
+    assert "--train-shards: 0: expected 1 or more" in capsys.readouterr().err
     monkeypatch.setattr(make_shards, "OFFICIAL_VAL_DOCS", 50_000)
     assert fetch(documents_hub, tmp_path, "--make-caseops") == 2
     assert f"--val-docs 50000: the input has {len(CASES + PLAIN)} documents" in capsys.readouterr().err

@@ -413,7 +413,7 @@ def test_a_run_of_the_recipe_from_end_to_end(data, tmp_path, script):
     blob = (tmp_path / "f.pgz").read_bytes()
     assert tg.read_header(blob).fields["looped"] is True and {
         entry.trellis for entry in tg.read_header(blob).entries
-    } == {0, 8}
+    } == {0, 64}
     assert events(env, "pack")[0]["total_bytes"] <= 112_000
     assert [e["stage"] for e in events(env, "stage")] == ["roundtrip", "ttt", "tilt", "ngram"]
     assert "ttt: trained all weights on" in result.out and "evaluation projected: roundtrip " in result.out

@@ -1434,3 +1434,34 @@ def test_a_run_id_does_not_depend_on_the_order_of_knobs_and_stays_a_file_name():
         == "a-1_x_b-2_seed-3"
     )
     assert len(sweep.run_id({f"KNOB_{i}": "value" for i in range(40)})) < 110
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--launch", ""), "expected the command"),
+    (("--launch", "'python"), "No closing quotation"),
+])  # fmt: skip
+def test_a_launch_that_is_no_command_is_one_message(tmp_path, capsys, words, message):
+    (tmp_path / "list.txt").write_text("A=1\n")
+    assert run_cli("sweep", str(tmp_path / "list.txt"), *words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ""])
+def test_a_sweep_writes_nothing_outside_its_logs(tmp_path, name):
+    (tmp_path / "list.txt").write_text(f"RUN_ID={name} A=1\n")
+    with pytest.raises(report.UserError, match="line 1: RUN_ID="):
+        sweep.read_list(str(tmp_path / "list.txt"))
+
+
+@pytest.mark.parametrize("figure", ["-1", "0", "1.0,0.1,2.5"])
+def test_a_published_figure_is_positive_and_of_whole_seeds(figure):
+    with pytest.raises(report.UserError, match="expected MEAN"):
+        tables.published(figure)
+
+
+def test_a_full_disk_is_no_mistake_of_the_user(monkeypatch, capsys):
+    def full(_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "run_index", full)
+    assert run_cli("index") == 1 and "No space left" in capsys.readouterr().err

@@ -842,3 +842,443 @@ def test_a_hundred_folders_take_seconds_each_fraction_of_one(folder):
     began = time.process_time()
     rules.checks(rules.read_entry(folder))
     assert time.process_time() - began < 2.0
+
+
+# ---- Code in several places
+
+KEYED = "\ndef probability(self, ctx_hash, target):\n    return self.counts[(ctx_hash ^ target * 36313) % self.size]\n"
+TEXT = SCRIPT + KEYED + "".join(f"# {n * 7919 % 1009}\n" for n in range(200))
+BLOB = packed(TEXT).partition('"')[2].rpartition('"')[0]
+SPREAD = {  # what train_gpt.py holds, and whatever else stands beside it
+    "beside an executed literal": (TEXT + f"exec({'import os' + chr(10) + 'x = 1 #' * 99!r})\n", {}),
+    "in a second packed literal": (f"{packed(SCRIPT * 2)}{packed(TEXT)}", {}),
+    "packed for a function of another name": (f'import base64\nrun = exec\nrun(unpack(base64.b85decode("{BLOB}")))\n', {}),
+    "packed for a file that it writes": (f'import base64\nopen("a.py", "wb").write(base64.b85decode("{BLOB}"))\n', {}),
+    "in a module": ("import scorer\n" + SCRIPT, {"scorer.py": KEYED}),
+    "in a package": ("from lib.scorer import probability\n" + SCRIPT, {"lib/scorer.py": KEYED}),
+    "in a packed module": ("import scorer\n" + SCRIPT, {"scorer.py": packed(TEXT)}),
+    "in a file that it runs": ("import runpy\nrunpy.run_path('scorer.py')\n" + SCRIPT, {"scorer.py": KEYED}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPREAD)
+def test_code_is_searched_wherever_the_script_holds_it(folder, kind):
+    text, beside = SPREAD[kind]
+    for name, content in {"train_gpt.py": text, **beside}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    check = verdicts(folder)[f"code: {patterns.TARGET_KEY}"]
+    assert check.status == "FAIL" and all(Path(name).name in check.detail for name in beside)
+
+
+def test_validation_tokens_are_followed_into_a_helper_file(folder):
+    (folder / "train_gpt.py").write_text(
+        "from refining import refine\n" + with_call("    refine(model, val_tokens, opt)\n", "")
+    )
+    (folder / "refining.py").write_text("import torch\n" + ADAPT.format(name="refine"))
+    assert "line 7 of refining.py" in verdicts(folder)[f"code: {patterns.TRAINED}"].detail
+
+
+def test_code_from_elsewhere_is_a_finding_and_a_folder_or_a_pipe_is_no_script(folder):
+    (folder / "train_gpt.py").write_text(SCRIPT + "exec(open('/tmp/more.py').read())\n")
+    assert verdicts(folder)["code: runs code that is not in the file"].status == "WARN"
+    (folder / "train_gpt.py").unlink()
+    (folder / "train_gpt.py").mkdir()
+    os.mkfifo(folder / "train_pipe.py")
+    assert verdicts(folder)["file train_gpt.py"].status == "FAIL"
+
+
+@pytest.mark.parametrize("text, there", [
+    ("PREFIX = " + repr("The quick brown fox jumps. " * 1000), True),
+    (f"FIRST = {list(range(20_000))}", True),
+    (f"PARTS = {['abcdefghijk' * 1000 + str(n) for n in range(3)]}", True),
+    ("KERNEL = " + repr("#include <cuda.h>\n" + "  x[i] = y[i] + z[i];\n" * 1500), False),
+])  # fmt: skip
+def test_text_and_tokens_in_literals_are_payloads_and_kernels_are_none(folder, text, there):
+    (folder / "train_gpt.py").write_text(SCRIPT + text + "\n")
+    assert ("code: large literal in the code" in warned(folder)) == there
+
+
+# ---- Tables, choices, keys
+
+TRICKS = {
+    'the whole text before its scores': (patterns.LEARNED, """
+def eval_val_ngram(model, val_tokens, cache):
+    for start in range(0, val_tokens.numel() - 1, 1024):
+        cache.update(val_tokens[start : start + 1025])
+    nll_sum = 0.0
+    for start in range(0, val_tokens.numel() - 1, 1024):
+        piece = val_tokens[start : start + 1025]
+        with torch.no_grad():
+            nll_sum += mix(model(piece), cache, piece)
+    return nll_sum
+"""),
+    'each piece before its score': (patterns.LEARNED, """
+def eval_val_ngram(model, val_tokens, cache):
+    nll_sum = 0.0
+    for start in range(0, val_tokens.numel() - 1, 1024):
+        piece = val_tokens[start : start + 1025]
+        cache.update(piece)
+        with torch.no_grad():
+            nll_sum += mix(model(piece), cache, piece)
+    return nll_sum
+"""),
+    'two passes': (patterns.LEARNED, """
+def eval_val_ngram(model, val_tokens, cache):
+    for p in range(2):
+        nll_sum = 0.0
+        for start in range(0, val_tokens.numel() - 1, 1024):
+            piece = val_tokens[start : start + 1025]
+            with torch.no_grad():
+                nll_sum += mix(model(piece), cache, piece)
+            cache.update(piece)
+    return nll_sum
+"""),
+    'minimum of two losses': (patterns.ORACLE, """
+def eval_best(model_a, model_b, val_tokens):
+    nll_sum = 0.0
+    with torch.no_grad():
+        for start in range(0, 99, 9):
+            x, y = val_tokens[start:start+9], val_tokens[start+1:start+10]
+            a = F.cross_entropy(model_a(x), y, reduction="none")
+            b = F.cross_entropy(model_b(x), y, reduction="none")
+            nll_sum += torch.minimum(a, b).sum()
+    return nll_sum
+"""),
+    'minimum as a method': (patterns.ORACLE, """
+def eval_best(model_a, model_b, val_tokens):
+    total = 0.0
+    with torch.no_grad():
+        nll_a = F.cross_entropy(model_a(x), y, reduction="none")
+        nll_b = F.cross_entropy(model_b(x), y, reduction="none")
+        total += nll_a.minimum(nll_b).sum()
+    return total
+"""),
+    'minimum of a stack': (patterns.ORACLE, """
+def eval_best(models, val_tokens):
+    total = 0.0
+    with torch.no_grad():
+        nlls = torch.stack([F.cross_entropy(m(x), y, reduction="none") for m in models])
+        total += nlls.min(dim=0).values.sum()
+    return total
+"""),
+    'where one loss is less': (patterns.ORACLE, """
+def eval_best(nll_a, nll_b):
+    return torch.where(nll_a < nll_b, nll_a, nll_b).sum()
+"""),
+    'maximum of probabilities': (patterns.ORACLE, """
+def eval_best(p_model, p_ngram):
+    p = np.maximum(p_model, p_ngram)
+    return -np.log(p).sum()
+"""),
+    'a weight looked up by the target': (patterns.GATE, """
+def eval_mix(p_nn, p_gram, targets, weights):
+    lam = weights[targets]
+    return lam * p_gram + (1 - lam) * p_nn
+"""),
+    'hash of a tuple': (patterns.TARGET_KEY, """
+def score_cache(counts, ctx_counts, ctx, target):
+    p = counts[hash((ctx, target)) % SIZE] / ctx_counts[hash(ctx) % SIZE]
+    return p
+"""),
+    'a key taken on': (patterns.TARGET_KEY, """
+def score_cache(table, history, tgt):
+    h = 0
+    for i, t in enumerate(history):
+        h ^= t * PRIMES[i]
+    h ^= tgt * PRIMES[len(history)]
+    return table[h % SIZE] / ctx_table[0]
+"""),
+    'a loop with the target at its end': (patterns.TARGET_KEY, """
+def score_cache(table, history, tgt):
+    h = 0
+    for i, t in enumerate(history + [tgt]):
+        h = (h * 36313 + t) % SIZE
+    return table[h] / (table[h] + 1024)
+"""),
+}  # fmt: skip
+HONEST = {
+    '850-like chunk: all windows scored then table update': """
+def eval_val_ngram(args, model, val_tokens, device):
+    ctx_tables = [np.zeros(B, dtype=np.uint32) for _ in orders]
+    full_tables = [np.zeros(B, dtype=np.uint32) for _ in orders]
+    val_np = val_tokens.numpy()
+    loss_sum = byte_sum = 0.0
+    with torch.inference_mode():
+        for ci in range(num_chunks):
+            windows = chunk_windows[ci]
+            for bi in range(0, len(windows), 32):
+                x = val_tokens[bi : bi + 9]
+                logits = model.forward_logits(x)
+                nll = F.cross_entropy(logits.reshape(-1, V), x.reshape(-1), reduction="none")
+                for i, ws in enumerate(windows):
+                    p_model = torch.exp(-nll[i]).cpu().numpy()
+                    for n in range(7, 1, -1):
+                        key = ctx_hash_of(val_np, ws, n)
+                        cc = ctx_tables[n - 2][key]
+                        dist = row_of_all_candidates(full_tables[n - 2], key)
+                        p_ng = dist / dist.sum()
+                    mixed = (1 - alpha) * p_model + alpha * p_ng
+                    loss_sum += -np.log(mixed).sum()
+            start, end = ci * 65536, (ci + 1) * 65536
+            for n in orders:
+                keys = ctx_hash_of(val_np, start, n)
+                np.add.at(ctx_tables[n - 2], keys, 1)
+                ctx_tables[n - 2] += np.bincount(keys, minlength=B)
+    print(ctx_tables[0].sum(), len(full_tables))
+    return loss_sum
+""",
+    'lagged update': """
+def eval_lagged(model, val_tokens):
+    cache = NgramCache()
+    prev = None
+    nll_sum = 0.0
+    with torch.no_grad():
+        for start in range(0, val_tokens.numel() - 1, 1024):
+            if prev is not None:
+                cache.update(prev)
+            piece = val_tokens[start : start + 1025]
+            nll_sum += cache.mix(model(piece), piece)
+            prev = piece
+    return nll_sum
+""",
+    'update with prefix slice': """
+def eval_prefix(model, val_tokens):
+    cache = NgramCache()
+    with torch.no_grad():
+        for start in range(1024, val_tokens.numel() - 1, 1024):
+            cache.update(val_tokens[start - 1024 : start])
+            piece = val_tokens[start : start + 1025]
+            nll_sum += cache.mix(model(piece), piece)
+    return nll_sum
+""",
+    'prefill from training tokens': """
+def eval_prefilled(model, train_tokens, val_tokens):
+    table = build_table(train_tokens)
+    with torch.no_grad():
+        for start in range(0, val_tokens.numel() - 1, 1024):
+            piece = val_tokens[start : start + 1025]
+            nll_sum += table.mix(model(piece), piece)
+    return nll_sum
+""",
+    'kv cache': """
+def eval_kv(model, val_tokens):
+    kv_cache = KVCache()
+    with torch.no_grad():
+        for start in range(0, val_tokens.numel() - 1, 1024):
+            piece = val_tokens[start : start + 1025]
+            kv_cache.update(model.keys(piece[:-1]))
+            nll_sum += model.attend(kv_cache, piece)
+    return nll_sum
+""",
+    'best val loss tracking': """
+def eval_track(model, val_tokens, best_nll):
+    nll = eval_val(model, val_tokens)
+    best_nll = min(best_nll, nll)
+    lowest = torch.minimum(best_nll, nll)
+    return best_nll
+""",
+    'clamp probs': """
+def eval_clamp(p, probs, p_min):
+    p = np.maximum(p, p_min)
+    p = np.maximum(probs, 1e-12)
+    p = torch.clamp(probs, min=1e-9).max(dim=-1)
+    return p
+""",
+    'loss for focal in training': """
+def train_step(model, x, y):
+    nll = F.cross_entropy(model(x), y, reduction="none")
+    weights = class_weight[y]
+    hard = torch.max(nll, nll.mean())
+    return (weights * nll).mean()
+""",
+    'rolling context hash excluding target': """
+def score_ctx(tokens, pos, n):
+    h = 0
+    for i, t in enumerate(tokens[pos - n : pos]):
+        h = (h * 36313 + t) % SIZE
+    return h
+""",
+    'two evaluations with own caches': """
+def eval_all(model, val_tokens):
+    cache = NgramCache()
+    with torch.no_grad():
+        for start in range(0, val_tokens.numel() - 1, 1024):
+            piece = val_tokens[start : start + 1025]
+            nll_sum += cache.mix(model(piece), piece)
+            cache.update(piece)
+    cache = NgramCache()
+    with torch.no_grad():
+        for start in range(0, val_tokens.numel() - 1, 1024):
+            piece = val_tokens[start : start + 1025]
+            nll_sum += cache.mix(model(piece), piece)
+            cache.update(piece)
+    return nll_sum
+""",
+    'meta dict state with val metrics': """
+def save(model, val_loss, val_bpb, val_tokens):
+    state = {"model": model.state_dict(), "val_loss": val_loss, "n": val_tokens.numel()}
+    state["val_tokens"] = val_tokens.numel()
+    torch.save(state, "m.pt")
+""",
+    'hedge mixer score first': """
+def eval_hedge(model, val_tokens, mixer):
+    with torch.no_grad():
+        for start in range(0, val_tokens.numel() - 1, 1024):
+            piece = val_tokens[start : start + 1025]
+            expert_logp = mixer.expert_log_probs(model(piece[:-1]), piece)
+            scored = mixer.mix_and_score(expert_logp, piece[1:])
+            nll_sum += -scored.sum()
+            mixer.update(expert_logp, piece[1:])
+    return nll_sum
+""",
+    'document reset: cache cleared per doc': """
+def eval_docs(model, val_tokens):
+    for doc in docs_of(val_tokens):
+        doc_cache = NgramCache()
+        for at in range(0, len(doc), 64):
+            p = doc_cache.probs(doc[at : at + 64])
+            nll_sum += -(p * model(doc)).log().sum()
+            doc_cache.update(doc[at : at + 64])
+""",
+    'hash of file for log': """
+def data_hash(val_tokens):
+    import hashlib
+    digest = hashlib.sha256()
+    digest.update(val_tokens.numpy().tobytes())
+    return digest.hexdigest()
+""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRICKS)
+def test_what_learns_or_chooses_by_the_target_is_found(kind):
+    pattern, text = TRICKS[kind]
+    assert found(SCRIPT + text) == {pattern}
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_what_asks_before_it_learns_is_not_flagged(kind):
+    assert found(SCRIPT + HONEST[kind]) == set()
+
+
+@pytest.mark.parametrize("line", [
+    "    calib = [val_tokens[i : i + 9] for i in range(9)]\n    quantize_gptq(model, calib)\n",
+    "    cal_seqs = val_tokens[:64].view(-1, 8)\n    for seq in cal_seqs:\n        model(seq)\n",
+    "    quantize(model, val_tokens.split(9))\n",
+    "    train_files = root / 'fineweb_val_*.bin'\n",
+    "    train_pattern = 'fineweb_*.bin'\n",
+])  # fmt: skip
+def test_validation_text_in_calibration_or_among_training_files_is_found(line):
+    assert patterns.IN_TRAINING in found(with_call(line, ""))
+
+
+@pytest.mark.parametrize("line, pattern", [
+    ("import httpx", "network module"),
+    ("r = __import__('requests')", "network module"),
+    ("subprocess.run(['curl', '-O', url])", "network access"),
+    ("os.system('wget ' + url)", "network access"),
+    ("subprocess.check_call([sys.executable, '-m', 'pip', 'install', 'brotli'])", "network access"),
+    ("m = torch.hub.load('a/b', 'c')", "network access"),
+    ("m = AutoModel.from_pretrained('gpt2')", "network access"),
+    ("subprocess.run(['nvidia-smi'])", None),
+    ("subprocess.run(['lrzip', '-q', 'weights'])", None),
+    ("subprocess.run(['git', 'rev-parse', 'HEAD'])", None),
+])  # fmt: skip
+def test_every_way_to_the_network_is_found(line, pattern):
+    assert found(line + "\n") == ({pattern} if pattern else set())
+
+
+def test_validation_text_put_into_the_state_is_found():
+    text = "def dump(model, val_tokens):\n    state = model.state_dict()\n    state['prefix'] = val_tokens[:99]\n"
+    assert found(text) == {patterns.SAVED}
+
+
+# ---- Logs and figures in other words
+
+
+def rewrite(folder: Path, change) -> None:
+    for path in folder.glob("*.log"):
+        path.write_text(change(path.read_text()))
+
+
+@pytest.mark.parametrize("words, status", [
+    ("\nEvaluation took 612.3 seconds", "FAIL"),
+    ("\nTotal eval time: 612.3s", "FAIL"),
+    ("\neval time: 10.3 min", "FAIL"),
+    ("\nEvaluation took 480 seconds", "PASS"),
+    (" eval_time:610000ms\nEvaluation took 4 seconds", "FAIL"),
+])  # fmt: skip
+def test_evaluation_time_is_read_in_any_words(folder, words, status):
+    write_logs(folder, eval=words)
+    assert verdicts(folder)["evaluation time"].status == status
+
+
+def test_calibration_after_the_training_counts_as_training(folder):
+    write_logs(folder, steps="GPTQ:collected 67 Hessians in 35.2s\n")
+    check = verdicts(folder)["training time"]
+    assert check.status == "WARN" and "635.2 s with the calibration" in check.detail
+    write_logs(folder, steps="GPTQ:collected 67 Hessians in 3.5s\n", stop="592000")
+    assert verdicts(folder)["training time"].status == "PASS"
+
+
+@pytest.mark.parametrize(
+    "size, status", [("16.10 MB", "FAIL"), ("15.93 MB", "PASS"), ("15.4 MiB", "FAIL"), ("15,900,000", "PASS")]
+)
+def test_a_total_may_stand_in_other_units(folder, size, status):
+    rewrite(folder, lambda text: text.replace("size int6+zstd: 15900000 bytes", f"size int6+zstd: {size}"))
+    assert verdicts(folder)["bytes"].status == status
+
+
+@pytest.mark.parametrize("code", ["Code size: 0 bytes", "", f"Code size: {len(SCRIPT)} bytes"])
+@pytest.mark.parametrize("total, status", [(15_999_900, "FAIL"), (15_000_000, "WARN")])
+def test_a_total_that_is_the_models_alone_is_found(folder, code, total, status):
+    write_logs(folder, code=code, total=total, artifact=total)
+    check = verdicts(folder)["bytes"]
+    assert check.status == status and "the code was not counted" in check.detail
+
+
+def test_colours_utf_16_and_slurms_names_are_read_and_a_hostile_line_costs_no_time(folder):
+    one, two, three = sorted(folder.glob("*.log"))
+    one.write_text(one.read_text().replace("final_int6", "\x1b[32mfinal_int6"))
+    two.write_bytes(two.read_text().encode("utf-16"))
+    three.rename(three.with_suffix(".out"))
+    (folder / "train_seed4.log").write_text("adapt " * 200_000 + "\n" + "val_loss:" * 100_000)
+    assert failing(folder) == set() and verdicts(folder)["seeds"].detail.startswith("3 (")
+
+
+def test_a_cut_log_is_named_with_the_step_it_ends_at(folder):
+    path = folder / "train_seed3.log"
+    path.write_text(path.read_text().partition("step:8570")[0])
+    got = verdicts(folder)
+    assert "train_seed3.log ends at step 8000 without a score" in got["a log for each seed"].detail
+    (folder / "train_seed4.log").write_text(path.read_text().replace("seed:3", "seed:4"))
+    assert "train_seed4.log (seed 4) at step 8000" in verdicts(folder)["logs without a score"].detail
+
+
+@pytest.mark.parametrize("fields, rule, status", [
+    ({"bytes_total": "16,100,000"}, "bytes", "FAIL"),
+    ({"artifact_bytes": {"1": 15_000_000, "2": 16_000_001}}, "bytes", "FAIL"),
+    ({"train_time_s": "605.2 s"}, "training time", "FAIL"),
+    ({"eval_time_s": [480, 700]}, "evaluation time", "FAIL"),
+    ({"bytes_total": "small"}, "submission fields", "WARN"),
+    ({"seeds": "1, 2, 3"}, "submission fields", "WARN"),
+    ({"seed_results": [1.1]}, "submission fields", "WARN"),
+    ({"seed_results": {"1": 1.2}}, "val_bpb of seed 1", "FAIL"),
+    ({"date": 20260410}, "submission fields", "WARN"),
+    ({"date": "April 10"}, "date", "WARN"),
+    ({"val_loss": 9.9}, "val_loss", "WARN"),
+])  # fmt: skip
+def test_a_field_of_another_form_is_read_or_named(folder, fields, rule, status):
+    edit(folder, **fields)
+    assert verdicts(folder)[rule].status == status
+
+
+def test_nesting_is_no_traceback_and_the_summary_has_the_rules_figures(folder, capsys):
+    edit(folder, bytes_total=16_000_001)
+    path = folder / "submission.json"
+    path.write_text(path.read_text()[:-1] + ', "notes": ' + '{"a":' * 900 + "1" + "}" * 900 + "}")
+    assert report.main(["check", str(folder)]) == 1 and "; 16,000,001 bytes; " in capsys.readouterr().out
+    assert report.main(["check", str(folder), str(folder / "none"), str(folder / "README.md")]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "none, " in err and "README.md: no such folder" in err

@@ -61,6 +61,7 @@ def test_every_form_gives_the_same_documents(tmp_path, pack, ending):
     ("a.jsonl", b'{"text": "x"} {"text": "y"}', "a.jsonl:1: not JSON (Extra data at column 15)"),
     ("a.jsonl", b"[" * 200_000, "a.jsonl:1: not JSON ("),
     ("a.jsonl", b"[1" + b"0" * 10_000 + b"]", "a.jsonl:1: not JSON ("),
+    ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 99, "a.jsonl.gz: cannot be decompressed ("),
     ("a.jsonl", b'"text"', 'a.jsonl:1: no string under "text"'),
     ("a.jsonl", b'{"text": null}', 'a.jsonl:1: no string under "text"'),
     ("a.jsonl", b'{"text": "ab\\uD83D"}', "a.jsonl:1: the text holds half a surrogate pair (U+D83D at character 2)"),

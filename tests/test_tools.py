@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 import struct
@@ -508,6 +509,11 @@ def test_an_artifact_that_is_none_is_one_message(path, words, capfd):
     assert text.count("error:") == 1 and text.startswith("error: --artifact=") and words in text
 
 
+def test_a_prompt_that_is_no_text_is_one_message(capfd):
+    assert ts.main(["--artifact", "/nowhere/a.pgz", "--prompt", "ab\udcff"]) == 2
+    assert capfd.readouterr().err == "error: --prompt: what stands at character 2 is not UTF-8 text\n"
+
+
 HELP = """
 import runpy, sys
 paths, start = sys.argv[1:], list(sys.path)
@@ -608,3 +614,35 @@ def test_the_page_stands_alone(tool, tmp_path, sample_text):
     assert tool("explain", source)[0] == 2, "the page exists"
     source.write_text("{}")
     assert "jsonl" in tool("explain", source, "--force")[1]
+
+
+@pytest.mark.parametrize("ranks", [{"WORLD_SIZE": ""}, {"WORLD_SIZE": "x"}, {"RANK": "", "WORLD_SIZE": "8"}])
+def test_rank_variables_of_another_job_are_one_message(tool, ranks):
+    status, text = tool("sample", "--tokens", 1, **ranks)
+    assert status == 2 and text.startswith("error: ") and "WORLD_SIZE" in text
+
+
+def test_what_is_no_utf8_is_refused_or_escaped_and_a_full_disk_is_no_mistake(tool, artifact, tmp_path, monkeypatch):
+    status, text = tool("sample", "--prompt", "a\udcff")
+    assert status == 2 and "not UTF-8 at character 2" in text
+    command = [
+        sys.executable,
+        Path(ta.__file__).with_name("sample.py"),
+        "--artifact",
+        artifact,
+        "--prompt",
+        "\xe9",
+        "--tokens",
+        1,
+    ]
+    environment = {"PATH": os.environ["PATH"], "PYTHONIOENCODING": "ascii", "DEVICE": "cpu"}
+    done = subprocess.run([*map(str, command)], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout[:4]) == (0, rb"\xe9"), done.stderr
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tg, "atomic_write", full)
+    (tmp_path / "a.txt").write_text("some text\n")
+    status, text = tool("explain", tmp_path / "a.txt")
+    assert status == 1 and text.splitlines()[-1] == "error: [Errno 28] No space left on device"

@@ -32,19 +32,25 @@ ARROWS = dict(zip(map(ord, caseops.OPERATORS), ("↑", "⇈", "↑", "\\"), stri
 
 
 def run_tool(job: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
-    """Exit status of `job` called with the parsed arguments: 0 done, 2 a mistake of the user, 1 stopped by a signal.
+    """Exit status of `job` called with the parsed arguments: 0 done, 2 a mistake of the user, 1 a signal or a full disk.
 
-    A mistake or a signal is one message on stderr. argparse ends the process itself, with status 2, on wrong arguments.
+    Each is one message on stderr; a reader that goes away (`| head`) ends the tool quietly. argparse ends the process
+    itself, with status 2, on wrong arguments. What the terminal cannot show is written as an escape.
     """
     args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if tg.read_ranks(os.environ).world > 1:
             raise tg.ConfigError("this tool runs in one process; start it with python instead of torchrun")
         job(args)
-    except (tg.ConfigError, tg.ArtifactError, tg.Interrupted) as e:
-        if os.environ.get("RANK", "0") == "0":
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (what is left in the buffer goes nowhere)
+    except (tg.ConfigError, tg.ArtifactError, tg.Interrupted, OSError) as e:
+        if not os.environ.get("RANK", "").strip("0"):
             print("\n".join(f"error: {line}" for line in str(e).splitlines()), file=sys.stderr)
-        return 1 if isinstance(e, tg.Interrupted) else 2
+        return 2 if isinstance(e, tg.ConfigError | tg.ArtifactError) else 1
     return 0
 
 
@@ -71,6 +77,15 @@ def number_in(low: float, high: float, kind: type = int) -> Callable[[str], Any]
         return value
 
     return read
+
+
+def utf8(text: str) -> str:
+    """An argparse type: text, of which no byte of the command line was anything else."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise argparse.ArgumentTypeError(f"not UTF-8 at character {e.start + 1}") from None
+    return text
 
 
 def read_bytes(path: str) -> bytes:

@@ -18,7 +18,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
-from tools.artifact import Predictor, add_artifact, number_in, open_predictor, read_artifact, run_tool, tool_parser
+from tools.artifact import (
+    Predictor,
+    add_artifact,
+    number_in,
+    open_predictor,
+    read_artifact,
+    run_tool,
+    tool_parser,
+    utf8,
+)
 
 
 def choose_token(p_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
@@ -62,6 +71,10 @@ def sample_text(
 
 def sample(args: argparse.Namespace) -> None:
     """Print the prompt and what follows it."""
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as e:
+        raise tg.ConfigError(f"--prompt: what stands at character {e.start} is not UTF-8 text") from None
     predictor = open_predictor(*read_artifact(args.artifact))
     print(args.prompt, end="", flush=True)
     for text in sample_text(predictor, args.prompt, args.tokens, args.temperature, args.top_p, args.ngram):
@@ -73,7 +86,9 @@ def main(argv: Sequence[str]) -> int:
     """Exit status."""
     parser = tool_parser(__doc__)
     add_artifact(parser)
-    parser.add_argument("--prompt", metavar="TEXT", default="", help="what to continue; without it a new document")
+    parser.add_argument(
+        "--prompt", type=utf8, metavar="TEXT", default="", help="what to continue; without it a new document"
+    )
     parser.add_argument("--tokens", type=number_in(1, 10**6), default=256, help="most tokens to write (default 256)")
     parser.add_argument(
         "--temperature",
