@@ -35,6 +35,7 @@ CUDA's kernels, torch.compile (which runs its function eagerly here), whatever C
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import weakref
@@ -64,6 +65,30 @@ SCALARS = {
     "clamp_min",
     "clamp_max",
 }  # beside the pointwise ones
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.convolution.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention_for_cpu_backward.default}  # fmt: skip
+
+
+def computed(func: Any, args: tuple, kwargs: dict) -> Any:
+    """What a kernel returns; products of bf16 in fp32, rounded once, as tensor cores do: CPUs without bf16 need 10 times as long."""
+    if func not in PRODUCTS or not isinstance(args[0], Tensor) or args[0].dtype != torch.bfloat16:
+        return func(*args, **kwargs)
+    widened = lambda x: x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x  # noqa: E731
+    out = func(*map(widened, args), **{name: widened(x) for name, x in kwargs.items()})
+    if isinstance(out, Tensor):
+        return out.bfloat16()
+    kept = out[1:] if func is aten._scaled_dot_product_flash_attention_for_cpu.default else ()  # log-sum-exp stays fp32
+    return *(x.bfloat16() for x in out[: len(out) - len(kept)]), *kept
+
+
+@functools.cache
+def schema_of(func: Any) -> tuple[str, tuple[str, ...], frozenset[str]]:
+    """A kernel's name, its arguments' names and those that it writes; reading them from the schema takes longer than the kernel."""
+    arguments = func._schema.arguments
+    writes = frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return func._schema.name, tuple(a.name for a in arguments), writes
 
 
 def tensors_in(*things: Any) -> list[Tensor]:
@@ -316,16 +341,14 @@ class FakeCuda(contextlib.AbstractContextManager):
 
     def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         """Account for one kernel: launches, waits, order between streams."""
-        name = func._schema.name.partition("::")[2]
-        stream = self.stream
         if func.is_view:
             return
+        (name, names, writes), stream = schema_of(func), self.stream
+        name = name.partition("::")[2]
         self.launches += 1
         stream.time += 1
         stream.seen |= self.host
-        mutable = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        writes = {a.name for a, m in zip(func._schema.arguments, mutable, strict=True) if m}
+        named = dict(zip(names, args, strict=False)) | kwargs
         for key, value in [*named.items(), ("", out)]:
             for t in tensors_in(value):
                 block = self.blocks.get(t.untyped_storage()) if self.on(t) else None
@@ -365,11 +388,11 @@ class Kernels(TorchDispatchMode):
             helper = not tensors and gpu.inside and gpu.inside[-1]
             out = func(*args, **kwargs)
             return gpu.place(out) if helper else out
-        copies = func._schema.name in ("aten::copy_", "aten::_foreach_copy_", "aten::_copy_from")
+        copies = schema_of(func)[0] in ("aten::copy_", "aten::_foreach_copy_", "aten::_copy_from")
         if not all(on) and func.namespace != "c10d":
             self.check(func, args, kwargs, copies)
-        gpu.ops[func._schema.name, tuple(str(t.dtype)[6:] for t in tensors[:4])] += 1
-        out = func(*args, **kwargs)
+        gpu.ops[schema_of(func)[0], tuple(str(t.dtype)[6:] for t in tensors[:4])] += 1
+        out = computed(func, args, kwargs)
         gpu.place(out if not copies else ())
         gpu.note(func, args, kwargs, out)
         if copies and not all(on) and not (len(args) > 2 and args[2]) and not gpu.setting:
@@ -390,7 +413,7 @@ class Kernels(TorchDispatchMode):
             raise DeviceMismatch(f"{func}: NCCL takes contiguous tensors alone")
 
     def check(self, func: Any, args: tuple, kwargs: dict, copies: bool) -> None:
-        on, name = self.gpu.on, func._schema.name.partition("::")[2]
+        on, name = self.gpu.on, schema_of(func)[0].partition("::")[2]
         if copies:
             return
         refused = DeviceMismatch(f"{func}: expected all tensors on one device, found " + ", ".join(
