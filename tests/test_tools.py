@@ -509,11 +509,6 @@ def test_an_artifact_that_is_none_is_one_message(path, words, capfd):
     assert text.count("error:") == 1 and text.startswith("error: --artifact=") and words in text
 
 
-def test_a_prompt_that_is_no_text_is_one_message(capfd):
-    assert ts.main(["--artifact", "/nowhere/a.pgz", "--prompt", "ab\udcff"]) == 2
-    assert capfd.readouterr().err == "error: --prompt: what stands at character 2 is not UTF-8 text\n"
-
-
 HELP = """
 import runpy, sys
 paths, start = sys.argv[1:], list(sys.path)

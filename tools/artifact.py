@@ -42,8 +42,10 @@ def run_tool(job: Callable[[argparse.Namespace], None], parser: argparse.Argumen
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        if tg.read_ranks(os.environ).world > 1:
-            raise tg.ConfigError("this tool runs in one process; start it with python instead of torchrun")
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        if ranks != "1":
+            raise tg.ConfigError(f"WORLD_SIZE={ranks!r}: this tool runs in one process; start it with python instead of torchrun, "
+                                 "or unset WORLD_SIZE")  # fmt: skip
         job(args)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (what is left in the buffer goes nowhere)

@@ -71,10 +71,6 @@ def sample_text(
 
 def sample(args: argparse.Namespace) -> None:
     """Print the prompt and what follows it."""
-    try:
-        args.prompt.encode()
-    except UnicodeEncodeError as e:
-        raise tg.ConfigError(f"--prompt: what stands at character {e.start} is not UTF-8 text") from None
     predictor = open_predictor(*read_artifact(args.artifact))
     print(args.prompt, end="", flush=True)
     for text in sample_text(predictor, args.prompt, args.tokens, args.temperature, args.top_p, args.ngram):
