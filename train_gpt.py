@@ -2345,7 +2345,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 # with segments a position sees those of its own alone
 
 
-@torch.compiler.disable  # the segments differ from step to step
+@torch._disable_dynamo  # the segments differ from step to step; unlike torch.compiler.disable it imports the compiler when called
 def attend_segments(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segments) -> Tensor:
     """SDPA one segment after the other; with a cache of earlier keys, by a mask."""
     t, s, n = q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.shape[2] // k_BSGK.shape[2]
@@ -2434,7 +2434,7 @@ def blocks_of(first: int, end: int) -> Iterator[tuple[int, int, int]]:
         yield first, lo, min(lo + BlockedAttention.ROWS, end)
 
 
-@torch.compiler.disable  # the blocks differ from step to step
+@torch._disable_dynamo  # the blocks differ from step to step
 def attend_segment_blocks(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) -> Tensor:
     """BlockedAttention over the segments of all rows: no product reaches into another document."""
     edges = itertools.pairwise(segments.bounds_M.tolist())
@@ -6652,24 +6652,25 @@ def strip_source(source: str) -> str:
             begin += len(first.arg)
         elif first is not last:
             begin = place(first.end_lineno, first.end_col_offset)
-        elif not put and not isinstance(first, ast.Expr):  # the result of a function, after its arrow
-            begin = len(source[: source.rindex("->", 0, begin)].rstrip())
+        elif not put and not isinstance(first, ast.Expr):  # the result of a function, with its arrow
+            begin = source.rindex("->", 0, begin)
         cuts.append((begin, end, put))
-    text = source
-    for begin, end, put in sorted(cuts, reverse=True):
-        text = text[:begin] + put + text[end:]
+    kept, at = [], 0
+    for begin, end, put in sorted(cuts):
+        kept += [source[at:begin], put]
+        at = end
     head = source.split("\n\n")[0].strip('"')
-    return f'"""{head}\n\n"""\n' + squeeze(text)
+    return f'"""{head}\n\n"""\n' + squeeze("".join(kept) + source[at:])
 
 
-def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
-    """Local variables and parameters of a function and of those inside it -> names of one or two letters that occur nowhere in it.
+def shorter_names(function: ast.FunctionDef, nodes: list[ast.AST], taken: set[str]) -> dict[str, str]:
+    """Local variables and parameters of a function and of those inside it, its `nodes` -> names of one or two letters that occur
+    nowhere in it.
 
     Left alone are names of two letters or less and all that may mean something else: `taken` (defined outside, built in, or
     given by keyword in some call), global or nonlocal, defined inside, imported, caught, or read in an f-string, whose positions
     Python < 3.12 does not know.
     """
-    nodes = list(ast.walk(function))
     if any(
         isinstance(n, (ast.ClassDef, ast.Match)) or getattr(n, "id", "") in ("locals", "vars", "eval", "exec")
         for n in nodes
@@ -6677,23 +6678,17 @@ def shorter_names(function: ast.FunctionDef, taken: set[str]) -> dict[str, str]:
         return {}
     uses = Counter(getattr(n, "id", getattr(n, "arg", None)) for n in nodes if isinstance(n, (ast.Name, ast.arg)))
     kept = taken | {n.id for f in nodes if isinstance(f, ast.JoinedStr) for n in ast.walk(f) if isinstance(n, ast.Name)}
-    for n in nodes:
-        kept |= (
-            set(n.names)
-            if isinstance(n, (ast.Global, ast.Nonlocal))
-            else {getattr(n, "name", None), getattr(n, "asname", None)}
-        )
+    kept |= {
+        name for n in nodes for name in (*getattr(n, "names", ()), getattr(n, "name", None), getattr(n, "asname", None))
+    }
     if function.decorator_list:  # a decorator may read the signature
         kept |= {n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg)}
     bound = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
     names = sorted((n for n in bound - kept if len(n) > 2), key=lambda name: (-uses[name], name))
     letters = [*string.ascii_lowercase, *string.ascii_uppercase]
-    free = (
-        w
-        for w in (*letters, *map("".join, itertools.product(letters, letters)))
-        if w not in kept | {*uses, *keyword.kwlist}
-    )
+    closed = kept | {*uses, *keyword.kwlist}
+    free = (w for w in (*letters, *map("".join, itertools.product(letters, letters))) if w not in closed)
     return dict(zip(names, free, strict=False))
 
 
@@ -6746,9 +6741,10 @@ def shorten_names(source: str) -> str:
     }
     methods = ((n, f) for n in tree.body for f in ([n] if isinstance(n, ast.FunctionDef) else getattr(n, "body", ())))
     for owner, function in ((n, f) for n, f in methods if isinstance(f, ast.FunctionDef)):
-        inside = [n for n in ast.walk(function) if isinstance(n, (ast.Name, ast.arg))]
-        named = {getattr(n, "name", "") for n in (owner, *ast.walk(function))} & unpacked
-        names = shorter_names(function, taken | {n.arg for n in inside if named and isinstance(n, ast.arg)})
+        within = list(ast.walk(function))
+        inside = [n for n in within if isinstance(n, (ast.Name, ast.arg))]
+        named = {getattr(n, "name", "") for n in (owner, *within)} & unpacked
+        names = shorter_names(function, within, taken | {n.arg for n in inside if named and isinstance(n, ast.arg)})
         for n in inside:
             if (old := getattr(n, "id", getattr(n, "arg", ""))) in names:
                 cuts.add((n.lineno, n.col_offset, old, names[old]))
