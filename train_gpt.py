@@ -1618,9 +1618,9 @@ class Run:
             raise (ConfigError if mistake else BrokenRun)(error)
         return value
 
-    def is_first(self, to: str) -> bool:
-        """True on exactly one rank, the first that calls this with `to`: it prints the error, whether one rank failed or all did."""
-        return self.world == 1 or dist.distributed_c10d._get_default_store().add(to, 1) == 1
+    def is_first(self, task: str) -> bool:
+        """True on exactly one rank, the first that calls this for `task`, which it does whether one rank calls or all do."""
+        return self.world == 1 or dist.distributed_c10d._get_default_store().add(task, 1) == 1
 
     def share(self, n: int) -> range:
         """This rank's contiguous part of range(n); the parts differ by at most one."""
@@ -3576,9 +3576,10 @@ class WeightAverage:
 HELD_BACK_TOKENS = 2**15  # training text that chooses between averages, at least; whole steps of it
 
 
-def hold_back(stream: TokenStream, n: int) -> np.ndarray:
-    """The last n tokens of the training text, which the stream no longer has: nothing trains or calibrates on them."""
-    shards = list(stream.shards)
+def hold_back(cfg: Config, stream: TokenStream) -> np.ndarray:
+    """Whole batches and a token, the last of the training text, which the stream no longer has: nothing trains or calibrates on
+    them. Raises ConfigError where they are more than half of the last shard."""
+    shards, n = list(stream.shards), -(-HELD_BACK_TOKENS // cfg.train_batch_tokens) * cfg.train_batch_tokens + 1
     if len(shards[-1]) <= 2 * n:
         raise ConfigError(f"EMA_DECAYS holds back {n} training tokens to choose by, at most half of the last shard's {len(shards[-1])}; "
                           "use EMA_DECAY, a smaller TRAIN_BATCH_TOKENS or more data")  # fmt: skip
@@ -3593,8 +3594,8 @@ class AverageChoice:
     """Chooses between several EMAs by their loss on held-back training text, in the shapes and graph of training."""
 
     def __init__(self, cfg: Config, run: Run, stream: TokenStream) -> None:
-        self.batches = -(-HELD_BACK_TOKENS // cfg.train_batch_tokens)
-        held = hold_back(stream, self.batches * cfg.train_batch_tokens + 1)
+        held = hold_back(cfg, stream)
+        self.batches = len(held) // cfg.train_batch_tokens
         self.run, self.seq_len = run, cfg.train_seq_len
         self.batcher = Batcher(cfg, TokenStream([held], cfg.vocab_size), run)
         n = len(cfg.averages)
@@ -4343,7 +4344,7 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
     """
     if resumed is not None and "finished" in resumed:
         if len(cfg.averages) > 1:
-            AverageChoice(cfg, run, stream)  # what was held back stays so
+            hold_back(cfg, stream)  # calibration must not see it here either
         model.load_state_dict(resumed["model"])
         model.set_looped(resumed["looped"])
         stream.position, run.training_began = resumed["position"], True
@@ -4747,7 +4748,7 @@ class TrellisSearch:
     `x_NCR` are weights in steps, columns first. A column costs its squared error times `weight_NC`, and RATE_PRICE times the
     bits of its code, taken from a Gaussian of the row's and the column's power (`power_NC`, of all rows). A code's error moves the columns after it
     by `moves_NCC` (None: not at all). Errors of the last DELAY columns are kept for every survivor. Those before are the
-    best survivor's, and survivors of another past are dropped, which costs .03 dB; a delay of 32 columns costs .17 dB at 64 states.
+    best survivor's, and survivors of another past are dropped. At 64 states that costs up to .03 dB, with a DELAY of 32 columns .17 dB.
     """
 
     BLOCK, DELAY = 32, 96  # columns
@@ -9381,7 +9382,7 @@ def run_train(loaded: LoadedConfig) -> int:
         raise ConfigError(f"calibration needs {cfg.train_seq_len} training tokens, DATA_PATH={opened.paths.folder} holds {stream.total}: "
                           "GPTQ_ENABLED=0, TARGET_BYTES=0 or more data")  # fmt: skip
     if len(cfg.averages) > 1:
-        AverageChoice(cfg, run, copy.copy(stream))  # ConfigError where there is too little to hold back
+        hold_back(cfg, copy.copy(stream))  # ConfigError where there is too little
     choose_attention(cfg, run.device)
     with torch.device("meta"):
         Policy.of(cfg, GPT(cfg))  # a mistake in it is found now, not after the training

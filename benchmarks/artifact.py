@@ -318,11 +318,15 @@ def compare_at_equal_error(states: int, shape: tuple[int, int] = (1024, 512)) ->
 # ---- speed
 
 
-def shapes_of(recipe: str) -> tuple[tg.Config, dict[str, torch.Size], dict[str, str]]:
-    cfg = tg.load_config({"RECIPE": recipe}).cfg
+def recipe_of(name: str) -> tg.Config:
+    return tg.load_config({"RECIPE": name}).cfg
+
+
+def shapes_of(cfg: tg.Config) -> tuple[dict[str, torch.Size], dict[str, str]]:
+    """Shape and storage role of each parameter."""
     with torch.device("meta"):
         model = tg.GPT(cfg)
-    return cfg, {n: p.shape for n, p in model.named_parameters()}, {n: p.store for n, p in model.named_parameters()}
+    return {n: p.shape for n, p in model.named_parameters()}, {n: p.store for n, p in model.named_parameters()}
 
 
 def time_packing(label: str, shapes: dict[str, torch.Size], store: dict[str, str]) -> tuple[float, float]:
@@ -348,9 +352,9 @@ def time_packing(label: str, shapes: dict[str, torch.Size], store: dict[str, str
     return t1 - t0, t2 - t1
 
 
-def time_gptq(recipe: str) -> float:
-    """Seconds of GPTQ for every matrix of a recipe."""
-    cfg, shapes, store = shapes_of(recipe)
+def time_gptq(cfg: tg.Config) -> float:
+    """Seconds of GPTQ for every matrix of a configuration."""
+    shapes, store = shapes_of(cfg)
     cfg = dataclasses.replace(cfg, gptq_enabled=True, gptq_variant="cholesky", gptq_order="descending")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = {n: torch.randn(shape, device=device) * 0.02 for n, shape in shapes.items()}
@@ -362,7 +366,7 @@ def time_gptq(recipe: str) -> float:
     started, cpu = time.perf_counter(), time.process_time()
     tg.quantize(cfg, matrices, store, hessians)
     print(
-        f"GPTQ of the {len(matrices)} matrices of {recipe} on {device.type}: {(seconds := time.perf_counter() - started):.1f}s ({time.process_time() - cpu:.1f}s of CPU)"
+        f"GPTQ of the {len(matrices)} matrices of {cfg.recipe} on {device.type}: {(seconds := time.perf_counter() - started):.1f}s ({time.process_time() - cpu:.1f}s of CPU)"
     )
     return seconds
 
@@ -424,17 +428,14 @@ def time_encode(shapes: dict[str, torch.Size], store: dict[str, str], states: in
 
 def large_shapes() -> tuple[dict[str, torch.Size], dict[str, str]]:
     """Of 36 M weights: 11 x 512, MLP 4x, 8,192 pieces."""
-    with torch.device("meta"):
-        large = tg.GPT(tg.Config(num_layers=11, mlp_mult=4.0, vocab_size=8192))
-    return {n: p.shape for n, p in large.named_parameters()}, {n: p.store for n, p in large.named_parameters()}
+    return shapes_of(tg.Config(num_layers=11, mlp_mult=4.0, vocab_size=8192))
 
 
 def measure_speed() -> None:
     """Pack and unpack of the baseline and of a 36 M shape, GPTQ of pr850."""
-    _, shapes, store = shapes_of("baseline")
-    time_packing("baseline", shapes, store)
+    time_packing("baseline", *shapes_of(recipe_of("baseline")))
     time_packing("36 M", *large_shapes())
-    time_gptq("pr850")
+    time_gptq(recipe_of("pr850"))
 
 
 def measure_encode(trellises: list[int]) -> None:
@@ -451,7 +452,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--rates", type=float, nargs="+", default=[3.0, 3.5, 4.0, 4.5], help="bits a weight of `error`")
     parser.add_argument(
-        "--states", type=int, nargs="+", default=list(tg.TRELLISES), help="trellises of `error` and `encode`"
+        "--states",
+        type=int,
+        nargs="+",
+        choices=tg.TRELLISES,
+        default=list(tg.TRELLISES),
+        help="trellises of `error` and `encode`",
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()

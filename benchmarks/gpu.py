@@ -212,13 +212,8 @@ def statistics_and_mixing(tiny: bool) -> dict[str, float]:
 def packing(tiny: bool) -> dict[str, float]:
     """GPTQ of every matrix of pr850 and of frontier (along its trellis) on this device; packing and unpacking of the baseline's
     weights on the CPU."""
-    if tiny:
-        shapes, store = {"blocks.0.mlp.up.weight": torch.Size((64, 32))}, {"blocks.0.mlp.up.weight": "mlp"}
-        packed, unpacked = time_packing("tiny", shapes, store)
-        return {"pack, s": packed, "unpack, s": unpacked}
-    _, shapes, store = shapes_of("baseline")
-    packed, unpacked = time_packing("baseline", shapes, store)
-    searched = {f"GPTQ of {recipe}, s": time_gptq(recipe) for recipe in ("pr850", "frontier")}
+    packed, unpacked = time_packing("baseline", *shapes_of(knobs("baseline", tiny)))
+    searched = {f"GPTQ of {recipe}, s": time_gptq(knobs(recipe, tiny)) for recipe in ("pr850", "frontier")}
     return {**searched, "pack, s": packed, "unpack, s": unpacked}
 
 
