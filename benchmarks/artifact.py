@@ -355,7 +355,9 @@ def time_packing(label: str, shapes: dict[str, torch.Size], store: dict[str, str
 def time_gptq(cfg: tg.Config) -> float:
     """Seconds of GPTQ for every matrix of a configuration."""
     shapes, store = shapes_of(cfg)
-    cfg = dataclasses.replace(cfg, gptq_enabled=True, gptq_variant="cholesky", gptq_order="descending")
+    cfg = dataclasses.replace(
+        cfg, gptq_enabled=True, gptq_variant="cholesky", gptq_order="descending", quant_min_numel=0
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = {n: torch.randn(shape, device=device) * 0.02 for n, shape in shapes.items()}
     matrices = {n: w for n, w in named.items() if w.dim() == 2 and store[n] in ("attn", "mlp", "embed")}

@@ -901,6 +901,10 @@ def test_text_and_tokens_in_literals_are_payloads_and_kernels_are_none(folder, t
 
 # ---- Tables, choices, keys
 
+EACH_PIECE = """    with torch.no_grad():
+        for start in range(0, val_tokens.numel() - 1, 1024):
+            piece = val_tokens[start : start + 1025]
+"""  # for "EACH PIECE" in the texts below
 TRICKS = {
     'the whole text before its scores': (patterns.LEARNED, """
 def eval_val_ngram(model, val_tokens, cache):
@@ -1055,18 +1059,14 @@ def eval_prefix(model, val_tokens):
     'prefill from training tokens': """
 def eval_prefilled(model, train_tokens, val_tokens):
     table = build_table(train_tokens)
-    with torch.no_grad():
-        for start in range(0, val_tokens.numel() - 1, 1024):
-            piece = val_tokens[start : start + 1025]
+EACH PIECE
             nll_sum += table.mix(model(piece), piece)
     return nll_sum
 """,
     'kv cache': """
 def eval_kv(model, val_tokens):
     kv_cache = KVCache()
-    with torch.no_grad():
-        for start in range(0, val_tokens.numel() - 1, 1024):
-            piece = val_tokens[start : start + 1025]
+EACH PIECE
             kv_cache.update(model.keys(piece[:-1]))
             nll_sum += model.attend(kv_cache, piece)
     return nll_sum
@@ -1102,15 +1102,11 @@ def score_ctx(tokens, pos, n):
     'two evaluations with own caches': """
 def eval_all(model, val_tokens):
     cache = NgramCache()
-    with torch.no_grad():
-        for start in range(0, val_tokens.numel() - 1, 1024):
-            piece = val_tokens[start : start + 1025]
+EACH PIECE
             nll_sum += cache.mix(model(piece), piece)
             cache.update(piece)
     cache = NgramCache()
-    with torch.no_grad():
-        for start in range(0, val_tokens.numel() - 1, 1024):
-            piece = val_tokens[start : start + 1025]
+EACH PIECE
             nll_sum += cache.mix(model(piece), piece)
             cache.update(piece)
     return nll_sum
@@ -1123,9 +1119,7 @@ def save(model, val_loss, val_bpb, val_tokens):
 """,
     'hedge mixer score first': """
 def eval_hedge(model, val_tokens, mixer):
-    with torch.no_grad():
-        for start in range(0, val_tokens.numel() - 1, 1024):
-            piece = val_tokens[start : start + 1025]
+EACH PIECE
             expert_logp = mixer.expert_log_probs(model(piece[:-1]), piece)
             scored = mixer.mix_and_score(expert_logp, piece[1:])
             nll_sum += -scored.sum()
@@ -1154,12 +1148,12 @@ def data_hash(val_tokens):
 @pytest.mark.parametrize("kind", TRICKS)
 def test_what_learns_or_chooses_by_the_target_is_found(kind):
     pattern, text = TRICKS[kind]
-    assert found(SCRIPT + text) == {pattern}
+    assert found(SCRIPT + text.replace("EACH PIECE\n", EACH_PIECE)) == {pattern}
 
 
 @pytest.mark.parametrize("kind", HONEST)
 def test_what_asks_before_it_learns_is_not_flagged(kind):
-    assert found(SCRIPT + HONEST[kind]) == set()
+    assert found(SCRIPT + HONEST[kind].replace("EACH PIECE\n", EACH_PIECE)) == set()
 
 
 @pytest.mark.parametrize("line", [
