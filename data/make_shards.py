@@ -709,7 +709,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.official_split and args.val_docs != OFFICIAL_VAL_DOCS:
         parser.error(f"--val-docs {args.val_docs}: the official split is {OFFICIAL_VAL_DOCS}")
     if not args.fused_markers and (args.tokenizer or not args.caseops):
-        parser.error("--no-fused-markers: it says how --caseops trains a tokenizer")
+        parser.error("--no-fused-markers needs --caseops and no --tokenizer: it says how the tokenizer is trained")
     if args.vocab_size > 1 << 16:
         parser.error(f"--vocab-size {args.vocab_size}: shards hold uint16, so at most 65536")
     return args
