@@ -12,9 +12,8 @@ Exit status: 0 all good, 1 something was found to fail, 2 a mistake of the user.
 matplotlib to draw, and libcst to read scripts in newer Python than the one that runs it.
 
 Modules: runs.py reads JSON logs and textlog.py others, stats.py has the t-test, tables.py prints, plots.py draws.
-entry.py reads a record folder and rules.py judges it; source.py unpacks scripts without running them, syntax.py (and
-downgrade.py) parses them, patterns.py and flow.py find what was ruled out; leaks.py looks for validation documents in
-training shards. submission.py writes folders, sweep.py runs lists.
+check/ reads a record folder, unpacks its script without running it and judges both; submission.py writes folders,
+sweep.py runs lists.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ def run_submit(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    import rules
+    from check import rules
 
     return rules.check_folders([Path(f) for f in args.folders], args.json, args.data_path)
 

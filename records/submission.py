@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import plots
-import rules
 import runs as logs
-import source
 import tables
 import textlog
+from check import rules, source
 from runs import Run, UserError
 from stats import Sample
 

@@ -492,7 +492,7 @@ def test_any_bytes_survive_as_a_literal_of_a_latin_1_file():
 
 def test_the_checker_reads_the_packed_script_without_running_it(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(tg.__file__).parent / "records"))
-    import source
+    from check import source
 
     path = tmp_path / "train_gpt.py"
     path.write_bytes(tg.pack_code(tg.source_text()))

@@ -29,18 +29,14 @@ import train_gpt as tg
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "records"))
 
-import leaks  # noqa: E402
-import patterns  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
-import rules  # noqa: E402
 import runs as logs  # noqa: E402
-import source  # noqa: E402
 import stats  # noqa: E402
 import submission  # noqa: E402
 import sweep  # noqa: E402
-import syntax  # noqa: E402
 import tables  # noqa: E402
+from check import leaks, patterns, rules, source, syntax  # noqa: E402
 
 NATS_PER_BPB = 1.6885  # sp1024 on FineWeb
 SCRIPT = '''"""A script."""

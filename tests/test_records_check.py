@@ -14,12 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "records"))
 
-import patterns  # noqa: E402
 import report  # noqa: E402
-import rules  # noqa: E402
 import runs as logs  # noqa: E402
-import source  # noqa: E402
-import syntax  # noqa: E402
+from check import patterns, rules, source, syntax  # noqa: E402
 
 VAL_TOKENS, NATS_PER_BPB = 40_540_160, math.log(2) * 151_075_000 / 40_540_160
 SCRIPT = """import os

@@ -25,8 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from patterns import Finding, find_patterns
-from syntax import calls, children, dotted, every, imports, nodes, parse
+from check.patterns import Finding, find_patterns
+from check.syntax import calls, children, dotted, every, imports, nodes, parse
 
 MAX_BYTES, MAX_LAYERS, MAX_PROGRAMS = 8_000_000, 4, 24
 LARGE_LITERAL = 400  # bytes; shorter ones hold no training script

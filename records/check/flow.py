@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from syntax import FUNCTIONS, Scope, children, dotted, every, last_name, names, scopes
+from check.syntax import FUNCTIONS, Scope, children, dotted, every, last_name, names, scopes
 
 _ENDING = r"(?:_(?:all|full|cpu|gpu|cuda|np|flat|local|dev|device|t|x|y|\d+))*$"
 VALIDATION = re.compile(

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import runs as logs
-import source
 from runs import Run, UserError
 from textlog import decoded, dumped_source, seed_in_name
+
+from check import source
 
 MAX_LOGS = 200
 

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import leaks
-import patterns
 import runs as logs
-import source
-from entry import Entry, is_number, near, read_entry, shows
 from runs import Run, UserError
 from stats import Sample, welch
 from tables import RECORD_GAIN_NATS, RECORD_P
 from textlog import seed_in_name
+
+from check import leaks, patterns, source
+from check.entry import Entry, is_number, near, read_entry, shows
 
 LIMIT_BYTES, LIMIT_SECONDS, RECORD_SEEDS = 16_000_000, 600.0, 3
 FINEWEB_VAL_BYTES = 151_075_000  # text bytes of the first 50,000 documents; exports differ by a few tenths of a percent

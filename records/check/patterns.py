@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from flow import EVALUATES, VALIDATION, Flow
-from syntax import Scope, calls, dotted, every, imports, keyword_is, last_name, names, nodes, scopes
+from check.flow import EVALUATES, VALIDATION, Flow
+from check.syntax import Scope, calls, dotted, every, imports, keyword_is, last_name, names, nodes, scopes
 
 
 class Finding(NamedTuple):
