@@ -6,7 +6,7 @@
     MODE=eval ARTIFACT=logs/run.pgz python train_gpt.py            score an artifact in a fresh process
     MODE=audit ARTIFACT=logs/run.pgz python train_gpt.py           is that score a code length?
     python train_gpt.py --help | --dump-config | --toc
-    python tools/codec.py --help                                   also sample, explain: what an artifact is good for; plan
+    python tools/codec.py --help                                   also sample, explain: what an artifact is good for; plan, pack_code
 
 Every knob is an environment variable, declared once in section 1. The file is ordered as data flows; a name is used only
 below its definition, so a reader can stop anywhere and have understood all above.
@@ -31,8 +31,6 @@ scored by the one score-first driver §9.
 # ==== 0 HEAD ==========================================================================================================
 from __future__ import annotations
 
-import ast
-import builtins
 import bz2
 import contextlib
 import copy
@@ -47,7 +45,6 @@ import inspect
 import io
 import itertools
 import json
-import keyword
 import lzma
 import math
 import os
@@ -57,10 +54,10 @@ import shutil
 import signal
 import string
 import struct
+import subprocess
 import sys
 import tempfile
 import time
-import tokenize
 import uuid
 import zipfile
 from abc import ABC, abstractmethod
@@ -83,6 +80,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.adamw import adamw
 
 SCRIPT = Path(__file__).resolve()
+PACKED = "__source__" in globals()  # tools/pack_code.py leaves out what stands below `if not PACKED`
 
 # ==== 1 CONFIG ========================================================================================================
 
@@ -138,7 +136,7 @@ class Config:
     # fmt: off
     # ---- 1 CONFIG
     recipe: str = knob("auto", "", "named set of values; auto: frontier on a GPU, cpu without one")
-    mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit", "pack_code"))
+    mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
     run_id: str = knob("", "", "names the logs; empty: time-recipe-seed, and -2, -3 ... where that is taken")
@@ -959,7 +957,11 @@ NO_EFFECT: dict[str, dict[str, str]] = {
 }
 
 # MODE's former values -> the program in tools/ that does it.
-MOVED_MODES = {"plan": "plan", "compress": "codec", "decompress": "codec", "sample": "sample", "explain": "explain"}
+MOVED_MODES = {
+    "compress": "codec",
+    "decompress": "codec",
+    **{name: name for name in ("pack_code", "plan", "sample", "explain")},
+}
 
 # What gives a dead name its meaning back, where it is a knob of ours too.
 REVIVED_BY = {"WARMDOWN_ITERS": ("LR_SCHEDULE", "warmdown"), "TTT_MOMENTUM": ("TTT_OPTIMIZER", "sgd")}
@@ -1183,9 +1185,14 @@ def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
 
 
 @functools.cache  # main reads it before anything else: the file may be edited while a run is under way
+def script_bytes() -> bytes:
+    """This script's file."""
+    return SCRIPT.read_bytes()
+
+
 def source_text() -> str:
     """This script's text as it runs; the packed form leaves its unpacked text in `__source__`."""
-    return globals().get("__source__") or SCRIPT.read_text(encoding="utf-8")
+    return __source__ if PACKED else script_bytes().decode()  # noqa: F821
 
 
 def describe_knobs() -> str:
@@ -1412,6 +1419,7 @@ class Run:
     """This process in its run: rank, device, logs, the stop signal, collectives. Made once, by `Run.start`."""
 
     current: Run | None = None  # for main, which closes the logs whatever happens
+    packing: subprocess.Popen | None = None  # `start_packing`'s child, which no process leaves behind
 
     def __init__(self, cfg: Config, rank: int, local_rank: int, world: int, local_world: int) -> None:
         self.cfg, self.rank, self.world = cfg, rank, world
@@ -6581,180 +6589,6 @@ def budget_table(budget: Budget, target: int) -> str:
 # ---- the code's own bytes
 
 
-def removable(source: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
-    """(where to begin cutting, where to end, what to put there) for docstrings, what knobs are for and why others have no effect, and annotations that nothing reads.
-
-    A cut begins at the start of a docstring or at the end of an annotated name; for a function's result the first node is
-    the annotation itself. FieldReader of classes keep theirs, and so do decorated functions: Triton reads them.
-    """
-    for node in ast.walk(ast.parse(source)):
-        body = getattr(node, "body", None)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, False) is not None:
-            yield body[0], body[0], "pass" if len(body) == 1 else ""
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "knob":
-            yield node.args[2], node.args[2], '""'
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "NO_EFFECT":
-            yield from ((why, why, '""') for table in node.value.values for why in table.values)
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
-            args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
-            yield from ((arg, arg.annotation, "") for arg in args if arg is not None and arg.annotation is not None)
-            if node.returns is not None:
-                yield node.returns, node.returns, ""
-        for child in body if isinstance(node, (ast.Module, ast.FunctionDef)) else ():
-            if isinstance(child, ast.AnnAssign) and child.value is not None:
-                yield child.target, child.annotation, ""
-
-
-def squeeze(source: str) -> str:
-    """The same tokens with the least white space: a statement a line, a space a level, no comments but what --toc and --help read; idempotent.
-
-    From Python 3.12 on the tokens of an f-string come one by one; it is copied as it stands.
-    """
-    lines, out, level, inside = source.splitlines(keepends=True), [], 0, 0
-    last = tokenize.TokenInfo(tokenize.NEWLINE, "\n", (1, 0), (1, 0), "")
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind = tokenize.tok_name[token.type]
-        level += (kind == "INDENT") - (kind == "DEDENT")
-        if inside or kind == "FSTRING_START":
-            inside += (kind == "FSTRING_START") - (kind == "FSTRING_END")
-            if kind == "FSTRING_START" and inside == 1:
-                start = token.start
-            if inside:
-                continue
-            (top, left), (bottom, right) = start, token.end
-            text = lines[top - 1][left:right] if top == bottom else "".join(
-                [lines[top - 1][left:], *lines[top : bottom - 1], lines[bottom - 1][:right]])  # fmt: skip
-            token = token._replace(type=tokenize.STRING, string=text)
-        if kind == "COMMENT" and token.string.startswith("# ---- " if token.start[1] else "# ===="):
-            out.append(" " * (token.start[1] > 0) + token.string + "\n")
-        elif kind == "NEWLINE":
-            out.append("\n")
-            last = token
-        elif kind not in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER"):
-            words = (last.type in (tokenize.NAME, tokenize.NUMBER, tokenize.STRING)
-                     and token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.STRING))  # fmt: skip
-            dotted = last.type == tokenize.NUMBER and token.string.startswith(".")
-            out.append(" " * level if last.type == tokenize.NEWLINE else " " if words or dotted else "")
-            out.append(token.string)
-            last = token
-    return "".join(out)
-
-
-def strip_source(source: str) -> str:
-    """The script without docstrings, comments, texts of knobs, white space and most annotations, but for the banners and the first
-    paragraph of all; idempotent."""
-    lines = source.splitlines(keepends=True)
-    starts = list(itertools.accumulate(map(len, lines), initial=0))
-    place = lambda row, column: starts[row - 1] + len(lines[row - 1].encode()[:column].decode())  # noqa: E731
-    cuts = []
-    for first, last, put in removable(source):
-        begin, end = place(first.lineno, first.col_offset), place(last.end_lineno, last.end_col_offset)
-        if isinstance(first, ast.arg):
-            begin += len(first.arg)
-        elif first is not last:
-            begin = place(first.end_lineno, first.end_col_offset)
-        elif not put and not isinstance(first, ast.Expr):  # the result of a function, with its arrow
-            begin = source.rindex("->", 0, begin)
-        cuts.append((begin, end, put))
-    kept, at = [], 0
-    for begin, end, put in sorted(cuts):
-        kept += [source[at:begin], put]
-        at = end
-    head = source.split("\n\n")[0].strip('"')
-    return f'"""{head}\n\n"""\n' + squeeze("".join(kept) + source[at:])
-
-
-def shorter_names(function: ast.FunctionDef, nodes: list[ast.AST], taken: set[str]) -> dict[str, str]:
-    """Local variables and parameters of a function and of those inside it, its `nodes` -> names of one or two letters that occur
-    nowhere in it.
-
-    Left alone are names of two letters or less and all that may mean something else: `taken` (defined outside, built in, or
-    given by keyword in some call), global or nonlocal, defined inside, imported, caught, or read in an f-string, whose positions
-    Python < 3.12 does not know.
-    """
-    if any(
-        isinstance(n, (ast.ClassDef, ast.Match)) or getattr(n, "id", "") in ("locals", "vars", "eval", "exec")
-        for n in nodes
-    ):
-        return {}
-    uses = Counter(getattr(n, "id", getattr(n, "arg", None)) for n in nodes if isinstance(n, (ast.Name, ast.arg)))
-    kept = taken | {n.id for f in nodes if isinstance(f, ast.JoinedStr) for n in ast.walk(f) if isinstance(n, ast.Name)}
-    kept |= {
-        name for n in nodes for name in (*getattr(n, "names", ()), getattr(n, "name", None), getattr(n, "asname", None))
-    }
-    if function.decorator_list:  # a decorator may read the signature
-        kept |= {n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg)}
-    bound = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
-    names = sorted((n for n in bound - kept if len(n) > 2), key=lambda name: (-uses[name], name))
-    letters = [*string.ascii_lowercase, *string.ascii_uppercase]
-    closed = kept | {*uses, *keyword.kwlist}
-    free = (w for w in (*letters, *map("".join, itertools.product(letters, letters))) if w not in closed)
-    return dict(zip(names, free, strict=False))
-
-
-def module_names(tree: ast.Module, nodes: list[ast.AST]) -> set[str]:
-    """Functions, classes and constants of the script that may have another name: bound at the top of the script alone, not read
-    in an f-string, printed by no message (exceptions) and sought by no text (Config)."""
-    top = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))} - {"Config"}
-    top |= {t.id for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in ast.walk(n)
-            if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)}  # fmt: skip
-    inner = [m for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) for m in ast.walk(n) if m is not n]
-    bound = {getattr(m, "arg", getattr(m, "name", getattr(m, "id", None))) for m in inner
-             if not isinstance(m, (ast.Name, ast.keyword)) or isinstance(getattr(m, "ctx", None), ast.Store)}  # fmt: skip
-    texts = {m.id for f in nodes if isinstance(f, ast.JoinedStr) for m in ast.walk(f) if isinstance(m, ast.Name)}
-    raised = {
-        n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith(("Error", "Run", "Interrupted"))
-    }
-    return {n for n in top - bound - texts - raised if len(n) > 4 and not n.startswith("__")}
-
-
-def shorten_names(source: str) -> str:
-    """The same program with short names for what the script defines and for local variables and parameters; idempotent.
-
-    Attributes, fields and whatever some call gives by keyword keep theirs, and parameters of what is called with `**`.
-    """
-    tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
-    nodes = list(ast.walk(tree))
-    taken = {*dir(builtins), *(n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))}
-    taken |= {t.id for n in tree.body if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) for t in ast.walk(n)
-              if isinstance(t, ast.Name)}  # fmt: skip
-    imported = [a for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
-    taken |= {(a.asname or a.name).split(".")[0] for a in imported}
-    uses = Counter(n.id for n in nodes if isinstance(n, ast.Name))
-    ranked = sorted(module_names(tree, nodes), key=lambda name: (-uses[name], name))
-    used = {*uses, *(n.arg for n in nodes if isinstance(n, ast.arg))}
-    short = (
-        w
-        for k in (1, 2)
-        for c in itertools.product(string.ascii_letters, repeat=k)
-        if (w := "_" + "".join(c)) not in used
-    )
-    renamed_globals = dict(zip(ranked, short, strict=False))
-    cuts = {(n.lineno, n.col_offset + len("def " if isinstance(n, ast.FunctionDef) else "class "), n.name, renamed_globals[n.name])
-            for n in tree.body if getattr(n, "name", "") in renamed_globals}  # fmt: skip
-    cuts |= {(n.lineno, n.col_offset, n.id, renamed_globals[n.id]) for n in nodes
-             if isinstance(n, ast.Name) and n.id in renamed_globals}  # fmt: skip
-    calls = [n for n in nodes if isinstance(n, ast.Call)]
-    taken |= {k.arg for n in calls for k in n.keywords if k.arg}
-    unpacked = {
-        getattr(n.func, "id", getattr(n.func, "attr", "")) for n in calls if any(k.arg is None for k in n.keywords)
-    }
-    methods = ((n, f) for n in tree.body for f in ([n] if isinstance(n, ast.FunctionDef) else getattr(n, "body", ())))
-    for owner, function in ((n, f) for n, f in methods if isinstance(f, ast.FunctionDef)):
-        within = list(ast.walk(function))
-        inside = [n for n in within if isinstance(n, (ast.Name, ast.arg))]
-        named = {getattr(n, "name", "") for n in (owner, *within)} & unpacked
-        names = shorter_names(function, within, taken | {n.arg for n in inside if named and isinstance(n, ast.arg)})
-        for n in inside:
-            if (old := getattr(n, "id", getattr(n, "arg", ""))) in names:
-                cuts.add((n.lineno, n.col_offset, old, names[old]))
-    for row, column, old, new in sorted(cuts, reverse=True):
-        line = lines[row - 1]
-        lines[row - 1] = line[:column] + new.encode() + line[column + len(old) :]
-    return b"".join(lines).decode()
-
-
 def as_literal(packed: bytes) -> bytes:
     """Bytes as a string literal of a latin-1 source file: each stands for itself but for NUL, CR, backslash, and a quote before a quote."""
     escapes = {b"\r": b"\\r", b'"': b'\\"', b"\\": b"\\\\"}
@@ -6762,15 +6596,14 @@ def as_literal(packed: bytes) -> bytes:
     return b'"""' + re.sub(rb'[\0\r\\]|"(?="|\Z)', lambda m: escapes.get(m[0]) or nul(m), packed) + b'"""'
 
 
-@functools.cache
-def pack_code(source: str) -> bytes:
-    """A script that unpacks and runs the stripped `source` with short names; it shows linecache its lines, for tracebacks and Triton.
+def self_extracting(text: str) -> bytes:
+    """A script that unpacks and runs the script `text`; it shows linecache its lines, for tracebacks and Triton.
 
-    By bzip2 or LZMA, whichever is smaller: compressors that every Python has.
+    By bzip2 or LZMA, whichever is smaller: compressors that every Python has. tools/pack_code.py calls this copy of it.
     """
-    text = shorten_names(strip_source(source)).encode()
     lzma1 = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
-    forms = {b"bz2": bz2.compress(text), b"lzma": lzma.compress(text, lzma.FORMAT_ALONE, filters=lzma1)}
+    raw = text.encode()
+    forms = {b"bz2": bz2.compress(raw), b"lzma": lzma.compress(raw, lzma.FORMAT_ALONE, filters=lzma1)}
     name, packed = min(forms.items(), key=lambda form: len(form[1]))
     return (
         b"#coding:latin-1\nimport %b,linecache\n"
@@ -6781,9 +6614,40 @@ def pack_code(source: str) -> bytes:
     ) % (name, name, as_literal(packed))
 
 
-def code_bytes(cfg: Config) -> int:
-    """Bytes of this script in the form that CODE_FORM counts."""
-    return len(pack_code(source_text())) if cfg.code_form == "packed" else len(source_text().encode())
+def start_packing(cfg: Config) -> None:
+    """Begin to pack this script in a process of its own, where CODE_FORM=packed counts that and tools/pack_code.py lies beside it."""
+    Run.packing = None
+    if not PACKED:
+        tool = SCRIPT.parent / "tools" / "pack_code.py"
+        if cfg.code_form == "packed" and tool.is_file():
+            with tempfile.TemporaryFile() as text:
+                text.write(script_bytes())
+                text.seek(0)
+                command = [sys.executable, tool, "-"]
+                Run.packing = subprocess.Popen(command, stdin=text, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def counted_code(cfg: Config) -> tuple[bytes, str]:
+    """(the bytes of this script that count against the limit, a notice or ""), once `start_packing` was called.
+
+    A packed script counts as its file is, and so does any with CODE_FORM=source; another counts as it would be packed.
+    """
+    if not PACKED:
+        if cfg.code_form == "packed" and Run.packing is None:
+            packed = self_extracting(source_text())
+            return (
+                packed,
+                f"the code counts {len(packed)} bytes with its comments: tools/pack_code.py, which takes them out, is not beside it",
+            )
+        if cfg.code_form == "packed":
+            packed, errors = Run.packing.communicate()
+            if Run.packing.returncode:
+                last = errors.decode(errors="replace").strip().rpartition("\n")[2][:300]
+                raise ConfigError(
+                    f"tools/pack_code.py cannot pack this script ({last}): mend it, or set CODE_FORM=source"
+                )
+            return packed, ""
+    return script_bytes(), ""
 
 
 # ---- n-grams of the training text as sections of the artifact
@@ -9113,6 +8977,7 @@ class OpenRun(NamedTuple):
     paths: DataPaths
     tokenizer: Tokenizer
     text: ValidationText
+    code_bytes: int = 0  # of this script as it counts, from `log_start` on
 
     @property
     def cfg(self) -> Config:
@@ -9134,6 +8999,8 @@ def fit_data(loaded: LoadedConfig, tokenizer_sha256: str = "") -> tuple[LoadedCo
 
 def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     """Read tokenizer and validation text, then start and name the run; logs are opened later, after all checks."""
+    if read_ranks(os.environ).rank == 0:
+        start_packing(loaded.cfg)
     loaded, paths = fit_data(loaded, tokenizer_sha256)
     cfg = loaded.cfg
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform)
@@ -9160,14 +9027,19 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
-    """Write the head of the log: source, configuration with the origin of each value, versions, data, parameters."""
+def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> OpenRun:
+    """Write the head of the log: source, configuration with the origin of each value, versions, data, parameters. Returns the run
+    with its `code_bytes`."""
+    run = opened.run
+    return opened._replace(code_bytes=run.on_first(lambda: log_head(opened, train_tokens, train_shards)))
+
+
+def log_head(opened: OpenRun, train_tokens: int, train_shards: int) -> int:
+    """`log_start` on rank 0: the bytes of the code."""
     cfg, run, source = opened.cfg, opened.run, source_text()
-    if run.rank:
-        return
     with torch.device("meta"):
         params = count_parameters(GPT(cfg))
-    packed = pack_code(source)
+    packed, notice = counted_code(cfg)
     source_sha256, packed_sha256 = (hashlib.sha256(code).hexdigest() for code in (source.encode(), packed))
     run.log(source, to_terminal=False)
     run.log("=" * 100, to_terminal=False)
@@ -9183,8 +9055,8 @@ def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
     run.log(f"model_params:{params} source_sha256:{source_sha256} packed_sha256:{packed_sha256}")
     if opened.paths.sample:
         run.notice("training and scoring the sample that ships with the script; its numbers are no challenge results")
-    for notice in opened.loaded.notices:
-        run.notice(notice)
+    for text_of_notice in filter(None, (*opened.loaded.notices, notice)):
+        run.notice(text_of_notice)
     run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=opened.loaded.recipe_reason, mode=cfg.mode,
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
               python=platform.python_version(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -9193,6 +9065,7 @@ def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> None:
                     "val_sha256": hashlib.sha256(text.tokens.numpy().astype("<u2").tobytes()).hexdigest()},
               tokenizer={"path": shown_path(opened.paths.tokenizer), "sha256": tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
     run.event("config", values={n: getattr(cfg, n.lower()) for n in FIELDS}, sources=opened.loaded.source)
+    return len(packed)
 
 
 def build_model(cfg: Config, run: Run) -> GPT:
@@ -9223,7 +9096,7 @@ def pack_model(
     header = artifact_header(cfg, opened.tokenizer, model.looped)
     started = time.perf_counter()
     if cfg.target_bytes:
-        budget = fill_budget(cfg, header, named, store, calibration, code_bytes(cfg), sections)
+        budget = fill_budget(cfg, header, named, store, calibration, opened.code_bytes, sections)
         stored, blob = budget.stored, budget.blob
         run.log(budget_table(budget, cfg.target_bytes))
     else:
@@ -9301,7 +9174,7 @@ def load_tables(cfg: Config, blob: bytes) -> Tables:
 
 def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
     """Count artifact and code against ARTIFACT_LIMIT, and log it."""
-    cfg, run, size, code = opened.cfg, opened.run, len(blob), code_bytes(opened.cfg)
+    cfg, run, size, code = opened.cfg, opened.run, len(blob), opened.code_bytes
     total, limit = size + code, cfg.artifact_limit
     sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": total, "limit": limit}
     run.log(f"Total submission size: {total} bytes = artifact {size} + code {code}, limit {limit}")
@@ -9390,7 +9263,7 @@ def run_train(loaded: LoadedConfig) -> int:
     resumed = checkpoints.load()
     run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
     run.open_logs(append=cfg.resume != "")
-    log_start(opened, stream.total, len(shards))
+    opened = log_start(opened, stream.total, len(shards))
     model = build_model(cfg, run)
     rehearse(cfg, run, model, opened.text)
 
@@ -9431,8 +9304,7 @@ def open_scoring(loaded: LoadedConfig, header: dict[str, Any]) -> OpenRun:
     check_tokenizer(opened.tokenizer, header, loaded.cfg)
     choose_attention(loaded.cfg, opened.run.device)
     opened.run.open_logs(append=False)
-    log_start(opened, 0, 0)
-    return opened
+    return log_start(opened, 0, 0)
 
 
 def run_eval(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
@@ -9460,18 +9332,6 @@ def read_named(name: str, path: str, purpose: str) -> bytes:
         raise ConfigError(f"{name}={path!r}: {(e.strerror or str(e)).lower()}; {purpose}") from None
 
 
-def run_pack_code(loaded: LoadedConfig) -> int:
-    """MODE=pack_code: write the self-extracting form of this script to LOG_DIR/train_gpt_packed.py."""
-    source, path = source_text(), Path(loaded.cfg.log_dir) / "train_gpt_packed.py"
-    if path.exists() and not loaded.cfg.force:
-        raise ConfigError(f"{path} exists: choose another LOG_DIR, or FORCE=1 to overwrite it")
-    packed = pack_code(source)
-    atomic_write(path, packed)
-    sha256 = hashlib.sha256(packed).hexdigest()
-    say(f"{path}: {len(packed)} bytes, sha256 {sha256}; source {len(source.encode())} bytes")
-    return 0
-
-
 def open_artifact(named: str, path: str) -> tuple[bytes, dict[str, Any]]:
     """(bytes, header) of the file that the knob or argument `named` names; ConfigError if it is missing or no artifact."""
     path = expand_home(named, path)
@@ -9494,7 +9354,7 @@ def dispatch(env: Mapping[str, str]) -> int:
         blob, header = open_artifact("ARTIFACT", env.get("ARTIFACT", ""))
         return scoring[mode](load_config(env, header["config"]), blob, header)
     loaded = load_config(env)
-    return {"train": run_train, "pack_code": run_pack_code}[loaded.cfg.mode](loaded)
+    return run_train(loaded)
 
 
 def show_toc() -> str:
@@ -9506,6 +9366,8 @@ def show_toc() -> str:
 def finish(outcome: str, message: str, reported: bool) -> None:
     """Print the error, on one of the ranks and unless a traceback has `reported` it, then close the run."""
     run = Run.current
+    if Run.packing is not None:
+        Run.packing.kill()
     if run is not None:
         run.graceful = True  # a signal that arrives now must not cut this short
     if message and not reported and (is_first_on_node() if run is None else run.is_first("said")):
@@ -9530,7 +9392,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         if argv:
             error = say(views[argv[0]]())
             return 0 if error is None else 1
-        source_text()
+        script_bytes()
         read_ranks(env)
         status = dispatch(env)
         outcome = "ok" if status == 0 else "limit broken"

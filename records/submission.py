@@ -201,16 +201,12 @@ def _script_that_ran(seeds: list[Run], script: Path) -> bytes | None:
 
 
 def _pack(text: bytes, script: Path) -> bytes:
-    """The self-extracting form that the script makes of itself (our own script: it may be run)."""
-    with tempfile.TemporaryDirectory() as room:
-        copy, out = Path(room, "train_gpt.py"), Path(room, "train_gpt_packed.py")
-        copy.write_bytes(text)
-        kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH")  # no knob of the caller's
-        env = {k: v for k, v in os.environ.items() if k in kept} | {"MODE": "pack_code", "LOG_DIR": room}
-        done = subprocess.run([sys.executable, copy], env=env, cwd=room, capture_output=True, text=True)
-        if done.returncode or not out.is_file():
-            raise UserError(f"MODE=pack_code of {script} failed:\n{done.stderr[-500:]}")
-        return out.read_bytes()
+    """The self-extracting form of the script, by tools/pack_code.py."""
+    tool = Path(__file__).resolve().parent.parent / "tools" / "pack_code.py"
+    done = subprocess.run([sys.executable, tool, "-"], input=text, capture_output=True)
+    if done.returncode:
+        raise UserError(f"tools/pack_code.py cannot pack {script}:\n{done.stderr.decode()[-500:]}")
+    return done.stdout
 
 
 def _copy_logs(folder: Path, seeds: list[Run]) -> list[str]:

@@ -348,13 +348,13 @@ def test_a_script_that_is_edited_during_the_run_changes_nothing(tiny, whole, scr
     copy = tmp_path / "copy.py"
     copy.write_text(SCRIPT.read_text())
     monkeypatch.setattr(tg, "SCRIPT", copy)
-    tg.source_text.cache_clear()
+    tg.script_bytes.cache_clear()
     train = tg.train
     monkeypatch.setattr(tg, "train", lambda *args: copy.write_text("  no python") and train(*args))
     assert script(tiny).status == 0
     assert_equal_runs(tiny, whole)
     assert events(tiny, "score")[0]["code_bytes"] == events(whole, "score")[0]["code_bytes"]
-    tg.source_text.cache_clear()
+    tg.script_bytes.cache_clear()
 
 
 # ---- signals

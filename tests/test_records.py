@@ -847,9 +847,7 @@ def test_what_the_readmes_commands_write_is_ignored_by_git():
 
 
 def test_the_counted_form_is_packed_anew_and_must_have_the_logged_hash(world, capsys):
-    world["script"].write_text(
-        "import os\nopen(os.environ['LOG_DIR'] + '/train_gpt_packed.py', 'wb').write(b'packed')\n"
-    )
+    world["script"].write_text("def as_literal(x): pass\ndef self_extracting(text): return b'packed'\n")
     write_run(world, "s1", pack={"code_form": "packed", "code_bytes": 6})
     assert submit(world, "--non-record", runs=("s1",)) == 0
     folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"

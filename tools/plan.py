@@ -135,7 +135,8 @@ def plan_bytes(cfg: tg.Config, model: tg.GPT) -> None:
             f"size: TARGET_BYTES={cfg.target_bytes:,} is filled, by widths chosen after training; limit {cfg.artifact_limit:,}"
         )
         return
-    code = tg.code_bytes(cfg)
+    tg.start_packing(cfg)
+    code = len(tg.counted_code(cfg)[0])
     # Published exports of #164, #740, #187, #850 and #1095 against this prediction: +1, -11, -17, -4 and -10 %.
     print(
         f"predicted size: {artifact + code:,.0f} bytes = artifact {artifact:,.0f} + code {code:,}, limit {cfg.artifact_limit:,}"
