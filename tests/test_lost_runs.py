@@ -347,6 +347,7 @@ def test_a_model_of_one_block_is_packed_reloaded_and_scored_again(tiny, script):
 def test_a_script_that_is_edited_during_the_run_changes_nothing(tiny, whole, script, monkeypatch, tmp_path):
     copy = tmp_path / "copy.py"
     copy.write_text(SCRIPT.read_text())
+    shutil.copytree(SCRIPT.parent / "tools", tmp_path / "tools")
     monkeypatch.setattr(tg, "SCRIPT", copy)
     tg.script_bytes.cache_clear()
     train = tg.train
