@@ -9027,15 +9027,9 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> OpenRun:
-    """Write the head of the log: source, configuration with the origin of each value, versions, data, parameters. Returns the run
-    with its `code_bytes`."""
-    run = opened.run
-    return opened._replace(code_bytes=run.on_first(lambda: log_head(opened, train_tokens, train_shards)))
-
-
 def log_head(opened: OpenRun, train_tokens: int, train_shards: int) -> int:
-    """`log_start` on rank 0: the bytes of the code."""
+    """Write the head of the log, on rank 0: source, configuration with the origin of each value, versions, data, parameters; returns the bytes
+    of the code."""
     cfg, run, source = opened.cfg, opened.run, source_text()
     with torch.device("meta"):
         params = count_parameters(GPT(cfg))
@@ -9066,6 +9060,11 @@ def log_head(opened: OpenRun, train_tokens: int, train_shards: int) -> int:
               tokenizer={"path": shown_path(opened.paths.tokenizer), "sha256": tokenizer.sha256, "vocab_size": cfg.vocab_size})  # fmt: skip
     run.event("config", values={n: getattr(cfg, n.lower()) for n in FIELDS}, sources=opened.loaded.source)
     return len(packed)
+
+
+def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> OpenRun:
+    """Write the head of the log; returns the run with its `code_bytes`, on every rank."""
+    return opened._replace(code_bytes=opened.run.on_first(lambda: log_head(opened, train_tokens, train_shards)))
 
 
 def build_model(cfg: Config, run: Run) -> GPT:
