@@ -8999,8 +8999,6 @@ def fit_data(loaded: LoadedConfig, tokenizer_sha256: str = "") -> tuple[LoadedCo
 
 def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     """Read tokenizer and validation text, then start and name the run; logs are opened later, after all checks."""
-    if read_ranks(os.environ).rank == 0:
-        start_packing(loaded.cfg)
     loaded, paths = fit_data(loaded, tokenizer_sha256)
     cfg = loaded.cfg
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform)
@@ -9348,12 +9346,12 @@ def open_artifact(named: str, path: str) -> tuple[bytes, dict[str, Any]]:
 def dispatch(env: Mapping[str, str]) -> int:
     """Run what MODE names; returns the exit status."""
     mode = translate(env, env.get("RECIPE", ""), [], []).get("MODE")  # EVAL_ONLY=1 means MODE=eval
-    scoring = {"eval": run_eval, "audit": run_audit}
-    if mode in scoring:
-        blob, header = open_artifact("ARTIFACT", env.get("ARTIFACT", ""))
-        return scoring[mode](load_config(env, header["config"]), blob, header)
-    loaded = load_config(env)
-    return run_train(loaded)
+    scoring = {"eval": run_eval, "audit": run_audit}.get(mode)
+    blob, header = open_artifact("ARTIFACT", env.get("ARTIFACT", "")) if scoring else (b"", {})
+    loaded = load_config(env, header.get("config"))
+    if read_ranks(env).rank == 0:
+        start_packing(loaded.cfg)
+    return scoring(loaded, blob, header) if scoring else run_train(loaded)
 
 
 def show_toc() -> str:
