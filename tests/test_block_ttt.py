@@ -516,7 +516,7 @@ def test_the_audit_passes_and_sees_several_blocks_and_phases(tiny, model, data, 
         tiny,
         **{**TTT, "TTT_BLOCK_TOKENS": 65536, "PHASED_TTT_NUM_PHASES": 1, "GLOBAL_TTT_LR": 0.01, "NGRAM_SCORE": "off"},
     )
-    text = tg.load_validation(config(tiny, VAL_TOKENS=900), data.folder, tg.Tokenizer(data.tokenizer, VOCAB))
+    text = tg.load_validation(config(tiny, VAL_TOKENS=450), data.folder, tg.Tokenizer(data.tokenizer, VOCAB))
     checks = list(tg.Audit(cfg, tg.Run(cfg, 0, 0, 1, 1), model, text, "ttt").checks())
     assert all(check.passed for check in checks), checks
     assert len(learned) >= 3 * 3 and sum(learned) >= 3, (

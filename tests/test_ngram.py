@@ -312,7 +312,7 @@ def test_cuda_gives_the_same_statistics():
 # ---- the audit
 
 
-def tiny_audit(stage: str, tables: tg.Tables = tg.NO_TABLES, **knobs) -> dict[str, bool]:
+def tiny_audit(stage: str, tables: tg.Tables = tg.NO_TABLES, n: int = 1500, **knobs) -> dict[str, bool]:
     """name -> passed of the audit's checks, on a random two-block network and a text full of repeats."""
     env = {"RECIPE": "baseline", "DEVICE": "cpu", "COMPILE": 0, "VOCAB_SIZE": VOCAB, "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 2,
            "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 128, "EVAL_STRIDE": 16, "BIGRAM_VOCAB_SIZE": 0,
@@ -324,8 +324,8 @@ def tiny_audit(stage: str, tables: tg.Tables = tg.NO_TABLES, **knobs) -> dict[st
     model = tg.GPT(cfg).place(torch.device("cpu"), tg.attend_sdpa).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    tokens = make_text(1500)
-    text = tg.ValidationText(tokens, torch.ones(1500, dtype=torch.int64), True)
+    tokens = make_text(n)
+    text = tg.ValidationText(tokens, torch.ones(n, dtype=torch.int64), True)
     return {check.name: check.passed for check in tg.Audit(cfg, run, model, text, stage, tables).checks()}
 
 
