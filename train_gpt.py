@@ -5273,8 +5273,8 @@ def quant_report(named: dict[str, Tensor], stored: dict[str, QuantizedTensor]) -
 # Streams are cut by storage role, so the account of bytes by role is exact. A section is whatever else a model needs,
 # under a name, with a coder of its own: n-grams of the training text.
 
-MAGIC, VERSION = b"PGLM", 3
-READABLE = (2, 3)  # version 2 knows neither steps of columns nor trellises nor factors with a step a group
+MAGIC, VERSION = b"PGLM", 4
+OLDER_READER = "92a44cb"  # the commit whose script reads versions 2 and 3
 PREAMBLE = struct.Struct("<4sHQII")  # magic, version, bytes of the file, bytes of the header packed and unpacked
 CHECKSUM_BYTES = 32
 MAX_HEADER_BYTES = 1 << 24
@@ -5424,13 +5424,164 @@ def stream_plan(entries: list[TensorEntry]) -> dict[tuple[str, str], list[tuple[
     return dict(sorted(plan.items()))
 
 
+# ---- streams of small integers
+#
+# A stream is a list of fields, packed by LZMA, and the words of a range coder. Fields are tables and whatever is rare; words
+# are symbols, each under a table. A writer's methods take values and return them; a reader's ignore what they are given and
+# return what was written. So one function codes in both directions, and the two cannot differ.
+
+# 2**(-i/8) for i in 0..254, by square roots and products alone: IEEE gives the same everywhere.
+OCTAVE_EIGHTHS = np.cumprod(np.r_[1.0, np.full(254, math.sqrt(math.sqrt(math.sqrt(0.5))))])
+MAX_SYMBOL = 6 + 2 * 24 + 1  # of numbers below 2^24
+
+
+def table_weights(logs: np.ndarray) -> np.ndarray:
+    """Integer-valued weights 2**(-log/8), at least 1: their sum is exact in any order."""
+    return np.maximum(np.floor(OCTAVE_EIGHTHS[logs] * 2**24), 1.0)
+
+
+def symbol_model(weights: np.ndarray) -> Any:
+    """Coder model of symbols 0..n-1, n >= 2, from their weights."""
+    import constriction
+
+    return constriction.stream.model.Categorical(weights / weights.sum(), perfect=False)
+
+
+def log_table(counts: np.ndarray) -> np.ndarray:
+    """Counts as -8 log2 of their fraction, int16 in 0..254; what never occurred gets a quarter of a count."""
+    return np.round(8 * np.log2(max(counts.sum(), 1) / np.maximum(counts, 0.25))).clip(0, 254).astype(np.int16)
+
+
+def split_ints(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(symbol, width, rest): 0..15 are symbols of their own, larger numbers one a half octave and `width` bits of rest."""
+    length = np.frexp(values.astype(np.float64))[1].astype(np.int64)
+    width = np.where(values < 16, 0, length - 2)
+    symbol = np.where(values < 16, values, 6 + 2 * length + (values >> width & 1))
+    return symbol, width, values & ((1 << width) - 1)
+
+
+def join_symbols(symbol: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(least number of each symbol, width of its rest): the inverse of split_ints but for the rest."""
+    width = np.where(symbol < 16, 0, (symbol - 6) // 2 - 2)
+    return np.where(symbol < 16, symbol, (2 + (symbol & 1)) << width), width
+
+
+def zigzag(values: np.ndarray) -> np.ndarray:
+    """0, -1, 1, -2, .. as 0, 1, 2, 3, ..: small numbers of either sign as small ones without."""
+    return np.where(values < 0, -2 * values - 1, 2 * values)
+
+
+def unzigzag(values: np.ndarray) -> np.ndarray:
+    """Inverse of zigzag."""
+    return np.where(values & 1, -(values + 1) // 2, values // 2)
+
+
+class StreamCoder:
+    """What writer and reader share: tables, and numbers under the tables of their contexts."""
+
+    def table(self, counts: np.ndarray | None, most: int) -> np.ndarray:
+        """(n,) int16 logs of n symbols, 2 <= n <= most; a writer makes them from their `counts`."""
+        logs = [] if counts is None else log_table(counts)
+        size = int(self.fields([len(logs)], 1, 2, most)[0])
+        logs = np.cumsum(self.fields(np.diff(logs, prepend=0), size, -254, 254)).astype(np.int16)
+        if not 0 <= logs.min() <= logs.max() <= 254:
+            raise ArtifactError("a stream has an impossible table")
+        return logs
+
+    def numbers(self, context: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
+        """(n,) int64 in 0 .. 2^24 - 1, each coded under the table of its context."""
+        import constriction
+
+        symbol, _, rest = (None, None, None) if values is None else split_ints(values)
+        found = np.empty(len(context), np.int64)
+        for c in np.unique(context):
+            at = np.flatnonzero(context == c)
+            part = None if symbol is None else symbol[at]
+            model = symbol_model(
+                table_weights(self.table(part if part is None else np.bincount(part, minlength=2), MAX_SYMBOL + 1))
+            )
+            found[at] = self.symbols(model, len(at), part)
+        number, width = join_symbols(found)
+        for w in np.unique(width[width > 0]):
+            at = np.flatnonzero(width == w)
+            number[at] += self.symbols(
+                constriction.stream.model.Uniform(1 << int(w)), len(at), rest if rest is None else rest[at]
+            )
+        return number
+
+
+class StreamWriter(StreamCoder):
+    """Writes a stream."""
+
+    def __init__(self) -> None:
+        import constriction
+
+        self.stored: list[int] = []
+        self.coder = constriction.stream.queue.RangeEncoder()
+
+    def fields(self, values: Any, count: int, low: int, high: int) -> Any:
+        """Append fields, each within low..high."""
+        assert count == len(values) and all(low <= value <= high for value in values), f"{values} are no fields"
+        self.stored += map(int, values)
+        return values
+
+    def symbols(self, model: Any, count: int, values: np.ndarray) -> np.ndarray:
+        """Append symbols."""
+        if count:
+            self.coder.encode(values.astype(np.int32), model)
+        return values
+
+    def finish(self) -> bytes:
+        """The stream."""
+        packed = lzma_pack(to_bytes([torch.from_numpy(zigzag(np.array(self.stored, np.int32)))]))
+        words = self.coder.get_compressed().astype("<u4").tobytes()
+        return struct.pack("<II", len(self.stored), len(packed)) + packed + words
+
+
+class StreamReader(StreamCoder):
+    """Reads what a writer wrote, never past its end. Raises ArtifactError."""
+
+    def __init__(self, stream: bytes) -> None:
+        import constriction
+
+        count, packed = struct.unpack_from("<II", stream) if len(stream) >= 8 else (0, 1)
+        if packed > len(stream) - 8 or count > 1 << 20 or (len(stream) - packed) % 4:
+            raise ArtifactError("a stream has impossible sizes")
+        (stored,) = from_bytes(lzma_unpack(stream[8 : 8 + packed], 4 * count), torch.int32, [(count,)])
+        self.stored, self.at = unzigzag(stored.numpy().astype(np.int64)), 0
+        words = np.frombuffer(stream, "<u4", offset=8 + packed).astype(np.uint32)
+        self.coder = constriction.stream.queue.RangeDecoder(words)
+
+    def fields(self, _values: Any, count: int, low: int, high: int) -> np.ndarray:
+        """The next `count` fields, all within low..high."""
+        part = self.stored[self.at : self.at + count]
+        self.at += count
+        if len(part) != count or (count and not low <= part.min() <= part.max() <= high):
+            raise ArtifactError("a stream has impossible fields")
+        return part
+
+    def symbols(self, model: Any, count: int, _values: Any = None) -> np.ndarray:
+        """The next `count` symbols, int32."""
+        try:
+            return self.coder.decode(model, count)
+        except AssertionError:  # what the decoder raises on words that no encoder writes
+            raise ArtifactError("a stream does not decode") from None
+
+    def finish(self) -> None:
+        """Refuse what is left."""
+        if not self.coder.maybe_exhausted() or self.at != len(self.stored):
+            raise ArtifactError("a stream is longer than what it holds")
+
+
 # ---- entropy coding of codes
 #
 # A code's spread is modelled as 2**((row level + column level) / 8), both levels small integers that the stream carries
-# where they pay for themselves. Codes of one level share one symmetric frequency table, whatever their tensor; tables
-# are stored as log-probabilities in eighths of an octave. An embedding's columns are correlated: there each code is
-# predicted from the columns before it with a regression learned from the rows before it. Everything a decoder derives
-# is integer arithmetic or single IEEE operations, so that every machine derives the same.
+# where they pay for themselves. Codes of one level share a frequency table, whatever their tensor. Along a trellis the state
+# before a code tells its parity: each level has one table for even and one for odd codes. An embedding's columns are
+# correlated: there each code is predicted from the columns before it with a regression learned from the rows before it.
+# The codes are written table by table, each table's in the order of one walk over the tensors, so that a decoder reads all
+# codes in one call a table and hands them out in the order of the same walk. Everything a decoder derives is integer
+# arithmetic or single IEEE operations, so that every machine derives the same.
 
 LEVELS_PER_OCTAVE = 8
 LEVEL_BOUNDS = (-24, 95)  # spreads from 1/8 to 3756 steps
@@ -5462,8 +5613,8 @@ def entropy_bits(counts: np.ndarray) -> float:
 
 
 def level_bits(levels: np.ndarray) -> float:
-    """Bits of the levels of one side of a tensor."""
-    return entropy_bits(np.bincount(levels.astype(np.int32) - int(levels.min(initial=0))))
+    """Bits of the levels of one side of a tensor, their table included."""
+    return entropy_bits(np.bincount(levels.astype(np.int32) - int(levels.min(initial=0)))) + 32 * (np.ptp(levels) > 0)
 
 
 def on_grid(levels: np.ndarray, grid: int) -> np.ndarray:
@@ -5473,11 +5624,11 @@ def on_grid(levels: np.ndarray, grid: int) -> np.ndarray:
     return (np.round(levels / grid) * grid).astype(np.int16)
 
 
-def fit_levels(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column levels with the shortest description, levels included: (R,), (C,) int16.
+def fit_levels(codes_RC: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Row and column levels (R,), (C,) int16: one for all, and those with the shortest description, levels included.
 
     Spreads solve the maximum-likelihood equations of a Gaussian with variance row x column (two rounds from a flat
-    start); every pair of grids is priced in closed form.
+    start); every pair of grids is priced in closed form. That price is a density's, which rates below a bit do not follow.
     """
     power_RC = np.square(codes_RC, dtype=np.float32)
     column_C = np.ones(power_RC.shape[1], np.float32)
@@ -5495,13 +5646,13 @@ def fit_levels(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     def costs(side: list[np.ndarray], other: int) -> np.ndarray:
         logs = np.array([float(x.sum()) for x in side]) * other / LEVELS_PER_OCTAVE
-        return logs + [0, *(level_bits(x) + 32 for x in side[1:])]
+        return logs + [level_bits(x) for x in side]
 
     rows_by_columns = (
         costs(rows, power_RC.shape[1])[:, None] + costs(columns, len(power_RC)) + energy / (2 * math.log(2))
     )
     i, j = np.unravel_index(rows_by_columns.argmin(), energy.shape)
-    return rows[i], columns[j]
+    return [(rows[0], columns[0]), (rows[i], columns[j])][: 1 if i == j == 0 else 2]
 
 
 # Elementwise steps only: a BLAS may sum in any order, and the decoder's machine must find the very same factor.
@@ -5565,114 +5716,93 @@ def regression(moments_CC: np.ndarray, rows: int) -> np.ndarray:
     return unit_factor(moments_CC + ridge * np.eye(len(moments_CC)))
 
 
-# 2**(-i/8) for i in 0..254, by square roots and products alone: IEEE gives the same everywhere.
-OCTAVE_EIGHTHS = np.cumprod(np.r_[1.0, np.full(254, math.sqrt(math.sqrt(math.sqrt(0.5))))])
-
-
-class FrequencyTable(NamedTuple):
-    """Symmetric frequencies of codes -M..M, shared by all levels from `start` to the next table's."""
+class CodeTable(NamedTuple):
+    """Frequencies of the symbols of all levels from `start` to the next table's. A symbol is a code; along a trellis, where its
+    parity is known, half of it, rounded down."""
 
     start: int
-    logs: np.ndarray  # (M + 1,) int16, -8 log2 P(|code| = m)
+    counts: np.ndarray  # (n,) of symbols 0..n-1 and their mirror images, or of those from -(n // 2) on
+    mirrored: bool
 
-    def frequencies(self) -> np.ndarray:
-        """(2 M + 1,) float64 that sum to 1."""
-        side = weights(self.logs)
-        return normalised(np.concatenate([side[:0:-1], 2 * side[:1], side[1:]]))
-
-
-def weights(logs: np.ndarray) -> np.ndarray:
-    """Integer-valued weights 2**(-log/8), at least 1: their sum is exact in any order."""
-    return np.maximum(np.floor(OCTAVE_EIGHTHS[logs] * 2**24), 1.0)
+    @property
+    def own_bits(self) -> int:
+        """About what the table itself takes."""
+        return 4 * (len(self.counts) + 2)
 
 
-def normalised(weight: np.ndarray) -> np.ndarray:
-    """Weights as probabilities."""
-    return weight / weight.sum()
+def mirror(weights: np.ndarray, odd: int) -> np.ndarray:
+    """Weights of symbols 0..M, of both signs together, as weights of -M..M; of odd codes as those of -M-1..M."""
+    return np.concatenate([weights[::-1], weights] if odd else [weights[:0:-1], 2 * weights[:1], weights[1:]])
 
 
-def log_table(counts: np.ndarray) -> np.ndarray:
-    """Counts as -8 log2 of their share, int16 in 0..254; what never occurred gets a quarter of a count."""
-    return np.round(8 * np.log2(max(counts.sum(), 1) / np.maximum(counts, 0.25))).clip(0, 254).astype(np.int16)
+def fold(joint: np.ndarray) -> np.ndarray:
+    """Counts (..., n) of symbols from -(n // 2) on as counts of their magnitudes: the inverse of `mirror`."""
+    half = joint.shape[-1] // 2
+    below, folded = joint[..., :half][..., ::-1], joint[..., half:].copy()
+    folded[..., folded.shape[-1] - half :] += below
+    return folded
 
 
-def fit_tables(joint: np.ndarray) -> list[FrequencyTable]:
-    """Tables from counts by (level, |code|): a level joins the table before it where that makes the file smaller."""
-    groups = [(LEVEL_BOUNDS[0], joint[0])]
-    for level, counts in enumerate(joint[1:], LEVEL_BOUNDS[0] + 1):
-        start, before = groups[-1]
-        if table_cost(before + counts) <= table_cost(before) + table_cost(counts):
-            groups[-1] = (start, before + counts)
+def fit_tables(joint: np.ndarray) -> list[tuple[CodeTable, float]]:
+    """Tables from counts by (level, symbol), with the bits of their symbols: a level joins the table before it where that makes the
+    file smaller, and a table holds both signs where they differ by more than it costs."""
+
+    def cost(folded: np.ndarray) -> float:
+        return entropy_bits(folded) + 4 * (top_code(folded) + 3)
+
+    groups, price = [(LEVEL_BOUNDS[0], joint[0])], cost(fold(joint[0]))
+    for level in np.flatnonzero(joint[1:].any(axis=1)) + 1:
+        (start, before), alone = groups[-1], cost(fold(joint[level]))
+        if (together := cost(fold(before + joint[level]))) <= price + alone:
+            groups[-1], price = (start, before + joint[level]), together
         else:
-            groups.append((level, counts))
-    return [FrequencyTable(start, log_table(counts[: top_code(counts) + 1])) for start, counts in groups]
+            groups.append((int(level) + LEVEL_BOUNDS[0], joint[level]))
+            price = alone
+    return [choose_table(start, counts) for start, counts in groups]
 
 
 def top_code(counts: np.ndarray) -> int:
-    """Largest magnitude that occurs, at least 1."""
+    """Largest magnitude that occurs, at least 1: a table tells two apart."""
     return max(counts.nonzero()[0].max(initial=0), 1)
 
 
-def table_cost(counts: np.ndarray) -> float:
-    """Bits of the codes and of their table (about 4 an entry)."""
-    return entropy_bits(counts) + 4 * (top_code(counts) + 3)
+def choose_table(start: int, counts: np.ndarray) -> tuple[CodeTable, float]:
+    """The mirrored table or the whole one, whichever takes less with its symbols, and the bits of these."""
+    folded, half, odd = fold(counts), len(counts) // 2, 1 - len(counts) % 2
+    top = top_code(folded)
+    signs = counts.sum() - (0 if odd else counts[half])
+    mirrored = CodeTable(start, folded[: top + 1], True), entropy_bits(folded) + float(signs)
+    whole = CodeTable(start, counts[half - top - odd : half + top + 1], False), entropy_bits(counts)
+    return min(mirrored, whole, key=lambda found: found[1] + found[0].own_bits)
 
 
-def count_levels(levels: np.ndarray, values: np.ndarray, width: int) -> np.ndarray:
-    """(levels, width) occurrences of each magnitude at each level."""
-    low, span = LEVEL_BOUNDS[0], LEVEL_BOUNDS[1] - LEVEL_BOUNDS[0] + 1
-    cell = (levels.astype(np.int32) - low) * width + np.abs(values)
-    return np.bincount(cell.ravel(), minlength=span * width).reshape(span, width)
+def count_levels(levels: np.ndarray, values: np.ndarray, states: int) -> list[np.ndarray]:
+    """Occurrences (levels, symbols) of each symbol at each level: of all values, or of even and of odd ones along a trellis."""
+    top = max(int(np.abs(values).max(initial=0)), 1)
+    top = 2 * max(top >> 1, 1) + 1 if states else top
+    span, width, joint = LEVEL_BOUNDS[1] - LEVEL_BOUNDS[0] + 1, 2 * top + 1, 0
+    levels, values = levels.ravel(), values.ravel()
+    for lo in range(0, max(len(values), 1), REGION_CODES):
+        cell = (levels[lo : lo + REGION_CODES].astype(np.int32) - LEVEL_BOUNDS[0]) * width + top
+        joint = joint + np.bincount(cell + values[lo : lo + REGION_CODES], minlength=span * width)
+    joint = joint.reshape(span, width)
+    return [joint[:, 1::2], joint[:, ::2]] if states else [joint]
 
 
-def by_table(levels: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order that sorts codes by table, and the (n_tables + 1,) bounds of each table's share."""
-    table = np.searchsorted(starts, np.arange(LEVEL_BOUNDS[0], LEVEL_BOUNDS[1] + 1), side="right") - 1
-    index = table.astype(np.uint8)[levels.ravel() - LEVEL_BOUNDS[0]]
-    return np.argsort(index, kind="stable"), np.concatenate([[0], np.bincount(index, minlength=len(starts)).cumsum()])
+def described_bits(spread: CodeLevels, values: np.ndarray, states: int, rows: int = 0) -> float:
+    """Bits of a tensor's values under the tables that fit them, of these and of the levels; if the values are a sample of its
+    rows, of all `rows`."""
+    fitted = [found for joint in count_levels(spread.levels(), values, states) for found in fit_tables(joint)]
+    by_rows = sum(bits for _, bits in fitted) + level_bits(spread.rows)
+    return (
+        by_rows * (rows or len(values)) / len(values) + level_bits(spread.columns) + sum(t.own_bits for t, _ in fitted)
+    )
 
 
-class CodeModel:
-    """Tables as coder models, with the two directions of one grid of codes."""
-
-    def __init__(self, tables: list[FrequencyTable]):
-        import constriction
-
-        self.starts = np.array([table.start for table in tables])
-        self.tops = [len(table.logs) - 1 for table in tables]
-        self.models = [constriction.stream.model.Categorical(table.frequencies(), perfect=False) for table in tables]
-
-    def encode(self, encoder: Any, levels: np.ndarray, values: np.ndarray) -> None:
-        """Append the codes of one grid."""
-        order, bounds = by_table(levels, self.starts)
-        sorted_values = values.ravel()[order].astype(np.int32)
-        for model, top, lo, hi in zip(self.models, self.tops, bounds, bounds[1:], strict=False):
-            if hi > lo:
-                encoder.encode(sorted_values[lo:hi] + top, model)
-
-    def decode(self, decoder: Any, levels: np.ndarray) -> np.ndarray:
-        """Inverse of encode: int32 in the shape of `levels`."""
-        order, bounds = by_table(levels, self.starts)
-        values = np.empty(levels.size, np.int32)
-        for model, top, lo, hi in zip(self.models, self.tops, bounds, bounds[1:], strict=False):
-            if hi > lo:
-                values[order[lo:hi]] = decoder.decode(model, int(hi - lo)) - top
-        return values.reshape(levels.shape)
-
-
-def described_bits(spread: CodeLevels, values: np.ndarray, parities: bool = False, rows: int = 0) -> float:
-    """Bits of a tensor's values under the frequencies of their levels (and parities, where these are known), and of its
-    levels; if these are a sample of its rows, of all `rows`."""
-    joint = count_levels(spread.levels(), values, int(np.abs(values).max(initial=0)) + 1)
-    tables = (joint[:, ::2], joint[:, 1::2]) if parities else (joint,)
-    by_rows = sum(map(entropy_bits, tables)) + level_bits(spread.rows) + np.count_nonzero(values)  # a sign each
-    return by_rows * (rows or len(values)) / max(len(values), 1) + level_bits(spread.columns)
-
-
-def plan_codes(codes_RC: np.ndarray, predictable: bool, parities: bool = False) -> tuple[CodeLevels, np.ndarray, float]:
-    """The shorter of coding a tensor plainly or predicted: its spread, the values to code, the estimated bits."""
-    spread = CodeLevels(*fit_levels(codes_RC), False)
-    best = spread, codes_RC, described_bits(spread, codes_RC, parities)
+def plan_codes(codes_RC: np.ndarray, predictable: bool, states: int = 0) -> tuple[CodeLevels, np.ndarray, float]:
+    """The shortest of coding a tensor plainly or predicted, with one level or several: its spread, the values to code, the
+    estimated bits."""
+    plans = [(CodeLevels(*sides, False), codes_RC) for sides in fit_levels(codes_RC)]
     if predictable and codes_RC.shape[1] <= MAX_PREDICTED_COLUMNS:
         errors_RC = np.zeros(codes_RC.shape, np.int32)
 
@@ -5681,279 +5811,148 @@ def plan_codes(codes_RC: np.ndarray, predictable: bool, parities: bool = False) 
             return codes_RC[rows, chunk]
 
         predict_codes(*codes_RC.shape, note)
-        if np.abs(errors_RC).max(initial=0) >= MAX_TABLE:  # an outlier that prediction only makes worse
-            return best
-        spread = CodeLevels(*fit_levels(errors_RC), True)
-        bits = described_bits(spread, errors_RC, parities)
-        if bits < best[2]:
-            best = spread, errors_RC, bits
-    return best
+        if np.abs(errors_RC).max(initial=0) < MAX_TABLE:  # else an outlier that prediction only makes worse
+            plans += [(CodeLevels(*sides, True), errors_RC) for sides in fit_levels(errors_RC)]
+    return min(((*plan, described_bits(*plan, states)) for plan in plans), key=lambda plan: plan[2])
 
 
-def side_fields(levels: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """One side of a spread as two fields, [grid, middle], and its symbols: grids above or below the middle."""
-    middle = int(np.median(levels))
-    grid = int(np.gcd.reduce(levels - middle))
-    return [grid, middle], (levels - middle) // grid if grid else levels[:0]
+def code_levels(
+    coder: StreamCoder, shapes: list[tuple[int, int]], spreads: list[CodeLevels] | None = None
+) -> list[CodeLevels]:
+    """Write the levels of tensors of `shapes`, or read them (None). A side is a middle, a grid and, unless that is 0, how many
+    grids each level lies above the middle (2n) or below it (2n - 1)."""
+    lengths, sides = [n for shape in shapes for n in shape], None
+    if spreads is not None:
+        sides = [side.astype(np.int64) for spread in spreads for side in (spread.rows, spread.columns)]
+        middles = [int(np.median(side)) for side in sides]
+        grids = [int(np.gcd.reduce(side - middle)) for side, middle in zip(sides, middles, strict=True)]
+    else:
+        middles = grids = None
+    middles = coder.fields(middles, len(lengths), -999, 999)
+    grids = coder.fields(grids, len(lengths), 0, 999)
+    predicted = coder.fields(spreads and [int(spread.predicted) for spread in spreads], len(shapes), 0, 1)
+    grid_N, middle_N = np.repeat(grids, lengths), np.repeat(middles, lengths)
+    fine, above = grid_N > 0, None
+    if sides is not None:
+        above = zigzag((np.concatenate(sides) - middle_N)[fine] // grid_N[fine])
+    above = coder.numbers(np.zeros(np.count_nonzero(fine), int), above)
+    level_N = middle_N.copy()
+    level_N[fine] += grid_N[fine] * unzigzag(above)
+    parts = np.split(level_N.clip(-999, 999).astype(np.int16), np.cumsum(lengths)[:-1])
+    return [CodeLevels(parts[2 * i], parts[2 * i + 1], bool(flag)) for i, flag in enumerate(predicted)]
 
 
-def table_model(counts_log: np.ndarray) -> Any:
-    """Coder model of plain symbols 0..n-1 from their table of logs."""
-    import constriction
-
-    return constriction.stream.model.Categorical(normalised(weights(counts_log)), perfect=False)
-
-
-class FieldReader:
-    """Reader of a stream's fields that never runs past their end."""
-
-    def __init__(self, values: np.ndarray):
-        self.values, self.at = values, 0
-
-    def take(self, count: int, low: int, high: int) -> np.ndarray:
-        """The next `count` fields, all within low..high, else ArtifactError."""
-        part = self.values[self.at : self.at + count]
-        self.at += count
-        if len(part) != count or (count and not low <= part.min() <= part.max() <= high):
-            raise ArtifactError("a stream of codes has impossible fields")
-        return part
-
-    def one(self, low: int, high: int) -> int:
-        """The next field."""
-        return int(self.take(1, low, high)[0])
+def table_index(starts: list[list[int]]) -> np.ndarray:
+    """(parities, levels) uint8: which of all tables is that of a level and parity, from each parity's first levels."""
+    levels, before = np.arange(LEVEL_BOUNDS[0], LEVEL_BOUNDS[1] + 1), np.cumsum([0, *map(len, starts)])
+    rows = [
+        first + np.searchsorted(mine, levels, side="right") - 1 for first, mine in zip(before, starts, strict=False)
+    ]
+    return np.stack(rows).astype(np.uint8)
 
 
-def write_fields(fields: list[int]) -> bytes:
-    """Small integers as int16, LZMA-packed behind their sizes."""
-    packed = lzma_pack(to_bytes([torch.tensor(fields, dtype=torch.int16)]))
-    return struct.pack("<II", len(fields), len(packed)) + packed
+def by_table(table_N: np.ndarray, tables: int) -> tuple[np.ndarray, np.ndarray]:
+    """(order that sorts codes by table and keeps each table's as they come, (tables,) how many each has)."""
+    return np.argsort(table_N, kind="stable"), np.bincount(table_N, minlength=tables)
 
 
-def read_fields(stream: bytes) -> tuple[FieldReader, np.ndarray]:
-    """Inverse of write_fields: the fields and the coder's words after them."""
-    count, packed = struct.unpack_from("<II", stream) if len(stream) >= 8 else (0, 1)
-    if packed > len(stream) - 8 or count > 1 << 20 or (len(stream) - packed) % 4:
-        raise ArtifactError("a stream of codes has impossible sizes")
-    (values,) = from_bytes(lzma_unpack(stream[8 : 8 + packed], 2 * count), torch.int16, [(count,)])
-    return FieldReader(values.numpy().astype(np.int64)), np.frombuffer(stream, "<u4", offset=8 + packed).astype(
-        np.uint32
-    )
+def code_table(
+    coder: StreamCoder,
+    odd: int,
+    starts: list[int],
+    most: int,
+    table: CodeTable | None = None,
+    symbols: np.ndarray | None = None,
+) -> np.ndarray:
+    """Write a table and its symbols, at most `most`, or read them (None); `starts` of the tables before it gets its own."""
+    low = starts[-1] + 1 if starts else LEVEL_BOUNDS[0]
+    starts += map(int, coder.fields(table and [table.start], 1, low, LEVEL_BOUNDS[1] if starts else low))
+    mirrored = coder.fields(table and [table.mirrored], 1, 0, 1)[0]
+    count = int(coder.fields(table and [len(symbols)], 1, 0, most)[0])
+    weights = table_weights(coder.table(table and table.counts, 2 * MAX_TABLE + 2))
+    weights = mirror(weights, odd) if mirrored else weights
+    least = -(len(weights) // 2)
+    return coder.symbols(symbol_model(weights), count, None if symbols is None else symbols - least) + least
 
 
-def write_levels(spreads: list[CodeLevels]) -> tuple[list[int], np.ndarray, Any]:
-    """Spreads of tensors as fields, and as symbols with their coder model."""
-    sides = [side_fields(side) for spread in spreads for side in (spread.rows, spread.columns)]
-    symbols = np.concatenate([symbols for _, symbols in sides]).astype(np.int32)
-    low = int(symbols.min(initial=0))
-    logs = log_table(np.bincount(symbols - low, minlength=2))
-    fields = [field for side, _ in sides for field in side] + [int(spread.predicted) for spread in spreads]
-    return [*fields, low, len(logs), *logs], symbols - low, table_model(logs)
+class CodeWriter:
+    """Records (level, value) of codes in the order of a walk, and writes them table by table."""
+
+    def __init__(self, states: int) -> None:
+        self.halved = int(states > 0)
+        self.levels: list[np.ndarray] = []
+        self.values: list[np.ndarray] = []
+
+    def code(self, levels: np.ndarray, odd: Any, values: np.ndarray) -> np.ndarray:
+        """Append values."""
+        assert not self.halved or np.array_equal(odd, values & 1), "codes leave the trellis"
+        self.levels.append(levels.astype(np.int8).ravel())
+        self.values.append(values.astype(np.int16).ravel())
+        return values
+
+    def finish(self, coder: StreamWriter) -> None:
+        """Write all values."""
+        levels, values = np.concatenate(self.levels), np.concatenate(self.values)
+        fitted = [[table for table, _ in fit_tables(joint)] for joint in count_levels(levels, values, self.halved)]
+        index = table_index([[table.start for table in tables] for tables in fitted])
+        order, counts = by_table(
+            index[values & self.halved, levels.astype(np.int16) - LEVEL_BOUNDS[0]], sum(map(len, fitted))
+        )
+        symbols = iter(np.split((values >> self.halved)[order], np.cumsum(counts)[:-1]))
+        for odd, tables in enumerate(fitted):
+            coder.fields([len(tables)], 1, 1, 99)
+            starts: list[int] = []
+            for table in tables:
+                code_table(coder, odd, starts, len(values), table, next(symbols))
 
 
-def table_fields(table: FrequencyTable) -> list[int]:
-    """One table as fields."""
-    return [table.start, len(table.logs), *np.diff(table.logs, prepend=0)]
+class CodeReader:
+    """Hands out the `total` values that CodeWriter wrote, in the order of the same walk. Raises ArtifactError."""
 
+    def __init__(self, coder: StreamReader, total: int, states: int) -> None:
+        self.values: list[np.ndarray] = []
+        starts: list[list[int]] = []
+        for odd in range(1 + (states > 0)):
+            starts.append([])
+            for _ in range(coder.fields(None, 1, 1, 99)[0]):
+                symbols = code_table(coder, odd, starts[-1], total - sum(map(len, self.values)))
+                self.values.append((2 * symbols + odd if states else symbols).astype(np.int16))
+        self.index, self.at = table_index(starts), np.zeros(len(self.values), np.int64)
+        self.ends = np.array([len(values) for values in self.values])
+        if self.ends.sum() != total:
+            raise ArtifactError("a stream of codes holds other counts than its tensors")
 
-def encode_codes(arrays: list[np.ndarray], predictable: bool = False) -> bytes:
-    """int8 codes of several tensors, each (R, C), as one stream: fields (LZMA), then a range coder's words."""
-    import constriction
-
-    plans = [plan_codes(codes_RC, predictable) for codes_RC in arrays]
-    width = (
-        max(1, *(int(np.abs(values).max(initial=0)) for _, values, _ in plans)) + 1
-    )  # a table tells 0 from 1 at least
-    tables = fit_tables(sum(count_levels(spread.levels(), values, width) for spread, values, _ in plans))
-    fields, symbols, level_model = write_levels([spread for spread, _, _ in plans])
-    fields.append(len(tables))
-    for table in tables:
-        fields += table_fields(table)
-    encoder, model = constriction.stream.queue.RangeEncoder(), CodeModel(tables)
-    encoder.encode(symbols, level_model)
-    for spread, values, _ in plans:
-        for region in regions(values.shape, spread.predicted):
-            model.encode(encoder, spread.levels(*region), values[region])
-    return write_fields(fields) + encoder.get_compressed().astype("<u4").tobytes()
-
-
-def read_table(fields: FieldReader) -> FrequencyTable:
-    """One table from the fields."""
-    start = fields.one(*LEVEL_BOUNDS)
-    logs = np.cumsum(fields.take(fields.one(2, MAX_TABLE), -254, 254))
-    if not 0 <= logs.min() <= logs.max() <= 254:
-        raise ArtifactError("a table of codes is impossible")
-    return FrequencyTable(start, logs.astype(np.int16))
-
-
-class LevelFields:
-    """What the fields say of the spreads of tensors of `shapes`; the levels are symbols of the coder."""
-
-    def __init__(self, fields: FieldReader, shapes: list[tuple[int, int]]):
-        self.sides = [fields.take(2, -999, 999) for _ in range(2 * len(shapes))]
-        self.predicted = fields.take(len(shapes), 0, 1)
-        self.low, self.logs = fields.one(-999, 999), fields.take(fields.one(2, 999), 0, 254)
-        self.shapes = shapes
-
-    def read(self, decoder: Any) -> list[CodeLevels]:
-        """The spreads."""
-        counts = [n if grid else 0 for (grid, _), n in zip(self.sides, itertools.chain(*self.shapes), strict=True)]
-        symbols, ends = decoder.decode(table_model(self.logs), sum(counts)) + self.low, np.cumsum(counts)
-        levels = [
-            (middle + grid * (symbols[end - count : end] if count else np.zeros(n, np.int64))).astype(np.int16)
-            for (grid, middle), count, end, n in zip(
-                self.sides, counts, ends, itertools.chain(*self.shapes), strict=True
-            )
-        ]
-        return [CodeLevels(levels[2 * i], levels[2 * i + 1], bool(flag)) for i, flag in enumerate(self.predicted)]
-
-
-def read_tables(fields: FieldReader) -> list[FrequencyTable]:
-    """A list of tables, one for every level."""
-    tables = [read_table(fields) for _ in range(fields.one(1, 99))]
-    check_starts(tables)
-    return tables
-
-
-def check_starts(tables: list[FrequencyTable]) -> None:
-    """ArtifactError unless every level has a table."""
-    starts = [table.start for table in tables]
-    if starts[0] != LEVEL_BOUNDS[0] or starts != sorted(set(starts)):
-        raise ArtifactError("a stream of codes has no table for some level")
+    def code(self, levels: np.ndarray, odd: Any, _values: np.ndarray | None = None) -> np.ndarray:
+        """The next values of the tables of these levels and parities, int16."""
+        order, counts = by_table(self.index[odd, levels - LEVEL_BOUNDS[0]].ravel(), len(self.values))
+        first, self.at = self.at, self.at + counts
+        if (self.at > self.ends).any():
+            raise ArtifactError("a stream of codes lacks codes of some table")
+        found = np.empty(len(order), np.int16)
+        found[order] = np.concatenate([v[lo:hi] for v, lo, hi in zip(self.values, first, self.at, strict=True)])
+        return found.reshape(levels.shape)
 
 
 def refuse_beyond(most: int, codes: np.ndarray) -> None:
     """ArtifactError for what a tensor of codes cannot hold, or for no number, before anything is computed from it."""
-    if not np.abs(codes).max(initial=0) <= most:
+    if not -most <= codes.min(initial=0) <= codes.max(initial=0) <= most:
         raise ArtifactError(f"a stream of codes holds values beyond +-{most}")
 
 
-def decode_tensor(decoder: Any, model: CodeModel, spread: CodeLevels) -> np.ndarray:
-    """Codes (R, C) int8 of one tensor."""
-    shape = len(spread.rows), len(spread.columns)
+def walk_plain(spreads: list[CodeLevels], states: int, coder: CodeWriter | CodeReader,
+               known: list[np.ndarray] | None = None) -> list[np.ndarray]:  # fmt: skip
+    """Codes (R, C) int16 of tensors without prediction; `known` are the codes to write.
 
-    def code(rows: slice, columns: slice, mean: np.ndarray | int) -> np.ndarray:
-        codes = model.decode(decoder, spread.levels(rows, columns)) + mean
-        refuse_beyond(largest_code(8), codes)
-        return codes
-
-    if not spread.predicted:
-        return np.concatenate([code(*region, 0).astype(np.int8) for region in regions(shape, False)])
-    if shape[1] > MAX_PREDICTED_COLUMNS:
-        raise ArtifactError(f"a stream of codes predicts {shape[1]} columns, {MAX_PREDICTED_COLUMNS} at most")
-    return predict_codes(*shape, code).astype(np.int8)
-
-
-def decode_codes(stream: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
-    """Inverse of encode_codes: int8 arrays of `shapes`. Raises ArtifactError."""
-    import constriction
-
-    fields, words = read_fields(stream)
-    spreads, model = LevelFields(fields, shapes), CodeModel(read_tables(fields))
-    decoder = constriction.stream.queue.RangeDecoder(words)
-    try:
-        arrays = [decode_tensor(decoder, model, spread) for spread in spreads.read(decoder)]
-    except AssertionError:  # what the decoder raises on words that no encoder writes
-        raise ArtifactError("a stream of codes does not decode") from None
-    if not decoder.maybe_exhausted():
-        raise ArtifactError("a stream of codes is longer than its tensors")
-    return arrays
-
-
-# ---- entropy coding of trellis paths
-#
-# As above, but a code's parity is known from the state before it: each level has a table for even and one for odd codes. Codes
-# are walked column by column over all rows of a stream, and written table by table, each table's in the order of the walk. So
-# a decoder reads all codes in one call a table and then hands them out, as the states ask for them. Any such file is a path.
-
-
-class PathWriter:
-    """Collects the values of a walk."""
-
-    def __init__(self) -> None:
-        self.levels: list[np.ndarray] = []
-        self.values: list[np.ndarray] = []
-
-    def code(self, level_N: np.ndarray, odd_N: np.ndarray, value_N: np.ndarray) -> np.ndarray:
-        """Append values."""
-        assert np.array_equal(odd_N, value_N & 1), "codes leave the trellis"
-        self.levels.append(level_N.astype(np.int8))
-        self.values.append(value_N.astype(np.int16))
-        return value_N
-
-    def finish(self, fields: list[int], encoder: Any) -> list[int]:
-        """Encode all values; `fields` with the tables, a list for even and one for odd values, each table with its count."""
-        levels, values = np.concatenate(self.levels), np.concatenate(self.values)
-        for odd in (0, 1):
-            mine = (values & 1) == odd
-            level, value = levels[mine], values[mine]
-            half = np.abs(value) >> 1
-            tables = fit_tables(count_levels(level, half, int(half.max(initial=0)) + 1))
-            fields.append(len(tables))
-            order, bounds = by_table(level, np.array([table.start for table in tables]))
-            symbols = (value >> 1)[order].astype(np.int32)
-            for table, lo, hi in zip(tables, bounds, bounds[1:], strict=False):
-                fields += [*table_fields(table), (hi - lo) >> 15, (hi - lo) & 0x7FFF]
-                if hi > lo:
-                    encoder.encode(symbols[lo:hi] + (len(table.logs) - 1 + odd), parity_model(table, odd))
-        return fields
-
-
-def parity_model(table: FrequencyTable, odd: int) -> Any:
-    """Coder model of values >> 1, from the least on: -M..M for even values, -M-1..M for odd ones."""
-    import constriction
-
-    side = weights(table.logs)
-    frequencies = normalised(np.concatenate([side[::-1], side])) if odd else table.frequencies()
-    return constriction.stream.model.Categorical(frequencies, perfect=False)
-
-
-class PathReader:
-    """Hands out the values that PathWriter wrote, in the order of the same walk. Raises ArtifactError."""
-
-    def __init__(self, fields: FieldReader, total: int):
-        self.tables: list[tuple[FrequencyTable, int]] = []
-        self.table_of = np.zeros((2, LEVEL_BOUNDS[1] - LEVEL_BOUNDS[0] + 1), np.uint8)
-        counts = []
-        for odd in (0, 1):
-            for _ in range(fields.one(1, 99)):
-                table = read_table(fields)
-                counts.append((fields.one(0, 0x7FFF) << 15) + fields.one(0, 0x7FFF))
-                self.table_of[odd, table.start - LEVEL_BOUNDS[0] :] = len(self.tables)
-                self.tables.append((table, odd))
-            check_starts([table for table, parity in self.tables if parity == odd])
-        if sum(counts) != total:
-            raise ArtifactError("a stream of codes holds other counts than its tensors")
-        self.ends = np.cumsum(counts)
-        self.at = self.ends - counts
-        self.values = np.empty(total, np.int16)
-
-    def decode(self, decoder: Any) -> None:
-        """Read all values, a bounded number at a time."""
-        for (table, odd), start, end in zip(self.tables, self.at, self.ends, strict=True):
-            model, least = parity_model(table, odd), 1 - odd - len(table.logs)
-            for lo in range(start, end, REGION_CODES):
-                part = decoder.decode(model, int(min(REGION_CODES, end - lo))) + least
-                self.values[lo : lo + len(part)] = 2 * part + odd
-
-    def code(self, level_N: np.ndarray, odd_N: np.ndarray, value_N: np.ndarray | None = None) -> np.ndarray:  # noqa: ARG002
-        """The next values of the tables of these levels and parities."""
-        table_N = self.table_of[odd_N, level_N - LEVEL_BOUNDS[0]]
-        order, counts = np.argsort(table_N, kind="stable"), np.bincount(table_N, minlength=len(self.tables))
-        first, self.at = self.at, self.at + counts
-        if (self.at > self.ends).any():
-            raise ArtifactError("a stream of codes lacks codes of some table")
-        found_N = np.empty(len(table_N), np.int16)
-        found_N[order] = self.values[np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(len(table_N))]
-        return found_N
-
-
-def walk_columns(spreads: list[CodeLevels], states: int, coder: PathWriter | PathReader,
-                 known: list[np.ndarray] | None = None) -> list[np.ndarray]:  # fmt: skip
-    """Codes (R, C) int16 of tensors without prediction: column by column, over the rows of all that have the column, widest
-    tensors first. `known` are the codes to write."""
+    Independent codes are one step a tensor, cut into regions. Paths are walked column by column, over the rows of all tensors
+    that have the column, widest tensors first.
+    """
+    if not states:
+        shapes = [(len(spread.rows), len(spread.columns)) for spread in spreads]
+        return [np.concatenate([coder.code(spread.levels(rows), 0, known and known[i][rows]) for rows, _ in regions(shape, False)])
+                for i, (spread, shape) in enumerate(zip(spreads, shapes, strict=True))]  # fmt: skip
     order = sorted(range(len(spreads)), key=lambda i: -len(spreads[i].columns))
     found_CR = {i: np.empty((len(spreads[i].columns), len(spreads[i].rows)), np.int16) for i in order}
-    given_CR = None if known is None else {i: np.ascontiguousarray(known[i].T) for i in order}
+    given_CR = known and {i: np.ascontiguousarray(known[i].T) for i in order}
     row_levels = np.concatenate([spreads[i].rows for i in order])
     ends = np.cumsum([len(spreads[i].rows) for i in order])
     state, odd_S = np.zeros(ends[-1], np.uint8), trellis_bits(states)[0]
@@ -5961,9 +5960,8 @@ def walk_columns(spreads: list[CodeLevels], states: int, coder: PathWriter | Pat
         live = [i for i in order if len(spreads[i].columns) > j]
         n = ends[len(live) - 1]
         levels = row_levels[:n] + np.repeat([spreads[i].columns[j] for i in live], [len(spreads[i].rows) for i in live])
-        values = None if known is None else np.concatenate([given_CR[i][j] for i in live])
+        values = known and np.concatenate([given_CR[i][j] for i in live])
         values = coder.code(levels.clip(*LEVEL_BOUNDS), odd_S[state[:n]], values)
-        refuse_beyond(largest_code(PATH_BITS), values)
         state[:n] = next_state(state[:n], values, states)
         for i, part in zip(live, np.split(values, ends[: len(live) - 1]), strict=True):
             found_CR[i][j] = part
@@ -5971,100 +5969,86 @@ def walk_columns(spreads: list[CodeLevels], states: int, coder: PathWriter | Pat
 
 
 def walk_predicted(
-    spread: CodeLevels, states: int, coder: PathWriter | PathReader, known: np.ndarray | None = None
+    spread: CodeLevels, states: int, coder: CodeWriter | CodeReader, known: np.ndarray | None = None
 ) -> np.ndarray:
-    """Codes (R, C) int16 of a tensor with prediction: a value is a code less its mean, and both parities are known."""
-    state, odd_S = np.zeros(len(spread.rows), np.uint8), trellis_bits(states)[0]
+    """Codes (R, C) int16 of a tensor with prediction: a value is a code less its mean. Along a trellis both parities are known,
+    from one column to the next; independent codes of a chunk are one step."""
+    state, odd_S = np.zeros(len(spread.rows), np.uint8), trellis_bits(states)[0] if states else None
 
     def code(rows: slice, chunk: slice, mean: np.ndarray) -> np.ndarray:
         refuse_beyond(2 * MAX_TABLE, mean)
         codes, levels = mean.astype(np.int16), spread.levels(rows, chunk)
-        for i in range(codes.shape[1]):
-            values = None if known is None else known[rows, chunk.start + i] - codes[:, i]
-            codes[:, i] += coder.code(levels[:, i], (odd_S[state[rows]] ^ codes[:, i]) & 1, values)
-            refuse_beyond(largest_code(PATH_BITS), codes[:, i])
-            state[rows] = next_state(state[rows], codes[:, i], states)
+        for at in (np.s_[i : i + 1] for i in range(codes.shape[1])) if states else (np.s_[:],):
+            values = None if known is None else known[rows, chunk][:, at] - codes[:, at]
+            odd = (odd_S[state[rows], None] ^ codes[:, at]) & 1 if states else 0
+            codes[:, at] += coder.code(levels[:, at], odd, values)
+            if states:
+                state[rows] = next_state(state[rows], codes[:, at.start], states)
+        refuse_beyond(largest_code(PATH_BITS if states else 8), codes)
         return codes
 
     return predict_codes(len(spread.rows), len(spread.columns), code)
 
 
-def walk_paths(spreads: list[CodeLevels], states: int, coder: PathWriter | PathReader,
+def walk_codes(spreads: list[CodeLevels], states: int, coder: CodeWriter | CodeReader,
                known: list[np.ndarray] | None = None) -> list[np.ndarray]:  # fmt: skip
     """Codes of all tensors of a stream: those without prediction together, then the others one by one."""
     plain = [i for i, spread in enumerate(spreads) if not spread.predicted]
     found = {}
     if plain:
-        walked = walk_columns([spreads[i] for i in plain], states, coder, known and [known[i] for i in plain])
+        walked = walk_plain([spreads[i] for i in plain], states, coder, known and [known[i] for i in plain])
         found = dict(zip(plain, walked, strict=True))
-    for i in found.keys() ^ range(len(spreads)):
-        found[i] = walk_predicted(spreads[i], states, coder, known and known[i])
-    return [found[i] for i in range(len(spreads))]
+    return [
+        found[i] if i in found else walk_predicted(spread, states, coder, known and known[i])
+        for i, spread in enumerate(spreads)
+    ]
 
 
-def encode_paths(arrays: list[np.ndarray], states: int, predictable: bool = False) -> bytes:
-    """int16 codes of several tensors, each (R, C) of paths, as one stream: fields (LZMA), then a range coder's words."""
-    import constriction
-
-    spreads = [plan_codes(codes_RC, predictable, parities=True)[0] for codes_RC in arrays]
-    fields, symbols, level_model = write_levels(spreads)
-    encoder, writer = constriction.stream.queue.RangeEncoder(), PathWriter()
-    encoder.encode(symbols, level_model)
-    walk_paths(spreads, states, writer, arrays)
-    fields = writer.finish(fields, encoder)
-    return write_fields(fields) + encoder.get_compressed().astype("<u4").tobytes()
+def encode_codes(arrays: list[np.ndarray], predictable: bool = False, states: int = 0) -> bytes:
+    """Codes of several tensors, each (R, C), as one stream: levels, tables, and the codes under them. With `states`, rows are
+    paths through a trellis."""
+    spreads = [plan_codes(codes_RC, predictable, states)[0] for codes_RC in arrays]
+    coder, writer = StreamWriter(), CodeWriter(states)
+    code_levels(coder, [codes_RC.shape for codes_RC in arrays], spreads)
+    walk_codes(spreads, states, writer, arrays)
+    writer.finish(coder)
+    return coder.finish()
 
 
-def decode_paths(stream: bytes, shapes: list[tuple[int, int]], states: int) -> list[np.ndarray]:
-    """Inverse of encode_paths: int16 arrays of `shapes`. Raises ArtifactError."""
-    import constriction
-
-    fields, words = read_fields(stream)
-    spreads, reader = LevelFields(fields, shapes), PathReader(fields, sum(rows * columns for rows, columns in shapes))
-    if any(
-        predicted and shape[1] > MAX_PREDICTED_COLUMNS
-        for predicted, shape in zip(spreads.predicted, shapes, strict=True)
-    ):
+def decode_codes(stream: bytes, shapes: list[tuple[int, int]], states: int = 0) -> list[np.ndarray]:
+    """Inverse of encode_codes: arrays of `shapes`, int8, or int16 along a trellis. Raises ArtifactError."""
+    coder = StreamReader(stream)
+    spreads = code_levels(coder, shapes)
+    if any(spread.predicted and len(spread.columns) > MAX_PREDICTED_COLUMNS for spread in spreads):
         raise ArtifactError(f"a stream of codes predicts more than {MAX_PREDICTED_COLUMNS} columns")
-    decoder = constriction.stream.queue.RangeDecoder(words)
-    try:
-        levels = spreads.read(decoder)
-        reader.decode(decoder)
-    except AssertionError:  # what the decoder raises on words that no encoder writes
-        raise ArtifactError("a stream of codes does not decode") from None
-    if not decoder.maybe_exhausted():
-        raise ArtifactError("a stream of codes is longer than its tensors")
-    return [np.ascontiguousarray(codes_RC) for codes_RC in walk_paths(levels, states, reader)]
+    reader = CodeReader(coder, sum(rows * columns for rows, columns in shapes), states)
+    coder.finish()
+    found = walk_codes(spreads, states, reader)
+    for codes_RC in found:
+        refuse_beyond(largest_code(PATH_BITS if states else 8), codes_RC)
+    return [np.ascontiguousarray(codes_RC, np.int16 if states else np.int8) for codes_RC in found]
 
 
 # ---- coders of streams
 
 BYTE_UNPACKERS: dict[str, Callable[[bytes, int], bytes]] = {"zstd": zstd_unpack, "lzma": lzma_unpack}
-CODERS_KINDS = {
-    "codes": ("codes", "columns"),
-    "trellis": tuple(f"trellis{states}" for states in TRELLISES),
-}  # what our own coders code
+CODED_KINDS = {"codes": 0, "columns": 0, **{f"trellis{states}": states for states in TRELLISES}}  # states, by kind
 
 
 def encode_stream(cfg: Config, role: str, kind: str, arrays: list[Tensor]) -> tuple[str, bytes]:
     """(coder, bytes) of one stream under COMPRESSOR; rows of embeddings and tables are worth predicting."""
     if cfg.compressor == "zstd":
         return "zstd", zstd_pack(to_bytes(arrays), cfg.zstd_level)
-    if cfg.compressor == "entropy" and kind == "codes":
-        return "codes", encode_codes([a.numpy() for a in arrays], predictable=role in PREDICTED_ROLES)
-    if cfg.compressor == "entropy" and kind == "columns":
-        return "codes", encode_codes([a.numpy() for a in arrays])
-    if kind in CODERS_KINDS["trellis"]:
-        return "trellis", encode_paths([a.numpy() for a in arrays], int(kind[7:]), role in PREDICTED_ROLES)
+    if cfg.compressor == "entropy" and kind in CODED_KINDS:
+        predictable = role in PREDICTED_ROLES and kind != "columns"
+        return "codes", encode_codes([a.numpy() for a in arrays], predictable, CODED_KINDS[kind])
     return "lzma", lzma_pack(to_bytes(arrays), cfg.lzma_preset)
 
 
 def decode_stream(stream: StreamInfo, packed: bytes, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     """Inverse of encode_stream."""
     if stream.coder == "codes":
-        return [torch.from_numpy(a) for a in decode_codes(packed, shapes)]
-    if stream.coder == "trellis":
-        return [torch.from_numpy(a) for a in decode_paths(packed, shapes, int(stream.kind[7:]))]
+        return [torch.from_numpy(a) for a in decode_codes(packed, shapes, CODED_KINDS[stream.kind])]
     return from_bytes(BYTE_UNPACKERS[stream.coder](packed, stream.raw), KINDS[stream.kind], shapes)
 
 
@@ -6132,9 +6116,9 @@ def read_header(blob: bytes) -> ParsedHeader:
     if len(blob) < PREAMBLE.size + CHECKSUM_BYTES:
         raise ArtifactError(f"the file is truncated: {len(blob)} bytes are less than an empty artifact; copy it again")
     _, version, total, packed, raw = PREAMBLE.unpack_from(blob)
-    if version not in READABLE:
-        known = " and ".join(map(str, READABLE))
-        raise ArtifactError(f"format version {version}, this script reads {known}: use the script that wrote it")
+    if version != VERSION:
+        script = f"train_gpt.py as of commit {OLDER_READER}" if version in (2, 3) else "the script that wrote it"
+        raise ArtifactError(f"format version {version}, this script reads version {VERSION}: use {script}")
     if len(blob) != total:
         what = "is truncated" if len(blob) < total else "has bytes appended"
         raise ArtifactError(f"the file {what}: {len(blob)} bytes instead of {total}; copy it again")
@@ -6235,7 +6219,7 @@ def check_streams(entries: list[TensorEntry], streams: list[StreamInfo], body: i
     for s in streams:
         if s.raw != expected[s.role, s.kind]:
             raise ArtifactError(f"stream {s.role}.{s.kind} unpacks to {s.raw} bytes, its tensors need another size")
-        if s.coder not in BYTE_UNPACKERS and s.kind not in CODERS_KINDS.get(s.coder, ()):
+        if s.coder not in BYTE_UNPACKERS and not (s.coder == "codes" and s.kind in CODED_KINDS):
             raise ArtifactError(f"stream {s.role}.{s.kind}: unknown coder {s.coder[:20]!r}")
     if sum(s.raw for s in streams) > limit:
         raise ArtifactError(f"the tensors would take more than {limit} bytes, too much for a file of this size")
@@ -6364,8 +6348,8 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
         share = float(fisher_R @ everywhere.float().square()) / max(
             float(fisher_R[pick] @ scale.float().square()), 1e-30
         )
-        spread, values, _ = plan_codes(codes.cpu().numpy(), False, states > 0)
-        bits.append(described_bits(spread, values, states > 0, len(w_RC)) * w_RC.shape[1] / w.shape[1])
+        spread, values, _ = plan_codes(codes.cpu().numpy(), False, states)
+        bits.append(described_bits(spread, values, states, len(w_RC)) * w_RC.shape[1] / w.shape[1])
         loss.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
     saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * unit, factor_R)) if by_row else 0.0
     bits = np.maximum.accumulate(np.array(bits)[::-1])[::-1]  # of a coarser step never more: interpolation needs it
@@ -6571,7 +6555,7 @@ class BudgetSearch:
 
     def described(self, stored: QuantizedTensor) -> float:
         """Estimated bits of a tensor's codes."""
-        return plan_codes(stored.codes.numpy(), stored.role in PREDICTED_ROLES, stored.trellis > 0)[2]
+        return plan_codes(stored.codes.numpy(), stored.role in PREDICTED_ROLES, stored.trellis)[2]
 
 
 def budget_table(budget: Budget, target: int) -> str:
@@ -6742,74 +6726,7 @@ def prune_grams(grams: list[tuple[Level, np.ndarray]], gains: list[np.ndarray], 
     ]
 
 
-def split_ints(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(symbol, width, rest): 0..15 are symbols of their own, larger numbers one a half octave and `width` bits of rest."""
-    length = np.frexp(values.astype(np.float64))[1].astype(np.int64)
-    width = np.where(values < 16, 0, length - 2)
-    symbol = np.where(values < 16, values, 6 + 2 * length + (values >> width & 1))
-    return symbol, width, values & ((1 << width) - 1)
-
-
-def join_symbols(symbol: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(least number of each symbol, width of its rest): the inverse of split_ints but for the rest."""
-    width = np.where(symbol < 16, 0, (symbol - 6) // 2 - 2)
-    return np.where(symbol < 16, symbol, (2 + (symbol & 1)) << width), width
-
-
-MAX_SYMBOL = 6 + 2 * 24 + 1  # numbers below 2^24
-
-
-class IntsEncoder:
-    """Writes arrays of small numbers, each number under the frequency table of its context."""
-
-    def __init__(self) -> None:
-        import constriction
-
-        self.fields: list[int] = []
-        self.coder, self.uniform = constriction.stream.queue.RangeEncoder(), constriction.stream.model.Uniform
-
-    def code(self, context: np.ndarray, values: np.ndarray) -> np.ndarray:
-        symbol, width, rest = split_ints(values)
-        for c in np.unique(context):
-            part = symbol[context == c]
-            logs = log_table(np.bincount(part, minlength=2))
-            self.fields += [len(logs), *np.diff(logs, prepend=0)]
-            self.coder.encode(part.astype(np.int32), table_model(logs))
-        for w in np.unique(width[width > 0]):
-            self.coder.encode(rest[width == w].astype(np.int32), self.uniform(1 << int(w)))
-        return values
-
-    def finish(self) -> bytes:
-        return write_fields(self.fields) + self.coder.get_compressed().astype("<u4").tobytes()
-
-
-class IntsDecoder:
-    """Reads what IntsEncoder wrote; `code` ignores the values it is given. Raises ArtifactError."""
-
-    def __init__(self, packed: bytes) -> None:
-        import constriction
-
-        self.fields, words = read_fields(packed)
-        self.coder, self.uniform = constriction.stream.queue.RangeDecoder(words), constriction.stream.model.Uniform
-
-    def code(self, context: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:  # noqa: ARG002
-        symbol = np.zeros(len(context), np.int64)
-        for c in np.unique(context):
-            logs = np.cumsum(self.fields.take(self.fields.one(2, MAX_SYMBOL + 1), -254, 254))
-            if not 0 <= logs.min() <= logs.max() <= 254:
-                raise ArtifactError("a table of n-grams is impossible")
-            at = np.flatnonzero(context == c)
-            symbol[at] = self.coder.decode(table_model(logs), len(at))
-        least, width = join_symbols(symbol)
-        for w in np.unique(width[width > 0]):
-            at = np.flatnonzero(width == w)
-            least[at] += self.coder.decode(self.uniform(1 << int(w)), len(at))
-        return least
-
-
-def code_level(
-    coder: IntsEncoder | IntsDecoder, levels: list[Level], vocab_size: int, level: Level | None, limit: int
-) -> Level:
+def code_level(coder: StreamCoder, levels: list[Level], vocab_size: int, level: Level | None, limit: int) -> Level:
     """Write the level after `levels`, or read it (None): one function codes in both directions, so the two cannot drift apart.
 
     Each gram's followers are some of its suffix's followers. They are coded as gaps between their ranks there, by frequency,
@@ -6820,7 +6737,7 @@ def code_level(
     if not first:
         order, start = parents.siblings(len(levels[-2].token))
     room = np.diff(start)[parents.suffix]
-    kids = coder.code(
+    kids = coder.numbers(
         parents.size.clip(max=40), None if level is None else np.bincount(level.parent, minlength=len(room))
     )
     if kids.sum() > limit or (kids > room).any():
@@ -6837,7 +6754,7 @@ def code_level(
         gap = np.diff(rank[sort], prepend=-1) - 1
         gap[begins[kids > 0]] = rank[sort][begins[kids > 0]]
     spread = np.frexp((room // (kids + 1)).astype(np.float64))[1]
-    steps = np.cumsum(coder.code(spread[owner] * 4 + nth.clip(max=3), gap) + 1)
+    steps = np.cumsum(coder.numbers(spread[owner] * 4 + nth.clip(max=3), gap) + 1)
     rank = steps - 1 - np.concatenate([[0], steps])[begins[owner]]
     if (rank >= room[owner]).any():
         raise ArtifactError("a table of n-grams names a follower that is none")
@@ -6845,7 +6762,7 @@ def code_level(
     most = np.zeros_like(row) if first else np.minimum(parents.size[owner], parents.size[row])
     if level is not None:
         missing = level.size[sort] if first else most - level.size[sort]
-    missing = coder.code(most.clip(max=30) * 4 + kids[owner].clip(max=3), missing)
+    missing = coder.numbers(most.clip(max=30) * 4 + kids[owner].clip(max=3), missing)
     size = missing if first else most - missing
     if (size < 0).any() or (size > 80).any():
         raise ArtifactError("a table of n-grams holds an impossible count")
@@ -6856,8 +6773,8 @@ def code_level(
 
 def pack_trie(levels: list[Level], vocab_size: int) -> bytes:
     """Levels 1, 2 .. of a trie as one section."""
-    coder = IntsEncoder()
-    coder.code(np.zeros(1, int), np.array([len(levels)]))
+    coder = StreamWriter()
+    coder.numbers(np.zeros(1, int), np.array([len(levels)]))
     for n, level in enumerate(levels):
         code_level(coder, [ROOT, *levels[:n]], vocab_size, level, len(level.token))
     return coder.finish()
@@ -6865,18 +6782,14 @@ def pack_trie(levels: list[Level], vocab_size: int) -> bytes:
 
 def unpack_trie(packed: bytes, vocab_size: int) -> list[Level]:
     """Inverse of pack_trie. Raises ArtifactError."""
-    coder, levels, left = IntsDecoder(packed), [ROOT], (1 << 16) + 16 * len(packed)
-    try:
-        depth = int(coder.code(np.zeros(1, int))[0])
-        if depth > MAX_GRAM:
-            raise ArtifactError(f"a table of n-grams of up to {depth} tokens, {MAX_GRAM} at most")
-        for _ in range(depth):
-            levels.append(code_level(coder, levels, vocab_size, None, left))
-            left -= len(levels[-1].token)
-    except AssertionError:  # what the decoder raises on words that no encoder writes
-        raise ArtifactError("a table of n-grams does not decode") from None
-    if not coder.coder.maybe_exhausted():
-        raise ArtifactError("a table of n-grams is longer than its n-grams")
+    coder, levels, left = StreamReader(packed), [ROOT], (1 << 16) + 16 * len(packed)
+    depth = int(coder.numbers(np.zeros(1, int))[0])
+    if depth > MAX_GRAM:
+        raise ArtifactError(f"a table of n-grams of up to {depth} tokens, {MAX_GRAM} at most")
+    for _ in range(depth):
+        levels.append(code_level(coder, levels, vocab_size, None, left))
+        left -= len(levels[-1].token)
+    coder.finish()
     return levels[1:]
 
 

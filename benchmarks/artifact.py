@@ -98,23 +98,6 @@ class Subject:
 # ---- bytes for the same codes
 
 
-class CostedModel(tg.CodeModel):
-    """Adds up the cross-entropy of all that it encodes, in bits."""
-
-    bits = 0.0
-
-    def __init__(self, tables: list[tg.FrequencyTable]) -> None:
-        super().__init__(tables)
-        self.costs = [-np.log2(table.frequencies()) for table in tables]
-
-    def encode(self, encoder: object, levels: np.ndarray, values: np.ndarray) -> None:
-        order, bounds = tg.by_table(levels, self.starts)
-        values_sorted = values.ravel()[order].astype(int)
-        for cost, top, lo, hi in zip(self.costs, self.tops, bounds, bounds[1:], strict=False):
-            CostedModel.bits += float(cost[values_sorted[lo:hi] + top].sum())
-        super().encode(encoder, levels, values)
-
-
 def sorted_rows(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Greedy chain of nearest rows (L1), from row 0."""
     left, order, at = np.ones(len(codes_RC), bool), [0], 0
@@ -138,22 +121,19 @@ def lrzip_bytes(raw: bytes) -> int:
 
 def compare_bytes(subject: Subject) -> None:
     """Our stream against each compressor that is installed, for each way of making codes."""
-    tg.CodeModel = CostedModel
     for label, knobs in BYTE_CODES.items():
         stored = tg.quantize(dataclasses.replace(subject.cfg, **knobs), subject.named, subject.store)
         coded = {n: s for n, s in stored.items() if s.codes is not None}
         arrays = [s.codes.numpy() for s in coded.values()]
         raw, count = b"".join(a.tobytes() for a in arrays), sum(a.size for a in arrays)
-        ours = CostedModel.bits = 0
+        ours = 0
         for role in {s.role for s in coded.values()}:
             group = [s.codes.numpy() for s in coded.values() if s.role == role]
             ours += len(tg.encode_codes(group, predictable=role in tg.PREDICTED_ROLES))
-        entropy = CostedModel.bits
         plain = len(tg.encode_codes(arrays))
         order0 = sum(tg.entropy_bits(np.unique(a, return_counts=True)[1]) for a in arrays) / 8
         print(f"{label}: {count:,} codes; ours {ours:,} bytes = {8 * ours / count:.4f} bits each "
-              f"({8 * ours / entropy - 1:.3%} above its model's cross-entropy, levels and tables included; without prediction "
-              f"{8 * plain / count:.4f}), order-0 {8 * order0 / count:.4f}")  # fmt: skip
+              f"(without prediction {8 * plain / count:.4f}), order-0 {8 * order0 / count:.4f}")  # fmt: skip
         others = {
             "zstd-22": len(tg.zstd_pack(raw, 22)),
             "lzma-9e": len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)),
@@ -301,7 +281,7 @@ def compare_at_equal_error(states: int, shape: tuple[int, int] = (1024, 512)) ->
     for _ in range(6):
         uniform = (w / step).round().clamp(-127, 127).to(torch.int8)
         step *= (goal / float((uniform * step - w).square().mean())) ** 0.5
-    ours, raw = len(tg.encode_paths([codes.numpy()], states)), uniform.numpy().tobytes()
+    ours, raw = len(tg.encode_codes([codes.numpy()], False, states)), uniform.numpy().tobytes()
     others = {"our stream of independent codes": len(tg.encode_codes([uniform.numpy()])), "zstd-22": len(tg.zstd_pack(raw, 22)),
               "lzma-9e": len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))}  # fmt: skip
     if importlib.util.find_spec("brotli"):

@@ -111,23 +111,9 @@ def test_stream_is_within_a_third_of_a_percent_of_the_model_s_entropy():
     assert 8 * len(tg.encode_codes([codes])) < 1.004 * entropy
 
 
-def test_streams_with_impossible_tables_are_refused():
-    """Levels without a table would decode to whatever lies in memory."""
-    codes = np.random.default_rng(0).integers(-9, 9, size=(70, 40)).astype(np.int8)
-    for starts in ([tg.LEVEL_BOUNDS[0] + 1], [tg.LEVEL_BOUNDS[0], 5, 5], [tg.LEVEL_BOUNDS[0], 9, 3]):
-        logs = tg.log_table(np.ones(10))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                tg, "fit_tables", lambda _, s=starts, logs=logs: [tg.FrequencyTable(start, logs) for start in s]
-            )
-            stream = tg.encode_codes([codes])
-        with pytest.raises(tg.ArtifactError, match="no table for some level"):
-            tg.decode_codes(stream, [codes.shape])
-
-
 def test_code_tables_are_the_same_numbers_on_every_machine():
     """Only square roots, products and floors: pin the result so that a change of arithmetic is noticed."""
-    weights = tg.weights(np.arange(255))
+    weights = tg.table_weights(np.arange(255))
     digest = hashlib.sha256(weights.astype("<f8").tobytes()).hexdigest()[:16]
     assert digest == "a2825a3060557fd6"
     rng = np.random.default_rng(0)
@@ -151,7 +137,8 @@ def test_each_kind_of_bad_file_gets_its_own_message():
         (blob[:-1], "truncated"),
         (blob + b"x", "appended"),
         (bytes(flipped), "checksum"),
-        (future, "version 99"),
+        (future, "version 99.*the script that wrote it"),
+        (reseal(blob[:4] + b"\x03\x00" + blob[6:-32]), "version 3.*commit 92a44cb"),
     ]:
         with pytest.raises(tg.ArtifactError, match=words):
             tg.unpack(bad)
@@ -236,26 +223,6 @@ def test_mutated_files_raise_artifact_errors_only(compressor):
         except tg.ArtifactError:
             outcomes["refused"] += 1
     assert outcomes["refused"] > 500
-
-
-def test_mutated_code_streams_raise_artifact_errors_only():
-    """Thousands of edits of fields and words, below the container."""
-    rng = random.Random(3)
-    codes = [np.random.default_rng(0).integers(-9, 9, size=(70, 40)).astype(np.int8)]
-    stream = tg.encode_codes(codes, predictable=True)
-    (count, packed) = tg.struct.unpack_from("<II", stream)
-    fields = tg.from_bytes(tg.lzma_unpack(stream[8 : 8 + packed], 2 * count), torch.int16, [(count,)])[0].tolist()
-    for _ in range(2000):
-        edited = list(fields)
-        edited[rng.randrange(count)] = rng.choice([rng.randrange(-300, 300), rng.randrange(-32768, 32768)])
-        words = bytearray(stream[8 + packed :])
-        if words and rng.random() < 0.5:
-            words[rng.randrange(len(words))] ^= 1 << rng.randrange(8)
-        try:
-            (found,) = tg.decode_codes(tg.write_fields(edited) + bytes(words), [(70, 40)])
-            assert found.shape == (70, 40)
-        except tg.ArtifactError:
-            pass
 
 
 # ---- the byte budget

@@ -118,8 +118,8 @@ def test_counted_grams_are_all_that_repeat(n, vocab, order):
 
 
 def test_a_small_section_cannot_ask_for_many_levels():
-    coder = tg.IntsEncoder()
-    coder.code(np.zeros(1, int), np.array([10**6]))
+    coder = tg.StreamWriter()
+    coder.numbers(np.zeros(1, int), np.array([10**6]))
     with pytest.raises(tg.ArtifactError, match="n-grams of up to 1000000 tokens, 8 at most"):
         tg.unpack_trie(coder.finish(), 50)
 
@@ -167,11 +167,18 @@ def test_a_pruned_trie_is_closed_and_comes_back_from_its_bytes(n, vocab, order, 
 
 
 def test_numbers_split_and_join():
-    x = np.array([*range(200), 2**20, 2**22 + 12345, 2**24 - 1])
+    x = np.array([*range(200), 2**15 - 1, 2**15, 2**16 - 1, 2**16, 2**20, 2**22 + 12345, 2**24 - 1])
     symbol, width, rest = tg.split_ints(x)
     least, again = tg.join_symbols(symbol)
     assert np.array_equal(least + rest, x) and np.array_equal(width, again) and symbol.max() <= tg.MAX_SYMBOL
     assert (np.diff(symbol) >= 0).all()
+    coder, context = tg.StreamWriter(), np.arange(len(x)) % 3
+    coder.fields(edges := [2**30 - 1, -(2**30), 65_536, 32_768, 32_767, 0, -1], len(edges), -(2**31), 2**31)
+    coder.numbers(context, x)
+    reader = tg.StreamReader(coder.finish())
+    assert reader.fields(None, len(edges), -(2**31), 2**31).tolist() == edges
+    assert np.array_equal(reader.numbers(context), x)
+    reader.finish()
 
 
 def test_a_table_fills_its_bytes_with_ever_more_grams_and_never_more_than_them():
