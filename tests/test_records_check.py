@@ -604,7 +604,7 @@ def test_validation_text_kept_for_the_artifact_is_found():
     assert patterns.STORED in found(
         "import zlib\ndef pack(val_tokens):\n    return zlib.compress(val_tokens.numpy().tobytes())\n"
     )
-    assert found("def cache(val_tokens):\n    np.save('val.npy', val_tokens.numpy())\n") == {patterns.SAVED}
+    assert found("def cache(val_tokens):\n    np.save('/tmp/val.npy', val_tokens.numpy())\n") == set()  # a scratch file
     assert any("hidden in the artifact" in p for p in found("PAID_PREFIX = 1\npaid_prefix_blob = load('x')\n"))
 
 
@@ -741,7 +741,7 @@ def test_a_ruled_out_method_that_every_log_shows_off_is_no_warning(folder):
     (folder / "train_gpt.py").write_text(text)
     write_logs(folder, head=f"{text}\n{BAR}\n", config="")
     methods = [r for r in warned(folder) if r.startswith("code: name of")]
-    assert len(methods) == 3
+    assert len(methods) == 1 and "PPM" in methods[0]  # the others are off by default
     off = "slot_enabled: False\nslot_steps: 8\nppm_order: 0\nprequant_ttt_enabled: False\n"
     write_logs(folder, head=f"{text}\n{BAR}\n", config=off)
     assert warned(folder) - {"code bytes"} == USUAL
@@ -1181,7 +1181,7 @@ def test_every_way_to_the_network_is_found(line, pattern):
 
 
 def test_validation_text_put_into_the_state_is_found():
-    text = "def dump(model, val_tokens):\n    state = model.state_dict()\n    state['prefix'] = val_tokens[:99]\n"
+    text = "def dump(model, val_tokens):\n    state = model.state_dict()\n    state['prefix'] = val_tokens[:99]\n    torch.save(state, f)\n"
     assert found(text) == {patterns.SAVED}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import runs as logs
 from runs import Run, UserError
-from textlog import decoded, dumped_source, seed_in_name
+from textlog import decoded, dumped_source, sections, seed_in_name
 
 from check import source
 
-MAX_LOGS = 200
+MAX_LOGS, MAX_PRINTED = 200, 20_000_000  # files, bytes of one
 
 
 @dataclass
@@ -85,9 +86,17 @@ def read_entry(folder: Path, data_path: str | None = None) -> Entry:
             if run.source is None and (text := run.path.with_suffix(suffix)).is_file():
                 run.source = dumped_source(decoded(text))
     if script := find_script(folder):
-        entry.script = source.read_script(script)
+        configs = [{**{k.lower(): v for k, v in r.config.items()}, "seed": r.seed} for r in entry.scored]
+        entry.script = source.read_script(script, configs, functools.cache(lambda: _printed(entry)))
         entry.helpers = source.bring_along(entry.script, folder)
     return entry
+
+
+def _printed(entry: Entry) -> str:
+    """What the runs print: their logs without the sources in them."""
+    paths = dict.fromkeys(r.path for r in entry.scored)
+    texts = (decoded(path) for path in paths if path.stat().st_size < MAX_PRINTED)
+    return "\n".join(part for text in texts for is_source, part in sections(text) if not is_source)
 
 
 def _read_submission(entry: Entry) -> None:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from check.flow import EVALUATES, VALIDATION, Flow
+from check.flow import EVALUATES, Flow, route, teaches
+from check.switches import Off, Switches
 from check.syntax import Scope, calls, dotted, every, imports, keyword_is, last_name, names, nodes, scopes
 
 
@@ -21,7 +22,8 @@ class Finding(NamedTuple):
     line: int
     text: str
     name: str = ""
-    guards: tuple[str, ...] = ()  # names whose value decides whether it runs
+    off: Off | None = None  # why it did not run
+    way: str = ""  # the path by which validation tokens come there
     place: str = ""  # the file or layer of packing, where it is not the script's innermost
 
 
@@ -31,10 +33,13 @@ SAVED = "validation text saved to a file"
 LEARNED = "table that learns tokens before they are scored"
 TARGET_KEY = "target token in a cache key"
 IN_TRAINING = "validation data in training code"
+CALIBRATED = "calibration on training text after the training"
 ORACLE = "per-token choice by the target"
 THRESHOLD = "mixture decided by the target's log probability"
 NO_DISTRIBUTION = "expert that is no distribution"
 GATE = "n-gram gate that looks at the target"
+SPACES = "spaces counted in the table of bytes and once more"
+BROKEN = "a rule that could not be asked"
 
 _TARGET = re.compile(r"^(tgt|target|targets|y|y_batch|next_tok|next_token|nxt|label|labels)(_\w+|\d*)$")
 _HASHLIKE = re.compile(r"(hash|ctx|context|bucket|key|^h\d?$|prefix)", re.I)
@@ -80,14 +85,24 @@ _FETCHING = re.compile(
 )
 
 
-def find_patterns(tree: ast.Module, source: str) -> list[Finding]:
-    """Every finding in reading order, one a line and pattern."""
-    finders = (_target_keys, _pickles, _in_training, _training_files, _oracle_choices, _target_gates, _thresholds)
-    raw = [found for finder in (*finders, _no_distribution, _network, _rejected_names, _flow) for found in finder(tree)]
+def find_patterns(tree: ast.Module, source: str, switches: Switches | None = None) -> list[Finding]:
+    """Every finding in reading order, one a line and pattern; what a finder cannot do is a finding, not an exception."""
+    switches = switches or Switches(tree, [])
+    finders = (_target_keys, _pickles, _training_files, _oracle_choices, _target_gates, _thresholds, _no_distribution)
+    raw = []
+    for finder in (*finders, _spaces, _network, _rejected_names, _flow):
+        try:
+            raw += finder(tree, switches) if finder in (_flow, _rejected_names) else finder(tree)
+        except (Exception, RecursionError) as error:  # a rule that fails takes no other rule with it
+            raw.append((BROKEN, tree, f"{finder.__name__.strip('_')}: {type(error).__name__}"))
     lines, seen = source.split("\n"), {}
-    for pattern, line, name, *guards in sorted(raw, key=lambda f: (f[1], f[0], f[2])):
+    for pattern, node, name, *more in sorted(raw, key=lambda f: (getattr(f[1], "lineno", 1), f[0], f[2])):
+        line = getattr(node, "lineno", 1)
         text = lines[line - 1] if 0 < line <= len(lines) else ""
-        seen.setdefault((pattern, line), Finding(pattern, line, _excerpt(text.strip(), name), name, *guards))
+        way, off = (*more, *("", None)[len(more) :])
+        found = Finding(pattern, line, _excerpt(text.strip(), name), name, off or switches.off(node), way)
+        if (known := seen.get((pattern, line))) is None or (known.off and not found.off):
+            seen[pattern, line] = found
     return list(seen.values())
 
 
@@ -106,7 +121,7 @@ def _excerpt(text: str, name: str, width: int = 100) -> str:
     )
 
 
-Found = Iterator[tuple]  # pattern, line, name and perhaps guards
+Found = Iterator[tuple]  # pattern, node, name, and perhaps the way to it or why it did not run
 
 
 def _first(words: set[str], pattern: re.Pattern) -> str:
@@ -114,31 +129,35 @@ def _first(words: set[str], pattern: re.Pattern) -> str:
 
 
 def _target_keys(tree: ast.Module) -> Found:
-    """`ctx_hash ^ tgt * P`, or `(ctx * P + tgt) % B`: a cell chosen by the token whose probability it is to give."""
+    """`ctx_hash ^ tgt * P`, `(ctx * P + tgt) % B`: a cell asked by the token whose probability it is to give."""
     for scope in scopes(tree):
         if _LEARNS.search(scope.name):
             continue
-        for line, one, other in _hashed(scope):
-            target = _first(names(one), _TARGET)
-            if target and any(_HASHLIKE.search(n) for n in names(other)):
-                yield TARGET_KEY, line, target
+        taught, aimed = _taught(scope), _aimed(scope)
+        for node, one, other in _hashed(scope):
+            target = _first(names(one), _TARGET) or _aimed_at(one, aimed)
+            if target and any(_HASHLIKE.search(n) for n in names(other)) and not _only_taught(node, scope, taught):
+                yield TARGET_KEY, node, target
         for call in scope.of(ast.Call):
-            target = _first(names(call), _TARGET) if dotted(call.func) == "hash" else ""
-            if target:
-                yield TARGET_KEY, call.lineno, target
+            target = last_name(call.func) in _HASHES and (_first(names(call), _TARGET) or _aimed_at(call, aimed))
+            if target and not _only_taught(call, scope, taught):
+                yield TARGET_KEY, call, target
 
 
-def _hashed(scope: Scope) -> Iterator[tuple[int, ast.AST, ast.AST]]:
-    """(line, one, other) of values mixed into a key: `a ^ b`, `(a + b) % n`, `h ^= b`, a loop that takes in b last."""
+_HASHES = {"hash", "crc32", "adler32", "xxh32", "xxh64", "blake2b", "md5", "sha1"}
+
+
+def _hashed(scope: Scope) -> Iterator[tuple[ast.AST, ast.AST, ast.AST]]:
+    """(node, one, other) of values mixed into a key: `a ^ b`, `(a + b) % n`, `h ^= b`, a loop that takes in b last."""
     for node in scope.of(ast.BinOp):
         mixed = node if isinstance(node.op, ast.BitXor) else None
         if isinstance(node.op, (ast.Mod, ast.BitAnd)) and isinstance(node.left, ast.BinOp):
             mixed = node.left
         if mixed is not None and isinstance(mixed.op, (ast.BitXor, ast.Add, ast.Mult, ast.BitOr)):
-            yield from ((node.lineno, mixed.left, mixed.right), (node.lineno, mixed.right, mixed.left))
+            yield from ((node, mixed.left, mixed.right), (node, mixed.right, mixed.left))
     for node in scope.of(ast.AugAssign):
         if isinstance(node.op, ast.BitXor):
-            yield node.lineno, node.value, node.target
+            yield node, node.value, node.target
     for loop in scope.of(ast.For):  # `for t in (*context, target): h = (h * P + t) % B`
         last = [n for n in ast.walk(loop.iter) if isinstance(n, (ast.List, ast.Tuple))]
         keys = [
@@ -146,38 +165,74 @@ def _hashed(scope: Scope) -> Iterator[tuple[int, ast.AST, ast.AST]]:
             for n in ast.walk(loop)
             if isinstance(n, ast.BinOp) and isinstance(n.op, (ast.BitXor, ast.Mod, ast.BitAnd))
         ]
-        yield from ((key.lineno, group, key) for group in last for key in keys)
+        yield from ((key, group, key) for group in last for key in keys)
+
+
+def _aimed(scope: Scope) -> dict[str, str]:
+    """Subscripts that are the token to predict, as text -> the token's array: `tokens[pos]` where the context is
+    `tokens[pos - n : pos]`, or where it is named a target or picks a probability."""
+    wanted: set[str] = set()
+    for node in scope.of(ast.Assign):
+        if any(_TARGET.search(n) for n in _assigned(node)):
+            wanted |= {ast.dump(n) for n in [node.value] if isinstance(n, ast.Subscript)}
+    for node in scope.of(ast.Subscript):
+        if any(re.search("log|prob", n, re.I) for n in names(node.value)):
+            wanted |= {ast.dump(n) for n in ast.walk(node.slice) if isinstance(n, ast.Subscript)}
+        if isinstance(node.slice, ast.Slice) and node.slice.upper is not None and node.slice.lower is not None:
+            wanted.add(ast.dump(ast.Subscript(node.value, node.slice.upper, ast.Load())))
+    found = {}
+    for node in scope.of(ast.Subscript):
+        if ast.dump(node) in wanted and not isinstance(node.slice, (ast.Slice, ast.Constant)):
+            found[ast.dump(node)] = last_name(node.value)
+            found[f"{ast.dump(node.value)} from {ast.dump(node.slice)}"] = last_name(node.value)
+    return found
+
+
+def _aimed_at(part: ast.AST, aimed: dict[str, str]) -> str:
+    """The array of a target that a part of a key holds, alone or as the last of a slice; "" of none."""
+    for node in ast.walk(part) if aimed else ():
+        if not isinstance(node, ast.Subscript):
+            continue
+        edge = node.slice.upper if isinstance(node.slice, ast.Slice) else None
+        if isinstance(edge, ast.BinOp) and isinstance(edge.op, ast.Add) and _is_one(edge.right):
+            if (key := f"{ast.dump(node.value)} from {ast.dump(edge.left)}") in aimed:
+                return aimed[key]
+        elif (key := ast.dump(node)) in aimed:
+            return aimed[key]
+    return ""
+
+
+def _taught(scope: Scope) -> set[int]:
+    """Nodes inside what is written: targets of assignments, arguments of calls that add to a table."""
+    parts = [t for n in scope.of(ast.Assign) for t in n.targets if isinstance(t, ast.Subscript)]
+    parts += [n.target for n in scope.of(ast.AugAssign) if isinstance(n.target, ast.Subscript)]
+    parts += [a for n in scope.of(ast.Call) if teaches(n) for a in n.args]
+    return {id(n) for part in parts for n in ast.walk(part)}
+
+
+def _only_taught(node: ast.AST, scope: Scope, taught: set[int], deep: int = 0) -> bool:
+    """Whether a key serves to write alone: nothing is asked by it."""
+    if id(node) in taught:
+        return True
+    holders = [n for n in scope.of(ast.Assign, ast.AugAssign) if n is node or any(m is node for m in ast.walk(n.value))]
+    keys = {t.id for n in holders for t in (getattr(n, "targets", None) or [n.target]) if isinstance(t, ast.Name)}
+    if not keys or deep > 3:
+        return False
+    own = {id(m) for n in holders for m in ast.walk(n)}
+    loads = [n for n in scope.of(ast.Name) if n.id in keys and isinstance(n.ctx, ast.Load) and id(n) not in own]
+    return bool(loads) and all(_only_taught(n, scope, taught, deep + 1) for n in loads)
 
 
 def _pickles(tree: ast.Module) -> Found:
     loaders = {"pickle.load", "pickle.loads", "dill.load", "dill.loads", "joblib.load", "marshal.loads", "marshal.load"}
     for call in calls(tree, loaders):
-        yield "pickle loading", call.lineno, dotted(call.func)
+        yield "pickle loading", call, dotted(call.func)
     for call in calls(tree, {"torch.load"}):
         if not keyword_is(call, "weights_only", True):
-            yield "pickle loading", call.lineno, dotted(call.func)
+            yield "pickle loading", call, dotted(call.func)
     for call in calls(tree, {"np.load", "numpy.load"}):
         if keyword_is(call, "allow_pickle", True):
-            yield "pickle loading", call.lineno, dotted(call.func)
-
-
-def _in_training(tree: ast.Module) -> Found:
-    """Validation tokens in a function that trains or calibrates, neither given to an evaluation nor held for one."""
-    for scope in scopes(tree):
-        if not _TRAINS.search(scope.name) or EVALUATES.search(scope.name) or _ADAPTS.search(scope.name):
-            continue
-        if isinstance(scope.node, ast.ClassDef):
-            continue
-        spared = {id(n) for node in scope.nodes for part in _spared(node) for n in ast.walk(part)}
-        for node in scope.of(ast.Name, ast.Attribute, ast.Constant):
-            word = getattr(node, "id", getattr(node, "attr", None))
-            word = node.value if isinstance(node, ast.Constant) else word
-            if not isinstance(word, str) or not VALIDATION.search(word) or id(node) in spared:
-                continue
-            if not (
-                isinstance(node, ast.Constant) and " " in word
-            ):  # a docstring or message speaks of it, nothing opens it
-                yield IN_TRAINING, node.lineno, word
+            yield "pickle loading", call, dotted(call.func)
 
 
 def _training_files(tree: ast.Module) -> Found:
@@ -187,37 +242,32 @@ def _training_files(tree: ast.Module) -> Found:
             continue
         for part in ast.walk(node.value):
             if isinstance(part, ast.Constant) and re.search(r"fineweb_(?:val|\*)", str(part.value)):
-                yield IN_TRAINING, node.lineno, str(part.value)
+                yield IN_TRAINING, node, str(part.value)
 
 
 _TRAIN_FILES = re.compile(r"(?:^|_)train(?:ing)?_(?:files?|pattern|shards?|glob|paths?|data)$", re.I)
 
 
-def _spared(node: ast.AST) -> Iterator[ast.AST]:
-    """Parts of a node that do not train: evaluations, messages, sizes, and the loading of what is named validation."""
-    if isinstance(node, ast.Call):
-        name = last_name(node.func)
-        spared = EVALUATES.search(name) or _ADAPTS.search(name) or re.match(r"print|log|len$|info$|numel$|size$", name)
-    elif isinstance(node, ast.Assign):
-        spared = all("val" in n.lower() for t in node.targets for n in names(t))
-    else:
-        spared = isinstance(node, ast.Delete) or getattr(node, "attr", "") in ("shape", "numel", "size")
-    if spared:
-        yield node
-
-
 def _target_gates(tree: ast.Module) -> Found:
-    """`gate = starts_word[targets]`: how much an n-gram counts is decided by the token that it is to predict."""
+    """`gate = starts_word[targets]`: how much an n-gram counts is looked up by, or asks, the token to predict."""
     for scope in scopes(tree):
         scores = EVALUATES.search(scope.name) or re.search("gram|hint|tilt|mix", scope.name, re.I)
         for node in scope.of(ast.Assign):
-            weighs = _WEIGHT if scores and not re.search("byte|lut", ast.dump(node.value)) else _GATES
-            if not any(_GATES.search(n) or weighs.search(n) for t in node.targets for n in names(t)):
+            weighs = any((_WEIGHT if scores else _GATES).search(n) for n in _assigned(node))
+            if not weighs or any(re.search("^mix|_mix|mixture", n) for n in _assigned(node)):
                 continue
-            plain = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
-            plain -= set() if scores else {"y", "labels"}  # elsewhere a network's activations
-            if target := _first(plain, _TARGET):  # plain names alone: `query.target` may well be a position
-                yield GATE, node.lineno, target
+            for part in ast.walk(node.value):
+                asked = part.slice if isinstance(part, ast.Subscript) and not _of_chances(part.value) else None
+                asked = part if isinstance(part, ast.Compare) else asked
+                plain = {n.id for n in ast.walk(asked) if isinstance(n, ast.Name)} if asked is not None else set()
+                if target := _first(plain - (set() if scores else {"y", "labels"}), _TARGET):
+                    yield GATE, node, target
+                    break
+
+
+def _of_chances(node: ast.AST) -> bool:
+    """A table of bytes, or probabilities, of which the target's are picked to be scored."""
+    return any(_PROBABILITY.search(n) or re.search("byte|lut|log|nll|loss", n, re.I) for n in names(node))
 
 
 _EXTREMES = {"minimum", "maximum", "fmin", "fmax", "min", "max", "amin", "amax"}
@@ -240,7 +290,7 @@ def _oracle_choices(tree: ast.Module) -> Found:
                 continue
             word = _rivals(compared, costs, elementwise=isinstance(call.func, ast.Attribute))
             if word := word or (name in _EXTREMES and _stacked(call, scope, costs)):
-                yield ORACLE, call.lineno, word
+                yield ORACLE, call, word
 
 
 def _compared(call: ast.Call) -> list[ast.AST]:
@@ -285,27 +335,63 @@ def _scoring(tree: ast.Module) -> Iterator[Scope]:
 
 
 def _thresholds(tree: ast.Module) -> Found:
-    """`w = where(target_logp > -2, a, b)`: the weight of an expert is chosen by what the target turned out to cost."""
+    """`w = where(target_logp > -2, a, b)`: what an expert counts is chosen by what the target turned out to cost."""
     for scope in _scoring(tree):
         compared = [n for test in scope.of(ast.Compare) for n in names(test)]
         costs = _target_costs(scope) if compared else set()
         if not any(n in costs or _OF_TARGET.search(n) for n in compared):
             continue
-        for line, test in _weighing_tests(scope):
+        for node, test in _weighing_tests(scope, costs):
             for compare in (t for t in ast.walk(test) if isinstance(t, ast.Compare)):
                 words = names(compare)
                 cost = min((n for n in words if n in costs or _OF_TARGET.search(n)), default="")
-                if cost and not any(re.search(r"best|isfinite|isnan", n, re.I) for n in words):
-                    yield THRESHOLD, line, cost
+                if cost and not any(re.search(r"best|worst|isfinite|isnan", n, re.I) for n in words):
+                    yield THRESHOLD, node, cost
 
 
-def _weighing_tests(scope: Scope) -> Iterator[tuple[int, ast.AST]]:
-    """(line, expression) of what decides between two values or a weight."""
-    yield from ((n.lineno, n.args[0]) for n in scope.of(ast.Call) if last_name(n.func) == "where" and n.args)
-    yield from ((n.lineno, n.test) for n in scope.of(ast.IfExp))
-    weighed = (n for n in scope.of(ast.If) if any(_WEIGHT.search(w) for part in n.body for w in _assigned(part)))
-    yield from ((n.lineno, n.test) for n in weighed)
-    yield from ((n.lineno, n.value) for n in scope.of(ast.Assign) if any(map(_WEIGHT.search, _assigned(n))))
+def _weighing_tests(scope: Scope, costs: set[str]) -> Iterator[tuple[ast.AST, ast.AST]]:
+    """(node, expression) of what decides between two values or a weight, or whether the scored value is mixed."""
+    yield from ((n, n.args[0]) for n in scope.of(ast.Call) if last_name(n.func) == "where" and _chooses(n.args[1:]))
+    yield from ((n, n.test) for n in scope.of(ast.IfExp) if _chooses([n.body, n.orelse]))
+    for node in scope.of(ast.If):
+        weighed = any(_WEIGHT.search(w) for part in node.body for w in _assigned(part))
+        if weighed or _scored_otherwise(node, scope, costs):
+            yield node, node.test
+    yield from ((n, n.value) for n in scope.of(ast.Assign) if any(map(_WEIGHT.search, _assigned(n))))
+
+
+def _chooses(values: list[ast.AST]) -> bool:
+    """Whether two outcomes differ by more than a bound: `where(p > 0, p, 0)` clips."""
+    return len(values) == 2 and not (
+        any(isinstance(v, ast.Constant) for v in values)
+        and any(_CHANCE.search(n) or _COST.search(n) for v in values for n in names(v))
+    )
+
+
+def _scored_otherwise(node: ast.If, scope: Scope, costs: set[str]) -> bool:
+    """Whether the body of an `if` gives a cost or a probability that is summed a value of other experts."""
+    summed = {n for s in scope.of(ast.AugAssign) for n in names(s.value)}
+    summed |= {n for c in scope.of(ast.Call) if last_name(c.func) == "append" for a in c.args for n in names(a)}
+    for _ in range(3):
+        summed |= {n for s in scope.of(ast.Assign) if _assigned(s) & summed for n in names(s.value)}
+    tested = names(node.test)
+    for part in (n for body in (node.body, node.orelse) for s in body for n in ast.walk(s)):
+        if isinstance(part, ast.Assign) and _assigned(part) & summed:
+            others = {n for n in names(part.value) if n not in tested | costs and n not in _MATHS}
+            if others and (
+                _assigned(part) & (costs | tested) or any(_COST.search(n) or _CHANCE.search(n) for n in _assigned(part))
+            ):
+                return True
+        elif (
+            isinstance(part, ast.AugAssign)
+            and _assigned(part) & summed
+            and any(_COST.search(n) for n in _assigned(part))
+        ):
+            return True
+    return False
+
+
+_MATHS = {"math", "np", "numpy", "torch", "log", "exp", "max", "min", "float", "logaddexp", "log1p", "item", "clamp"}
 
 
 def _assigned(node: ast.AST) -> set[str]:
@@ -314,14 +400,39 @@ def _assigned(node: ast.AST) -> set[str]:
 
 
 def _target_costs(scope: Scope) -> set[str]:
-    """Names that hold what each target costs: gathered at the target, or a cross entropy without reduction."""
+    """Names that hold what each target costs: gathered at the target, or a cross entropy without reduction; or named so."""
     costly = {id(n) for n in scope.of(ast.Call, ast.Subscript) if _costs_a_target(n)}
     costs: set[str] = set()
-    for node in scope.of(ast.Assign) if costly else ():
-        copied = isinstance(node.value, (ast.UnaryOp, ast.Name)) and names(node.value) & costs
-        if copied or any(id(n) in costly for n in ast.walk(node.value)):
+    for node in scope.of(ast.Assign):
+        value = node.value
+        while isinstance(value, (ast.Subscript, ast.UnaryOp)) or (isinstance(value, ast.Call) and _only_casts(value)):
+            value = value.func.value if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) else (
+                value.args[0] if isinstance(value, ast.Call) else getattr(value, "value", getattr(value, "operand", None)))  # fmt: skip
+        word = last_name(value) if isinstance(value, (ast.Name, ast.Attribute)) else ""
+        named = word and (word in costs or _OF_TARGET.search(word))
+        if named or (costly and any(id(n) in costly for n in ast.walk(node.value))):
             costs |= _assigned(node)
     return costs
+
+
+def _only_casts(call: ast.Call) -> bool:
+    name = last_name(call.func)
+    if isinstance(call.func, ast.Attribute):
+        return name in (
+            "item",
+            "cpu",
+            "numpy",
+            "tolist",
+            "float",
+            "double",
+            "detach",
+            "exp",
+            "neg",
+            "view",
+            "squeeze",
+            "reshape",
+        )
+    return name in ("float", "exp") and len(call.args) == 1
 
 
 def _costs_a_target(node: ast.AST) -> bool:
@@ -346,7 +457,19 @@ def _no_distribution(tree: ast.Module) -> Found:
                 if (w := _first(words, _NO_PROBABILITY)) and not any("softmax" in n for n in words)
             ]
             if odd and any(_first(words, _PROBABILITY) for words in experts):
-                yield NO_DISTRIBUTION, node.lineno, odd[0]
+                yield NO_DISTRIBUTION, node, odd[0]
+        for call in scope.of(ast.Call):
+            if last_name(call.func) in ("stack", "cat", "vstack", "concatenate") and call.args:
+                parts = call.args[0].elts if isinstance(call.args[0], (ast.List, ast.Tuple)) else []
+                each = [names(p) for p in parts if not _reduced(p)]
+                odd = min((w for words in each if (w := _first(words, _NO_PROBABILITY))), default="")
+                if odd and any(_first(words, _COST) or _first(words, _OF_TARGET) for words in each):
+                    yield NO_DISTRIBUTION, call, odd
+
+
+def _reduced(node: ast.AST) -> bool:
+    """`nll.sum()`: a figure for a report, none a token."""
+    return isinstance(node, ast.Call) and last_name(node.func) in ("sum", "mean", "item", "tensor", "float")
 
 
 def _mixed(node: ast.BinOp) -> list[set[str]]:
@@ -364,60 +487,90 @@ def _is_one(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and node.value in (1, 1.0)
 
 
+def _spaces(tree: ast.Module) -> Found:
+    """A table of bytes that keeps the space of a piece, beside a loop that adds the same space once more."""
+    adds = [n for n in every(tree, ast.AugAssign) if isinstance(n.op, ast.Add) and _leading_space(n.value)]
+    adds += [n for n in every(tree, ast.Assign) if isinstance(n.value, ast.BinOp) and _leading_space(n.value)]
+    if not adds:
+        return
+    for scope in scopes(tree):
+        marks = [n for n in scope.of(ast.Constant) if isinstance(n.value, str) and n.value in ("\u2581", " ")]
+        if not marks or not any("\u2581" in n.value for n in marks):
+            continue
+        flags = [c for c in scope.of(ast.Call) if last_name(c.func) == "startswith"]
+        for node in scope.of(ast.Assign):
+            if not flags or not any(isinstance(t, ast.Subscript) for t in node.targets):
+                continue
+            sizes = [c for c in ast.walk(node.value) if isinstance(c, ast.Call) and last_name(c.func) == "len"]
+            encoded = [
+                c for s in sizes for c in ast.walk(s) if isinstance(c, ast.Call) and last_name(c.func) == "encode"
+            ]
+            for call in encoded:
+                piece = call.func.value if isinstance(call.func, ast.Attribute) else call
+                if not _stripped(piece, scope) and not isinstance(node.value, ast.BinOp):
+                    yield SPACES, node, last_name(piece) or "len"
+
+
+def _leading_space(node: ast.AST) -> bool:
+    return any(re.search(r"(?:leading|has|lead|pre)_?space|space_?(?:lut|flag|mask)", n, re.I) for n in names(node))
+
+
+def _stripped(piece: ast.AST, scope: Scope) -> bool:
+    """Whether the space before a piece is taken off: in the expression, or by an assignment to its name."""
+    values = [piece]
+    if isinstance(piece, ast.Name):
+        values += [n.value for n in scope.of(ast.Assign, ast.NamedExpr) if piece.id in _assigned(n)]
+    for part in (n for value in values for n in ast.walk(value)):
+        if isinstance(part, ast.Subscript) and isinstance(part.slice, ast.Slice):
+            return True
+        if isinstance(part, ast.Call) and last_name(part.func) in ("lstrip", "strip", "removeprefix"):
+            return True
+        if isinstance(part, ast.Call) and last_name(part.func) == "replace" and len(part.args) == 2:
+            return getattr(part.args[1], "value", " ") == ""
+    return False
+
+
 def _network(tree: ast.Module) -> Found:
     """Modules, calls and commands that reach the network while the script runs."""
-    for module, line in imports(tree):
+    for module, node in imports(tree):
         if module.split(".")[0] in _NETWORK:
-            yield "network module", line, module
+            yield "network module", node, module
     for call in every(tree, ast.Call):
         name = last_name(call)
         if name in _FETCHES or dotted(call.func).startswith("torch.hub."):
-            yield "network access", call.lineno, name
+            yield "network access", call, name
         elif name in _COMMANDS:
             words = [n.value for a in call.args for n in ast.walk(a) if isinstance(n, ast.Constant)]
             if found := _FETCHING.search(" ".join(w for w in words if isinstance(w, str))):
-                yield "network access", call.lineno, found[0]
+                yield "network access", call, found[0]
 
 
-def _rejected_names(tree: ast.Module) -> Found:
+def _rejected_names(tree: ast.Module, switches: Switches) -> Found:
     """First use of each name (or knob in a string) that belongs to a method ruled out."""
-    first: dict[str, int] = {}
+    first: dict[str, ast.AST] = {}
     for node in nodes(tree):
         word = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[A-Z_0-9]+", node.value):
             word = node.value
         if isinstance(word, str) and hasattr(node, "lineno"):
-            first[word] = min(node.lineno, first.get(word, node.lineno))
+            first[word] = min(node, first.get(word, node), key=lambda n: n.lineno)
     for what, pattern in REJECTED.items():
-        if found := [(line, word) for word, line in first.items() if pattern.search(word)]:
-            yield f"name of a rejected method: {what}", *min(found)
+        if found := [(node.lineno, word) for word, node in first.items() if pattern.search(word)]:
+            yield (
+                f"name of a rejected method: {what}",
+                first[min(found)[1]],
+                min(found)[1],
+                "",
+                switches.knobs_off(pattern),
+            )
 
 
-def is_off(value: object) -> bool:
-    """Whether a knob's value, as logs or code print it, switches a method off."""
-    return value is not None and str(value).strip().lower() in ("0", "0.0", "false", "off", "no", "none", "")
-
-
-def defaults(tree: ast.Module) -> dict[str, object]:
-    """name -> default of every `name = os.environ.get("NAME", default)`, in a conversion or not, and of constants."""
-    found: dict[str, object] = {}
-    for node in nodes(tree):
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        value = getattr(node, "value", None)
-        while isinstance(value, ast.Call) and last_name(value.func) in ("int", "float", "bool", "str") and value.args:
-            value = value.args[0]
-        if isinstance(value, ast.Call) and last_name(value.func) in ("get", "getenv") and len(value.args) == 2:
-            value = value.args[1]
-        if isinstance(value, ast.Constant):
-            found |= {name: value.value for target in targets for name in names(target)}
-    return found
-
-
-def _flow(tree: ast.Module) -> Found:
-    flow = Flow(tree)
-    yield from ((TRAINED, step.line, step.name, tuple(sorted(step.guards))) for step in flow.steps())
-    yield from ((IN_TRAINING, line, name) for line, name in flow.calibrations())
-    yield from ((LEARNED, line, name) for line, name in flow.learned_first())
-    yield from ((STORED if "compress" in name else SAVED, line, name) for line, name in flow.stored())
+def _flow(tree: ast.Module, switches: Switches) -> Found:
+    flow = Flow(tree, switches)
+    for step in flow.steps():
+        yield TRAINED, step.node, step.name, f"{route(step.path)}{', scored again' * step.again}", step.off
+    yield from ((IN_TRAINING, node, name, route(path)) for node, name, path in flow.calibrations())
+    yield from ((CALIBRATED, node, name, route(path)) for node, name, path in flow.late_calibrations())
+    yield from ((LEARNED, node, name, route(path)) for node, name, path in flow.learned_first())
+    for node, name, path in flow.stored():
+        yield STORED if "compress" in name else SAVED, node, name, route(path)

@@ -651,14 +651,14 @@ def code(entry: Entry) -> Lines:
     packed = f"{script.layers} layer(s) of packing undone statically" if script.layers else "plain source"
     yield PASS, "code readable", packed
     grouped: dict[str, list[source.Finding]] = {}
-    off: list[str] = []
+    off: set[str] = set()
     for finding in script.findings:
-        if knob := _switched_off(entry, finding):
-            off.append(knob)
+        if finding.off and (finding.off.logged or finding.pattern not in HARD):
+            off.add(finding.off.words)
         else:
             grouped.setdefault(finding.pattern, []).append(finding)
     yield from (_finding(entry, pattern, found) for pattern, found in grouped.items())
-    note = f"; in the code and off in the logs: {', '.join(sorted(set(off)))}" if off else ""
+    note = f"; in the code and not run: {', '.join(sorted(off))}" if off else ""
     if not grouped:
         yield PASS, "code patterns", f"none of those that got entries rejected{note}"
     elif note:
@@ -666,43 +666,20 @@ def code(entry: Entry) -> Lines:
 
 
 def _finding(entry: Entry, pattern: str, found: list[source.Finding]) -> Line:
+    found = sorted(found, key=lambda f: f.off is not None)
     lines = ", ".join(f"{f.line} of {f.place}" if f.place else str(f.line) for f in found[:5])
     where = f"line {lines}{' ...' * (len(found) > 5)}: {found[0].text}"
-    status = FAIL if pattern in HARD else WARN
+    rule, first = f"code: {pattern}", found[0]
     if pattern == patterns.TRAINED:
-        where = f"{found[0].name}, {where}"
-        printed, default = _printed(entry), patterns.defaults(entry.script.tree)
-        silent = [k for k in found[0].guards if patterns.is_off(default.get(k)) and not any(k in p for p in printed)]
-        if silent:
-            status, where = WARN, f"{where}; off unless {', '.join(silent)} was set, which the logs do not print"
-    if status == FAIL and _audited(entry)[0] == PASS:
-        return (
-            WARN,
-            f"code: {pattern}",
-            f"{where}; the audit of the scored stage passed, so it takes no part in the score",
-        )
-    return status, f"code: {pattern}", where
-
-
-def _printed(entry: Entry) -> list[dict[str, object]]:
-    """Knobs as each seed's log prints them, in lower case."""
-    return [{k.lower(): v for k, v in r.config.items()} for r in entry.scored]
-
-
-def _switched_off(entry: Entry, finding: source.Finding) -> str | None:
-    """The knob, as every log prints it, that keeps what a finding is about from running."""
-    method = finding.pattern.partition(": ")[2]
-    wanted = patterns.REJECTED.get(method)
-    configs = _printed(entry)
-    if not all(configs) or not configs:
-        return None
-    knobs = [k for k in configs[0] if k in finding.guards or (wanted and wanted.search(k))]
-    knobs = [k for k in knobs if k.endswith("_enabled")] or knobs
-    each = [[patterns.is_off(config.get(k)) for config in configs] for k in knobs]
-    decided = any(map(all, each)) if finding.guards else bool(each) and all(map(all, each))
-    return (
-        next(f"{k}={configs[0][k]}" for k, states in zip(knobs, each, strict=True) if all(states)) if decided else None
-    )
+        where = f"{first.name}, {where}"
+    where += f"; the text comes by {first.way}" if first.way else ""
+    if pattern not in HARD:
+        return WARN, rule, where
+    if first.off:
+        return WARN, rule, f"{where}; not run as far as code and logs tell ({first.off.words})"
+    if _audited(entry)[0] == PASS:
+        return WARN, rule, f"{where}; the audit of the scored stage passed, so it takes no part in the score"
+    return FAIL, rule, where
 
 
 # ---- Validity
@@ -740,7 +717,7 @@ def _gates(entry: Entry) -> Lines:
 
 def _look_first(entry: Entry, bpb: float) -> str:
     """The rule that a score too good most likely breaks, by what the folder shows."""
-    shown = [f.pattern for f in (entry.script.findings if entry.script else []) if not _switched_off(entry, f)]
+    shown = [f.pattern for f in (entry.script.findings if entry.script else []) if not f.off]
     for pattern in (patterns.TRAINED, *sorted(HARD), patterns.NO_DISTRIBUTION, patterns.GATE):
         if pattern in shown:
             return f"the code: {pattern}"

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from check.patterns import Finding, find_patterns
+from check.switches import Switches
 from check.syntax import calls, children, dotted, every, imports, nodes, parse
 
 MAX_BYTES, MAX_LAYERS, MAX_PROGRAMS = 8_000_000, 4, 24
@@ -58,14 +59,17 @@ class Script:
     name: str = "train_gpt.py"
     parts: list[Part] = field(default_factory=list)  # every program it holds, that which runs first
     findings: list[Finding] = field(default_factory=list)
+    configs: list[dict[str, object]] = field(default_factory=list)  # knobs as each log prints them, in lower case
+    printed: Callable[[], str] = str  # the logs' own lines
 
     def hashes(self) -> set[str]:
         return {hashlib.sha256(b).hexdigest() for b in (self.outer, self.source.encode("utf-8", "surrogateescape"))}
 
 
-def read_script(path: Path) -> Script:
+def read_script(path: Path, configs: list[dict[str, object]] | None = None, printed: Callable[[], str] = str) -> Script:
     """The script at `path`, unpacked as far as static decoding goes, with its findings. Never raises on content."""
     script = _open(path)
+    script.configs, script.printed = configs or [], printed
     _search(script)
     return script
 
@@ -131,7 +135,8 @@ def _search(script: Script, together: bool = False) -> None:
     try:
         for tree, parts, group in groups:
             starts = [0, *itertools.accumulate(text.count("\n") + 1 for text in group)]
-            for f in find_patterns(tree, "\n".join(group)):
+            switches = Switches(tree, script.configs, script.printed)
+            for f in find_patterns(tree, "\n".join(group), switches):
                 n = bisect.bisect(starts, f.line - 1) - 1
                 script.findings.append(f._replace(line=f.line - starts[n], place=parts[n].place))
         for part in script.parts:
@@ -323,7 +328,7 @@ def _payloads(part: Part) -> Iterator[Finding]:
         if not isinstance(node, ast.Constant):
             data = b"".join(_flat(n.value) for n in children(node) if isinstance(n, ast.Constant))
         if len(data or b"") > LARGE_PAYLOAD and data not in part.held and not _CODE.search(data):
-            yield Finding("large literal in the code", node.lineno, f"{len(data):,} bytes that no comment explains", "")
+            yield Finding("large literal in the code", node.lineno, f"{len(data):,} bytes that no comment explains")
 
 
 _CODE = re.compile(rb"#include|__global__|(?m:^\s*(?:def|class|import|from) \w)|@triton")

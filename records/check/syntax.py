@@ -57,16 +57,19 @@ def _settled(tree: ast.Module) -> ast.Module:
 
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_SCOPES, _LOOPS = {*FUNCTIONS, ast.ClassDef}, {ast.For, ast.AsyncFor, ast.While}
-_ACTS = {ast.Call, ast.Assign, ast.AugAssign, ast.Expr, ast.Subscript}
+_SCOPES, _LOOPS = {*FUNCTIONS, ast.ClassDef, ast.Lambda}, {ast.For, ast.AsyncFor, ast.While}
+_ACTS = {ast.Call, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Subscript, ast.Delete, ast.Return, ast.Yield}
 
 
 class Around(NamedTuple):
-    """What stands around a node inside its function: loops, tests of `if`s that hold, and whether gradients are off."""
+    """What stands around a node inside its function: loops, conditions that hold, and whether gradients are off."""
 
     loops: tuple[ast.AST, ...] = ()
-    tests: tuple[ast.AST, ...] = ()
+    tests: tuple[tuple[ast.AST, bool], ...] = ()  # (expression, what it came out as)
     quiet: bool = False
+
+    def under(self, test: ast.AST, holds: bool) -> Around:
+        return self._replace(tests=(*self.tests, (test, holds)))
 
 
 class Scope:
@@ -83,6 +86,13 @@ class Scope:
         return [*found[0]] if len(found) == 1 else [n for group in found for n in group]
 
 
+class Place(NamedTuple):
+    """Where a node stands."""
+
+    scope: Scope
+    around: Around
+
+
 def children(node: ast.AST) -> list[ast.AST]:
     found = []
     for name in node._fields:
@@ -95,33 +105,67 @@ def children(node: ast.AST) -> list[ast.AST]:
 
 
 @functools.lru_cache(maxsize=4)
-def scopes(tree: ast.Module) -> list[Scope]:
-    """Every scope of a module, the module's own first."""
-    found = [Scope("", tree, None)]
-    waiting = [(child, found[0], Around()) for child in reversed(children(tree))]
+def _walked(tree: ast.Module) -> tuple[list[Scope], dict[int, Place]]:
+    found, places = [Scope("", tree, None)], {}
+    waiting = [(child, found[0], around) for child, around in reversed(_block(tree.body, Around()))]
     while waiting:
         node, scope, around = waiting.pop()
         kind = type(node)
         scope.nodes.append(node)
         scope.by_type.setdefault(kind, []).append(node)
+        places[id(node)] = Place(scope, around)
         if kind in _ACTS:
             scope.acts.append((node, around))
         elif kind in _SCOPES:
-            scope = Scope(node.name, node, scope)
+            scope = Scope(getattr(node, "name", scope.name), node, scope)  # a lambda goes by the name around it
             found.append(scope)
-            around = Around(quiet=any(map(_turns_gradients_off, node.decorator_list)))
+            decorators = getattr(node, "decorator_list", ())
+            around = Around(quiet=any(map(_turns_gradients_off, decorators)) or (kind is ast.Lambda and around.quiet))
         elif kind in _LOOPS:
             around = around._replace(loops=(*around.loops, node))
-        elif kind is ast.With and not around.quiet:
+        elif kind in (ast.With, ast.AsyncWith) and not around.quiet:
             around = around._replace(quiet=any(_turns_gradients_off(i.context_expr) for i in node.items))
-        elif kind is ast.If:
-            held = around._replace(tests=(*around.tests, node.test))
-            waiting += [(child, scope, around) for child in reversed(node.orelse)]
-            waiting += [(child, scope, held) for child in reversed(node.body)]
-            waiting.append((node.test, scope, around))
-            continue
-        waiting += [(child, scope, around) for child in reversed(children(node))]
+        waiting += [(child, scope, held) for child, held in reversed(_inside(node, around))]
+    return found, places
+
+
+def _inside(node: ast.AST, around: Around) -> list[tuple[ast.AST, Around]]:
+    """The children of a node, each with what stands around it there."""
+    found = []
+    for name in node._fields:
+        value = getattr(node, name, None)
+        held = around
+        if isinstance(node, (ast.If, ast.IfExp)) and name in ("body", "orelse"):
+            held = around.under(node.test, name == "body")
+        if type(value) is list:
+            found += _block([v for v in value if isinstance(v, ast.AST)], held)
+        elif isinstance(value, ast.AST):
+            found.append((value, held))
     return found
+
+
+def _block(body: list[ast.AST], around: Around) -> list[tuple[ast.AST, Around]]:
+    """Statements one after the other: what follows `if test: continue` runs where the test does not hold."""
+    found = []
+    for node in body:
+        found.append((node, around))
+        if isinstance(node, ast.If) and _leaves(node.body) != _leaves(node.orelse):
+            around = around.under(node.test, _leaves(node.orelse))
+    return found
+
+
+def _leaves(body: list[ast.AST]) -> bool:
+    return bool(body) and isinstance(body[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break))
+
+
+def scopes(tree: ast.Module) -> list[Scope]:
+    """Every scope of a module, the module's own first."""
+    return _walked(tree)[0]
+
+
+def places(tree: ast.Module) -> dict[int, Place]:
+    """Where each node stands, by its identity."""
+    return _walked(tree)[1]
 
 
 def _turns_gradients_off(node: ast.AST) -> bool:
@@ -156,12 +200,12 @@ def last_name(node: ast.AST) -> str:
     return getattr(node, "attr", getattr(node, "id", ""))
 
 
-def imports(tree: ast.Module) -> list[tuple[str, int]]:
-    """(module, line) of every import: statements, `__import__("name")` and `importlib.import_module("name")`."""
-    found = [(a.name, n.lineno) for n in every(tree, ast.Import) for a in n.names]
-    found += [(n.module or "", n.lineno) for n in every(tree, ast.ImportFrom)]
+def imports(tree: ast.Module) -> list[tuple[str, ast.AST]]:
+    """(module, node) of every import: statements, `__import__("name")` and `importlib.import_module("name")`."""
+    found = [(a.name, n) for n in every(tree, ast.Import) for a in n.names]
+    found += [(n.module or "", n) for n in every(tree, ast.ImportFrom)]
     dynamic = (c for c in every(tree, ast.Call) if last_name(c) in ("__import__", "import_module") and c.args)
-    return found + [(str(c.args[0].value), c.lineno) for c in dynamic if isinstance(c.args[0], ast.Constant)]
+    return found + [(str(c.args[0].value), c) for c in dynamic if isinstance(c.args[0], ast.Constant)]
 
 
 @functools.lru_cache(maxsize=4)
