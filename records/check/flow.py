@@ -171,14 +171,18 @@ class Flow:
         self.scopes = {scope.node: scope for scope in scopes(tree)}
         self.functions: dict[str, list[Scope]] = {}
         self.classes: dict[str, Scope] = {}
+        self.methods: dict[ast.AST, list[Scope]] = {}  # of each class
         for scope in self.scopes.values():
             if isinstance(scope.node, FUNCTIONS):
                 self.functions.setdefault(scope.name, []).append(scope)
+                if scope.outer is not None and isinstance(scope.outer.node, ast.ClassDef):
+                    self.methods.setdefault(scope.outer.node, []).append(scope)
             elif isinstance(scope.node, ast.ClassDef):
                 self.classes.setdefault(scope.name, scope)
         self.modules = {a.asname: a.name for n in every(tree, ast.Import) for a in n.names if a.asname}
         self.modules |= {a.asname or a.name: n.module or "" for n in every(tree, ast.ImportFrom) for a in n.names}
         self.arrived: dict[tuple[ast.AST, str], Path] = {}  # the way by which an argument came
+        self.objects: dict[tuple[ast.AST, str], Scope] = {}  # the class of an argument, where its calls tell
         self._bindings: dict[ast.AST, dict[str, list[Binding]]] = {}
         self._summaries: dict[tuple, Summary] = {}
         self._under_way: set[tuple] = set()
@@ -311,11 +315,9 @@ class Flow:
 
     def _of_binding(self, name: str, b: Binding, scope: ast.AST, given: frozenset, loss: bool, deep: int) -> Path:
         if b.value is None:
-            return (
-                (*self.arrived.get((scope, name), ()), Hop(name, getattr(scope, "lineno", 0)))[-12:]
-                if name in given
-                else ()
-            )
+            if (f"~{name}" if loss else name) not in given:
+                return ()
+            return (*self.arrived.get((scope, name), ()), Hop(name, getattr(scope, "lineno", 0)))[-12:]
         key = (scope, name, b.here.at, b.value, given, loss, self._around(scope))
         if key not in self._known:
             self._known[key] = ()  # while it is asked: a value computed from itself
@@ -354,15 +356,26 @@ class Flow:
         key = (owner.node, attr, holds, loss)
         if key not in self._members:
             self._members[key] = ()
-            for scope in self.scopes.values():
-                if scope.outer is not owner or not isinstance(scope.node, FUNCTIONS):
-                    continue
+            for scope in self.methods.get(owner.node, ()):
                 for b in self.bindings(scope.node).get(f"self.{attr}", ()):
                     given = self._usually_given(scope, owner) if holds else frozenset()
                     if path := self._of_binding(f"self.{attr}", b, scope.node, given, loss, 2):
                         self._members[key] = path
                         return path
+            if holds:
+                self._members[key] = self._field(owner, attr, loss)
         return self._members[key]
+
+    def _field(self, owner: Scope, attr: str, loss: bool) -> Path:
+        """What the makers of a dataclass's objects give one of its fields."""
+        fields = [n.target.id for n in owner.of(ast.AnnAssign) if isinstance(n.target, ast.Name)]
+        for call in self.switches.calls.get(owner.name, ()) if attr in fields else ():
+            given = [k.value for k in call.keywords if k.arg == attr] + call.args[fields.index(attr) :][:1]
+            if (place := self.places.get(id(call))) is not None:
+                here, usual = self.here(call), self.usual(place.scope)
+                if path := _first(self.tokens(a, place.scope.node, here, usual, loss, 2) for a in given):
+                    return (*path, Hop(attr, call.lineno))
+        return ()
 
     def _usually_given(self, scope: Scope, owner: Scope) -> frozenset:
         """Parameters of a method that get validation tokens anywhere."""
@@ -373,7 +386,7 @@ class Flow:
             for call in self.switches.calls.get(wanted, ()):
                 if place := self.places.get(id(call)):
                     called = Called(scope, call.args, call.keywords, None)
-                    found |= self._given(called, place.scope.node, self.here(call), frozenset())
+                    found |= self._given(called, place.scope.node, self.here(call), self.usual(place.scope))
             self._given_of[scope.node] = frozenset(found)
         return self._given_of[scope.node]
 
@@ -424,30 +437,50 @@ class Flow:
 
     # ---- What a call runs
 
-    def _class_of(self, node: ast.AST, scope: ast.AST, here: Here) -> Scope | None:
+    def _class_of(self, node: ast.AST, scope: ast.AST, here: Here, deep: int = 0) -> Scope | None:
         """The class of this script that an expression is an object of, where that is plain."""
+        if deep > 5:
+            return None
         if isinstance(node, ast.Name) and node.id == "self":
             outer: Scope | None = self.scopes[scope]
             while outer is not None and not isinstance(outer.node, ast.ClassDef):
                 outer = outer.outer
             return outer
         if isinstance(node, ast.Call):
-            return self.classes.get(last_name(node.func))
+            made = self.classes.get(last_name(node.func))
+            found = [] if made or not isinstance(node.func, ast.Name) else self.functions.get(node.func.id, [])
+            return made or next((c for s in found if (c := self._annotated(s.node.returns)) is not None), None)
         if isinstance(node, ast.Name):
             inside: Scope | None = self.scopes[scope]
             while inside is not None:
                 if bound := self.bindings(inside.node).get(node.id):
-                    made = [b.value for b in bound if isinstance(b.value, ast.Call)]
-                    return self.classes.get(last_name(made[-1].func)) if made else None
+                    made = [b.value for b in bound if isinstance(b.value, (ast.Call, ast.Attribute))]
+                    if made and made[-1] is not node:
+                        return self._class_of(made[-1], inside.node, here, deep + 1)
+                    noted = [a.annotation for a in _all_arguments(inside.node) if a.arg == node.id]
+                    return self.objects.get((inside.node, node.id)) or self._annotated(*noted[:1])
                 inside = inside.outer
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            owner = self._class_of(node.value, scope, here)
-            for method in self.scopes.values():
-                if owner is not None and method.outer is owner and isinstance(method.node, FUNCTIONS):
-                    for b in self.bindings(method.node).get(f"self.{node.attr}", ()):
-                        if isinstance(b.value, ast.Call) and last_name(b.value.func) in self.classes:
-                            return self.classes[last_name(b.value.func)]
+        if isinstance(node, ast.Attribute):
+            owner = self._class_of(node.value, scope, here, deep + 1)
+            if owner is None:
+                return None
+            for noted in owner.of(ast.AnnAssign):
+                if isinstance(noted.target, ast.Name) and noted.target.id == node.attr:
+                    return self._annotated(noted.annotation)
+            for method in self.methods.get(owner.node, ()):
+                for b in self.bindings(method.node).get(f"self.{node.attr}", ()):
+                    if isinstance(b.value, ast.Call) and last_name(b.value.func) in self.classes:
+                        return self.classes[last_name(b.value.func)]
         return None
+
+    def _annotated(self, note: ast.AST | None = None) -> Scope | None:
+        """The class of this script that an annotation names."""
+        word = (
+            note.value
+            if isinstance(note, ast.Constant) and isinstance(note.value, str)
+            else last_name(note or ast.Pass())
+        )
+        return self.classes.get(word)
 
     def _called(self, node: ast.Call, scope: ast.AST, here: Here) -> Called | None:
         """The function or class of this script that a call runs, itself or as an argument; None if it is none of it."""
@@ -514,7 +547,7 @@ class Flow:
         return False
 
     def _given(self, called: Called, scope: ast.AST, here: Here, given: frozenset, deep: int = 0) -> frozenset:
-        """Parameters that a call gives validation tokens, or what is computed from them."""
+        """Parameters that a call gives validation tokens, with a `~` those that it gives what is computed from them."""
         parameters = _parameters(called.scope.node)
         of_object = parameters[:1] in (["self"], ["cls"])
         parts = called.scope.node.args if isinstance(called.scope.node, _LAMBDAS) else None
@@ -525,9 +558,13 @@ class Flow:
         pairs += [(rest, a) for a in called.arguments[len(placed) :] if rest]
         found = set()
         for name, value in pairs:
-            if path := self.tokens(value, scope, here, given, True, deep + 1):
-                found.add(name)
+            path = self.tokens(value, scope, here, given, False, deep + 1)
+            found |= {name} if path else set()
+            if path or (path := self.tokens(value, scope, here, given, True, deep + 1)):
+                found.add(f"~{name}")
                 self.arrived.setdefault((called.scope.node, name), path)
+                if (kind := self._class_of(value, scope, here)) is not None:
+                    self.objects.setdefault((called.scope.node, name), kind)
         if of_object and called.owner is not None:
             own = isinstance(called.owner, ast.Name) and called.owner.id == "self"
             if "self" in given if own else self.tokens(called.owner, scope, here, given, False, deep + 1):
@@ -851,8 +888,10 @@ class Flow:
 
     def _handed(self, call: ast.Call, scope: Scope, more: tuple = (), loss: bool = False) -> Path:
         """The way of validation tokens to a call's arguments, or with `loss` of anything computed from them."""
+        here = self.here(call)
         arguments = [*call.args, *(k.value for k in call.keywords), *more]
-        return _first(self.tokens(a, scope.node, self.here(call), self.usual(scope), loss) for a in arguments)
+        bare = (a for a in arguments if self._class_of(a, scope.node, here) is None)  # an object is more than its text
+        return _first(self.tokens(a, scope.node, here, self.usual(scope), loss) for a in bare)
 
     def usual(self, scope: Scope) -> frozenset:
         """Parameters of a function that get validation tokens at any of its calls."""
@@ -1132,11 +1171,15 @@ def _at(node: ast.AST) -> tuple[int, int]:
     return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
 
 
-def _parameters(scope: ast.AST) -> list[str]:
+def _all_arguments(scope: ast.AST) -> list[ast.arg]:
     if not isinstance(scope, _LAMBDAS):
         return []
     parts = scope.args
-    return [a.arg for a in (*parts.posonlyargs, *parts.args, *parts.kwonlyargs, parts.vararg, parts.kwarg) if a]
+    return [a for a in (*parts.posonlyargs, *parts.args, *parts.kwonlyargs, parts.vararg, parts.kwarg) if a]
+
+
+def _parameters(scope: ast.AST) -> list[str]:
+    return [a.arg for a in _all_arguments(scope)]
 
 
 def _bound(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
