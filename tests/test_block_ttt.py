@@ -100,8 +100,20 @@ def test_phases_come_at_the_first_block_end_past_their_share():
 # ---- the scores are those of the definition
 
 
-def scored(model, ids, n, lora, temperature):
-    ctx = tg.Ctx(lora=lora)
+class Kept:
+    """Keys and values of a document as they were computed; those from position `first` on are seen."""
+
+    def __init__(self) -> None:
+        self.first, self.length, self.last_id, self.last_embedding, self.all = 0, 0, None, None, {}
+
+    def extend(self, slot, *new):
+        self.all.setdefault(slot, []).append(new)
+        earlier = [[x.detach() for x in pair] for pair in self.all[slot][:-1]]
+        return [torch.cat(parts, 1)[:, self.first :] for parts in zip(*earlier, new, strict=True)]
+
+
+def scored(model, ids, n, lora, temperature, cache=None):
+    ctx = tg.Ctx(lora=lora, cache=cache)
     z = model.logits(model.features(ids[None, :-1], ctx)[:, -n:], ctx)
     nll = torch.nn.functional.cross_entropy(z[0], ids[-n:], reduction="none")
     return (z[0] / temperature).log_softmax(-1).gather(1, ids[-n:, None])[:, 0].detach(), nll
@@ -136,6 +148,7 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
         copy.deepcopy(model).requires_grad_(False),
         torch.Generator().manual_seed(tg.derive_seed(cfg.seed, "ttt")),
     )
+    model.rope = tg.rope_table(cfg, n).to(model.rope)
     sites, scale, rank = tg.lora_sites(cfg, model), cfg.ttt_lora_alpha / cfg.ttt_lora_rank, cfg.ttt_lora_rank
     state = [(torch.empty(rank, i).uniform_(-1, 1, generator=generator) / i**0.5).double() for _, i in sites.values()]
     scores, left, block, done, phases = [], [], 0, 0, 0
@@ -145,12 +158,15 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
         b = [torch.zeros(o, rank, dtype=torch.float64, requires_grad=True) for o, _ in sites.values()]
         lora = {site: tg.Lora(*pair, scale) for site, *pair in zip(sites, a, b, strict=True)}
         adam = torch.optim.AdamW([*a, *b], cfg.ttt_lr, (cfg.ttt_beta1, cfg.ttt_beta2), cfg.ttt_adam_eps, cfg.ttt_wd)
-        lo, steps = 1, 0
+        lo, steps, kept = 1, 0, Kept() if cfg.ttt_kv_cache else None
         while s + lo < e:
             size = 4 if lo <= 8 else 6 if lo <= 20 else 12
             hi = lo + size
-            start, stop = max(0, hi - 1 - cfg.ttt_eval_len), min(hi, e - s)
-            logp, nll = scored(model, x[s + start : s + stop], stop - lo, lora, cfg.ttt_temperature)
+            start = max(0, hi - 1 - cfg.ttt_eval_len)
+            if kept:
+                kept.first, start = start, lo - 1
+            stop = min(hi, e - s)
+            logp, nll = scored(model, x[s + start : s + stop], stop - lo, lora, cfg.ttt_temperature, kept)
             scores.append(logp)
             if s + hi < e:
                 adam.zero_grad()
@@ -178,7 +194,8 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("knobs", [{}, {"TTT_WARM_START_A": 0, "TTT_TEMPERATURE": 0.9}, PHASES,
-                                   {"TTT_LORA_SITES": "q,v,out,up,down,o", "TTT_BETA1": 0.9, "TTT_GRAD_CLIP": 0.2}])  # fmt: skip
+                                   {"TTT_LORA_SITES": "q,v,out,up,down,o", "TTT_BETA1": 0.9, "TTT_GRAD_CLIP": 0.2},
+                                   *({**PHASES, "TTT_KV_CACHE": 1, "TTT_EVAL_SEQ_LEN": n} for n in (12, 27, 34, 64))])  # fmt: skip
 def test_scores_are_those_of_the_definition(tiny, double, text, knobs):
     mine, theirs = walk(learner(tiny, double, text, **knobs), text), by_hand(tiny, double, text, **knobs)
     assert (mine - theirs).abs().max() < 1e-9
