@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import textwrap
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_ngram import small_claims, tiny_audit  # noqa: F401 (a fixture)
 from test_table import tables
 
@@ -92,3 +95,27 @@ def test_what_looks_ahead_fails_the_audit(name, monkeypatch):
 def test_the_same_parts_as_they_are_pass(stage, knobs):
     checks = tiny_audit(stage, tables() if "NGRAM_TABLE" in dict(knobs) else tg.NO_TABLES, **dict(knobs))
     assert all(checks.values()), checks
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_each_tolerance_of_the_audit_has_two_sides(sign, monkeypatch):
+    audit, flat = object.__new__(tg.Audit), torch.full((8,), 0.125, dtype=torch.float64)
+    audit.model, audit.tolerance = SimpleNamespace(compute_dtype=torch.float32), 1e-6
+    audit.text = tg.ValidationText(torch.arange(4), torch.ones(4, dtype=torch.int64), True)
+    audit.noise, audit.cuts, audit.cfg = torch.arange(4), [2, 3], SimpleNamespace(vocab_size=8)
+    scores = torch.full((3,), math.log(0.125), dtype=torch.float64)
+    for size, passed in ((0.9, True), (1.1, False)):
+        step = sign * size
+        assert audit.sums_to_one({1: flat, 3: flat * (1 + step * 1e-6)}).passed is passed
+        same = audit.scores_are_of_the_distribution(scores + torch.tensor([0.0, 0.0, step * 1e-4]), {1: flat, 3: flat})
+        assert same.passed is passed
+        for moved in (0, 1):  # the last score before a cut, an entry of the distribution at it
+
+            def walk(_, t, step=step, moved=moved):
+                entry, last = (torch.arange(n) == at for n, at in ((8, 5), (t - 1, 1)))
+                return scores[: t - 1] + (1 - moved) * step * 1e-6 * last, flat + moved * step * 1e-6 * entry * (t == 3)
+
+            monkeypatch.setattr(audit, "walk_to", walk)
+            found = [check.passed for check in audit.rest_is_unseen(scores, {2: flat, 3: flat})]
+            assert found == [passed or moved == 1, passed or moved == 0]
+    assert not audit.sums_to_one({1: torch.cat([flat, torch.tensor([0.1, -0.1])])}).passed
