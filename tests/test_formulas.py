@@ -104,10 +104,10 @@ class Oracle:
         dims, longest = cfg.rope_dims or width, max(cfg.train_seq_len, cfg.eval_len)
         stretch = longest / cfg.rope_train_len if cfg.rope_train_len and longest > cfg.rope_train_len else 1.0
         base, y = cfg.rope_base * stretch ** (dims / (dims - 2)), x.clone()
-        for t, j in itertools.product(range(length), range(dims // 2)):
-            angle, a, b = t * base ** (-2 * j / dims), x[t, j], x[t, j + dims // 2]
-            y[t, j] = a * math.cos(angle) + b * math.sin(angle)
-            y[t, j + dims // 2] = b * math.cos(angle) - a * math.sin(angle)
+        for j in range(dims // 2):
+            angle, a, b = torch.arange(length).double() * base ** (-2 * j / dims), x[:, j], x[:, j + dims // 2]
+            y[:, j] = a * angle.cos() + b * angle.sin()
+            y[:, j + dims // 2] = b * angle.cos() - a * angle.sin()
         return y
 
     def attention(self, i: int, x):
