@@ -32,7 +32,7 @@ SWITCHES = {
     "overtone": {"overtone_init": True}, "adapters": {"adapter_rank": 3}, "fused": {"kv_fused": True},
     "published b": {"adapter_rank": 3, "adapter_b_init": "published"}, "leaky": {"leaky_slope": 0.3},
     "widths": {"mlp_mult_encoder": 1.0, "mlp_mult_decoder": 3.0}, "own head": {"tie_embeddings": False},
-    "loop": {"num_loops": 2, "loop_start": 1, "loop_end": 1}, "lanes": {"parallel_start_layer": 3},
+    "loop": {"num_loops": 2, "loop_start": 1, "loop_end": 1}, "odd loop": {"num_loops": 1, "loop_start": 1, "loop_end": 1, "num_layers": 5}, "lanes": {"parallel_start_layer": 3},
     "carry": CARRY, "skip gates": {"skip_gates_enabled": True}, "more heads": {"num_heads": 8, "num_kv_heads": 2},
     "sparse gate": {"attn_gate": "sparse", "gate_window": 6, "sparse_attn_gate_scale": 0.4}, "gated xsa": {"xsa_last_n": -1, "xsa_gated": True},
     "window smear": {"smear": True, "smear_form": "window", "gate_window": 6}, "two caps": {"asym_logit_rescale": True, "logit_softcap": 4.0},
@@ -40,7 +40,7 @@ SWITCHES = {
     "single": {"num_layers": 1, "xsa_last_n": -1, "ve_layers": "0", "value_residual": "none"},
 }  # fmt: skip
 ALONE = {"plain": {}, **SWITCHES, "everything": EVERYTHING, "everything else": EVERYTHING_ELSE}
-REPEATING, LATE = ("loop", "carry", "recurrence", "single"), ("lanes", "single", "recurrence")
+REPEATING, LATE = ("loop", "odd loop", "carry", "recurrence", "single"), ("lanes", "single", "recurrence")
 CLASHES = [{a, b} for a, b in [*itertools.combinations(REPEATING, 2), *itertools.combinations(LATE, 2)]]
 PAIRS = [pair for pair in itertools.combinations(SWITCHES, 2) if set(pair) not in CLASHES]
 PAIRS = [
