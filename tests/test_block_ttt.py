@@ -170,7 +170,8 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
             scores.append(logp)
             if s + hi < e:
                 adam.zero_grad()
-                nll.mean().backward()
+                w = text.bytes[s + lo : s + hi].clamp_min(1).double() if cfg.ttt_byte_weighted else torch.ones(size)
+                (nll @ w.double() / w.sum()).backward()
                 if cfg.ttt_grad_clip:
                     torch.nn.utils.clip_grad_norm_([*a, *b], cfg.ttt_grad_clip)
                 adam.step()
@@ -194,7 +195,8 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("knobs", [{}, {"TTT_WARM_START_A": 0, "TTT_TEMPERATURE": 0.9}, PHASES,
-                                   {"TTT_LORA_SITES": "q,v,out,up,down,o", "TTT_BETA1": 0.9, "TTT_GRAD_CLIP": 0.2},
+                                   {"TTT_LORA_SITES": "q,v,out,up,down,o", "TTT_BETA1": 0.9, "TTT_GRAD_CLIP": 0.2,
+                                    "TTT_BYTE_WEIGHTED": 1},
                                    *({**PHASES, "TTT_KV_CACHE": 1, "TTT_EVAL_SEQ_LEN": n} for n in (12, 27, 34, 64))])  # fmt: skip
 def test_scores_are_those_of_the_definition(tiny, double, text, knobs):
     mine, theirs = walk(learner(tiny, double, text, **knobs), text), by_hand(tiny, double, text, **knobs)

@@ -99,6 +99,44 @@ def test_the_cascade_is_its_definition_over_counters_fed_token_by_token(span, ra
     assert mine == pytest.approx(cascade_by_hand(tokens, span, rate, lambda t, k: known[t, k]), abs=1e-10)
 
 
+def test_weights_are_kept_apart_by_length_counts_age_and_certainty():
+    """Over all counts there can be, one bucket a length, an octave and a third of a nat."""
+    cascade = tg.Cascade(tg.NgramTable(VOCAB, ORDER), None)
+    total = torch.tensor([1, 2, 3, 4, 127, 128, 2**14 - 1, 2**14, 2**15 - 1, 2**15, 2**16, 2**24 + 1, 2**30])
+    kinds, entropy = total.flip(0), torch.linspace(0, 11, len(total)).double()
+    for level in range(ORDER - 1):
+        for trust in (0, 9):
+            seen, age, sure = cascade.buckets(
+                torch.full_like(total, level), total, kinds, torch.full_like(total, trust), entropy
+            )
+            octave = lambda n, most: min(n.bit_length() - 1, most)  # noqa: E731
+            pairs = zip(total.tolist(), kinds.tolist(), strict=True)
+            assert seen.tolist() == [128 * level + 8 * octave(c, 15) + octave(u, 7) for c, u in pairs]
+            assert set(age.tolist()) == {10 * level + trust}
+            assert sure.tolist() == [24 * level + min(int(3 * h), 23) for h in entropy.tolist()]
+    for table, size in zip(cascade.mixing.tables, (128, 10, 24), strict=True):
+        assert table.shape == (4, size * (ORDER - 1))
+
+
+def test_each_expert_corrects_the_one_before_it(tiny):
+    cfg = config(tiny, NGRAM_TILT_ENABLED=1, NGRAM_TILT_ORDER=7, NGRAM_TILT_BETA=1.5, NGRAM_TILT_THRESHOLD=0.7, NGRAM_TILT_GAMMA=0.5,
+                 NGRAM_TILT_RATE=0.3, NGRAM_RATE=0.6, NGRAM_TABLE="exact")  # fmt: skip
+    tables, packed, network = [tg.NgramTable(VOCAB, order) for order in (4, 7)], packed_table(), object()
+    kinds = {"sliding": (), "ttt": (), "tilt": (tg.Tilt,), "table": (tg.Tilt, tg.PackedCascade),
+             "ngram": (tg.Tilt, tg.PackedCascade, tg.Cascade)}  # fmt: skip
+    for stage, expected in kinds.items():
+        first, *experts = tg.expert_chain(cfg, stage, network, tables, packed)
+        assert first is network and tuple(map(type, experts)) == expected
+        assert [expert.base for expert in experts] == [network, *experts][: len(experts)]
+        for expert in experts:
+            assert expert.table is {tg.Tilt: tables[1], tg.PackedCascade: packed, tg.Cascade: tables[0]}[type(expert)]
+            if isinstance(expert, tg.Tilt):
+                assert (expert.k, expert.beta, expert.threshold, expert.gamma, expert.rate) == (6, 1.5, 0.7, 0.5, 0.3)
+            else:
+                assert expert.mixing.rate == 0.6
+    assert [type(e) for e in tg.expert_chain(config(tiny), "ngram", network, tables, None)[1:]] == [tg.Cascade]
+
+
 def test_the_packed_cascade_is_the_same_over_the_artifacts_counts():
     tokens, table = make_text(400), packed_table()
     spelled, before = {}, [()]
