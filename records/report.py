@@ -11,7 +11,8 @@
 Exit status: 0 all good, 1 something was found to fail, 2 a mistake of the user. Needs numpy, scipy to test a gain,
 matplotlib to draw, and libcst to read scripts in newer Python than the one that runs it.
 
-Modules: runs.py reads JSON logs and textlog.py others, stats.py has the t-test, tables.py prints, plots.py draws.
+Modules: run.py is what one log says, runs.py what the commands share (it reads JSON logs, textlog.py reads others), stats.py has the
+t-test, tables.py prints, plots.py draws, expect.py asks the trainer what a line of a list would give, for sweep.py.
 check/ reads a record folder, unpacks its script without running it and judges both; submission.py writes folders,
 sweep.py runs lists.
 """

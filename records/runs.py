@@ -1,152 +1,23 @@
-"""Logs to runs: reads logs/*.jsonl (schema 1) and, by textlog.py, text logs; tells which runs may be compared."""
+"""What the commands share. Logs to runs: reads logs/*.jsonl (schema 1) and, by textlog.py, text logs; compares settings."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
+
+import textlog
+from run import Run, UserError, audit_checks
 
 SCHEMA = 1
 SUFFIXES = (".jsonl", ".txt", ".log", ".out")  # .out as Slurm names them
 MAX_LOG_BYTES = 200_000_000
-STILL_WARM_S = 120  # a log without an end that was written to this recently belongs to a run still going
 BOOKKEEPING = {  # knobs that name, place or watch a run without touching its score
     *("SEED", "RUN_ID", "ARTIFACT", "FORCE", "RESUME", "CHECKPOINT_EVERY", "CHECKPOINT_KEEP", "PROFILE"),
     *("TRAIN_LOG_EVERY", "VAL_LOSS_EVERY", "LOG_DIR", "OUTPUT", "INPUT", "MODE", "RECIPE", "DEVICE"),
     *("DATA_PATH", "TOKENIZER_PATH", "VAL_BATCH_TOKENS", "MICRO_BATCH_TOKENS", "EVAL_WALLCLOCK_SECONDS"),
 }
-
-
-class UserError(ValueError):
-    """A mistake of the person at the keyboard: one message, exit status 2."""
-
-
-@dataclass
-class Run:
-    """What one log says. Events are kept as the log wrote them; a missing one is None or empty."""
-
-    path: Path
-    info: dict = field(default_factory=dict)
-    config: dict = field(default_factory=dict)
-    sources: dict = field(default_factory=dict)
-    steps: list[dict] = field(default_factory=list)
-    vals: list[dict] = field(default_factory=list)
-    switches: list[dict] = field(default_factory=list)
-    stages: dict[str, dict] = field(default_factory=dict)
-    claims: list[dict] = field(default_factory=list)
-    train_end: dict | None = None
-    quant: dict | None = None
-    pack: dict | None = None
-    audit: dict | None = None  # of this log, or of the MODE=audit log that speaks for it (see adopt_audits)
-    audited_by: Path | None = None
-    score: dict | None = None
-    error: str | None = None
-    ended: str | None = None
-    damage: str | None = None  # why the log could not be read to its end
-    source: str | None = None  # the script that a text log prints
-
-    @property
-    def run_id(self) -> str:
-        return self.info.get("run_id") or self.path.stem
-
-    @property
-    def seed(self) -> int | None:
-        return self.info.get("seed", self.config.get("SEED"))
-
-    @property
-    def mode(self) -> str:
-        return self.info.get("mode", "train")
-
-    @property
-    def stage(self) -> str | None:
-        return self.score["stage"] if self.score else None
-
-    def bpb(self, stage: str | None = None) -> float | None:
-        entry = self.stages.get(stage) if stage else self.score
-        return entry["val_bpb"] if entry else None
-
-    def loss(self, stage: str | None = None) -> float | None:
-        entry = self.stages.get(stage) if stage else self.score
-        return entry["val_loss"] if entry else None
-
-    @property
-    def last_step(self) -> int | None:
-        if self.train_end:
-            return self.train_end["steps"]
-        return max((e["step"] for e in self.steps + self.vals), default=None)
-
-    @property
-    def train_s(self) -> float | None:
-        """The largest clock that the log shows: the stop line's, or a step's after it, less its rounding."""
-        clocks = [e["train_s"] - e.get("rounding_s", 0.0) for e in self.steps + self.vals if e.get("train_s")]
-        return max([*clocks, *([self.train_end["train_s"]] if self.train_end else [])], default=None)
-
-    @property
-    def slowest_step_s(self) -> float | None:
-        """The slowest mean time of a step between two lines of the log's last quarter."""
-        events = sorted((e for e in self.steps + self.vals if e.get("train_s")), key=lambda e: e["step"])
-        pairs = [
-            (a, b) for a, b in pairwise(events) if 4 * b["step"] >= 3 * (self.last_step or 0) and b["step"] > a["step"]
-        ]
-        spans = [
-            (b["train_s"] - a["train_s"]) / (b["step"] - a["step"])
-            for a, b in pairs
-            if "rounding_s" not in b or b["rounding_s"] < 0.1
-        ]
-        return max(spans, default=self.ms_per_step and self.ms_per_step / 1000)
-
-    @property
-    def ms_per_step(self) -> float | None:
-        return 1000 * self.train_s / self.last_step if self.train_s and self.last_step else None
-
-    @property
-    def eval_s(self) -> float | None:
-        return self.score.get("eval_s") if self.score else None
-
-    @property
-    def total_bytes(self) -> int | None:
-        return next((e["total_bytes"] for e in (self.score, self.pack) if e and e.get("total_bytes")), None)
-
-    @property
-    def artifact(self) -> str | None:
-        """Where the artifact was written, or for MODE=audit and eval the one that was read."""
-        place = (self.pack or {}).get("artifact") or self.config.get("ARTIFACT")
-        return place if isinstance(place, str) and place else None
-
-    @property
-    def claimed(self) -> dict | None:
-        return self.claims[-1] if self.claims else None
-
-    def status(self) -> str:
-        """`ok`, or the first thing that keeps this run out of a submission."""
-        if self.damage and not self.ended:
-            return self.damage
-        if self.audit and not self.audit["passed"]:
-            return "audit failed: " + ", ".join(name for name, passed in audit_checks(self) if not passed)
-        if self.ended == "limit broken" or (self.score and not self.score.get("limits_ok", True)):
-            return f"limit broken: {self.error or broken_limits(self)}"
-        if self.error or self.ended not in (None, "ok"):
-            return f"failed: {self.error or self.ended}"
-        if self.ended is None:
-            where = f"at step {self.last_step}" if self.last_step is not None else "before the first step"
-            recent = time.time() - self.path.stat().st_mtime < STILL_WARM_S
-            return f"{'still going' if recent else 'unfinished'}, {where}"
-        if self.score and not math.isfinite(self.score["val_bpb"]):
-            return f"diverged: val_bpb {self.score['val_bpb']}"
-        if self.score and not self.score.get("complete", True):
-            return "not the whole validation text: no score"
-        return "ok"
-
-    @property
-    def finished(self) -> bool:
-        """It ran to its end and scored the whole validation text; a broken limit does not spoil the comparison."""
-        whole = self.score is not None and self.score.get("complete", True) and math.isfinite(self.score["val_bpb"])
-        return self.ended in ("ok", "limit broken") and whole
 
 
 def stage_order(runs: Iterable[Run]) -> list[str]:
@@ -156,12 +27,6 @@ def stage_order(runs: Iterable[Run]) -> list[str]:
         for place, name in enumerate(run.stages):
             places.setdefault(name, []).append(place)
     return sorted(places, key=lambda name: sum(places[name]) / len(places[name]))
-
-
-def audit_checks(run: Run) -> list[tuple[str, bool]]:
-    """(name, passed) of each check of the run's audit."""
-    checks = run.audit["checks"] if run.audit else []
-    return [(str(c.get("name")), c.get("passed") is True) for c in checks if isinstance(c, dict)]
 
 
 def adopt_audits(runs: list[Run]) -> None:
@@ -190,14 +55,6 @@ def _speaks_for(audit: Run, run: Run) -> bool:
         and in_order
         and any(n.startswith(f"{run.stage}: ") for n, _ in audit_checks(audit))
     )
-
-
-def broken_limits(run: Run) -> str:
-    """The figures behind `limits_ok: false`, for logs whose error line does not name the limit."""
-    score = run.score or {}
-    if score.get("limit") and score.get("total_bytes", 0) > score["limit"]:
-        return f"{score['total_bytes']:,} bytes of {score['limit']:,}"
-    return f"train {score.get('train_s', 0):.1f} s, eval {score.get('eval_s', 0):.1f} s"
 
 
 # ---- Lines
@@ -340,8 +197,6 @@ def log_files(places: Iterable[str | Path]) -> list[Path]:
 
 def read_logs(path: Path) -> list[Run]:
     """The run of a JSON log or all runs of a text log; a `UserError` if it cannot be read or is none."""
-    import textlog  # which needs the `Run` of this module
-
     try:
         if (size := path.stat().st_size) > MAX_LOG_BYTES:
             raise UserError(f"{path}: {size:,} bytes; no log of a training run is that long")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from runs import UserError
+from run import UserError
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Runs a list of configurations one after another: skips finished ones, survives failing ones."""
+"""Runs a list of configurations one after another: skips finished ones, survives failing ones.
+
+A log counts as that of a line only if the line would give the same run now: expect.py has the comparison.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import IO
 
+import expect
 import runs as logs
-from runs import UserError
+from run import Run, UserError, is_locked, locks_of
 
 try:
     import fcntl
@@ -26,6 +31,7 @@ except ImportError:  # Windows
 def run(list_file: str, launch: str, only: int | None) -> int:
     """Runs every line (or line `only`, counted from 0) and prints what became of each. 1 if any failed or still goes."""
     jobs, command = read_list(list_file), _words(launch)
+    asks = expect.Expectations(command)
     if only is not None:
         if not 0 <= only < len(jobs):
             raise UserError(f"--only {only}: {list_file} holds configurations 0 to {len(jobs) - 1}")
@@ -34,16 +40,19 @@ def run(list_file: str, launch: str, only: int | None) -> int:
     for number, knobs in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {knobs['RUN_ID']}", flush=True)
         try:
-            outcomes.append((knobs["RUN_ID"], _one(knobs, command)))
+            outcomes.append((knobs["RUN_ID"], _one(knobs, command, asks)))
         except KeyboardInterrupt:
             print(f"stopped by hand in {knobs['RUN_ID']}; the same command goes on from here", file=sys.stderr)
             return 1
         print(f"    {outcomes[-1][1]}", flush=True)
-    failed = [name for name, outcome in outcomes if outcome.startswith("failed")]
-    going = [name for name, outcome in outcomes if outcome.startswith("skipped: still going")]
-    print(f"{len(outcomes) - len(failed) - len(going)} of {len(outcomes)} done", end="")
-    print(*[f"; {word}: {', '.join(names)}" for word, names in (("failed", failed), ("still going", going)) if names])
-    return int(bool(failed or going))
+    asks.close()
+    names = {}
+    for name, outcome in outcomes:
+        kind = next((k for k in NOT_DONE if outcome.removeprefix("skipped: ").startswith(k)), "done")
+        names.setdefault(kind, []).append(name)
+    print(f"{len(names.pop('done', []))} of {len(outcomes)} done", end="")
+    print(*[f"; {kind}: {', '.join(names[kind])}" for kind in NOT_DONE if kind in names], sep="")
+    return int(bool(names))
 
 
 def _words(launch: str) -> list[str]:
@@ -62,7 +71,7 @@ def read_list(list_file: str) -> list[dict[str, str]]:
         data = sys.stdin.buffer.read() if list_file == "-" else Path(list_file).read_bytes()
     except OSError as error:
         raise UserError(f"{list_file}: {error.strerror}") from None
-    jobs, ids = [], {}
+    jobs: dict[int, dict[str, str]] = {}
     for number, line in enumerate(logs.split_lines(data), 1):
         if fault := logs.fault_of(line):
             raise UserError(f"{list_file}, line {number}: {fault}")
@@ -76,31 +85,46 @@ def read_list(list_file: str) -> list[dict[str, str]]:
         if wrong:
             raise UserError(f"{list_file}, line {number}: expected KNOB=value words, got {wrong[0]!r}")
         knobs = dict(w.split("=", 1) for w in words)
-        knobs.setdefault("RUN_ID", run_id(knobs))
-        if not knobs["RUN_ID"] or re.search(r"[/\x00-\x1f]", knobs["RUN_ID"]):
+        if len(knobs) < len(words):
+            twice = next(k for k, n in Counter(w.split("=", 1)[0] for w in words).items() if n > 1)
+            raise UserError(f"{list_file}, line {number}: {twice} stands on it more than once; leave one of them")
+        if "RUN_ID" in knobs and (not knobs["RUN_ID"] or re.search(r"[/\x00-\x1f]", knobs["RUN_ID"])):
             raise UserError(f"{list_file}, line {number}: RUN_ID={knobs['RUN_ID']}: expected the name of a file")
-        if knobs["RUN_ID"] in ids:
+        same = next(
+            (n for n, other in jobs.items() if other == knobs or knobs.get("RUN_ID", "") == other.get("RUN_ID")), None
+        )
+        if same is not None:
             raise UserError(
-                f"{list_file}, line {number}: the same run as line {ids[knobs['RUN_ID']]} ({knobs['RUN_ID']})"
+                f"{list_file}, line {number}: the same run as line {same} ({knobs.get('RUN_ID') or run_id(knobs)})"
             )
-        ids[knobs["RUN_ID"]] = number
-        jobs.append(knobs)
+        jobs[number] = knobs
     if not jobs:
         raise UserError(f"{list_file}: no configuration in it")
-    return jobs
+    return _named(list(jobs.values()))
 
 
-def run_id(knobs: dict[str, str]) -> str:
-    """A file name that says what runs; the same knobs give the same name in any order. Long ones end in a hash."""
+def _named(jobs: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same with a RUN_ID each; those that would share one with another line end in a hash of their knobs."""
+    names = [knobs.get("RUN_ID") or run_id(knobs) for knobs in jobs]
+    shared = {name for name, n in Counter(names).items() if n > 1}
+    return [{"RUN_ID": run_id(k, name in shared), **k} for name, k in zip(names, jobs, strict=True)]
+
+
+def run_id(knobs: dict[str, str], hashed: bool = False) -> str:
+    """A file name that says what runs; the same knobs give the same name in any order.
+
+    A slash becomes an underscore. A name that is cut, or in which more than slashes is replaced, ends in a hash.
+    """
     words = [f"{k.lower()}-{v}" for k, v in sorted(knobs.items(), key=lambda kv: (kv[0] == "SEED", kv[0]))]
-    name = re.sub(r"[^A-Za-z0-9_.+-]", "_", "_".join(words))
-    return name if len(name) <= 100 else f"{name[:88]}_{hashlib.sha256('_'.join(words).encode()).hexdigest()[:10]}"
+    whole = "_".join(words)
+    name = re.sub(r"[^A-Za-z0-9_.+-]", "_", whole)
+    if len(name) <= 100 and name == whole.replace("/", "_") and not hashed:
+        return name
+    return f"{name[:88]}_{hashlib.sha256('_'.join(words).encode()).hexdigest()[:10]}"
 
 
-AGAIN = {
-    "RESUME": "auto",
-    "FORCE": "1",
-}  # from the newest checkpoint if there is one, over whatever else was left behind
+NOT_DONE = ("failed", "still going", "another configuration")  # how outcomes begin that leave a line undone
+AGAIN = {"RESUME": "auto", "FORCE": "1"}  # from the newest checkpoint, if any, over whatever else was left behind
 
 
 def _lock(file: IO) -> bool | None:
@@ -116,6 +140,8 @@ def _lock(file: IO) -> bool | None:
 def _run(command: list[str], environment: dict[str, str], lock: IO) -> int:
     """Exit status of the command, which inherits the lock; a SIGTERM to the sweep ends it too."""
     with subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()] if fcntl else []) as child:
+        lock.write(_owner(child.pid))
+        lock.flush()
 
         def stop(*_: object) -> None:
             child.terminate()
@@ -128,30 +154,69 @@ def _run(command: list[str], environment: dict[str, str], lock: IO) -> int:
             signal.signal(signal.SIGTERM, before)
 
 
-def _one(knobs: dict[str, str], launch: list[str]) -> str:
-    """What became of one configuration. Its lock tells whether a run of it lives; without one, the age of its log."""
+def _owner(process: int) -> str:
+    return f"process {process} on {platform.node()}\n"
+
+
+def _lives(owner: str) -> bool:
+    """Whether a process that a lock file names, other than this one, may live: it does here, or is of another machine."""
+    found = re.fullmatch(r"process (\d+) on (.*)", owner)
+    if not found or found[2] != platform.node() or not fcntl:
+        return True
+    if int(found[1]) == os.getpid():
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
+def _one(knobs: dict[str, str], launch: list[str], asks: expect.Expectations) -> str:
+    """What became of one configuration. Locks tell whether a run of it lives, without locks the processes named there."""
     environment = os.environ | knobs
     path = Path(os.path.expanduser(environment.get("LOG_DIR") or "logs"), f"{knobs['RUN_ID']}.jsonl")
-    lock_file = path.with_suffix(".lock")
+    trainers, lock_file = locks_of(path)
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     with lock_file.open("a+", encoding="utf-8") as lock:
-        ours, before = _lock(lock), _state(path)
+        ours = _lock(lock)
         lock.seek(0)
-        owner = lock.read().strip()  # the sweep that ran it last; none if a hand did
-        if before.startswith("finished"):
-            outcome = f"skipped: {before}"
-        elif ours is False:
-            outcome = f"skipped: still going, held by {owner}"
-        elif before.startswith("still going") and not (ours and owner):
-            outcome = f"skipped: {before}"
-        else:
+        owners = lock.read().split("\n")[:-1]  # the sweep that ran it last and its run; none if a hand did
+        alive = [] if ours else [owner for owner in owners if ours is False or _lives(owner)]
+        outcome, log = None, _read(path)
+        if ours is False or alive or is_locked(trainers):
+            outcome = f"skipped: still going, held by {alive[0] if alive else 'a run that no sweep started'}"
+            if ours is None:
+                outcome += f"; there are no locks here: remove {lock_file} if it has ended"
+        elif ours is None and not owners and log and log.info and not log.ended and environment.get("FORCE") != "1":
+            outcome = "skipped: still going or cut off, without locks nothing tells; FORCE=1 runs the line over it"
+        elif log is not None:
+            outcome = _what_stands(log, environment, asks)
+        if outcome is None:
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}\n")
+            lock.write(_owner(os.getpid()))
             lock.flush()
             outcome = _start(environment, path, launch, lock)
     if outcome.removeprefix("skipped: ").startswith("finished"):
         lock_file.unlink(missing_ok=True)
     return outcome
+
+
+def _what_stands(log: Run, environment: dict[str, str], asks: expect.Expectations) -> str | None:
+    """What a log spares this line or keeps it from; None where it is to run, `environment` then says how."""
+    done = _finished(log)
+    differs = asks.differences(log, environment)
+    if not done:  # a script mended since is why it is run again
+        differs = [line for line in differs if not line.startswith("script ")]
+    if not differs:
+        return f"skipped: {done}" if done else None
+    if environment.get("FORCE") == "1":
+        environment.setdefault("RESUME", "")  # anew: checkpoints of the other configuration are no beginning
+        return None
+    what = "; ".join(differs[:8]) + (f" and {len(differs) - 8} more" if len(differs) > 8 else "")
+    return f"another configuration is in {log.path}: {what}. FORCE=1 runs the line over it; RUN_ID=... gives it a name of its own"
 
 
 def _start(environment: dict[str, str], path: Path, launch: list[str], lock: IO) -> str:
@@ -162,21 +227,27 @@ def _start(environment: dict[str, str], path: Path, launch: list[str], lock: IO)
         status = _run(launch, environment, lock)
     except OSError as error:
         raise UserError(f"--launch {shlex.join(launch)}: {error.strerror}") from None
-    after = _state(path)
+    log = _read(path)
+    after = f"no log {path}" if log is None else log.damage if log.info == {} else _finished(log) or log.status()
     if status != 0:
         return f"failed: exit status {status}; {after}"
-    if not after.startswith("finished"):
+    if log is None or not _finished(log):
         return f"failed: exit status 0, but {after}"
     return f"{after}, {time.monotonic() - began:.0f} s"
 
 
-def _state(path: Path) -> str:
+def _read(path: Path) -> Run | None:
+    """The run in a log; None without the file. A log that cannot be read is a run of which nothing is known but why."""
     if not path.is_file():
-        return f"no log {path}"
+        return None
     try:
-        log = logs.read_log(path)
+        return logs.read_log(path)
     except UserError as error:
-        return str(error)
+        return Run(path, damage=str(error))
+
+
+def _finished(log: Run) -> str | None:
+    """How it finished, or None if it did not."""
     if log.finished:
         return f"finished, {log.bpb():.4f} bpb"
-    return "finished" if log.mode != "train" and log.status() == "ok" else log.status()
+    return "finished" if log.mode != "train" and log.status() == "ok" else None

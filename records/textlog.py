@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from runs import Run, UserError
+from run import Run, UserError
 
-_NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+_FINITE = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_NUMBER = f"({_FINITE})"
+_VALUE = rf"({_FINITE}|[-+]?(?i:nan|inf(?:inity)?))(?![\w}}]|\.\w)"  # a format field such as .4f} is none
 _COUNT = r"(\d[\d,_]*)"
 _TIME = rf"{_NUMBER} ?(ms|s|sec|secs|seconds|m|min|mins|minutes)\b"
 _BEFORE_KEY = re.compile(  # a time stamp, a logger's or a rank's name before the key
@@ -16,11 +18,16 @@ _BEFORE_KEY = re.compile(  # a time stamp, a logger's or a rank's name before th
     r"|\d\d:\d\d:\d\d(?:[.,]\d+)?|(?:INFO|DEBUG|WARNING)\b(?::root:)?|rank ?\d+\b)[\s:|>-]*"
 )
 _STEP = re.compile(
-    rf"(?:step[: ] ?)?(\d+)/(\d+):? +(train_loss|val_loss)[:=] ?{_NUMBER}(?:,? +val_bpb[:=] ?{_NUMBER})?(.*)$"
+    rf"(?:step[: ] ?)?(\d+)/(\d+):? +(train_loss|val_loss)[:=] ?{_VALUE}(?:,? +val_bpb[:=] ?{_VALUE})?(.*)$"
 )
 _TRAIN_TIME = re.compile(rf"train_time[:=] ?{_TIME}")
 _STOPPED = re.compile(rf"stopping_early:.* train_time[:=] ?{_TIME} step[:=] ?(\d+)")
-_LOSS, _BPB = (re.compile(rf"\b{key}[:=] ?{_NUMBER}") for key in ("val_loss", "val_bpb"))
+_LOSS = re.compile(rf"(?<![\w{{.])(?:\w+_)?val_loss[:=] ?{_VALUE}")
+_BPB = re.compile(rf"(?i)(?<![\w{{.])((?:\w+_)?)bpb ?[:=] ?{_VALUE}")
+_OTHERS = re.compile(  # words before a figure that is not this run's, or not its last
+    r"(?i)claim|baseline|target|reference|record|publish|best|goal|gain|delta|diff|improve|prev|sota|limit|threshold|expect"
+    r"|running|partial|chunk|step|iter|epoch|batch|\bdocs?\b|window|\d/\d|\["
+)
 _STAGE_TIME = re.compile(rf"\b(?:eval_time|elapsed)[:=] ?{_TIME}")
 _WHOLE_EVAL = re.compile(
     rf"(?i)(?:total[_ ]eval(?:uation)?[_ ]time|eval(?:uation)? (?:took|done in|finished in|time))\b[:= ]*{_TIME}"
@@ -40,15 +47,21 @@ _MODEL = re.compile(rf"(?i)\bserialized[ _]model[ _]([^:\n]*): ?{_SIZE}")
 _CLAIM = re.compile(rf"claimed_bpb: ?{_NUMBER}(?: z_mean: ?{_NUMBER} z_max: ?{_NUMBER})?")
 _DEVICE = re.compile(r"NVIDIA (?:H\d+|A\d+|B\d+|GeForce RTX \d+)[^|\n]{0,24}")
 _DIAGNOSTIC = re.compile(r"(?i)diagnostic|pre-?_?quant|post-?_?ema$")
-_COLOUR, MAX_LINE = re.compile(r"\x1b\[[\d;]*[A-Za-z]"), 20_000
+_COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
+MAX_LINE, MAX_PROSE = 20_000, 600  # characters; expressions that look ahead take time that grows with a line's square
 _RULER = re.compile(r"^={80,}\s*$", re.M)
 _CODE_LINE = re.compile(r'(?:import |from \w|def |class |@|#|"""|\'\'\')')
+_DEFINES = re.compile(r"(?:def|class|async def) \w|if __name__ ?==|@\w")
 _IS_SOURCE = re.compile(r"^(?:import \w|from \w[\w.]* import |exec\()", re.M)
 _MEASURES = re.compile(r"^(?:step:)?\d+/\d+ (?:train|val)_loss:", re.M)
 _SECONDS = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0}
 _SECONDS |= dict.fromkeys(("m", "min", "mins", "minutes"), 60.0)
 _UNITS = {"": 1, "b": 1, "bytes": 1, "kb": 1e3, "mb": 1e6, "kib": 1 << 10, "mib": 1 << 20}
 _MEASURED = {"step", "warmup_step", "train_loss", "val_loss", "val_bpb", "train_time", "step_avg", "eval_time"}
+_TYPE = re.compile(  # what an annotation has where a log has a value
+    r"(?:int|float|str|bool|bytes|object|None|Any|(?:\w+\.)*(?:Tensor|ndarray|Module|Path|dtype|device|Namespace))\b[\w|.\[\]]*,?"
+    r"|(?:list|dict|tuple|set|Optional|Union|Callable|Iterator|Iterable|Sequence|Mapping)(?:\[.*)?,?"
+)
 _FACTS = {"world_size", "train_shards", "val_tokens", "tokens", "model_params", "dataset", "seed", "run_id"}
 
 
@@ -61,8 +74,10 @@ def _rounding(number: str, unit: str) -> float:
     return 0.5 * 10.0 ** -len(number.partition(".")[2]) * _SECONDS[unit]
 
 
-def _whole(count: str) -> int:
-    return int(re.sub(r"[,_]", "", count))
+def _whole(count: str | None) -> int | None:
+    """A count as logs print it, 62,021,632 too; None for what is no count."""
+    digits = re.sub(r"(?<=\d)[,_](?=\d)", "", count or "")
+    return int(digits) if digits.isascii() and digits.isdigit() else None
 
 
 def _bytes(number: str, unit: str | None) -> int:
@@ -76,20 +91,41 @@ def _bytes(number: str, unit: str | None) -> int:
 
 def sections(text: str) -> Iterator[tuple[bool, str]]:
     """(whether it is source, its text) of each part between lines of `=`; log lines before source stand apart."""
+    ruled = _RULER.search(text) is not None
     for part in _RULER.split(text):
-        lines = part.strip("\n").split("\n")
-        first = next((n for n, line in enumerate(lines) if _CODE_LINE.match(line)), 0)
-        if not _RULER.search(text) or not _IS_SOURCE.search(part) or _MEASURES.search(part):
+        if not _IS_SOURCE.search(part):
             yield False, part
             continue
+        lines = part.strip("\n").split("\n")
+        first = next((n for n, line in enumerate(lines) if _CODE_LINE.match(line)), 0)
+        whole = ruled and not _MEASURES.search(part)
+        end = len(lines) if whole else _end_of_source(lines, first)
         if first:
             yield False, "\n".join(lines[:first])
-        yield True, "\n".join(lines[first:]) + "\n"
+        if end > first:
+            yield True, "\n".join(lines[first:end]) + "\n"
+        if end < len(lines):
+            yield False, "\n".join(lines[end:])
+
+
+def _end_of_source(lines: list[str], first: int) -> int:
+    """Behind the last definition, or `if __name__`, before the first measurement, and behind the lines that belong to it.
+
+    For a script that no line of `=` closes; `first` where none follows.
+    """
+    measures = next((n for n, line in enumerate(lines) if _MEASURES.match(line)), len(lines))
+    defined = [n for n in range(first, measures) if _DEFINES.match(lines[n])]
+    if not defined:
+        return first
+    end = defined[-1] + 1
+    while end < measures and re.match(r"\s|$|[)\]}]|(?:el(?:se|if)|except|finally|with|try)\b.*:$", lines[end]):
+        end += 1
+    return end
 
 
 def dumped_source(text: str) -> str | None:
-    """The script that the baseline and its heirs print in their logs, closed by a line of `=`."""
-    return next((part for is_source, part in sections(text) if is_source), None) if _RULER.search(text) else None
+    """The script that the baseline and its heirs print in their logs, mostly closed by a line of `=`."""
+    return next((part for is_source, part in sections(text) if is_source), None)
 
 
 # ---- Runs
@@ -114,11 +150,12 @@ class _Reader:
     def line(self, line: str) -> None:
         line = _COLOUR.sub("", line).strip()
         if len(line) > MAX_LINE:
-            return  # no measurement: expressions over it would take time that grows with its square
+            return  # no measurement
         while match := _BEFORE_KEY.match(line):
             line = line[match.end() :]
         if not self._measure(line):
-            found = {k: v.rstrip(",") for k, v in _PAIR.findall(line) if k not in _MEASURED}
+            pairs = [(k, v) for k, v in _PAIR.findall(line) if k not in _MEASURED]
+            found = {k: v.rstrip(",") for k, v in pairs if not _TYPE.fullmatch(v)}
             if match := _VAL_TOKENS.search(line):
                 found["val_tokens"] = str(_whole(match[1]))
             self.pairs.update(found)
@@ -138,12 +175,12 @@ class _Reader:
             self.run.claims.append({"claimed_bpb": float(match[1]), "z_mean": z_mean, "z_max": z_max})
         elif line.startswith("score val_bpb:"):
             self.run.score, self.run.ended = _score_line(self.run, dict(_PAIR.findall(line))), "ok"
-        elif (loss := _LOSS.search(line)) and (bpb := _BPB.search(line)):
-            self._stage(line, loss, bpb)
+        elif bpb := _BPB.search(line):
+            self._stage(line, _LOSS.search(line), bpb)
         elif match := _WHOLE_EVAL.match(line):
             took = _seconds(match[1], match[2])  # of validations on the way, too: the longest counts
             self.run.info["total_eval_s"] = max(took, self.run.info.get("total_eval_s", 0.0))
-        elif match := _CALIBRATED.match(line):
+        elif len(line) < MAX_PROSE and (match := _CALIBRATED.match(line)):
             self.run.info["calibration_s"] = max(self.run.info.get("calibration_s", 0.0), _seconds(*match.groups()))
         elif line.startswith("ngram_tilt:hints"):
             self.run.info["gates"] = {name: int(n) for name, n in _GATES.findall(line) if int(n)}
@@ -165,23 +202,41 @@ class _Reader:
         (self.run.steps if key == "train_loss" else self.run.vals).append(event)
         self._adopt()
 
-    def _stage(self, line: str, loss: re.Match, bpb: re.Match) -> None:
-        """`final_sliding_window_eval_exact stride:64 val_loss:.. val_bpb:..`: words with a value name no stage."""
-        head = line[: min(loss.start(), bpb.start())].strip(" :,|-").split()
+    def _stage(self, line: str, loss: re.Match | None, bpb: re.Match) -> None:
+        """`final_sliding_window_eval_exact stride:64 val_loss:.. val_bpb:..`: words with a value name no stage.
+
+        Without a loss (`Quantized BPB: 1.1234`, `ttt_val_bpb: 1.06`) only a figure that repeats none and is the run's own.
+        """
+        head = line[: min(loss.start() if loss else bpb.start(), bpb.start())].strip(" :,|-").split()
         words = [w.strip(":,") for w in head if not re.fullmatch(r"[\w.-]+[:=][\w.,/-]+", w)] or [
             w.partition(":")[0] for w in head[:1]
         ]
-        name = re.sub(r"^final_|_exact$", "", "_".join(words)) or "final"
-        if len(name) > 60 or not re.match(r"\w", name):
+        key = re.sub(r"_?val_?$", "", bpb[1].rstrip("_"), flags=re.I)
+        name = re.sub(r"^final_|_exact$|_?val$", "", "_".join([*words, *([key] if key else [])])) or "final"
+        if (
+            len(name) > 60
+            or not re.match(r"\w", name)
+            or (loss is None and self._is_no_stage(line[: bpb.end(1)], bpb[2]))
+        ):
             return  # prose
         clock = _STAGE_TIME.search(line)
         seconds = _seconds(*clock.groups()) if clock else self.run.stages.get(name, {}).get("seconds")
         self._adopt()
-        entry = {"stage": name, "val_loss": float(loss[1]), "val_bpb": float(bpb[1]), "seconds": seconds}
+        entry = {
+            "stage": name,
+            "val_loss": float(loss[1]) if loss else None,
+            "val_bpb": float(bpb[2]),
+            "seconds": seconds,
+        }
         self.run.stages.pop(name, None)
         self.run.stages[name] = entry
         if _DIAGNOSTIC.search(name):
             self.diagnostics.add(name)
+
+    def _is_no_stage(self, before: str, bpb: str) -> bool:
+        digit = 10.0 ** -len(bpb.partition(".")[2])
+        repeats = any(abs(e["val_bpb"] - float(bpb)) <= digit for e in self.run.stages.values())
+        return repeats or bool(_OTHERS.search(before))
 
     def _size(self, line: str) -> bool:
         """Bytes of model, code and both; a total with a compressor's name counts before the bare one of raw weights."""
@@ -201,7 +256,7 @@ class _Reader:
         return changed
 
     def _adaptation(self, line: str) -> bool:
-        match = None if _UNTIMED.search(line) else _ADAPTED.search(line)
+        match = None if len(line) > MAX_PROSE or _UNTIMED.search(line) else _ADAPTED.search(line)
         if match:
             times = self.run.info.setdefault("adapt_s", {})
             name = "adaptation" if "adapt" in match[0].lower() else match[1]
@@ -214,8 +269,8 @@ class _Reader:
             if not (self.run.config or self.run.info.get("described")):
                 _describe(self.run, self.pairs)
                 self.run.info["described"], self.run.source = True, self.source
-            elif "val_tokens" in self.pairs:  # of the evaluation's own lines
-                self.run.info["data"].setdefault("val_tokens", _whole(self.pairs["val_tokens"]))
+            elif tokens := _whole(self.pairs.get("val_tokens")):  # of the evaluation's own lines
+                self.run.info["data"].setdefault("val_tokens", tokens)
             self.pairs, self.source = {}, None
 
     def close(self) -> None:
@@ -261,13 +316,11 @@ def _describe(run: Run, pairs: dict[str, str]) -> None:
     run.config = {k.upper(): literal(v) for k, v in pairs.items() if k not in _FACTS}
     seed = int(pairs["seed"]) if pairs.get("seed", "").isdigit() else seed_in_name(run.path)
     run.info |= {"seed": seed, "run_id": pairs.get("run_id", run.path.stem)}
-    for key, name in (("world_size", "world_size"), ("model_params", "params")):
-        if key in pairs:
-            run.info[name] = literal(pairs[key])
-    shards, tokens = pairs.get("train_shards"), pairs.get("val_tokens", pairs.get("tokens"))
-    tokens = tokens and re.sub(r"(?<=\d)[,_](?=\d)", "", tokens)
-    data = {"path": pairs.get("dataset"), "train_shards": shards and shards.partition("/")[0], "val_tokens": tokens}
-    run.info["data"] = {k: literal(v) for k, v in data.items() if v is not None}
+    counts = {"world_size": pairs.get("world_size"), "params": pairs.get("model_params")}
+    run.info |= {name: n for name, text in counts.items() if (n := _whole(text)) is not None}
+    shards, tokens = pairs.get("train_shards", "").partition("/")[0], pairs.get("val_tokens", pairs.get("tokens"))
+    data = {"path": pairs.get("dataset"), "train_shards": _whole(shards), "val_tokens": _whole(tokens)}
+    run.info["data"] = {k: v for k, v in data.items() if v is not None}
     if "tokenizer_path" in pairs:
         run.info["tokenizer"] = {"path": pairs["tokenizer_path"]}
 

@@ -29,6 +29,7 @@ import train_gpt as tg
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "records"))
 
+import expect  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
 import runs as logs  # noqa: E402
@@ -266,7 +267,7 @@ def test_logs_that_cannot_be_trusted_get_one_clear_message_each(world, capsys):
     text = capsys.readouterr().out
     assert "truncated or damaged at line 10" in text
     assert "log schema 2; this tool reads schema 1" in text
-    assert "still going, at step" in text
+    assert "unfinished, at step" in text
     assert run_cli("table", world["logs"] / "future.jsonl") == 2
     assert run_cli("table", world["root"] / "nowhere") == 2
     assert "no such log or folder" in capsys.readouterr().err
@@ -355,7 +356,7 @@ def test_a_diverged_run_is_no_score_and_its_picture_is_drawn(world, capsys):
     )
     assert "NaN" in path.read_text().split("switch")[0]
     assert run_cli("table", world["logs"]) == 0
-    assert "diverged: val_bpb nan" in capsys.readouterr().out
+    assert "diverged at step 95" in capsys.readouterr().out
     assert run_cli("plot", world["logs"], "--out", world["root"] / "pictures") == 0
     assert run_cli("compare", world["logs"]) == 0
     assert "left out: b: diverged" in capsys.readouterr().err
@@ -612,7 +613,7 @@ REFUSALS = [
     ({"train_end": {"train_s": 601.5}}, "training time: 601.5 s of 600 s"),
     ({"score": {"eval_s": 700.0}}, "evaluation time: 700.0 s"),
     ({"score": {"complete": False}}, "not the whole validation text"),
-    ({"end": None}, "still going"),
+    ({"end": None}, "unfinished, at step 100"),
     ({"run": {"source_sha256": "0" * 64}}, "is not the script that ran"),
     ({"run": {"tokenizer": {"path": "gone.model"}}}, "tokenizer: gone.model is not here"),
     ({"run": {"device_name": "a CPU", "world_size": 1}}, "hardware"),
@@ -1272,7 +1273,9 @@ if os.environ.get("MATRIX_LR") == pathlib.Path("broken").read_text():
         f.write(json.dumps({"v": 1, "event": "end", "status": "stopped"}) + "\\n")
     sys.exit(1)
 mode = os.environ.get("MODE", "train")
-lines = [{"event": "run", "run_id": os.environ["RUN_ID"], "mode": mode}, {"event": "end", "status": "ok"}]
+values = {k: v for k, v in os.environ.items() if k in ("MATRIX_LR", "ITERATIONS", "DATA_PATH")}
+lines = [{"event": "run", "run_id": os.environ["RUN_ID"], "mode": mode, "recipe": os.environ.get("RECIPE", "cpu")}, {"event": "end", "status": "ok"}]
+lines.insert(1, {"event": "config", "values": {"ITERATIONS": 7} | values, "sources": dict.fromkeys(values, "env")})
 if mode == "train":
     lines.insert(1, {"event": "score", "val_bpb": 1.5, "val_loss": 2.5, "stage": "sliding"})
 else:
@@ -1300,10 +1303,77 @@ def test_a_sweep_skips_the_finished_survives_the_failing_and_can_run_one_line(tm
     Path("broken").write_text("none")  # mended: what the failed run left behind is no obstacle
     assert run_cli(*words) == 0
     (Path("logs") / "matrix_lr-9_seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}\n')
+    os.utime("logs/matrix_lr-9_seed-1.jsonl", (4e9, 4e9))  # a clock that is wrong tells nothing
     capsys.readouterr()
-    assert run_cli(*words) == 1
-    assert "2 of 3 done; still going: matrix_lr-9_seed-1" in capsys.readouterr().out
-    assert not list(Path("logs").glob("matrix_lr-0.0*.lock"))
+    with tg.lock_file(Path("logs/matrix_lr-9_seed-1.txt")):  # as a run that was started by hand has it
+        assert run_cli(*words) == 1
+        assert run_cli("table", "logs") == 0
+    out = capsys.readouterr().out
+    assert "2 of 3 done; still going: matrix_lr-9_seed-1" in out and "still going, before the first step" in out
+    assert run_cli(*words) == 0
+    assert not list(Path("logs").glob("matrix_lr*.lock"))
+
+
+def test_what_stands_in_a_log_is_not_taken_for_another_configuration(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"trainer.py": FAKE_TRAINER, "list.txt": "MATRIX_LR=.10 SEED=1\n", "broken": "9"}.items():
+        Path(name).write_text(text)
+    words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
+    monkeypatch.setenv("ITERATIONS", "2")
+    assert run_cli(*words) == 0
+    cases = [
+        ({}, "1 of 1 done"),
+        ({"ITERATIONS": "2.0"}, "1 of 1 done"),
+        ({"ITERATIONS": "3"}, "ITERATIONS 2 there, 3 now. FORCE=1"),
+        ({"ITERATIONS": None}, "ITERATIONS 2 there, unset now"),
+        ({"RECIPE": "pr164"}, "recipe cpu there, pr164 now"),
+        ({"MODE": "eval"}, "mode train there, eval now"),
+    ]
+    for change, told in cases:
+        with monkeypatch.context() as patch:
+            for name, value in change.items():
+                patch.setenv(name, value) if value else patch.delenv(name)
+            assert run_cli(*words) == int("there" in told)
+        assert told in capsys.readouterr().out, change
+    launched = (*words[:-1], f"env ITERATIONS=4 {words[-1]}")
+    assert run_cli(*launched) == 1 and "ITERATIONS 2 there, 4 now" in capsys.readouterr().out
+    monkeypatch.setenv("FORCE", "1")
+    Path("trainer.py").write_text(FAKE_TRAINER.replace('("1", "auto")', '("1", "")'))  # anew, from no checkpoint
+    assert run_cli(*launched) == 0
+    assert Path("calls").read_text().count("\n") == 2
+
+
+def test_the_trainer_itself_says_what_a_line_would_give(tiny, data, script, tmp_path):
+    tiny |= {"ITERATIONS": "1", "EVAL_STRIDE": "0", "WARMUP_STEPS": "0"}
+    assert script(tiny).status == 0
+    assert script(tiny, MODE="audit", ARTIFACT=tmp_path / "logs/tiny.pgz", RUN_ID="audit").status == 0
+    run, audit = (logs.read_log(tmp_path / "logs" / f"{name}.jsonl") for name in ("tiny", "audit"))
+    other = Path(shutil.copytree(data.folder, tmp_path / "other"))
+    write_shard(other / "fineweb_val_000001.bin", data.val[:-40])
+    (tmp_path / "trainer.py").write_text((ROOT / "train_gpt.py").read_text() + "\n")
+    cases = [
+        ({}, []),
+        ({"LOG_DIR": "elsewhere", "CHECKPOINT_EVERY": "5", "MATRIX_LR": ".04"}, []),
+        ({"ITERATIONS": "3", "SEED": "2"}, ["SEED 1337 there, 2 now", "ITERATIONS 1 there, 3 now"]),
+        ({"RECIPE": "pr164"}, ["recipe baseline there, pr164 now"]),
+        ({"LEAKY_RELU": "1"}, ["LEAKY_SLOPE 0 there, 0.5 now"]),  # a published name
+        ({"DATA_PATH": str(other)}, [f"DATA_PATH {data.folder} there, {other} now", "validation text "]),
+        ({"MODEL_DIM": "x"}, ["the line is refused now (MODEL_DIM='x'"]),
+    ]
+    for launch in ("train_gpt.py", "trainer.py"):
+        asks = expect.Expectations([sys.executable, str((ROOT if launch == "train_gpt.py" else tmp_path) / launch)])
+        for change, told in cases[: None if launch == "train_gpt.py" else 1]:
+            found = asks.differences(run, tiny | change)
+            assert all(any(line.startswith(words) for line in found) for words in told), (change, found)
+            assert bool(found) == bool(told) or found[0].startswith("script "), (change, found)
+        assert any(line.startswith("script ") for line in found) == (launch == "trainer.py")
+        asks.close()
+    asks = expect.Expectations([sys.executable, str(ROOT / "train_gpt.py")])
+    auditing = tiny | {"MODE": "audit", "ARTIFACT": str(tmp_path / "logs/tiny.pgz")}
+    assert asks.differences(audit, auditing) == []
+    assert script(tiny | {"SEED": "3", "FORCE": "1"}).status == 0
+    assert any(line.startswith("artifact ") for line in asks.differences(audit, auditing))
+    asks.close()
 
 
 @pytest.mark.parametrize("folder", ["mine", "~/mine"])
@@ -1394,6 +1464,7 @@ def test_without_locks_the_age_of_the_log_tells(tmp_path, monkeypatch, capsys):
     ("SEED=1\nSEED=1", "line 2: the same run as line 1"),
     ("A='1", "line 1: No closing quotation"),
     ("# nothing", "no configuration"),
+    ("A=1 B=2 A=1", "line 1: A stands on it more than once"),
 ])  # fmt: skip
 def test_a_wrong_sweep_list_names_its_line(tmp_path, text, words):
     (tmp_path / "list").write_text(text)
@@ -1420,13 +1491,18 @@ def test_the_default_command_of_a_sweep_is_this_python_wherever_it_lies(monkeypa
     assert shlex.split(launch) == ["/a folder/it's/python", "train_gpt.py"]
 
 
-def test_a_run_id_does_not_depend_on_the_order_of_knobs_and_stays_a_file_name():
+def test_a_run_id_does_not_depend_on_the_order_of_knobs_and_stays_a_file_name(tmp_path):
     assert (
         sweep.run_id({"B": "2", "A": "1/x", "SEED": "3"})
         == sweep.run_id({"SEED": "3", "A": "1/x", "B": "2"})
         == "a-1_x_b-2_seed-3"
     )
     assert len(sweep.run_id({f"KNOB_{i}": "value" for i in range(40)})) < 110
+    assert sweep.run_id({"A": "a*b"}) != sweep.run_id({"A": "a?b"})
+    list_file = tmp_path / "list"
+    list_file.write_text("A=a/b\nA=a_b\nA=a*b\nA=a?b\nA=c\n")
+    names = [job["RUN_ID"] for job in sweep.read_list(str(list_file))]
+    assert len(set(names)) == 5 and names[-1] == "a-c"
 
 
 @pytest.mark.parametrize("words, message", [
