@@ -781,7 +781,11 @@ class Flow:
     def _undone(self, item: Item, items: list[Item], scope: Scope) -> bool:
         """Whether what a step trained is thrown away, or put back to what it was, before anything is scored."""
         step, outermost = item.step, item.here.loops[0] if item.here.loops else None
-        if step.node is not None and self.places[id(step.node)].scope is scope and self._never_stepped(scope):
+        if (
+            step.node is not None
+            and self.places[id(step.node)].scope is scope
+            and self._never_stepped(scope, item.here.at)
+        ):
             return True
         end = (outermost.end_lineno + 1, 0) if outermost is not None else item.here.at
         for other in items:
@@ -789,7 +793,11 @@ class Flow:
                 continue
             if other.kind == _SCORE and (other.here.at > end or set(other.here.loops) & set(item.here.loops)):
                 return False
-            if other.kind == _RESET and other.names & step.trained and self._puts_back(other, item, scope):
+            if (
+                other.kind == _RESET
+                and (other.names & step.trained or not step.trained)
+                and self._puts_back(other, item, scope)
+            ):
                 return True
         if not isinstance(scope.node, FUNCTIONS) or item.kind != _STEP or step.node is None or not step.trained:
             return False
@@ -797,12 +805,13 @@ class Flow:
             return False
         return not any(n.id in step.trained and n.lineno > end[0] for n in scope.of(ast.Name))  # gone with the function
 
-    def _never_stepped(self, scope: Scope) -> bool:
-        """A backward pass whose gradients are thrown away: no optimizer steps, and they are set to nothing."""
-        calls = [last_name(c.func) for c in scope.of(ast.Call)]
+    def _never_stepped(self, scope: Scope, at: tuple[int, int]) -> bool:
+        """A backward pass whose gradients are set to nothing behind it, in a function where no optimizer steps."""
         nothing = [n for n in scope.of(ast.Assign) if isinstance(n.value, ast.Constant) and n.value.value is None]
-        zeroed = "zero_grad" in calls or any(last_name(t) == "grad" for n in nothing for t in n.targets)
-        moves = [c for c in calls if c == "step" or c in ("add_", "sub_", "copy_", "addcdiv_", "lerp_", "mul_")]
+        zeroed = any(last_name(t) == "grad" and _at(n) > at for n in nothing for t in n.targets)
+        calls = {last_name(c.func) for c in scope.of(ast.Call)}
+        zeroed |= any(last_name(c.func) == "zero_grad" and _at(c) > at for c in scope.of(ast.Call))
+        moves = {"add_", "sub_", "copy_", "addcdiv_", "lerp_", "mul_"} & calls
         return zeroed and not moves and not any("step" in c for c in calls)
 
     def _puts_back(self, reset: Item, item: Item, scope: Scope) -> bool:
@@ -818,7 +827,7 @@ class Flow:
         sources = {n for a in [*node.args, *(loop.iter for loop in loops)] for n in names_of(a)} - item.step.trained
         bound = {n: self.bindings(scope.node).get(n, []) for n in sources}
         known = [b for n, where in bound.items() for b in where if b.value is not None and b.here.at < reset.here.at
-                 and not any(loop in loops for loop in b.here.loops)]  # fmt: skip
+                 and not any(b.here.at == _at(loop) for loop in loops)]  # fmt: skip
         return bool(known) and all(b.here.at < begin for b in known)
 
     def _made_here(self, name: str, scope: Scope) -> bool:

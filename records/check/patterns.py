@@ -134,12 +134,13 @@ def _target_keys(tree: ast.Module) -> Found:
         if _LEARNS.search(scope.name):
             continue
         taught, aimed = _taught(scope), _aimed(scope)
+        first = {n.target.id for n in scope.of(ast.For) if isinstance(n.target, ast.Name) and _from_zero(n.iter)}
         for node, one, other in _hashed(scope):
-            target = _first(names(one), _TARGET) or _aimed_at(one, aimed)
+            target = _first(names(one), _TARGET) or _aimed_at(one, aimed, first)
             if target and any(_HASHLIKE.search(n) for n in names(other)) and not _only_taught(node, scope, taught):
                 yield TARGET_KEY, node, target
         for call in scope.of(ast.Call):
-            target = last_name(call.func) in _HASHES and (_first(names(call), _TARGET) or _aimed_at(call, aimed))
+            target = last_name(call.func) in _HASHES and (_first(names(call), _TARGET) or _aimed_at(call, aimed, first))
             if target and not _only_taught(call, scope, taught):
                 yield TARGET_KEY, call, target
 
@@ -188,18 +189,26 @@ def _aimed(scope: Scope) -> dict[str, str]:
     return found
 
 
-def _aimed_at(part: ast.AST, aimed: dict[str, str]) -> str:
-    """The array of a target that a part of a key holds, alone or as the last of a slice; "" of none."""
+def _aimed_at(part: ast.AST, aimed: dict[str, str], first: set[str]) -> str:
+    """The array of a target that a part of a key holds: alone, as the last of a slice, or at `pos - k` with k from 0."""
     for node in ast.walk(part) if aimed else ():
         if not isinstance(node, ast.Subscript):
             continue
-        edge = node.slice.upper if isinstance(node.slice, ast.Slice) else None
-        if isinstance(edge, ast.BinOp) and isinstance(edge.op, ast.Add) and _is_one(edge.right):
-            if (key := f"{ast.dump(node.value)} from {ast.dump(edge.left)}") in aimed:
-                return aimed[key]
-        elif (key := ast.dump(node)) in aimed:
+        edge, key = node.slice, ast.dump(node)
+        if isinstance(edge, ast.Slice) and isinstance(edge.upper, ast.BinOp) and isinstance(edge.upper.op, ast.Add):
+            key = f"{ast.dump(node.value)} from {ast.dump(edge.upper.left)}" if _is_one(edge.upper.right) else ""
+        elif isinstance(edge, ast.BinOp) and isinstance(edge.op, ast.Sub) and last_name(edge.right) in first:
+            key = f"{ast.dump(node.value)} from {ast.dump(edge.left)}"
+        if key in aimed:
             return aimed[key]
     return ""
+
+
+def _from_zero(node: ast.AST) -> bool:
+    """`range(n)`, `range(0, n)`."""
+    return isinstance(node, ast.Call) and last_name(node.func) == "range" and (
+        len(node.args) == 1 or getattr(node.args[0] if node.args else None, "value", None) == 0
+    )  # fmt: skip
 
 
 def _taught(scope: Scope) -> set[int]:
@@ -341,12 +350,21 @@ def _thresholds(tree: ast.Module) -> Found:
         costs = _target_costs(scope) if compared else set()
         if not any(n in costs or _OF_TARGET.search(n) for n in compared):
             continue
+        asked = {n: cost for a in scope.of(ast.Assign) if (cost := _asks_cost(a.value, costs)) for n in _assigned(a)}
         for node, test in _weighing_tests(scope, costs):
-            for compare in (t for t in ast.walk(test) if isinstance(t, ast.Compare)):
-                words = names(compare)
-                cost = min((n for n in words if n in costs or _OF_TARGET.search(n)), default="")
-                if cost and not any(re.search(r"best|worst|isfinite|isnan", n, re.I) for n in words):
-                    yield THRESHOLD, node, cost
+            named = min((asked[n] for n in names(test) if n in asked), default="")
+            if cost := _asks_cost(test, costs) or named:
+                yield THRESHOLD, node, cost
+
+
+def _asks_cost(node: ast.AST, costs: set[str]) -> str:
+    """The cost of a target that a comparison in an expression asks; "" of none, and of a best or a finite one."""
+    for compare in (n for n in ast.walk(node) if isinstance(n, ast.Compare)):
+        words = names(compare)
+        cost = min((n for n in words if n in costs or _OF_TARGET.search(n)), default="")
+        if cost and not any(re.search(r"best|worst|isfinite|isnan", n, re.I) for n in words):
+            return cost
+    return ""
 
 
 def _weighing_tests(scope: Scope, costs: set[str]) -> Iterator[tuple[ast.AST, ast.AST]]:
