@@ -88,7 +88,9 @@ def read_entry(folder: Path, data_path: str | None = None) -> Entry:
     if script := find_script(folder):
         configs = [{**{k.lower(): v for k, v in r.config.items()}, "seed": r.seed} for r in entry.scored]
         entry.script = source.read_script(script, configs, functools.cache(lambda: _printed(entry)))
-        entry.helpers = source.bring_along(entry.script, folder)
+        artifacts = {(r.pack or {}).get("artifact_bytes") for r in entry.runs}
+        found = source.bring_along(entry.script, folder)
+        entry.helpers = [path for path in found if path.stat().st_size not in artifacts]
     return entry
 
 

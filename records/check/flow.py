@@ -664,9 +664,13 @@ class Flow:
         if isinstance(node, ast.AugAssign):
             targets, value = [node.target], node.value
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            all_targets = getattr(node, "targets", None) or [node.target]
-            targets = [t for t in all_targets if isinstance(t, (ast.Subscript, ast.Attribute))]
-            targets, value = targets or (all_targets if quiet or _adds_to_itself(node) else []), node.value
+            pairs = [(t, v) for target, v in _bound(node) for t in getattr(target, "elts", [target])]
+            kept = [
+                (t, v)
+                for t, v in pairs
+                if isinstance(t, (ast.Subscript, ast.Attribute)) or quiet or _key(t) in _keys(v)
+            ]
+            targets, value = [t for t, _ in kept], ast.Tuple([v for _, v in kept], ast.Load())
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             func = node.value.func
             if isinstance(func, ast.Attribute) and func.attr in _ADDING:
@@ -803,7 +807,7 @@ class Flow:
             return False
         if self.places[id(step.node)].scope is not scope or not all(self._made_here(n, scope) for n in step.trained):
             return False
-        return not any(n.id in step.trained and n.lineno > end[0] for n in scope.of(ast.Name))  # gone with the function
+        return not any(n.id in step.trained and _at(n) > end for n in scope.of(ast.Name))  # gone with the function
 
     def _never_stepped(self, scope: Scope, at: tuple[int, int]) -> bool:
         """A backward pass whose gradients are set to nothing behind it, in a function where no optimizer steps."""
@@ -1107,12 +1111,6 @@ def _tables_of(scope: Scope) -> set[str]:
     return {_root(n.target) for n in scope.of(ast.AugAssign)} | {
         _root(getattr(c.func, "value", None)) for c in scope.of(ast.Call) if teaches(c)
     }
-
-
-def _adds_to_itself(node: ast.AST) -> bool:
-    """`total = total + loss`."""
-    targets = getattr(node, "targets", None) or [node.target]
-    return node.value is not None and bool({_key(t) for t in targets} & _keys(node.value))
 
 
 def _is_bits(node: ast.AST) -> bool:

@@ -11,6 +11,7 @@ import base64
 import binascii
 import bisect
 import bz2
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -24,6 +25,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+
+from runs import BOOKKEEPING
 
 from check.patterns import Finding, find_patterns
 from check.switches import Switches
@@ -78,10 +81,29 @@ def bring_along(script: Script, folder: Path) -> list[Path]:
     """The helper files beside a script. Their code is searched as one with it, calls followed from file to file."""
     found = helpers(script, folder)
     opened = [_open(path) for path in found if path.suffix == ".py"]
+    opened += [packed for path in found if path.suffix in _PACKED and (packed := _unpacked(path))]
+    if (
+        script.opaque
+        and script.tree is not None
+        and (inner := [s for s in opened if s.tree is not None and not s.opaque])
+    ):
+        first = max(inner, key=lambda s: len(s.source))  # what a stub executes is the script
+        script.opaque, script.source, script.tree, script.layers = None, first.source, first.tree, first.layers + 1
     script.parts += [p._replace(place=f"{s.name} {p.place}".strip()) for s in opened for p in s.parts]
     if opened:
         _search(script, together=True)
     return found
+
+
+_PACKED = {".lzma", ".xz", ".br", ".zst", ".gz", ".bz2", ".bin", ".z", ".b85", ".b64", ".dat"}
+
+
+def _unpacked(path: Path) -> Script | None:
+    """The program that a packed file beside the script holds, None if it holds none."""
+    if path.stat().st_size > MAX_BYTES // 4:
+        return None
+    text = next((text for text in _contents(path.read_bytes()) if _is_program(text)), None)
+    return None if text is None else _read(Script(text, name=path.name))
 
 
 def head(path: Path) -> bytes:
@@ -92,7 +114,11 @@ def head(path: Path) -> bytes:
 
 def _open(path: Path) -> Script:
     """A script and every program in its literals, nothing searched yet."""
-    script = Script(head(path), name=path.name)
+    return _read(Script(head(path), name=path.name))
+
+
+def _read(script: Script) -> Script:
+    """The same of a script whose bytes are there."""
     if len(script.outer) > MAX_BYTES:
         script.opaque = f"more than {MAX_BYTES:,} bytes"
         return script
@@ -121,6 +147,9 @@ def _open(path: Path) -> Script:
     script.parts = [p._replace(place="") for p in inner] + [p for p in script.parts if p.tree is not script.tree]
     if script.tree is not None and not (script.opaque or script.unread):
         script.opaque = _unread(script.tree)
+        needed = {module.partition(".")[0] for module, _ in imports(script.tree)} & {"brotli", "zstandard"}
+        if script.opaque and (missing := sorted(name for name in needed if find_spec(name) is None)):
+            script.opaque, script.unread = None, f"is packed; with {', '.join(missing)} installed it is read"
     return script
 
 
@@ -361,7 +390,10 @@ def _unread(tree: ast.Module) -> str | None:
 
 def packed_size(script: Script) -> int:
     """Bytes of the source packed as records pack theirs: raw LZMA in base85."""
-    data = script.source.encode("utf-8", "surrogateescape")
+    return packed_bytes(script.source.encode("utf-8", "surrogateescape"))
+
+
+def packed_bytes(data: bytes) -> int:
     return len(base64.b85encode(lzma.compress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])))
 
 
@@ -385,19 +417,25 @@ def likeness(script: Script, text: str) -> Likeness:
         return Likeness(False, False, False, 0.0)
     ours, theirs = ({getattr(n, "id", getattr(n, "attr", "")) for n in nodes(t)} for t in (script.tree, tree))
     shared = len(ours & theirs) / max(1, len(ours | theirs))
-    equal = _bare(tree) == _bare(script.tree)
-    return Likeness(equal, equal or _bare(tree, False) == _bare(script.tree, False), layers == script.layers, shared)
+    equal = _bare(tree, script.configs) == _bare(script.tree, script.configs)
+    return Likeness(equal, equal or _bare(tree, None) == _bare(script.tree, None), layers == script.layers, shared)
 
 
-def same_but_for_constants(texts: list[str]) -> bool:
-    """Whether printed sources are one program with other values (a seed, a run's name)."""
+def alike(texts: list[str], configs: list[dict[str, object]]) -> tuple[bool, bool]:
+    """Whether printed sources are one program under the runs' environment, or but for constants (a seed, a name)."""
     trees = [parse(text.encode("utf-8", "surrogateescape")) for text in dict.fromkeys(texts)]
-    return bool(trees) and None not in trees and all(_bare(t, False) == _bare(trees[0], False) for t in trees)
+    if not trees or None in trees:
+        return False, False
+    same, but = ([_bare(t, c) for t in trees] for c in (configs, None))
+    return all(b == same[0] for b in same), all(b == but[0] for b in but)
 
 
-def _bare(tree: ast.Module, constants: bool = True) -> list:
-    """The tree without positions and docstrings, or without any constant, flat."""
-    docstrings = set()
+def _bare(tree: ast.Module, configs: list[dict[str, object]] | None) -> list:
+    """The tree without positions and docstrings, flat; without defaults that the environment replaced, or (None) constants.
+
+    A default of an environment read takes no part where every log prints the knob, or where it names the run or a place.
+    """
+    dropped = set()
     for node in nodes(tree):
         body = getattr(node, "body", None)
         if (
@@ -406,58 +444,81 @@ def _bare(tree: ast.Module, constants: bool = True) -> list:
             and isinstance(body[0], ast.Expr)
             and isinstance(body[0].value, ast.Constant)
         ):
-            docstrings |= {id(body[0]), id(body[0].value)}
-    kept = [node for node in nodes(tree) if id(node) not in docstrings]
+            dropped |= {id(body[0]), id(body[0].value)}
+        if configs is not None and isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = str(node.args[0].value)
+            known = name in BOOKKEEPING or (bool(configs) and all(name.lower() in c for c in configs))
+            if known and re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+                dropped |= {id(n) for a in node.args[1:] for n in ast.walk(a)}
+    if tree.body and isinstance(tree.body[0], ast.Expr) and isinstance(tree.body[0].value, ast.Constant):
+        dropped |= {id(tree.body[0]), id(tree.body[0].value)}
+    kept = [node for node in nodes(tree) if id(node) not in dropped]
     words = [
         (type(n).__name__, *(v for v in vars(n).values() if isinstance(v, str) and not isinstance(n, ast.Constant)))
         for n in kept
     ]
-    return [*words, *(repr(n.value) for n in kept if constants and isinstance(n, ast.Constant))]
+    return [*words, *(repr(n.value) for n in kept if configs is not None and isinstance(n, ast.Constant))]
 
 
 # ---- What a script brings along
 
+_FREE = {".md", ".txt", ".log", ".jsonl", ".model", ".vocab", ".png", ".yml", ".yaml", ".toml", ".ipynb", ".sh", ".out"}
+
 
 def helpers(script: Script, folder: Path) -> list[Path]:
     """Files beside the script that it, or a helper of it, imports or names: their bytes count. Tokenizers do not."""
-    found, waiting = {}, [script]
+    found: dict[Path, bool] = {}
+    waiting = [script]
     while waiting:
         for path in _brought_along(waiting.pop(), folder):
-            if path not in found:
+            if path not in found and not _same_program(script, path):
                 found[path] = True
-                waiting += (
-                    [Script(b"", tree=parse(path.read_bytes()), name=script.name)] if path.suffix == ".py" else []
-                )
+                program = path.suffix == ".py" and path.stat().st_size <= MAX_BYTES
+                waiting += [Script(b"", tree=parse(path.read_bytes()), name=script.name)] if program else []
     return sorted(found)
+
+
+def _same_program(script: Script, path: Path) -> bool:
+    """Whether a file is the script once more, packed: `train_gpt.py.lzma` beside its source."""
+    if not path.name.startswith(script.name) or path.stat().st_size > MAX_BYTES or not script.source:
+        return False
+    own = script.source.strip()
+    return any(text.decode("utf-8", "replace").strip() == own for text in _contents(path.read_bytes()))
 
 
 def _brought_along(script: Script, folder: Path) -> list[Path]:
     if script.tree is None:
         return []
     modules = {module.partition(".")[0] for module, _ in imports(script.tree)}
-    texts = (n.value for n in every(script.tree, ast.Constant) if isinstance(n.value, str))
-    words = {Path(text).name for text in texts if len(text) < 200}
+    words = _file_words(script)
     found, packages = [], (p for p in folder.iterdir() if p.is_dir() and p.name in modules)
     for path in sorted([*folder.iterdir(), *(p for package in packages for p in package.rglob("*.py"))]):
-        free = path.suffix in (
-            ".md",
-            ".txt",
-            ".log",
-            ".jsonl",
-            ".model",
-            ".vocab",
-            ".png",
-            ".yml",
-            ".yaml",
-            ".toml",
-            ".ipynb",
-            ".sh",
-        )
-        if path.name in (script.name, "submission.json") or free or not path.is_file():
+        if path.name in (script.name, "submission.json") or path.suffix in _FREE or not path.is_file():
             continue
-        if path.name in words or (path.suffix == ".py" and ({path.stem, path.relative_to(folder).parts[0]} & modules)):
+        imported = path.suffix in (".py", ".so", ".pyd", ".pyx") and (
+            {path.name.partition(".")[0], path.relative_to(folder).parts[0]} & modules
+        )
+        if imported or path.name in words or any(fnmatch.fnmatch(path.name, w) for w in words if "*" in w and "." in w):
             found.append(path)
     return found
+
+
+def _file_words(script: Script) -> set[str]:
+    """Names of files in a script's texts: whole, in a command, and what it makes of its own name."""
+    spoken = {id(n.value) for n in every(script.tree, ast.Expr)}
+    texts = [n for n in every(script.tree, ast.Constant) if isinstance(n.value, str) and len(n.value) < 500]
+    words = {Path(n.value).name for n in texts if len(n.value) < 200 and n.value.isprintable()}
+    for n in texts:
+        if id(n) not in spoken:
+            words |= set(re.findall(r"[\w-]+\.(?:cpp|cc|c|cu|cuh|h|so|rs|pyx|xz|lzma|br|zst)\b", n.value))
+    own = Path(script.name)
+    for call in every(script.tree, ast.Call, ast.BinOp, ast.JoinedStr):
+        if not any(getattr(n, "id", "") == "__file__" for n in ast.walk(call)):
+            continue
+        given = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        words |= {own.name.replace(a, b) for a, b in itertools.permutations(given[:6], 2) if a}
+        words |= {made for g in given for made in (own.name + g, own.stem + g)}
+    return words - {own.name}
 
 
 def knob_docs(source: str) -> dict[str, dict]:
