@@ -31,7 +31,7 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "logs", "tr
 # fmt: off
 MUTANTS = {
     "bytes": [
-        ("B1: space dropped only after BOS, not after other boundary pieces", "bytes.py", ("(self.spaced[target] & ~self.boundary[prev])", "(self.spaced[target] & (prev != BOS))")),
+        ("B1: space dropped only after BOS, not after other boundary pieces", "bytes.py data.py", ("(self.spaced[target] & ~self.boundary[prev])", "(self.spaced[target] & (prev != BOS))")),
         ("B2: shards no longer sorted by name", "data.py", ('    return sorted(p for p in folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\\d+\\.bin", p.name))', '    return [p for p in folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\\d+\\.bin", p.name)]')),
         ("B3: sidecar tolerance is one-sided (too few bytes pass)", "bytes.py -k sums", ("if abs(theirs.sum() - ours.sum()) > SIDECAR_TOLERANCE * ours.sum():", "if theirs.sum() - ours.sum() > SIDECAR_TOLERANCE * ours.sum():")),
         ("B4: escaped escape escapes the next operator too", "bytes.py caseops.py", ("escaped[i + 1] = not escaped[i] and self.operators[tokens[i + 1]]", "escaped[i + 1] = self.operators[tokens[i + 1]] > 0")),

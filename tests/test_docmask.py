@@ -174,17 +174,6 @@ def test_off_is_the_plain_model_and_on_changes_nothing_within_a_document(form, t
     assert change[0] > 1e-3 and change[1] == 0
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_cache_sees_the_same_documents(form, tiny):
-    model, ids = model_of(tiny, **FORMS[form]).eval(), torch.stack([stream(30, 8, seed) for seed in (1, 2)])
-    with torch.no_grad():
-        whole = model.features(ids)
-        cache = tg.KVCache(model.cfg, 2, 30, CPU, torch.float32)
-        cuts = [0, 7, 8, 9, 15, *range(20, 31)]
-        parts = [model.features(ids[:, lo:hi], tg.Ctx(cache=cache)) for lo, hi in itertools.pairwise(cuts)]
-    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
-
-
 # ---- training and evaluation
 
 

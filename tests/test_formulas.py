@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_model import EVERYTHING, EVERYTHING_ELSE, T, V, build
+from test_recipes import small
 
 import train_gpt as tg
 
@@ -202,23 +203,31 @@ def documents(rows: int = 2) -> torch.Tensor:
 
 
 def network(looped: bool = True, **knobs) -> tg.GPT:
+    """Of test_model's tiny configuration with these knobs."""
+    model = randomised(build(**knobs))
+    model.set_looped(looped)
+    return model
+
+
+def randomised(model: tg.GPT) -> tg.GPT:
     """In float64, every parameter random and unequal."""
-    model = build(noise=0.3, **knobs).double()
+    model, generator = model.double(), torch.Generator().manual_seed(1)
     model.compute_dtype = torch.float64
     with torch.no_grad():
         for name, p in model.named_parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
             if name.endswith(("alpha_H", "caps", "lane_mix", "gate.weight_HW", "smear.scale")):
                 p.copy_(
                     torch.linspace(0.4, 1.9, p.numel()).view(p.shape) * p.sign() if "caps" not in name else 2.0 + p / 3
                 )
         if model.head is not None:
-            model.head.weight += torch.randn(model.head.weight.shape)
-    model.set_looped(looped)
+            model.head.weight += torch.randn(model.head.weight.shape, generator=generator)
     return model
 
 
-def check(knobs: dict, looped: bool = True) -> tg.GPT:
-    model, ids = network(looped, **knobs), documents()
+def check(model: tg.GPT, attention: str) -> tg.GPT:
+    ids = documents()
+    model.place(torch.device("cpu"), tg.PLAIN_ATTENTION[attention]).compute_dtype = torch.float64
     with torch.no_grad():
         for mine, row in zip(model.logits(model.features(ids)), ids.tolist(), strict=True):
             assert (mine - Oracle(model, row).logits()).abs().max() < 2e-5  # angles are kept in fp32
@@ -227,16 +236,70 @@ def check(knobs: dict, looped: bool = True) -> tg.GPT:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_technique_is_its_formula(name):
-    check(ALONE[name])
+    check(network(**ALONE[name]), "sdpa")
     if ALONE[name].get("num_loops"):
-        check(ALONE[name], looped=False)
+        check(network(looped=False, **ALONE[name]), "blocks")
 
 
 @pytest.mark.parametrize("a, b", PAIRS, ids=[f"{a} + {b}" for a, b in PAIRS])
 def test_a_pair_of_techniques_is_its_formula_and_learns(a, b):
     """Every parameter is reached, and no gradient is poisoned."""
-    model, ids = check({**SWITCHES[a], **SWITCHES[b]}), documents()
+    model, ids = (
+        check(network(**SWITCHES[a], **{k: v for k, v in SWITCHES[b].items() if k not in SWITCHES[a]}), "blocks"),
+        documents(),
+    )
     model.nll(ids[:, :-1], ids[:, 1:]).mean().backward()
     for name, p in model.named_parameters():
         if p.numel() and p.requires_grad:  # a single block has no skip; the two caps are frozen
             assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("recipe", tg.RECIPES)
+def test_a_recipe_is_its_formula(recipe):
+    cfg = tg.load_config(
+        small(recipe, VOCAB_SIZE=V, TRAIN_SEQ_LEN=T, TRAIN_BATCH_TOKENS=2 * T, DOC_MASK=0), has_gpu=lambda: False
+    ).cfg
+    check(randomised(tg.GPT(cfg)), "sdpa")
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("name", ALONE)
+def test_a_prefix_and_a_cache_have_the_features_of_the_whole_text(name, mask):
+    """No token changes what was predicted before it, and kept keys, values, ids and embeddings are all that a later one needs."""
+    for looped in {True, not ALONE[name].get("num_loops")}:
+        model, ids = network(looped, doc_mask=mask, **ALONE[name]), documents()
+        with torch.no_grad():
+            whole = model.features(ids)
+            for t in (1, 9, 10, T - 1):
+                assert (model.features(ids[:, :t]) - whole[:, :t]).abs().max() < 1e-9
+            for pieces in ([1] * T, [5, 1, 1, 9, 8], [T]):
+                cache = tg.KVCache(model.cfg, 2, T, torch.device("cpu"), torch.float64)
+                parts = [model.features(piece, tg.Ctx(cache=cache)) for piece in ids.split(pieces, dim=1)]
+                assert (torch.cat(parts, 1) - whole).abs().max() < 1e-9 and cache.length == T
+
+
+INITIAL = {  # what each control parameter is at birth, by the end of its name
+    "q_gain_H": 1.5, "attn_scale": 1, "mlp_scale": 1, "skip_weights": 1, "skip_gates": 0, "smear.gate": -3, "smear.weight_W": 0,
+    "smear.scale": 0, "bigram.scale": 0.05, "ve.scale": 0.1, "ve.layer_scales": 1, "gate.weight_HD": 0, "gate.bias_H": 4, "gate.weight_HW": 0,
+    "value_residual.logits": 0.5, "exclude_self.alpha_H": 0, "softcap.caps": 30, "bigram.table.weight": 0, "attn.out.weight": 0,
+    "mlp.down.weight": 0, "lane_mix": [[1.1, 1, 1], [1.1, 1, 1]], "resid_mix": [[1.0], [0.0]],
+}  # fmt: skip
+
+
+def test_control_parameters_begin_where_their_technique_does_nothing_yet():
+    forms = [{"smear": True, "smear_init": -3.0, "attn_gate": "input", "value_residual": "softmax", "parallel_start_layer": 2},
+             {"smear": True, "smear_form": "window", "attn_gate": "sparse", "xsa_last_n": -1, "xsa_gated": True, "skip_gates_enabled": True,
+              "asym_logit_rescale": True, "bigram_vocab_size": 50, "ve_dim": 6, "ve_layers": "1,3"}]  # fmt: skip
+    met = set()
+    for knobs in forms:
+        for name, p in build(**knobs).named_parameters():
+            for end, value in INITIAL.items():
+                if name.endswith(end):
+                    met.add(end)
+                    assert torch.equal(p, torch.tensor(value, dtype=torch.float32).expand(p.shape)), name
+    assert met == INITIAL.keys()
+    mixes = [block.resid_mix for block in build(num_layers=10, resid_mix_init="phase").blocks]
+    shares = [1 / (1 + math.exp(-3 * (i / 9 - 0.5))) for i in range(10)]
+    assert all(
+        torch.allclose(m, torch.tensor([[a], [1 - a]]).expand(2, 32)) for m, a in zip(mixes, shares, strict=True)
+    )

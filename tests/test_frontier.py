@@ -147,22 +147,6 @@ def test_the_looped_plan_with_an_uneven_number_of_passes_halves_as_skip_split_sa
         assert [s.save for s in plan] == [True] * half + [False] * (5 - half)
 
 
-def test_a_loop_is_the_model_with_its_blocks_written_out():
-    looped = build(noise=0.2, num_layers=4, num_loops=1, loop_start=1, loop_end=2)
-    plain = build(num_layers=6)
-    with torch.no_grad():
-        for i, source in enumerate([0, 1, 2, 1, 2, 3]):
-            plain.blocks[i].load_state_dict(looped.blocks[source].state_dict())
-        plain.skip_weights.copy_(looped.skip_weights)
-        plain.tok_emb.weight.copy_(looped.tok_emb.weight)
-    assert torch.equal(looped.features(tokens()), plain.features(tokens()))
-    four = like(build(num_layers=4), build(num_layers=4))
-    with torch.no_grad():
-        four.load_state_dict({**looped.state_dict(), "skip_weights": looped.skip_weights[:2]})
-    looped.set_looped(False)
-    assert torch.equal(looped.features(tokens()), four.features(tokens()))
-
-
 def test_the_carry_follows_its_formula_and_holds_the_first_passes_fixed():
     model, plain = build(noise=0.2, **CARRY), build(noise=0.2, **LOOPS)
     ids, seen = tokens(), []
@@ -191,83 +175,6 @@ def test_the_carry_follows_its_formula_and_holds_the_first_passes_fixed():
 
 
 # ---- lanes, gates, softcap
-
-
-def test_lanes_follow_their_formula():
-    model = build(noise=0.2, **{**FRONTIER, **dict.fromkeys(("num_loops",), 0)})
-    block, twin = model.blocks[3], build(**{**FRONTIER, "num_loops": 0, "parallel_start_layer": 0}).blocks[3]
-    assert type(model.blocks[2]) is tg.Block and type(block) is tg.ParallelBlock
-    assert torch.equal(tg.ParallelBlock(model.cfg, 3).lane_mix.detach(), torch.tensor([[1.1, 1, 1], [1.1, 1, 1]]))
-    a, m, x0 = torch.randn(3, 2, T, 32)
-    stream = tg.Stream(x0, model.rope[:, :T], {}, tg.Ctx())
-    n = 1 / math.sqrt(4)
-    y = (
-        block.attn_scale
-        * block.attn(tg.rms_norm(block.resid_mix[0] * a + block.resid_mix[1] * x0) * n, None, stream, 3)[0]
-    )
-    z = block.mlp_scale * block.mlp(tg.rms_norm(m) * n, tg.Ctx())
-    (ra, paa, pma), (rm, pam, pmm) = block.lane_mix
-    outs = block(a, m, None, stream, 3)
-    assert torch.allclose(outs[0], ra * a + paa * y + pma * z, atol=1e-5)
-    assert torch.allclose(outs[1], rm * m + pam * y + pmm * z, atol=1e-5)
-    assert torch.allclose(block.join(a, m), (a + m) / 2) and twin.join(a, m) is a
-
-
-def test_skips_reach_the_attention_lane_alone():
-    model, read = build(noise=0.2, num_layers=4, parallel_start_layer=2), {}
-    for i in (1, 2):
-        model.blocks[i].register_forward_hook(
-            lambda _block, args, out, i=i: read.update({i: (args[0], args[1], out[0])})
-        )
-    model.features(tokens())
-    a, m, _ = read[2]
-    assert torch.equal(m, read[1][2]) and torch.allclose(a, m + model.skip_weights[0] * read[1][2], atol=1e-6)
-
-
-def test_the_sparse_gate_reads_its_window_of_the_normalised_input():
-    gate = tg.SparseGate(model_config(**FRONTIER))
-    assert gate.weight_HW.shape == (4, 6) and not gate.weight_HW.any()
-    x, y = torch.randn(2, T, 32), torch.randn(2, T, 4, 8)
-    assert torch.equal(gate(y, x), 0.5 * y)
-    with torch.no_grad():
-        gate.weight_HW.normal_()
-    expected = y * torch.sigmoid(0.5 * x[..., :6] @ gate.weight_HW.T)[..., None]
-    assert torch.allclose(gate(y, x), expected, atol=1e-6)
-
-
-def test_the_window_smear_adds_a_share_of_the_token_before_and_never_crosses_a_bos():
-    knobs = {"smear": True, "smear_form": "window", "smear_before_norm": True, "gate_window": 6}
-    for leak in (False, True):
-        smear = tg.WindowSmear(model_config(**knobs, smear_cross_doc=leak))
-        x, before = torch.randn(2, 5, 32), torch.randn(2, 1, 32)
-        starts = torch.zeros(2, 5, dtype=torch.bool)
-        starts[0, 3] = True
-        assert torch.equal(smear(x, before, starts), x)
-        with torch.no_grad():
-            smear.weight_W.normal_()
-            smear.scale.fill_(0.7)
-        share = 0.7 * torch.sigmoid(x[..., :6] @ smear.weight_W)
-        share[0, 3] *= leak
-        assert torch.allclose(
-            smear(x, before, starts), x + share[..., None] * torch.cat([before, x[:, :-1]], 1), atol=1e-6
-        )
-
-
-def test_a_skip_gate_blends():
-    x, skip, w, g = torch.randn(4, 7)
-    assert torch.allclose(tg.merge_skip(x, skip, w, g), g.sigmoid() * x + (1 - g.sigmoid()) * w * skip, atol=1e-6)
-    model = build(skip_gates_enabled=True)
-    assert not model.skip_gates.any() and model.skip_gates.shape == model.skip_weights.shape
-
-
-def test_gated_exclusion_starts_as_plain_attention_and_ends_as_exclusion():
-    plain, xsa = build(noise=0.2), build(noise=0.2, xsa_last_n=-1)
-    gated = like(build(xsa_last_n=-1, xsa_gated=True), plain)
-    assert torch.allclose(gated.features(tokens()), plain.features(tokens()), atol=1e-6)
-    with torch.no_grad():
-        for block in gated.blocks:
-            block.attn.exclude_self.alpha_H.fill_(20.0)
-    assert torch.allclose(gated.features(tokens()), xsa.features(tokens()), atol=1e-4)
 
 
 def test_the_softcap_of_two_sides_equals_one_until_its_scalars_move():
@@ -318,29 +225,6 @@ def test_the_gradient_is_that_of_finite_differences(name):
     assert float(slope) == pytest.approx(float(numeric), rel=1e-5)
     unreached = {n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     assert not unreached
-
-
-@pytest.mark.parametrize("name", TECHNIQUES)
-@pytest.mark.parametrize("looped", [True, False])
-def test_a_cache_gives_the_features_of_the_whole_text(name, looped):
-    model = build(noise=0.1, **TECHNIQUES[name])
-    model.set_looped(looped)
-    ids = tokens()
-    ids[:, 6] = ids[:, 15] = BOS
-    cache = tg.KVCache(model.cfg, 2, T, torch.device("cpu"), torch.float32)
-    with torch.no_grad():
-        parts = [model.features(piece, tg.Ctx(cache=cache)) for piece in ids.split([5, 1, 1, 1, 8, 8], dim=1)]
-        assert torch.allclose(torch.cat(parts, 1), model.features(ids), atol=1e-4)
-
-
-@pytest.mark.parametrize("name", TECHNIQUES)
-def test_no_token_changes_what_was_predicted_before_it(name):
-    model = build(noise=0.1, **TECHNIQUES[name])
-    ids = tokens()
-    other = ids.clone()
-    other[:, 11] = ids[:, 11] % (V - 2) + 2
-    a, b = model.features(ids), model.features(other)
-    assert torch.equal(a[:, :11], b[:, :11]) and not torch.equal(a[:, 11], b[:, 11])
 
 
 # ---- mistakes
@@ -580,14 +464,3 @@ def test_one_decay_in_the_list_is_the_plain_average(monkeypatch):
         assert t.apply_average() == "ema(0.9)"
     for p, q in zip(listed.average.params, plain.average.params, strict=True):
         assert torch.equal(p, q)
-
-
-def test_softmax_of_the_two_sided_cap_is_a_distribution():
-    model = build(noise=0.3, asym_logit_rescale=True)
-    with torch.no_grad():
-        model.softcap.caps.copy_(torch.tensor([25.0, 35.0]))
-    ids = tokens()
-    p = model.logits(model.features(ids)).double().softmax(-1)
-    nll = model.nll(ids[:, :-1], ids[:, 1:])
-    assert torch.allclose(p.sum(-1), torch.ones(2, T, dtype=torch.float64))
-    assert torch.allclose(-p[:, :-1].log().gather(-1, ids[:, 1:, None])[..., 0].float(), nll, atol=1e-5)

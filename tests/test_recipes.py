@@ -7,7 +7,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, SCRIPT, events
+from conftest import SCRIPT, events
 
 import train_gpt as tg
 
@@ -350,25 +350,3 @@ def test_200_steps_learn(recipe):
     trainer.average.apply()
     assert before == pytest.approx(6.93, abs=0.15)
     assert held_out_loss() < before - 0.8
-
-
-@pytest.mark.parametrize("recipe", tg.RECIPES)
-@pytest.mark.parametrize("pieces", [[1] * 32, [7, 1, 1, 20, 3]], ids=["one by one", "pieces"])
-def test_a_recipe_decodes_incrementally_to_the_same_features(recipe, pieces):
-    model = small_model(recipe)
-    ids = torch.randint(2, 1024, (2, 32), generator=torch.Generator().manual_seed(0))
-    ids[:, 9] = ids[:, 20] = BOS
-    cache = tg.KVCache(model.cfg, 2, 32, torch.device("cpu"), torch.float32)
-    with torch.no_grad():
-        parts = [model.features(piece, tg.Ctx(cache=cache)) for piece in ids.split(pieces, dim=1)]
-        assert torch.allclose(torch.cat(parts, 1), model.features(ids), atol=2e-4)
-
-
-@pytest.mark.parametrize("recipe", tg.RECIPES)
-def test_a_recipe_is_causal(recipe):
-    model = small_model(recipe)
-    ids = torch.randint(2, 1024, (1, 32), generator=torch.Generator().manual_seed(1))
-    other = ids.clone()
-    other[0, 17] = BOS
-    a, b = model.features(ids), model.features(other)
-    assert torch.equal(a[:, :17], b[:, :17]) and not torch.equal(a[:, 17], b[:, 17])

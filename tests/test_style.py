@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import statistics
 
 from conftest import SCRIPT
 
@@ -129,14 +128,3 @@ def test_benchmarks_and_tools_speak_of_what_is_there():
         keys = [k.value for n in nodes if isinstance(n, ast.Dict) for k in n.keys if isinstance(k, ast.Constant)]
         knobs = {k for k in keys if re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", str(k))}
         assert knobs <= tg.FIELDS.keys(), (path.name, knobs - tg.FIELDS.keys())
-
-
-def functions():
-    return [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
-
-
-def test_functions_stay_short():
-    lengths = {f"{f.name}:{f.lineno}": f.end_lineno - f.lineno + 1 for f in functions()}
-    longest = sorted(lengths.items(), key=lambda item: -item[1])[:10]
-    print("\n".join(f"{n:4d} {name}" for name, n in longest))  # a report, not a gate
-    assert statistics.median(lengths.values()) <= 12

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import train_gpt as tg
@@ -107,19 +106,6 @@ def test_a_schedule_may_be_longer_than_the_model_s_own_length():
     assert cfg.seq_curriculum == [(0.5, 8), (1.0, 64)] and tg.rope_table(cfg).shape[1] == cfg.longest_seq == 64
 
 
-def test_rates_rise_again_after_each_change_of_length():
-    t, seen = trainer(train_seq_schedule=f"8@0.4,{T}@0.6", seq_change_warmup_steps=4, train_seq_len=2 * T), []
-    for step in range(14):
-        t.train_step(step / 14, 1.0)
-        seen.append((t.seq_len, t.rewarm))
-    assert [rewarm for _, rewarm in seen] == [1] * 6 + [0.25, 0.5, 0.75] + [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert [n for n, _ in seen] == [8] * 6 + [T] * 3 + [2 * T] * 5
-    again = trainer(train_seq_schedule=f"8@0.4,{T}@0.6", seq_change_warmup_steps=4, train_seq_len=2 * T)
-    again.load_state_dict(t.state_dict())
-    again.follow_curriculum(2 * T)
-    assert again.rewarm == 1.0 and again.seq_len == 2 * T
-
-
 # ---- averages
 
 
@@ -184,41 +170,6 @@ def test_the_published_blends():
     assert half == (pytest.approx(0.5 * track[-1] + 0.5 * (4 + 8 + 7) / 3), "0.5 ema(0.9) + 0.5 swa(3)")
     of_ema = averaged(VALUES, scales, ema_decay=0.9, swa_every=2, swa_blend=0.3, swa_source="ema")
     assert of_ema[0] == pytest.approx(0.7 * track[-1] + 0.3 * (track[1] + track[3] + track[5]) / 3)
-
-
-def test_an_average_continues_from_its_state():
-    knobs = {"ema_decay": 0.9, "swa_every": 1}
-    whole, first, second = Toy(), Toy(), Toy()
-    one, half = tg.WeightAverage(config(**knobs), whole), tg.WeightAverage(config(**knobs), first)
-    for step, value in enumerate(VALUES):
-        for toy, average in ((whole, one), (first, half)):
-            toy.move(value)
-            average.update(step, 0.0, 0.1)
-        if step == 2:
-            state, first = half.state_dict(), second
-            half = tg.WeightAverage(config(**knobs), second)
-            half.load_state_dict(state)
-    assert one.apply() == half.apply()
-    assert torch.equal(whole.a, second.a) and torch.equal(whole.b, second.b)
-
-
-def test_blended_weights_load_into_a_fresh_model_and_give_its_loss():
-    t = trainer(ema_decay=0.8, swa_every=1, swa_start_scale=2.0)
-    for _ in range(4):
-        t.train_step(0.0, 1.0)
-    raw = t.model.tok_emb.weight.detach().clone()
-    t.average.apply()
-    assert not torch.equal(raw, t.model.tok_emb.weight)
-    fresh = tg.GPT(t.cfg)
-    fresh.load_state_dict(t.model.state_dict())
-    ids = torch.randint(2, V, (2, T + 1))
-    assert torch.equal(fresh.nll(ids[:, :-1], ids[:, 1:]), t.model.nll(ids[:, :-1], ids[:, 1:]))
-
-
-def test_averages_are_fp32_whatever_the_step_left():
-    t = trainer(ema_decay=0.999)
-    t.train_step(0.0, 1.0)
-    assert {e.dtype for e in t.average.emas[0.999]} == {torch.float32}
 
 
 # ---- quantisation-aware training
@@ -301,18 +252,6 @@ def test_complementary_weights_are_one_before_anything_is_counted():
     assert torch.equal(counts.weights(*pairs()), torch.ones(4, T))
 
 
-@pytest.mark.parametrize("alpha", [0.3, 0.5, 1.0])
-def test_complementary_weights_follow_the_counts(alpha):
-    counts = counts_of(*pairs())
-    counts.cfg = config(complement_alpha=alpha)
-    seen = list(zip(*(t.flatten().tolist() for t in pairs()), strict=True))
-    inputs, targets = pairs(seed=1)
-    for a, b, w in zip(inputs.flatten().tolist(), targets.flatten().tolist(), counts.weights(inputs, targets).flatten().tolist(), strict=True):  # fmt: skip
-        share = seen.count((a, b)) / (sum(x == a for x, _ in seen) + 1)
-        assert w == pytest.approx(max(0.1, 1 - alpha * share)) and max(1 - alpha, 0.1) <= w <= 1
-    assert counts.mean_weight.item() == pytest.approx(counts.weights(inputs, targets).mean().item())
-
-
 def test_a_token_that_always_follows_is_weighted_down_to_a_tenth_at_most():
     inputs, targets = torch.full((1, 999), 3), torch.full((1, 999), 4)
     counts = counts_of(inputs, targets)
@@ -327,79 +266,6 @@ def test_counts_pass_two_to_the_24():
     before = counts.totals.clone()
     counts.update(torch.tensor([[7]]), torch.tensor([[8]]))
     assert counts.totals[7] == before[7] + 1
-
-
-@pytest.mark.parametrize("normalized", [False, True])
-def test_the_complementary_loss_in_its_two_forms(normalized):
-    t = trainer(complement_alpha=0.5, complement_normalized=normalized, micro_batch_tokens=2 * T)
-    t.counts.update(*t.batcher.next(T))
-    t.batcher.stream.position = 0
-    inputs, targets = t.batcher.next(T)
-    loss = t.backward(inputs, targets, tg.Ctx())
-    grads = [p.grad.clone() for p in t.model.parameters()]
-    w, ce = t.counts.weights(inputs, targets), t.model.nll(inputs, targets)
-    assert w.min() < 0.9
-    expected = (w * ce).sum() / w.sum() if normalized else (w * ce).mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    t.optimizers.zero_grad()
-    expected.backward()
-    for p, grad in zip(t.model.parameters(), grads, strict=True):
-        assert torch.allclose(p.grad, grad, atol=1e-6)
-
-
-def test_counting_follows_the_step_and_evaluation_is_plain_cross_entropy():
-    t = trainer(complement_alpha=0.5)
-    inputs, targets = t.batcher.next(T)
-    t.batcher.stream.position = 0
-    plain = t.model.nll(inputs, targets).mean().item()
-    assert t.train_step(0.0, 1.0).item() == pytest.approx(plain, rel=1e-6)  # its own batch is not yet counted
-    assert t.counts.totals.sum() == inputs.numel()
-    nll = t.model.nll(inputs, targets)
-    z = t.model.logits(t.model.features(inputs))
-    assert torch.allclose(
-        nll, F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view_as(nll), atol=1e-5
-    )
-    assert t.train_step(0.0, 1.0) is not None and t.counts.mean_weight < 1
-
-
-class OneOfTwo:
-    """Rank 0 of two, whose other rank has read `other`'s pairs: a sum over ranks adds them."""
-
-    rank, world, device = 0, 2, torch.device("cpu")
-
-    def __init__(self, *other: torch.Tensor):
-        self.other = other
-
-    def all_reduce(self, t: torch.Tensor) -> torch.Tensor:
-        inputs, targets = self.other
-        theirs = torch.bincount((inputs * V + targets).flatten(), minlength=V * V)
-        if t.shape == (2, V * V):
-            t[1] = theirs
-            return t
-        return t + theirs
-
-
-def test_counts_are_summed_over_ranks_or_kept_apart():
-    mine, other = pairs(0), pairs(1)
-    together = counts_of(*(torch.cat(t) for t in zip(mine, other, strict=True)))
-    for sync, expected in ((True, together), (False, counts_of(*mine))):
-        counts = tg.BigramCounts(config(complement_alpha=0.5, complement_sync=sync), OneOfTwo(*other))
-        counts.update(*mine)
-        assert torch.equal(counts.pairs, expected.pairs) and torch.equal(counts.totals, expected.totals)
-
-
-def test_counts_of_all_ranks_are_saved_and_shared_out_again():
-    mine, other = pairs(0), pairs(1)
-    run, cfg = OneOfTwo(*other), config(complement_alpha=0.5, complement_sync=False)
-    counts = tg.BigramCounts(cfg, run)
-    counts.update(*mine)
-    state = counts.state_dict()
-    again = tg.BigramCounts(cfg, run)
-    again.load_state_dict(state)
-    assert torch.equal(again.pairs, counts.pairs) and torch.equal(again.totals, counts.totals)
-    alone = counts_of(*pairs(n=0))
-    alone.load_state_dict(state)
-    assert torch.equal(alone.pairs, state["pairs"].sum(0) // 2)
 
 
 def test_priming_forgets_what_it_counted_and_averaged():

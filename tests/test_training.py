@@ -55,52 +55,13 @@ EVERYTHING = {"EMA_DECAY": 0.9, "SWA_EVERY": 1, "SWA_START_SCALE": 2, "COMPLEMEN
 # ---- schedules
 
 
-def test_warmdown_by_steps_is_flat_then_linear(tiny):
-    cfg = config(tiny, ITERATIONS=10, WARMDOWN_ITERS=4)
-    scales = [tg.lr_scale(cfg, step, 0.0, 0.0) for step in range(10)]
-    assert scales == [1.0] * 7 + [0.75, 0.5, 0.25]
-    assert tg.lr_scale(config(tiny, WARMDOWN_ITERS=0), 9, 0.0, 0.0) == 1.0
-
-
-def test_warmdown_by_time_uses_the_measured_pace(tiny):
-    cfg = config(tiny, ITERATIONS=0, WARMDOWN_ITERS=10, MAX_WALLCLOCK_SECONDS=100)
-    # 1 s a step: the last 10 s are the warmdown; at 2 s a step the last 20 s
-    assert [tg.lr_scale(cfg, n, n * 1.0, 100) for n in (0, 50, 90, 95, 100)] == [1, 1, 1, 0.5, 0]
-    assert [tg.lr_scale(cfg, n, n * 2.0, 100) for n in (40, 45, 50)] == [1, 0.5, 0]
-
-
 def test_a_warmdown_longer_than_the_training_is_noticed(tiny, script):
     fitting, long = (script(tiny, ITERATIONS=4, WARMDOWN_ITERS=n, RUN_ID=f"w{n}", EVAL_STRIDE=0).out for n in (4, 5))
     assert "training ends after 4 steps" in fitting and "rates fall" not in fitting
     assert "notice: WARMDOWN_ITERS=5 is longer than ITERATIONS=4: rates fall from the first step on" in long
 
 
-def test_wsd_is_flat_then_a_cosine(tiny):
-    cfg = config(tiny, LR_SCHEDULE="wsd", WSD_STABLE_FRAC=0.5, ITERATIONS=8)
-    scales = [tg.lr_scale(cfg, step, 0.0, 0.0) for step in range(9)]
-    assert scales[:5] == [1.0] * 5 and scales[6] == pytest.approx(0.5) and scales[8] == pytest.approx(0.0)
-
-
-def test_the_budget_is_whichever_ends_first(tiny):
-    cfg = config(tiny, ITERATIONS=10, MAX_WALLCLOCK_SECONDS=100)
-    assert [tg.budget_frac(cfg, *at, 100) for at in ((5, 10), (1, 90), (20, 500))] == [0.5, 0.9, 1.0]
-    assert tg.budget_frac(cfg, 5, 1e9, 0) == 0.5
-
-
 # ---- averaging
-
-
-def test_averages_are_what_they_say(tiny, data):
-    model = make(tiny, data).model
-    average = tg.WeightAverage(config(tiny, EMA_DECAY=0.5, SWA_EVERY=2, SWA_START_SCALE=2, SWA_BLEND=0.25), model)
-    p = model.blocks[0].attn_scale
-    for step, value in enumerate([1.0, 3.0, 7.0, 15.0]):
-        p.data.fill_(value)
-        average.update(step, 0.5, 1.0)
-    ema = ((1 * 0.5 + 3 * 0.5) * 0.5 + 7 * 0.5) * 0.5 + 15 * 0.5
-    swa = (3 + 15) / 2  # after steps 2 and 4
-    assert average.apply() == "0.75 ema(0.5) + 0.25 swa(2)"
-    assert p[0].item() == pytest.approx(0.75 * ema + 0.25 * swa)
 
 
 # ---- priming
