@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ import sentencepiece
 import torch
 
 import train_gpt as tg
+from tools import pack_code
 
 SCRIPT = Path(tg.__file__).resolve()
 VOCAB, BOS, SEQ = 300, 1, 32
@@ -149,6 +151,24 @@ class NoCompiler(torch._dynamo.exc.BackendCompilerFailed):
 
 
 # ---- running the script
+
+
+REAL_PACKING = {"start_packing": tg.start_packing, "counted_code": tg.counted_code}
+
+
+@functools.cache
+def packed_code() -> bytes:
+    """The script's packed form."""
+    return pack_code.pack_code(tg.source_text())
+
+
+@pytest.fixture(autouse=True)
+def packed_once(monkeypatch):
+    """Runs in this process count the packed script without a child process each; test_pack_code.py sets REAL_PACKING."""
+    monkeypatch.setattr(tg, "start_packing", lambda _: None)
+    monkeypatch.setattr(
+        tg, "counted_code", lambda c: (packed_code() if c.code_form == "packed" else tg.script_bytes(), "")
+    )
 
 
 class Result(NamedTuple):

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import events, process_env
+from conftest import REAL_PACKING, events, packed_code, process_env
 
 import train_gpt as tg
 from tools import pack_code
 
 ROOT = Path(tg.__file__).parent
-PACKED = pack_code.pack_code(tg.source_text())
+PACKED = packed_code()
 
 
 class Bare(ast.NodeTransformer):
@@ -260,6 +260,8 @@ def test_the_tool_writes_what_the_script_counts_and_refuses_what_it_cannot_pack(
 def test_what_is_counted(form, tiny, script, tmp_path, monkeypatch):
     """The packed file's own bytes; a readable one's packed form; without the tool its text, compressed; CODE_FORM=source: the file."""
     monkeypatch.setattr(tg, "__source__", tg.source_text(), raising=False)
+    for name, real in REAL_PACKING.items():
+        monkeypatch.setattr(tg, name, real)
     monkeypatch.setattr(tg, "PACKED", form == "packed")
     monkeypatch.setattr(tg, "SCRIPT", tmp_path / "train_gpt.py")
     tg.SCRIPT.write_bytes(PACKED if form == "packed" else (ROOT / "train_gpt.py").read_bytes())
