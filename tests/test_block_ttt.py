@@ -93,6 +93,7 @@ def test_chunks_depend_on_the_position_alone():
 def test_phases_come_at_the_first_block_end_past_their_share():
     edges = [11, 21, 31, 41, 101]
     assert tg.phase_edges(edges, 0.3, 1) == [31] and tg.phase_edges(edges, 0.3, 3) == [11, 21, 31]
+    assert tg.phase_edges(edges, 0.31, 1) == [41] == tg.phase_edges(edges, 0.4, 1), "30 targets are no 31"
     assert tg.phase_edges(edges, 0.25, 1) == [31] and tg.phase_edges(edges, 0.05, 3) == [11]
     assert tg.phase_edges(edges, 1.0, 1) == [] == tg.phase_edges(edges, 0.5, 0), "none after the end"
 
@@ -222,7 +223,8 @@ def test_any_order_and_any_batch_give_the_same_scores(tiny, double, text, monkey
     together = walk(learner(tiny, double, text, **knobs), text)
     for change in ({"TTT_BATCH_SIZE": 1}, {"TTT_BATCH_SIZE": 3}):
         assert (walk(learner(tiny, double, text, **knobs, **change), text) - together).abs().max() < 1e-9, change
-    assert (walk(learner(tiny, double, text, **knobs), text, chunk=7) - together).abs().max() < 1e-9
+    for chunk in (1, 7):
+        assert (walk(learner(tiny, double, text, **knobs), text, chunk=chunk) - together).abs().max() < 1e-9, chunk
     monkeypatch.setattr(tg.DocumentLoraNetwork, "deal", shuffled)
     assert (walk(learner(tiny, double, text, **knobs), text) - together).abs().max() < 1e-9
 
@@ -242,21 +244,30 @@ class Rank(tg.Run):
         return t.copy_(total)
 
 
+@pytest.mark.parametrize("kind", ["document", "shared", "sliding"])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_gives_the_same_scores(tiny, double, text, ranks):
-    cfg, alone, found = config(tiny), walk(learner(tiny, double, text, **PHASES), text), {}
+def test_any_number_of_ranks_gives_the_same_scores(tiny, double, text, ranks, kind):
+    shared = {"TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 70, "TTT_BATCH_SEQS": 2, "TTT_LR": 0.05}
+
+    def network(run=None):
+        if kind == "document":
+            return learner(tiny, double, text, run, **PHASES)
+        cfg = config(tiny, **(shared if kind == "shared" else {}), VAL_BATCH_TOKENS=64)
+        form = tg.SharedLoraNetwork if kind == "shared" else tg.NetworkExpert
+        return form(cfg, run or tg.Run(cfg, 0, 0, 1, 1), double, text, 8)
+
+    cfg, alone, found = config(tiny), walk(network(), text), {}
     meeting = {"given": {}, "barrier": threading.Barrier(ranks, timeout=60)}
-    networks = [
-        learner(tiny, double, text, Rank(cfg, r, r, ranks, ranks).join(meeting), **PHASES) for r in range(ranks)
-    ]
+    networks = [network(Rank(cfg, r, r, ranks, ranks).join(meeting)) for r in range(ranks)]
     threads = [threading.Thread(target=lambda r=r: found.update({r: walk(networks[r], text)})) for r in range(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert all((found[r] - alone).abs().max() < 1e-9 for r in range(ranks))
-    dealt = [{d for batch in network.deal(network.documents) for d in batch} for network in networks]
-    assert all(dealt) and sum(map(len, dealt)) == len(networks[0].documents), "each rank has documents, none twice"
+    if kind == "document":
+        dealt = [{d for batch in network.deal(network.documents) for d in batch} for network in networks]
+        assert all(dealt) and sum(map(len, dealt)) == len(networks[0].documents), "each rank has documents, none twice"
 
 
 def test_two_processes_score_alike(tiny, script):

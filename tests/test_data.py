@@ -305,6 +305,7 @@ def test_a_prefix_of_the_validation_stream_is_no_score(data, tiny):
     assert len(cut.tokens) == 100 and not cut.complete
     whole = tg.load_validation(config(tiny, VAL_TOKENS=len(data.val)), data.folder, tokenizer)
     assert whole.complete and len(whole.tokens) == len(data.val)
+    assert not tg.load_validation(config(tiny, VAL_TOKENS=len(data.val) - 1), data.folder, tokenizer).complete
 
 
 def test_the_tail_is_scored_unless_it_is_dropped_on_purpose(data, tiny):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SEQ, config
+from fake_cuda import FakeCuda
 from test_ngram import VOCAB, ToyNetwork, make_text
 from test_table import packed_table
 
@@ -51,6 +52,16 @@ def test_weights_are_a_softmax_and_learn_by_the_gradient_over_all_squares_so_far
                 square[:, b] += (posterior[:, i] - expected[:, i]) ** 2
             table += rate * step / (square + caution)
     assert all(np.allclose(a, b, atol=1e-13) for a, b in zip(ours.tables, tables, strict=True))
+
+
+def test_learning_waits_for_nothing_on_a_gpu():
+    with FakeCuda() as gpu:
+        mixing = tg.LearnedWeights([0.3, 0.7], [5, 4], 0.8, 3.0, "cuda")
+        buckets = [torch.randint(n, (9,)).to("cuda") for n in (5, 4)]
+        weights, posterior = mixing.weights(buckets), torch.rand(2, 9, dtype=torch.float64).to("cuda")
+        gpu.syncs.clear()
+        mixing.learn(buckets, weights, posterior)
+        assert not gpu.syncs
 
 
 def cascade_by_hand(tokens, span: int, rate: float, counts) -> list[float]:

@@ -309,6 +309,59 @@ def test_all_of_the_state_is_the_same_on_one_two_and_three_ranks_and_after_a_res
     assert not differences(one["end"], trainer.state_dict())
 
 
+def test_a_mistake_of_the_first_rank_is_the_same_mistake_on_all(monkeypatch):
+    cfg, box = tg.Config(**BASE), []
+    ranks = [tg.Run(cfg, r, r, 2, 2) for r in (0, 1)]
+    monkeypatch.setattr(
+        tg.Run, "broadcast", lambda self, value: box.append(value) or value if self.rank == 0 else box[-1]
+    )
+
+    def fail(error):
+        raise error
+
+    for error, kind in (
+        (tg.ConfigError("a knob"), tg.ConfigError),
+        (tg.BrokenRun("a disk"), tg.BrokenRun),
+        (OSError("x"), tg.BrokenRun),
+    ):
+        for run, expected in zip(ranks, (type(error), kind), strict=True):
+            with pytest.raises(expected, match=str(error)) as found:
+                run.on_first(lambda error=error: fail(error))
+            assert type(found.value) is expected
+    assert [run.on_first(lambda: 7) for run in ranks] == [7, 7]
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_weights_that_are_kept_go_on_with_their_plan_position_and_counts(tmp_path, looped):
+    knobs = {"num_loops": 1, "loop_start": 0, "loop_end": 1, "log_dir": str(tmp_path), "ngram_table": "pr1095"}
+    trainer, fresh = make(**knobs), make(**{**knobs, "seed": 5})
+    trainer.run.run_id, trainer.batcher.stream.position = "kept", 77
+    trainer.model.set_looped(looped)
+    checkpoints = tg.Checkpoints(trainer.cfg, trainer.run)
+    result = tg.TrainResult(9, 3.5, "iterations", 24, {2: np.array([1, 65535], np.uint16)})
+    with pytest.raises(KeyError), checkpoints.keep_weights(trainer.model, trainer.batcher.stream, result):
+        raise KeyError
+    with torch.no_grad():
+        fresh.model.tok_emb.weight.zero_()
+    state, stream = checkpoints.read(tmp_path / "kept.ckpt" / "trained.pt"), fresh.batcher.stream
+    again = tg.train(fresh.cfg, fresh.run, fresh.model, stream, checkpoints, state, lambda _: (0.0, 0.0))
+    assert again._replace(cells=None) == result._replace(cells=None) and again.cells[2].tolist() == [1, 65535]
+    assert fresh.model.looped is looped and stream.position == 77 and fresh.run.training_began
+    assert all(torch.equal(p, trainer.model.state_dict()[name]) for name, p in fresh.model.state_dict().items())
+
+
+def test_the_loop_leaves_the_time_that_is_in_reserve():
+    for knobs, seconds in (
+        ({}, 60),
+        ({"gptq_enabled": True}, 53),
+        ({"target_bytes": 9000}, 53),
+        ({"ngram_table": "exact"}, 53),
+    ):
+        cfg = tg.Config(**{**BASE, "max_wallclock_seconds": 60.0, "gptq_reserve_seconds": 7.0, **knobs})
+        assert tg.training_budget(cfg) == seconds
+    assert tg.training_budget(tg.Config(**{**BASE, "max_wallclock_seconds": 0.0, "gptq_enabled": True})) == 0
+
+
 # ---- what must be fp32 under bf16
 
 
