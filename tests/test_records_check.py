@@ -5,6 +5,7 @@ import json
 import lzma
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -479,125 +480,20 @@ def with_call(call: str, more: str) -> str:
     )
 
 
-ILLEGAL = {
-    "an adaptation before the scores": with_call(
-        "    ttt_adapt(model, val_tokens, opt)\n", ADAPT.format(name="ttt_adapt")
-    ),
-    "under an evaluation's name": with_call(
-        "    eval_polish(model, val_tokens, opt)\n", ADAPT.format(name="eval_polish")
-    ),
-    "under any name": with_call("    refine(model, val_tokens, opt)\n", ADAPT.format(name="refine")),
-    "by keyword": with_call("    refine(opt=opt, stream=val_tokens, model=model)\n", ADAPT.format(name="refine")),
-    "one call further": with_call(
-        "    outer(val_tokens)\n", "def outer(t):\n    refine(model, t, opt)\n" + ADAPT.format(name="refine")
-    ),
-    "of a file under another name": with_call(
-        "    held = read_shard(Hyperparameters.val_files)\n    refine(model, held, opt)\n", ADAPT.format(name="refine")
-    ),
-    "in main itself": with_call(
-        "    for ep in range(30):\n        local = val_tokens[ep : ep + 9]\n        l = model(local)\n        (l / 2).backward()\n",
-        "",
-    ),
-    "epochs around the score": """
-def eval_ttt(model, val_tokens, byte_lut):
-    for epoch in range(3):
-        nll_sum, byte_sum = 0.0, 0
-        for start in range(0, 99, 9):
-            piece = val_tokens[start : start + 9]
-            with torch.no_grad():
-                nll_sum += model(piece)
-            model(piece).backward()
-    return nll_sum
-""",
-    "handed to a scheduler": with_call("    timed('x', refine, model, val_tokens, opt)\n", ADAPT.format(name="refine")),
-    "a calibration on it": SCRIPT.replace(
-        "    for step", "    hessians = collect_hessians(model, val_tokens)\n    for step"
-    ),
-    "a loop that calibrates on it": SCRIPT.replace(
-        "    for step",
-        "    for i in range(n_calib_batches):\n        model.forward_logits(val_tokens[i : i + 9])\n    for step",
-    ),
-}
-
-LEGAL = {
-    "score, then learn the chunk": """
-def eval_val_ttt(model, val_tokens, byte_lut):
-    nll_sum = byte_sum = 0.0
-    for start in range(0, 99, 32768):
-        chunk = val_tokens[start : start + 32769]
-        with torch.inference_mode():
-            for w in windows:
-                nll_sum += F.cross_entropy(model(chunk[w]), chunk[w + 1], reduction="none").sum()
-                byte_sum += byte_lut[chunk].sum()
-        for _ep in range(args.ttt_epochs):
-            for at in range(0, 9):
-                loss = model(chunk[at : at + 9])
-                loss.backward()
-                optimizer.step()
-    return nll_sum / byte_sum
-""",
-    "per document, in helpers": """
-def accumulate(ptl, x, loss_sum, byte_sum):
-    loss_sum += ptl.sum()
-    byte_sum += table[x].sum()
-
-
-def global_sgd(h, val_data, stop, model):
-    for piece in val_data.val_tokens[:stop].split(512):
-        model(piece).mean().backward()
-
-
-def eval_phased(h, model, val_data):
-    while queue:
-        doc = val_data.val_tokens[a:b]
-        ptl = forward_ttt(model, doc)
-        with torch.no_grad():
-            accumulate(ptl, doc, loss_sum, byte_sum)
-        if more:
-            ptl.mean().backward()
-        if boundary:
-            global_sgd(h, val_data, b, model)
-    return loss_sum
-""",
-    "warm-up on training tokens": """
-def warm_up(model, val_tokens):
-    x, y = train_loader.next_batch()
-    (model(x, y) * scale).backward()
-    return eval_val(model, val_tokens)
-""",
-    "a network's own gate": "class Attention:\n    def forward(self, x):\n        y = attend(x)\n        gate = sigmoid(linear(y))\n        return y * gate\n",
-    "a training loss that chooses its tokens": """
-def train_step(x, targets):
-    nll = F.cross_entropy(model(x), targets, reduction="none")
-    weight = torch.where(nll > 2.0, 1.0, 0.5)
-    return (nll * weight).mean()
-""",
-    "learning the token once it is scored": "def update(self, ctx_hash, target):\n    self.count[(ctx_hash ^ target * 7) % self.size] += 1\n",
-    "a mixture of two distributions": "def eval_mix(p_nn, p_gram, alpha):\n    return alpha * p_nn + (1 - alpha) * p_gram\n",
-    "a confidence of the prefix alone": "def eval_mix(p, gram, conf):\n    w = torch.where(conf > 0.9, 0.1, 0.5)\n    return w * p + (1 - w) * gram\n",
-}
+TAUGHT = with_call("    ttt_adapt(model, val_tokens, opt)\n", ADAPT.format(name="ttt_adapt"))
 
 
 def found(text: str) -> set[str]:
     return {f.pattern for f in patterns.find_patterns(syntax.parse(text.encode()), text)}
 
 
-@pytest.mark.parametrize("kind", ILLEGAL)
-def test_training_on_validation_text_before_scoring_it_is_found_under_any_name(kind):
-    assert found(ILLEGAL[kind]) & {patterns.TRAINED, patterns.IN_TRAINING}
-
-
-@pytest.mark.parametrize("kind", LEGAL)
-def test_scoring_first_is_not_flagged(kind):
-    assert found(SCRIPT + LEGAL[kind]) == set()
-
-
 def test_a_finding_fails_the_folder_and_names_the_function(folder):
-    text = ILLEGAL["an adaptation before the scores"]
+    text = TAUGHT
     (folder / "train_gpt.py").write_text(text)
     write_logs(folder, head=f"{text}\n{BAR}\n", code=f"Code size: {len(text)} bytes")
     assert failing(folder) == {f"code: {patterns.TRAINED}"}
-    assert verdicts(folder)[f"code: {patterns.TRAINED}"].detail.startswith("ttt_adapt, line ")
+    detail = verdicts(folder)[f"code: {patterns.TRAINED}"].detail
+    assert detail.startswith("ttt_adapt, line ") and "val_tokens (line " in detail and "-> stream (" in detail
 
 
 def test_validation_text_kept_for_the_artifact_is_found():
@@ -625,30 +521,6 @@ def test_spaces_counted_twice_show_in_the_texts_size(folder, key):
 def test_a_token_count_printed_after_training_is_read(folder):
     write_logs(folder, tokens="", adapted="Validation tokens: 9,662,464\n")
     assert verdicts(folder)["validation text"].status == "FAIL"
-
-
-# ---- Missed: 3 and 4 mixtures
-
-THRESHOLDS = [
-    "def eval_mix(logp, targets, lam):\n    lp = logp.gather(1, targets[:, None])\n    return torch.where(lp > -2.0, 0.1, lam)\n",
-    "def score(nll_model, p_gram):\n    alpha = 0.9 if target_logp < CUT else 0.2\n    return alpha * p_gram\n",
-    "def mix(logits, y):\n    cost = F.cross_entropy(logits, y, reduction='none')\n    weight = (cost < 3.0).float()\n    return weight\n",
-    "def mix(probs, y):\n    q = probs[rows, y]\n    if q > 0.5:\n        gate = 1.0\n    return gate\n",
-    "def mix(lp_tgt):\n    return np.where(lp_tgt > TAU, 1, 0)\n",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", THRESHOLDS)
-def test_a_weight_that_asks_what_the_target_cost_is_found(text):
-    assert patterns.THRESHOLD in found(text)
-
-
-@pytest.mark.parametrize("text", [
-    "def eval_mix(p_nn, entropy, alpha):\n    return alpha * p_nn + (1 - alpha) * entropy\n",
-    "def eval_mix(p_nn, rank_score, a):\n    return (1.0 - a) * rank_score + a * p_nn\n",
-])  # fmt: skip
-def test_an_expert_that_is_no_distribution_is_found(text):
-    assert found(text) == {patterns.NO_DISTRIBUTION}
 
 
 # ---- Missed: 5 evaluation time
@@ -712,7 +584,7 @@ def test_a_score_below_the_best_verified_one_says_where_to_look_first(folder):
             folder, SCRIPT + "def eval_mix(p_nn, entropy, a):\n    return a * p_nn + (1 - a) * entropy\n"
         ).detail
     )
-    assert patterns.TRAINED in below_the_best(folder, ILLEGAL["under any name"]).detail
+    assert patterns.TRAINED in below_the_best(folder, TAUGHT).detail
 
 
 # ---- Messages
@@ -896,261 +768,30 @@ def test_text_and_tokens_in_literals_are_payloads_and_kernels_are_none(folder, t
     assert ("code: large literal in the code" in warned(folder)) == there
 
 
-# ---- Tables, choices, keys
+# ---- Scripts: whatever the names, the order and the structure, the verdict follows the text's way
 
-EACH_PIECE = """    with torch.no_grad():
-        for start in range(0, val_tokens.numel() - 1, 1024):
-            piece = val_tokens[start : start + 1025]
-"""  # for "EACH PIECE" in the texts below
-TRICKS = {
-    'the whole text before its scores': (patterns.LEARNED, """
-def eval_val_ngram(model, val_tokens, cache):
-    for start in range(0, val_tokens.numel() - 1, 1024):
-        cache.update(val_tokens[start : start + 1025])
-    nll_sum = 0.0
-    for start in range(0, val_tokens.numel() - 1, 1024):
-        piece = val_tokens[start : start + 1025]
-        with torch.no_grad():
-            nll_sum += mix(model(piece), cache, piece)
-    return nll_sum
-"""),
-    'each piece before its score': (patterns.LEARNED, """
-def eval_val_ngram(model, val_tokens, cache):
-    nll_sum = 0.0
-    for start in range(0, val_tokens.numel() - 1, 1024):
-        piece = val_tokens[start : start + 1025]
-        cache.update(piece)
-        with torch.no_grad():
-            nll_sum += mix(model(piece), cache, piece)
-    return nll_sum
-"""),
-    'two passes': (patterns.LEARNED, """
-def eval_val_ngram(model, val_tokens, cache):
-    for p in range(2):
-        nll_sum = 0.0
-        for start in range(0, val_tokens.numel() - 1, 1024):
-            piece = val_tokens[start : start + 1025]
-            with torch.no_grad():
-                nll_sum += mix(model(piece), cache, piece)
-            cache.update(piece)
-    return nll_sum
-"""),
-    'minimum of two losses': (patterns.ORACLE, """
-def eval_best(model_a, model_b, val_tokens):
-    nll_sum = 0.0
-    with torch.no_grad():
-        for start in range(0, 99, 9):
-            x, y = val_tokens[start:start+9], val_tokens[start+1:start+10]
-            a = F.cross_entropy(model_a(x), y, reduction="none")
-            b = F.cross_entropy(model_b(x), y, reduction="none")
-            nll_sum += torch.minimum(a, b).sum()
-    return nll_sum
-"""),
-    'minimum as a method': (patterns.ORACLE, """
-def eval_best(model_a, model_b, val_tokens):
-    total = 0.0
-    with torch.no_grad():
-        nll_a = F.cross_entropy(model_a(x), y, reduction="none")
-        nll_b = F.cross_entropy(model_b(x), y, reduction="none")
-        total += nll_a.minimum(nll_b).sum()
-    return total
-"""),
-    'minimum of a stack': (patterns.ORACLE, """
-def eval_best(models, val_tokens):
-    total = 0.0
-    with torch.no_grad():
-        nlls = torch.stack([F.cross_entropy(m(x), y, reduction="none") for m in models])
-        total += nlls.min(dim=0).values.sum()
-    return total
-"""),
-    'where one loss is less': (patterns.ORACLE, """
-def eval_best(nll_a, nll_b):
-    return torch.where(nll_a < nll_b, nll_a, nll_b).sum()
-"""),
-    'maximum of probabilities': (patterns.ORACLE, """
-def eval_best(p_model, p_ngram):
-    p = np.maximum(p_model, p_ngram)
-    return -np.log(p).sum()
-"""),
-    'a weight looked up by the target': (patterns.GATE, """
-def eval_mix(p_nn, p_gram, targets, weights):
-    lam = weights[targets]
-    return lam * p_gram + (1 - lam) * p_nn
-"""),
-    'hash of a tuple': (patterns.TARGET_KEY, """
-def score_cache(counts, ctx_counts, ctx, target):
-    p = counts[hash((ctx, target)) % SIZE] / ctx_counts[hash(ctx) % SIZE]
-    return p
-"""),
-    'a key taken on': (patterns.TARGET_KEY, """
-def score_cache(table, history, tgt):
-    h = 0
-    for i, t in enumerate(history):
-        h ^= t * PRIMES[i]
-    h ^= tgt * PRIMES[len(history)]
-    return table[h % SIZE] / ctx_table[0]
-"""),
-    'a loop with the target at its end': (patterns.TARGET_KEY, """
-def score_cache(table, history, tgt):
-    h = 0
-    for i, t in enumerate(history + [tgt]):
-        h = (h * 36313 + t) % SIZE
-    return table[h] / (table[h] + 1024)
-"""),
+NAMED = {
+    "trained": patterns.TRAINED, "learned": patterns.LEARNED, "calibrated": patterns.IN_TRAINING, "key": patterns.TARGET_KEY,
+    "oracle": patterns.ORACLE, "threshold": patterns.THRESHOLD, "no distribution": patterns.NO_DISTRIBUTION,
+    "gate": patterns.GATE, "spaces": patterns.SPACES, "stored": patterns.STORED, "honest": None,
 }  # fmt: skip
-HONEST = {
-    '850-like chunk: all windows scored then table update': """
-def eval_val_ngram(args, model, val_tokens, device):
-    ctx_tables = [np.zeros(B, dtype=np.uint32) for _ in orders]
-    full_tables = [np.zeros(B, dtype=np.uint32) for _ in orders]
-    val_np = val_tokens.numpy()
-    loss_sum = byte_sum = 0.0
-    with torch.inference_mode():
-        for ci in range(num_chunks):
-            windows = chunk_windows[ci]
-            for bi in range(0, len(windows), 32):
-                x = val_tokens[bi : bi + 9]
-                logits = model.forward_logits(x)
-                nll = F.cross_entropy(logits.reshape(-1, V), x.reshape(-1), reduction="none")
-                for i, ws in enumerate(windows):
-                    p_model = torch.exp(-nll[i]).cpu().numpy()
-                    for n in range(7, 1, -1):
-                        key = ctx_hash_of(val_np, ws, n)
-                        cc = ctx_tables[n - 2][key]
-                        dist = row_of_all_candidates(full_tables[n - 2], key)
-                        p_ng = dist / dist.sum()
-                    mixed = (1 - alpha) * p_model + alpha * p_ng
-                    loss_sum += -np.log(mixed).sum()
-            start, end = ci * 65536, (ci + 1) * 65536
-            for n in orders:
-                keys = ctx_hash_of(val_np, start, n)
-                np.add.at(ctx_tables[n - 2], keys, 1)
-                ctx_tables[n - 2] += np.bincount(keys, minlength=B)
-    print(ctx_tables[0].sum(), len(full_tables))
-    return loss_sum
-""",
-    'lagged update': """
-def eval_lagged(model, val_tokens):
-    cache = NgramCache()
-    prev = None
-    nll_sum = 0.0
-    with torch.no_grad():
-        for start in range(0, val_tokens.numel() - 1, 1024):
-            if prev is not None:
-                cache.update(prev)
-            piece = val_tokens[start : start + 1025]
-            nll_sum += cache.mix(model(piece), piece)
-            prev = piece
-    return nll_sum
-""",
-    'update with prefix slice': """
-def eval_prefix(model, val_tokens):
-    cache = NgramCache()
-    with torch.no_grad():
-        for start in range(1024, val_tokens.numel() - 1, 1024):
-            cache.update(val_tokens[start - 1024 : start])
-            piece = val_tokens[start : start + 1025]
-            nll_sum += cache.mix(model(piece), piece)
-    return nll_sum
-""",
-    'prefill from training tokens': """
-def eval_prefilled(model, train_tokens, val_tokens):
-    table = build_table(train_tokens)
-EACH PIECE
-            nll_sum += table.mix(model(piece), piece)
-    return nll_sum
-""",
-    'kv cache': """
-def eval_kv(model, val_tokens):
-    kv_cache = KVCache()
-EACH PIECE
-            kv_cache.update(model.keys(piece[:-1]))
-            nll_sum += model.attend(kv_cache, piece)
-    return nll_sum
-""",
-    'best val loss tracking': """
-def eval_track(model, val_tokens, best_nll):
-    nll = eval_val(model, val_tokens)
-    best_nll = min(best_nll, nll)
-    lowest = torch.minimum(best_nll, nll)
-    return best_nll
-""",
-    'clamp probs': """
-def eval_clamp(p, probs, p_min):
-    p = np.maximum(p, p_min)
-    p = np.maximum(probs, 1e-12)
-    p = torch.clamp(probs, min=1e-9).max(dim=-1)
-    return p
-""",
-    'loss for focal in training': """
-def train_step(model, x, y):
-    nll = F.cross_entropy(model(x), y, reduction="none")
-    weights = class_weight[y]
-    hard = torch.max(nll, nll.mean())
-    return (weights * nll).mean()
-""",
-    'rolling context hash excluding target': """
-def score_ctx(tokens, pos, n):
-    h = 0
-    for i, t in enumerate(tokens[pos - n : pos]):
-        h = (h * 36313 + t) % SIZE
-    return h
-""",
-    'two evaluations with own caches': """
-def eval_all(model, val_tokens):
-    cache = NgramCache()
-EACH PIECE
-            nll_sum += cache.mix(model(piece), piece)
-            cache.update(piece)
-    cache = NgramCache()
-EACH PIECE
-            nll_sum += cache.mix(model(piece), piece)
-            cache.update(piece)
-    return nll_sum
-""",
-    'meta dict state with val metrics': """
-def save(model, val_loss, val_bpb, val_tokens):
-    state = {"model": model.state_dict(), "val_loss": val_loss, "n": val_tokens.numel()}
-    state["val_tokens"] = val_tokens.numel()
-    torch.save(state, "m.pt")
-""",
-    'hedge mixer score first': """
-def eval_hedge(model, val_tokens, mixer):
-EACH PIECE
-            expert_logp = mixer.expert_log_probs(model(piece[:-1]), piece)
-            scored = mixer.mix_and_score(expert_logp, piece[1:])
-            nll_sum += -scored.sum()
-            mixer.update(expert_logp, piece[1:])
-    return nll_sum
-""",
-    'document reset: cache cleared per doc': """
-def eval_docs(model, val_tokens):
-    for doc in docs_of(val_tokens):
-        doc_cache = NgramCache()
-        for at in range(0, len(doc), 64):
-            p = doc_cache.probs(doc[at : at + 64])
-            nll_sum += -(p * model(doc)).log().sum()
-            doc_cache.update(doc[at : at + 64])
-""",
-    'hash of file for log': """
-def data_hash(val_tokens):
-    import hashlib
-    digest = hashlib.sha256()
-    digest.update(val_tokens.numpy().tobytes())
-    return digest.hexdigest()
-""",
-}  # fmt: skip
+BASE, *BODIES = (ROOT / "tests" / "check_scripts.txt").read_text().split("\n=== ")
+BODIES = dict(body.split("\n", 1) for body in BODIES)
 
 
-@pytest.mark.parametrize("kind", TRICKS)
-def test_what_learns_or_chooses_by_the_target_is_found(kind):
-    pattern, text = TRICKS[kind]
-    assert found(SCRIPT + text.replace("EACH PIECE\n", EACH_PIECE)) == {pattern}
+def whole(body: str) -> str:
+    """A script of check_scripts.txt: its functions in the base, and what main does before or instead of the evaluation."""
+    if body.startswith("whole:\n"):
+        return body.removeprefix("whole:\n")
+    last = "    val_loss, val_bpb = eval_val(args, model, val_tokens)\n"
+    functions, where, main = next((body.partition(w) for w in ("main:\n", "before:\n") if w in body), (body, "", ""))
+    return BASE.replace("FUNCTIONS\n", functions).replace("MAIN\n", main if where == "main:\n" else f"{main}\n{last}")
 
 
-@pytest.mark.parametrize("kind", HONEST)
-def test_what_asks_before_it_learns_is_not_flagged(kind):
-    assert found(SCRIPT + HONEST[kind].replace("EACH PIECE\n", EACH_PIECE)) == set()
+@pytest.mark.parametrize("name", BODIES)
+def test_a_script_is_judged_by_the_way_of_the_text(name):
+    wanted = {NAMED[word] for word in name.partition(": ")[0].split(" + ")} - {None}
+    assert found(whole(BODIES[name])) == wanted
 
 
 @pytest.mark.parametrize("line", [
@@ -1273,3 +914,159 @@ def test_nesting_is_no_traceback_and_the_summary_has_the_rules_figures(folder, c
     assert report.main(["check", str(folder), str(folder / "none"), str(folder / "README.md")]) == 2
     out, err = capsys.readouterr()
     assert not out and "none, " in err and "README.md: no such folder" in err
+
+
+# ---- Verdicts on folders in one table: what is changed, the rule, its status, words of its detail
+
+
+def put(text: str, **beside):
+    """The script, and files beside it (`_` for `.`), whose logs print what ran."""
+
+    def change(folder: Path) -> None:
+        (folder / "train_gpt.py").write_text(text)
+        for name, content in beside.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            (folder / name.replace("__", ".")).write_bytes(data)
+        write_logs(folder, head=f"{text}\n{BAR}\n", code=f"Code size: {len(text)} bytes")
+
+    return change
+
+
+def logged(**change):
+    return lambda folder: write_logs(folder, **change)
+
+
+def both(*changes):
+    return lambda folder: [change(folder) for change in changes]
+
+
+def implied(factor: float, **change):
+    def write(folder: Path) -> None:
+        for seed, bpb in SEEDS.items():
+            loss = bpb * NATS_PER_BPB * factor
+            more = {k: v.format(loss=loss) for k, v in change.items()}
+            (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, loss=loss, **more))
+
+    return write
+
+
+GUARDED = """
+    cache_on = int(os.environ.get("CACHE_ON", "{default}"))
+
+
+def probability(ctx_hash, target):
+    return counts[(ctx_hash ^ target * 36313) % size]
+
+
+if {test}:
+    print("cache:start now")
+    probability(1, 2)
+"""
+KEY = f"code: {patterns.TARGET_KEY}"
+OTHER = SCRIPT.replace('"0.02"', '"0.05"').replace("import os\n", "'Trains.'\nimport os  # and more\n", 1)
+STUB = 'exec(open(__file__.replace("train_gpt", "core")).read())\n'
+FLIP = "import random\n" + SCRIPT
+
+
+def guarded(test: str = "Hyperparameters.cache_on", default: str = "0") -> str:
+    return SCRIPT.replace("\n\n\ndef eval_val", GUARDED.format(test=test, default=default) + "\n\ndef eval_val", 1)
+
+
+FOLDERS = [
+    ("a switch that is off", put(guarded()), KEY, "WARN", "cache_on=0"),
+    ("in a condition of two", put(guarded("True and Hyperparameters.cache_on > 0")), KEY, "WARN", "cache_on=0"),
+    ("that the logs show off", both(put(guarded()), logged(config="cache_on: 0\n")), KEY, None, ""),
+    ("that the logs show on", both(put(guarded()), logged(config="cache_on: 1\n")), KEY, "FAIL", ""),
+    ("whose start a log prints", both(put(guarded()), logged(steps="cache:start now\n")), KEY, "FAIL", ""),
+    ("on by default", put(guarded(default="1")), KEY, "FAIL", ""),
+    ("of the launcher", put(guarded("int(os.environ.get('RANK', '0')) == 1")), KEY, "FAIL", ""),
+    ("declared twice", put(guarded() + "\nclass B:\n    cache_on = 1\n"), KEY, "FAIL", ""),
+    ("spaces counted twice", implied(1.177), "validation text", "FAIL", "spaces counted twice"),
+    ("bytes of no known kind", implied(1.06), "validation text", "WARN", "not of one scoring"),
+    ("a part of the text", implied(0.5), "validation text", "FAIL", "a part of the text"),
+    ("the network's loss", implied(1.3, adapted="quantized val_loss:{loss:.8f} val_bpb:1.43\n"), "validation text", "WARN", "is that of quantized"),
+    ("the loss of a step", implied(1.3, steps="step:8560/20000 val_loss:{loss:.8f} val_bpb:1.43 train_time:599000ms\n"), "validation text", "WARN", "is that of step"),
+    ("defaults that the logs replace", both(put(OTHER), logged(config="matrix_lr: 0.02\n")), "script that ran", "PASS", "environment"),
+    ("defaults that no log prints", both(put(OTHER), logged()), "script that ran", "WARN", "constants"),
+    ("a stub that runs a counted file", both(put(STUB, core__py=SCRIPT), logged(code=f"Code size: {len(SCRIPT)} bytes")), "code bytes", "PASS", ""),
+    ("the same is read", both(put(STUB, core__py=TAUGHT), logged()), f"code: {patterns.TRAINED}", "FAIL", "core.py"),
+    ("the script once more, packed", put("f = 'train_gpt.py.lzma'\n" + SCRIPT, train_gpt__py__lzma=lzma.compress(("f = 'train_gpt.py.lzma'\n" + SCRIPT).encode())), "helper files", "PASS", "no file"),
+    ("a source to compile", put(SCRIPT + "load(sources=[here + '/fused.cpp'])\n", fused__cpp="x" * 150_000), "helper files", "FAIL", "fused.cpp"),
+    ("a source in a command", put(SCRIPT + "os.system('g++ -O3 gram.cc -o gram.so')\n", gram__cc="x" * 150_000), "helper files", "FAIL", "gram.cc"),
+    ("a helper that fits packed", both(put(packed("import kernels\n" + SCRIPT), kernels__py="#" * 200_000), logged()), "helper files", "WARN", "packed as"),
+    ("a leak that nothing shows", logged(), "validation documents in training", "WARN", "not provable from this folder: ask for the training shards"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, rule, status, words", [c[1:] for c in FOLDERS], ids=[c[0] for c in FOLDERS])
+def test_a_folder_has_the_verdict(folder, change, rule, status, words):
+    change(folder)
+    check = verdicts(folder).get(rule)
+    assert getattr(check, "status", None) == status, check
+    assert check is None or words in check.detail
+
+
+def test_a_score_that_is_none_and_a_summary_of_nothing_found(folder):
+    entry = rules.read_entry(folder)
+    total = rules.summary(entry, rules.checks(entry))
+    assert total.status == "PASS" and "nothing found; not provable from this folder: " in total.detail
+    for seed in SEEDS:
+        (folder / f"train_seed{seed}.log").write_text(log_text(seed, 2e-6))
+    assert verdicts(folder)["validation text"].status == "WARN"
+
+
+def test_a_missing_library_is_named_in_the_summary(folder, monkeypatch):
+    monkeypatch.setattr(rules, "find_spec", lambda name: None if name == "brotli" else name)
+    entry = rules.read_entry(folder)
+    assert "without brotli, which are not installed" in rules.summary(entry, rules.checks(entry)).detail
+    monkeypatch.setattr(source, "find_spec", lambda _: None)
+    (folder / "train_gpt.py").write_text(
+        f'import brotli, base64\nexec(brotli.decompress(base64.b85decode("{"a0" * 2000}")))\n'
+    )
+    check = verdicts(folder)["code readable"]
+    assert check.status == "WARN" and "with brotli installed" in check.detail
+
+
+def test_pickle_versions_and_shards_stand_behind_the_score(folder, capsys):
+    put("import pickle\nw = pickle.load(f)\nprequant_ttt_lr = 1\n" + SCRIPT)(folder)
+    (folder / "requirements.txt").unlink()
+    report.main(["check", str(folder)])
+    first = [line for line in capsys.readouterr().out.splitlines() if line.strip()[:2] in ("1.", "2.", "3.")]
+    assert any("rejected method" in line for line in first)
+    assert not any(word in line for line in first for word in ("pickle", "requirements", "shards"))
+
+
+@pytest.mark.parametrize("broken", ["seeds", "code", "_thresholds", "_learned"])
+def test_a_rule_that_fails_takes_no_other_with_it(folder, monkeypatch, broken):
+    def fails(*_):
+        raise KeyError("no rule foresaw this")
+        yield
+
+    fails.__name__ = broken
+    monkeypatch.setattr(rules if hasattr(rules, broken) else patterns, broken, fails)
+    put(TAUGHT)(folder)
+    got = verdicts(folder)
+    assert got["training time"].status == "PASS" and any("KeyError" in c.detail for c in got.values())
+    if broken.startswith("_"):
+        assert got[f"code: {patterns.TRAINED}"].status == "FAIL"
+
+
+def test_no_text_makes_a_finder_fail():
+    """Lines of other scripts, names and statements in the wrong place: whatever parses is judged."""
+    rng, texts = random.Random(5), [whole(body) for body in BODIES.values()]
+    odd = [
+        "match x:\n case [a, *b]: pass",
+        "del val_tokens",
+        "a = b = val_tokens",
+        "lambda *a, b=1: a",
+        "[*a, b] = val_tokens",
+    ]
+    for _ in range(150):
+        lines = rng.choice(texts).split("\n")
+        for _ in range(rng.randint(1, 5)):
+            at, other = rng.randrange(len(lines)), rng.choice([rng.choice(texts).split("\n"), odd])
+            lines[at] = rng.choice(
+                [lines[at].replace("(", "(lambda q: q)(", 1), rng.choice(other), lines[at] + "; " + rng.choice(odd[1:])]
+            )
+        tree = syntax.parse("\n".join(lines).encode())
+        assert tree is None or patterns.BROKEN not in found("\n".join(lines))

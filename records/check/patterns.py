@@ -88,17 +88,20 @@ _FETCHING = re.compile(
 def find_patterns(tree: ast.Module, source: str, switches: Switches | None = None) -> list[Finding]:
     """Every finding in reading order, one a line and pattern; what a finder cannot do is a finding, not an exception."""
     switches = switches or Switches(tree, [])
+    flow = Flow(tree, switches)
     finders = (_target_keys, _pickles, _training_files, _oracle_choices, _target_gates, _thresholds, _no_distribution)
+    asked = [(finder, tree) for finder in (*finders, _spaces, _network)]
+    asked += [(finder, flow) for finder in (_trained, _calibrated, _learned, _kept, _rejected_names)]
     raw = []
-    for finder in (*finders, _spaces, _network, _rejected_names, _flow):
+    for finder, of in asked:
         try:
-            raw += finder(tree, switches) if finder in (_flow, _rejected_names) else finder(tree)
-        except (Exception, RecursionError) as error:  # a rule that fails takes no other rule with it
+            raw += finder(of)
+        except Exception as error:  # a rule that fails takes no other rule with it
             raw.append((BROKEN, tree, f"{finder.__name__.strip('_')}: {type(error).__name__}"))
     lines, seen = source.split("\n"), {}
     for pattern, node, name, *more in sorted(raw, key=lambda f: (getattr(f[1], "lineno", 1), f[0], f[2])):
         line = getattr(node, "lineno", 1)
-        text = lines[line - 1] if 0 < line <= len(lines) else ""
+        text = name if pattern == BROKEN else lines[line - 1] if 0 < line <= len(lines) else ""
         way, off = (*more, *("", None)[len(more) :])
         found = Finding(pattern, line, _excerpt(text.strip(), name), name, off or switches.off(node), way)
         if (known := seen.get((pattern, line))) is None or (known.off and not found.off):
@@ -563,10 +566,10 @@ def _network(tree: ast.Module) -> Found:
                 yield "network access", call, found[0]
 
 
-def _rejected_names(tree: ast.Module, switches: Switches) -> Found:
+def _rejected_names(flow: Flow) -> Found:
     """First use of each name (or knob in a string) that belongs to a method ruled out."""
     first: dict[str, ast.AST] = {}
-    for node in nodes(tree):
+    for node in nodes(flow.tree):
         word = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[A-Z_0-9]+", node.value):
             word = node.value
@@ -579,16 +582,24 @@ def _rejected_names(tree: ast.Module, switches: Switches) -> Found:
                 first[min(found)[1]],
                 min(found)[1],
                 "",
-                switches.knobs_off(pattern),
+                flow.switches.knobs_off(pattern),
             )
 
 
-def _flow(tree: ast.Module, switches: Switches) -> Found:
-    flow = Flow(tree, switches)
+def _trained(flow: Flow) -> Found:
     for step in flow.steps():
         yield TRAINED, step.node, step.name, f"{route(step.path)}{', scored again' * step.again}", step.off
+
+
+def _calibrated(flow: Flow) -> Found:
     yield from ((IN_TRAINING, node, name, route(path)) for node, name, path in flow.calibrations())
     yield from ((CALIBRATED, node, name, route(path)) for node, name, path in flow.late_calibrations())
+
+
+def _learned(flow: Flow) -> Found:
     yield from ((LEARNED, node, name, route(path)) for node, name, path in flow.learned_first())
+
+
+def _kept(flow: Flow) -> Found:
     for node, name, path in flow.stored():
         yield STORED if "compress" in name else SAVED, node, name, route(path)
