@@ -63,9 +63,10 @@ import zipfile
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
@@ -1415,6 +1416,11 @@ def group_store(rank: int, world: int) -> dist.Store:
     return dist.PrefixStore(group[0], store)
 
 
+GROUP_TIMEOUT = timedelta(
+    minutes=30
+)  # of a collective: the slowest that a rank waits for is another's share of packing
+
+
 class Run:
     """This process in its run: rank, device, logs, the stop signal, collectives. Made once, by `Run.start`."""
 
@@ -1456,7 +1462,7 @@ class Run:
             except dist.DistError as e:
                 address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 raise BrokenRun(f"rank {rank} cannot reach rank 0 at {address} ({str(e).splitlines()[0]})") from None
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT,
                                     device_id=run.device if backend == "nccl" else None)  # fmt: skip
         for s in STOP_SIGNALS:
             if s != getattr(signal, "SIGHUP", None) or signal.getsignal(s) != signal.SIG_IGN:  # as nohup sets it
@@ -1562,7 +1568,7 @@ class Run:
             unlock_file(self._locks.pop())
         end_process_group(broken=status not in ("ok", "limit broken", "incomplete"))
 
-    def write_artifact(self, blob: bytes) -> None:
+    def save_artifact(self, blob: bytes) -> None:
         """Write the artifact; where ARTIFACT cannot be written, under LOG_DIR or else in a new temporary folder."""
         asked, errors = self.artifact_path, []
         for folder in (asked.parent, self.log_path.parent, None):
@@ -1649,7 +1655,12 @@ class Run:
 
 
 class Clock:
-    """Seconds of one activity without its pauses; each pause begins and ends with `Run.sync`."""
+    """Seconds of one activity without its pauses; each pause begins and ends with `Run.sync`.
+
+    MAX_WALLCLOCK_SECONDS counts training's steps, the calibration of the quantizer and the counting of n-grams for the artifact.
+    It does not count start-up and compilation, validation and checkpoints, nor what reads no data: quantising and packing the
+    finished weights. EVAL_WALLCLOCK_SECONDS counts all from reading the artifact to the last score, but for compilation.
+    """
 
     def __init__(self, run: Run, elapsed: float = 0.0) -> None:
         self.run, self.total, self.since = run, elapsed, time.perf_counter()
@@ -4713,31 +4724,37 @@ def octave_eighths(n: Tensor) -> Tensor:
     return torch.exp2(n.double() / 8).float()
 
 
-class ErrorSpread(NamedTuple):
+class GptqFactors(NamedTuple):
     """GPTQ's view of the second moments of C inputs, columns as they stand."""
 
-    moves_CC: Tensor  # unit upper: what an error in a column moves the columns after it by, so that they make up for it
+    feedback_CC: (
+        Tensor  # unit upper: what an error in a column moves the columns after it by, so that they make up for it
+    )
     weight_C: Tensor  # what a squared error in a column then still costs, on average 1
     gain: float  # that average, relative to what errors cost if no column makes up for them
 
-    def in_steps(self, columns_C: Tensor) -> ErrorSpread:
+    def to(self, device: Any) -> GptqFactors:
+        """The same on another device."""
+        return self._replace(feedback_CC=self.feedback_CC.to(device), weight_C=self.weight_C.to(device))
+
+    def in_steps(self, columns_C: Tensor) -> GptqFactors:
         """The same for weights that are divided by the steps of their columns."""
         step_C = octave_eighths(columns_C)
         weight_C = self.weight_C * step_C.square()
         mean = weight_C.mean()
-        return ErrorSpread(self.moves_CC * step_C[:, None] / step_C, weight_C / mean, self.gain * float(mean))
+        return GptqFactors(self.feedback_CC * step_C[:, None] / step_C, weight_C / mean, self.gain * float(mean))
 
 
-def error_spread(h_CC: Tensor, damp: float, variant: str, order: str = "natural") -> ErrorSpread:
+def gptq_factors(h_CC: Tensor, damp: float, variant: str, order: str = "natural") -> GptqFactors:
     """What (C, C) second moments mean to GPTQ in some order of columns; a dead input's errors cost next to nothing."""
     h_1CC, order_1C, dead_1C = ordered_hessian(h_CC[None], damp, order)
     factor_1CC, back_C = inverse_factor(h_1CC), order_1C[0].argsort()
     weight_C = factor_1CC[0].diagonal().square().reciprocal()[back_C]
-    moves_CC = compensation(factor_1CC, variant)[0][back_C][:, back_C]
+    feedback_CC = compensation(factor_1CC, variant)[0][back_C][:, back_C]
     weight_C = torch.where(dead_1C[0], 1e-3 * weight_C[~dead_1C[0]].mean().nan_to_num(1.0), weight_C)
     mean = weight_C.mean()
     gain = float(mean / h_1CC[0].diagonal().mean())
-    return ErrorSpread((moves_CC / moves_CC.diagonal()[:, None]).float(), (weight_C / mean).float(), gain)
+    return GptqFactors((feedback_CC / feedback_CC.diagonal()[:, None]).float(), (weight_C / mean).float(), gain)
 
 
 def column_steps(weight_C: Tensor) -> Tensor:
@@ -4755,15 +4772,15 @@ class TrellisSearch:
 
     `x_NCR` are weights in steps, columns first. A column costs its squared error times `weight_NC`, and RATE_PRICE times the
     bits of its code, taken from a Gaussian of the row's and the column's power (`power_NC`, of all rows). A code's error moves the columns after it
-    by `moves_NCC` (None: not at all). Errors of the last DELAY columns are kept for every survivor. Those before are the
+    by `feedback_NCC` (None: not at all). Errors of the last DELAY columns are kept for every survivor. Those before are the
     best survivor's, and survivors of another past are dropped. At 64 states that costs up to .03 dB, with a DELAY of 32 columns .17 dB.
     """
 
     BLOCK, DELAY = 32, 96  # columns
     DROPPED = 1e30  # cost of a path that is out
 
-    def __init__(self, x_NCR: Tensor, moves_NCC: Tensor | None, weight_NC: Tensor, power_NC: Tensor, states: int):
-        self.x_NCR, self.moves_NCC, self.states = x_NCR.clone(), moves_NCC, states
+    def __init__(self, x_NCR: Tensor, feedback_NCC: Tensor | None, weight_NC: Tensor, power_NC: Tensor, states: int):
+        self.x_NCR, self.feedback_NCC, self.states = x_NCR.clone(), feedback_NCC, states
         n, columns, rows = x_NCR.shape
         power_NC = power_NC + 0.1
         power_NR = (x_NCR.square() / power_NC[:, :, None]).mean(dim=1) + 0.1
@@ -4786,7 +4803,7 @@ class TrellisSearch:
         for lo in range(0, columns, self.BLOCK):
             hi = min(lo + self.BLOCK, columns)
             self.advance(lo, hi)
-            if self.moves_NCC is not None and hi < columns:
+            if self.feedback_NCC is not None and hi < columns:
                 self.decide(hi)
             self.cost_NSR -= self.cost_NSR.amin(dim=1, keepdim=True)
         at_N1R = self.cost_NSR.argmin(dim=1, keepdim=True)
@@ -4805,7 +4822,7 @@ class TrellisSearch:
         (n, _, rows), width = self.x_NCR.shape, hi - lo
         price_NBR = self.price_NCR[0][:, lo:hi] * self.price_NCR[1]
         shrinks_NBR, roots_NBR = 0.25 / (1 + price_NBR), price_NBR.sqrt()
-        if self.moves_NCC is None:
+        if self.feedback_NCC is None:
             for j in range(width):
                 target_NSR = self.x_NCR[:, lo + j, None].expand_as(self.cost_NSR)
                 self.step(lo + j, target_NSR, shrinks_NBR[:, j], roots_NBR[:, j])
@@ -4813,16 +4830,16 @@ class TrellisSearch:
         slots = self.x_NCR.new_empty((width + 1, n, self.states, rows))
         slots[:width] = self.x_NCR[:, lo:hi].transpose(0, 1)[:, :, None]
         slots[width] = torch.arange(self.states, device=slots.device)[:, None]
-        moves_NBA = self.moves_NCC[:, self.first : lo, lo:hi].transpose(1, 2)
-        moved_NBX = moves_NBA @ self.error_ANSR.transpose(0, 1).flatten(2)
+        feedback_NBA = self.feedback_NCC[:, self.first : lo, lo:hi].transpose(1, 2)
+        moved_NBX = feedback_NBA @ self.error_ANSR.transpose(0, 1).flatten(2)
         slots[:width] -= moved_NBX.view(n, width, self.states, rows).transpose(0, 1)
         for j in range(width):
             code, upper = self.step(lo + j, slots[j], shrinks_NBR[:, j], roots_NBR[:, j])
             sources = slots.unflatten(2, (2, -1, 1))
             slots = torch.lerp(sources[:, :, 0], sources[:, :, 1], upper).flatten(2, 3)
             slots[j] -= code
-            moves_BN = self.moves_NCC[:, lo + j, lo + j + 1 : hi].T
-            slots[j + 1 : width].addcmul_(moves_BN[:, :, None, None], slots[j], value=-1)
+            feedback_BN = self.feedback_NCC[:, lo + j, lo + j + 1 : hi].T
+            slots[j + 1 : width].addcmul_(feedback_BN[:, :, None, None], slots[j], value=-1)
         origin_X = (slots[width].long() * rows + torch.arange(rows, device=slots.device)).flatten(1)
         origin_X = (origin_X + torch.arange(n, device=slots.device)[:, None] * self.states * rows).flatten()
         before = self.error_ANSR.flatten(1).index_select(1, origin_X).view_as(self.error_ANSR)
@@ -4852,25 +4869,27 @@ class TrellisSearch:
         errors, best_N1R = self.error_ANSR[:old], self.cost_NSR.argmin(dim=1, keepdim=True)
         decided = errors.gather(2, best_N1R.expand(old, *best_N1R.shape))
         self.cost_NSR.masked_fill_((errors != decided).any(dim=0), self.DROPPED)
-        moves_NBC = self.moves_NCC[:, self.first : self.first + old, hi:].transpose(1, 2)
-        self.x_NCR[:, hi:].baddbmm_(moves_NBC, decided[:, :, 0].transpose(0, 1), alpha=-1)
+        feedback_NBC = self.feedback_NCC[:, self.first : self.first + old, hi:].transpose(1, 2)
+        self.x_NCR[:, hi:].baddbmm_(feedback_NBC, decided[:, :, 0].transpose(0, 1), alpha=-1)
         self.error_ANSR, self.first = self.error_ANSR[old:], self.first + old
 
 
 @torch.no_grad()
 def trellis_codes(
-    x_NRC: Tensor, spreads: list[ErrorSpread] | None, states: int, power_NC: Tensor | None = None
+    x_NRC: Tensor, factors: list[GptqFactors] | None, states: int, power_NC: Tensor | None = None
 ) -> Tensor:
-    """Codes (N, R, C) int16 of N equal shapes in steps, paths through a trellis; `spreads` turn the search into GPTQ's.
+    """Codes (N, R, C) int16 of N equal shapes in steps, paths through a trellis; `factors` turn the search into GPTQ's.
 
     `power_NC` are mean squares of columns, where these rows are only a part.
     """
     n, _, columns = x_NRC.shape
-    moves, weights = None, x_NRC.new_ones(n, columns)
-    if spreads is not None:
-        moves, weights = torch.stack([s.moves_CC for s in spreads]), torch.stack([s.weight_C for s in spreads])
+    feedback, weights = None, x_NRC.new_ones(n, columns)
+    if factors is not None:
+        feedback, weights = torch.stack([f.feedback_CC for f in factors]), torch.stack([f.weight_C for f in factors])
     power_NC = x_NRC.square().mean(dim=1) if power_NC is None else power_NC
-    return TrellisSearch(x_NRC.transpose(1, 2), moves, weights, power_NC, states).codes().transpose(1, 2).contiguous()
+    return (
+        TrellisSearch(x_NRC.transpose(1, 2), feedback, weights, power_NC, states).codes().transpose(1, 2).contiguous()
+    )
 
 
 # ---- calibration
@@ -4980,6 +4999,47 @@ def input_moments(name: str, named: Mapping[str, Tensor], hessians: Mapping[str,
 # ---- the whole model
 
 
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """fp32 products in fp32, whatever training takes: what `tune_cpu` sets is 14 times slower here on a CPU without bf16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def share_out(run: Run | None, jobs: Sequence[tuple[float, Callable[[], Any]]], threads: int = 1) -> list[Any]:
+    """Results of (cost, job) pairs in their order, on every rank of `run` (None: this process alone).
+
+    Each job is done once: the costliest first, each by the rank with the least to do so far, `threads` at a time. Results lie on
+    the host. What a job raises on any rank ends all ranks, so that none waits for it.
+    """
+    rank, world = (run.rank, run.world) if run else (0, 1)
+    owner, load = [0] * len(jobs), [0.0] * world
+    for i in sorted(range(len(jobs)), key=lambda i: -jobs[i][0]):
+        owner[i] = min(range(world), key=load.__getitem__)
+        load[owner[i]] += jobs[i][0]
+    parts: list[Any] = [None] * world
+    pool, mine = ThreadPoolExecutor(threads), [job for at, (_, job) in zip(owner, jobs, strict=True) if at == rank]
+    try:
+        parts[rank] = list(pool.map(lambda job: job(), mine)), None
+    except Exception as e:
+        parts[rank] = [], e
+    finally:
+        pool.shutdown(cancel_futures=True)  # a signal waits for the jobs that have begun, not for all
+    error = parts[rank][1]
+    if world > 1:
+        dist.all_gather_object(parts, (parts[rank][0], error and f"rank {rank}: {type(error).__name__}: {error}"))
+    if error is not None:
+        raise error
+    if errors := [text for _, text in parts if text]:
+        raise BrokenRun(errors[0])
+    results = [iter(found) for found, _ in parts]
+    return [next(results[rank]) for rank in owner]
+
+
 @dataclass
 class TensorToCode:
     """A tensor and how it is to be coded."""
@@ -4991,11 +5051,12 @@ class TensorToCode:
     hessian: Tensor | None  # (C, C) second moments of what w_RC multiplies
     columns_C: Tensor | None = None
     states: int = 0  # of the trellis
-    spread: ErrorSpread | None = None  # trellis: what `hessian` means to GPTQ
+    factors: GptqFactors | None = None  # trellis: what `hessian` means to GPTQ
 
-    @property
-    def top(self) -> int:
-        return largest_code(self.bits)
+    def steps(self) -> Tensor:
+        """(R, C), or (R, 1) where all columns are equal: what a code of 1 stands for."""
+        row_R1 = self.scale_R.float()[:, None]
+        return row_R1 if self.columns_C is None else row_R1 * octave_eighths(self.columns_C)
 
 
 def prune_smallest_(w_RC: Tensor, share: float) -> None:
@@ -5006,8 +5067,8 @@ def prune_smallest_(w_RC: Tensor, share: float) -> None:
 
 
 def prune_codes_(items: list[TensorToCode], codes: list[Tensor], share: float) -> None:
-    """Zero the `share` of all non-zero codes whose |code| * scale is smallest, over all tensors, in place (PR #740)."""
-    sizes = [(q.abs() * item.scale_R.float()[:, None]) for item, q in zip(items, codes, strict=True)]
+    """Zero the `share` of all non-zero codes that stand for the smallest weights, over all tensors, in place (PR #740)."""
+    sizes = [q.abs() * item.steps().cpu() for item, q in zip(items, codes, strict=True)]
     alive = torch.cat([size[size > 0] for size in sizes])
     count = int(share * alive.numel())
     if count:
@@ -5016,53 +5077,53 @@ def prune_codes_(items: list[TensorToCode], codes: list[Tensor], share: float) -
             q[size <= threshold] = 0
 
 
-def search_paths(items: list[TensorToCode], codes: list[Tensor]) -> None:
-    """Put the codes of the tensors that are trellis paths into `codes`: rows of equal shape together, as many as the device
-    likes at once; a CPU searches with a thread a core."""
-    groups: dict[tuple, list[int]] = {}
-    for i, item in enumerate(items):
-        if item.states:
-            codes[i] = torch.empty(item.w_RC.shape, dtype=torch.int16, device=item.w_RC.device)
-            groups.setdefault((item.w_RC.shape, item.states, item.spread is None), []).append(i)
-    batches = []
-    for (shape, _, _), members in groups.items():
-        most = SURVIVORS_AT_ONCE["cuda" if codes[members[0]].is_cuda else "cpu"] // items[members[0]].states
-        together = max(1, most // shape[0])
-        batches += [
-            (members[at : at + together], slice(row, row + most))
-            for at in range(0, len(members), together)
-            for row in range(0, shape[0], most)
-        ]
+def round_all(cfg: Config, items: list[TensorToCode], run: Run | None) -> list[Tensor]:
+    """Codes of every tensor, on the host: trellis paths, GPTQ where there are Hessians, else the nearest.
 
-    def search(members: list[int], rows: slice) -> None:
-        steps = torch.stack([items[i].w_RC / items[i].scale_R.float()[:, None] for i in members])
-        spreads, power_NC = [items[i].spread for i in members], steps.square().mean(dim=1)
-        known = None if spreads[0] is None else spreads
-        found = trellis_codes(steps[:, rows], known, items[members[0]].states, power_NC)
-        for i, codes_RC in zip(members, found, strict=True):
-            codes[i][rows] = codes_RC
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda batch: search(*batch), batches))
-
-
-def round_all(cfg: Config, items: list[TensorToCode]) -> list[Tensor]:
-    """Codes of every tensor: trellis paths, GPTQ in one batch for each shape where there are Hessians, else the nearest."""
+    Tensors of equal shape are coded together, and the ranks share these groups. Of paths as many rows are searched at once as
+    the device likes; a CPU searches with a thread a core.
+    """
     groups: dict[tuple, list[int]] = {}
     codes: list[Tensor] = [torch.empty(0)] * len(items)
     for i, item in enumerate(items):
         if item.states == 0 and item.hessian is None:
-            codes[i] = round_rows(item.w_RC, item.scale_R, item.top)
-        elif item.states == 0:
-            groups.setdefault((item.w_RC.shape, item.top), []).append(i)
-    for (_, top), members in groups.items():
-        columns = ([getattr(items[i], field) for i in members] for field in ("w_RC", "hessian", "scale_R"))
-        w, h, scale = map(torch.stack, columns)
-        found = gptq(w, h, scale, top, damp=cfg.gptq_percdamp, block=cfg.gptq_block_size, order=cfg.gptq_order,
-                     variant=cfg.gptq_variant)  # fmt: skip
+            codes[i] = round_rows(item.w_RC, item.scale_R, largest_code(item.bits)).cpu()
+        else:
+            groups.setdefault((item.w_RC.shape, item.states, item.bits, item.factors is None), []).append(i)
+    batches = []
+    for ((rows, columns), states, _, _), members in groups.items():
+        most = (
+            SURVIVORS_AT_ONCE["cuda" if items[members[0]].w_RC.is_cuda else "cpu"] // states
+            if states
+            else rows * len(members)
+        )
+        together = max(1, most // rows)
+        batches += [
+            (members[at : at + together], slice(row, min(row + most, rows)), columns * max(states, 1))
+            for at in range(0, len(members), together)
+            for row in range(0, rows, most)
+        ]
+
+    def code(members: list[int], rows: slice) -> Tensor:
+        group = [items[i] for i in members]
+        if not group[0].states:
+            w, h, scale = (
+                torch.stack([getattr(item, field) for item in group]) for field in ("w_RC", "hessian", "scale_R")
+            )
+            return gptq(w, h, scale, largest_code(group[0].bits), damp=cfg.gptq_percdamp, block=cfg.gptq_block_size,
+                        order=cfg.gptq_order, variant=cfg.gptq_variant).cpu()  # fmt: skip
+        steps = torch.stack([item.w_RC / item.scale_R.float()[:, None] for item in group])
+        factors = None if group[0].factors is None else [item.factors for item in group]
+        return trellis_codes(steps[:, rows], factors, group[0].states, steps.square().mean(dim=1)).cpu()
+
+    jobs = [(len(members) * (rows.stop - rows.start) * cost, functools.partial(code, members, rows))
+             for members, rows, cost in batches]  # fmt: skip
+    threads = torch.get_num_threads() if cfg.quant_trellis else 1
+    for (members, rows, _), found in zip(batches, share_out(run, jobs, threads), strict=True):
         for i, codes_RC in zip(members, found, strict=True):
-            codes[i] = codes_RC
-    search_paths(items, codes)
+            if rows.start == 0:
+                codes[i] = codes_RC.new_empty(items[i].w_RC.shape)
+            codes[i][rows] = codes_RC
     return codes
 
 
@@ -5106,39 +5167,40 @@ def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
     return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
 
 
-class Inputs:
+class InputStats:
     """What is known of the inputs of every tensor: second moments, what they mean to GPTQ, and steps of columns."""
 
-    def __init__(self, cfg: Config, named: Mapping[str, Tensor], hessians: Mapping[str, Tensor] | None):
-        self.cfg = cfg
+    def __init__(
+        self, cfg: Config, named: Mapping[str, Tensor], hessians: Mapping[str, Tensor] | None, run: Run | None = None
+    ):
         self.states = {name: trellis_states(cfg, w.shape) for name, w in named.items()}
         self.moments = {name: input_moments(name, named, hessians or {}) for name in named}
-        self.spreads: dict[int, ErrorSpread] = {}  # by second moments, which tensors share
         self.finer: dict[str, Tensor] = {}  # (C,) int8 eighths of an octave by which AWQ-lite refines columns
-
-    def spread(self, name: str) -> ErrorSpread | None:
-        """GPTQ's view of a tensor's inputs, None where they were not looked at."""
-        cfg, h_CC = self.cfg, self.moments[name]
         order = "natural" if cfg.quant_trellis else cfg.gptq_order
-        if h_CC is not None and id(h_CC) not in self.spreads:
-            self.spreads[id(h_CC)] = error_spread(h_CC, cfg.gptq_percdamp, cfg.gptq_variant, order)
-        return None if h_CC is None else self.spreads[id(h_CC)]
+        found = {id(h): h for n, h in self.moments.items() if h is not None and (self.states[n] or cfg.target_bytes)}
+        jobs = [(len(h) ** 3, lambda h=h: gptq_factors(h, cfg.gptq_percdamp, cfg.gptq_variant, order).to("cpu"))
+                for h in found.values()]  # fmt: skip
+        self.by_moments = {i: f.to(h.device) for (i, h), f in zip(found.items(), share_out(run, jobs), strict=True)}
 
-    def spread_in_steps(self, name: str) -> ErrorSpread | None:
+    def factors(self, name: str) -> GptqFactors | None:
+        """GPTQ's view of a tensor's inputs, None where they were not looked at."""
+        return self.by_moments.get(id(self.moments[name]))
+
+    def factors_in_steps(self, name: str) -> GptqFactors | None:
         """The same for the tensor divided by the steps of its columns."""
-        spread, columns_C = self.spread(name), self.columns(name)
-        return spread if spread is None or columns_C is None else spread.in_steps(columns_C)
+        factors, columns_C = self.factors(name), self.columns(name)
+        return factors if factors is None or columns_C is None else factors.in_steps(columns_C)
 
     def columns(self, name: str) -> Tensor | None:
         """Steps of a tensor's columns in eighths of an octave, None where all are equal."""
-        spread, finer = self.spread(name) if self.states[name] else None, self.finer.get(name)
-        even = None if spread is None else column_steps(spread.weight_C)
+        factors, finer = self.factors(name) if self.states[name] else None, self.finer.get(name)
+        even = None if factors is None else column_steps(factors.weight_C)
         if finer is None:
             return even
         return -finer if even is None else (even - finer).clamp(-127, 127)
 
 
-def awq_groups(policy: Policy, inputs: Inputs) -> dict[str, Tensor]:
+def awq_groups(policy: Policy, inputs: InputStats) -> dict[str, Tensor]:
     """AWQ-lite (PR #1908): by tensor, octave-eighths by which its columns in one of the AWQ_LITE_GROUP_TOP_K groups are refined.
 
     A group of neighbouring columns ranks by the sum of the rms of their inputs times their mean |weight|.
@@ -5163,7 +5225,7 @@ def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor, states: int = 
     return row_scale(torch.maximum(step * row_factor_R * top, w_RC.abs().amax(dim=1)), top)
 
 
-def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor | None) -> TensorToCode:
+def to_code(policy: Policy, inputs: InputStats, name: str, w: Tensor, chosen: Tensor | None) -> TensorToCode:
     """How a tensor is to be coded; `chosen` are the steps of its rows, where the byte budget has set them."""
     cfg, bits, w_RC = policy.cfg, policy.bits(name), matrix_of(w).clone()
     if cfg.prune_scope == "tensor":
@@ -5182,7 +5244,7 @@ def to_code(policy: Policy, inputs: Inputs, name: str, w: Tensor, chosen: Tensor
         step_C = octave_eighths(columns_C)
         item.w_RC = w_RC / step_C
         item.hessian = None if hessian is None or states else hessian * step_C * step_C[:, None]
-    item.spread = inputs.spread_in_steps(name) if states else None
+    item.factors = inputs.factors_in_steps(name) if states else None
     return item
 
 
@@ -5205,6 +5267,7 @@ def lowers_error(_name: str, low_rank: LowRank, residual_RC: Tensor) -> bool:
 
 
 @torch.no_grad()
+@exact_products()
 def quantize(
     cfg: Config,
     named: dict[str, Tensor],
@@ -5212,20 +5275,22 @@ def quantize(
     hessians: dict[str, Tensor] | None = None,
     scales: dict[str, Tensor] | None = None,
     *,
-    inputs: Inputs | None = None,
+    inputs: InputStats | None = None,
+    run: Run | None = None,
     kept: Mapping[str, QuantizedTensor] = MappingProxyType({}),
     worth: Callable[[str, LowRank, Tensor], bool] = lowers_error,
 ) -> dict[str, QuantizedTensor]:
     """Store every tensor of `named` at the width its role in `store` and QUANT_OVERRIDES ask for.
 
-    `hessians` (C, C) by site turn rounding into GPTQ, and `inputs` is what follows from them, if it is known already.
+    `hessians` (C, C) by site turn rounding into GPTQ, and `inputs` is what follows from them, if it is known already. The ranks of
+    `run` share the work, and each has all of the result; None: this process alone.
     `scales` (R,) fp16 by name are steps already chosen, coded in 8 bits whatever the role's width; `kept` are tensors
     already stored. `worth` decides on low-rank corrections. Raises ConfigError where a weight is not finite, does not fit
     fp16, or an override names nothing.
     """
     policy, scales = Policy(cfg, named, store), scales or {}
     if inputs is None:
-        inputs = Inputs(cfg, named, hessians)
+        inputs = InputStats(cfg, named, hessians, run)
         inputs.finer = awq_groups(policy, inputs) if cfg.awq_lite_enabled else {}
     stored: dict[str, QuantizedTensor] = dict(kept)
     items = []
@@ -5237,7 +5302,7 @@ def quantize(
             stored[name] = pass_through(name, w, store[name], bits)
         elif name not in kept:
             items.append(to_code(policy, inputs, name, w, scales.get(name)))
-    codes = round_all(cfg, items)
+    codes = round_all(cfg, items, run)
     if cfg.prune_scope == "global":
         prune_codes_(items, codes, cfg.prune_frac)
     for item, codes_RC in zip(items, codes, strict=True):
@@ -6290,7 +6355,10 @@ BUDGET_FLOOR, BUDGET_AIM = 0.995, 0.9975  # shares of TARGET_BYTES: accepted fro
 MAX_PACKS = 8  # four, unless none of those fits
 CURVE_ROWS = 256  # rows that a curve is measured on; paths are searched in half of them
 PATH_COLUMNS = 128  # and in as many columns: nothing is compensated there, so any columns will do
-LEFT_BYTES, LEFT_SECONDS = 2000, 20.0  # what may be left of TARGET_BYTES, and the longest search for less
+LEFT_BYTES, LAST_TRIES = 2000, 8  # what may be left of TARGET_BYTES, and how often less is tried
+PREDICTION_COST = (
+    20  # seconds to try a code's prediction over those to search it once in one state: shares curves out evenly
+)
 
 
 class RateDistortion(NamedTuple):
@@ -6397,17 +6465,19 @@ class Budget(NamedTuple):
     steps: dict[str, float]  # in units of the curves
 
 
+@exact_products()
 def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], store: dict[str, str], calibration: Calibration,
-                code_bytes: int, sections: Mapping[str, bytes] = MappingProxyType({})) -> Budget:  # fmt: skip
+                code_bytes: int, sections: Mapping[str, bytes] = MappingProxyType({}), run: Run | None = None) -> Budget:  # fmt: skip
     """Quantise and pack so that artifact + code fill TARGET_BYTES up to the last LEFT_BYTES or 0.5 %, never more.
 
-    A model too small to fill it is packed at the finest steps. Raises ConfigError if the coarsest steps are too large.
+    A model too small to fill it is packed at the finest steps. Raises ConfigError if the coarsest steps are too large. All ranks of
+    `run` call this with equal weights, share curves and searches, and go on in step with what the first of them packs.
     """
-    search = BudgetSearch(cfg, header, named, store, calibration, code_bytes, sections)
+    search = BudgetSearch(cfg, header, named, store, calibration, code_bytes, sections, run)
     room, slope, best, before = BUDGET_AIM * cfg.target_bytes - search.fixed, 1.0, None, None
     for attempt in range(MAX_PACKS):
         room = max(room, search.coarsest)
-        found = search.attempt(room)
+        found = search.pack_at(room)
         fits = found.spent <= cfg.target_bytes
         if fits and (best is None or found.spent > best.spent):
             best = found
@@ -6431,12 +6501,14 @@ class BudgetSearch:
     """What `fill_budget` tries: curves of all tensors that are coded, and files made from them."""
 
     def __init__(self, cfg: Config, header: dict[str, Any], named: dict[str, Tensor], store: dict[str, str],
-                 calibration: Calibration, code_bytes: int, sections: Mapping[str, bytes]):  # fmt: skip
+                 calibration: Calibration, code_bytes: int, sections: Mapping[str, bytes], run: Run | None = None):  # fmt: skip
         self.cfg, self.header, self.named, self.store, self.sections = cfg, header, named, store, sections
         self.fisher, self.code_bytes = calibration.fisher, code_bytes
-        self.policy, self.inputs = Policy(cfg, named, store), Inputs(cfg, named, calibration.hessians)
-        # QUANT_OVERRIDES and small tensors keep their floats.
-        self.curves = {name: self.curve(name) for name in named if self.policy.bits(name) <= 8}
+        self.policy, self.run = Policy(cfg, named, store), run
+        self.inputs = InputStats(cfg, named, calibration.hessians, self.run)
+        coded = [name for name in named if self.policy.bits(name) <= 8]  # QUANT_OVERRIDES and small tensors keep floats
+        jobs = [(self.curve_cost(name), functools.partial(self.curve, name)) for name in coded]
+        self.curves = dict(zip(coded, share_out(run, jobs), strict=True))
         self.finest, self.coarsest = (sum(c.bits[i] for c in self.curves.values()) / 8 for i in (0, -1))
         passed = sum(2 * named[n].numel() for n in named.keys() - self.curves.keys())
         self.fixed = code_bytes + sum(map(len, sections.values())) + 2000 + passed
@@ -6446,7 +6518,7 @@ class BudgetSearch:
             groups = awq_groups(self.policy, self.inputs)
             self.inputs.finer = {n: finer for n, finer in groups.items() if self.refining_pays(n, finer, steps[n])}
 
-    def weights(self, name: str) -> Tensor:
+    def in_column_steps(self, name: str) -> Tensor:
         """A tensor as it is divided by row steps: (R, C), its columns in their own steps."""
         columns_C = self.inputs.columns(name)
         w_RC = matrix_of(self.named[name])
@@ -6454,31 +6526,36 @@ class BudgetSearch:
 
     def curve(self, name: str) -> RateDistortion:
         """The curve of a tensor as it will be coded."""
-        spread, states = self.inputs.spread_in_steps(name), self.inputs.states[name]
-        gain = 1.0 if spread is None else spread.gain
-        return measure_curve(name, self.weights(name), self.store[name], self.fisher[name], gain, states)
+        factors, states = self.inputs.factors_in_steps(name), self.inputs.states[name]
+        gain = 1.0 if factors is None else factors.gain
+        return measure_curve(name, self.in_column_steps(name), self.store[name], self.fisher[name], gain, states)
+
+    def curve_cost(self, name: str) -> float:
+        """About the seconds of `curve`, relative to others'."""
+        rows, columns = rows_and_columns(self.named[name].shape)
+        sample = min(rows, CURVE_ROWS) * min(columns, PATH_COLUMNS) * (2 + self.inputs.states[name])
+        return sample + (PREDICTION_COST * rows * columns if self.store[name] in PREDICTED_ROLES else 0)
 
     def refining_pays(self, name: str, finer_C: Tensor, step: float) -> bool:
         """Whether finer steps for some columns of a tensor save more than their bits would elsewhere."""
         curve, octaves_C = self.curves[name], finer_C.double() / 8
-        weight_C = self.inputs.spread_in_steps(name).weight_C.double()
+        weight_C = self.inputs.factors_in_steps(name).weight_C.double()
         saved = curve.at(step)[1] * float((weight_C * (1 - 4.0**-octaves_C)).sum() / weight_C.sum())
         return saved > curve.price(step) * float(octaves_C.sum()) * len(curve.row_factor_R)
 
-    def attempt(self, room: float) -> Budget:
+    def pack_at(self, room: float) -> Budget:
         """The file whose codes are predicted to take `room` bytes."""
         steps, bits = choose_steps(list(self.curves.values()), 8 * room)
-        predicted = {
-            role: sum(b for n, b in bits.items() if self.store[n] == role) / 8 for role in set(self.store.values())
-        }
-        return self.packed(steps, self.quantized(steps), predicted)
+        roles = sorted(set(self.store.values()))
+        predicted = {role: sum(b for n, b in bits.items() if self.store[n] == role) / 8 for role in roles}
+        return self.pack_stored(steps, self.quantize_at(steps), predicted)
 
-    def quantized(
+    def quantize_at(
         self, steps: dict[str, float], kept: Mapping[str, QuantizedTensor] = MappingProxyType({})
     ) -> dict[str, QuantizedTensor]:
         """All tensors at `steps`, but those that are `kept`."""
         scales = {
-            n: steps_by_row(self.weights(n), steps[n] * c.unit, c.row_factor_R, self.inputs.states[n])
+            n: steps_by_row(self.in_column_steps(n), steps[n] * c.unit, c.row_factor_R, self.inputs.states[n])
             for n, c in self.curves.items()
             if n not in kept
         }
@@ -6486,13 +6563,16 @@ class BudgetSearch:
         def worth(name: str, low_rank: LowRank, residual_RC: Tensor) -> bool:
             return self.correction_pays(name, low_rank, residual_RC, steps[name])
 
-        return quantize(self.cfg, self.named, self.store, scales=scales, inputs=self.inputs, kept=kept, worth=worth)
+        return quantize(
+            self.cfg, self.named, self.store, scales=scales, inputs=self.inputs, run=self.run, kept=kept, worth=worth
+        )
 
-    def packed(
+    def pack_stored(
         self, steps: dict[str, float], stored: dict[str, QuantizedTensor], predicted: dict[str, float]
     ) -> Budget:
-        """The file of these tensors."""
-        blob = pack(self.cfg, self.header, stored, self.sections, self.coded)
+        """The file of these tensors, from the first rank."""
+        make = functools.partial(pack, self.cfg, self.header, stored, self.sections, self.coded)
+        blob = self.run.on_first(make) if self.run else make()
         return Budget(stored, blob, predicted, len(blob) + self.code_bytes, steps)
 
     def correction_pays(self, name: str, low_rank: LowRank, residual_RC: Tensor, step: float) -> bool:
@@ -6513,47 +6593,46 @@ class BudgetSearch:
         return saved * self.curves[name].at(step)[1] > self.curves[name].price(step) * bits
 
     def spend_rest(self, best: Budget) -> Budget:
-        """Give what is left to the tensor that it helps most, until LEFT_BYTES or less are left or LEFT_SECONDS are over."""
-        started, share = time.perf_counter(), 1.0
-        while self.cfg.target_bytes - best.spent > LEFT_BYTES and time.perf_counter() - started < LEFT_SECONDS:
-            wanted = share * (self.cfg.target_bytes - best.spent - LEFT_BYTES / 2)
-            refined = self.refined(best, wanted)
+        """Give what is left to one tensor after the other, until LEFT_BYTES or less are left or LAST_TRIES are over."""
+        share = 1.0
+        for _ in range(LAST_TRIES):
+            left = self.cfg.target_bytes - best.spent
+            refined = self.refine(best, share * (left - LEFT_BYTES / 2)) if left > LEFT_BYTES else None
             if refined is None:
                 break
-            found = self.packed(*refined, best.predicted)
+            found = self.pack_stored(*refined, best.predicted)
             if found.spent <= self.cfg.target_bytes:
                 share = 1.0 if found.spent > best.spent else 2 * share
                 best = max(best, found, key=lambda budget: budget.spent)
             else:
                 share *= 0.7
-            if not 0.05 < share < 8:
-                break
         return best
 
-    def refined(self, best: Budget, wanted: float) -> tuple[dict[str, float], dict[str, QuantizedTensor]] | None:
-        """Steps and tensors in which one tensor takes about `wanted` bytes more: the one whose loss falls most. None if no
-        tensor can."""
-        gains = {}
+    def refine(self, best: Budget, wanted: float) -> tuple[dict[str, float], dict[str, QuantizedTensor]] | None:
+        """Steps and tensors in which one tensor takes about `wanted` bytes more: the one whose loss falls most, but none of
+        more than twice the mean size, since it is searched anew. None if no tensor can."""
+        gains, most = {}, 2 * sum(self.named[n].numel() for n in self.curves) / len(self.curves)
         for name, curve in self.curves.items():
             bits, loss = curve.at(best.steps[name])
-            if bits + 8 * wanted < curve.bits[0] and best.stored[name].low_rank is None:
+            room = bits + 8 * wanted < curve.bits[0] and best.stored[name].low_rank is None
+            if room and self.named[name].numel() <= most:
                 gains[name] = loss - curve.at(curve.step_at(bits + 8 * wanted))[1]
         if not gains:
             return None
         name = max(gains, key=gains.get)
         curve, before = self.curves[name], best.stored[name]
         kept = {n: stored for n, stored in best.stored.items() if n != name}
-        aim, size = 8 * wanted, self.described(before)
+        aim, size = 8 * wanted, self.code_bits(before)
         for _ in range(3):  # until the codes take what they should, within 5 %
             steps = {**best.steps, name: curve.step_at(curve.at(best.steps[name])[0] + aim)}
-            stored = self.quantized(steps, kept)
-            more = self.described(stored[name]) - size
+            stored = self.quantize_at(steps, kept)
+            more = self.code_bits(stored[name]) - size
             if more > 0 and abs(more / (8 * wanted) - 1) < 0.05:
                 break
             aim *= min(max(8 * wanted / max(more, 1.0), 0.25), 4.0)
         return steps, stored
 
-    def described(self, stored: QuantizedTensor) -> float:
+    def code_bits(self, stored: QuantizedTensor) -> float:
         """Estimated bits of a tensor's codes."""
         return plan_codes(stored.codes.numpy(), stored.role in PREDICTED_ROLES, stored.trellis)[2]
 
@@ -9032,23 +9111,27 @@ def artifact_header(cfg: Config, tokenizer: Tokenizer, looped: bool = True) -> d
 def pack_model(
     opened: OpenRun, model: GPT, calibration: Calibration | None, calibration_s: float, sections: dict[str, bytes]
 ) -> bytes:
-    """Quantise and pack the model, write the artifact and log its sizes; returns the file's bytes."""
+    """Quantise and pack the model on all ranks, write the artifact on the first and log its sizes; returns the file's bytes."""
     cfg, run = opened.cfg, opened.run
     filled = {n: p for n, p in model.named_parameters() if p.numel()}  # one block has no skip weights
     named, store = {n: p.detach() for n, p in filled.items()}, {n: p.store for n, p in filled.items()}
     header = artifact_header(cfg, opened.tokenizer, model.looped)
     started = time.perf_counter()
     if cfg.target_bytes:
-        budget = fill_budget(cfg, header, named, store, calibration, opened.code_bytes, sections)
+        budget = fill_budget(cfg, header, named, store, calibration, opened.code_bytes, sections, run)
         stored, blob = budget.stored, budget.blob
         run.log(budget_table(budget, cfg.target_bytes))
     else:
-        stored = quantize(cfg, named, store, calibration.hessians if calibration else None)
-        blob = pack(cfg, header, stored, sections)
-    seconds, roles = time.perf_counter() - started, quant_report(named, stored)
-    run.event("quant", seconds=seconds, calibration_s=calibration_s, roles=roles)
-    run.write_artifact(blob)
-    blob = run.artifact_path.read_bytes()
+        stored = quantize(cfg, named, store, calibration.hessians if calibration else None, run=run)
+        blob = run.on_first(lambda: pack(cfg, header, stored, sections))
+    seconds = time.perf_counter() - started
+
+    def save() -> bytes:
+        run.event("quant", seconds=seconds, calibration_s=calibration_s, roles=quant_report(named, stored))
+        run.save_artifact(blob)
+        return run.artifact_path.read_bytes()
+
+    blob = run.on_first(save)
     run.log(f"quantized and packed {run.artifact_path} in {time.perf_counter() - started:.1f}s after {calibration_s:.1f}s of calibration\n"
             f"{size_table(role_bytes(blob))}")  # fmt: skip
     return blob
@@ -9071,8 +9154,8 @@ def calibrate_in_time(
     return calibration
 
 
-def write_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: TrainResult) -> tuple[bytes, float]:
-    """Calibrate, quantise, pack and write the artifact (rank 0): its bytes on every rank, as read back from the file, and
+def make_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: TrainResult) -> tuple[bytes, float]:
+    """Calibrate, quantise, pack and write the artifact: its bytes on every rank, as read back from the file, and
     the seconds of calibration and of counting the training text's n-grams."""
     cfg, run, started, sections = opened.cfg, opened.run, time.perf_counter(), {}
     if "exact" in cfg.ngram_tables and run.rank == 0:  # of the tokens that were trained on
@@ -9085,7 +9168,7 @@ def write_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: Tra
     calibration_s = run.broadcast(time.perf_counter() - started)
     if result.cells is not None and run.rank == 0:
         sections["pr1095"] = pack_hashed(result.cells, cfg.lzma_preset)
-    return run.on_first(lambda: pack_model(opened, model, calibration, calibration_s, sections)), calibration_s
+    return pack_model(opened, model, calibration, calibration_s, run.broadcast(sections)), calibration_s
 
 
 def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
@@ -9220,7 +9303,7 @@ def run_train(loaded: LoadedConfig) -> int:
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise BrokenRun("the last update left NaN or Inf in the weights; lower the learning rates")
     with checkpoints.keep_weights(model, stream, result):
-        blob, calibration_s = write_artifact(opened, model, stream, result)
+        blob, calibration_s = make_artifact(opened, model, stream, result)
     try:
         if run.rank == 0:
             seed, length = derive_seed(cfg.seed, "sample"), min(48, cfg.train_seq_len)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import lzma
 import os
@@ -242,12 +243,12 @@ def damage(
     return Damage(hessian, loss, divergence, subject.gap(stored, before[0]))
 
 
-class EvenColumns(tg.Inputs):
+class EvenColumns(tg.InputStats):
     """Steps of columns for independent codes too."""
 
     def columns(self, name: str) -> torch.Tensor | None:
-        spread = self.spread(name)
-        return None if spread is None else tg.column_steps(spread.weight_C)
+        factors = self.factors(name)
+        return None if factors is None else tg.column_steps(factors.weight_C)
 
 
 def compare_errors(subject: Subject, rates: list[float], trellises: list[int]) -> None:
@@ -255,7 +256,7 @@ def compare_errors(subject: Subject, rates: list[float], trellises: list[int]) -
     and of each trellis."""
     cfg = dataclasses.replace(subject.cfg, gptq_enabled=True, target_bytes=1)
     calibration = tg.calibrate(cfg, RUN, subject.model, tg.calibration_inputs(cfg, RUN, subject.model, subject.stream))
-    moments, inputs = tg.Inputs(cfg, subject.named, calibration.hessians).moments, tg.Inputs
+    moments, inputs = tg.InputStats(cfg, subject.named, calibration.hessians).moments, tg.InputStats
     policy = tg.Policy(cfg, subject.named, subject.store)
     before = subject.bpb(subject.named), log_probabilities(subject, subject.named)
     coded = sum(w.numel() for n, w in subject.named.items() if policy.bits(n) <= 8)
@@ -263,14 +264,14 @@ def compare_errors(subject: Subject, rates: list[float], trellises: list[int]) -
     for rate in rates:
         plain, paths = None, [(states, f"{states} states") for states in trellises]
         for states, label in ((0, "independent"), (0, "with steps of columns"), *paths):
-            tg.Inputs = EvenColumns if label.startswith("with") else inputs
+            tg.InputStats = EvenColumns if label.startswith("with") else inputs
             aim = dataclasses.replace(cfg, target_bytes=int(coded * rate / 8) + 6000, quant_trellis=states)
             budget, seconds, packs = timed_budget(aim, subject.named, subject.store, calibration)
             found = damage(subject, budget.stored, moments, calibration.fisher, before)
             plain = plain or found
             print(f"{rate} bits, {label}: {budget.spent:,} bytes, {aim.target_bytes - budget.spent:,} left; "
                   f"{found.against(plain)}; {packs} packs, {seconds:.1f}s", flush=True)  # fmt: skip
-    tg.Inputs = inputs
+    tg.InputStats = inputs
 
 
 def compare_at_equal_error(states: int, shape: tuple[int, int] = (1024, 512)) -> None:
@@ -354,30 +355,33 @@ def time_gptq(cfg: tg.Config) -> float:
 
 
 @contextlib.contextmanager
-def timed(spans: dict[str, list[float]], *targets: tuple[object, str]) -> Iterator[None]:
-    """Adds the seconds of every call of the named functions to `spans`."""
-    kept = [(owner, name, getattr(owner, name)) for owner, name in targets]
+def timed(spans: dict[str, list[float]], targets: dict[str, tuple[object, str]]) -> Iterator[None]:
+    """Adds the CPU seconds of every call of the named functions to `spans`, but for calls inside another of them."""
+    kept, inside = [(owner, name, getattr(owner, name)) for owner, name in targets.values()], []
 
-    def wrapped(name: str, function: Callable) -> Callable:
+    def wrapped(label: str, function: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
-            started = time.perf_counter()
+            started = time.process_time()
+            inside.append(label)
             try:
                 return function(*args, **kwargs)
             finally:
-                spans.setdefault(name, []).append(time.perf_counter() - started)
+                inside.pop()
+                if not inside:
+                    spans.setdefault(label, []).append(time.process_time() - started)
 
         return call
 
-    for owner, name, function in kept:
-        setattr(owner, name, wrapped(name, function))
+    for label, (owner, name, function) in zip(targets, kept, strict=True):
+        setattr(owner, name, wrapped(label, function))
     yield
     for owner, name, function in kept:
         setattr(owner, name, function)
 
 
-def time_encode(shapes: dict[str, torch.Size], store: dict[str, str], states: int) -> None:
-    """Seconds to fill 15.9 MB with 36 M weights of uneven importance as trellis paths inside GPTQ, and to decode them."""
-    cfg = tg.Config(target_bytes=15_900_000, control_bits=16, quant_trellis=states, gptq_enabled=True)
+def time_encode(run: tg.Run, shapes: dict[str, torch.Size], store: dict[str, str], states: int) -> None:
+    """CPU seconds of this rank to fill 3.5 bits a weight with weights of uneven importance as trellis paths inside GPTQ, together
+    with the other ranks, and to decode them."""
     torch.manual_seed(0)
     named, hessians = {n: torch.randn(shape) * 0.02 for n, shape in shapes.items()}, {}
     for n, shape in shapes.items():
@@ -385,32 +389,27 @@ def time_encode(shapes: dict[str, torch.Size], store: dict[str, str], states: in
             x = torch.randn(2 * shape[1], shape[1]) * torch.logspace(-0.5, 0.5, shape[1])
             hessians[n.removesuffix(".weight")] = x.T @ x
     fisher = {n: torch.rand(tg.rows_and_columns(w.shape)[0]) * 10 ** (3 * torch.rand(())) for n, w in named.items()}
-    spans: dict[str, list[float]] = {}
-    parts = (
-        (tg.BudgetSearch, "curve"),
-        (tg, "quantize"),
-        (tg, "pack"),
-        (tg.BudgetSearch, "spend_rest"),
-        (tg, "fill_budget"),
-    )
-    with timed(spans, *parts, (tg, "unpack")):
-        budget = tg.fill_budget(cfg, {}, named, store, tg.Calibration(hessians, fisher), 0)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        _, found = tg.unpack(budget.blob)
-        for item in found.values():
-            tg.dequantize(item)
     total = sum(w.numel() for w in named.values())
-    print(f"{states} states, {total:,} weights, {torch.get_num_threads()} threads: {budget.spent:,} bytes, "
-          f"{cfg.target_bytes - budget.spent:,} left; peak memory {peak:.0f} MiB")  # fmt: skip
-    for name, seconds in spans.items():
-        print(
-            f"  {name:<12} {sum(seconds):6.1f}s in {len(seconds)} calls: {' '.join(f'{x:.1f}' for x in seconds[:12])}"
-        )
+    cfg = tg.Config(target_bytes=int(total * 3.54 / 8), control_bits=16, quant_trellis=states, gptq_enabled=True)
+    spans: dict[str, list[float]] = {}
+    parts = {"curves": (tg.BudgetSearch, "__init__"), "searches": (tg, "round_all"), "packing": (tg, "pack"),
+             "last bytes": (tg.BudgetSearch, "spend_rest"), "unpack": (tg, "unpack")}  # fmt: skip
+    started = time.perf_counter()
+    with timed(spans, parts):
+        budget = tg.fill_budget(cfg, {}, named, store, tg.Calibration(hessians, fisher), 0, run=run)
+        seconds = time.perf_counter() - started
+        tg.unpack(budget.blob)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    whole = sum(sum(span) for label, span in spans.items() if label != "unpack")
+    print(f"{states} states, {total:,} weights, rank {run.rank} of {run.world}, {torch.get_num_threads()} threads: {budget.spent:,} bytes "
+          f"{hashlib.sha256(budget.blob).hexdigest()[:8]}, {cfg.target_bytes - budget.spent:,} left; {whole:.1f} s of CPU in {seconds:.1f} s; "
+          f"peak memory {peak:.0f} MiB\n" + "\n".join(f"  {label:<10} {sum(span):6.1f} s of CPU in {len(span)} calls: "
+          f"{' '.join(f'{x:.1f}' for x in span[:12])}" for label, span in spans.items()), flush=True)  # fmt: skip
 
 
-def large_shapes() -> tuple[dict[str, torch.Size], dict[str, str]]:
-    """Of 36 M weights: 11 x 512, MLP 4x, 8,192 pieces."""
-    return shapes_of(tg.Config(num_layers=11, mlp_mult=4.0, vocab_size=8192))
+def large_shapes(layers: int = 11) -> tuple[dict[str, torch.Size], dict[str, str]]:
+    """Of 36 M weights with 11 layers: 512 wide, MLP 4x, 8,192 pieces."""
+    return shapes_of(tg.Config(num_layers=layers, mlp_mult=4.0, vocab_size=512 * layers * 8 // 11 * 2))
 
 
 def measure_speed() -> None:
@@ -420,11 +419,13 @@ def measure_speed() -> None:
     time_gptq(recipe_of("pr850"))
 
 
-def measure_encode(trellises: list[int]) -> None:
-    """The whole encoder at 36 M weights, independent codes and each trellis."""
-    shapes, store = large_shapes()
-    for states in (0, *trellises):
-        time_encode(shapes, store, states)
+def measure_encode(trellises: list[int], layers: int) -> None:
+    """The whole encoder, by all ranks of torchrun where it starts this: independent codes and each trellis."""
+    shapes, store = large_shapes(layers)
+    run = tg.Run.start(tg.Config(device="cpu"))
+    for states in trellises:
+        time_encode(run, shapes, store, states)
+    run.close("ok")
 
 
 def main() -> None:
@@ -437,10 +438,11 @@ def main() -> None:
         "--states",
         type=int,
         nargs="+",
-        choices=tg.TRELLISES,
+        choices=(0, *tg.TRELLISES),
         default=list(tg.TRELLISES),
         help="trellises of `error` and `encode`",
     )
+    parser.add_argument("--layers", type=int, default=11, help="of the weights of `encode`")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     if set(args.parts) - {"speed", "encode"}:
@@ -459,7 +461,7 @@ def main() -> None:
     if "speed" in args.parts:
         measure_speed()
     if "encode" in args.parts:
-        measure_encode(args.states)
+        measure_encode(args.states, args.layers)
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def test_weights_whose_average_cannot_be_taken_are_kept(tiny, script, monkeypatc
 
 def test_a_second_signal_does_not_cut_the_keeping_short(tiny, whole, script, monkeypatch):
     """As Ctrl-C under torchrun sends it, from the terminal and from the agent."""
-    write, kill = tg.atomic_write, lambda *_: os.kill(os.getpid(), signal.SIGINT)
+    write, kill = tg.atomic_write, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(tg, "quantize", kill)
         patch.setattr(tg, "atomic_write", lambda path, blob: (path.name == "trained.pt" and kill(), write(path, blob)))
@@ -307,7 +307,7 @@ def test_a_score_that_fails_leaves_the_artifact_and_says_how_to_score_it(tiny, s
 
 
 @pytest.mark.parametrize("part", ["Trainer.train_step", "WeightAverage.apply", "quantize", "pack", "load_model", "load_tables", "evaluate",
-                                  "report_score", "Run.write_artifact"])  # fmt: skip
+                                  "report_score", "Run.save_artifact"])  # fmt: skip
 @pytest.mark.parametrize("error", [tg.ConfigError, tg.ArtifactError])
 def test_exit_status_2_does_not_occur_once_training_has_begun(tiny, script, monkeypatch, part, error):
     """Whatever part finds the mistake: it should have been found before, and status 2 tells scripts that nothing was lost."""

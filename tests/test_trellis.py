@@ -1,6 +1,7 @@
 """Dependent quantization: paths stay in the trellis, cost less error at equal bytes, and come back bit for bit."""
 
 import dataclasses
+import hashlib
 import math
 import random
 from collections import Counter
@@ -8,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import run_ranks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_artifact import fuzz_one, trained_stand_in, weights
@@ -95,7 +97,7 @@ def test_a_gaussian_source_is_coded_near_its_bound(states, gap, spread):
 def test_compensation_inside_the_search_beats_gptq_at_equal_rate(states, gain):
     """Correlated inputs: at least `gain` dB below GPTQ in its best order, and below the search without it."""
     w, h = torch.randn(192, 160, generator=torch.Generator().manual_seed(0)), second_moments(0.7, 160)
-    spread = tg.error_spread(h, 0.01, "cholesky")
+    spread = tg.gptq_factors(h, 0.01, "cholesky")
     columns = tg.column_steps(spread.weight_C)
     step = tg.octave_eighths(columns) * 0.25
     codes = tg.trellis_codes((w / step)[None], [spread.in_steps(columns)], states)[0]
@@ -111,19 +113,19 @@ def test_compensation_inside_the_search_beats_gptq_at_equal_rate(states, gain):
 
 
 def test_steps_of_columns_make_every_column_cost_the_same():
-    spread = tg.error_spread(second_moments(1.0, 48), 0.01, "cholesky")
+    spread = tg.gptq_factors(second_moments(1.0, 48), 0.01, "cholesky")
     even = spread.in_steps(tg.column_steps(spread.weight_C))
     assert spread.weight_C.max() / spread.weight_C.min() > 4 and even.weight_C.max() / even.weight_C.min() < 1.4
     assert even.gain < spread.gain and float(even.weight_C.mean()) == pytest.approx(1)
-    assert torch.equal(even.moves_CC.diagonal(), torch.ones(48))
+    assert torch.equal(even.feedback_CC.diagonal(), torch.ones(48))
 
 
 def test_dead_inputs_do_not_disturb_the_others():
     h = second_moments(0.5, 40)
     h[[3, 17]] = 0
     h[:, [3, 17]] = 0
-    w, spread = torch.randn(64, 40), tg.error_spread(h, 0.01, "cholesky")
-    assert torch.isfinite(spread.moves_CC).all() and torch.isfinite(spread.weight_C).all()
+    w, spread = torch.randn(64, 40), tg.gptq_factors(h, 0.01, "cholesky")
+    assert torch.isfinite(spread.feedback_CC).all() and torch.isfinite(spread.weight_C).all()
     alive = [j for j in range(40) if j not in (3, 17)]
     columns = tg.column_steps(spread.weight_C)
     step = tg.octave_eighths(columns) * 0.3
@@ -395,8 +397,8 @@ def test_corrections_are_taken_only_where_they_save_more_than_their_bytes():
     assert not search.correction_pays(name, factors(white), white, step)
     assert not search.refining_pays(name, (torch.arange(48) < 16).to(torch.int8) * 16, step)
     search.cfg = dataclasses.replace(cfg, quant_trellis=0)  # columns have equal steps, and the last ones large inputs
-    search.inputs = tg.Inputs(search.cfg, named, calibration.hessians)
-    search.inputs.spreads[id(search.inputs.moments[name])] = tg.ErrorSpread(
+    search.inputs = tg.InputStats(search.cfg, named, calibration.hessians)
+    search.inputs.by_moments[id(search.inputs.moments[name])] = tg.GptqFactors(
         torch.eye(48), torch.where(torch.arange(48) < 4, 11.0, 1 / 11), 1.0
     )
     assert search.refining_pays(name, (torch.arange(48) < 4).to(torch.int8) * 16, step)
@@ -419,6 +421,43 @@ def test_the_last_bytes_are_spent(states, monkeypatch):
 
 
 def test_a_run_at_the_lowest_rates_ends_with_an_artifact_that_scores(tiny, script, monkeypatch):
-    monkeypatch.setattr(tg, "code_bytes", lambda _: 0)
-    result = script(tiny, QUANT_TRELLIS="8", TARGET_BYTES="6500", QUANT_MIN_NUMEL="64")
+    head = tg.log_head
+    monkeypatch.setattr(tg, "log_head", lambda *given: head(*given) * 0)
+    result = script(tiny, QUANT_TRELLIS="8", TARGET_BYTES="6500", QUANT_MIN_NUMEL="64", GPTQ_N_SAMPLES="4")
     assert result.status == 0 and "score val_bpb:" in result.out, result.err
+
+
+def fill_with(run: tg.Run | None) -> list[str]:
+    """Hashes of files of one model, independent codes and paths, that the ranks of `run` make together."""
+    torch.set_num_threads(1)
+    named, store, calibration = trained_stand_in()
+    tg.SURVIVORS_AT_ONCE = {"cpu": 256}
+    digests = []
+    for states in (0, 8):
+        cfg = tg.Config(target_bytes=9000, quant_min_numel=100, gptq_enabled=True, quant_trellis=states, lqer_top_k=1)
+        budget = tg.fill_budget(cfg, {}, named, store, calibration, 500, run=run)
+        digests.append(hashlib.sha256(budget.blob).hexdigest())
+        assert tg.unpack(budget.blob)[1].keys() == budget.stored.keys() and budget.spent == len(budget.blob) + 500
+    return digests
+
+
+def main() -> int:
+    """A rank of the test below: the files, then what a job that fails on rank 1 raises here."""
+    run = tg.Run.start(tg.Config(device="cpu"))
+    print("made", *fill_with(run))
+    assert tg.share_out(run, [(cost, lambda cost=cost: cost) for cost in (1, 7, 3, 3)]) == [1, 7, 3, 3]
+    try:
+        tg.share_out(run, [(9, int), (8, lambda: 1 / 0), (1, int)])  # the second costliest is rank 1's
+    except (ZeroDivisionError, tg.BrokenRun) as error:
+        print("ended", type(error).__name__, error)
+    run.close("ok")
+    return 0
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_make_the_same_file_together_and_fail_together(ranks, monkeypatch):
+    monkeypatch.setattr(tg, "SURVIVORS_AT_ONCE", dict(tg.SURVIVORS_AT_ONCE))
+    text = run_ranks({}, ranks, "test_trellis")
+    assert text.count("made " + " ".join(fill_with(None))) == ranks
+    assert text.count("ended BrokenRun rank 1: ZeroDivisionError: division by zero") == ranks - 1
+    assert text.count("ended ZeroDivisionError") == 1
