@@ -386,7 +386,7 @@ class Subject:
         store = {n: p.store for n, p in self.model.named_parameters()}
         policy = tg.Policy(cfg, named, store)
         coded = sum(w.numel() for n, w in named.items() if policy.bits(n) <= 8)
-        calibration, even = None, tg.Inputs.columns
+        calibration, even = None, tg.InputStats.columns
 
         def log_probabilities() -> torch.Tensor:
             with torch.no_grad():
@@ -401,11 +401,11 @@ class Subject:
                     cfg, self.run, self.model, tg.calibration_inputs(cfg, self.run, self.model, self.stream)
                 )
             aim = dataclasses.replace(cfg, target_bytes=int(coded * bits / 8) + 6000, **knobs)
-            tg.Inputs.columns = columns_of_all if even_columns else even
+            tg.InputStats.columns = columns_of_all if even_columns else even
             started = time.process_time()
             budget = tg.fill_budget(aim, {}, named, store, calibration, 0)
             seconds = round(time.process_time() - started, 2)
-            tg.Inputs.columns = even
+            tg.InputStats.columns = even
             self.model.load_state_dict(named)
             before = log_probabilities()
             self.model.load_state_dict({n: tg.dequantize(s) for n, s in budget.stored.items()})
@@ -435,9 +435,9 @@ class Subject:
             )
 
 
-def columns_of_all(inputs: tg.Inputs, name: str) -> torch.Tensor | None:
+def columns_of_all(inputs: tg.InputStats, name: str) -> torch.Tensor | None:
     """Steps of columns for independent codes too."""
-    spread = inputs.spread(name)
+    spread = inputs.factors(name)
     return None if spread is None else tg.column_steps(spread.weight_C)
 
 
