@@ -124,6 +124,7 @@ def test_every_recipe_sets_only_known_knobs_to_values_in_bounds():
     ({"TRAIN_SEQ_SCHEDULE": "512@0,1024@1"}, ["TRAIN_SEQ_SCHEDULE='512@0,1024@1'", "rising"]),
     ({"TRAIN_BATCH_TOKENS": "2000"}, ["TRAIN_BATCH_TOKENS=2000", "sequence length 1024", "nearest: 2048"]),
     ({"TRAIN_BATCH_TOKENS": "512"}, ["TRAIN_BATCH_TOKENS=512", "nearest: 1024"]),
+    ({"MLP_MULT": "0.01", "MODEL_DIM": "32"}, ["MLP_MULT=0.01 leaves no hidden unit at MODEL_DIM=32"]),
     ({"SWA_EVERY": "10", "SWA_SOURCE": "ema"}, ["SWA_SOURCE=ema needs EMA_DECAY"]),
     ({"ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "0"}, ["MAX_WALLCLOCK_SECONDS=0 and ITERATIONS=0"]),
     ({"RESUME": "auto"}, ["RESUME=auto needs RUN_ID"]),

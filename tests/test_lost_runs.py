@@ -102,9 +102,17 @@ def test_neither_stream_is_needed(tiny, monkeypatch):
 
 
 def test_a_progress_bar_on_a_terminal_that_hung_up_is_dropped(run, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", stream(writes=0, number=errno.EIO))
-    run.on_terminal = True
+    """Its stream is thrown away and nothing counts as lost; on one that can be written the bar stands."""
+    run.on_terminal, dropped = True, []
+    monkeypatch.setattr(Stream, "fileno", lambda _: 77)
+    monkeypatch.setattr(tg.os, "dup2", lambda _, number: dropped.append(number))
+    for number in (errno.EIO, errno.EPIPE):
+        monkeypatch.setattr(sys, "stderr", stream(writes=0, number=number))
+        run.progress("training", 1, 2, 0.0)
+    assert dropped == [77, 77] and not run.lost
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
     run.progress("training", 1, 2, 0.0)
+    assert "training [############            ] 50% eta" in sys.stderr.getvalue() and len(dropped) == 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")

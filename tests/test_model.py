@@ -388,39 +388,6 @@ def test_a_full_cache_refuses_more():
 # ---- many at once
 
 
-BAD = [
-    ({"xsa_last_n": 5}, "XSA_LAST_N=5 exceeds NUM_LAYERS=4"),
-    ({"ve_dim": 8, "ve_layers": "3,4"}, "VE_LAYERS='3,4': expected different blocks of 0 to 3"),
-    ({"ve_dim": 8, "ve_layers": "two"}, "VE_LAYERS='two': expected different blocks of 0 to 3"),
-    ({"ve_dim": 8, "ve_layers": "1,1"}, "VE_LAYERS='1,1': expected different blocks of 0 to 3"),
-    ({"ve_dim": 8}, "VE_DIM=8 with VE_LAYERS='': expected different blocks of 0 to 3"),
-    ({"rope_dims": 3}, "ROPE_DIMS=3: expected an even number of at most the head width 8"),
-    ({"rope_dims": 10}, "ROPE_DIMS=10: expected an even number of at most the head width 8"),
-    ({"rope_dims": 2, "rope_train_len": 8}, "ROPE_TRAIN_LEN=8: the NTK rule needs more than 2 rotated dims"),
-    ({"adapter_b_init": "published"}, "set ADAPTER_RANK above 0"),
-    ({"num_heads": 3}, "MODEL_DIM=32 is not a multiple of NUM_HEADS=3"),
-    ({"num_kv_heads": 3}, "NUM_HEADS=4 is not a multiple of NUM_KV_HEADS=3"),
-    ({"bigram_vocab_size": 1}, "BIGRAM_VOCAB_SIZE=1: expected 0 (off) or at least 2 rows"),
-    ({"encoder_recurrence": True, "num_layers": 1}, "ENCODER_RECURRENCE=1 needs an encoder block"),
-    ({"value_residual": "softmax", "num_layers": 1}, "VALUE_RESIDUAL=softmax needs at least 2 blocks"),
-    ({"mlp_mult": 0.01}, "MLP_MULT=0.01 leaves no hidden unit at MODEL_DIM=32"),
-    ({"swa_every": 5, "swa_source": "ema"}, "SWA_SOURCE=ema needs EMA_DECAY above 0"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("knobs, message", BAD, ids=[m for _, m in BAD])
-def test_a_combination_that_makes_no_sense_is_refused_by_name(knobs, message):
-    with pytest.raises(tg.ConfigError) as error:
-        config(**knobs)
-    assert message in str(error.value)
-
-
-def test_all_bad_combinations_are_reported_at_once():
-    with pytest.raises(tg.ConfigError) as error:
-        config(xsa_last_n=5, rope_dims=3, adapter_b_init="published")
-    assert len(str(error.value).splitlines()) == 3
-
-
 def test_flops_count_each_pass_of_a_block():
     once, twice = build(num_layers=4), build(num_layers=4, encoder_recurrence=True)
     matrices = sum(s.numel() for site, s in once.sites().items() if site.startswith("blocks.0"))

@@ -224,34 +224,12 @@ def test_a_missing_gradient_counts_as_zeros():
 # ---- clipping
 
 
-def test_clip_scales_the_global_norm_to_the_limit():
-    model, twin = Toy(), Toy()
-    for m in (model, twin):
-        set_grads(m, 0, [1, 2])
-    optimizers = tg.Optimizers(config(), model, ALONE)
-    for part in (optimizers.small, *optimizers.banks):
-        part.reduce()
-    norm = optimizers.clip(0.7)
-    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.7))
-    for part in (optimizers.small, *optimizers.banks):
-        for p, grad in zip(part.params, part.grads, strict=False):
-            name = next(n for n, q in model.named_parameters() if q is p)
-            torch.testing.assert_close(grad, twin.get_parameter(name).grad)
-
-
 def test_a_limit_above_the_norm_changes_nothing():
     free, limited, tight = Toy(), Toy(), Toy()
     for model, limit in ((free, 0.0), (limited, 1e6), (tight, 1.0)):
         train(model, tg.Optimizers(config(grad_clip_norm=limit), model, ALONE), range(3), [1])
     assert_same(weights(free), weights(limited))
     assert not torch.equal(free.a, tight.a) and not torch.equal(free.gain, tight.gain)
-
-
-def test_clipping_before_the_reduction_equals_clipping_after_it_on_one_rank():
-    local, after = Toy(), Toy()
-    for model, early in ((local, True), (after, False)):
-        train(model, tg.Optimizers(config(grad_clip_norm=1.0, grad_clip_local=early), model, ALONE), range(3), [1])
-    assert_same(weights(local), weights(after), rtol=1e-4, atol=1e-5)
 
 
 # ---- state

@@ -39,20 +39,9 @@ NUMBERS = {
     "TTT_BATCH_SEQS": (0, 1), "TTT_WD": (0.0, 0.1), "TTT_POLYAK_DECAY": (0.0, 0.9), "TTT_TEMPERATURE": (0.5, 1.0), "SEED": (0, 2**31 - 1),
     "VAL_TOKENS": (0, 120),
 }  # fmt: skip
-FIXED = {
-    "MODE",
-    "VAL_BYTES",
-    "RECIPE",
-    "DEVICE",
-    "ATTENTION",
-    "COMPILE",
-    "TRAIN_DTYPE",
-    "FORCE",
-    "PROFILE",
-    "CODE_FORM",
-    "EVAL_STAGES",
-    "SCORE_STAGE",
-}
+FIXED = set(
+    "MODE VAL_BYTES RECIPE DEVICE ATTENTION COMPILE TRAIN_DTYPE FORCE PROFILE CODE_FORM EVAL_STAGES SCORE_STAGE".split()
+)
 
 
 def choices() -> dict[str, tuple]:

@@ -270,46 +270,19 @@ SMALL = {
     "LOOP_START": 1, "LOOP_END": 1, "PARALLEL_START_LAYER": 3, "EVAL_SEQ_LEN": 48, "WARMDOWN_FRAC": 0.4,
     "QUANT_MIN_NUMEL": 100, "GPTQ_N_SAMPLES": 4, "TTT_CHUNK_TOKENS": 256, "SWA_EVERY": 1, "VAL_LOSS_EVERY": 0,
 }  # fmt: skip
-ALWAYS = (
-    "NUM_LAYERS",
-    "MODEL_DIM",
-    "NUM_HEADS",
-    "NUM_KV_HEADS",
-    "TRAIN_SEQ_LEN",
-    "TRAIN_BATCH_TOKENS",
-    "VAL_LOSS_EVERY",
-)
+ALWAYS = "NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS TRAIN_SEQ_LEN TRAIN_BATCH_TOKENS VAL_LOSS_EVERY".split()
 
 
 def small(recipe: str, **more) -> dict[str, str]:
     """Environment of the recipe shrunk: what it uses is small, what it does not use stays off, its switches stay."""
-    used = {
-        k: v
-        for k, v in SMALL.items()
-        if k in ALWAYS or (tg.RECIPES[recipe].get(k) and (k, recipe) != ("WARMDOWN_ITERS", "pr850"))
-    }
-    env = {
-        "RECIPE": recipe,
-        "DEVICE": "cpu",
-        "COMPILE": 0,
-        "ATTENTION": "sdpa",
-        "MAX_WALLCLOCK_SECONDS": 0,
-        **used,
-        **more,
-    }
+    used = [
+        k for k in SMALL if k in ALWAYS or (tg.RECIPES[recipe].get(k) and (k, recipe) != ("WARMDOWN_ITERS", "pr850"))
+    ]
+    env = {"RECIPE": recipe, "DEVICE": "cpu", "COMPILE": 0, "ATTENTION": "sdpa", "MAX_WALLCLOCK_SECONDS": 0,
+           **{k: SMALL[k] for k in used}, **more}  # fmt: skip
     if tg.RECIPES[recipe].get("XSA_LAST_N") == -1:
         del env["XSA_LAST_N"]
     return {k: str(v) for k, v in env.items()}
-
-
-def small_model(recipe: str, **more) -> tg.GPT:
-    cfg = tg.load_config(small(recipe, **more), has_gpu=lambda: False).cfg
-    torch.manual_seed(0)
-    model = tg.GPT(cfg)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape)
-    return model
 
 
 @pytest.mark.parametrize("recipe", SYSTEMS)
@@ -327,9 +300,9 @@ def test_a_recipe_trains_packs_reloads_and_scores(recipe, data, tmp_path, script
         assert 0.5 <= weighted[2] < 1
 
 
-@pytest.mark.parametrize("recipe", SYSTEMS)
+@pytest.mark.parametrize("recipe", ["pr187", "pr1095"])
 def test_200_steps_learn(recipe):
-    """On the shipped sample, three blocks of width 32: from ln 1024 = 6.93 to 0.8 nats below on text not yet seen."""
+    """A smoke test: that each technique is right is test_formulas' business. On the shipped sample, three blocks of width 32: from ln 1024 = 6.93 to 0.8 nats below on text not yet seen."""
     env = small(recipe, ITERATIONS=200, TRAIN_BATCH_TOKENS=256, NUM_LAYERS=3, SWA_EVERY=10)
     env.update({"VE_LAYERS": "1,2"} if "VE_LAYERS" in env else {})
     cfg = tg.load_config(env, has_gpu=lambda: False).cfg
