@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,15 +29,19 @@ _OTHERS = re.compile(  # words before a figure that is not this run's, or not it
     r"(?i)claim|baseline|target|reference|record|publish|best|goal|gain|delta|diff|improve|prev|sota|limit|threshold|expect"
     r"|running|partial|chunk|step|iter|epoch|batch|\bdocs?\b|window|\d/\d|\["
 )
-_STAGE_TIME = re.compile(rf"\b(?:eval_time|elapsed)[:=] ?{_TIME}")
+_STAGE_TIME = re.compile(rf"\b(?:eval_time|elapsed|time|took|in)\b[:= ]{{1,2}}{_TIME}")
 _WHOLE_EVAL = re.compile(
     rf"(?i)(?:total[_ ]eval(?:uation)?[_ ]time|eval(?:uation)? (?:took|done in|finished in|time))\b[:= ]*{_TIME}"
 )
 _CALIBRATED = re.compile(rf"(?i).*(?:gptq|hessian|calibrat)\w*\b.*\bin {_TIME}")
+_ADAPTS = r"ttt|adapt|lora|sgd|test[- _]time[- _]training|fine[- _]?tun"
 _ADAPTED = re.compile(
-    rf"(?i)\b(\w*(?:ttt|adapt|lora|sgd)\w*)\b.*?\b(?:time|elapsed|took|done|finished|in)\b[^\d\n]{{0,12}}{_TIME}"
+    rf"(?i)\b(\w*(?:{_ADAPTS})\w*)\b(?:.*?\b(?:time|elapsed|took|done|finished|in)\b[^\d\n]{{0,12}}|[^\d\n]{{0,24}}[:=] ?){_TIME}"
 )
-_UNTIMED = re.compile(r"(?i)compil|warm|random tokens|val_loss|train_time")
+_ADAPTED_BARE = re.compile(  # ttt_seconds: 350.2, whose unit stands in its name
+    rf"(?i)\b(\w*?(?:{_ADAPTS})\w*?)[:_ ](?:time_)?(time|elapsed|seconds|secs|ms|s) ?[:=] ?{_VALUE}"
+)
+_UNTIMED = re.compile(r"(?i)compil|warm|random tokens|val_loss|train_time|budget|limit|max|reserve")
 _GATES = re.compile(r"(\w+)_gate=(\d+)")
 _PAIR = re.compile(r"(?:^|[\s:])([a-z][a-z0-9_]*)[:=] ?([^\s:=]+)(?=\s|$)")
 _VAL_TOKENS = re.compile(rf"(?i)\bval(?:idation)?[ _]tokens ?[:=] ?{_COUNT}(?=\s|$)")
@@ -48,6 +53,7 @@ _CLAIM = re.compile(rf"claimed_bpb: ?{_NUMBER}(?: z_mean: ?{_NUMBER} z_max: ?{_N
 _DEVICE = re.compile(r"NVIDIA (?:H\d+|A\d+|B\d+|GeForce RTX \d+)[^|\n]{0,24}")
 _DIAGNOSTIC = re.compile(r"(?i)diagnostic|pre-?_?quant|post-?_?ema$")
 _COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
+MAX_STAGES = 100  # of a run, without a loss
 MAX_LINE, MAX_PROSE = 20_000, 600  # characters; expressions that look ahead take time that grows with a line's square
 _RULER = re.compile(r"^={80,}\s*$", re.M)
 _CODE_LINE = re.compile(r'(?:import |from \w|def |class |@|#|"""|\'\'\')')
@@ -66,12 +72,12 @@ _FACTS = {"world_size", "train_shards", "val_tokens", "tokens", "model_params", 
 
 
 def _seconds(number: str, unit: str) -> float:
-    return float(number) * _SECONDS[unit]
+    return float(number) * _SECONDS[unit.lower()]
 
 
 def _rounding(number: str, unit: str) -> float:
     """Half a unit of the last digit printed, in seconds: 9.9m may be 591 s."""
-    return 0.5 * 10.0 ** -len(number.partition(".")[2]) * _SECONDS[unit]
+    return 0.5 * 10.0 ** -len(number.partition(".")[2]) * _SECONDS[unit.lower()]
 
 
 def _whole(count: str | None) -> int | None:
@@ -235,7 +241,8 @@ class _Reader:
 
     def _is_no_stage(self, before: str, bpb: str) -> bool:
         digit = 10.0 ** -len(bpb.partition(".")[2])
-        repeats = any(abs(e["val_bpb"] - float(bpb)) <= digit for e in self.run.stages.values())
+        known = self.run.stages.values()
+        repeats = len(known) > MAX_STAGES or any(abs(e["val_bpb"] - float(bpb)) <= digit for e in known)
         return repeats or bool(_OTHERS.search(before))
 
     def _size(self, line: str) -> bool:
@@ -256,12 +263,18 @@ class _Reader:
         return changed
 
     def _adaptation(self, line: str) -> bool:
-        match = None if len(line) > MAX_PROSE or _UNTIMED.search(line) else _ADAPTED.search(line)
-        if match:
-            times = self.run.info.setdefault("adapt_s", {})
-            name = "adaptation" if "adapt" in match[0].lower() else match[1]
-            times[name] = max(times.get(name, 0.0), _seconds(match[2], match[3]))
-        return bool(match)
+        if len(line) > MAX_PROSE or _UNTIMED.search(line):
+            return False
+        if match := _ADAPTED.search(line):
+            took = _seconds(match[2], match[3])
+        elif (match := _ADAPTED_BARE.search(line)) and math.isfinite(float(match[3])):
+            took = _seconds(match[3], "ms" if match[2].lower() == "ms" else "s")
+        else:
+            return False
+        times = self.run.info.setdefault("adapt_s", {})
+        name = "adaptation" if re.search("(?i)adapt|test|fine", match[0]) else match[1]
+        times[name] = max(times.get(name, 0.0), took)
+        return True
 
     def _adopt(self) -> None:
         """The key:value lines read so far describe the run that measures now."""
