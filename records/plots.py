@@ -188,9 +188,10 @@ def waterfall(plt, runs: list[Run]):
 
 
 def _falls(axis, run: Run) -> list[float]:
-    steps = [(s, e["val_bpb"]) for s, e in run.stages.items()]
-    if run.vals and run.vals[-1].get("val_bpb") and run.vals[-1]["step"] == run.last_step:
-        steps.insert(0, ("trained", run.vals[-1]["val_bpb"]))
+    steps = [(s, e["val_bpb"]) for s, e in run.stages.items() if math.isfinite(e["val_bpb"])]
+    last = run.vals[-1] if run.vals else {}
+    if math.isfinite(last.get("val_bpb") or math.nan) and last["step"] == run.last_step:
+        steps.insert(0, ("trained", last["val_bpb"]))
     axis.set_xlim(-0.6, len(steps) - 0.4)
     axis.grid(axis="x", visible=False)
     for index, (name, bpb) in enumerate(steps):

@@ -96,7 +96,8 @@ def _sort_key(value: object) -> tuple:
     if value is None or value == "-":
         return (2, 0.0, "")
     try:
-        return (0, float(str(value).replace(",", "")), "")
+        number = float(str(value).replace(",", ""))
+        return (1, 0.0, "") if math.isnan(number) else (0, number, "")
     except ValueError:
         return (1, 0.0, str(value))
 

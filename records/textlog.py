@@ -54,7 +54,7 @@ _DEVICE = re.compile(r"NVIDIA (?:H\d+|A\d+|B\d+|GeForce RTX \d+)[^|\n]{0,24}")
 _DIAGNOSTIC = re.compile(r"(?i)diagnostic|pre-?_?quant|post-?_?ema$")
 _COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 MAX_STAGES = 100  # of a run, without a loss
-MAX_LINE, MAX_PROSE = 20_000, 600  # characters; expressions that look ahead take time that grows with a line's square
+MAX_LINE, MAX_PROSE = 20_000, 240  # characters; expressions that look ahead take time that grows with a line's square
 _RULER = re.compile(r"^={80,}\s*$", re.M)
 _CODE_LINE = re.compile(r'(?:import |from \w|def |class |@|#|"""|\'\'\')')
 _DEFINES = re.compile(r"(?:def|class|async def) \w|if __name__ ?==|@\w")

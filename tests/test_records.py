@@ -3,6 +3,7 @@
 import base64
 import bz2
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -255,6 +256,83 @@ def test_other_peoples_text_logs_are_read(tmp_path):
     run = logs.read_log(tmp_path / "train_seed42.log")
     assert (run.bpb(), run.stage, run.seed) == (1.05803761, "quantized_ttt_phased", 42)
     assert (run.last_step, run.train_s, run.eval_s) == pytest.approx((4703, 596.137, 591.446))
+
+
+SOURCE = """import os
+import numpy as np
+
+class Data:
+    val_tokens: Tensor,
+    tokens: np.ndarray
+    world_size: int
+    matrix_lr: float = 0.04
+
+def report(val_loss, b, steps):
+    log(f"step:{steps}/9 val_loss:{val_loss:.4f} val_bpb:{b:.4f}")
+    log(f"final_exact val_loss:{val_loss:.8f} val_bpb:{b:.8f} eval_time:{1000.0 * steps:.0f}ms")
+
+if __name__ == "__main__":
+    main()
+"""
+STEPS = "world_size: 8\nval_tokens: 47,851,520\nstep:5/9 train_loss:2.5 train_time:500ms\n"
+END = "final_exact val_loss:2.1 val_bpb:1.2 eval_time:300000ms\n"
+NAN = "step:6/9 train_loss:nan train_time:600ms\nstep:7/9 train_loss:NaN train_time:700ms\n"
+
+TEXTS = [  # (log, attributes of its run)
+    (SOURCE + STEPS + END, {"bpb": 1.2, "last_step": 5, "world": 8, "tokens": 47851520, "matrix_lr": None, "status": "ok"}),
+    (SOURCE, None),
+    ("".join(f"{line}\n" for line in SOURCE.splitlines() if ":" in line) + STEPS + END, {"bpb": 1.2, "world": 8, "matrix_lr": None}),
+    (STEPS.replace("8\n", "int\n").replace("47,851,520", "Tensor,") + END, {"bpb": 1.2, "world": None, "tokens": None}),
+    (STEPS, {"status": "unfinished, at step 5"}),
+    (STEPS + NAN, {"status": "diverged at step 6"}),
+    (NAN, {"status": "diverged at step 6"}),
+    (STEPS + NAN.replace("NaN", "2.4"), {"status": "unfinished, at step 7"}),
+    (STEPS + END + "final_ttt val_loss:inf val_bpb:inf\n", {"status": "diverged at step 5", "finished": False}),
+    (STEPS + "diagnostic pre-quantization val_loss:nan val_bpb:-nan\n" + END, {"status": "ok", "bpb": 1.2}),
+    (STEPS + "step:9/9 val_loss:inf val_bpb:Infinity train_time:900ms\n", {"status": "diverged at step 9"}),
+    (STEPS + "Quantized BPB: 1.1834\n", {"bpb": 1.1834, "stage": "Quantized", "loss": None, "status": "ok"}),
+    (STEPS + END + "ttt_val_bpb: 1.0791\n", {"bpb": 1.0791, "stage": "ttt"}),
+    (STEPS + END + "ttt_val_loss:1.9 ttt_val_bpb:1.08\n", {"bpb": 1.08, "loss": 1.9}),
+    (STEPS + END + "RESULT val_bpb: 1.20\nbaseline BPB: 1.2244\n  ttt_chunk [3/90] bpb=1.19 time=3s\n", {"bpb": 1.2, "stage": "exact"}),
+]  # fmt: skip
+ADAPTED = [  # (line of 350 s beside a stage of 300, what the evaluation took)
+    *((line, 650.0) for line in ("ttt_time:350000ms", "adaptation: 350.0s, scoring: 300.0s", "test-time training took 350 s", "ttt_adapt_seconds:350.0")),
+    *((line, 300.0) for line in ("ttt_max_seconds: 350", "ttt compiled in 350.0s", "lora_rank: 350", "ttt_lr:350")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, told", [*TEXTS, *((STEPS + line + "\n" + END, {"eval_s": s}) for line, s in ADAPTED)])
+def test_what_a_text_log_says_and_what_it_does_not(tmp_path, capsys, text, told):
+    (tmp_path / "a.log").write_text(text)
+    if told is None:
+        assert run_cli("table", tmp_path / "a.log") == 2 and "no line of a training log" in capsys.readouterr().err
+        return
+    run = logs.read_log(tmp_path / "a.log")
+    got = {name: getattr(run, name, None) for name in ("last_step", "stage", "finished", "eval_s")}
+    got |= {"bpb": run.bpb(), "loss": run.loss(), "status": run.status(), "matrix_lr": run.config.get("MATRIX_LR")}
+    got |= {"world": run.info.get("world_size"), "tokens": run.info["data"].get("val_tokens")}
+    assert {name: got[name] for name in told} == told
+    (tmp_path / "README.md").write_text("# x\n")
+    (tmp_path / "submission.json").write_text(json.dumps({"val_bpb": run.bpb(), "val_loss": run.loss(), "seeds": [1]}))
+    for command in ("table", "check", "compare", "plot"):  # no figure, or none of them, makes a command fall over
+        assert run_cli(command, tmp_path, *(["--out", tmp_path / "p", "--force"] if command == "plot" else [])) in (
+            0,
+            1,
+            2,
+        )
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("line", ["step:{}/9 train_loss:2.5 train_time:{}000ms", "stage{} BPB: 1.{:05d}", "final_s{} val_loss:3.0 val_bpb:1.{:05d}",
+                                  "ttt gptq adapt calibrated in took" * 16 + " {}{}", "w" * 9_000 + "_ttt{}{}", "key_{}: {}"])  # fmt: skip
+def test_a_log_is_read_in_a_second_a_megabyte(tmp_path, line):
+    path = tmp_path / "a.log"
+    lines = (line.format(n, n) for n in range(10**6))
+    path.write_text(STEPS + "\n".join(itertools.islice(lines, 500_000 // len(line))) + "\n")
+    began = time.process_time()
+    for run in logs.read_logs(path):
+        assert run.status() and (run.slowest_step_s or 1) > 0
+    assert time.process_time() - began < path.stat().st_size / 1e6
 
 
 def test_logs_that_cannot_be_trusted_get_one_clear_message_each(world, capsys):
@@ -1161,6 +1239,68 @@ def test_a_clean_record_of_another_script_raises_no_alarm(tmp_path, form):
     warned = {c.rule for c in got.values() if c.status == "WARN"}
     assert warned == {"validation documents in training", "audit (C1-C4)", "own compliance list"}, got
     assert got["gain"].status == "PASS" and got["code patterns"].status == "PASS" and got["hardware"].status == "PASS"
+
+
+def told_log(folder: Path, name: str, text: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+
+
+def run_text(
+    seed: int, bpb: float | str, config_seed: int | None = None, key: str = "final_exact val_loss:2.1 val_bpb"
+) -> str:
+    return f"seed: {seed if config_seed is None else config_seed}\nstep:5/9 train_loss:2.5{seed} train_time:500ms\n{key}:{bpb}\n"
+
+
+ONE = {"val_bpb": 1.2, "seeds": [1]}
+CHOICES = [  # (files, submission.json, {file of each run that counts: its seed}, files of reruns)
+    ({"a_seed1.log": run_text(1, 1.3), "sub/seed1.log": run_text(1, 1.2)}, ONE, {"sub/seed1.log": 1}, {"a_seed1.log"}),
+    ({"a.log": run_text(1, 1.3), "sub/b.log": run_text(1, 1.3), "sub/c.log": run_text(1, 1.25)}, ONE, {"a.log": 1}, set()),
+    ({"seed1.log": run_text(1, 1.3) + "ttt_val_bpb: 1.2\n", "old_seed1.log": run_text(1, 1.4)}, ONE, {"seed1.log": 1}, {"old_seed1.log"}),
+    ({"a1.log": run_text(1, "nan"), "b1.log": run_text(1, 1.25)}, {"seeds": [1]}, {"b1.log": 1}, {"a1.log"}),
+    ({"a1.log": run_text(1, 1.1), "b1.log": run_text(1, 1.3), "a2.log": run_text(2, 1.1)}, {"val_bpb": 1.2, "seeds": [1, 2]}, {"b1.log": 1, "a2.log": 2}, {"a1.log"}),
+    ({"a1.log": run_text(1, 1.1), "b1.log": run_text(1, 1.3)}, {"val_bpb": 1.3, "seed_results": [{"seed": 1, "val_bpb": 1.3}]}, {"b1.log": 1}, {"a1.log"}),
+    ({"train_seed1337.log": run_text(1337, 1.3), "eval_seed1337.log": "seed: 42\nfinal_ttt val_loss:2.0 val_bpb:1.2\n"}, ONE, {"train_seed1337.log": 1337}, set()),
+    ({"eval_seed1337.log": "seed: 42\nfinal_ttt val_loss:2.0 val_bpb:1.2\n"}, ONE, {"eval_seed1337.log": 1337}, set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("files, meta, runs, reruns", CHOICES)
+def test_the_log_that_shows_the_submissions_figure_is_the_run(tmp_path, files, meta, runs, reruns):
+    for name, text in files.items():
+        told_log(tmp_path, name, text)
+    (tmp_path / "submission.json").write_text(json.dumps(meta))
+    entry = rules.read_entry(tmp_path)
+    assert {str(r.path.relative_to(tmp_path)): r.seed for r in entry.runs} == runs
+    assert {str(r.path.relative_to(tmp_path)) for _, r in entry.reruns} == reruns
+    again = {c.rule: c.detail for c in rules.checks(entry)}.get("seeds differ", "")
+    assert bool(again) == bool(reruns) and all(Path(name).stem in again for name in reruns)
+    if "val_bpb" in meta:
+        assert verdicts(tmp_path)["val_bpb"].status == "PASS" or not reruns
+
+
+FORMS = [
+    {"seeds": {"1": 1.1, "2": {"val_bpb": 1.2}}},
+    {"seeds": [{"seed": 1, "val_bpb": 1.1}, {"seed": 2, "val_bpb": 1.2, "steps": 9}]},
+    {"seed_results": [{"seed": "1", "val_bpb": 1.1}, {"seed": "2", "val_bpb": 1.2}], "seeds": [1, 2]},
+    {"results": [{"seed": 1, "val_bpb": 1.1}, {"seed": 2, "val_bpb": 1.2}]},
+    {"results": {"seeds": {"1": {"val_bpb": 1.1}, "2": {"val_bpb": 1.2}}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("meta", FORMS)
+@pytest.mark.parametrize("key", ["val_bpb", "val_bpb_3seed_mean", "val_bpb_2_seed_mean", "3seed_mean_val_bpb"])
+def test_every_form_of_submission_json_says_the_same(tmp_path, meta, key):
+    for seed, bpb in ((1, 1.1), (2, 1.2)):
+        told_log(tmp_path, f"seed{seed}.log", run_text(seed, bpb))
+    (tmp_path / "submission.json").write_text(json.dumps(meta | {key: 1.15}))
+    entry = rules.read_entry(tmp_path)
+    assert entry.told == {"1": 1.1, "2": 1.2} and entry.named_seeds == {"1", "2"} and entry.meta["val_bpb"] == 1.15
+    got = verdicts(tmp_path)
+    assert got["val_bpb"].status == "PASS" and "val_bpb of seed 1" not in got
+    (tmp_path / "submission.json").write_text(json.dumps(meta | {key: 0.9}))
+    got = verdicts(tmp_path)
+    assert got["val_bpb"].status == got["plausible score"].status == "FAIL"
 
 
 def edit_log(seed: int, old: str, new: str):
