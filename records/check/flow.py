@@ -203,7 +203,7 @@ class Flow:
             inside = self.scopes[scope]
             for node in inside.of(*_BINDING):
                 for target, value in _bound(node):
-                    self._bind(found, target, value, self.here(node))
+                    self._bind(found, target, value, self.here(node), isinstance(node, ast.Assign))
             for node in inside.of(ast.AugAssign):
                 found.setdefault(_key(node.target), []).append(Binding(self.here(node), node.value, False))
             for call in inside.of(ast.Call):
@@ -217,10 +217,11 @@ class Flow:
             self._bindings[scope] = {k: sorted(where, key=lambda b: b.here.at) for k, where in found.items() if k}
         return self._bindings[scope]
 
-    def _bind(self, found: dict, target: ast.AST, value: ast.AST | None, here: Here) -> None:
+    def _bind(self, found: dict, target: ast.AST, value: ast.AST | None, here: Here, unpacks: bool = False) -> None:
         if isinstance(target, (ast.Tuple, ast.List)):
-            for part in target.elts:
-                self._bind(found, part, value, here)
+            apart = unpacks and isinstance(value, ast.Call)  # `a, b = f(x)`: what f gives first, and second
+            for n, part in enumerate(target.elts):
+                self._bind(found, part, ast.Subscript(value, ast.Constant(n), ast.Load()) if apart else value, here)
         elif isinstance(target, ast.Starred):
             self._bind(found, target.value, value, here)
         elif key := _key(target):
@@ -250,6 +251,9 @@ class Flow:
             found = isinstance(node.value, str) and "fineweb_val" in node.value and " " not in node.value
             return (Hop(node.value, node.lineno),) if found else ()
         if isinstance(node, ast.Subscript):
+            place = getattr(node.slice, "value", None)
+            if isinstance(node.value, ast.Call) and type(place) is int:
+                return self._call(node.value, scope, here, given, loss, deep, place)
             return ask(node.value) or (ask(node.slice) if loss else ())
         if isinstance(node, ast.Call):
             return self._call(node, scope, here, given, loss, deep)
@@ -347,7 +351,7 @@ class Flow:
         owner = self._class_of(node.value, scope, here)
         if owner is not None:
             of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
-            holds = "self" in given if of_self else bool(self.tokens(node.value, scope, here, given, False, deep + 1))
+            holds = "self" in given if of_self else self._keeps(node.value, scope, here, given, deep)
             return self._member(owner, node.attr, holds, loss)
         return self.tokens(node.value, scope, here, given, loss, deep + 1)
 
@@ -390,7 +394,16 @@ class Flow:
             self._given_of[scope.node] = frozenset(found)
         return self._given_of[scope.node]
 
-    def _call(self, node: ast.Call, scope: ast.AST, here: Here, given: frozenset, loss: bool, deep: int) -> Path:
+    def _call(
+        self,
+        node: ast.Call,
+        scope: ast.AST,
+        here: Here,
+        given: frozenset,
+        loss: bool,
+        deep: int,
+        place: int | None = None,
+    ) -> Path:
         name = last_name(node.func)
         arguments = [*node.args, *(k.value for k in node.keywords)]
         if name in (_NO_LOSS if loss else _NO_TOKENS) or name in _FACTS:
@@ -405,7 +418,7 @@ class Flow:
             return _first(self.tokens(a, scope, here, given, False, deep + 1) for a in arguments)
         if called is not None:
             inner = self._given(called, scope, here, given, deep)
-            return self._returned(called.scope, inner, loss, deep)
+            return self._returned(called.scope, inner, loss, deep, place)
         if loss:
             return _first(map(ask, arguments)) or (ask(owner) if owner is not None else ())
         if EVALUATES.search(name):
@@ -414,17 +427,18 @@ class Flow:
             return path
         return _first(map(ask, arguments)) if _HANDS_ON.search(name) else ()
 
-    def _returned(self, scope: Scope, given: frozenset, loss: bool, deep: int) -> Path:
-        """What a function of this script hands back of what it is given."""
-        key = ("returned", scope.node, given, loss, self._around(scope.node))
+    def _returned(self, scope: Scope, given: frozenset, loss: bool, deep: int, place: int | None = None) -> Path:
+        """What a function of this script hands back of what it is given, of a tuple the part at `place`."""
+        key = ("returned", scope.node, given, loss, place, self._around(scope.node))
         if key not in self._known:
             self._known[key] = ()
             before = self._active.get(scope.node)
             self._active[scope.node] = given
             body = [scope.node.body] if isinstance(scope.node, ast.Lambda) else [
                 n.value for n in scope.of(ast.Return, ast.Yield, ast.YieldFrom)]  # fmt: skip
-            asked = ((v, self.here(v)) for v in body if v is not None)
-            path = _first(self.tokens(v, scope.node, where, given, loss, deep + 1) for v, where in asked)
+            parts = [(v, getattr(v, "elts", ())) for v in body if v is not None]
+            picked = [(e[place] if place is not None and -len(e) <= place < len(e) else v, v) for v, e in parts]
+            path = _first(self.tokens(p, scope.node, self.here(v), given, loss, deep + 1) for p, v in picked)
             self._put_back(scope.node, before)
             self._known[key] = path
         return self._known[key]
@@ -567,9 +581,23 @@ class Flow:
                     self.objects.setdefault((called.scope.node, name), kind)
         if of_object and called.owner is not None:
             own = isinstance(called.owner, ast.Name) and called.owner.id == "self"
-            if "self" in given if own else self.tokens(called.owner, scope, here, given, False, deep + 1):
+            if "self" in given if own else self._keeps(called.owner, scope, here, given, deep):
                 found.add("self")
         return frozenset(found)
+
+    def _keeps(self, node: ast.AST, scope: ast.AST, here: Here, given: frozenset, deep: int) -> bool:
+        """Whether an object was made of validation tokens, or has got some by one of its methods."""
+        if self.tokens(node, scope, here, given, False, deep + 1):
+            return True
+        key = _key(node)
+        told = (
+            c
+            for c in self.scopes[scope].of(ast.Call)
+            if isinstance(c.func, ast.Attribute) and _key(c.func.value) == key
+        )
+        return bool(key) and deep < _MAX_DEPTH and any(
+            _at(c) < here.at and self.tokens(a, scope, here, given, False, deep + 8) for c in told for a in c.args
+        )  # fmt: skip
 
     # ---- What a function does to them
 
@@ -1009,6 +1037,7 @@ class Flow:
         before the part that is asked about, which another rank has scored.
         """
         for scope in self.scopes.values():
+            yield from self._built_whole(scope)
             if not any(_TABLE.search(_root(n.target)) for n in scope.of(ast.AugAssign)) and not any(
                 map(teaches, scope.of(ast.Call))
             ):
@@ -1019,6 +1048,53 @@ class Flow:
                 made = [b.here.at for b in self.bindings(scope.node).get(learn.table, ()) if b.whole]
                 if any(use.path and self._comes_late(learn, use, asked, made) for use in asked):
                     yield learn.node, learn.table, learn.path
+
+    def _built_whole(self, scope: Scope) -> Iterator[tuple[ast.AST, str, Path]]:
+        """Tables that a function fills from validation tokens and never asks meanwhile, and that an evaluation is given."""
+        for node in scope.of(ast.Assign):
+            name = _key(node.targets[0]) if isinstance(node.value, ast.Call) else ""
+            if not name or not _TABLE.search(name) or not (path := self._handed(node.value, scope)):
+                continue
+            called = self._called(node.value, scope.node, self.here(node))
+            if called is None or called.makes or not self._fills(called.scope):
+                continue
+            for call in scope.of(ast.Call):
+                given = [*call.args, *(k.value for k in call.keywords)]
+                if (
+                    call.lineno <= node.lineno
+                    or not any(_key(a) == name for a in given)
+                    or last_name(call.func) in _NO_LOSS
+                ):
+                    continue
+                asks = self._called(call, scope.node, self.here(call))
+                text = self._handed(call, scope)
+                if text and (
+                    asks is None
+                    and EVALUATES.search(last_name(call.func))
+                    or asks is not None
+                    and self._scores(asks, call, scope)
+                ):
+                    yield node, name, path
+                    break
+
+    def _scores(self, called: Called, call: ast.Call, scope: Scope) -> bool:
+        given = self._given(called, scope.node, self.here(call), self.usual(scope))
+        return not called.makes and self.summary(called.scope.node, given).scores
+
+    def _fills(self, scope: Scope) -> bool:
+        """Whether a function hands back a container that it only writes to."""
+        handed = {w for n in scope.of(ast.Return) if n.value is not None for w in _keys(n.value)}
+        written = {n for n in handed for b in self.bindings(scope.node).get(n, ()) if not b.whole}
+        written |= {_key(c.func.value) for c in scope.of(ast.Call) if last_name(c.func) in ("setdefault", "update")
+                    and isinstance(c.func, ast.Attribute)} & handed  # fmt: skip
+        written |= {_key(a) for c in scope.of(ast.Call) if teaches(c) for a in c.args[:1]} & handed
+        reads = {_root(n) for n in scope.of(ast.Subscript) if isinstance(n.ctx, ast.Load)}
+        reads |= {
+            _root(c.func.value)
+            for c in scope.of(ast.Call)
+            if last_name(c.func) == "get" and isinstance(c.func, ast.Attribute)
+        }
+        return bool(written - reads)
 
     def _comes_late(self, learn: TableUse, use: TableUse, asked: list[TableUse], made: list[tuple[int, int]]) -> bool:
         """Whether `use` asks the table, not `made` anew since, what `learn` has told it."""

@@ -176,6 +176,7 @@ def _aimed(scope: Scope) -> dict[str, str]:
     """Subscripts that are the token to predict, as text -> the token's array: `tokens[pos]` where the context is
     `tokens[pos - n : pos]`, or where it is named a target or picks a probability."""
     wanted: set[str] = set()
+    found: dict[str, str] = {}
     for node in scope.of(ast.Assign):
         if any(_TARGET.search(n) for n in _assigned(node)):
             wanted |= {ast.dump(n) for n in [node.value] if isinstance(n, ast.Subscript)}
@@ -184,7 +185,8 @@ def _aimed(scope: Scope) -> dict[str, str]:
             wanted |= {ast.dump(n) for n in ast.walk(node.slice) if isinstance(n, ast.Subscript)}
         if isinstance(node.slice, ast.Slice) and node.slice.upper is not None and node.slice.lower is not None:
             wanted.add(ast.dump(ast.Subscript(node.value, node.slice.upper, ast.Load())))
-    found = {}
+            if isinstance(node.slice.upper, ast.Name):
+                found[f"{ast.dump(node.value)} from {ast.dump(node.slice.upper)}"] = last_name(node.value)
     for node in scope.of(ast.Subscript):
         if ast.dump(node) in wanted and not isinstance(node.slice, (ast.Slice, ast.Constant)):
             found[ast.dump(node)] = last_name(node.value)

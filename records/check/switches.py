@@ -215,7 +215,8 @@ class Switches:
             except _Unknown:
                 if str(node.args[1].value).lower() in self.declared or len(node.args) < 3:
                     raise
-                return ask(node.args[2])
+                asked.append((str(node.args[1].value).lower(), value := ask(node.args[2]), False))
+                return value
         if name == "field" and (default := words.get("default")) is not None:
             return ask(default)
         raise _Unknown
