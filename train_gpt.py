@@ -5334,7 +5334,8 @@ def quant_report(named: dict[str, Tensor], stored: dict[str, QuantizedTensor]) -
 # ==== 8 ARTIFACT ======================================================================================================
 #
 # Layout, little-endian:  preamble | header (JSON, LZMA) | streams | sections | SHA-256 of all before it.
-# The header carries the caller's fields (config ...), a tensor table in file order and the sizes of streams and sections.
+# The header carries the caller's fields (config ...), which make the model and so each tensor's name, shape and role, in order;
+# a short record of how each tensor is coded; coders and sizes of the streams; names and sizes of the sections.
 # Streams are cut by storage role, so the account of bytes by role is exact. A section is whatever else a model needs,
 # under a name, with a coder of its own: n-grams of the training text.
 
@@ -5343,9 +5344,8 @@ OLDER_READER = "92a44cb"  # the commit whose script reads versions 2 and 3
 PREAMBLE = struct.Struct("<4sHQII")  # magic, version, bytes of the file, bytes of the header packed and unpacked
 CHECKSUM_BYTES = 32
 MAX_HEADER_BYTES = 1 << 24
-MAX_AXES = 4
 MAX_LOW_RANK = 256
-STORE_ROLES = ("attn", "mlp", "embed", "table", "proj", "adapter", "control")
+Layout = Mapping[str, tuple[tuple[int, ...], str]]  # name -> (shape, storage role), in the model's order
 
 
 def raw_limit(file_bytes: int) -> int:
@@ -5358,31 +5358,34 @@ class ArtifactError(ValueError):
 
 
 class TensorEntry(NamedTuple):
-    """One line of the tensor table."""
+    """A tensor in the file: what the layout says of it, then its record in the header, whose last zeros are left out."""
 
     name: str
+    shape: tuple[int, ...]
     role: str
     bits: int
-    shape: tuple[int, ...]
-    rank: int = 0  # of the low-rank correction
     trellis: int = 0  # states
     columns: int = 0  # 1: columns have steps too
+    rank: int = 0  # of the low-rank correction
     group: int = 0  # columns of a correction's right factor that share a step
 
-    def line(self) -> list[Any]:
-        """The line without the zeros that a reader fills in."""
-        least, used = 5, max((i + 1 for i, value in enumerate(self[5:], 5) if value), default=5)
-        return list(self[: max(least, used)])
+    def is_possible(self) -> bool:
+        """Whether a tensor of this shape can be coded like this."""
+        rows, columns = rows_and_columns(self.shape)
+        walks = self.trellis in TRELLISES and rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS
+        corrected = 0 <= self.rank <= MAX_LOW_RANK and 0 <= self.group <= (columns if self.rank else 0)
+        coded = (walks or self.trellis == 0) and self.columns in (0, 1) and corrected
+        return self.bits in WIDTHS and (coded if self.bits <= 8 else not any(self[4:]))
 
 
-class StreamInfo(NamedTuple):
-    """One stream: all parts of one kind of one role, in table order."""
+class FileStream(NamedTuple):
+    """All parts of one kind of one role, in the model's order."""
 
     role: str
     kind: str
     coder: str
-    packed: int
-    raw: int
+    packed: bytes
+    members: list[tuple[int, int]]  # (tensor, part)
 
 
 # ---- byte coders: bytes -> bytes, with the size of the result known to the decoder
@@ -6110,14 +6113,20 @@ def encode_stream(cfg: Config, role: str, kind: str, arrays: list[Tensor]) -> tu
     return "lzma", lzma_pack(to_bytes(arrays), cfg.lzma_preset)
 
 
-def decode_stream(stream: StreamInfo, packed: bytes, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+def decode_stream(stream: FileStream, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     """Inverse of encode_stream."""
     if stream.coder == "codes":
-        return [torch.from_numpy(a) for a in decode_codes(packed, shapes, CODED_KINDS[stream.kind])]
-    return from_bytes(BYTE_UNPACKERS[stream.coder](packed, stream.raw), KINDS[stream.kind], shapes)
+        return [torch.from_numpy(a) for a in decode_codes(stream.packed, shapes, CODED_KINDS[stream.kind])]
+    raw = sum(map(math.prod, shapes)) * KINDS[stream.kind].itemsize
+    return from_bytes(BYTE_UNPACKERS[stream.coder](stream.packed, raw), KINDS[stream.kind], shapes)
 
 
 # ---- the container
+
+
+def layout_digest(layout: Layout) -> str:
+    """16 digits: models whose tensors differ in name, order, shape or role have different ones."""
+    return hashlib.sha256(json.dumps([[n, *layout[n]] for n in layout]).encode()).hexdigest()[:16]
 
 
 def pack(
@@ -6127,16 +6136,17 @@ def pack(
     sections: Mapping[str, bytes] = MappingProxyType({}),
     coded: dict[tuple[str, str], tuple[list[Tensor], str, bytes]] | None = None,
 ) -> bytes:
-    """The artifact as bytes: `header` (JSON values; "tensors", "streams" and "sections" are ours), every tensor and section,
-    checksummed. `coded` keeps streams between calls: one whose arrays are the same objects is not coded again."""
+    """The artifact as bytes: `header` (JSON values; "layout", "tensors", "streams" and "sections" are ours), every tensor in the
+    model's order, and every section, checksummed.
+
+    `coded` keeps streams between calls: one whose arrays are the same objects is not coded again.
+    """
     coded = {} if coded is None else coded
-    entries = [
-        TensorEntry(n, s.role, s.bits, s.shape, s.low_rank.left.shape[1] if s.low_rank else 0, s.trellis, int(s.columns is not None),
-              s.low_rank.group if s.low_rank else 0)
-        for n, s in tensors.items()
-    ]  # fmt: skip
-    parts = [parts_of(s) for s in tensors.values()]
-    streams, blobs = [], []
+    entries = []
+    for n, s in tensors.items():
+        rank, group = (s.low_rank.left.shape[1], s.low_rank.group) if s.low_rank else (0, 0)
+        entries.append(TensorEntry(n, s.shape, s.role, s.bits, s.trellis, int(s.columns is not None), rank, group))
+    parts, streams, blobs = [parts_of(s) for s in tensors.values()], [], []
     for (role, kind), members in stream_plan(entries).items():
         arrays = [parts[i][j] for i, j in members]
         before, coder, packed = coded.get((role, kind), ([], "", b""))
@@ -6144,11 +6154,10 @@ def pack(
             coder, packed = encode_stream(cfg, role, kind, arrays)
             coded[role, kind] = arrays, coder, packed
         blobs.append(packed)
-        streams.append(
-            StreamInfo(role, kind, coder, len(packed), sum(a.numel() for a in arrays) * KINDS[kind].itemsize)
-        )
-    sizes = [(name, len(section)) for name, section in sections.items()]
-    fields = {**header, "tensors": [entry.line() for entry in entries], "streams": streams, "sections": sizes}
+        streams.append((coder, len(packed)))
+    records = [entry[3 : max(i for i, value in enumerate(entry) if i == 3 or value) + 1] for entry in entries]
+    fields = {**header, "layout": layout_digest({e.name: (e.shape, e.role) for e in entries}), "tensors": records, "streams": streams,
+              "sections": [(name, len(section)) for name, section in sections.items()]}  # fmt: skip
     return add_checksum(fields, b"".join([*blobs, *sections.values()]))
 
 
@@ -6162,13 +6171,20 @@ def add_checksum(header: dict[str, Any], body: bytes) -> bytes:
 
 
 class ParsedHeader(NamedTuple):
-    """What a header says is in the file, checked."""
+    """What a header says is in the file, as far as that can be checked without the model."""
 
-    fields: dict[str, Any]
-    entries: list[TensorEntry]
-    streams: list[StreamInfo]
-    sections: dict[str, slice]  # name -> where it stands
-    start: int  # offset of the first stream
+    fields: dict[str, Any]  # the caller's
+    layout: str  # digest of the model's layout
+    records: list[list[int]]
+    streams: list[tuple[str, bytes]]  # (coder, packed)
+    sections: dict[str, bytes]
+    limit: int  # bytes that the streams may unpack to
+
+
+def is_list_of(rows: Any, *kinds: type) -> bool:
+    """Whether `rows` is a list of lists of values of these types, numbers not negative."""
+    return isinstance(rows, list) and all(isinstance(row, list) and [type(x) for x in row] == list(kinds) for row in rows) and all(
+        x >= 0 for row in rows for x in row if type(x) is int)  # fmt: skip
 
 
 def read_header(blob: bytes) -> ParsedHeader:
@@ -6192,14 +6208,24 @@ def read_header(blob: bytes) -> ParsedHeader:
     if packed > total - PREAMBLE.size - CHECKSUM_BYTES or raw > MAX_HEADER_BYTES:
         raise ArtifactError(f"the header claims {packed} bytes packed and {raw} unpacked, which cannot be")
     fields = parse_json(lzma_unpack(blob[PREAMBLE.size : PREAMBLE.size + packed], raw))
-    entries, streams = parse_table(fields.pop("tensors", None)), parse_streams(fields.pop("streams", None))
-    start, at = PREAMBLE.size + packed, total - CHECKSUM_BYTES
-    sizes, sections = parse_sections(fields.pop("sections", None)), {}
-    for name, size in reversed(sizes.items()):
-        sections[name] = slice(at - size, at)
-        at -= size
-    check_streams(entries, streams, at - start, raw_limit(total))
-    return ParsedHeader(fields, entries, streams, sections, start)
+    layout, records, sizes, sections = (fields.pop(name, None) for name in ("layout", "tensors", "streams", "sections"))
+    if (
+        not isinstance(layout, str)
+        or not isinstance(records, list)
+        or not all(isinstance(row, list) for row in records)
+    ):
+        raise ArtifactError("the header does not say how its tensors are coded")
+    if not is_list_of(sizes, str, int) or not is_list_of(sections, str, int):
+        raise ArtifactError("the header does not list its streams and sections")
+    at, parts = PREAMBLE.size + packed, []
+    for size in (size for _, size in [*sizes, *sections]):
+        parts.append(blob[at : at + size])
+        at += size
+    if at != total - CHECKSUM_BYTES:
+        raise ArtifactError("streams and sections do not fill the file")
+    streams = [(coder, part) for (coder, _), part in zip(sizes, parts, strict=False)]
+    named = {name: part for (name, _), part in zip(sections, parts[len(sizes) :], strict=True)}
+    return ParsedHeader(fields, layout, records, streams, named, raw_limit(total))
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
@@ -6213,119 +6239,45 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return fields
 
 
-def parse_table(rows: Any) -> list[TensorEntry]:
-    """The tensor table, every field checked for type and range."""
-    if not isinstance(rows, list):
-        raise ArtifactError("the header has no tensor table")
-    entries = []
-    for row in rows:
-        if not (isinstance(row, list) and 5 <= len(row) <= 8 and isinstance(row[0], str) and isinstance(row[3], list)):
-            raise ArtifactError(
-                f"tensor table: {str(row)[:80]} is not [name, role, bits, shape, rank, trellis, columns, group]"
-            )
-        name, role, bits, shape, rank, *rest = row
-        if role not in STORE_ROLES or type(bits) is not int or bits not in WIDTHS:
-            raise ArtifactError(f"tensor {name[:80]!r}: unknown role {str(role)[:20]!r} or width {str(bits)[:20]}")
-        if len(shape) > MAX_AXES or not all(type(n) is int and 0 < n < 1 << 32 for n in shape):
-            raise ArtifactError(f"tensor {name[:80]!r}: impossible shape {str(shape)[:80]}")
-        if type(rank) is not int or not 0 <= rank <= (MAX_LOW_RANK if bits <= 8 else 0):
-            raise ArtifactError(f"tensor {name[:80]!r}: impossible rank {str(rank)[:20]}")
-        entries.append(TensorEntry(name, role, bits, tuple(shape), rank, *rest))
-        check_coding(entries[-1])
-    if len({entry.name for entry in entries}) != len(entries):
-        raise ArtifactError("tensor table: a name occurs twice")
-    return entries
-
-
-def check_coding(entry: TensorEntry) -> None:
-    """Refuse what a line says beyond its rank unless it can be."""
-    rest = entry.trellis, entry.columns, entry.group
-    if not all(type(n) is int for n in rest) or entry.columns not in (0, 1) or entry.group < 0:
-        raise ArtifactError(f"tensor {entry.name[:80]!r}: impossible coding {str(rest)[:80]}")
-    rows, columns = rows_and_columns(entry.shape)
-    if entry.group > (columns if entry.rank else 0):
-        raise ArtifactError(f"tensor {entry.name[:80]!r}: impossible group of {str(entry.group)[:20]} columns")
-    if entry.trellis and (entry.trellis not in TRELLISES or rows < MIN_TRELLIS_ROWS or columns > MAX_TRELLIS_COLUMNS):
+def open_streams(header: ParsedHeader, layout: Layout) -> tuple[list[TensorEntry], list[FileStream]]:
+    """The file's tensors and streams, which must be those that the model's layout and the records imply, before any is decoded."""
+    if header.layout != layout_digest(layout) or len(header.records) != len(layout):
         raise ArtifactError(
-            f"tensor {entry.name[:80]!r}: impossible trellis {entry.trellis} of {rows} rows, {columns} columns"
+            "its tensors are not those that this script makes of its configuration: use the script that wrote it"
         )
-    if entry.bits > 8 and any(rest):
-        raise ArtifactError(f"tensor {entry.name[:80]!r}: floats have no codes {rest}")
-
-
-def parse_streams(rows: Any) -> list[StreamInfo]:
-    """The list of streams, every field checked for type."""
-    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 5 for row in rows):
-        raise ArtifactError("the header has no list of streams")
-    streams = [StreamInfo(*row) for row in rows]
+    entries = []
+    for (name, (shape, role)), record in zip(layout.items(), header.records, strict=True):
+        good = 1 <= len(record) <= 5 and all(type(n) is int for n in record)
+        entries.append(TensorEntry(name, tuple(shape), role, *record if good else (0,)))
+        if not entries[-1].is_possible():
+            raise ArtifactError(f"tensor {name[:80]!r}: impossible record {str(record)[:80]}")
+    shapes, plan = [part_shapes(entry) for entry in entries], stream_plan(entries)
+    if len(plan) != len(header.streams):
+        raise ArtifactError("the streams are not those of its tensors")
+    streams = [
+        FileStream(*key, *found, members) for (key, members), found in zip(plan.items(), header.streams, strict=True)
+    ]
     for s in streams:
-        if not all(isinstance(text, str) for text in s[:3]) or not all(type(n) is int and n >= 0 for n in s[3:]):
-            raise ArtifactError(f"stream {str(list(s))[:80]} is not [role, kind, coder, packed bytes, raw bytes]")
-    return streams
-
-
-def parse_sections(rows: Any) -> dict[str, int]:
-    """Sizes of the sections by name."""
-    good = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 2 for row in rows)
-    if not good or not all(isinstance(name, str) and type(size) is int and size >= 0 for name, size in rows):
-        raise ArtifactError("the header has no list of sections")
-    return dict(rows)
-
-
-def check_streams(entries: list[TensorEntry], streams: list[StreamInfo], body: int, limit: int) -> None:
-    """Streams must be the ones that the table implies, of the sizes that it implies, and fill the file."""
-    shapes = [part_shapes(entry) for entry in entries]
-    expected = {
-        (role, kind): sum(math.prod(shapes[i][j][1]) for i, j in members) * KINDS[kind].itemsize
-        for (role, kind), members in stream_plan(entries).items()
-    }
-    if [(s.role, s.kind) for s in streams] != list(expected):
-        raise ArtifactError("the streams are not those of the tensor table")
-    for s in streams:
-        if s.raw != expected[s.role, s.kind]:
-            raise ArtifactError(f"stream {s.role}.{s.kind} unpacks to {s.raw} bytes, its tensors need another size")
         if s.coder not in BYTE_UNPACKERS and not (s.coder == "codes" and s.kind in CODED_KINDS):
             raise ArtifactError(f"stream {s.role}.{s.kind}: unknown coder {s.coder[:20]!r}")
-    if sum(s.raw for s in streams) > limit:
-        raise ArtifactError(f"the tensors would take more than {limit} bytes, too much for a file of this size")
-    if sum(s.packed for s in streams) != body:
-        raise ArtifactError("streams and sections do not fill the file")
+    if sum(math.prod(shapes[i][j][1]) * KINDS[s.kind].itemsize for s in streams for i, j in s.members) > header.limit:
+        raise ArtifactError(f"the tensors would take more than {header.limit} bytes, too much for a file of this size")
+    return entries, streams
 
 
-def unpack(
-    blob: bytes, shapes: dict[str, tuple[int, ...]] | None = None
-) -> tuple[dict[str, Any], dict[str, QuantizedTensor]]:
-    """Inverse of pack: (header, tensors in file order). Data only, nothing in the file is executed.
+def unpack(blob: bytes, layout: Layout) -> tuple[dict[str, Any], dict[str, QuantizedTensor]]:
+    """Inverse of pack: (header, tensors in the order of `layout`, the model's own). Data only, nothing in the file is executed.
 
-    `shapes`, when given, are the model's own (name -> shape): any difference is refused before a tensor is allocated.
-    Raises ArtifactError.
+    Raises ArtifactError, before any tensor is allocated where the file is not one of this layout.
     """
-    header, entries, streams, _, at = read_header(blob)
-    if shapes is not None:
-        check_shapes(entries, shapes)
-    layout = [part_shapes(entry) for entry in entries]
-    found: dict[tuple[int, int], Tensor] = {}
-    for stream, members in zip(streams, stream_plan(entries).values(), strict=True):
-        arrays = decode_stream(stream, blob[at : at + stream.packed], [layout[i][j][1] for i, j in members])
-        at += stream.packed
-        found.update(zip(members, arrays, strict=True))
-    parts = [[found[i, j] for j in range(len(kinds))] for i, kinds in enumerate(layout)]
-    return header, {entry.name: restore(entry, part) for entry, part in zip(entries, parts, strict=True)}
-
-
-def read_section(blob: bytes, name: str) -> bytes | None:
-    """The bytes of a section, or None if the file has none of this name."""
-    sections = read_header(blob).sections
-    return blob[sections[name]] if name in sections else None
-
-
-def check_shapes(entries: list[TensorEntry], shapes: dict[str, tuple[int, ...]]) -> None:
-    """The table must name exactly the tensors of the model, in their shapes."""
-    found = {entry.name: entry.shape for entry in entries}
-    for name in sorted(found.keys() | shapes.keys()):
-        if found.get(name) != (tuple(shapes[name]) if name in shapes else None):
-            ours, theirs = shapes.get(name, "absent"), found.get(name, "absent")
-            raise ArtifactError(f"tensor {name[:80]!r} is {theirs} in the file and {ours} in the model of its config")
+    header = read_header(blob)
+    entries, streams = open_streams(header, layout)
+    shapes, found = [part_shapes(entry) for entry in entries], {}
+    for stream in streams:
+        arrays = decode_stream(stream, [shapes[i][j][1] for i, j in stream.members])
+        found.update(zip(stream.members, arrays, strict=True))
+    parts = [[found[i, j] for j in range(len(kinds))] for i, kinds in enumerate(shapes)]
+    return header.fields, {entry.name: restore(entry, part) for entry, part in zip(entries, parts, strict=True)}
 
 
 def restore(entry: TensorEntry, parts: list[Tensor]) -> QuantizedTensor:
@@ -6342,6 +6294,33 @@ def restore(entry: TensorEntry, parts: list[Tensor]) -> QuantizedTensor:
     low_rank = LowRank(*correction, entry.group) if correction else None
     return QuantizedTensor(entry.role, entry.bits, entry.shape, codes=codes, scale=scale, columns=columns,
                            trellis=entry.trellis, low_rank=low_rank)  # fmt: skip
+
+
+# ---- the size account
+
+
+def role_bytes(blob: bytes, layout: Layout) -> dict[str, dict[str, float]]:
+    """By role: parameters, bytes in the file, bits per weight; "ngram" are sections, "container" preamble, header, checksum."""
+    header = read_header(blob)
+    _, streams = open_streams(header, layout)
+    roles: dict[str, dict[str, float]] = {}
+    for role in sorted({role for _, role in layout.values()}):
+        params = sum(math.prod(shape) for shape, mine in layout.values() if mine == role)
+        size = sum(len(stream.packed) for stream in streams if stream.role == role)
+        roles[role] = {"params": params, "bytes": size, "bits_per_weight": round(8 * size / params, 4)}
+    ngrams = sum(map(len, header.sections.values()))
+    if header.sections:
+        roles["ngram"] = {"params": 0, "bytes": ngrams, "bits_per_weight": 0.0}
+    rest = len(blob) - ngrams - sum(len(stream.packed) for stream in streams)
+    roles["container"] = {"params": 0, "bytes": rest, "bits_per_weight": 0.0}
+    return roles
+
+
+def size_table(roles: dict[str, dict[str, float]]) -> str:
+    """The account of `role_bytes` as text, one line a role."""
+    lines = [f"size {'role':<10}{'params':>12}{'bytes':>12}{'bits/weight':>13}"]
+    lines += [f"size {r:<10}{s['params']:>12,}{s['bytes']:>12,}{s['bits_per_weight']:>13.3f}" for r, s in roles.items()]
+    return "\n".join(lines)
 
 
 # ---- the byte budget
@@ -6464,6 +6443,10 @@ class Budget(NamedTuple):
     spent: int  # artifact and code
     steps: dict[str, float]  # in units of the curves
 
+    def role_bytes(self) -> dict[str, dict[str, float]]:
+        """The account of the file."""
+        return role_bytes(self.blob, {n: (s.shape, s.role) for n, s in self.stored.items()})
+
 
 @exact_products()
 def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], store: dict[str, str], calibration: Calibration,
@@ -6491,7 +6474,7 @@ def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], s
         before = room, found.spent
         room += (BUDGET_AIM * cfg.target_bytes - found.spent) / slope
     if best is None:
-        sizes = ", ".join(f"{r} {s['bytes']:,}" for r, s in role_bytes(found.blob).items())
+        sizes = ", ".join(f"{r} {s['bytes']:,}" for r, s in found.role_bytes().items())
         raise ConfigError(f"TARGET_BYTES={cfg.target_bytes} cannot be met: the smallest total is {found.spent:,} bytes (code {code_bytes:,}, {sizes}); "
                           "a smaller model or fewer high-precision tensors would do")  # fmt: skip
     return search.spend_rest(best)
@@ -6639,7 +6622,7 @@ class BudgetSearch:
 
 def budget_table(budget: Budget, target: int) -> str:
     """Predicted against real bytes by role, and what was left."""
-    real = role_bytes(budget.blob)
+    real = budget.role_bytes()
     lines = [
         f"budget {role:<10} predicted:{size:>12,.0f} real:{real[role]['bytes']:>12,} bits/weight:{real[role]['bits_per_weight']:.3f}"
         for role, size in sorted(budget.predicted.items())
@@ -6895,31 +6878,6 @@ def build_trie(tokens: np.ndarray, vocab_size: int, order: int, limit: int) -> b
         wanted = int(0.992 * wanted * limit / len(packed))
         wanted = wanted if low < wanted < high else (low + high) // 2
     return best
-
-
-# ---- the size account
-
-
-def role_bytes(blob: bytes) -> dict[str, dict[str, float]]:
-    """By role: parameters, bytes in the file, bits per weight; "ngram" are sections, "container" preamble, header, checksum."""
-    _, entries, streams, sections, start = read_header(blob)
-    roles: dict[str, dict[str, float]] = {}
-    for role in sorted({entry.role for entry in entries}):
-        params = sum(math.prod(entry.shape) for entry in entries if entry.role == role)
-        size = sum(stream.packed for stream in streams if stream.role == role)
-        roles[role] = {"params": params, "bytes": size, "bits_per_weight": round(8 * size / params, 4)}
-    if sections:
-        size = sum(where.stop - where.start for where in sections.values())
-        roles["ngram"] = {"params": 0, "bytes": size, "bits_per_weight": 0.0}
-    roles["container"] = {"params": 0, "bytes": start + CHECKSUM_BYTES, "bits_per_weight": 0.0}
-    return roles
-
-
-def size_table(roles: dict[str, dict[str, float]]) -> str:
-    """The account of `role_bytes` as text, one line a role."""
-    lines = [f"size {'role':<10}{'params':>12}{'bytes':>12}{'bits/weight':>13}"]
-    lines += [f"size {r:<10}{s['params']:>12,}{s['bytes']:>12,}{s['bits_per_weight']:>13.3f}" for r, s in roles.items()]
-    return "\n".join(lines)
 
 
 # ==== 9 EVALUATOR =====================================================================================================
@@ -9132,8 +9090,9 @@ def pack_model(
         return run.artifact_path.read_bytes()
 
     blob = run.on_first(save)
-    run.log(f"quantized and packed {run.artifact_path} in {time.perf_counter() - started:.1f}s after {calibration_s:.1f}s of calibration\n"
-            f"{size_table(role_bytes(blob))}")  # fmt: skip
+    sizes = size_table(role_bytes(blob, {n: (s.shape, s.role) for n, s in stored.items()}))
+    run.log(f"quantized and packed {run.artifact_path} in {time.perf_counter() - started:.1f}s after {calibration_s:.1f}s of "
+            f"calibration\n{sizes}")  # fmt: skip
     return blob
 
 
@@ -9171,14 +9130,19 @@ def make_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: Trai
     return pack_model(opened, model, calibration, calibration_s, run.broadcast(sections)), calibration_s
 
 
-def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
-    """The artifact's model, made from its bytes alone, on the device."""
-    with torch.device("meta"):  # shapes alone: nothing is allocated for a file that does not fit them
+def model_layout(cfg: Config, blob: bytes) -> Layout:
+    """Names, shapes and roles of the tensors of an artifact's model; nothing is allocated for a file that cannot hold it."""
+    with torch.device("meta"):
         skeleton = GPT(cfg)
     held = 4 * sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
     if held > 4 * raw_limit(len(blob)):
         raise ArtifactError(f"its configuration asks for {held} bytes of model, too much for a file of {len(blob)}")
-    header, stored = unpack(blob, {n: tuple(p.shape) for n, p in skeleton.named_parameters() if p.numel()})
+    return {n: (tuple(p.shape), p.store) for n, p in skeleton.named_parameters() if p.numel()}
+
+
+def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
+    """The artifact's model, made from its bytes alone, on the device."""
+    header, stored = unpack(blob, model_layout(cfg, blob))
     if type(looped := header.get("looped", True)) is not bool:
         raise ArtifactError(f"it names {str(looped)[:40]!r} as its plan of blocks")
     model = GPT(cfg)
@@ -9190,12 +9154,12 @@ def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
 
 def load_tables(cfg: Config, blob: bytes) -> Tables:
     """The n-grams that the artifact carries, as far as NGRAM_TABLE asks for them; ConfigError where it lacks them."""
-    packed = {name: read_section(blob, name) for name in cfg.ngram_tables}
-    for name, section in packed.items():
-        if section is None:
+    sections = read_header(blob).sections
+    for name in cfg.ngram_tables:
+        if name not in sections:
             raise ConfigError(f"NGRAM_TABLE={cfg.ngram_table}: the artifact carries no table {name}; unset NGRAM_TABLE")
-    return Tables(unpack_hashed(packed["pr1095"]) if "pr1095" in packed else None,
-                  unpack_trie(packed["exact"], cfg.vocab_size) if "exact" in packed else None)  # fmt: skip
+    return Tables(unpack_hashed(sections["pr1095"]) if "pr1095" in cfg.ngram_tables else None,
+                  unpack_trie(sections["exact"], cfg.vocab_size) if "exact" in cfg.ngram_tables else None)  # fmt: skip
 
 
 def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
@@ -9205,7 +9169,7 @@ def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
     sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": total, "limit": limit}
     run.log(f"Total submission size: {total} bytes = artifact {size} + code {code}, limit {limit}")
     run.event("pack", artifact=str(run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), **sizes,
-              code_form=cfg.code_form, roles=role_bytes(blob))  # fmt: skip
+              code_form=cfg.code_form, roles=role_bytes(blob, model_layout(cfg, blob)))  # fmt: skip
     return sizes
 
 

@@ -324,7 +324,7 @@ def time_packing(label: str, shapes: dict[str, torch.Size], store: dict[str, str
     c0 = time.process_time()
     blob = tg.pack(cfg, {}, stored)
     t1, c1 = time.perf_counter(), time.process_time()
-    tg.unpack(blob)
+    tg.unpack(blob, {n: (tuple(shapes[n]), store[n]) for n in stored})
     t2, c2 = time.perf_counter(), time.process_time()
     total = sum(w.numel() for w in named.values())
     print(
@@ -398,7 +398,7 @@ def time_encode(run: tg.Run, shapes: dict[str, torch.Size], store: dict[str, str
     with timed(spans, parts):
         budget = tg.fill_budget(cfg, {}, named, store, tg.Calibration(hessians, fisher), 0, run=run)
         seconds = time.perf_counter() - started
-        tg.unpack(budget.blob)
+        tg.unpack(budget.blob, {n: (s.shape, s.role) for n, s in budget.stored.items()})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     whole = sum(sum(span) for label, span in spans.items() if label != "unpack")
     print(f"{states} states, {total:,} weights, rank {run.rank} of {run.world}, {torch.get_num_threads()} threads: {budget.spent:,} bytes "

@@ -405,7 +405,7 @@ def test_a_run_on_caseops_says_what_it_counted(cased, tiny, script, tmp_path, mo
         tg.pack(
             config(env, VOCAB_SIZE=300),
             {**{k: header[k] for k in ("config", "tokenizer_sha256")}, "transform": "rot13"},
-            tg.unpack(blob, None)[1],
+            tg.unpack(blob, tg.model_layout(config(env, VOCAB_SIZE=facts["tokenizer"]["vocab_size"]), blob))[1],
             {},
         )
     )

@@ -331,4 +331,4 @@ def test_the_packed_table_is_counted_on_the_text_that_was_trained_on(tiny, data,
     assert script(env).status == 0
     cfg, trained = config(env), data.train[: min(steps * rows * SEQ, most)].astype(np.int64)
     expected = tg.build_trie(trained, cfg.vocab_size, cfg.ngram_table_order, cfg.ngram_table_bytes)
-    assert tg.read_section((tmp_path / "logs" / "tiny.pgz").read_bytes(), "exact") == expected
+    assert tg.read_header((tmp_path / "logs" / "tiny.pgz").read_bytes()).sections["exact"] == expected

@@ -295,9 +295,8 @@ def test_a_run_of_the_recipe_from_end_to_end(data, tmp_path, script):
     assert [(e["step"], e["value"]) for e in switch] == [(3, True)]  # ENABLE_LOOPING_AT=.35 of 6 steps
     assert all(math.isfinite(loss) for loss in losses(env).values()) and len(losses(env)) == 6
     blob = (tmp_path / "f.pgz").read_bytes()
-    assert tg.read_header(blob).fields["looped"] is True and {
-        entry.trellis for entry in tg.read_header(blob).entries
-    } == {0, 64}
+    stored = tg.unpack(blob, tg.model_layout(config(env), blob))[1]
+    assert tg.read_header(blob).fields["looped"] is True and {s.trellis for s in stored.values()} == {0, 64}
     assert events(env, "pack")[0]["total_bytes"] <= 112_000
     assert [e["stage"] for e in events(env, "stage")] == ["roundtrip", "ttt", "tilt", "ngram"]
     assert "ttt: trained all weights on" in result.out and "evaluation projected: roundtrip " in result.out
@@ -351,7 +350,7 @@ def test_a_run_that_ends_before_the_switch_scores_the_plan_it_trained(data, tmp_
     plain = model.features(ids)
     model.set_looped(True)
     assert not torch.allclose(plain, model.features(ids), atol=1e-4)
-    header, stored = tg.unpack(blob)
+    header, stored = tg.unpack(blob, tg.model_layout(cfg, blob))
     with pytest.raises(tg.ArtifactError, match="'maybe' as its plan"):
         names = ("config", "tokenizer_sha256")
         tg.load_model(cfg, run, tg.pack(cfg, {**{n: header[n] for n in names}, "looped": "maybe"}, stored))

@@ -319,7 +319,7 @@ def test_a_run_carries_its_tables_and_scores_with_them_alone(tiny, script, monke
     blob = Path(pack["artifact"]).read_bytes()
     assert sum(role["bytes"] for role in pack["roles"].values()) == len(blob)
     rows = 6 * 4 * sum(SEQ + 1 - n + 1 for n in tg.HASHED_SIZES)
-    assert sum(int(c.sum()) for c in tg.unpack_hashed(tg.read_section(blob, "pr1095")).values()) == rows
+    assert sum(int(c.sum()) for c in tg.unpack_hashed(tg.read_header(blob).sections["pr1095"]).values()) == rows
     # a fresh evaluation has the same numbers; without its tables it has fewer stages, and it cannot have what it lacks
     base = {k: env[k] for k in ("DATA_PATH", "DEVICE", "ATTENTION", "LOG_DIR")}
     again = {**base, "RUN_ID": "again"}
@@ -343,7 +343,7 @@ def test_ranks_count_the_same_text(tiny, script, tmp_path):
     run_ranks({**env, "RUN_ID": "shared"}, 3)
     alone, shared = ((tmp_path / "logs" / f"{name}.pgz").read_bytes() for name in ("alone", "shared"))
     for name in ("pr1095", "exact"):
-        assert tg.read_section(alone, name) == tg.read_section(shared, name)
+        assert tg.read_header(alone).sections[name] == tg.read_header(shared).sections[name]
 
 
 @pytest.mark.parametrize(
