@@ -46,8 +46,10 @@ def log_text(env: dict[str, str]) -> str:
 
 # ---- one run, seen from all sides
 
-# event -> its fields, as the README tells them
-SCHEMA = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([\w ]+) \|$", (SCRIPT.parent / "README.md").read_text(), re.M))
+# event -> its fields, as records/README.md tells them
+SCHEMA = dict(
+    re.findall(r"^\| `(\w+)` \|[^|]*\| ([\w ]+) \|$", (SCRIPT.parent / "records/README.md").read_text(), re.M)
+)
 
 
 def base_env(folder: Path, data) -> dict[str, str]:

@@ -921,6 +921,13 @@ def test_the_index_shows_the_sum_of_a_claims_probabilities_to_three_digits():
     assert "2.1633 (1.000)" in text and "2.6467 (1.005)" in text and "2.0912 (1.639)" in text
 
 
+def test_pages_that_are_looked_at_first_stay_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+    assert max(map(len, (ROOT / "benchmarks/RESULTS.md").read_text().splitlines())) <= 300
+    events = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "records/README.md").read_text(), re.M))
+    assert logs.EVENT_FIELDS.keys() <= events
+
+
 def test_what_the_readmes_commands_write_is_ignored_by_git():
     assert {"/logs/", "/sweep.txt", "/pictures/"} <= set((ROOT / ".gitignore").read_text().splitlines())
 
