@@ -353,13 +353,23 @@ class Flow:
             of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
             holds = "self" in given if of_self else self._keeps(node.value, scope, here, given, deep)
             return self._member(owner, node.attr, holds, loss)
-        return self.tokens(node.value, scope, here, given, loss, deep + 1)
+        return self.tokens(node.value, scope, here, given, loss, deep + 1) or self._declared(node.attr, loss)
+
+    def _declared(self, attr: str, loss: bool) -> Path:
+        """What a name stands for as an attribute of anything, if all classes that have it name files of validation text."""
+        found = [(v, s) for v, s in self.switches.declared.get(attr.lower(), ()) if isinstance(s.node, ast.ClassDef)]
+        ways = [self.tokens(v, s.node, self.here(v), frozenset(), loss, 2) if v is not None else () for v, s in found]
+        return (*ways[0], Hop(attr, found[0][0].lineno)) if ways and all(ways) else ()
 
     def _member(self, owner: Scope, attr: str, holds: bool, loss: bool) -> Path:
         """`self.attr` as the methods of its class set it; with `holds` its object was made of validation tokens."""
         key = (owner.node, attr, holds, loss)
         if key not in self._members:
             self._members[key] = ()
+            for b in self.bindings(owner.node).get(attr, ()):
+                if path := self._of_binding(attr, b, owner.node, frozenset(), loss, 2):
+                    self._members[key] = path
+                    return path
             for scope in self.methods.get(owner.node, ()):
                 for b in self.bindings(scope.node).get(f"self.{attr}", ()):
                     given = self._usually_given(scope, owner) if holds else frozenset()
@@ -467,6 +477,8 @@ class Flow:
         if isinstance(node, ast.Name):
             inside: Scope | None = self.scopes[scope]
             while inside is not None:
+                if node.id in self.classes and self.classes[node.id].outer is inside:
+                    return self.classes[node.id]
                 if bound := self.bindings(inside.node).get(node.id):
                     made = [b.value for b in bound if isinstance(b.value, (ast.Call, ast.Attribute))]
                     if made and made[-1] is not node:

@@ -331,10 +331,11 @@ def _stacked(call: ast.Call, scope: Scope, costs: set[str]) -> str:
     """The name of the smallest over models: `torch.stack([nll_a, nll_b]).min(0)`, whole or by way of a name."""
     piled = {n: node.value for node in scope.of(ast.Assign) for n in _assigned(node)}
     for part in [call.func.value, *call.args[:1]] if isinstance(call.func, ast.Attribute) else []:
+        named = part.id if isinstance(part, ast.Name) and _COST.search(part.id) else ""
         part = piled.get(part.id, part) if isinstance(part, ast.Name) else part
         if not isinstance(part, ast.Call) or last_name(part) not in ("stack", "vstack", "array"):
             continue
-        if word := min((n for n in names(part) if n in costs or _COST.search(n)), default=""):
+        if word := named or min((n for n in names(part) if n in costs or _COST.search(n)), default=""):
             return word
         if any(_costs_a_target(n) for n in ast.walk(part) if isinstance(n, (ast.Call, ast.Subscript))):
             return last_name(part)

@@ -725,7 +725,7 @@ def code(entry: Entry) -> Lines:
     for finding in script.findings:
         if finding.off and (finding.off.logged or finding.pattern not in HARD):
             off.add(finding.off.words)
-        else:
+        elif finding.pattern != patterns.CALIBRATED or _no_time_left(entry):
             grouped.setdefault(finding.pattern, []).append(finding)
     yield from (_finding(entry, pattern, found) for pattern, found in grouped.items())
     note = f"; in the code and not run: {', '.join(sorted(off))}" if off else ""
@@ -733,6 +733,11 @@ def code(entry: Entry) -> Lines:
         yield PASS, "code patterns", f"none of those that got entries rejected{note}"
     elif note:
         yield PASS, "code patterns", note.removeprefix("; ")
+
+
+def _no_time_left(entry: Entry) -> bool:
+    """Whether the training took its 600 s, so that what calibrates on its text behind it is on the evaluation's clock."""
+    return max(_train_seconds(entry), default=LIMIT_SECONDS) > LIMIT_SECONDS - 2
 
 
 def _finding(entry: Entry, pattern: str, found: list[source.Finding]) -> Line:
