@@ -158,7 +158,11 @@ def answer(script, environment: dict[str, str], cache: dict) -> dict:
         script.load_config(environment, header.get("config")), header.get("tokenizer_sha256", "")
     )
     cfg = loaded.cfg
-    key = (paths, *(getattr(cfg, n) for n in ("vocab_size", "val_tokens", "val_drop_tail", "val_bytes", "eval_len")))
+    key = (
+        paths,
+        bool(blob),
+        *(getattr(cfg, n) for n in ("vocab_size", "val_tokens", "val_drop_tail", "val_bytes", "eval_len")),
+    )
     if key not in cache:
         tokenizer = script.Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform)
         tokens = script.load_validation(cfg, paths.folder, tokenizer).tokens

@@ -1410,84 +1410,82 @@ FAKE_TRAINER = """
 import json, os, pathlib, sys
 with open("calls", "a") as f:
     f.write(os.environ["RUN_ID"] + "\\n")
-log = pathlib.Path("logs", os.environ["RUN_ID"] + ".jsonl")
+log = pathlib.Path(os.path.expanduser(os.environ.get("LOG_DIR", "logs")), os.environ["RUN_ID"] + ".jsonl")
 if log.exists() and (os.environ.get("FORCE"), os.environ.get("RESUME")) != ("1", "auto"):
     sys.exit("the log exists")  # as train_gpt.py refuses it
 log.parent.mkdir(exist_ok=True)
 log.write_text(json.dumps({"v": 1, "event": "run", "run_id": os.environ["RUN_ID"]}) + "\\n")
-if os.environ.get("MATRIX_LR") == pathlib.Path("broken").read_text():
+if os.environ.get("MATRIX_LR") == "9" and not os.path.exists("mended"):
     with log.open("a") as f:
         f.write(json.dumps({"v": 1, "event": "end", "status": "stopped"}) + "\\n")
     sys.exit(1)
 mode = os.environ.get("MODE", "train")
 values = {k: v for k, v in os.environ.items() if k in ("MATRIX_LR", "ITERATIONS", "DATA_PATH")}
-lines = [{"event": "run", "run_id": os.environ["RUN_ID"], "mode": mode, "recipe": os.environ.get("RECIPE", "cpu")}, {"event": "end", "status": "ok"}]
-lines.insert(1, {"event": "config", "values": {"ITERATIONS": 7} | values, "sources": dict.fromkeys(values, "env")})
-if mode == "train":
-    lines.insert(1, {"event": "score", "val_bpb": 1.5, "val_loss": 2.5, "stage": "sliding"})
-else:
-    lines.insert(1, {"event": "audit", "passed": True, "checks": []})
-log.write_text("".join(json.dumps({"v": 1, **line}) + "\\n" for line in lines))
+lines = [{"event": "run", "run_id": os.environ["RUN_ID"], "mode": mode, "recipe": os.environ.get("RECIPE", "cpu")}]
+lines += [{"event": "config", "values": {"ITERATIONS": 7} | values, "sources": dict.fromkeys(values, "env")}]
+lines += [{"event": "score", "val_bpb": 1.5, "val_loss": 2.5, "stage": "sliding"} if mode == "train" else {"event": "audit", "passed": True, "checks": []}]
+log.write_text("".join(json.dumps({"v": 1, **line}) + "\\n" for line in [*lines, {"event": "end", "status": "ok"}]))
 """
 
 
-def test_a_sweep_skips_the_finished_survives_the_failing_and_can_run_one_line(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def sweep_of(tmp_path, monkeypatch, capsys):
+    """sweep_of(list, *words, trainer=...) -> (exit status, output), in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    Path("trainer.py").write_text(FAKE_TRAINER)
-    Path("broken").write_text("9")
-    Path("list.txt").write_text("# two rates\nMATRIX_LR=0.02 SEED=1\nMATRIX_LR=9 SEED=1\n\nMATRIX_LR=0.04 SEED=1\n")
-    words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
-    assert run_cli(*words) == 1
-    assert "2 of 3 done; failed: matrix_lr-9_seed-1" in capsys.readouterr().out
-    assert run_cli(*words) == 1
-    assert "skipped: finished, 1.5000 bpb" in capsys.readouterr().out
-    assert Path("calls").read_text().split() == [
-        *("matrix_lr-0.02_seed-1", "matrix_lr-9_seed-1", "matrix_lr-0.04_seed-1"),
-        "matrix_lr-9_seed-1",
-    ]
-    assert run_cli(*words, "--only", "0") == 0
-    assert run_cli(*words, "--only", "3") == 2
-    Path("broken").write_text("none")  # mended: what the failed run left behind is no obstacle
-    assert run_cli(*words) == 0
-    (Path("logs") / "matrix_lr-9_seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}\n')
+
+    def call(
+        lines: str, *words: str, trainer: str = FAKE_TRAINER, launch: str = f"{sys.executable} trainer.py"
+    ) -> tuple[int, str]:
+        Path("trainer.py").write_text(trainer)
+        Path("list.txt").write_text(lines)
+        status = run_cli("sweep", "list.txt", "--launch", launch, *words)
+        out, err = capsys.readouterr()
+        return status, out + err
+
+    return call
+
+
+def test_a_sweep_skips_the_finished_survives_the_failing_and_can_run_one_line(sweep_of):
+    lines = "# two rates\nMATRIX_LR=0.02 SEED=1\nMATRIX_LR=9 SEED=1\n\nMATRIX_LR=0.04 SEED=1\n"
+    status, out = sweep_of(lines)
+    assert status == 1 and "2 of 3 done; failed: matrix_lr-9_seed-1" in out
+    status, out = sweep_of(lines)
+    assert status == 1 and "skipped: finished, 1.5000 bpb" in out
+    ran = ("matrix_lr-0.02_seed-1", "matrix_lr-9_seed-1", "matrix_lr-0.04_seed-1", "matrix_lr-9_seed-1")
+    assert Path("calls").read_text().split() == [*ran]
+    assert sweep_of(lines, "--only", "0")[0] == 0 and sweep_of(lines, "--only", "3")[0] == 2
+    Path("mended").touch()  # what the failed run left behind is no obstacle
+    assert sweep_of(lines)[0] == 0
+    Path("logs/matrix_lr-9_seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}\n')
     os.utime("logs/matrix_lr-9_seed-1.jsonl", (4e9, 4e9))  # a clock that is wrong tells nothing
-    capsys.readouterr()
     with tg.lock_file(Path("logs/matrix_lr-9_seed-1.txt")):  # as a run that was started by hand has it
-        assert run_cli(*words) == 1
-        assert run_cli("table", "logs") == 0
-    out = capsys.readouterr().out
-    assert "2 of 3 done; still going: matrix_lr-9_seed-1" in out and "still going, before the first step" in out
-    assert run_cli(*words) == 0
-    assert not list(Path("logs").glob("matrix_lr*.lock"))
+        status, out = sweep_of(lines)
+        assert status == 1 and "2 of 3 done; still going: matrix_lr-9_seed-1" in out
+        assert logs.read_log(Path("logs/matrix_lr-9_seed-1.jsonl")).status() == "still going, before the first step"
+    assert sweep_of(lines)[0] == 0 and not list(Path("logs").glob("matrix_lr*.lock"))
 
 
-def test_what_stands_in_a_log_is_not_taken_for_another_configuration(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name, text in {"trainer.py": FAKE_TRAINER, "list.txt": "MATRIX_LR=.10 SEED=1\n", "broken": "9"}.items():
-        Path(name).write_text(text)
-    words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
+@pytest.mark.parametrize("change, told", [
+    ({}, ""),
+    ({"ITERATIONS": "2.0"}, ""),
+    ({"ITERATIONS": "3"}, "ITERATIONS 2 there, 3 now. FORCE=1"),
+    ({"ITERATIONS": None}, "ITERATIONS 2 there, unset now"),
+    ({"RECIPE": "pr164"}, "recipe cpu there, pr164 now"),
+    ({"MODE": "eval"}, "mode train there, eval now"),
+    ({"launch": f"env ITERATIONS=4 {sys.executable} trainer.py"}, "ITERATIONS 2 there, 4 now"),
+])  # fmt: skip
+def test_what_stands_in_a_log_is_not_taken_for_another_configuration(sweep_of, monkeypatch, change, told):
     monkeypatch.setenv("ITERATIONS", "2")
-    assert run_cli(*words) == 0
-    cases = [
-        ({}, "1 of 1 done"),
-        ({"ITERATIONS": "2.0"}, "1 of 1 done"),
-        ({"ITERATIONS": "3"}, "ITERATIONS 2 there, 3 now. FORCE=1"),
-        ({"ITERATIONS": None}, "ITERATIONS 2 there, unset now"),
-        ({"RECIPE": "pr164"}, "recipe cpu there, pr164 now"),
-        ({"MODE": "eval"}, "mode train there, eval now"),
-    ]
-    for change, told in cases:
-        with monkeypatch.context() as patch:
-            for name, value in change.items():
-                patch.setenv(name, value) if value else patch.delenv(name)
-            assert run_cli(*words) == int("there" in told)
-        assert told in capsys.readouterr().out, change
-    launched = (*words[:-1], f"env ITERATIONS=4 {words[-1]}")
-    assert run_cli(*launched) == 1 and "ITERATIONS 2 there, 4 now" in capsys.readouterr().out
+    assert sweep_of("MATRIX_LR=.10 SEED=1\n")[0] == 0
+    launch = {k: v for k, v in change.items() if k == "launch"}
+    for name, value in change.items() - launch.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    status, out = sweep_of("MATRIX_LR=.10 SEED=1\n", **launch)
+    assert (status, told in out, Path("calls").read_text().count("\n")) == (int(bool(told)), True, 1)
     monkeypatch.setenv("FORCE", "1")
-    Path("trainer.py").write_text(FAKE_TRAINER.replace('("1", "auto")', '("1", "")'))  # anew, from no checkpoint
-    assert run_cli(*launched) == 0
-    assert Path("calls").read_text().count("\n") == 2
+    anew = FAKE_TRAINER.replace('("1", "auto")', '("1", "")')  # from no checkpoint of the other configuration
+    assert sweep_of("MATRIX_LR=.10 SEED=1\n", trainer=anew, **launch)[0] == 0
+    assert Path("calls").read_text().count("\n") == 1 + bool(told)
 
 
 def test_the_trainer_itself_says_what_a_line_would_give(tiny, data, script, tmp_path):
@@ -1498,112 +1496,107 @@ def test_the_trainer_itself_says_what_a_line_would_give(tiny, data, script, tmp_
     other = Path(shutil.copytree(data.folder, tmp_path / "other"))
     write_shard(other / "fineweb_val_000001.bin", data.val[:-40])
     (tmp_path / "trainer.py").write_text((ROOT / "train_gpt.py").read_text() + "\n")
+    auditing = {"MODE": "audit", "ARTIFACT": str(tmp_path / "logs/tiny.pgz")}
     cases = [
-        ({}, []),
-        ({"LOG_DIR": "elsewhere", "CHECKPOINT_EVERY": "5", "MATRIX_LR": ".04"}, []),
-        ({"ITERATIONS": "3", "SEED": "2"}, ["SEED 1337 there, 2 now", "ITERATIONS 1 there, 3 now"]),
-        ({"RECIPE": "pr164"}, ["recipe baseline there, pr164 now"]),
-        ({"LEAKY_RELU": "1"}, ["LEAKY_SLOPE 0 there, 0.5 now"]),  # a published name
-        ({"DATA_PATH": str(other)}, [f"DATA_PATH {data.folder} there, {other} now", "validation text "]),
-        ({"MODEL_DIM": "x"}, ["the line is refused now (MODEL_DIM='x'"]),
+        (run, {}, []),
+        (run, {"LOG_DIR": "elsewhere", "CHECKPOINT_EVERY": "5", "MATRIX_LR": ".04"}, []),
+        (run, {"ITERATIONS": "3", "SEED": "2"}, ["SEED 1337 there, 2 now", "ITERATIONS 1 there, 3 now"]),
+        (run, {"RECIPE": "pr164"}, ["recipe baseline there, pr164 now"]),
+        (run, {"LEAKY_RELU": "1"}, ["LEAKY_SLOPE 0 there, 0.5 now"]),  # a published name
+        (run, {"DATA_PATH": str(other)}, [f"DATA_PATH {data.folder} there, {other} now", "validation text "]),
+        (run, {"MODEL_DIM": "x"}, ["the line is refused now (MODEL_DIM='x'"]),
+        (audit, auditing, []),
     ]
-    for launch in ("train_gpt.py", "trainer.py"):
-        asks = expect.Expectations([sys.executable, str((ROOT if launch == "train_gpt.py" else tmp_path) / launch)])
-        for change, told in cases[: None if launch == "train_gpt.py" else 1]:
-            found = asks.differences(run, tiny | change)
-            assert all(any(line.startswith(words) for line in found) for words in told), (change, found)
-            assert bool(found) == bool(told) or found[0].startswith("script "), (change, found)
-        assert any(line.startswith("script ") for line in found) == (launch == "trainer.py")
-        asks.close()
     asks = expect.Expectations([sys.executable, str(ROOT / "train_gpt.py")])
-    auditing = tiny | {"MODE": "audit", "ARTIFACT": str(tmp_path / "logs/tiny.pgz")}
-    assert asks.differences(audit, auditing) == []
+    for log, change, told in cases:
+        found = asks.differences(log, tiny | change)
+        assert all(any(line.startswith(words) for line in found) for words in told), (change, found)
+        assert bool(found) == bool(told), (change, found)
     assert script(tiny | {"SEED": "3", "FORCE": "1"}).status == 0
-    assert any(line.startswith("artifact ") for line in asks.differences(audit, auditing))
+    assert any(line.startswith("artifact ") for line in asks.differences(audit, tiny | auditing))
     asks.close()
+    (
+        edited := expect.Expectations([sys.executable, str(tmp_path / "trainer.py")])
+    ).can_ask = False  # as a packed script
+    assert [line.split()[0] for line in edited.differences(run, tiny)] == ["script"]
 
 
 @pytest.mark.parametrize("folder", ["mine", "~/mine"])
-def test_a_sweep_runs_audits_too_and_looks_where_the_runs_write(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_sweep_runs_audits_too_and_looks_where_the_runs_write(folder, sweep_of, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     Path("home").mkdir()
-    Path("trainer.py").write_text(FAKE_TRAINER.replace('"logs"', 'os.path.expanduser(os.environ["LOG_DIR"])'))
-    Path("broken").write_text("none")
-    Path("list.txt").write_text(
-        f"RUN_ID=a LOG_DIR={folder}\nMODE=audit ARTIFACT=mine/a.pgz RUN_ID=a-audit LOG_DIR={folder}\n"
-    )
-    words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
-    assert run_cli(*words) == 0 and run_cli(*words) == 0
-    assert capsys.readouterr().out.count("skipped: finished") == 2 and not Path("~").exists()
+    lines = f"RUN_ID=a LOG_DIR={folder}\nMODE=audit ARTIFACT=mine/a.pgz RUN_ID=a-audit LOG_DIR={folder}\n"
+    assert sweep_of(lines)[0] == 0
+    assert sweep_of(lines)[1].count("skipped: finished") == 2 and not Path("~").exists()
     assert Path("calls").read_text().split() == ["a", "a-audit"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM")
-def test_a_sweep_told_to_end_ends_its_run(tmp_path):
-    (tmp_path / "trainer.py").write_text("import time\nopen('started', 'w').close()\ntime.sleep(60)\n")
-    (tmp_path / "list.txt").write_text("SEED=1\nSEED=2\n")
-    tool = Path(__file__).parent.parent / "records" / "report.py"
-    command = [sys.executable, str(tool), "sweep", "list.txt", "--launch", f"{sys.executable} trainer.py"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as sweep:
-        while not (tmp_path / "started").exists():
-            time.sleep(0.05)
-        sweep.terminate()
-        _, err = sweep.communicate(timeout=30)  # the pipe closes only once the trainer has ended too
-    assert sweep.returncode == 1 and "stopped by hand in seed-1" in err
 
 
 SILENT_TRAINER = """
 import os, pathlib, time
 os.makedirs("logs", exist_ok=True)
 pathlib.Path("logs/seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}')
-pathlib.Path("pid").write_text(str(os.getpid()))
+pathlib.Path("pid.part").write_text(str(os.getpid()))
+os.rename("pid.part", "pid")
 time.sleep(60)
 """
 
 
-@pytest.mark.skipif(not sweep.fcntl, reason="locks")
-def test_a_run_of_a_killed_sweep_is_left_alone_while_it_lives_and_started_again_once_it_is_dead(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    Path("list.txt").write_text("SEED=1\n")
-    Path("broken").write_text("none")
+@pytest.mark.skipif(not sweep.fcntl, reason="locks and SIGTERM")
+def test_a_sweep_told_to_end_ends_its_run_and_a_killed_ones_run_is_left_alone_while_it_lives(sweep_of):
+    Path("list.txt").write_text("SEED=1\nSEED=2\n")
     Path("trainer.py").write_text(SILENT_TRAINER)
-    words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
-    with subprocess.Popen([sys.executable, str(ROOT / "records" / "report.py"), *words]) as process:
-        while process.poll() is None and not (Path("pid").exists() and Path("pid").read_text()):
-            time.sleep(0.05)
-        process.kill()
-    hour_ago = time.time() - 3600
-    os.utime("logs/seed-1.jsonl", (hour_ago, hour_ago))  # silent, and alive
-    assert run_cli(*words) == 1
-    assert f"skipped: still going, held by process {process.pid} on" in capsys.readouterr().out
+    words = [
+        sys.executable,
+        str(ROOT / "records/report.py"),
+        "sweep",
+        "list.txt",
+        "--launch",
+        f"{sys.executable} trainer.py",
+    ]
+    for end in ("terminate", "kill"):
+        with subprocess.Popen(words, stderr=subprocess.PIPE if end == "terminate" else None, text=True) as process:
+            while process.poll() is None and not Path("pid").exists():
+                time.sleep(0.05)
+            getattr(process, end)()
+            if end == "terminate":  # the pipe closes only once the trainer has ended too
+                assert "stopped by hand in seed-1" in process.communicate(timeout=30)[1] and process.returncode == 1
+                Path("pid").unlink()
+    os.utime("logs/seed-1.jsonl", (0, 0))  # silent, and alive
+    status, out = sweep_of("SEED=1\n")
+    assert status == 1 and f"skipped: still going, held by process {process.pid} on" in out
     os.kill(int(Path("pid").read_text()), signal.SIGKILL)
-    Path("trainer.py").write_text(FAKE_TRAINER)
     os.utime("logs/seed-1.jsonl")  # heard of just now, and dead
     for _ in range(100):  # the system ends it when it gets to it
-        if run_cli(*words) != 1:
+        status, out = sweep_of("SEED=1\n")
+        if status != 1:
             break
         time.sleep(0.05)
-    assert "1 of 1 done" in capsys.readouterr().out and not Path("logs/seed-1.lock").exists()
+    assert "1 of 1 done" in out and not Path("logs/seed-1.lock").exists()
 
 
 @pytest.mark.skipif(not sweep.fcntl, reason="locks")
-def test_without_locks_the_age_of_the_log_tells(tmp_path, monkeypatch, capsys):
+def test_without_locks_the_process_that_wrote_it_tells(sweep_of, monkeypatch):
     def no_locks(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep.fcntl, "flock", no_locks)
-    for name, text in {"trainer.py": FAKE_TRAINER, "list.txt": "SEED=1\n", "broken": "none"}.items():
-        Path(name).write_text(text)
-    words = ("sweep", "list.txt", "--launch", f"{sys.executable} trainer.py")
-    assert run_cli(*words) == 0
-    Path("logs/seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}\n')
-    Path("logs/seed-1.lock").write_text("process 1 on elsewhere\n")
-    assert run_cli(*words) == 1
-    assert "still going: seed-1" in capsys.readouterr().out
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here = sweep.platform.node()
+    owners = {
+        "process 1 on elsewhere": 1,
+        f"process {os.getppid()} on {here}": 1,
+        f"process {dead.pid} on {here}": 0,
+        "": 1,
+    }
+    assert sweep_of("SEED=1\n")[0] == 0
+    for owner, status in owners.items():
+        Path("logs/seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}\n')
+        os.utime("logs/seed-1.jsonl", (0, 0))
+        Path("logs/seed-1.lock").write_text(owner + "\n" * bool(owner))
+        assert sweep_of("SEED=1\n")[0] == status, owner
+    monkeypatch.setenv("FORCE", "1")
+    assert sweep_of("SEED=1\n")[0] == 0
 
 
 @pytest.mark.parametrize("text, words", [
@@ -1612,61 +1605,45 @@ def test_without_locks_the_age_of_the_log_tells(tmp_path, monkeypatch, capsys):
     ("A='1", "line 1: No closing quotation"),
     ("# nothing", "no configuration"),
     ("A=1 B=2 A=1", "line 1: A stands on it more than once"),
+    ("SEED=1\nSEED=2 PROMPT=\udcff\n", "list.txt, line 2: not UTF-8 (byte 0xff at character 15)"),
+    ("SEED=1\nSEED=2\nPROMPT=\udced\udca0\udc80\n", "list.txt, line 3: not UTF-8"),  # a lone surrogate
+    *((f"RUN_ID={name} A=1", "line 1: RUN_ID=") for name in ("../x", "a/b", "")),
 ])  # fmt: skip
 def test_a_wrong_sweep_list_names_its_line(tmp_path, text, words):
-    (tmp_path / "list").write_text(text)
-    with pytest.raises(logs.UserError, match=words.replace("'", ".")):
-        sweep.read_list(str(tmp_path / "list"))
+    (tmp_path / "list.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(logs.UserError, match=re.escape(words)):
+        sweep.read_list(str(tmp_path / "list.txt"))
 
 
-def test_a_sweep_list_is_cut_at_newlines_alone_and_names_the_line_that_is_no_text(tmp_path):
+def test_a_sweep_list_is_cut_at_newlines_alone(tmp_path):
     path = tmp_path / "list"
     path.write_bytes(b"\xef\xbb\xbfPROMPT='one\xe2\x80\xa8two\xc2\x85three' SEED=1\r\nSEED=2\r\n")
     jobs = sweep.read_list(str(path))
     assert [job.get("PROMPT") for job in jobs] == ["one\u2028two\x85three", None] and jobs[1]["SEED"] == "2"
-    path.write_bytes(b"SEED=1\nSEED=2 PROMPT=\xff\n")
-    with pytest.raises(logs.UserError, match=r"list, line 2: not UTF-8 \(byte 0xff at character 15\)"):
-        sweep.read_list(str(path))
-    path.write_bytes(b"SEED=1\nSEED=2\nPROMPT=\xed\xa0\x80\n")  # a lone surrogate
-    with pytest.raises(logs.UserError, match=r"list, line 3: not UTF-8"):
-        sweep.read_list(str(path))
+
+
+def test_a_run_id_does_not_depend_on_the_order_of_knobs_and_names_one_run(tmp_path):
+    orders = ({"B": "2", "A": "1/x", "SEED": "3"}, {"SEED": "3", "A": "1/x", "B": "2"})
+    assert {sweep.run_id(knobs) for knobs in orders} == {"a-1_x_b-2_seed-3"}
+    assert len(sweep.run_id({f"KNOB_{i}": "value" for i in range(40)})) < 110
+    assert sweep.run_id({"A": "a*b"}) != sweep.run_id({"A": "a?b"})
+    (tmp_path / "list").write_text("A=a/b\nA=a_b\nA=a*b\nA=a?b\nA=c\n")
+    names = [job["RUN_ID"] for job in sweep.read_list(str(tmp_path / "list"))]
+    assert len(set(names)) == 5 and names[-1] == "a-c"
+
+
+@pytest.mark.parametrize(
+    "launch, message", [("", "expected the command"), ("'python", "No closing quotation"), ("./none", "No such file")]
+)
+def test_a_launch_that_is_no_command_is_one_message(sweep_of, launch, message):
+    status, out = sweep_of("A=1\n", launch=launch)
+    assert status == 2 and message in out
 
 
 def test_the_default_command_of_a_sweep_is_this_python_wherever_it_lies(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/a folder/it's/python")
     launch = report.parser().parse_args(["sweep", "list"]).launch
     assert shlex.split(launch) == ["/a folder/it's/python", "train_gpt.py"]
-
-
-def test_a_run_id_does_not_depend_on_the_order_of_knobs_and_stays_a_file_name(tmp_path):
-    assert (
-        sweep.run_id({"B": "2", "A": "1/x", "SEED": "3"})
-        == sweep.run_id({"SEED": "3", "A": "1/x", "B": "2"})
-        == "a-1_x_b-2_seed-3"
-    )
-    assert len(sweep.run_id({f"KNOB_{i}": "value" for i in range(40)})) < 110
-    assert sweep.run_id({"A": "a*b"}) != sweep.run_id({"A": "a?b"})
-    list_file = tmp_path / "list"
-    list_file.write_text("A=a/b\nA=a_b\nA=a*b\nA=a?b\nA=c\n")
-    names = [job["RUN_ID"] for job in sweep.read_list(str(list_file))]
-    assert len(set(names)) == 5 and names[-1] == "a-c"
-
-
-@pytest.mark.parametrize("words, message", [
-    (("--launch", ""), "expected the command"),
-    (("--launch", "'python"), "No closing quotation"),
-])  # fmt: skip
-def test_a_launch_that_is_no_command_is_one_message(tmp_path, capsys, words, message):
-    (tmp_path / "list.txt").write_text("A=1\n")
-    assert run_cli("sweep", str(tmp_path / "list.txt"), *words) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["../x", "a/b", ""])
-def test_a_sweep_writes_nothing_outside_its_logs(tmp_path, name):
-    (tmp_path / "list.txt").write_text(f"RUN_ID={name} A=1\n")
-    with pytest.raises(report.UserError, match="line 1: RUN_ID="):
-        sweep.read_list(str(tmp_path / "list.txt"))
 
 
 @pytest.mark.parametrize("figure", ["-1", "0", "1.0,0.1,2.5"])
