@@ -4432,7 +4432,7 @@ class QuantizedTensor:
     values: Tensor | None = None  # `shape`, fp16 or fp32
     codes: Tensor | None = None  # (R, C) int8, |code| <= 2**(bits-1) - 1; paths through a trellis: int16 of PATH_BITS
     scale: Tensor | None = None  # (R,) fp16, steps of the rows
-    columns: Tensor | None = None  # (C,) int8, what a column's step has more, in eighths of an octave; None: nothing
+    columns: Tensor | None = None  # (C,) int8, log2 of a column's step over the row's, in eighths; None: 0
     trellis: int = 0  # states of the trellis through which each row's codes are a path; 0: codes are independent
     low_rank: LowRank | None = None  # added to the codes' product
 
@@ -4492,13 +4492,20 @@ def searched_clip(w_RC: Tensor, top: int, quantiles: tuple[float, ...], whole: b
     return clips_QR[errors_QR.sum(1).argmin()] if whole else clips_QR.gather(0, errors_QR.argmin(0)[None])[0]
 
 
+def deviation_clip(w_RC: Tensor, sigmas: float) -> Tensor:
+    """`sigmas` sample standard deviations of each row about its mean, as published (PR #1394); at least its root mean square, which
+    only rows of nearly equal weights meet: their deviation would clip all of them."""
+    deviation_R = w_RC.std(dim=1) if w_RC.shape[1] > 1 else torch.zeros_like(w_RC[:, 0])
+    return torch.maximum(sigmas * deviation_R, w_RC.square().mean(dim=1).sqrt())
+
+
 # At 11 to 14 deviations nothing is clipped: sigmas / top is the step, and an entropy coder makes it a rate (PR #1394).
 CLIP_RULES: dict[str, Callable[[Tensor, int, ClipRule], Tensor]] = {
     "max": lambda w_RC, _top, _clip: w_RC.abs().amax(dim=1),
     "quantile": lambda w_RC, _top, clip: row_quantiles(w_RC, clip.quantiles[-1:])[0],
     "row": lambda w_RC, top, clip: searched_clip(w_RC, top, clip.quantiles, whole=False),
     "tensor": lambda w_RC, top, clip: searched_clip(w_RC, top, clip.quantiles, whole=True),
-    "sigma": lambda w_RC, _top, clip: clip.sigmas * w_RC.square().mean(dim=1).sqrt(),
+    "sigma": lambda w_RC, _top, clip: deviation_clip(w_RC, clip.sigmas),
 }
 
 
@@ -4608,7 +4615,7 @@ class Hessians:
 
     def __call__(self, site: str, x: Tensor) -> None:
         if x is self.last[1]:
-            assert self.owner.setdefault(site, self.last[0]) == self.last[0], f"{site} changed its input's company"
+            assert self.owner.setdefault(site, self.last[0]) == self.last[0], f"{site} no longer shares its input"
             return
         flat_NC = x.detach().reshape(-1, x.shape[-1]).float()
         owner = self.owner.setdefault(site, site)
@@ -6365,7 +6372,7 @@ class RateDistortion(NamedTuple):
 
 
 def row_factors(fisher_R: Tensor) -> Tensor:
-    """Steps of an embedding's rows: inversely with the root of their importance, in half octaves, within 1/4..4.
+    """Steps of an embedding's rows: step ~ 1 / sqrt(Fisher information), in half octaves, within 1/4..4.
 
     Rare tokens' rows matter less in proportion to their frequency, and the equal split of the added loss is the optimal one.
     """
@@ -6710,7 +6717,7 @@ def unpack_hashed(packed: bytes) -> dict[int, np.ndarray]:
     return dict(zip(HASHED_SIZES, np.split(flat, np.cumsum(list(HASHED_SIZES.values()))[:-1]), strict=True))
 
 
-class Level(NamedTuple):
+class TrieLevel(NamedTuple):
     """n-grams of one length in a trie, (n,) int64 each, sorted by (parent, token). Level 0 is the empty gram."""
 
     parent: np.ndarray  # row, in the level before, of the gram without its last token
@@ -6724,7 +6731,7 @@ class Level(NamedTuple):
         return order, np.searchsorted(self.parent, np.arange(parents + 1))
 
 
-ROOT = Level(*np.zeros((4, 1), np.int64))
+ROOT = TrieLevel(*np.zeros((4, 1), np.int64))
 MAX_GRAM = FIELDS["NGRAM_TABLE_ORDER"].metadata["hi"]
 
 
@@ -6745,7 +6752,7 @@ def group_equal(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return keys[heads], group, counts
 
 
-def count_grams(tokens: np.ndarray, vocab_size: int, order: int) -> Iterator[tuple[Level, np.ndarray]]:
+def count_grams(tokens: np.ndarray, vocab_size: int, order: int) -> Iterator[tuple[TrieLevel, np.ndarray]]:
     """(level, counts) of every n-gram of 1 .. order tokens; those longer than 1 occur twice or more."""
     before, at = ROOT, np.zeros(len(tokens), np.int64)  # at[t]: row of the gram that ends at t - 1
     for n in range(1, order + 1):
@@ -6757,14 +6764,14 @@ def count_grams(tokens: np.ndarray, vocab_size: int, order: int) -> Iterator[tup
         if n > 1:
             wanted = before.suffix[parent] * vocab_size + token
             suffix = np.searchsorted(before.parent * vocab_size + before.token, wanted)
-        before = Level(parent, token, np.rint(2 * np.log2(counts[kept])).astype(np.int64), suffix)
+        before = TrieLevel(parent, token, np.rint(2 * np.log2(counts[kept])).astype(np.int64), suffix)
         yield before, counts[kept]
         at = np.full(len(tokens), -1)
         at[live] = np.where(kept, np.cumsum(kept) - 1, -1)[rows]
         at = np.concatenate([[-1], at[:-1]])
 
 
-def gram_gains(grams: list[tuple[Level, np.ndarray]]) -> list[np.ndarray]:
+def gram_gains(grams: list[tuple[TrieLevel, np.ndarray]]) -> list[np.ndarray]:
     """Bits that each gram's own probability saves over its suffix's in the text it was counted in; infinite for single tokens."""
     gains, before = [np.full(len(grams[0][1]), np.inf)], grams[0][1] / grams[0][1].sum()
     for level, counts in itertools.islice(grams, 1, None):
@@ -6774,7 +6781,7 @@ def gram_gains(grams: list[tuple[Level, np.ndarray]]) -> list[np.ndarray]:
     return gains
 
 
-def prune_grams(grams: list[tuple[Level, np.ndarray]], gains: list[np.ndarray], least: float) -> list[Level]:
+def prune_grams(grams: list[tuple[TrieLevel, np.ndarray]], gains: list[np.ndarray], least: float) -> list[TrieLevel]:
     """Grams that gain `least` bits or more, with all their prefixes and suffixes."""
     kept = [gain >= least for gain in gains]
     for n in range(len(grams) - 1, 0, -1):
@@ -6783,12 +6790,14 @@ def prune_grams(grams: list[tuple[Level, np.ndarray]], gains: list[np.ndarray], 
         kept[n - 1][level.suffix[kept[n]]] = True
     rows = [np.zeros(1, np.int64), *(np.cumsum(k) - 1 for k in kept)]  # old row -> new row
     return [
-        Level(rows[n][level.parent[k]], level.token[k], level.size[k], rows[n][level.suffix[k]])
+        TrieLevel(rows[n][level.parent[k]], level.token[k], level.size[k], rows[n][level.suffix[k]])
         for n, ((level, _), k) in enumerate(zip(grams, kept, strict=True))
     ]
 
 
-def code_level(coder: StreamCoder, levels: list[Level], vocab_size: int, level: Level | None, limit: int) -> Level:
+def code_level(
+    coder: StreamCoder, levels: list[TrieLevel], vocab_size: int, level: TrieLevel | None, limit: int
+) -> TrieLevel:
     """Write the level after `levels`, or read it (None): one function codes in both directions, so the two cannot drift apart.
 
     Each gram's followers are some of its suffix's followers. They are coded as gaps between their ranks there, by frequency,
@@ -6830,10 +6839,10 @@ def code_level(coder: StreamCoder, levels: list[Level], vocab_size: int, level: 
         raise ArtifactError("a table of n-grams holds an impossible count")
     token = row if first else parents.token[row]
     sort = np.argsort(owner * vocab_size + token, kind="stable")
-    return Level(*(x[sort] for x in (owner, token, size, np.zeros_like(row) if first else row)))
+    return TrieLevel(*(x[sort] for x in (owner, token, size, np.zeros_like(row) if first else row)))
 
 
-def pack_trie(levels: list[Level], vocab_size: int) -> bytes:
+def pack_trie(levels: list[TrieLevel], vocab_size: int) -> bytes:
     """Levels 1, 2 .. of a trie as one section."""
     coder = StreamWriter()
     coder.numbers(np.zeros(1, int), np.array([len(levels)]))
@@ -6842,7 +6851,7 @@ def pack_trie(levels: list[Level], vocab_size: int) -> bytes:
     return coder.finish()
 
 
-def unpack_trie(packed: bytes, vocab_size: int) -> list[Level]:
+def unpack_trie(packed: bytes, vocab_size: int) -> list[TrieLevel]:
     """Inverse of pack_trie. Raises ArtifactError."""
     coder, levels, left = StreamReader(packed), [ROOT], (1 << 16) + 16 * len(packed)
     depth = int(coder.numbers(np.zeros(1, int))[0])
@@ -8106,7 +8115,7 @@ class PackedTable:
     followed most often.
     """
 
-    def __init__(self, levels: list[Level], vocab_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, levels: list[TrieLevel], vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.vocab_size, self.order, self.device = vocab_size, len(levels), device
         put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
         # NumPy arrays serve one target at a time, tensors many.
@@ -8492,7 +8501,7 @@ class Tables(NamedTuple):
     """The n-grams of the training text that an artifact carries."""
 
     hashed: dict[int, np.ndarray] | None = None  # #1095's counts
-    trie: list[Level] | None = None
+    trie: list[TrieLevel] | None = None
 
 
 NO_TABLES = Tables()

@@ -300,7 +300,7 @@ class Subject:
 
             self.get("average", name, measured)
 
-    def table(self, share: float) -> list[tg.Level]:
+    def table(self, share: float) -> list[tg.TrieLevel]:
         """N-grams of the training text in that share of ARTIFACT_BYTES, kept in the folder."""
         n = min(TABLE_TOKENS, BATCH * POINTS[self.network.tokens])
         path = self.folder / f"table-{n}-{share:g}.bin"

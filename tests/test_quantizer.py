@@ -114,6 +114,22 @@ def test_search_never_loses_to_the_largest_weight():
     assert error("row") <= error("tensor") <= error("max")
 
 
+def test_sdclip_is_the_published_statistic_and_keeps_rows_without_deviation():
+    """scale = fp16(k std(row) / q_max), std about the mean with n - 1; equal weights keep their value instead of a step of 0."""
+    w = (
+        torch.randn(40, 128, generator=torch.Generator().manual_seed(1)) * 0.02
+        + torch.linspace(-0.03, 0.03, 40)[:, None]
+    )
+    codes, scale = tg.quantize_rows(w, 6, tg.ClipRule("sigma", sigmas=12.85))
+    expected = torch.tensor(
+        [12.85 * math.sqrt(sum((x - sum(r) / 128) ** 2 for x in r) / 127) / 31 for r in w.double().tolist()]
+    )
+    torch.testing.assert_close(scale.float(), expected.half().float(), rtol=1e-3, atol=0)
+    for equal in (torch.full((3, 128), 0.3), torch.tensor([[0.3], [-2.0]]), torch.full((1, 2), -5.0)):
+        codes, scale = tg.quantize_rows(equal, 6, tg.ClipRule("sigma", sigmas=12.85))
+        torch.testing.assert_close(codes * scale.float()[:, None], equal, rtol=2e-3, atol=0)
+
+
 def test_small_rows_keep_their_resolution():
     """The published floor of 1/qmax on the scale would leave these rows with no code but zero."""
     w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 1e-3
@@ -202,6 +218,20 @@ def test_pruning_zeroes_the_smallest_of_each_tensor_or_of_all():
         kept = torch.cat([tg.dequantize(pruned[n]).abs().flatten() for n in coded])
         lost = torch.cat([tg.dequantize(plain[n])[tg.dequantize(pruned[n]) == 0].abs() for n in coded])
         assert scope == "tensor" or lost.max() <= kept[kept > 0].min() + 1e-9
+
+
+def test_global_pruning_ranks_what_codes_stand_for():
+    """AWQ-lite gives the columns of one group steps 16 times finer: their codes are large and their weights are not."""
+    named = {f"b.{i}.weight": torch.randn(32, 48, generator=torch.Generator().manual_seed(i)) for i in range(2)}
+    x = torch.randn(300, 48) * (1 + 5 * (torch.arange(48) < 16))
+    cfg = tg.Config(gptq_enabled=True, mlp_bits=4, quant_min_numel=0, awq_lite_enabled=True, awq_lite_group_size=16,
+                    awq_lite_group_top_k=1, prune_scope="global", prune_frac=0.4)  # fmt: skip
+    hessians, store = {"b.0": x.T @ x, "b.1": torch.eye(48)}, dict.fromkeys(named, "mlp")
+    pruned = tg.quantize(cfg, named, store, hessians)
+    plain = tg.quantize(tg.dataclasses.replace(cfg, prune_frac=0.0), named, store, hessians)
+    before, after = (torch.cat([tg.dequantize(s).abs().flatten() for s in q.values()]) for q in (plain, pruned))
+    assert plain["b.0.weight"].columns is not None and 0.38 < 1 - float((after > 0).sum() / (before > 0).sum()) < 0.42
+    assert before[(before > 0) & (after == 0)].max() <= after[after > 0].min()
 
 
 def test_low_rank_correction_lowers_the_error_of_the_worst_tensors():

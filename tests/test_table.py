@@ -96,7 +96,7 @@ def text_of(n: int, vocab: int, seed: int = 0) -> np.ndarray:
     return x
 
 
-def spelled(levels: list[tg.Level]) -> list[list[tuple[int, ...]]]:
+def spelled(levels: list[tg.TrieLevel]) -> list[list[tuple[int, ...]]]:
     """The grams of each level in full."""
     result, before = [], [()]
     for level in levels:

@@ -391,8 +391,9 @@ def test_corrections_are_taken_only_where_they_save_more_than_their_bytes():
 
 
 @pytest.mark.parametrize("states", [0, 8])
-def test_the_last_bytes_are_spent(states, monkeypatch):
-    """At most LEFT_BYTES are left where the first files leave far more."""
+@pytest.mark.parametrize(("code", "wants"), [(0, 1), (20_000, 1), (20_000, 3)])
+def test_the_last_bytes_are_spent_and_none_that_the_code_takes(states, code, wants, monkeypatch):
+    """At most LEFT_BYTES are left where the first files leave far more; tries that take three times too much are not taken."""
     g = torch.Generator().manual_seed(4)
     named = {f"blocks.{i}.mlp.up.weight": torch.randn(256, 128, generator=g) * 0.02 for i in range(4)}
     store = dict.fromkeys(named, "mlp")
@@ -400,10 +401,20 @@ def test_the_last_bytes_are_spent(states, monkeypatch):
     monkeypatch.setattr(tg, "BUDGET_FLOOR", 0.9)
     monkeypatch.setattr(tg, "BUDGET_AIM", 0.94)
     monkeypatch.setattr(tg, "LEFT_BYTES", 300)
-    cfg = tg.Config(target_bytes=60_000, quant_trellis=states)
-    budget = tg.fill_budget(cfg, {}, named, store, tg.Calibration({}, fisher), 0)
-    assert 0 <= cfg.target_bytes - budget.spent <= 300
-    assert len(tg.pack(cfg, {}, budget.stored)) == len(budget.blob) == budget.spent
+    refine, asked = tg.BudgetSearch.refine, []
+    monkeypatch.setattr(
+        tg.BudgetSearch, "refine", lambda *given: asked.append(given) or refine(*given[:-1], wants * given[-1])
+    )
+    cfg = tg.Config(target_bytes=60_000 + code, quant_trellis=states)
+    budget = tg.fill_budget(cfg, {}, named, store, tg.Calibration({}, fisher), code)
+    assert 0 <= cfg.target_bytes - budget.spent <= (300 if wants == 1 else 3000) and 1 <= len(asked) <= tg.LAST_TRIES
+    assert len(tg.pack(cfg, {}, budget.stored)) == len(budget.blob) == budget.spent - code
+    asked.clear()
+    full = dataclasses.replace(cfg, target_bytes=budget.spent)  # nothing is left: nothing is tried
+    assert (
+        tg.BudgetSearch(full, {}, named, store, tg.Calibration({}, fisher), code, {}).spend_rest(budget) is budget
+        and not asked
+    )
 
 
 def test_a_run_at_the_lowest_rates_ends_with_an_artifact_that_scores(tiny, script, monkeypatch):

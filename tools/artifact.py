@@ -365,7 +365,7 @@ class LaneMixture:
     """
 
     def __init__(
-        self, cfg: tg.Config, network: LaneNetwork, stage: str, length: int, trie: list[tg.Level] | None
+        self, cfg: tg.Config, network: LaneNetwork, stage: str, length: int, trie: list[tg.TrieLevel] | None
     ) -> None:
         self.network, lanes = network, len(network.tokens)
         self.span = tg.update_span(cfg, length + 1)
