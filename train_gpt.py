@@ -95,10 +95,22 @@ class ConfigError(ValueError):
 
 
 def knob(default: Any, unit: str, doc: str, *, choices: tuple = (), several: str = "", lo: float = -math.inf,
-         hi: float = math.inf, shape: bool = False) -> Any:  # fmt: skip
-    """Declare one knob; `shape` marks those that fix the model or its tokenizer, which an artifact's header binds. The value may be
-    a list of choices where a word, `several`, stands for none of them or for the usual ones."""
-    meta = {"unit": unit, "doc": doc, "choices": choices, "several": several, "lo": lo, "hi": hi, "shape": shape}
+         hi: float = math.inf, shape: bool = False, needs: str = "") -> Any:  # fmt: skip
+    """Declare one knob; `shape` marks those that fix the model or its tokenizer, which an artifact's header binds.
+
+    `several`: the default word; the knob also takes a comma-separated list of choices. `needs`: where the knob acts, as terms of which all
+    must hold: KNOB (it is on), !KNOB (off), KNOB=a/b (one of these values), a stage's name (it is scored), a|b (one of these terms).
+    """
+    meta = {
+        "unit": unit,
+        "doc": doc,
+        "choices": choices,
+        "several": several,
+        "lo": lo,
+        "hi": hi,
+        "shape": shape,
+        "needs": needs,
+    }
     return field(default=default, metadata=meta)
 
 
@@ -130,6 +142,151 @@ def parse_schedule(text: str) -> list[tuple[float, int]]:
     return steps
 
 
+# ---- what fits together: rows (condition of a mistake, message), one table a section. Every row is tried; in a message $KNOB stands for
+# KNOB=value. A condition that raises ValueError met a text that cannot be read, which `wrong` rows report and others pass over.
+
+Rule = tuple[Callable[[Any], Any], str | Callable[[Any], str]]
+
+
+def wrong(condition: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The condition, met too where the text that it reads raises ValueError."""
+
+    def met(c: Any) -> Any:
+        try:
+            return condition(c)
+        except ValueError:
+            return True
+
+    return met
+
+
+def reads_window(c: Any) -> bool:
+    """Whether a part reads the first GATE_WINDOW dims."""
+    return c.attn_gate == "sparse" or (c.smear and c.smear_form == "window")
+
+
+SHAPE_RULES: tuple[Rule, ...] = (
+    (lambda c: c.model_dim % c.num_heads, "$MODEL_DIM is not a multiple of $NUM_HEADS"),
+    (lambda c: c.num_heads % c.num_kv_heads, "$NUM_HEADS is not a multiple of $NUM_KV_HEADS"),
+    (lambda c: c.head_dim % 2, "$MODEL_DIM / $NUM_HEADS gives an odd head width; RoPE needs an even one"),
+    (lambda c: c.rope_dims % 2 or c.rope_dims > c.head_dim,
+     lambda c: f"$ROPE_DIMS: expected an even number of at most the head width {c.head_dim}"),
+    (lambda c: c.rope_train_len and (c.rope_dims or c.head_dim) <= 2, "$ROPE_TRAIN_LEN: the NTK rule needs more than 2 rotated dims"),
+    (lambda c: c.xsa_last_n > c.num_layers, "$XSA_LAST_N exceeds $NUM_LAYERS; XSA_LAST_N=-1 means all blocks"),
+    (lambda c: c.mlp_mult * c.model_dim < 1, "$MLP_MULT leaves no hidden unit at $MODEL_DIM"),
+    (wrong(lambda c: c.ve_dim and not 0 < len(c.value_layers) == len({*c.value_layers} & {*range(c.num_layers)})),
+     lambda c: f"$VE_DIM with $VE_LAYERS: expected different blocks of 0 to {c.num_layers - 1}, with commas between, or VE_DIM=0"),
+    (lambda c: c.bigram_vocab_size == 1, "$BIGRAM_VOCAB_SIZE: expected 0 (off) or at least 2 rows"),
+    (lambda c: c.adapter_rank and c.out_init != "zero", "$OUT_INIT has no matrices to act on with $ADAPTER_RANK: unset one of them"),
+    (lambda c: c.value_residual != "none" and c.num_layers < 2, "$VALUE_RESIDUAL needs at least 2 blocks, $NUM_LAYERS"),
+    (lambda c: reads_window(c) and c.gate_window > c.model_dim, "$GATE_WINDOW is wider than the model: $MODEL_DIM"),
+    (lambda c: c.num_loops and not c.loop_start <= c.loop_end < c.num_layers,
+     lambda c: f"$NUM_LOOPS through $LOOP_START to $LOOP_END: expected rising block numbers of 0 to {c.num_layers - 1} with $NUM_LAYERS"),
+    (lambda c: c.num_loops and 0 < c.parallel_start_layer <= c.loop_end,
+     "$NUM_LOOPS through $LOOP_START to $LOOP_END reaches into the lanes: $PARALLEL_START_LAYER must lie above LOOP_END"),
+    (lambda c: c.encoder_recurrence and 0 < c.parallel_start_layer < c.encoder_layers,
+     lambda c: f"$ENCODER_RECURRENCE repeats blocks with lanes: $PARALLEL_START_LAYER, expected at least {c.encoder_layers}"),
+    (lambda c: c.num_loops and c.encoder_recurrence, "$NUM_LOOPS and $ENCODER_RECURRENCE both repeat blocks: unset one of them"),
+    (lambda c: c.parallel_start_layer >= c.num_layers, "$PARALLEL_START_LAYER is no block with $NUM_LAYERS; 0: no lanes"),
+    (lambda c: c.encoder_recurrence and c.encoder_layers == 0, "$ENCODER_RECURRENCE needs an encoder block: $NUM_LAYERS has none"),
+)  # fmt: skip
+
+
+def uneven_length(c: Any) -> int:
+    """The first sequence length of the curriculum that does not divide the batch; 0: all do."""
+    return next((t for _, t in c.seq_curriculum if c.train_batch_tokens % t), 0)
+
+
+def nearest_batch(c: Any) -> int:
+    """The multiple of that length nearest to TRAIN_BATCH_TOKENS."""
+    t = uneven_length(c)
+    return max(1, round(c.train_batch_tokens / t)) * t
+
+
+TRAINING_RULES: tuple[Rule, ...] = (
+    (wrong(lambda c: not c.seq_curriculum), "$TRAIN_SEQ_SCHEDULE: expected LENGTH@SHARE,LENGTH@SHARE..., lengths of 8 tokens or more and rising "
+     "shares between 0 and 1, as in 1024@0.1,2048@0.7,3072@1.0"),
+    (uneven_length, lambda c: f"$TRAIN_BATCH_TOKENS is not a multiple of the sequence length {uneven_length(c)}; nearest: {nearest_batch(c)}"),
+    (lambda c: c.complement_alpha and c.vocab_size > 16384,
+     "$COMPLEMENT_ALPHA counts all pairs of tokens, too many at $VOCAB_SIZE: set it to 0"),
+    (wrong(lambda c: not all(0 < d < 1 for d in c.averages) or len(set(c.averages)) < len(c.averages)),
+     "$EMA_DECAYS: expected different decays between 0 and 1, separated by commas"),
+    (lambda c: c.swa_every and len(c.averages) > 1, "$EMA_DECAYS and $SWA_EVERY: only one EMA blends with SWA; unset one of them"),
+    (lambda c: c.swa_every and c.swa_source == "ema" and not c.averages, "$SWA_SOURCE needs EMA_DECAY above 0"),
+    (lambda c: c.mode == "train" and not c.max_wallclock_seconds and not c.iterations,
+     "$MAX_WALLCLOCK_SECONDS and $ITERATIONS: one of them must end the training"),
+    (lambda c: c.mode == "train" and 0 < c.max_wallclock_seconds <= c.reserved_seconds,
+     "$GPTQ_RESERVE_SECONDS leaves nothing of $MAX_WALLCLOCK_SECONDS to train in: lower the one or raise the other"),
+    (lambda c: re.search(r"[/\x00-\x1f]", c.run_id), "$RUN_ID: expected a name, which becomes LOG_DIR/NAME.txt; name folders with LOG_DIR"),
+    (lambda c: c.resume == "auto" and not c.run_id, "RESUME=auto needs RUN_ID, the name of the run to continue"),
+    (lambda c: c.quant_trellis and c.compressor != "entropy",
+     "$QUANT_TRELLIS needs COMPRESSOR=entropy: $COMPRESSOR knows no states, and the codes would grow"),
+    (lambda c: c.quant_trellis and c.prune_frac and c.prune_scope == "global",
+     "$QUANT_TRELLIS leaves no code to set to zero afterwards: PRUNE_SCOPE=tensor, or PRUNE_FRAC=0"),
+    (lambda c: c.awq_lite_enabled and not c.gptq_enabled, "$AWQ_LITE_ENABLED ranks columns by their inputs, which only GPTQ_ENABLED=1 looks at"),
+)  # fmt: skip
+
+
+def lora_sites_of(c: Any) -> set[str]:
+    """Where the model could have LoRA."""
+    return {"q", "out", "up", "down", "o", "mlp", "head", *(("kv",) if c.kv_fused else ("k", "v"))}
+
+
+def by_document(c: Any) -> bool:
+    """Whether stage ttt trains a LoRA for each document."""
+    return "ttt" in c.stages and c.ttt_reset == "document"
+
+
+def unordered_chunks(c: Any) -> bool:
+    """Whether the chunks at a document's start are not of rising positions and sizes of at least 1."""
+    below, sizes = zip(*c.ttt_chunk_steps, strict=True)
+    return min(sizes) < 1 or any(a >= b for a, b in zip((0, *below), below, strict=False))
+
+
+def longest_chunk(c: Any) -> int:
+    """Targets of the longest chunk of a document."""
+    return max(size for _, size in c.ttt_chunk_steps)
+
+
+EVALUATION_RULES: tuple[Rule, ...] = (
+    (lambda c: c.eval_stride > c.eval_len, lambda c: f"$EVAL_STRIDE exceeds the window of {c.eval_len}: some tokens would never be scored"),
+    (lambda c: "ttt" in c.stages and (not c.ttt_sites or c.ttt_sites - lora_sites_of(c)),
+     lambda c: f"$TTT_LORA_SITES: this model has the sites {', '.join(sorted(lora_sites_of(c)))}; name some of them"),
+    (lambda c: "ttt" in c.stages and c.ttt_lora_blocks > c.num_layers, "$TTT_LORA_BLOCKS exceeds $NUM_LAYERS"),
+    (lambda c: "ttt" in c.stages and c.phased_ttt_num_phases and c.ttt_reset != "document",
+     "$PHASED_TTT_NUM_PHASES: phases come at the ends of blocks of documents; set TTT_RESET=document, or no phases"),
+    (lambda c: by_document(c) and c.ttt_optimizer != "adamw",
+     "$TTT_OPTIMIZER: a document's own LoRA is trained with adamw (TTT_RESET=document)"),
+    (lambda c: by_document(c) and c.ttt_kv_cache and c.ttt_epochs > 1,
+     "$TTT_EPOCHS: with TTT_KV_CACHE=1 a chunk is sent through the network once; set one of them to its default"),
+    (lambda c: by_document(c) and c.phased_ttt_num_phases and not c.phased_ttt_prefix,
+     "$PHASED_TTT_PREFIX leaves no text to train on before a phase: raise it, or PHASED_TTT_NUM_PHASES=0"),
+    (lambda c: by_document(c) and wrong(unordered_chunks)(c),
+     "$TTT_SHORT_SCORE_FIRST_STEPS: expected POSITION:SIZE pairs of rising positions and sizes of at least 1, as in 256:8,2000:24"),
+    (lambda c: by_document(c) and 0 < c.ttt_block_tokens < longest_chunk(c),
+     lambda c: f"$TTT_BLOCK_TOKENS is shorter than a chunk of {longest_chunk(c)} targets: raise it, or 0 for a share of the text"),
+    (lambda c: by_document(c) and longest_chunk(c) > c.ttt_eval_len,
+     lambda c: f"TTT_CHUNK_SIZE={longest_chunk(c)} exceeds the context of {c.ttt_eval_len}: some targets would never be scored; raise TTT_EVAL_SEQ_LEN"),
+    (lambda c: c.ttt_order != "text" and not (c.ttt_enabled and c.ttt_reset == "document"),
+     "$TTT_ORDER orders the documents of TTT_ENABLED=1 TTT_RESET=document: set both, or TTT_ORDER=text"),
+    (lambda c: c.score_stage not in ("auto", *c.stages), lambda c: f"$SCORE_STAGE is not among the stages switched on: {', '.join(c.stages)}"),
+    (lambda c: c.ngram_claim == "pr1095" and "pr1095" not in c.ngram_tables and {*c.ngram_scores} - {"exact"},
+     "$NGRAM_CLAIM scores with a table of the training text: $NGRAM_TABLE lacks pr1095"),
+    (lambda c: "table" in c.stages and "exact" not in c.ngram_tables, "$EVAL_STAGES: stage table needs NGRAM_TABLE=exact"),
+    (lambda c: "tilt" in c.stages and not c.ngram_tilt_enabled, "$EVAL_STAGES: stage tilt needs NGRAM_TILT_ENABLED=1"),
+    (lambda c: c.ngram_buckets & (c.ngram_buckets - 1),
+     lambda c: f"$NGRAM_BUCKETS: the published hashes need a power of two; nearest below: {1 << (c.ngram_buckets.bit_length() - 1)}"),
+)  # fmt: skip
+
+
+def mistakes(c: Any) -> Iterator[str]:
+    """The messages of the rules that a configuration breaks."""
+    for condition, message in (*SHAPE_RULES, *TRAINING_RULES, *EVALUATION_RULES):
+        with contextlib.suppress(ValueError):
+            if condition(c):
+                yield message if isinstance(message, str) else message(c)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Every knob: field `muon_momentum` is the environment variable MUON_MOMENTUM. Defaults are the challenge's baseline."""
@@ -137,7 +294,7 @@ class Config:
     # fmt: off
     # ---- 1 CONFIG
     recipe: str = knob("auto", "", "named set of values; auto: frontier on a GPU, cpu without one")
-    mode: str = knob("train", "", "what to do", choices=("train", "eval", "audit"))
+    mode: str = knob("train", "", "what to do; pack_code, plan, codec, sample and explain are programs: python tools/NAME.py", choices=("train", "eval", "audit"))
     # ---- 2 RUNTIME
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
     run_id: str = knob("", "", "names the logs; empty: time-recipe-seed, and -2, -3 ... where that is taken")
@@ -159,8 +316,6 @@ class Config:
     num_kv_heads: int = knob(4, "heads", "key/value heads; each serves NUM_HEADS / NUM_KV_HEADS query heads", lo=1, hi=512, shape=True)
     kv_fused: bool = knob(False, "", "one projection for keys and values (#1095)", shape=True)
     mlp_mult: float = knob(2.0, "x MODEL_DIM", "hidden width of the MLP", lo=0.01, hi=64, shape=True)
-    mlp_mult_encoder: float = knob(0.0, "x MODEL_DIM", "the same for encoder blocks; 0: MLP_MULT", lo=0, hi=64, shape=True)
-    mlp_mult_decoder: float = knob(0.0, "x MODEL_DIM", "the same for decoder blocks; 0: MLP_MULT", lo=0, hi=64, shape=True)
     leaky_slope: float = knob(0.0, "", "a of the MLP's leaky_relu(z, a)^2; 0: relu^2", lo=0, hi=1, shape=True)
     tie_embeddings: bool = knob(True, "", "the output head is the token embedding", shape=True)
     logit_softcap: float = knob(30.0, "", "logits = c tanh(z / c)", lo=0.1, hi=1e6, shape=True)
@@ -171,57 +326,54 @@ class Config:
     qk_gain_init: float = knob(1.5, "", "initial per-head gain on normalised queries", lo=0, hi=100, shape=True)
     ln_scale: str = knob("none", "", "1/sqrt(layer+1) on normalised block inputs (in) or on block outputs (out)", choices=("none", "in", "out"), shape=True)
     xsa_last_n: int = knob(0, "blocks", "exclusive self attention in the last N blocks; -1: all", lo=-1, hi=256, shape=True)
-    xsa_gated: bool = knob(False, "", "exclusive self attention at a learned share a head, tanh(alpha), initially 0", shape=True)
-    attn_gate: str = knob("none", "", "gate on each head's output: from the input, one scalar a head, or from GATE_WINDOW dims of the input", choices=("none", "input", "scalar", "sparse"), shape=True)
-    attn_gate_init: float = knob(4.0, "", "initial gate logit (bias of `input`, value of `scalar`)", lo=-20, hi=20, shape=True)
-    sparse_attn_gate_scale: float = knob(1.0, "", "ATTN_GATE=sparse: factor on the gate's logits", lo=0.01, hi=100, shape=True)
-    gate_window: int = knob(12, "dims", "leading dims that ATTN_GATE=sparse and SMEAR_FORM=window read", lo=1, hi=16384, shape=True)
-    value_residual: str = knob("none", "", "mix the first block's values into every later block's", choices=("none", "softmax", "sigmoid"), shape=True)
+    attn_gate: str = knob("none", "", "gate on each head's output: from the input, or from GATE_WINDOW dims of it", choices=("none", "input", "sparse"), shape=True)
+    attn_gate_init: float = knob(4.0, "", "ATTN_GATE=input: initial logit of the gate", lo=-20, hi=20, shape=True, needs="ATTN_GATE=input")
+    sparse_attn_gate_scale: float = knob(1.0, "", "ATTN_GATE=sparse: factor on the gate's logits", lo=0.01, hi=100, shape=True, needs="ATTN_GATE=sparse")
+    gate_window: int = knob(12, "dims", "leading dims that ATTN_GATE=sparse and SMEAR_FORM=window read", lo=1, hi=16384, shape=True, needs="ATTN_GATE=sparse|SMEAR_FORM=window")
+    value_residual: str = knob("none", "", "mix the first block's values into every later block's", choices=("none", "softmax"), shape=True)
     ve_dim: int = knob(0, "", "width of the shared value embedding; 0: none", lo=0, hi=4096, shape=True)
-    ve_layers: str = knob("", "block numbers", "blocks that add the value embedding, e.g. 9,10", shape=True)
+    ve_layers: str = knob("", "block numbers", "blocks that add the value embedding, e.g. 9,10", shape=True, needs="VE_DIM")
     smear: bool = knob(False, "", "SmearGate: blend each embedding with the one before it", shape=True)
-    smear_form: str = knob("channel", "", "share of the previous token: learned a channel, or from GATE_WINDOW dims of the token", choices=("channel", "window"), shape=True)
-    smear_init: float = knob(0.0, "", "SMEAR_FORM=channel: initial logit g of the previous token's share sigmoid(g)", lo=-20, hi=20, shape=True)
-    smear_before_norm: bool = knob(False, "", "smear before the embedding's RMSNorm instead of after it", shape=True)
-    smear_cross_doc: bool = knob(False, "", "published leak: blend across a BOS", shape=True)
+    smear_form: str = knob("channel", "", "share of the previous token: learned a channel, or from GATE_WINDOW dims of the token", choices=("channel", "window"), shape=True, needs="SMEAR")
+    smear_init: float = knob(0.0, "", "SMEAR_FORM=channel: initial logit g of the previous token's share sigmoid(g)", lo=-20, hi=20, shape=True, needs="SMEAR SMEAR_FORM=channel")
+    smear_before_norm: bool = knob(False, "", "smear before the embedding's RMSNorm instead of after it", shape=True, needs="SMEAR")
+    smear_cross_doc: bool = knob(False, "", "published leak: blend across a BOS", shape=True, needs="SMEAR")
     bigram_vocab_size: int = knob(0, "rows", "hashed bigram embedding; 0: none", lo=0, hi=2**24, shape=True)
-    bigram_dim: int = knob(128, "", "width of the bigram table", lo=1, hi=4096, shape=True)
-    bigram_hash: str = knob("pr164", "", "hash of (previous, current)", choices=("pr164", "pr740", "pr187"), shape=True)
-    bigram_scale: float = knob(0.05, "", "initial learned scale of the bigram branch; 0: no scale", lo=0, hi=10, shape=True)
-    bigram_table_std: float = knob(0.0, "", "initial standard deviation of the bigram table; 0: zeros", lo=0, hi=10, shape=True)
-    bigram_table_role: str = knob("embed", "", "optimizer group of the bigram table", choices=("embed", "scalar", "matrix"), shape=True)
-    bigram_proj_role: str = knob("matrix", "", "optimizer group of the bigram projection", choices=("embed", "scalar", "matrix"), shape=True)
+    bigram_dim: int = knob(128, "", "width of the bigram table", lo=1, hi=4096, shape=True, needs="BIGRAM_VOCAB_SIZE")
+    bigram_hash: str = knob("pr164", "", "hash of (previous, current)", choices=("pr164", "pr740", "pr187"), shape=True, needs="BIGRAM_VOCAB_SIZE")
+    bigram_scale: float = knob(0.05, "", "initial learned scale of the bigram branch; 0: no scale", lo=0, hi=10, shape=True, needs="BIGRAM_VOCAB_SIZE")
+    bigram_table_std: float = knob(0.0, "", "initial standard deviation of the bigram table; 0: zeros", lo=0, hi=10, shape=True, needs="BIGRAM_VOCAB_SIZE")
+    bigram_table_role: str = knob("embed", "", "optimizer group of the bigram table", choices=("embed", "scalar", "matrix"), shape=True, needs="BIGRAM_VOCAB_SIZE")
+    bigram_proj_role: str = knob("matrix", "", "optimizer group of the bigram projection", choices=("embed", "scalar", "matrix"), shape=True, needs="BIGRAM_VOCAB_SIZE")
     pre_enrich_dim: int = knob(0, "", "hidden width of the GELU pre-enrichment of embeddings; 0: none", lo=0, hi=65536, shape=True)
     skip_split: str = knob("floor", "", "encoder half of an odd number of blocks", choices=("floor", "ceil"), shape=True)
     skip_gates_enabled: bool = knob(False, "", "skips blend by a learned gate a channel, sigmoid(g), initially 1/2, instead of being added", shape=True)
     num_loops: int = knob(0, "passes", "depth recurrence: further passes through blocks LOOP_START to LOOP_END; 0: none", lo=0, hi=16, shape=True)
-    loop_start: int = knob(3, "", "first looped block", lo=0, hi=255, shape=True)
-    loop_end: int = knob(5, "", "last looped block", lo=0, hi=255, shape=True)
-    loop_carry: str = knob("", "", "frozen carry: for each looped block 'b,a1,a2,..', blocks separated by ';'; empty: none", shape=True)
-    enable_looping_at: float = knob(0.35, "", "share of the training budget at which the loops start", lo=0, hi=1)
+    loop_start: int = knob(3, "", "first looped block", lo=0, hi=255, shape=True, needs="NUM_LOOPS")
+    loop_end: int = knob(5, "", "last looped block", lo=0, hi=255, shape=True, needs="NUM_LOOPS")
+    enable_looping_at: float = knob(0.35, "", "share of the training budget at which the loops start", lo=0, hi=1, needs="NUM_LOOPS")
     parallel_start_layer: int = knob(0, "", "first block with attention and MLP on two parallel lanes; 0: none", lo=0, hi=255, shape=True)
     encoder_recurrence: bool = knob(False, "", "run the encoder blocks twice", shape=True)
     resid_mix_init: str = knob("plain", "", "initial mix with the embedding: (1, 0), or by depth", choices=("plain", "phase"), shape=True)
     linear_init: str = knob("default", "", "init of projections: torch's Kaiming-uniform or orthogonal", choices=("default", "orthogonal"), shape=True)
     out_init: str = knob("zero", "", "init of attention and MLP output projections; scaled: orthogonal / sqrt(2 L)", choices=("zero", "scaled"), shape=True)
-    branch_proj_scaled: bool = knob(False, "", "1/sqrt(2 L) on the projections of bigram and value embeddings", shape=True)
+    branch_proj_scaled: bool = knob(False, "", "1/sqrt(2 L) on the projections of bigram and value embeddings", shape=True, needs="BIGRAM_VOCAB_SIZE|VE_DIM")
     embed_init_std: float = knob(0.005, "", "initial standard deviation of the token embedding", lo=0, hi=10, shape=True)
     overtone_init: bool = knob(False, "", "spectrum S_k = S_1 / sqrt(k) for the initial token embedding", shape=True)
     adapter_rank: int = knob(0, "", "matrices = frozen random orthogonal base + rank-r adapter (#1095); 0: off", lo=0, hi=4096, shape=True)
-    adapter_b_init: str = knob("zero", "", "B of the adapters: zeros, or N(0, 1/r) on q, kv and up", choices=("zero", "published"), shape=True)
-    adapter_seed: int = knob(42, "", "seed of the frozen bases", lo=0, hi=2**31 - 1, shape=True)
+    adapter_seed: int = knob(42, "", "seed of the frozen bases", lo=0, hi=2**31 - 1, shape=True, needs="ADAPTER_RANK")
     attention: str = knob("auto", "", "attention kernel", choices=("auto", "fa3", "fa2", "sdpa", "blocks"))
     train_dtype: str = knob("auto", "", "arithmetic of training; auto: bf16 on a GPU, else fp32; fast: bf16 also on CPUs that have it in hardware", choices=("auto", "fast", "fp32", "bf16"))
     compile: str = knob("auto", "", "torch.compile: where it pays, never, or always", choices=("auto", "0", "1"))
     # ---- 5 OPTIMIZER
-    tied_embed_lr: float = knob(0.05, "", "Adam rate of embedding tables when the head shares the token table", lo=0)
-    embed_lr: float = knob(0.6, "", "Adam rate of embedding tables when the head has its own matrix", lo=0)
-    head_lr: float = knob(0.008, "", "Adam rate of a head with its own matrix", lo=0)
+    tied_embed_lr: float = knob(0.05, "", "Adam rate of embedding tables when the head shares the token table", lo=0, needs="TIE_EMBEDDINGS")
+    embed_lr: float = knob(0.6, "", "Adam rate of embedding tables when the head has its own matrix", lo=0, needs="!TIE_EMBEDDINGS")
+    head_lr: float = knob(0.008, "", "Adam rate of a head with its own matrix", lo=0, needs="!TIE_EMBEDDINGS")
     matrix_lr: float = knob(0.04, "", "Muon rate of the matrices", lo=0)
     scalar_lr: float = knob(0.04, "", "Adam rate of gains, gates and other small parameters", lo=0)
     decoder_lr_mult: float = knob(1.0, "", "multiplier on MATRIX_LR in the second half of the blocks", lo=0)
     muon_momentum: float = knob(0.95, "", "Muon momentum after its warm-up", lo=0, hi=1)
-    muon_momentum_warmup_start: float = knob(0.85, "", "Muon momentum at step 0", lo=0, hi=1)
+    muon_momentum_warmup_start: float = knob(0.85, "", "Muon momentum at step 0", lo=0, hi=1, needs="MUON_MOMENTUM_WARMUP_STEPS")
     muon_momentum_warmup_steps: int = knob(500, "steps", "steps over which Muon's momentum rises; 0 skips it", lo=0)
     muon_row_normalize: bool = knob(False, "", "MuonEq-R: rows of Muon's momentum are brought to length 1 before orthogonalisation")
     newton_schulz: str = knob("classic", "", "coefficients of the iterations: one tuple for all, or Polar Express's of each", choices=("classic", "polar"))
@@ -234,7 +386,6 @@ class Config:
     beta2: float = knob(0.95, "", "Adam's decay of the gradient's square", lo=0, hi=0.99999)
     adam_eps: float = knob(1e-8, "", "Adam's epsilon", lo=0)
     grad_clip_norm: float = knob(0.0, "", "largest global norm of the gradient; 0 leaves it alone", lo=0)
-    grad_clip_local: bool = knob(False, "", "clip the part of each rank before the reduction, as published, instead of the reduced gradient")
     # ---- 6 TRAINING
     doc_mask: bool = knob(False, "", "documents do not see each other: attention, smear and bigram stay inside each", shape=True)
     train_seq_len: int = knob(1024, "tokens", "sequence length in training", lo=8, hi=2**20, shape=True)
@@ -244,148 +395,139 @@ class Config:
     max_wallclock_seconds: float = knob(600.0, "s", "training time, validation excluded; 0: no limit", lo=0)
     warmup_steps: int = knob(20, "steps", "priming steps that compile kernels and are undone completely, before the clock", lo=0, hi=10000)
     lr_schedule: str = knob("warmdown", "", "flat then linear down, or flat then cosine down (wsd)", choices=("warmdown", "wsd"))
-    warmdown_iters: int = knob(1200, "steps", "length of the linear warmdown, in steps or their measured time", lo=0)
-    warmdown_frac: float = knob(0.0, "", "length of the linear warmdown as a share of the budget; 0: WARMDOWN_ITERS", lo=0, hi=1)
+    warmdown_iters: int = knob(1200, "steps", "length of the linear warmdown, in steps or their measured time", lo=0, needs="LR_SCHEDULE=warmdown !WARMDOWN_FRAC")
+    warmdown_frac: float = knob(0.0, "", "length of the linear warmdown as a share of the budget; 0: WARMDOWN_ITERS", lo=0, hi=1, needs="LR_SCHEDULE=warmdown")
     min_lr: float = knob(0.0, "", "least learning-rate scale of both schedules", lo=0, hi=1)
-    wsd_stable_frac: float = knob(0.75, "", "share of the budget before the cosine of wsd", lo=0, hi=1)
+    wsd_stable_frac: float = knob(0.75, "", "share of the budget before the cosine of wsd", lo=0, hi=1, needs="LR_SCHEDULE=wsd")
     train_seq_schedule: str = knob("", "", "lengths instead of TRAIN_SEQ_LEN, each up to a share of the budget: 1024@0.1,2048@0.7,3072@1.0; what is left has TRAIN_SEQ_LEN", shape=True)
-    seq_change_warmup_steps: int = knob(0, "steps", "after each change of length the learning rates rise from nearly nothing over so many steps", lo=0)
+    seq_change_warmup_steps: int = knob(0, "steps", "after each change of length the learning rates rise from nearly nothing over so many steps", lo=0, needs="TRAIN_SEQ_SCHEDULE")
     val_loss_every: int = knob(1000, "steps", "validate during training; 0: only at the end", lo=0)
     train_log_every: int = knob(200, "steps", "step lines in the log", lo=1)
-    ema_decay: float = knob(0.0, "", "exponential moving average of the weights; 0: off", lo=0, hi=0.999999)
+    ema_decay: float = knob(0.0, "", "exponential moving average of the weights; 0: off", lo=0, hi=0.999999, needs="!EMA_DECAYS")
     ema_decays: str = knob("", "", "several averages at once instead of EMA_DECAY's, e.g. .99,.9965,.999: the one, or half and half of two, with the least loss on held-back training text is kept")
-    ema_start_frac: float = knob(0.0, "", "share of the budget before the EMA starts", lo=0, hi=1)
+    ema_start_frac: float = knob(0.0, "", "share of the budget before the EMA starts", lo=0, hi=1, needs="EMA_DECAY|EMA_DECAYS")
     swa_every: int = knob(0, "steps", "stochastic weight averaging; 0: off", lo=0)
-    swa_start_scale: float = knob(0.2, "", "SWA collects while the learning-rate scale is below this", lo=0, hi=2)
-    swa_source: str = knob("weights", "", "what SWA averages", choices=("weights", "ema"))
-    swa_blend: float = knob(0.5, "", "final = (1 - b) (EMA or weights) + b SWA", lo=0, hi=1)
+    swa_start_scale: float = knob(0.2, "", "SWA collects while the learning-rate scale is below this", lo=0, hi=2, needs="SWA_EVERY")
+    swa_source: str = knob("weights", "", "what SWA averages", choices=("weights", "ema"), needs="SWA_EVERY")
+    swa_blend: float = knob(0.5, "", "final = (1 - b) (EMA or weights) + b SWA", lo=0, hi=1, needs="SWA_EVERY")
     qat: str = knob("none", "", "fake quantisation of projections while training", choices=("none", "ste", "soft_round", "soft_round_pr850"))
-    qat_bits: int = knob(6, "bits", "width of the fake quantisation", lo=2, hi=8)
-    qat_start_frac: float = knob(0.0, "", "share of the budget at which QAT starts", lo=0, hi=1)
+    qat_bits: int = knob(6, "bits", "width of the fake quantisation", lo=2, hi=8, needs="QAT")
+    qat_start_frac: float = knob(0.0, "", "share of the budget at which QAT starts", lo=0, hi=1, needs="QAT")
     complement_alpha: float = knob(0.0, "", "complementary training: weight 1 - alpha p_bigram on each token (#803); 0: off", lo=0, hi=1)
-    complement_normalized: bool = knob(False, "", "divide the weighted loss by the weights' sum instead of the token count")
-    complement_sync: bool = knob(True, "", "sum the bigram counts over ranks; 0: each rank counts its own tokens, as published")
     checkpoint_every: int = knob(0, "steps", "save a checkpoint, and one when a signal stops the training (TERM INT HUP USR1 USR2 XCPU; torchrun passes on only those in TORCHELASTIC_SIGNALS_TO_HANDLE); 0: never", lo=0)
-    checkpoint_keep: int = knob(2, "files", "how many checkpoints stay", lo=1)
+    checkpoint_keep: int = knob(2, "files", "how many checkpoints stay", lo=1, needs="CHECKPOINT_EVERY")
     resume: str = knob("", "", "auto: the newest checkpoint of RUN_ID if there is one; or a checkpoint file")
     # ---- 7 QUANTIZER
-    attn_bits: int = knob(6, "bits", "width of attention matrices; 16 and 32 pass floats through", choices=WIDTHS)
-    mlp_bits: int = knob(6, "bits", "width of MLP matrices", choices=WIDTHS)
-    embed_bits: int = knob(8, "bits", "width of the token embedding (and head)", choices=WIDTHS)
-    table_bits: int = knob(8, "bits", "width of hashed and value embedding tables", choices=WIDTHS)
-    proj_bits: int = knob(8, "bits", "width of matrices beside the blocks (table projections)", choices=WIDTHS)
-    adapter_bits: int = knob(8, "bits", "width of adapters on a random base", choices=WIDTHS)
+    attn_bits: int = knob(6, "bits", "width of attention matrices; 16 and 32 pass floats through", choices=WIDTHS, needs="!TARGET_BYTES|ATTN_BITS=16/32")
+    mlp_bits: int = knob(6, "bits", "width of MLP matrices", choices=WIDTHS, needs="!TARGET_BYTES|MLP_BITS=16/32")
+    embed_bits: int = knob(8, "bits", "width of the token embedding (and head)", choices=WIDTHS, needs="!TARGET_BYTES|EMBED_BITS=16/32")
+    table_bits: int = knob(8, "bits", "width of hashed and value embedding tables", choices=WIDTHS, needs="!TARGET_BYTES|TABLE_BITS=16/32")
+    proj_bits: int = knob(8, "bits", "width of matrices beside the blocks (table projections)", choices=WIDTHS, needs="!TARGET_BYTES|PROJ_BITS=16/32")
+    adapter_bits: int = knob(8, "bits", "width of adapters on a random base", choices=WIDTHS, needs="ADAPTER_RANK !TARGET_BYTES|ADAPTER_BITS=16/32")
     control_bits: int = knob(32, "bits", "width of gains, mixes and other small control parameters", choices=WIDTHS)
     quant_overrides: str = knob("", "", "bits by parameter name, first match wins: blocks.9.attn.k=16,blocks.*.mlp.up=5")
     quant_min_numel: int = knob(4096, "elements", "tensors this small pass through as fp16 whatever their role", lo=0)
-    quant_clip: str = knob("max", "", "what a row's largest code stands for", choices=("max", "quantile", "row", "tensor", "sigma"))
-    quant_quantiles: str = knob("0.999,0.9995,0.9999,0.99999,1.0", "", "quantiles of |row|: QUANT_CLIP=quantile takes the last, row and tensor search all by squared error")
-    attn_clip_sigmas: float = knob(13.0, "std", "QUANT_CLIP=sigma: clip of attention rows", lo=0.1)
-    mlp_clip_sigmas: float = knob(11.5, "std", "QUANT_CLIP=sigma: clip of MLP rows", lo=0.1)
-    embed_clip_sigmas: float = knob(14.0, "std", "QUANT_CLIP=sigma: clip of token embedding rows", lo=0.1)
-    matrix_clip_sigmas: float = knob(12.85, "std", "QUANT_CLIP=sigma: clip of all other rows", lo=0.1)
+    quant_clip: str = knob("max", "", "what a row's largest code stands for", choices=("max", "quantile", "row", "tensor", "sigma"), needs="!TARGET_BYTES")
+    quant_quantiles: str = knob("0.999,0.9995,0.9999,0.99999,1.0", "", "quantiles of |row|: QUANT_CLIP=quantile takes the last, row and tensor search all by squared error", needs="!TARGET_BYTES QUANT_CLIP=quantile/row/tensor")
+    attn_clip_sigmas: float = knob(13.0, "std", "QUANT_CLIP=sigma: clip of attention rows", lo=0.1, needs="!TARGET_BYTES QUANT_CLIP=sigma")
+    mlp_clip_sigmas: float = knob(11.5, "std", "QUANT_CLIP=sigma: clip of MLP rows", lo=0.1, needs="!TARGET_BYTES QUANT_CLIP=sigma")
+    embed_clip_sigmas: float = knob(14.0, "std", "QUANT_CLIP=sigma: clip of token embedding rows", lo=0.1, needs="!TARGET_BYTES QUANT_CLIP=sigma")
+    matrix_clip_sigmas: float = knob(12.85, "std", "QUANT_CLIP=sigma: clip of all other rows", lo=0.1, needs="!TARGET_BYTES QUANT_CLIP=sigma")
     prune_frac: float = knob(0.0, "", "share of coded weights set to zero, smallest first; 0: none", lo=0, hi=0.99)
-    prune_scope: str = knob("tensor", "", "smallest weights of each tensor before rounding, or smallest codes over all tensors after it", choices=("tensor", "global"))
+    prune_scope: str = knob("tensor", "", "smallest weights of each tensor before rounding, or smallest codes over all tensors after it", choices=("tensor", "global"), needs="PRUNE_FRAC")
     gptq_enabled: bool = knob(False, "", "round with error compensation from the inputs' second moments (GPTQ)")
-    gptq_variant: str = knob("cholesky", "", "cholesky: the algorithm; pr850: the published full-inverse sweep", choices=("cholesky", "pr850"))
-    gptq_order: str = knob("descending", "", "columns by input energy", choices=("descending", "ascending", "natural"))
-    gptq_percdamp: float = knob(0.01, "", "damping of the Hessian, times its mean diagonal", lo=1e-6, hi=10)
-    gptq_block_size: int = knob(128, "columns", "lazy block of GPTQ; changes speed, not results", lo=1)
-    gptq_n_samples: int = knob(256, "sequences", "most calibration sequences of TRAIN_SEQ_LEN; fewer where the time runs out, one a rank at least", lo=1)
-    gptq_calibration: str = knob("train", "", "calibrate on windows of the training stream or on text sampled from the model", choices=("train", "self"))
-    gptq_reserve_seconds: float = knob(8.0, "s", "part of MAX_WALLCLOCK_SECONDS kept for what follows the training loop, if anything does (GPTQ_ENABLED, TARGET_BYTES, NGRAM_TABLE=exact)", lo=0)
+    gptq_variant: str = knob("cholesky", "", "cholesky: the algorithm; pr850: the published full-inverse sweep", choices=("cholesky", "pr850"), needs="GPTQ_ENABLED")
+    gptq_order: str = knob("descending", "", "columns by input energy", choices=("descending", "ascending", "natural"), needs="GPTQ_ENABLED !QUANT_TRELLIS")
+    gptq_percdamp: float = knob(0.01, "", "damping of the Hessian, times its mean diagonal", lo=1e-6, hi=10, needs="GPTQ_ENABLED")
+    gptq_block_size: int = knob(128, "columns", "lazy block of GPTQ; changes speed, not results", lo=1, needs="GPTQ_ENABLED")
+    gptq_n_samples: int = knob(256, "sequences", "most calibration sequences of TRAIN_SEQ_LEN; fewer where the time runs out, one a rank at least", lo=1, needs="GPTQ_ENABLED|TARGET_BYTES")
+    gptq_calibration: str = knob("train", "", "calibrate on windows of the training stream or on text sampled from the model", choices=("train", "self"), needs="GPTQ_ENABLED|TARGET_BYTES")
+    gptq_reserve_seconds: float = knob(8.0, "s", "part of MAX_WALLCLOCK_SECONDS kept for what follows the training loop, if anything does (GPTQ_ENABLED, TARGET_BYTES, NGRAM_TABLE=exact)", lo=0, needs="MAX_WALLCLOCK_SECONDS GPTQ_ENABLED|TARGET_BYTES|NGRAM_TABLE=exact")
     quant_trellis: int = knob(0, "states", "codes are paths through a trellis of this many states: 8 make about 1 dB less error at equal bytes, 64 another .15 dB in 4 times the time; columns as they stand; 0: independent codes", choices=(0, 4, 8, 64))
     lqer_top_k: int = knob(0, "tensors", "low-rank correction of the tensors with the largest residual; 0: none", lo=0)
-    lqer_rank: int = knob(4, "", "rank of the correction", lo=1, hi=256)
-    lqer_factor_bits: int = knob(4, "bits", "width of its factors", lo=2, hi=8)
-    lqer_asym_enabled: bool = knob(False, "", "left factors in 2 bits with one step, right ones in LQER_FACTOR_BITS with a step a group (#1797)")
-    lqer_asym_group: int = knob(64, "columns", "LQER_ASYM_ENABLED=1: columns of a right factor that share a step", lo=1)
+    lqer_rank: int = knob(4, "", "rank of the correction", lo=1, hi=256, needs="LQER_TOP_K")
+    lqer_factor_bits: int = knob(4, "bits", "width of its factors", lo=2, hi=8, needs="LQER_TOP_K")
+    lqer_asym_enabled: bool = knob(False, "", "left factors in 2 bits with one step, right ones in LQER_FACTOR_BITS with a step a group (#1797)", needs="LQER_TOP_K")
+    lqer_asym_group: int = knob(64, "columns", "LQER_ASYM_ENABLED=1: columns of a right factor that share a step", lo=1, needs="LQER_TOP_K LQER_ASYM_ENABLED")
     awq_lite_enabled: bool = knob(False, "", "finer steps for the columns with the largest inputs times weights (#1908); needs GPTQ_ENABLED")
-    awq_lite_bits: int = knob(8, "bits", "their width; their steps are finer by as many octaves as it exceeds <ROLE>_BITS", lo=2, hi=8)
-    awq_lite_group_top_k: int = knob(1, "groups", "how many groups of columns over the whole model", lo=1)
-    awq_lite_group_size: int = knob(64, "columns", "size of a group", lo=1)
+    awq_lite_bits: int = knob(8, "bits", "their width; their steps are finer by as many octaves as it exceeds <ROLE>_BITS", lo=2, hi=8, needs="AWQ_LITE_ENABLED")
+    awq_lite_group_top_k: int = knob(1, "groups", "how many groups of columns over the whole model", lo=1, needs="AWQ_LITE_ENABLED")
+    awq_lite_group_size: int = knob(64, "columns", "size of a group", lo=1, needs="AWQ_LITE_ENABLED")
     # ---- 8 ARTIFACT
     artifact: str = knob("", "file", "the artifact to write or score; empty: LOG_DIR/RUN_ID.pgz")
     artifact_limit: int = knob(16_000_000, "bytes", "limit on artifact + code", lo=0)
     compressor: str = knob("entropy", "", "coder of the weight streams: our model and a range coder, or a byte compressor", choices=("entropy", "zstd", "lzma"))
     target_bytes: int = knob(0, "bytes", "total of artifact and code to fill, by one step a tensor; the widths of codes are then ignored; 0: off", lo=0)
     code_form: str = knob("packed", "", "the form of this script that is counted and submitted", choices=("packed", "source"))
-    zstd_level: int = knob(22, "", "zstd level", lo=1, hi=22)
-    lzma_preset: int = knob(9, "", "LZMA preset; 9 is run as 9|EXTREME", lo=0, hi=9)
+    zstd_level: int = knob(22, "", "zstd level", lo=1, hi=22, needs="COMPRESSOR=zstd")
+    lzma_preset: int = knob(9, "", "LZMA preset; 9 is run as 9|EXTREME", lo=0, hi=9, needs="COMPRESSOR=lzma|NGRAM_TABLE=pr1095")
     # ---- 9 EVALUATOR
     eval_seq_len: int = knob(0, "tokens", "window of the evaluation; 0: TRAIN_SEQ_LEN", lo=0, hi=2**20)
-    eval_stride: int = knob(0, "tokens", "targets that each sliding window scores; 0: no sliding pass", lo=0)
+    eval_stride: int = knob(0, "tokens", "targets that each sliding window scores; 0: no sliding pass", lo=0, needs="sliding")
     val_batch_tokens: int = knob(0, "tokens", "tokens of one evaluation forward on one rank; 0: by device, halved until it fits", lo=0)
     eval_wallclock_seconds: float = knob(600.0, "s", "evaluation time limit; 0: none", lo=0)
     eval_stages: str = knob("auto", "", "stages to score; auto: all that are switched on", choices=STAGES, several="auto")
     score_stage: str = knob("auto", "", "the stage that is the score, fixed before scoring; auto: the last valid one switched on", choices=("auto", *STAGES))
     ngram_score: str = knob("exact", "", "n-gram passes", choices=("exact", "normalized", "claimed"), several="off")
-    ngram_claim: str = knob("pr850", "", "published scorer that normalized and claimed run", choices=("pr740", "pr740b", "pr187", "pr850", "pr1095"))
-    ngram_claim_ranks: int = knob(8, "ranks", "caches that #740 and #187 kept apart; the claimed pass emulates them", lo=1, hi=1024)
-    ngram_buckets: int = knob(2**22, "cells", "size of a published hash table, a power of two", lo=2, hi=2**28)
+    ngram_claim: str = knob("pr850", "", "published scorer that normalized and claimed run", choices=("pr740", "pr740b", "pr187", "pr850", "pr1095"), needs="NGRAM_SCORE=normalized/claimed")
+    ngram_claim_ranks: int = knob(8, "ranks", "caches that #740 and #187 kept apart; the claimed pass emulates them", lo=1, hi=1024, needs="NGRAM_SCORE=normalized/claimed NGRAM_CLAIM=pr740/pr740b/pr187")
+    ngram_buckets: int = knob(2**22, "cells", "size of a published hash table, a power of two", lo=2, hi=2**28, needs="NGRAM_SCORE=normalized/claimed")
     ngram_table: str = knob("none", "", "n-grams of the training text that the artifact carries: pr1095 (hashed, counted while training, for its claim), exact (an expert)", choices=("pr1095", "exact"), several="none")
-    ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones and all single tokens", lo=1000, hi=2**28)
-    ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8)
-    ngram_table_tokens: int = knob(2**23, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1)
-    ngram_order: int = knob(12, "tokens", "longest n-gram, the target included", lo=2, hi=64)
-    ngram_update_tokens: int = knob(0, "tokens", "targets between updates of the mixing weights; 0: 1024, or 1/4096 of the stream if more", lo=0)
-    ngram_rate: float = knob(0.8, "", "step of the mixing weights", lo=0, hi=2)
-    ngram_min_count: int = knob(2, "", "occurrences a context needs in the published scorers", lo=1)
+    ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones and all single tokens", lo=1000, hi=2**28, needs="NGRAM_TABLE=exact")
+    ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8, needs="NGRAM_TABLE=exact")
+    ngram_table_tokens: int = knob(2**23, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1, needs="NGRAM_TABLE=exact")
+    ngram_order: int = knob(12, "tokens", "longest n-gram, the target included", lo=2, hi=64, needs="ngram")
+    ngram_rate: float = knob(0.8, "", "step of the mixing weights", lo=0, hi=2, needs="ngram|table")
+    ngram_min_count: int = knob(2, "", "occurrences a context needs in the published scorers", lo=1, needs="NGRAM_SCORE=normalized/claimed")
     ngram_tilt_enabled: bool = knob(False, "", "stage tilt: raise the logit of the token that followed the same context before; table and ngram build on it")
-    ngram_tilt_order: int = knob(12, "tokens", "length of its n-gram, the target included; above NGRAM_ORDER it costs statistics of its own", lo=2, hi=64)
-    ngram_tilt_threshold: float = knob(0.8, "", "share of its context's successors a hint needs", lo=0, hi=1)
-    ngram_tilt_beta: float = knob(2.625, "nats", "what is added to the hint's logit", lo=0, hi=20)
-    ngram_tilt_gamma: float = knob(0.0, "", "that times (1 - q)^gamma, q the network's probability of the hint", lo=0, hi=20)
-    ngram_tilt_rate: float = knob(0.0, "", "step at which NGRAM_TILT_BETA is learned from scored text; 0: it stays", lo=0, hi=2)
+    ngram_tilt_order: int = knob(12, "tokens", "length of its n-gram, the target included; above NGRAM_ORDER it costs statistics of its own", lo=2, hi=64, needs="NGRAM_TILT_ENABLED")
+    ngram_tilt_threshold: float = knob(0.8, "", "share of its context's successors a hint needs", lo=0, hi=1, needs="NGRAM_TILT_ENABLED")
+    ngram_tilt_beta: float = knob(2.625, "nats", "what is added to the hint's logit", lo=0, hi=20, needs="NGRAM_TILT_ENABLED")
+    ngram_tilt_gamma: float = knob(0.0, "", "that times (1 - q)^gamma, q the network's probability of the hint", lo=0, hi=20, needs="NGRAM_TILT_ENABLED")
+    ngram_tilt_rate: float = knob(0.0, "", "step at which NGRAM_TILT_BETA is learned from scored text; 0: it stays", lo=0, hi=2, needs="NGRAM_TILT_ENABLED")
     ttt_enabled: bool = knob(False, "", "test-time training: stage ttt, LoRA on the network, learning from scored text")
-    ttt_reset: str = knob("none", "", "none: one LoRA learns along the text; document: each document trains a LoRA of its own", choices=("none", "document"))
-    ttt_lora_rank: int = knob(8, "", "rank of the LoRA", lo=1, hi=1024)
-    ttt_lora_alpha: float = knob(0.0, "", "the LoRA's output is scaled by alpha / rank; 0: by 1", lo=0, hi=1e6)
-    ttt_lora_sites: str = knob("q,v", "", "where LoRA acts: projections q,k,v,kv,out,up,down of the blocks; o, mlp: from the input to the output of attention, MLP; head")
-    ttt_lora_blocks: int = knob(2, "blocks", "how many of the last blocks have LoRA; 0: all", lo=0, hi=256)
-    ttt_q_lora: bool = knob(True, "", "0 takes q off TTT_LORA_SITES")
-    ttt_k_lora: bool = knob(True, "", "0 takes k off TTT_LORA_SITES")
-    ttt_v_lora: bool = knob(True, "", "0 takes v off TTT_LORA_SITES")
-    ttt_o_lora: bool = knob(True, "", "0 takes o off TTT_LORA_SITES")
-    ttt_mlp_lora: bool = knob(True, "", "0 takes mlp off TTT_LORA_SITES")
-    ttt_epochs: int = knob(1, "epochs", "gradient passes over each scored chunk", lo=1, hi=100)
-    ttt_optimizer: str = knob("adamw", "", "optimizer of the LoRA", choices=("adamw", "sgd"))
-    ttt_lr: float = knob(0.003, "", "learning rate of the LoRA", lo=0)
-    ttt_local_lr_mult: float = knob(1.0, "", "multiplies TTT_LR", lo=0)
-    ttt_wd: float = knob(0.0, "", "decoupled weight decay of the LoRA with adamw", lo=0)
-    ttt_beta1: float = knob(0.9, "", "adamw: decay of the gradient's mean", lo=0, hi=0.9999)
-    ttt_beta2: float = knob(0.999, "", "adamw: decay of the gradient's square", lo=0, hi=0.99999)
-    ttt_adam_eps: float = knob(1e-8, "", "adamw: epsilon", lo=0)
-    ttt_momentum: float = knob(0.9, "", "momentum of sgd", lo=0, hi=1)
-    ttt_grad_clip: float = knob(1.0, "", "largest gradient norm of a LoRA's step; 0: no limit", lo=0)
-    ttt_byte_weighted: bool = knob(True, "", "TTT loss weighs each token by its bytes (at least 1)")
-    ttt_temperature: float = knob(1.0, "", "logits are divided by this constant in stage ttt", lo=0.1, hi=10)
-    ttt_chunk_tokens: int = knob(65536, "tokens", "TTT_RESET=none: text scored before each learning", lo=1)
-    ttt_batch_seqs: int = knob(0, "sequences", "TTT_RESET=none: sequences of one step; 0: the whole chunk", lo=0)
-    ttt_polyak_decay: float = knob(0.0, "", "TTT_RESET=none: score with an average of the LoRA that decays so a chunk; 0: the latest", lo=0, hi=0.99999)
-    ttt_eval_seq_len: int = knob(0, "tokens", "TTT_RESET=document: longest context; 0: EVAL_SEQ_LEN", lo=0, hi=2**20)
-    ttt_batch_size: int = knob(64, "documents", "TTT_RESET=document: documents of one forward; changes speed, not results", lo=1)
-    ttt_chunk_size: int = knob(48, "tokens", "TTT_RESET=document: targets scored before each step of their document's LoRA", lo=1)
-    ttt_short_score_first_steps: str = knob("", "", "TTT_RESET=document: smaller chunks at the start of a document, 256:8,2000:24 for 8 below position 256, then 24 below 2,000")
-    ttt_block_tokens: int = knob(0, "tokens", "TTT_RESET=document: what all documents start from may change once so much is scored, at a document's end; 0: PHASED_TTT_PREFIX / PHASED_TTT_NUM_PHASES of the text, without phases 1/24", lo=0)
-    ttt_warm_start_a: bool = knob(True, "", "TTT_RESET=document: A starts as the mean of the A that the block before learned, not as it was drawn")
-    ttt_kv_cache: bool = knob(False, "", "TTT_RESET=document: keep keys and values of earlier chunks as they were computed, with the LoRA of their time")
+    ttt_reset: str = knob("none", "", "none: one LoRA learns along the text; document: each document trains a LoRA of its own", choices=("none", "document"), needs="ttt")
+    ttt_lora_rank: int = knob(8, "", "rank of the LoRA", lo=1, hi=1024, needs="ttt")
+    ttt_lora_alpha: float = knob(0.0, "", "the LoRA's output is scaled by alpha / rank; 0: by 1", lo=0, hi=1e6, needs="ttt")
+    ttt_lora_sites: str = knob("q,v", "", "where LoRA acts: projections q,k,v,kv,out,up,down of the blocks; o, mlp: from the input to the output of attention, MLP; head", needs="ttt")
+    ttt_lora_blocks: int = knob(2, "blocks", "how many of the last blocks have LoRA; 0: all", lo=0, hi=256, needs="ttt")
+    ttt_epochs: int = knob(1, "epochs", "gradient passes over each scored chunk", lo=1, hi=100, needs="ttt")
+    ttt_optimizer: str = knob("adamw", "", "optimizer of the LoRA", choices=("adamw", "sgd"), needs="ttt")
+    ttt_lr: float = knob(0.003, "", "learning rate of the LoRA", lo=0, needs="ttt")
+    ttt_local_lr_mult: float = knob(1.0, "", "multiplies TTT_LR", lo=0, needs="ttt")
+    ttt_wd: float = knob(0.0, "", "decoupled weight decay of the LoRA with adamw", lo=0, needs="ttt TTT_OPTIMIZER=adamw")
+    ttt_beta1: float = knob(0.9, "", "adamw: decay of the gradient's mean", lo=0, hi=0.9999, needs="ttt TTT_OPTIMIZER=adamw")
+    ttt_beta2: float = knob(0.999, "", "adamw: decay of the gradient's square", lo=0, hi=0.99999, needs="ttt TTT_OPTIMIZER=adamw")
+    ttt_adam_eps: float = knob(1e-8, "", "adamw: epsilon", lo=0, needs="ttt TTT_OPTIMIZER=adamw")
+    ttt_momentum: float = knob(0.9, "", "momentum of sgd", lo=0, hi=1, needs="ttt TTT_OPTIMIZER=sgd")
+    ttt_grad_clip: float = knob(1.0, "", "largest gradient norm of a LoRA's step; 0: no limit", lo=0, needs="ttt")
+    ttt_byte_weighted: bool = knob(True, "", "TTT loss weighs each token by its bytes (at least 1)", needs="ttt")
+    ttt_temperature: float = knob(1.0, "", "logits are divided by this constant in stage ttt", lo=0.1, hi=10, needs="ttt")
+    ttt_chunk_tokens: int = knob(65536, "tokens", "TTT_RESET=none: text scored before each learning", lo=1, needs="ttt TTT_RESET=none")
+    ttt_batch_seqs: int = knob(0, "sequences", "TTT_RESET=none: sequences of one step; 0: the whole chunk", lo=0, needs="ttt TTT_RESET=none")
+    ttt_polyak_decay: float = knob(0.0, "", "TTT_RESET=none: score with an average of the LoRA that decays so a chunk; 0: the latest", lo=0, hi=0.99999, needs="ttt TTT_RESET=none")
+    ttt_eval_seq_len: int = knob(0, "tokens", "TTT_RESET=document: longest context; 0: EVAL_SEQ_LEN", lo=0, hi=2**20, needs="ttt TTT_RESET=document")
+    ttt_batch_size: int = knob(64, "documents", "TTT_RESET=document: documents of one forward; changes speed, not results", lo=1, needs="ttt TTT_RESET=document")
+    ttt_chunk_size: int = knob(48, "tokens", "TTT_RESET=document: targets scored before each step of their document's LoRA", lo=1, needs="ttt TTT_RESET=document")
+    ttt_short_score_first_steps: str = knob("", "", "TTT_RESET=document: smaller chunks at the start of a document, 256:8,2000:24 for 8 below position 256, then 24 below 2,000", needs="ttt TTT_RESET=document")
+    ttt_block_tokens: int = knob(0, "tokens", "TTT_RESET=document: what all documents start from may change once so much is scored, at a document's end; 0: PHASED_TTT_PREFIX / PHASED_TTT_NUM_PHASES of the text, without phases 1/24", lo=0, needs="ttt TTT_RESET=document")
+    ttt_warm_start_a: bool = knob(True, "", "TTT_RESET=document: A starts as the mean of the A that the block before learned, not as it was drawn", needs="ttt TTT_RESET=document")
+    ttt_kv_cache: bool = knob(False, "", "TTT_RESET=document: keep keys and values of earlier chunks as they were computed, with the LoRA of their time", needs="ttt TTT_RESET=document")
     ttt_order: str = knob("text", "", "length: also run the published order, longest document first, as a claim", choices=("text", "length"))
-    phased_ttt_num_phases: int = knob(0, "phases", "TTT_RESET=document: how often all weights are trained on all scored text; 0: never", lo=0, hi=100)
-    phased_ttt_prefix: float = knob(0.3, "", "share of the text after which the last phase comes, the others at equal steps before", lo=0, hi=1)
-    global_ttt_lr: float = knob(0.001, "", "phases: learning rate, falling to 0 as a cosine", lo=0)
-    global_ttt_momentum: float = knob(0.9, "", "phases: momentum", lo=0, hi=1)
-    global_ttt_epochs: int = knob(1, "epochs", "phases: passes over the scored text", lo=1, hi=100)
-    global_ttt_chunk_tokens: int = knob(32768, "tokens", "phases: text of equal learning rate", lo=1)
-    global_ttt_batch_seqs: int = knob(32, "sequences", "phases: sequences of one step; 0: the whole chunk", lo=0)
-    global_ttt_warmup_chunks: int = knob(0, "chunks", "phases: the rate rises linearly over these", lo=0)
-    global_ttt_grad_clip: float = knob(1.0, "", "phases: largest gradient norm; 0: no limit", lo=0)
-    global_ttt_respect_doc_boundaries: bool = knob(True, "", "phases: no sequence runs over the start of a document")
+    phased_ttt_num_phases: int = knob(0, "phases", "TTT_RESET=document: how often all weights are trained on all scored text; 0: never", lo=0, hi=100, needs="ttt TTT_RESET=document")
+    phased_ttt_prefix: float = knob(0.3, "", "share of the text after which the last phase comes, the others at equal steps before", lo=0, hi=1, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
+    global_ttt_lr: float = knob(0.001, "", "phases: learning rate, falling to 0 as a cosine", lo=0, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
+    global_ttt_momentum: float = knob(0.9, "", "phases: momentum", lo=0, hi=1, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
+    global_ttt_epochs: int = knob(1, "epochs", "phases: passes over the scored text", lo=1, hi=100, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
+    global_ttt_chunk_tokens: int = knob(32768, "tokens", "phases: text of equal learning rate", lo=1, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
+    global_ttt_batch_seqs: int = knob(32, "sequences", "phases: sequences of one step; 0: the whole chunk", lo=0, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
+    global_ttt_warmup_chunks: int = knob(0, "chunks", "phases: the rate rises linearly over these", lo=0, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
+    global_ttt_grad_clip: float = knob(1.0, "", "phases: largest gradient norm; 0: no limit", lo=0, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
+    global_ttt_respect_doc_boundaries: bool = knob(True, "", "phases: no sequence runs over the start of a document", needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
     # fmt: on
 
     def __post_init__(self) -> None:
-        parts = (self._shape_errors(), self._training_errors(), self._evaluation_errors(), self._ngram_errors())
-        if errors := "\n".join(itertools.chain(*parts)):
+        if errors := "\n".join(mistakes(self)):
             shown = {f.name.upper(): setting(f, getattr(self, f.name)) for f in dataclasses.fields(self)}
             raise ConfigError(string.Template(errors).safe_substitute(shown))
 
@@ -414,12 +556,6 @@ class Config:
         return several or [self.ema_decay] * (self.ema_decay > 0)
 
     @property
-    def carry_rows(self) -> list[list[float]]:
-        """LOOP_CARRY as numbers: (b, a1, a2, ..) of each looped block; empty without a carry."""
-        rows = self.loop_carry.split(";") if self.loop_carry.strip() else []
-        return [[float(x) for x in row.split(",")] for row in rows]
-
-    @property
     def eval_len(self) -> int:
         return self.eval_seq_len or self.train_seq_len
 
@@ -430,8 +566,8 @@ class Config:
 
     @property
     def ttt_sites(self) -> set[str]:
-        """Where LoRA acts: TTT_LORA_SITES less what its switches take off."""
-        return {site for site in listed(self.ttt_lora_sites) if getattr(self, f"ttt_{site}_lora", True)}
+        """Where LoRA acts."""
+        return {*listed(self.ttt_lora_sites)}
 
     @property
     def ttt_chunk_steps(self) -> list[tuple[float, int]]:
@@ -497,160 +633,14 @@ class Config:
         """The stage that is the score."""
         return self.stages[-1] if self.score_stage == "auto" else self.score_stage
 
-    # ---- what fits together: each error is a text in which $KNOB stands for KNOB=value
-
-    def _shape_errors(self) -> Iterator[str]:
-        if self.model_dim % self.num_heads:
-            yield "$MODEL_DIM is not a multiple of $NUM_HEADS"
-        if self.num_heads % self.num_kv_heads:
-            yield "$NUM_HEADS is not a multiple of $NUM_KV_HEADS"
-        if self.head_dim % 2:
-            yield "$MODEL_DIM / $NUM_HEADS gives an odd head width; RoPE needs an even one"
-        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
-            yield f"$ROPE_DIMS: expected an even number of at most the head width {self.head_dim}"
-        if self.rope_train_len and (self.rope_dims or self.head_dim) <= 2:
-            yield "$ROPE_TRAIN_LEN: the NTK rule needs more than 2 rotated dims"
-        if self.xsa_last_n > self.num_layers:
-            yield "$XSA_LAST_N exceeds $NUM_LAYERS; XSA_LAST_N=-1 means all blocks"
-        for name in ("mlp_mult", "mlp_mult_encoder", "mlp_mult_decoder"):
-            if 0 < getattr(self, name) * self.model_dim < 1:
-                yield f"${name.upper()} leaves no hidden unit at $MODEL_DIM"
-        yield from self._branch_errors()
-        yield from self._topology_errors()
-
-    def _branch_errors(self) -> Iterator[str]:
-        try:
-            if self.ve_dim and not 0 < len(self.value_layers) == len({*self.value_layers} & {*range(self.num_layers)}):
-                raise ValueError
-        except ValueError:
-            yield f"$VE_DIM with $VE_LAYERS: expected different blocks of 0 to {self.num_layers - 1}, with commas between, or VE_DIM=0"
-        if self.bigram_vocab_size == 1:
-            yield "$BIGRAM_VOCAB_SIZE: expected 0 (off) or at least 2 rows"
-        if self.adapter_b_init != "zero" and not self.adapter_rank:
-            yield "$ADAPTER_B_INIT has no adapters to act on: set ADAPTER_RANK above 0"
-        if self.adapter_rank and self.out_init != "zero":
-            yield "$OUT_INIT has no matrices to act on with $ADAPTER_RANK: unset one of them"
-        if self.value_residual != "none" and self.num_layers < 2:
-            yield "$VALUE_RESIDUAL needs at least 2 blocks, $NUM_LAYERS"
-        reads_window = self.attn_gate == "sparse" or (self.smear and self.smear_form == "window")
-        if reads_window and self.gate_window > self.model_dim:
-            yield "$GATE_WINDOW is wider than the model: $MODEL_DIM"
-
-    def _topology_errors(self) -> Iterator[str]:
-        looped = "$NUM_LOOPS through $LOOP_START to $LOOP_END"
-        if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
-            yield f"{looped}: expected rising block numbers of 0 to {self.num_layers - 1} with $NUM_LAYERS"
-        if self.num_loops and 0 < self.parallel_start_layer <= self.loop_end:
-            yield f"{looped} reaches into the lanes: $PARALLEL_START_LAYER must lie above LOOP_END"
-        if self.encoder_recurrence and 0 < self.parallel_start_layer < self.encoder_layers:
-            yield f"$ENCODER_RECURRENCE repeats blocks with lanes: $PARALLEL_START_LAYER, expected at least {self.encoder_layers}"
-        if self.num_loops and self.encoder_recurrence:
-            yield "$NUM_LOOPS and $ENCODER_RECURRENCE both repeat blocks: unset one of them"
-        if self.parallel_start_layer >= self.num_layers:
-            yield "$PARALLEL_START_LAYER is no block with $NUM_LAYERS; 0: no lanes"
-        if self.encoder_recurrence and self.encoder_layers == 0:
-            yield "$ENCODER_RECURRENCE needs an encoder block: $NUM_LAYERS has none"
-        try:
-            n = self.loop_end - self.loop_start + 1 if self.num_loops else 0
-            fits = [len(row) for row in self.carry_rows] == [n + 1] * n
-            if self.carry_rows and not (fits and np.isfinite(self.carry_rows).all()):
-                raise ValueError
-        except ValueError:
-            yield f"$LOOP_CARRY: expected {n} looped blocks, separated by ';', of {n + 1} numbers each"
-
-    def _training_errors(self) -> Iterator[str]:
-        try:
-            lens = [t for _, t in self.seq_curriculum]
-        except ValueError:
-            lens = []
-            yield ("$TRAIN_SEQ_SCHEDULE: expected LENGTH@SHARE,LENGTH@SHARE..., lengths of 8 tokens or more and rising shares "
-                   "between 0 and 1, as in 1024@0.1,2048@0.7,3072@1.0")  # fmt: skip
-        for t in lens:
-            if self.train_batch_tokens % t:
-                n = max(1, round(self.train_batch_tokens / t)) * t
-                yield f"$TRAIN_BATCH_TOKENS is not a multiple of the sequence length {t}; nearest: {n}"
-        if self.complement_alpha and self.vocab_size > 16384:
-            yield "$COMPLEMENT_ALPHA counts all pairs of tokens, too many at $VOCAB_SIZE: set it to 0"
-        try:
-            if not all(0 < d < 1 for d in self.averages) or len(set(self.averages)) < len(self.averages):
-                raise ValueError
-            if self.swa_every and len(self.averages) > 1:
-                yield "$EMA_DECAYS and $SWA_EVERY: only one EMA blends with SWA; unset one of them"
-            if self.swa_every and self.swa_source == "ema" and not self.averages:
-                yield "$SWA_SOURCE needs EMA_DECAY above 0"
-        except ValueError:
-            yield "$EMA_DECAYS: expected different decays between 0 and 1, separated by commas"
-        if self.mode == "train" and not self.max_wallclock_seconds and not self.iterations:
-            yield "$MAX_WALLCLOCK_SECONDS and $ITERATIONS: one of them must end the training"
-        if self.mode == "train" and 0 < self.max_wallclock_seconds <= self.reserved_seconds:
-            yield "$GPTQ_RESERVE_SECONDS leaves nothing of $MAX_WALLCLOCK_SECONDS to train in: lower the one or raise the other"
-        if re.search(r"[/\x00-\x1f]", self.run_id):
-            yield "$RUN_ID: expected a name, which becomes LOG_DIR/NAME.txt; name folders with LOG_DIR"
-        if self.resume == "auto" and not self.run_id:
-            yield "RESUME=auto needs RUN_ID, the name of the run to continue"
-        if self.quant_trellis and self.compressor != "entropy":
-            yield "$QUANT_TRELLIS needs COMPRESSOR=entropy: $COMPRESSOR knows no states, and the codes would grow"
-        if self.quant_trellis and self.prune_frac and self.prune_scope == "global":
-            yield "$QUANT_TRELLIS leaves no code to set to zero afterwards: PRUNE_SCOPE=tensor, or PRUNE_FRAC=0"
-        if self.awq_lite_enabled and not self.gptq_enabled:
-            yield "$AWQ_LITE_ENABLED ranks columns by their inputs, which only GPTQ_ENABLED=1 looks at"
-
-    def _evaluation_errors(self) -> Iterator[str]:
-        if self.eval_stride > self.eval_len:
-            yield f"$EVAL_STRIDE exceeds the window of {self.eval_len}: some tokens would never be scored"
-        if self.ttt_enabled or "ttt" in self.stages:
-            yield from self._ttt_errors()
-        if self.ttt_order != "text" and not (self.ttt_enabled and self.ttt_reset == "document"):
-            yield "$TTT_ORDER orders the documents of TTT_ENABLED=1 TTT_RESET=document: set both, or TTT_ORDER=text"
-        if self.score_stage != "auto" and self.score_stage not in self.stages:
-            yield f"$SCORE_STAGE is not among the stages switched on: {', '.join(self.stages)}"
-
-    def _ttt_errors(self) -> Iterator[str]:
-        known = {"q", "out", "up", "down", "o", "mlp", "head", *(("kv",) if self.kv_fused else ("k", "v"))}
-        if not self.ttt_sites or self.ttt_sites - known:
-            yield f"$TTT_LORA_SITES: this model has the sites {', '.join(sorted(known))}; name some and leave their switches on"
-        if self.ttt_lora_blocks > self.num_layers:
-            yield "$TTT_LORA_BLOCKS exceeds $NUM_LAYERS"
-        if self.ttt_reset == "document":
-            yield from self._document_errors()
-        elif self.phased_ttt_num_phases:
-            yield "$PHASED_TTT_NUM_PHASES: phases come at the ends of blocks of documents; set TTT_RESET=document, or no phases"
-
-    def _document_errors(self) -> Iterator[str]:
-        if self.ttt_optimizer != "adamw":
-            yield "$TTT_OPTIMIZER: a document's own LoRA is trained with adamw (TTT_RESET=document)"
-        if self.ttt_kv_cache and self.ttt_epochs > 1:
-            yield "$TTT_EPOCHS: with TTT_KV_CACHE=1 a chunk is sent through the network once; set one of them to its default"
-        if self.phased_ttt_num_phases and not self.phased_ttt_prefix:
-            yield "$PHASED_TTT_PREFIX leaves no text to train on before a phase: raise it, or PHASED_TTT_NUM_PHASES=0"
-        try:
-            below, sizes = zip(*self.ttt_chunk_steps, strict=True)
-            if min(sizes) < 1 or any(a >= b for a, b in zip((0, *below), below, strict=False)):
-                raise ValueError
-        except ValueError:
-            yield "$TTT_SHORT_SCORE_FIRST_STEPS: expected POSITION:SIZE pairs of rising positions and sizes of at least 1, as in 256:8,2000:24"
-            return
-        if 0 < self.ttt_block_tokens < max(sizes):
-            yield f"$TTT_BLOCK_TOKENS is shorter than a chunk of {max(sizes)} targets: raise it, or 0 for a share of the text"
-        if max(sizes) > self.ttt_eval_len:
-            yield f"TTT_CHUNK_SIZE={max(sizes)} exceeds the context of {self.ttt_eval_len}: some targets would never be scored; raise TTT_EVAL_SEQ_LEN"
-
-    def _ngram_errors(self) -> Iterator[str]:
-        if self.ngram_claim == "pr1095" and "pr1095" not in self.ngram_tables and set(self.ngram_scores) - {"exact"}:
-            yield "$NGRAM_CLAIM scores with a table of the training text: $NGRAM_TABLE lacks pr1095"
-        if "table" in self.stages and "exact" not in self.ngram_tables:
-            yield "$EVAL_STAGES: stage table needs NGRAM_TABLE=exact"
-        if "tilt" in self.stages and not self.ngram_tilt_enabled:
-            yield "$EVAL_STAGES: stage tilt needs NGRAM_TILT_ENABLED=1"
-        if self.ngram_buckets & (self.ngram_buckets - 1):
-            below = 1 << (self.ngram_buckets.bit_length() - 1)
-            yield f"$NGRAM_BUCKETS: the published hashes need a power of two; nearest below: {below}"
-
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
 # The first knob of each section, which heads its group in --help.
 GROUPS = {"RECIPE": "1 CONFIG", "SEED": "2 RUNTIME", "DATA_PATH": "3 DATA", "NUM_LAYERS": "4 MODEL", "TIED_EMBED_LR": "5 OPTIMIZER",
           "DOC_MASK": "6 TRAINING", "ATTN_BITS": "7 QUANTIZER", "ARTIFACT": "8 ARTIFACT", "EVAL_SEQ_LEN": "9 EVALUATOR"}  # fmt: skip
+SECTIONS = dict(
+    zip(FIELDS, itertools.accumulate((GROUPS.get(n, "") for n in FIELDS), lambda old, new: new or old), strict=True)
+)
 TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 TYPE_WORDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
 
@@ -742,7 +732,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "GPTQ_N_SAMPLES": 1536, "QUANT_TRELLIS": 64, "LQER_TOP_K": 3, "LQER_RANK": 4, "LQER_FACTOR_BITS": 4,
         "LQER_ASYM_ENABLED": True, "LQER_ASYM_GROUP": 32,
         "TTT_ENABLED": True, "TTT_RESET": "document", "TTT_EVAL_SEQ_LEN": 2560, "TTT_BATCH_SIZE": 64, "TTT_CHUNK_SIZE": 48,
-        "TTT_LORA_SITES": "q,k,v,o,mlp,head", "TTT_K_LORA": False, "TTT_LORA_BLOCKS": 0, "TTT_LORA_RANK": 80, "TTT_LORA_ALPHA": 144.0,
+        "TTT_LORA_SITES": "q,v,o,mlp,head", "TTT_LORA_BLOCKS": 0, "TTT_LORA_RANK": 80, "TTT_LORA_ALPHA": 144.0,
         "TTT_LR": 8e-5, "TTT_WD": 2.0, "TTT_BETA1": 0.0, "TTT_BETA2": 0.99, "TTT_ADAM_EPS": 1e-10, "TTT_GRAD_CLIP": 0.0,
         "TTT_BYTE_WEIGHTED": False, "PHASED_TTT_NUM_PHASES": 1, "PHASED_TTT_PREFIX": 0.3, "NGRAM_TILT_ENABLED": True,
         "NGRAM_TILT_ORDER": 16, "NGRAM_ORDER": 16, "NGRAM_TILT_THRESHOLD": 0.8, "NGRAM_TILT_BETA": 2.625,
@@ -750,30 +740,89 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 GPU_RECIPE = "frontier"  # the default on a GPU
 
-# What a published name becomes. Text: the knobs that take its value. A table: settings of ours for each value; those of 0 win even over
-# explicit settings. A pair: the one value that any published run used, and why no other is taken. A function: knobs computed from its number.
-Alias = str | dict[str, str] | tuple[str, str] | Callable[[float], dict[str, Any]]
+
+class Only(NamedTuple):
+    """A published name of which one value is left, and why; another is an error."""
+
+    value: str
+    why: str
+
+
+class Dead(NamedTuple):
+    """A published name that never did anything, or nothing but cost: accepted and reported, with the reason. Where `unless`, a setting, holds
+    it is a knob of ours that acts."""
+
+    why: str
+    unless: str = ""
+
+
+def computed(knob_name: str, value: Callable[[float], Any]) -> Callable[[str, Mapping[str, str]], dict[str, str]]:
+    """A published name whose number, put through `value`, is that of a knob of ours; None leaves the knob alone."""
+
+    def settings(text: str, env: Mapping[str, str]) -> dict[str, str]:  # noqa: ARG001
+        try:
+            found = value(float(text))
+        except ValueError:
+            raise ConfigError("expected a number") from None
+        return {} if found is None else {knob_name: str(found)}
+
+    return settings
+
+
+def as_digit(text: str) -> str:
+    """true and false, in any case, as 1 and 0; any other text unchanged."""
+    return {"false": "0", "true": "1"}.get(text.lower(), text)
+
+
+def late_qat(text: str, env: Mapping[str, str]) -> dict[str, str]:
+    """LATE_QAT_THRESHOLD of #1095: QAT starts where the learning-rate scale falls below it, 5000 steps of warmdown in 9912."""
+    start = computed("QAT_START_FRAC", lambda v: 1 - v * 5000 / 9912 if v > 0 else None)(text, env)
+    return start or {"QAT": "none"}
+
+
+def same_width(text: str, env: Mapping[str, str]) -> dict[str, str]:
+    """MLP_MULT_ENCODER and MLP_MULT_DECODER of #187, of which 0 and MLP_MULT itself are left."""
+    width = env.get("MLP_MULT", as_text(FIELDS["MLP_MULT"].default))
+    with contextlib.suppress(ValueError):
+        if text == width or float(text) in (0, float(width)):
+            return {}
+    raise ConfigError(f"expected 0 or MLP_MULT={width}: no published run gave each half a width of its own")
+
+
+def curriculum(text: str, env: Mapping[str, str]) -> dict[str, str]:
+    """PROG_SEQ_ENABLED=1 of #850 with its two lists as a TRAIN_SEQ_SCHEDULE."""
+    if as_digit(text) not in ("0", "1"):
+        raise ConfigError("expected 0 or 1")
+    if as_digit(text) == "0":
+        return {}
+    lens, fracs = env.get("PROG_SEQ_LENS", "512,1024"), env.get("PROG_SEQ_FRACS", "0.33,0.55")
+    try:
+        schedule = ",".join(f"{n}@{f}" for n, f in zip(lens.split(","), fracs.split(","), strict=True))
+        parse_schedule(schedule)
+    except ValueError:
+        raise ConfigError(f"with PROG_SEQ_LENS={lens!r} and PROG_SEQ_FRACS={fracs!r}: expected as many lengths (8 or more) as rising shares "
+                          "between 0 and 1") from None  # fmt: skip
+    return {"TRAIN_SEQ_SCHEDULE": schedule}
+
+
+# What becomes of a published name. Text: the knobs that take its value. A table: settings of ours for each value; those of 0 win even over
+# explicit settings; KNOB+=a and KNOB-=a,b change a list. A function: settings of its value and the environment.
+Fate = str | dict[str, str] | Only | Dead | Callable[[str, Mapping[str, str]], dict[str, str]]
 
 KEPT = "the published scorer is kept as it was"
 ONE_GATE = "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"
 ENTIRE = "VAL_TOKENS scores a prefix of the text"
 PEEKS = "hints that look at the target's own word or pieces are no prediction"
 CLAIMS = {"0": "NGRAM_SCORE=off", "1": "NGRAM_SCORE=exact,claimed"}
-# Knobs that this script once had, with the one value that is left of each, and why: accepted in an artifact's header too.
-FORMER_KNOBS = {
-    "NGRAM_MIX": ("cascade", "every other way for exact counts to correct the network scored worse"),
-    "ENCODER_PASSES": ("2", "ENCODER_RECURRENCE runs the encoder twice, as published"),
-}
-
 # Names common to all recipes under "*", then recipe by recipe.
-ALIASES: dict[str, dict[str, Alias]] = {
+PUBLISHED_NAMES: dict[str, dict[str, Fate]] = {
     "*": {
         "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
         "LN_SCALE": {"0": "LN_SCALE=none", "1": "LN_SCALE=in"},
         "VRL_ENABLED": {"0": "VALUE_RESIDUAL=none", "1": "VALUE_RESIDUAL=softmax"},
-        "VALUE_RESIDUAL": {"0": "VALUE_RESIDUAL=none", "1": "VALUE_RESIDUAL=sigmoid"},
+        "VALUE_RESIDUAL": {"0": "VALUE_RESIDUAL=none"},
         "GATED_ATTN_ENABLED": {"0": "ATTN_GATE=none", "1": "ATTN_GATE=input"},
-        "GATED_ATTN": {"0": "ATTN_GATE=none", "1": "ATTN_GATE=scalar ATTN_GATE_INIT=1.0"},
+        "GATED_ATTN": Only("0", "no published run switched it on; ATTN_GATE=input is #850's gate"),
         "GATED_ATTN_BIAS_INIT": "ATTN_GATE_INIT",
         "LEAKY_RELU": {"0": "LEAKY_SLOPE=0", "1": "LEAKY_SLOPE=0.5"},
         "TIED_EMBED_INIT_STD": "EMBED_INIT_STD",
@@ -791,23 +840,36 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "LQER_ENABLED": {"0": "LQER_TOP_K=0", "1": "LQER_TOP_K=3"},
         "PRUNE_PCT": "PRUNE_FRAC",
         "NGRAM_ENABLED": {"0": "NGRAM_SCORE=off", "1": "NGRAM_SCORE=exact"},
-        **FORMER_KNOBS,
+        "NGRAM_MIX": Only("cascade", "every other way for exact counts to correct the network scored worse"),
+        "ENCODER_PASSES": Only("2", "ENCODER_RECURRENCE runs the encoder twice, as published"),
+        "MLP_MULT_ENCODER": same_width, "MLP_MULT_DECODER": same_width,
+        "COMPLEMENT_SYNC": Only("1", "counts are those of all ranks, or the weights would depend on their number"),
+        "COMPLEMENT_NORMALIZED": Only("0", "the weighted loss is divided by the number of tokens"),
+        "GRAD_CLIP_LOCAL": Only("0", "the norm is that of the reduced gradient, whatever the number of ranks"),
+        "ADAPTER_B_INIT": Only("zero", "B starts at 0, so that training starts from the base; the published start is much larger than the base"),
+        "XSA_GATED": Only("0", "a learned share of XSA a head gained nothing"),
+        "LOOP_CARRY": Only("", "the frozen carry lost in every comparison"),
+        "NGRAM_UPDATE_TOKENS": Only("0", "the mixing weights are updated every 1,024 targets, or 1/4096 of the text if more"),
         "TTT_LORA_LR": "TTT_LR",
         "TTT_WEIGHT_DECAY": "TTT_WD",
         "TTT_OPTIMIZER": {"adam": "TTT_OPTIMIZER=adamw"},
         "TTT_GRAD_STEPS": "TTT_EPOCHS",
-        "TTT_MASK": {"": "", "none": "", "no_qv": "TTT_Q_LORA=0 TTT_V_LORA=0"},
+        "TTT_MASK": {"": "", "none": "", "no_qv": "TTT_LORA_SITES-=q,v"},
         "TTT_SHORT_SCORE_FIRST_ENABLED": {"0": "TTT_SHORT_SCORE_FIRST_STEPS=", "1": ""},
         # The 2,500 longest documents hold 30 % of the published validation text.
-        "PHASED_TTT_PREFIX_DOCS": lambda v: {"PHASED_TTT_PREFIX": min(1.0, 0.3 * v / 2500)},
+        "PHASED_TTT_PREFIX_DOCS": computed("PHASED_TTT_PREFIX", lambda v: min(1.0, 0.3 * v / 2500)),
         "GLOBAL_TTT_OPTIMIZER": {"sgd": ""},
         "TTT_EVAL_ONLY": {"0": "", "1": "MODE=eval"},
         "TOKEN_ORDER": "NGRAM_TILT_ORDER",
         "TOKEN_THRESHOLD": "NGRAM_TILT_THRESHOLD",
         "TOKEN_BOOST": "NGRAM_TILT_BETA",
         "ADAPTIVE_BOOST_GAMMA": "NGRAM_TILT_GAMMA",
-        # Three names together are one knob: `published_curriculum`.
-        "PROG_SEQ_ENABLED": {"0": "", "1": ""}, "PROG_SEQ_LENS": "", "PROG_SEQ_FRACS": "",
+        "PROG_SEQ_ENABLED": curriculum, "PROG_SEQ_LENS": "", "PROG_SEQ_FRACS": "",
+        "MUON_BETA2": Dead("read by no published update rule"),
+        "MTP_NUM_HEADS": Dead("off in every published run; left out because it needs heads and a loss that no artifact holds"),
+        "MTP_LOSS_WEIGHT": Dead("belongs to MTP_NUM_HEADS"),
+        "NGRAM_HINT_PRECOMPUTE_OUTSIDE": Dead("hints are always computed inside the evaluation's clock"),
+        "DTG_ENABLED": Dead("off in every published run; left out because every block would carry its gate and nothing shows that it helps"),
     },
     "pr164": {  # its average, collected through the whole warmdown, replaces the weights
         "SWA_ENABLED": {"0": "SWA_EVERY=0", "1": "SWA_EVERY=200 SWA_START_SCALE=1 SWA_BLEND=1"},
@@ -815,8 +877,8 @@ ALIASES: dict[str, dict[str, Alias]] = {
     "pr740": {  # both start by the clock, at 10 % and 40 %; SWA here as the warmdown starts, at 49 % in the record run
         "EMA_ENABLED": {"0": "EMA_DECAY=0", "1": "EMA_DECAY=0.997 EMA_START_FRAC=0.1"},
         "SWA_ENABLED": {"0": "SWA_EVERY=0", "1": "SWA_EVERY=50 SWA_START_SCALE=1"},
-        "PRUNE_PCT": lambda v: {"PRUNE_FRAC": v / 100},  # a percentage here, a fraction in #850
-        "NGRAM_ALPHA": ("0.2", KEPT),
+        "PRUNE_PCT": computed("PRUNE_FRAC", lambda v: v / 100),  # a percentage here, a fraction in #850
+        "NGRAM_ALPHA": Only("0.2", KEPT),
         "NGRAM_ENABLED": CLAIMS,
     },
     "pr187": {
@@ -826,146 +888,73 @@ ALIASES: dict[str, dict[str, Alias]] = {
     "pr850": {
         "QAT_TRIGGER_FRAC": "QAT_START_FRAC",
         "QAT_ENABLED": {"0": "", "1": "QAT_START_FRAC=0"},  # from the first step; late QAT has its own switch
-        "LATE_QAT_THRESHOLD": lambda v: {} if v > 0 else {"QAT": "none"},  # was read as on or off
+        "LATE_QAT_THRESHOLD": computed("QAT", lambda v: None if v > 0 else "none"),  # was read as on or off
         "NGRAM_ENABLED": CLAIMS,
         "NGRAM_EVAL_BUCKETS": "NGRAM_BUCKETS",
         "NGRAM_EVAL_MIN_COUNT": "NGRAM_MIN_COUNT",
-        "NGRAM_EVAL_BATCH_SEQS": lambda v: {"VAL_BATCH_TOKENS": int(v * 2048)},
-        **{f"NGRAM_EVAL_{name}": (value, KEPT) for name, value in (("ORDER", "9"), ("MIN_ORDER", "2"), ("ADAPTIVE", "1"),
+        "NGRAM_EVAL_BATCH_SEQS": computed("VAL_BATCH_TOKENS", lambda v: int(v * 2048)),
+        **{f"NGRAM_EVAL_{name}": Only(value, KEPT) for name, value in (("ORDER", "9"), ("MIN_ORDER", "2"), ("ADAPTIVE", "1"),
            ("ALPHA_MIN", "0.12"), ("ALPHA_MAX", "0.60"), ("ENTROPY_SCALE", "2"))},
+        "WARMDOWN_ITERS": Dead("the published schedule is WSD, which never reads it", "LR_SCHEDULE=warmdown"),
+        "NGRAM_EVAL_CHUNK_TOKENS": Dead("the published pass is cut by TTT_CHUNK_TOKENS"),
+        "NGRAM_EVAL_ENTROPY_CENTER": Dead("every order of the published scorer has a centre of its own"),
+        "NGRAM_EVAL_ALPHA": Dead("the published scorer reads it only where NGRAM_EVAL_ADAPTIVE is 0"),
+        "TTT_FREEZE_BLOCKS": Dead("the published adaptation freezes all base weights"),
+        "TTT_MOMENTUM": Dead("the published adaptation uses AdamW", "TTT_OPTIMIZER=sgd"),
+        "SWA_ENABLED": Dead("the published script always averaged; use SWA_EVERY"),
     },
-    # Published QAT starts where the learning-rate scale falls below the threshold, 5000 steps of warmdown in 9912.
     "pr1095": {
-        "LATE_QAT_THRESHOLD": lambda v: {"QAT_START_FRAC": 1 - v * 5000 / 9912} if v > 0 else {"QAT": "none"},
+        "LATE_QAT_THRESHOLD": late_qat,
         "NGRAM_ENABLED": {"0": "NGRAM_SCORE=off NGRAM_TABLE=none", "1": "NGRAM_SCORE=exact,claimed NGRAM_TABLE=pr1095"},
-        "NGRAM_ORDERS": ("2,3,4,5,6,7", KEPT),
-        "NGRAM_ALPHA_MAX": ("0.95", KEPT),
+        "NGRAM_ORDERS": Only("2,3,4,5,6,7", KEPT),
+        "NGRAM_ALPHA_MAX": Only("0.95", KEPT),
+        "SWA_ENABLED": Dead("the published sums were collected and never applied; use SWA_EVERY"),
+        "TTT_FREEZE_BLOCKS": Dead("test-time training here leaves all base weights alone; use TTT_LORA_BLOCKS"),
     },
     "frontier": {
         "ARTIFACT_DIR": "LOG_DIR",
         "SMEAR_GATE_ENABLED": "SMEAR",
         "SPARSE_ATTN_GATE_ENABLED": {"0": "ATTN_GATE=none", "1": "ATTN_GATE=sparse"},
-        "SPARSE_ATTN_GATE_INIT_STD": ("0", "the gate starts at zero"),
-        "GATED_ATTN_ENABLED": ("0", ONE_GATE),
-        "ATTN_OUT_GATE_ENABLED": ("0", ONE_GATE),
+        "SPARSE_ATTN_GATE_INIT_STD": Only("0", "the gate starts at zero"),
+        "GATED_ATTN_ENABLED": Only("0", ONE_GATE),
+        "ATTN_OUT_GATE_ENABLED": Only("0", ONE_GATE),
         "LEAKY_RELU_SQ_SLOPE": "LEAKY_SLOPE",
-        "QK_GAIN_INIT_SCHEDULE": ("", "a gain by block showed no gain; QK_GAIN_INIT is that of all blocks"),
-        "PARALLEL_FINAL_LANE": ("mean", "the output is the mean of both lanes"),
-        "ROPE_YARN": ("0", "no published run of this stack rescaled its base; ROPE_TRAIN_LEN is the NTK rule"),
-        "RECUR_ALPHA_ENABLED": {"0": "LOOP_CARRY=", "1": "LOOP_CARRY=1.56,.23,.04,.03;1.85,.13,-.34,.01;2.13,.06,.19,-.02"},
-        "MUON_HUBER_WD": ("0", "the Huber form of the decay was an experiment that lost; MUON_WD is the decay"),
-        "FORCE_STOP_STEP": lambda v: {"ITERATIONS": int(v)} if v > 0 else {},
-        "GPTQ_CALIBRATION_BATCHES": lambda v: {"GPTQ_N_SAMPLES": int(v * 98304 / 2048)},
-        "GPTQ_CALIBRATION_MODE": {"random": "GPTQ_CALIBRATION=train"},
+        "QK_GAIN_INIT_SCHEDULE": Only("", "a gain by block showed no gain; QK_GAIN_INIT is that of all blocks"),
+        "PARALLEL_FINAL_LANE": Only("mean", "the output is the mean of both lanes"),
+        "ROPE_YARN": Only("0", "no published run of this stack rescaled its base; ROPE_TRAIN_LEN is the NTK rule"),
+        "RECUR_ALPHA_ENABLED": Only("0", "the frozen carry lost in every comparison"),
+        "MUON_HUBER_WD": Only("0", "the Huber form of the decay was an experiment that lost; MUON_WD is the decay"),
+        "FORCE_STOP_STEP": computed("ITERATIONS", lambda v: int(v) if v > 0 else None),
+        "GPTQ_CALIBRATION_BATCHES": computed("GPTQ_N_SAMPLES", lambda v: int(v * 98304 / 2048)),
+        "GPTQ_CALIBRATION_MODE": Only("random", "calibration looks at windows of the training stream"),
         "COMPRESSOR": {"pergroup": "COMPRESSOR=entropy", "brotli": "COMPRESSOR=entropy"},
-        "OPTROT_ENABLED": ("0", "rotations before rounding gained nothing"),
-        "PREQUANT_ONLY": ("0", "a run always scores what its artifact holds"),
-        "VAL_DOC_FRACTION": ("1", ENTIRE),
+        "OPTROT_ENABLED": Only("0", "rotations before rounding gained nothing"),
+        "PREQUANT_ONLY": Only("0", "a run always scores what its artifact holds"),
+        "VAL_DOC_FRACTION": Only("1", ENTIRE),
         "EVAL_INCLUDE_TAIL": {"0": "VAL_DROP_TAIL=1", "1": "VAL_DROP_TAIL=0"},
-        "ALIAS_PREV_SMEAR_SCALE": ("1", "no shards here have fused case markers"),
-        "TTT_LORA_EMA_DECAY": ("0", "no published run scored with an average of a document's LoRA"),
-        "TTT_UPDATE_EVERY": ("1", "every scored chunk is learned"),
-        "TTT_EVAL_BATCHES": ("", ENTIRE),
-        "WITHIN_TAU": ("99", PEEKS), "WITHIN_BOOST": ("0", PEEKS), "AGREE_ADD_BOOST": ("0", PEEKS),
-        "WORD_TAU": ("99", PEEKS), "WORD_BOOST": ("0", PEEKS),
+        "ALIAS_PREV_SMEAR_SCALE": Only("1", "no shards here have fused case markers"),
+        **{f"TTT_{site.upper()}_LORA": {"0": f"TTT_LORA_SITES-={site}", "1": f"TTT_LORA_SITES+={site}"} for site in ("q", "k", "v", "o", "mlp")},
+        "TTT_LORA_EMA_DECAY": Only("0", "no published run scored with an average of a document's LoRA"),
+        "TTT_UPDATE_EVERY": Only("1", "every scored chunk is learned"),
+        "TTT_EVAL_BATCHES": Only("", ENTIRE),
+        "WITHIN_TAU": Only("99", PEEKS), "WITHIN_BOOST": Only("0", PEEKS), "AGREE_ADD_BOOST": Only("0", PEEKS),
+        "WORD_TAU": Only("99", PEEKS), "WORD_BOOST": Only("0", PEEKS),
+        "DATA_DIR": Dead("DATA_PATH names the folder of the shards"),
+        "SMEAR_GATE_BOS_FIX": Dead("no document sees the one before it, with either value; SMEAR_CROSS_DOC=1 is the published leak"),
+        "ROPE_TRAIN_SEQ_LEN": Dead("was read only where ROPE_YARN is 1"),
+        "GATED_ATTN_INIT_STD": Dead("belongs to GATED_ATTN_ENABLED"),
+        "ATTN_OUT_GATE_SRC": Dead("belongs to ATTN_OUT_GATE_ENABLED"),
+        "GATED_ATTN_QUANT_GATE": Dead("gates are stored as all control parameters are, in CONTROL_BITS"),
+        "FUSED_CE_ENABLED": Dead("the loss is the same; the device decides what computes it"),
+        "MUON_HUBER_DELTA": Dead("belongs to MUON_HUBER_WD"),
+        "PERGROUP_ROUNDTRIP_CHECK": Dead("every artifact is read back before it is scored"),
+        "TTT_SHORT_DOC_LEN": Dead("TTT_SHORT_SCORE_FIRST_STEPS holds the lengths"),
+        "TTT_SHORT_CHUNK_SIZE": Dead("TTT_SHORT_SCORE_FIRST_STEPS holds the chunks"),
+        "TRAIN_SEQ_SCHEDULE_MODE": Dead("the schedule always follows the share of the budget"),
+        "COMPILE_SHAPE_WARMUP": Dead("priming always runs every shape of the training, before the clock"),
     },
 }  # fmt: skip
 
-
-def as_digit(text: str) -> str:
-    """true and false, in any case, as 1 and 0; any other text unchanged."""
-    return {"false": "0", "true": "1"}.get(text.lower(), text)
-
-
-def float_or_none(text: str) -> float | None:
-    """The text as a number, or None if it is not one."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def from_alias(name: str, text: str, alias: Alias) -> dict[str, str]:
-    """{knob: text} that the published `name` with this value stands for; raises ConfigError with what is expected of it."""
-    number, word = float_or_none(text), as_digit(text)
-    if isinstance(alias, str):
-        return dict.fromkeys(alias.split(), text)
-    if isinstance(alias, tuple):
-        accepted, why = alias
-        if text != accepted and (number is None or number != float_or_none(accepted)):
-            raise ConfigError(f"expected {accepted or 'nothing'}: {why}")
-        return {}
-    if isinstance(alias, dict):
-        if word not in alias and name not in FIELDS:  # our own name takes our own words too
-            raise ConfigError(f"expected {' or '.join(filter(None, alias))}")
-        return dict(pair.split("=") for pair in alias[word].split()) if word in alias else {name: text}
-    if number is None:
-        raise ConfigError("expected a number")
-    return {knob_name: str(value) for knob_name, value in alias(number).items()}
-
-
-def published_curriculum(env: Mapping[str, str]) -> dict[str, str]:
-    """TRAIN_SEQ_SCHEDULE from #850's three names, where they switch it on and it is not set."""
-    if as_digit(env.get("PROG_SEQ_ENABLED", "0")) != "1" or "TRAIN_SEQ_SCHEDULE" in env:
-        return {}
-    lens, fracs = env.get("PROG_SEQ_LENS", "512,1024"), env.get("PROG_SEQ_FRACS", "0.33,0.55")
-    try:
-        text = ",".join(f"{n}@{f}" for n, f in zip(lens.split(","), fracs.split(","), strict=True))
-        parse_schedule(text)
-    except ValueError:
-        raise ConfigError(f"PROG_SEQ_LENS={lens!r}, PROG_SEQ_FRACS={fracs!r}: expected as many lengths (8 or more) as rising shares "
-                          "between 0 and 1") from None  # fmt: skip
-    return {"TRAIN_SEQ_SCHEDULE": text}
-
-
-# Published knobs that never did anything: accepted, reported, and without effect here too.
-NO_EFFECT: dict[str, dict[str, str]] = {
-    "*": {
-        "MUON_BETA2": "read by no published update rule",
-        "MTP_NUM_HEADS": "off in every published run; left out because it needs heads and a loss that no artifact holds",
-        "MTP_LOSS_WEIGHT": "belongs to MTP_NUM_HEADS",
-        "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are always computed inside the evaluation's clock",
-        "DTG_ENABLED": "off in every published run; left out because every block would carry its gate and nothing shows that it helps",
-    },
-    "pr850": {
-        "WARMDOWN_ITERS": "the published schedule is WSD, which never reads it",
-        "NGRAM_EVAL_CHUNK_TOKENS": "the published pass is cut by TTT_CHUNK_TOKENS",
-        "NGRAM_EVAL_ENTROPY_CENTER": "every order of the published scorer has a centre of its own",
-        "NGRAM_EVAL_ALPHA": "the published scorer reads it only where NGRAM_EVAL_ADAPTIVE is 0",
-        "TTT_FREEZE_BLOCKS": "the published adaptation freezes all base weights",
-        "TTT_MOMENTUM": "the published adaptation uses AdamW",
-        "SWA_ENABLED": "the published script always averaged; use SWA_EVERY",
-    },
-    "frontier": {
-        "DATA_DIR": "DATA_PATH names the folder of the shards",
-        "SMEAR_GATE_BOS_FIX": "no document sees the one before it, with either value; SMEAR_CROSS_DOC=1 is the published leak",
-        "ROPE_TRAIN_SEQ_LEN": "was read only where ROPE_YARN is 1",
-        "GATED_ATTN_INIT_STD": "belongs to GATED_ATTN_ENABLED",
-        "ATTN_OUT_GATE_SRC": "belongs to ATTN_OUT_GATE_ENABLED",
-        "GATED_ATTN_QUANT_GATE": "gates are stored as all control parameters are, in CONTROL_BITS",
-        "FUSED_CE_ENABLED": "the loss is the same; the device decides what computes it",
-        "MUON_HUBER_DELTA": "belongs to MUON_HUBER_WD",
-        "PERGROUP_ROUNDTRIP_CHECK": "every artifact is read back before it is scored",
-        "TTT_SHORT_DOC_LEN": "TTT_SHORT_SCORE_FIRST_STEPS holds the lengths",
-        "TTT_SHORT_CHUNK_SIZE": "TTT_SHORT_SCORE_FIRST_STEPS holds the chunks",
-        "TRAIN_SEQ_SCHEDULE_MODE": "the schedule always follows the share of the budget",
-        "COMPILE_SHAPE_WARMUP": "priming always runs every shape of the training, before the clock",
-    },
-    "pr1095": {
-        "SWA_ENABLED": "the published sums were collected and never applied; use SWA_EVERY",
-        "TTT_FREEZE_BLOCKS": "test-time training here leaves all base weights alone; use TTT_LORA_BLOCKS",
-    },
-}
-
-# MODE's former values -> the program in tools/ that does it.
-MOVED_MODES = {
-    "compress": "codec",
-    "decompress": "codec",
-    **{name: name for name in ("pack_code", "plan", "sample", "explain")},
-}
-
-# What gives a dead name its meaning back, where it is a knob of ours too.
-REVIVED_BY = {"WARMDOWN_ITERS": ("LR_SCHEDULE", "warmdown"), "TTT_MOMENTUM": ("TTT_OPTIMIZER", "sgd")}
 
 # Variables of other programs whose names are like those of knobs: never taken for a misspelt one.
 FOREIGN = frozenset("ARTIFACTS CODE COMPILER DEVICES FORCE_COLOR LMOD_DIR LOGDIR MODEL MODEL_DIR MORE NODE PAT PRE_COMMIT PROFILER "
@@ -1005,13 +994,14 @@ def check_value(name: str, value: Any) -> Any:
     meta, kind = FIELDS[name].metadata, TYPES[FIELDS[name].type]
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected {TYPE_WORDS[kind]}")
-    if name == "MODE" and value in MOVED_MODES:
-        raise ConfigError(f"MODE={value} is a program of its own: python tools/{MOVED_MODES[value]}.py --help")
     words = listed(value) if meta["several"] else (value,)
     fits = set(words) <= set(meta["choices"]) or value == (meta["several"] or None)
     if meta["choices"] and not fits:
         which = f"{meta['several']} or a list" if meta["several"] else "one"
-        raise ConfigError(f"{name}={str(value)[:80]!r}: expected {which} of {', '.join(map(str, meta['choices']))}")
+        doc = f" ({meta['doc']})" if meta["doc"] else ""
+        raise ConfigError(
+            f"{name}={str(value)[:80]!r}: expected {which} of {', '.join(map(str, meta['choices']))}{doc}"
+        )
     if kind in (int, float) and not (math.isfinite(value) and meta["lo"] <= value <= meta["hi"]):
         raise ConfigError(f"{name}={value}: expected {bounds(name) or 'a finite number'}")
     return value
@@ -1053,7 +1043,7 @@ def nearest_knob(name: str) -> tuple[str | None, bool]:
         return ELSEWHERE[name], False
     if name in FOREIGN or name.startswith(FOREIGN_PREFIXES):
         return None, False
-    known = [*FIELDS, *(a for table in (*ALIASES.values(), *NO_EFFECT.values()) for a in table)]
+    known = [*FIELDS, *(name for table in PUBLISHED_NAMES.values() for name in table)]
     if misspelt := next((k for k in known if one_edit_apart(name, k)), None):
         return misspelt, True
     if alike := difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8):
@@ -1073,29 +1063,77 @@ class LoadedConfig(NamedTuple):
     notices: list[str]
 
 
+def term_holds(c: Config, term: str) -> bool:
+    """Whether one term of a knob's `needs` holds."""
+    if term.islower():
+        return term in c.stages
+    name, _, words = term.lstrip("!").partition("=")
+    value = getattr(c, name.lower())
+    if words:
+        return bool({*listed(as_text(value))} & {*words.split("/")})
+    return (value not in (0, "", "none")) != term.startswith("!")
+
+
+def idle_notice(c: Config, name: str) -> str:
+    """Why the knob cannot act in this configuration, as a notice that names what it needs; "" where it can."""
+    meta, shown = FIELDS[name].metadata, {n: setting(f, getattr(c, n.lower())) for n, f in FIELDS.items()}
+    train_only = SECTIONS[name][0] in "567" and not meta["shape"]
+    for terms in (*["MODE=train"] * train_only, *meta["needs"].split()):
+        any_of = terms.split("|")
+        if not any(term_holds(c, term) for term in any_of):
+            names = [re.match(r"!?(\w+)", term)[1] for term in any_of]
+            now = " and ".join(shown[n] if n in FIELDS else f"no stage {n}" for n in names if n != name)
+            wanted = " or ".join(f"stage {t}" if t.islower() else f"{t[1:]} off" if t[0] == "!" else t for t in any_of)
+            return f"{shown[name]} has no effect with {now}: it needs {wanted}"
+    return ""
+
+
+def settings_of(name: str, text: str, fate: Fate, env: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """[(knob of ours, "=", "+=" or "-=", text)] that the published `name` with this value stands for; ConfigError with what is expected."""
+    if isinstance(fate, str):
+        return [(knob_name, "=", text) for knob_name in fate.split()]
+    if isinstance(fate, Only):
+        same = text == fate.value
+        with contextlib.suppress(ValueError):
+            same = same or float(text) == float(fate.value)
+        if not same:
+            raise ConfigError(f"expected {fate.value or 'nothing'}: {fate.why}")
+        return []
+    if isinstance(fate, dict):
+        word = as_digit(text)
+        if word in fate:
+            return [re.fullmatch(r"(\w+)([+-]?=)(.*)", pair).groups() for pair in fate[word].split()]
+        if name not in FIELDS:  # our own name takes our own words too
+            raise ConfigError(f"expected {' or '.join(filter(None, fate))}")
+        return [(name, "=", text)]
+    return [(knob_name, "=", value) for knob_name, value in fate(text, env).items()]
+
+
 def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: list[str]) -> dict[str, str]:
     """Environment -> {knob: text}: published names become ours, dead ones are reported, misspelt ones are errors."""
-    aliases = {**ALIASES["*"], **ALIASES.get(recipe, {})}
-    revived = {name for name, (by, value) in REVIVED_BY.items() if env.get(by) == value}
-    dead = {**NO_EFFECT["*"], **NO_EFFECT.get(recipe, {})}
+    table = {**PUBLISHED_NAMES["*"], **PUBLISHED_NAMES.get(recipe, {})}
+    base = {name: as_text(value) for name, value in RECIPES.get(recipe, {}).items()}
     ours: dict[str, str] = {}
     off: dict[str, str] = {}
-    try:
-        ours.update(published_curriculum(env))
-    except ConfigError as e:
-        errors.append(str(e))
+    changes: list[tuple[str, str, str]] = []
     for name, text in env.items():
-        if name in dead and name not in revived:
-            notices.append(f"{name}={text} has no effect: {dead[name]}")
-        elif name in aliases:
+        fate = table.get(name)
+        if isinstance(fate, Dead) and fate.unless and env.get(fate.unless.split("=")[0]) == fate.unless.split("=")[1]:
+            fate = None
+        if isinstance(fate, Dead):
+            notices.append(f"{name}={text} has no effect: {fate.why}")
+        elif fate is not None:
             try:
-                converted = from_alias(name, text, aliases[name])
-                for knob_name, value in converted.items():
+                for knob_name, how, value in settings_of(name, text, fate, {**base, **env}):
                     parse_value(knob_name, value)
-                if isinstance(aliases[name], dict) and as_digit(text) == "0":
-                    off.update(converted)
-                else:
-                    ours = {**converted, **ours}  # an explicit knob of ours wins over a published name
+                    if how != "=":
+                        changes.append((knob_name, how, value))
+                    elif isinstance(fate, dict) and as_digit(text) == "0":
+                        off[knob_name] = value
+                    elif (
+                        knob_name == name or knob_name not in env
+                    ):  # an explicit knob of ours wins over a published name
+                        ours[knob_name] = value
             except ConfigError as e:
                 errors.append(f"{name}={text!r}: {e}")
         elif name in FIELDS:
@@ -1108,7 +1146,15 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
                 notices.append(f"{name} is a name of another recipe and is ignored with RECIPE={recipe}")
             elif guess:
                 notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
-    return {**ours, **off}
+    ours.update(off)
+    for knob_name, how, value in changes:
+        items = [*filter(None, listed(ours.get(knob_name, base.get(knob_name, FIELDS[knob_name].default))))]
+        if how == "+=":
+            items += [item for item in listed(value) if item not in items]
+        else:
+            items = [item for item in items if item not in listed(value)]
+        ours[knob_name] = ",".join(items)
+    return ours
 
 
 def choose_recipe(env: Mapping[str, str], has_gpu: Callable[[], bool]) -> tuple[str, str]:
@@ -1134,8 +1180,6 @@ def base_values(recipe: str, header: Mapping[str, Any] | None, errors: list[str]
         return RECIPES[recipe]
     values = {}
     for name, value in header.items():
-        if name in FORMER_KNOBS and str(value) == FORMER_KNOBS[name][0]:
-            continue
         try:
             if name not in FIELDS or (name in LOCAL_KNOBS and name != "RECIPE"):
                 raise ConfigError(f"{name[:40]} is no knob that an artifact names; use the script that wrote it")
@@ -1182,6 +1226,7 @@ def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
         errors.append(str(e))
     if errors:
         raise ConfigError("\n".join(errors))
+    notices += filter(None, (idle_notice(cfg, name) for name in FIELDS if name in env))
     return LoadedConfig(cfg, why, source, notices)
 
 
@@ -2283,8 +2328,8 @@ class AdapterLinear(Linear):
     """W = base + B A: a frozen random orthogonal base that is never stored, and a trained rank-r adapter (#1095).
 
     base = Q[:out, :in] / sqrt(in), so all its singular values are 1/sqrt(in). A ~ N(0, 1/in); B = 0 starts at the base
-    (published: N(0, 1/r) on q, kv and up, much larger than the base). A and B are kept in fp32. They are what is stored, not
-    W, so QAT does not round W.
+    (published: N(0, 1/r) on q, kv and up, much larger than the base). A and B are kept in fp32. They are what is
+    stored, not W, so QAT does not round W.
     """
 
     def __init__(self, cfg: Config, layer: int, kind: str, site: str, d_in: int, d_out: int, lr_mult: float) -> None:
@@ -2294,8 +2339,6 @@ class AdapterLinear(Linear):
         self.a = tag(nn.Parameter(torch.empty(r, d_in)), "matrix", "adapter", lr_mult)
         self.b = tag(nn.Parameter(torch.zeros(d_out, r)), "matrix", "adapter", lr_mult)
         init_matrix(self.a, "normal", 1 / math.sqrt(d_in))
-        if cfg.adapter_b_init == "published" and kind not in ("out", "down"):
-            init_matrix(self.b, "normal", 1 / math.sqrt(r))
         base = torch.empty(d_out, d_in)
         if not base.is_meta:
             q = random_orthogonal(cfg.adapter_seed + 100 * layer + ADAPTER_TYPES[kind], max(d_in, d_out))
@@ -2546,37 +2589,17 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionK
 # ---- operations on the heads' outputs
 
 
-def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, share_H: Tensor | None = None) -> Tensor:
+def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     """XSA: y - (y . v^) v^ for each query head, v^ the unit value of its group at the query's own position.
 
     arXiv 2603.09078 and #265. Grouped: values are broadcast over their query heads, never expanded. A zero v leaves y.
-    `share_H` takes away that share of each head's projection instead of all of it.
     """
     b, t, h, k = y_BTHK.shape
     g = v_BTGK.shape[2]
     y = y_BTHK.view(b, t, g, h // g, k)
     unit = F.normalize(v_BTGK, dim=-1, eps=1e-12)[:, :, :, None]
     along = (y * unit).sum(-1, keepdim=True)
-    along = along if share_H is None else along * share_H.view(g, h // g, 1)
     return (y - along * unit).flatten(2, 3)
-
-
-class GatedXsa(nn.Module):
-    """XSA at the learned share tanh(alpha) of each head; alpha = 0 at first is plain attention (#2018)."""
-
-    def __init__(self, cfg: Config) -> None:
-        super().__init__()
-        self.alpha_H = vector(cfg.num_heads)
-
-    def forward(self, y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
-        return exclude_self(y_BTHK, v_BTGK, torch.tanh(self.alpha_H).to(y_BTHK.dtype))
-
-
-def choose_xsa(cfg: Config, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """(attention output, values) -> attention output, for this block: unchanged, XSA, or gated XSA."""
-    if layer not in cfg.xsa_layers:
-        return lambda y, v: y  # noqa: ARG005
-    return GatedXsa(cfg) if cfg.xsa_gated else exclude_self
 
 
 class NoGate(nn.Module):
@@ -2602,17 +2625,6 @@ class InputGate(nn.Module):
         return y_BTHK * g_BTH[..., None]
 
 
-class ScalarGate(nn.Module):
-    """y_h *= sigmoid(g_h), one learned scalar a head (#187's option, init 1)."""
-
-    def __init__(self, cfg: Config) -> None:
-        super().__init__()
-        self.logit_H = vector(cfg.num_heads, value=cfg.attn_gate_init)
-
-    def forward(self, y_BTHK: Tensor, x_BTD: Tensor) -> Tensor:  # noqa: ARG002
-        return y_BTHK * torch.sigmoid(self.logit_H).to(y_BTHK.dtype)[:, None]
-
-
 class SparseGate(nn.Module):
     """y_h *= sigmoid(c W x[:GATE_WINDOW])_h, x the block's normalised input; W = 0 starts at 1/2 (#1787)."""
 
@@ -2626,7 +2638,7 @@ class SparseGate(nn.Module):
         return y_BTHK * torch.sigmoid(self.scale * z_BTH)[..., None]
 
 
-ATTN_GATES = {"none": NoGate, "input": InputGate, "scalar": ScalarGate, "sparse": SparseGate}
+ATTN_GATES = {"none": NoGate, "input": InputGate, "sparse": SparseGate}
 
 
 class NoValueResidual(nn.Module):
@@ -2639,24 +2651,16 @@ class NoValueResidual(nn.Module):
 class ValueResidual(nn.Module):
     """v <- a v0 + b v, v0 the first block's values, (a, b) = softmax of two learned logits (arXiv 2410.17897, #850)."""
 
-    shares = staticmethod(functools.partial(torch.softmax, dim=0))
-
     def __init__(self) -> None:
         super().__init__()
         self.logits = vector(2, value=0.5)
 
     def forward(self, v: Tensor, v0: Tensor) -> Tensor:
-        a, b = self.shares(self.logits).to(v.dtype).unbind()
+        a, b = torch.softmax(self.logits, dim=0).to(v.dtype).unbind()
         return a * v0 + b * v
 
 
-class SigmoidValueResidual(ValueResidual):
-    """The same with independent shares, (a, b) = sigmoid of the logits, .62 each at first (#187's option)."""
-
-    shares = staticmethod(torch.sigmoid)
-
-
-VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": ValueResidual, "sigmoid": SigmoidValueResidual}
+VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": ValueResidual}
 
 
 # ---- embeddings
@@ -2814,7 +2818,7 @@ class Attention(nn.Module):
         self.q_gain_H = vector(cfg.num_heads, value=cfg.qk_gain_init)
         self.gate = ATTN_GATES[cfg.attn_gate](cfg)
         self.value_residual = VALUE_RESIDUALS[cfg.value_residual if layer else "none"]()
-        self.exclude_self = choose_xsa(cfg, layer)
+        self.exclude_self = exclude_self if layer in cfg.xsa_layers else lambda y, v: y  # noqa: ARG005
         self.attend = attend_sdpa
 
     def heads(self, x_BTD: Tensor) -> Tensor:
@@ -2847,8 +2851,7 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
-        own = cfg.mlp_mult_encoder if layer < cfg.encoder_layers else cfg.mlp_mult_decoder
-        hidden = int((own or cfg.mlp_mult) * cfg.model_dim)
+        hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.layer, self.slope = layer, cfg.leaky_slope
         self.up = projection(cfg, layer, "mlp", "up", cfg.model_dim, hidden)
         self.down = projection(cfg, layer, "mlp", "down", hidden, cfg.model_dim)
@@ -2938,7 +2941,6 @@ class Step(NamedTuple):
     norm: bool  # RMSNorm the stream first (start of a repeated encoder pass)
     save: bool  # push the output for a later skip
     skip: int | None  # which skip weight merges the popped output before the block
-    repeat: int  # earlier passes through the same block
 
 
 def layer_plan(cfg: Config, looped: bool = True) -> list[Step]:
@@ -2958,7 +2960,7 @@ def layer_plan(cfg: Config, looped: bool = True) -> list[Step]:
     kept = range(half - last if cfg.encoder_recurrence else 0, half)
     skips = min(len(kept), len(order) - half)
     return [Step(block, cfg.encoder_recurrence and block == 0 and i > 0, i in kept,
-                 i - half if 0 <= i - half < skips else None, order[:i].count(block))
+                 i - half if 0 <= i - half < skips else None)
             for i, block in enumerate(order)]  # fmt: skip
 
 
@@ -2966,26 +2968,6 @@ def merge_skip(x: Tensor, skip: Tensor, w_D: Tensor, gate_D: Tensor | None) -> T
     """x + w skip; with a gate s x + (1 - s) w skip, s = sigmoid(gate)."""
     skip = w_D.to(x.dtype) * skip
     return x + skip if gate_D is None else torch.lerp(skip, x, torch.sigmoid(gate_D).to(x.dtype))
-
-
-class LoopCarry:
-    """Frozen carry: a repeated pass through looped block i gives b_i F_i(x) + sum_j a_ij c_j, c_j the detached output of looped
-    block j in its first pass (#1779). Constants of LOOP_CARRY; b = 1 and a = 0 is the plain loop.
-    """
-
-    def __init__(self, cfg: Config) -> None:
-        self.rows = {cfg.loop_start + i: row for i, row in enumerate(cfg.carry_rows)}
-
-    def __call__(self, a: Tensor, m: Tensor, step: Step, firsts: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """Both lanes after this step as the next one reads them; `firsts` keeps the first passes of one forward."""
-        if step.block not in self.rows:
-            return a, m
-        if not step.repeat:
-            firsts[step.block] = a.detach()
-            return a, m
-        b, *shares = self.rows[step.block]
-        x = b * a + sum(share * first for share, first in zip(shares, firsts.values(), strict=True))
-        return x, x
 
 
 class Softcap(nn.Module):
@@ -3061,7 +3043,6 @@ class GPT(nn.Module):
         skips = max(sum(step.skip is not None for step in plan) for plan in self.plans.values())
         self.skip_weights = vector(skips, cfg.model_dim, value=1.0)
         self.skip_gates = vector(skips, cfg.model_dim) if cfg.skip_gates_enabled else None
-        self.carry = LoopCarry(cfg)
         self.softcap = AsymSoftcap(cfg) if cfg.asym_logit_rescale else Softcap(cfg)
         self.register_buffer("rope", rope_table(cfg), persistent=False)
 
@@ -3137,7 +3118,6 @@ class GPT(nn.Module):
         stream = Stream(x0, rope, values, ctx)
         v0: Tensor | None = None
         saved: list[Tensor] = []
-        firsts: dict[int, Tensor] = {}
         for slot, step in enumerate(self.plan):
             if step.norm:
                 a = rms_norm(a)
@@ -3145,7 +3125,6 @@ class GPT(nn.Module):
                 gate = None if self.skip_gates is None else self.skip_gates[step.skip]
                 a = merge_skip(a, saved.pop(), self.skip_weights[step.skip], gate)
             a, m, v0 = self.blocks[step.block](a, m, v0, stream._replace(ctx=ctx._replace(slot=slot)), slot)
-            a, m = self.carry(a, m, step, firsts)
             if step.save:
                 saved.append(a)
         if ctx.cache is not None:
@@ -3423,14 +3402,10 @@ class Optimizers:
     def step(self, step: int, lr_scale: float) -> None:
         """One optimizer step: `step` (from 0) sets Muon's momentum, `lr_scale` multiplies every learning rate."""
         cfg = self.cfg
-        if cfg.grad_clip_local and cfg.grad_clip_norm:
-            # Published: each rank clips the gradient of its own mean, which is `world` times its part of the whole mean.
-            params = [p for part in (self.small, *self.banks) for p in part.params]
-            nn.utils.clip_grad_norm_(params, cfg.grad_clip_norm / self.run.world)
         self.small.reduce()  # first, so that AdamW runs while the matrices' gradients are being reduced
         for bank in self.banks:
             bank.reduce()
-        if cfg.grad_clip_norm > 0 and not cfg.grad_clip_local:
+        if cfg.grad_clip_norm > 0:
             self.clip(cfg.grad_clip_norm)
         self.small.step(lr_scale)
         start, warmup = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps
@@ -3646,8 +3621,8 @@ class BigramCounts:
     """Running counts C(a, b) of the training stream, which down-weight tokens that a bigram predicts (#803, #850).
 
     Weight of target b after a: max(0.1, 1 - alpha C(a, b) / (T(a) + 1)); 1 before anything is counted. Counted after the
-    step (no look-ahead), never in evaluation. COMPLEMENT_SYNC sums the step's counts over ranks, so that the weights do
-    not depend on their number; without it each rank counts the tokens it reads, as published.
+    step (no look-ahead), never in evaluation. The step's counts are summed over ranks, so that the weights do not depend
+    on their number (published: each rank counts the tokens it reads).
     """
 
     def __init__(self, cfg: Config, run: Run) -> None:
@@ -3668,7 +3643,7 @@ class BigramCounts:
         """Count this step's pairs."""
         keys = (inputs * self.vocab + targets).flatten()
         ones = torch.ones_like(keys)
-        if self.cfg.complement_sync and self.run.world > 1:
+        if self.run.world > 1:
             self.pairs += self.run.all_reduce(torch.zeros_like(self.pairs).index_add_(0, keys, ones))
             self.totals = self.pairs.view(self.vocab, self.vocab).sum(1)
         else:
@@ -3676,15 +3651,12 @@ class BigramCounts:
             self.totals.index_add_(0, inputs.flatten(), ones)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The counts of every rank, (ranks, V V); all ranks must call it."""
-        counts = self.pairs.new_zeros(self.run.world, len(self.pairs))
-        counts[self.run.rank] = self.pairs
-        return {"pairs": self.run.all_reduce(counts)}
+        """The counts (V V), the same on every rank."""
+        return {"pairs": self.pairs}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """This rank's counts, or at another world size an equal share of all."""
-        counts = state["pairs"]
-        self.pairs.copy_(counts[self.run.rank] if len(counts) == self.run.world else counts.sum(0) // len(counts))
+        """Go on from these counts, at any world size."""
+        self.pairs.copy_(state["pairs"])
         self.totals = self.pairs.view(self.vocab, self.vocab).sum(1)
 
 
@@ -3990,10 +3962,8 @@ class Trainer:
         self.fake_quant.sharpness.fill_(qat_sharpness(self.cfg, frac))
         return Ctx(fake_quant=self.fake_quant)
 
-    def accumulate(
-        self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None, total: float | Tensor
-    ) -> Tensor:
-        """Gradient and value of sum(weights * nll) / total, one micro-batch after the other."""
+    def accumulate(self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None) -> Tensor:
+        """Gradient and value of sum(weights * nll) / TRAIN_BATCH_TOKENS, one micro-batch after the other."""
         rows = max(1, self.micro_tokens // inputs.shape[1])
         loss = torch.zeros((), device=self.run.device)
         for i in range(0, len(inputs), rows):
@@ -4001,7 +3971,9 @@ class Trainer:
             if self.cfg.doc_mask:
                 ids, following, ctx = self.one_stream(ids, following, i, ctx)
             nll = self.forward(ids, following, ctx)
-            part = (nll if weights is None else nll * weights[i : i + rows].view_as(nll)).sum() / total
+            part = (
+                nll if weights is None else nll * weights[i : i + rows].view_as(nll)
+            ).sum() / self.cfg.train_batch_tokens
             part.backward()
             loss += part.detach()
         return loss
@@ -4023,13 +3995,10 @@ class Trainer:
         another in here, so each may do so by itself.
         """
         weights = None if self.counts is None else self.counts.weights(inputs, targets)
-        total: float | Tensor = float(self.cfg.train_batch_tokens)
-        if weights is not None and self.cfg.complement_normalized:
-            total = self.run.all_reduce(weights.sum())
         while True:
             self.optimizers.zero_grad()
             try:
-                return self.accumulate(inputs, targets, ctx, weights, total)
+                return self.accumulate(inputs, targets, ctx, weights)
             except torch.OutOfMemoryError:
                 pass
             except torch._dynamo.exc.TorchDynamoException as e:
@@ -8562,9 +8531,9 @@ def stage_stride(cfg: Config, stage: str) -> int:
     return cfg.eval_len if stage == "roundtrip" else cfg.eval_stride or cfg.eval_len
 
 
-def update_span(cfg: Config, n_tokens: int) -> int:
+def update_span(n_tokens: int) -> int:
     """Targets between two updates of the mixing weights, in a stream of `n_tokens`."""
-    return cfg.ngram_update_tokens or max(1024, n_tokens // 4096)
+    return max(1024, n_tokens // 4096)
 
 
 def expert_chain(cfg: Config, stage: str, network: Any, counted: list[Any], packed: Any) -> list[Any]:
@@ -8635,7 +8604,7 @@ class Evaluation:
             scorer, span = self.published(stage, network)
             return scorer, [network, scorer], span
         chain = expert_chain(self.cfg, stage, network, [self.table, self.tilt_table], self.packed)
-        span = network.ahead if len(chain) == 1 else update_span(self.cfg, len(self.text.tokens))
+        span = network.ahead if len(chain) == 1 else update_span(len(self.text.tokens))
         return chain[-1], chain, span
 
     def move_to_cpu(self) -> None:

@@ -472,7 +472,7 @@ def test_the_published_order_is_a_claim_printed_after_the_score(tiny, script):
 @pytest.mark.parametrize(("knobs", "words"), [
     ({"TTT_LORA_SITES": "q,gate"}, "TTT_LORA_SITES='q,gate': this model has the sites"),
     ({"KV_FUSED": 1}, "TTT_LORA_SITES='k,o,mlp,head': this model has the sites"),
-    ({"TTT_LORA_SITES": "k", "TTT_K_LORA": 0}, "TTT_LORA_SITES='k': this model has the sites"),
+    ({"TTT_LORA_SITES": ""}, "TTT_LORA_SITES='': this model has the sites"),
     ({"TTT_BLOCK_TOKENS": 11}, "TTT_BLOCK_TOKENS=11 is shorter than a chunk of 12 targets"),
     ({"TTT_CHUNK_SIZE": 48}, "TTT_CHUNK_SIZE=48 exceeds the context of 24"),
     ({"TTT_SHORT_SCORE_FIRST_STEPS": "20:6,8:4"}, "TTT_SHORT_SCORE_FIRST_STEPS='20:6,8:4': expected POSITION:SIZE"),
@@ -500,7 +500,7 @@ def test_phases_beyond_the_text_are_named_before_training(tiny, script):
 
 def test_published_names_reach_our_knobs():
     cfg = config({
-        "RECIPE": "baseline", "TTT_ENABLED": "1", "TTT_RESET": "document", "TTT_EVAL_SEQ_LEN": "2560", "TTT_LORA_RANK": "80", "TTT_LORA_ALPHA": "144",
+        "RECIPE": "frontier", "NGRAM_SCORE": "off", "TTT_ENABLED": "1", "TTT_RESET": "document", "TTT_EVAL_SEQ_LEN": "2560", "TTT_LORA_RANK": "80", "TTT_LORA_ALPHA": "144",
         "TTT_LORA_LR": "8e-5", "TTT_WEIGHT_DECAY": "2.0", "TTT_BETA1": "0", "TTT_BETA2": ".99", "TTT_OPTIMIZER": "adam", "TTT_GRAD_STEPS": "1",
         "TTT_LORA_SITES": "k,q,v,o,mlp,head", "TTT_K_LORA": "0", "TTT_MASK": "no_qv", "PHASED_TTT_PREFIX_DOCS": "2500", "GLOBAL_TTT_OPTIMIZER": "sgd",
         "PHASED_TTT_NUM_PHASES": "1", "TTT_SHORT_SCORE_FIRST_ENABLED": "0", "TTT_SHORT_SCORE_FIRST_STEPS": "256:8", "TTT_LOCAL_LR_MULT": ".75",

@@ -18,11 +18,10 @@ from test_recipes import small
 import train_gpt as tg
 
 BOS = 1
-CARRY = {"num_loops": 2, "loop_start": 1, "loop_end": 2, "loop_carry": "1.5,.2,-.1;.8,.3,.4"}
 SWITCHES = {
     "xsa": {"xsa_last_n": 2}, "partial rope": {"rope_dims": 4}, "ntk": {"rope_train_len": 8, "rope_base": 500.0}, "ln in": {"ln_scale": "in"},
     "partial ntk": {"rope_dims": 6, "rope_train_len": 5}, "ln out": {"ln_scale": "out"}, "input gate": {"attn_gate": "input"},
-    "scalar gate": {"attn_gate": "scalar"}, "softmax vrl": {"value_residual": "softmax"}, "sigmoid vrl": {"value_residual": "sigmoid"},
+    "softmax vrl": {"value_residual": "softmax"},
     "ve": {"ve_dim": 6, "ve_layers": "0,3"}, "smear": {"smear": True}, "leak": {"smear": True, "smear_cross_doc": True},
     "smear first": {"smear": True, "smear_before_norm": True}, "bigram": {"bigram_vocab_size": 50, "bigram_dim": 6},
     "bigram 740": {"bigram_vocab_size": 50, "bigram_hash": "pr740", "bigram_scale": 0.0, "bigram_table_std": 1.0},
@@ -31,24 +30,24 @@ SWITCHES = {
     "recurrence": {"encoder_recurrence": True}, "phase": {"resid_mix_init": "phase"},
     "orthogonal": {"linear_init": "orthogonal"}, "scaled out": {"out_init": "scaled"},
     "overtone": {"overtone_init": True}, "adapters": {"adapter_rank": 3}, "fused": {"kv_fused": True},
-    "published b": {"adapter_rank": 3, "adapter_b_init": "published"}, "leaky": {"leaky_slope": 0.3},
-    "widths": {"mlp_mult_encoder": 1.0, "mlp_mult_decoder": 3.0}, "own head": {"tie_embeddings": False},
+    "leaky": {"leaky_slope": 0.3},
+    "wide": {"mlp_mult": 3.0}, "own head": {"tie_embeddings": False},
     "loop": {"num_loops": 2, "loop_start": 1, "loop_end": 1}, "odd loop": {"num_loops": 1, "loop_start": 1, "loop_end": 1, "num_layers": 5}, "lanes": {"parallel_start_layer": 3},
-    "carry": CARRY, "skip gates": {"skip_gates_enabled": True}, "more heads": {"num_heads": 8, "num_kv_heads": 2},
-    "sparse gate": {"attn_gate": "sparse", "gate_window": 6, "sparse_attn_gate_scale": 0.4}, "gated xsa": {"xsa_last_n": -1, "xsa_gated": True},
+    "two loops": {"num_loops": 2, "loop_start": 1, "loop_end": 2}, "skip gates": {"skip_gates_enabled": True}, "more heads": {"num_heads": 8, "num_kv_heads": 2},
+    "sparse gate": {"attn_gate": "sparse", "gate_window": 6, "sparse_attn_gate_scale": 0.4}, "xsa everywhere": {"xsa_last_n": -1},
     "window smear": {"smear": True, "smear_form": "window", "gate_window": 6}, "two caps": {"asym_logit_rescale": True, "logit_softcap": 4.0},
     "low cap": {"logit_softcap": 3.0}, "deep": {"num_layers": 7}, "lone heads": {"num_kv_heads": 4},
     "single": {"num_layers": 1, "xsa_last_n": -1, "ve_layers": "0", "value_residual": "none"},
 }  # fmt: skip
 ALONE = {"plain": {}, **SWITCHES, "everything": EVERYTHING, "everything else": EVERYTHING_ELSE}
-REPEATING, LATE = ("loop", "odd loop", "carry", "recurrence", "single"), ("lanes", "single", "recurrence")
+REPEATING, LATE = ("loop", "odd loop", "two loops", "recurrence", "single"), ("lanes", "single", "recurrence")
 CLASHES = [{a, b} for a, b in [*itertools.combinations(REPEATING, 2), *itertools.combinations(LATE, 2)]]
 PAIRS = [pair for pair in itertools.combinations(SWITCHES, 2) if set(pair) not in CLASHES]
 PAIRS = [
     *random.Random(1).sample(PAIRS, 90),
-    ("carry", "skip gates"),
-    ("gated xsa", "more heads"),
-    ("carry", "ceil"),
+    ("two loops", "skip gates"),
+    ("xsa", "more heads"),
+    ("two loops", "ceil"),
     ("smear", "bigram"),
 ]
 
@@ -124,7 +123,7 @@ class Oracle:
         self.v0 = v if self.v0 is None else self.v0
         if f"{name}.value_residual.logits" in P:
             logits = P[f"{name}.value_residual.logits"]
-            a, b = logits.softmax(0) if cfg.value_residual == "softmax" else logits.sigmoid()
+            a, b = logits.softmax(0)
             v = a * self.v0 + b * v
         outs = []
         for h in range(heads):
@@ -133,14 +132,11 @@ class Oracle:
             z = (qh @ kg.T / math.sqrt(kg.shape[1])).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
             y = z.softmax(-1) @ vg
             if i >= cfg.num_layers - cfg.xsa_last_n or cfg.xsa_last_n == -1:
-                share = P[f"{name}.exclude_self.alpha_H"][h].tanh() if f"{name}.exclude_self.alpha_H" in P else 1.0
                 unit = vg / vg.norm(dim=-1, keepdim=True)
-                y = y - share * (y * unit).sum(-1, keepdim=True) * unit
+                y = y - (y * unit).sum(-1, keepdim=True) * unit
             gate = torch.ones(T, dtype=torch.float64)
             if cfg.attn_gate == "input":
                 gate = (x @ P[f"{name}.gate.weight_HD"][h] + P[f"{name}.gate.bias_H"][h]).sigmoid()
-            elif cfg.attn_gate == "scalar":
-                gate = gate * P[f"{name}.gate.logit_H"][h].sigmoid()
             elif cfg.attn_gate == "sparse":
                 gate = (cfg.sparse_attn_gate_scale * x[:, : cfg.gate_window] @ P[f"{name}.gate.weight_HW"][h]).sigmoid()
             outs.append(y * gate[:, None])
@@ -173,9 +169,8 @@ class Oracle:
             first, last = cfg.loop_start, cfg.loop_end + 1
             order = [*range(last), *list(range(first, last)) * cfg.num_loops, *range(last, n)]
             half = (len(order) + up) // 2
-        rows = {cfg.loop_start + j: row for j, row in enumerate(cfg.carry_rows)} if cfg.num_loops else {}
         a = m = self.x0 = self.embedding()
-        saved, firsts = [], []
+        saved = []
         for at, i in enumerate(order):
             a = norm(a) if cfg.encoder_recurrence and at == kept else a
             if at >= half and saved:
@@ -183,11 +178,6 @@ class Oracle:
                 s = P["skip_gates"][at - half].sigmoid() if "skip_gates" in P else None
                 a = a + skip if s is None else s * a + (1 - s) * skip
             a, m = self.block(i, a, m)
-            if i in rows and i in order[:at]:
-                b, *shares = rows[i]
-                a = m = b * a + sum(share * c for share, c in zip(shares, firsts, strict=True))
-            elif i in rows:
-                firsts.append(a)
             saved += [a] if kept <= at < half else []
         out = norm((a + m) / 2 if f"blocks.{n - 1}.lane_mix" in P else a)
         z = out @ (P["tok_emb.weight"] if cfg.tie_embeddings else P["head.weight"]).T
@@ -281,14 +271,14 @@ def test_a_prefix_and_a_cache_have_the_features_of_the_whole_text(name, mask):
 INITIAL = {  # what each control parameter is at birth, by the end of its name
     "q_gain_H": 1.5, "attn_scale": 1, "mlp_scale": 1, "skip_weights": 1, "skip_gates": 0, "smear.gate": -3, "smear.weight_W": 0,
     "smear.scale": 0, "bigram.scale": 0.05, "ve.scale": 0.1, "ve.layer_scales": 1, "gate.weight_HD": 0, "gate.bias_H": 4, "gate.weight_HW": 0,
-    "value_residual.logits": 0.5, "exclude_self.alpha_H": 0, "softcap.caps": 30, "bigram.table.weight": 0, "attn.out.weight": 0,
+    "value_residual.logits": 0.5, "softcap.caps": 30, "bigram.table.weight": 0, "attn.out.weight": 0,
     "mlp.down.weight": 0, "lane_mix": [[1.1, 1, 1], [1.1, 1, 1]], "resid_mix": [[1.0], [0.0]],
 }  # fmt: skip
 
 
 def test_control_parameters_begin_where_their_technique_does_nothing_yet():
     forms = [{"smear": True, "smear_init": -3.0, "attn_gate": "input", "value_residual": "softmax", "parallel_start_layer": 2},
-             {"smear": True, "smear_form": "window", "attn_gate": "sparse", "xsa_last_n": -1, "xsa_gated": True, "skip_gates_enabled": True,
+             {"smear": True, "smear_form": "window", "attn_gate": "sparse", "xsa_last_n": -1, "skip_gates_enabled": True,
               "asym_logit_rescale": True, "bigram_vocab_size": 50, "ve_dim": 6, "ve_layers": "1,3"}]  # fmt: skip
     met = set()
     for knobs in forms:

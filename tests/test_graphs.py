@@ -16,7 +16,6 @@ LOOPED = {
     "NUM_LAYERS": 3,
     "LOOP_START": 1,
     "LOOP_END": 1,
-    "LOOP_CARRY": "1.5,.2",
     "PARALLEL_START_LAYER": 2,
     "TTT_ENABLED": 0,
     "EVAL_STRIDE": 0,

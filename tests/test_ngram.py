@@ -240,7 +240,7 @@ def tiny_audit(stage: str, tables: tg.Tables = tg.NO_TABLES, n: int = 1500, **kn
     """name -> passed of the audit's checks, on a random two-block network and a text full of repeats."""
     env = {"RECIPE": "baseline", "DEVICE": "cpu", "COMPILE": 0, "VOCAB_SIZE": VOCAB, "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 2,
            "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 128, "EVAL_STRIDE": 16, "BIGRAM_VOCAB_SIZE": 0,
-           "NGRAM_SCORE": "exact,normalized", "NGRAM_ORDER": 6, "NGRAM_UPDATE_TOKENS": 100, "NGRAM_BUCKETS": 64, **knobs}  # fmt: skip
+           "NGRAM_SCORE": "exact,normalized", "NGRAM_ORDER": 6, "NGRAM_BUCKETS": 64, **knobs}  # fmt: skip
     cfg = tg.load_config({name: str(value) for name, value in env.items()}).cfg
     run = tg.Run(cfg, 0, 0, 1, 1)
     torch.set_num_threads(1)

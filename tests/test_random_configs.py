@@ -19,7 +19,7 @@ import train_gpt as tg
 # Numbers that are small enough for a run of a second; knobs of other kinds are drawn from their choices.
 NUMBERS = {
     "NUM_LAYERS": (1, 2, 3), "MODEL_DIM": (8, 16, 32), "NUM_HEADS": (1, 2, 4), "NUM_KV_HEADS": (1, 2, 4), "MLP_MULT": (0.2, 1.0, 3.0),
-    "MLP_MULT_ENCODER": (0.0, 1.5), "MLP_MULT_DECODER": (0.0, 0.5), "LEAKY_SLOPE": (0.0, 0.5, 1.0), "ROPE_DIMS": (0, 2, 4, 8),
+    "LEAKY_SLOPE": (0.0, 0.5, 1.0), "ROPE_DIMS": (0, 2, 4, 8),
     "ROPE_TRAIN_LEN": (0, 16), "QK_GAIN_INIT": (0.0, 1.5), "XSA_LAST_N": (-1, 0, 1, 2), "VE_DIM": (0, 1, 8), "VE_LAYERS": ("", "0", "0,1"),
     "BIGRAM_VOCAB_SIZE": (0, 2, 64), "BIGRAM_DIM": (1, 8), "BIGRAM_SCALE": (0.0, 0.05), "BIGRAM_TABLE_STD": (0.0, 0.1),
     "PRE_ENRICH_DIM": (0, 1, 8), "EMBED_INIT_STD": (0.0, 0.02), "ADAPTER_RANK": (0, 1, 4, 64),
@@ -33,7 +33,7 @@ NUMBERS = {
     "TARGET_BYTES": (0, 400_000), "ZSTD_LEVEL": (1, 22), "LZMA_PRESET": (0, 6), "EVAL_SEQ_LEN": (0, 16, 64), "EVAL_STRIDE": (0, 1, 8),
     "VAL_BATCH_TOKENS": (0, 1, 64), "NGRAM_SCORE": ("off", "exact", "normalized", "claimed", "exact,normalized,claimed"), "NGRAM_CLAIM_RANKS": (1, 3),
     "NGRAM_BUCKETS": (2, 256), "NGRAM_TABLE": ("none", "exact", "exact,pr1095"), "NGRAM_TABLE_BYTES": (1000, 5000), "NGRAM_TABLE_ORDER": (2, 5),
-    "NGRAM_TABLE_TOKENS": (1, 500), "NGRAM_ORDER": (2, 5, 64), "NGRAM_UPDATE_TOKENS": (0, 7), "NGRAM_RATE": (0.0, 2.0),
+    "NGRAM_TABLE_TOKENS": (1, 500), "NGRAM_ORDER": (2, 5, 64), "NGRAM_RATE": (0.0, 2.0),
     "NGRAM_MIN_COUNT": (1, 3), "NGRAM_TILT_THRESHOLD": (0.0, 1.0), "TTT_LORA_RANK": (1, 8),
     "TTT_LORA_SITES": ("q", "q,v", "kv", "up,down", "head", "q,out,head"), "TTT_LORA_BLOCKS": (1, 2), "TTT_CHUNK_TOKENS": (1, 50, 200), "TTT_EPOCHS": (1, 2),
     "TTT_BATCH_SEQS": (0, 1), "TTT_WD": (0.0, 0.1), "TTT_POLYAK_DECAY": (0.0, 0.9), "TTT_TEMPERATURE": (0.5, 1.0), "SEED": (0, 2**31 - 1),

@@ -228,7 +228,7 @@ def test_every_stage_codes_as_it_scores(name, tokenizer, sample_text):
     """The text repeats itself, and the artifact's n-grams are of text like it: each expert has something to say."""
     learned = np.array(tokenizer.sp.encode(sample_text[2000:40_000]))
     tables = tg.Tables(trie=tg.unpack_trie(tg.build_trie(learned, 1024, 4, 20_000), 1024))
-    knobs = {"NGRAM_ORDER": 6, "NGRAM_UPDATE_TOKENS": 64, "NGRAM_TILT_ENABLED": int("NGRAM_TILT_ORDER" in STAGES[name])}
+    knobs = {"NGRAM_ORDER": 6, "NGRAM_TILT_ENABLED": int("NGRAM_TILT_ORDER" in STAGES[name])}
     data = (sample_text[:400] + " and once more: " + sample_text[:300]) * 2
 
     def opened(**more) -> tc.Codec:
@@ -283,7 +283,7 @@ def test_incremental_counts_equal_the_sorted_engine(vocab_size, order):
 
 @pytest.mark.parametrize("knobs", [{}, {"NGRAM_TILT_ENABLED": 1, "NGRAM_TILT_ORDER": 3}])
 def test_mixed_distributions_sum_to_one_and_report_the_networks_share(knobs, tokenizer):
-    lanes = open_tiny(load(NGRAM_UPDATE_TOKENS=20, **knobs), tokenizer).lanes(2, 80)
+    lanes = open_tiny(load(**knobs), tokenizer).lanes(2, 80)
     rng = np.random.default_rng(0)
     for _ in range(80):
         p = lanes.dist()

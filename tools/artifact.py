@@ -368,7 +368,7 @@ class LaneMixture:
         self, cfg: tg.Config, network: LaneNetwork, stage: str, length: int, trie: list[tg.TrieLevel] | None
     ) -> None:
         self.network, lanes = network, len(network.tokens)
-        self.span = tg.update_span(cfg, length + 1)
+        self.span = tg.update_span(length + 1)
         self.tokens = torch.full((lanes, length + 1), tg.BOS)
         self.entropy, self.hint_prob = torch.zeros(2, lanes, length + 1, dtype=torch.float64)
         self.shares = [1.0] * lanes

@@ -45,8 +45,8 @@ def removable(source: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
             yield node, node, "pass"
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "knob":
             yield node.args[2], node.args[2], '""'
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "NO_EFFECT":
-            yield from ((why, why, '""') for table in node.value.values for why in table.values)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Dead":
+            yield node.args[0], node.args[0], '""'
         if isinstance(node, ast.FunctionDef) and not node.decorator_list:
             args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
             yield from ((arg, arg.annotation, "") for arg in args if arg is not None and arg.annotation is not None)
