@@ -72,6 +72,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+# OpenMP reads these once, when torch is imported. Threads that spin long at a barrier keep each other from a core that another program uses.
+os.environ.update({} if {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"} & {*os.environ} else
+                  {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"})  # GNU's: rounds; Intel's and LLVM's: ms  # fmt: skip
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -299,7 +303,7 @@ class Config:
     seed: int = knob(1337, "", "the one seed; every other stream of random numbers derives from it", lo=0, hi=2**31 - 1)
     run_id: str = knob("", "", "names the logs; empty: time-recipe-seed, and -2, -3 ... where that is taken")
     log_dir: str = knob("logs", "folder", "where logs, checkpoints and artifacts go")
-    device: str = knob("auto", "", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = knob("auto", "", "where to compute; auto: a CUDA device, else the CPU, on a Mac too", choices=("auto", "cuda", "cpu"))
     force: bool = knob(False, "", "overwrite finished files")
     profile: bool = knob(False, "", "write a torch.profiler trace of a few training steps")
     # ---- 3 DATA
@@ -1256,6 +1260,12 @@ def dump_config(loaded: LoadedConfig) -> str:
     return "\n".join(f"{n}={as_text(getattr(loaded.cfg, n.lower()))}  # {loaded.source[n]}" for n in FIELDS)
 
 
+def show_config(env: Mapping[str, str]) -> str:
+    """The text of --dump-config: the notices that a run would give of its knobs, as comments, and `dump_config`."""
+    loaded = load_config(env)
+    return "\n".join([*(f"# notice: {text}" for text in loaded.notices), dump_config(loaded)])
+
+
 # ==== 2 RUNTIME =======================================================================================================
 
 LOG_SCHEMA = 1
@@ -1384,6 +1394,21 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
     return ranks
 
 
+# Variables of other launchers: how many processes they started.
+LAUNCHED = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def launched_apart() -> str:
+    """A notice where a launcher that does not tell ranks as torchrun does started several processes: each trains a run of its own."""
+    for name in LAUNCHED if "RANK" not in os.environ else ():
+        if (n := os.environ.get(name, "")).isdecimal() and int(n) > 1:
+            return (f"{name}={n} without RANK and WORLD_SIZE: this process trains alone, and so does every other that srun or mpirun started; one "
+                    f"run of {n} processes: torchrun --standalone --nproc_per_node={n} train_gpt.py, on several machines srun "
+                    "--ntasks-per-node=1 torchrun --nnodes=NODES --nproc_per_node=GPUS --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 "
+                    "train_gpt.py")  # fmt: skip
+    return ""
+
+
 def is_first_on_node() -> bool:
     """True on one rank of each machine, which reports a mistake found before the ranks have met."""
     try:
@@ -1394,25 +1419,60 @@ def is_first_on_node() -> bool:
 
 def pick_device(name: str, local_rank: int) -> torch.device:
     """DEVICE -> torch.device of this rank; raises ConfigError if the device is not there."""
-    if name == "auto":  # no backend joins several ranks on Apple's GPUs
-        mps = torch.backends.mps.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu or DEVICE=auto")
     if name == "cuda" and local_rank >= (count := torch.cuda.device_count()):
         raise ConfigError(f"rank {local_rank} finds {count} GPUs; lower --nproc_per_node to as many")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("DEVICE=mps: no Apple GPU is visible; use DEVICE=cpu or DEVICE=auto")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
+def cpu_info(name: str) -> str:
+    """The first processor's entry of this name in /proc/cpuinfo; empty where there is none."""
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"^{name}\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M):
+            return found[1]
+    return ""
+
+
+def cpu_features() -> set[str]:
+    """Names of the instruction sets of this CPU, as torch and Linux spell them."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.10
+        return {*cpu_info("flags").split()}
+    return {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+
+
+def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """CPUs that the control groups of this process, those of a container, allow it on average; inf without a limit.
+
+    Version 1 keeps quota and period in two files below `groups`/cpu, version 2 in one. A group is limited by all above it, and in
+    a container `own` may name the host's path while the container's group is the root.
+    """
+    limits = [math.inf]
+    with contextlib.suppress(OSError):
+        for _, controllers, path in (line.split(":", 2) for line in own.read_text().splitlines()):
+            names = controllers.split(",") if controllers else ["", "unified"]  # version 2, alone or beside version 1
+            for base in {groups / name for name in (*names, controllers)} if {"", "cpu"} & {*names} else ():
+                folder = base / path.lstrip("/")
+                for group in (folder, *folder.parents):
+                    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+                        with contextlib.suppress(OSError, ValueError):  # "max" is no number, as -1 none
+                            quota, period = map(float, " ".join((group / f).read_text() for f in files).split())
+                            limits += [quota / period] if min(quota, period) > 0 else []
+    return min(limits)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: those it is bound to, as many as its quota pays for, at least one."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(bound, int(min(cpu_quota(), bound) + 0.5)))
+
+
 def tune_cpu(local_world: int) -> None:
-    """Set threads, matmul precision and malloc for fp32 training on a CPU: about twice as fast; `local_world` processes share the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if (
-        local_world > 1 or "OMP_NUM_THREADS" not in os.environ
-    ):  # torchrun sets it to 1 where there are several processes
-        torch.set_num_threads(max(1, cores // local_world))
+    """Set threads, matmul precision and malloc for fp32 training on a CPU: about twice as fast; `local_world` processes share the CPUs."""
+    if local_world > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1 for several processes
+        torch.set_num_threads(max(1, usable_cpus() // local_world))
     # Sends products to oneDNN, twice as fast as MKL on AVX-512 that is not Intel's; rounding stays that of fp32 but where
     # the CPU has bf16 tiles (AMX).
     torch.set_float32_matmul_precision("medium")
@@ -1473,7 +1533,7 @@ class Run:
     packing: subprocess.Popen | None = None  # `start_packing`'s child, which no process leaves behind
 
     def __init__(self, cfg: Config, rank: int, local_rank: int, world: int, local_world: int) -> None:
-        self.cfg, self.rank, self.world = cfg, rank, world
+        self.cfg, self.rank, self.local_rank, self.world = cfg, rank, local_rank, world
         self.device = pick_device(cfg.device, local_rank)
         self.started = time.perf_counter()
         self.run_id = ""
@@ -1506,7 +1566,9 @@ class Run:
                 store = group_store(rank, world)
             except dist.DistError as e:
                 address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                raise BrokenRun(f"rank {rank} cannot reach rank 0 at {address} ({str(e).splitlines()[0]})") from None
+                what = "reach rank 0" if rank else "listen"
+                raise BrokenRun(f"rank {rank} cannot {what} at MASTER_ADDR:MASTER_PORT={address} ({str(e).splitlines()[0]}); if another program "
+                                "has the port, choose another MASTER_PORT, or torchrun --standalone, which finds one") from None  # fmt: skip
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT,
                                     device_id=run.device if backend == "nccl" else None)  # fmt: skip
         for s in STOP_SIGNALS:
@@ -1678,8 +1740,11 @@ class Run:
         return value
 
     def is_first(self, task: str) -> bool:
-        """True on exactly one rank, the first that calls this for `task`, which it does whether one rank calls or all do."""
-        return self.world == 1 or dist.distributed_c10d._get_default_store().add(task, 1) == 1
+        """True on exactly one rank, the first that calls this for `task`, which it does whether one rank calls or all do; before the
+        ranks have met, on one of each machine."""
+        if not dist.is_initialized():
+            return self.local_rank == 0
+        return dist.distributed_c10d._get_default_store().add(task, 1) == 1
 
     def share(self, n: int) -> range:
         """This rank's contiguous part of range(n); the parts differ by at most one."""
@@ -2397,8 +2462,7 @@ def rotate(x_BTHK: Tensor, rope_2TC: Tensor) -> Tensor:
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """What TRAIN_DTYPE `name` means on this device. A CPU without bf16 units multiplies bf16 several times slower."""
     if name == "fast" and device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+        return torch.bfloat16 if cpu_features() & {"avx512_bf16", "amx_bf16"} else torch.float32
     bf16 = name == "bf16" or (name != "fp32" and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
 
@@ -2529,18 +2593,20 @@ def attend_packed(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
 def attend_flash(module: str) -> AttentionKernel:
     """FlashAttention from `module` (flash_attn_interface is version 3, flash_attn version 2)."""
     kernels = __import__(module, fromlist=["flash_attn_func", "flash_attn_varlen_func"])
+    rows, packed = kernels.flash_attn_func, functools.partial(kernels.flash_attn_varlen_func, causal=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
         if segments is not None:
-            return attend_packed(functools.partial(kernels.flash_attn_varlen_func, causal=True), q, k, v, segments)
-        y = kernels.flash_attn_func(q, k, v, causal=True)
+            return attend_packed(packed, q, k, v, segments)
+        y = rows(q, k, v, causal=True)
         return y[0] if isinstance(y, tuple) else y
 
     return attend
 
 
 def attend_varlen() -> AttentionKernel:
-    """PyTorch's own FlashAttention of packed sequences, in bf16 on a GPU; SDPA without segments. Torch 2.11 and 2.12 changed its options."""
+    """PyTorch's own FlashAttention of packed sequences, in bf16 on a GPU; SDPA without segments. New in torch 2.10; 2.11 and 2.12 changed its
+    options."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -2558,32 +2624,82 @@ def attend_varlen() -> AttentionKernel:
 
 
 PLAIN_ATTENTION = {"sdpa": attend_sdpa, "blocks": attend_blocks}  # run wherever PyTorch does
+# Kernel -> how to make it, the package to ask for, and the major compute capabilities that it runs on.
+GPU_ATTENTION: dict[str, tuple[Callable[[], AttentionKernel], str, range]] = {
+    "fa3": (lambda: attend_flash("flash_attn_interface"), "flash_attn_interface", range(9, 10)),
+    "fa2": (lambda: attend_flash("flash_attn"), "flash_attn", range(8, 99)),
+    "varlen": (attend_varlen, "", range(8, 99)),
+}
 
 
-def choose_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
-    """(name, kernel) of ATTENTION on this device; `auto`: blocks on a CPU, else FlashAttention 3, then 2, then what PyTorch has.
+def check_kernel(attend: AttentionKernel, cfg: Config, device: torch.device) -> None:
+    """Raises RuntimeError unless outputs and gradients on a small input are SDPA's but for rounding to bf16, with and without segments:
+    an installed kernel may be of another version, or built for another GPU or another torch."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(2, 48, n, cfg.head_dim, generator=random).to(device, torch.bfloat16).requires_grad_()
+                   for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads))  # fmt: skip
+    for segments in (None, find_segments(torch.zeros(2, 48, dtype=torch.long, device=device), 20)):
+        ours, theirs = (
+            [y, *torch.autograd.grad(y, (q, k, v), dy)]
+            for y in (kernel(q, k, v, segments) for kernel in (attend, attend_sdpa))
+        )
+        error = float(
+            torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, theirs, strict=True)]).detach().max()
+        )
+        if not error <= 0.03:  # bf16 keeps 8 bits: .004 for a sum, NaN for garbage
+            raise RuntimeError(f"its results on a small input differ from PyTorch's by {error:.0%}")
+
+
+def find_kernel(name: str, cfg: Config, device: torch.device) -> tuple[AttentionKernel | None, str]:
+    """(kernel, "") of GPU_ATTENTION, made and checked; (None, why) where it is there and of no use; (None, "") where it
+    is not installed."""
+    make, module, _ = GPU_ATTENTION[name]
+    try:
+        attend = make()
+        with torch.enable_grad():
+            check_kernel(attend, cfg, device)
+    except Exception as e:  # whatever an extension raises on import or on its first call
+        missing = isinstance(e, ModuleNotFoundError) and e.name == module
+        return None, "" if missing else f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
+    return attend, ""
+
+
+class ChosenKernel(NamedTuple):
+    """A kernel, its name, and a notice for each better one that is there and of no use."""
+
+    name: str
+    kernel: AttentionKernel
+    notices: tuple[str, ...] = ()
+
+
+def choose_attention(cfg: Config, device: torch.device) -> ChosenKernel:
+    """The kernel of ATTENTION on this device; `auto`: blocks on a CPU, else FlashAttention 3, then 2, then what PyTorch has.
 
     Raises ConfigError if a kernel is forced that is not installed or cannot run here.
     """
-    name = "blocks" if cfg.attention == "auto" and device.type == "cpu" else cfg.attention
+    name, notices = "blocks" if cfg.attention == "auto" and device.type == "cpu" else cfg.attention, []
     if name in PLAIN_ATTENTION:
-        return name, PLAIN_ATTENTION[name]
-    modules = {"fa3": ("flash_attn_interface", (9,)), "fa2": ("flash_attn", range(8, 99))}
-    for candidate in modules if name == "auto" else (name,):
-        module, capabilities = modules[candidate]
-        try:
-            if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in capabilities:
-                reason = f"it needs a CUDA device of compute capability {capabilities[0]}.0, this is {device.type}"
-            elif cfg.head_dim > 256 or compute_dtype(cfg.train_dtype, device) == torch.float32:
-                reason = "it computes in bf16 on heads of up to 256 dims"
-            else:
-                return candidate, attend_flash(module)
-        except ImportError as e:
-            reason = f"{module} cannot be imported ({e})"
+        return ChosenKernel(name, PLAIN_ATTENTION[name])
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    for candidate in ("fa3", "fa2", *(["varlen"] if cfg.doc_mask else [])) if name == "auto" else (name,):
+        _, module, capabilities = GPU_ATTENTION[candidate]
+        kernel = None
+        if major not in capabilities:
+            reason = f"it needs a CUDA device of compute capability {capabilities[0]}.0, this is {device.type}"
+        elif cfg.head_dim > 256 or compute_dtype(cfg.train_dtype, device) == torch.float32:
+            reason = "it computes in bf16 on heads of up to 256 dims"
+        else:
+            kernel, reason = find_kernel(candidate, cfg, device)
+            if kernel is None and reason and name == "auto":
+                notices.append(
+                    f"{module or 'torch ' + torch.__version__} is there and of no use for attention ({reason})"
+                )
+        if kernel is not None:
+            return ChosenKernel(candidate, kernel, tuple(notices))
         if name != "auto":
-            raise ConfigError(f"ATTENTION={name}: {reason}; use ATTENTION=auto or ATTENTION=sdpa")
-    packed = cfg.doc_mask and device.type == "cuda" and compute_dtype(cfg.train_dtype, device) == torch.bfloat16
-    return ("varlen", attend_varlen()) if packed else ("sdpa", attend_sdpa)
+            why = reason or f"{module} is not installed"
+            raise ConfigError(f"ATTENTION={name}: {why}; use ATTENTION=auto or ATTENTION=sdpa")
+    return ChosenKernel("sdpa", attend_sdpa, tuple(notices))
 
 
 # ---- operations on the heads' outputs
@@ -4607,7 +4723,7 @@ def ordered_hessian(h_NCC: Tensor, damp: float, order: str) -> tuple[Tensor, Ten
     `order`: inputs of most energy first (`descending`), last (`ascending`), or as they stand (`natural`). A dead input gets 1
     on the diagonal.
     """
-    h_NCC = h_NCC.to(torch.float32 if h_NCC.device.type == "mps" else torch.float64).clone()
+    h_NCC = h_NCC.to(torch.float64, copy=True)
     diagonal_NC = h_NCC.diagonal(dim1=1, dim2=2)
     dead_NC = diagonal_NC <= 0
     shift_N1 = (damp * diagonal_NC.mean(dim=1, keepdim=True)).clamp_min(1e-30)
@@ -8980,10 +9096,7 @@ def device_name(device: torch.device) -> str:
     """The model name of the GPU or CPU, or the architecture where the system does not tell it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M):
-            return found[1]
-    return platform.processor() or platform.machine()
+    return cpu_info("model name") or platform.processor() or platform.machine()
 
 
 def log_head(opened: OpenRun, train_tokens: int, train_shards: int) -> int:
@@ -9008,7 +9121,7 @@ def log_head(opened: OpenRun, train_tokens: int, train_shards: int) -> int:
     run.log(f"model_params:{params} source_sha256:{source_sha256} packed_sha256:{packed_sha256}")
     if opened.paths.sample:
         run.notice("training and scoring the sample that ships with the script; its numbers are no challenge results")
-    for text_of_notice in filter(None, (*opened.loaded.notices, notice)):
+    for text_of_notice in filter(None, (*opened.loaded.notices, launched_apart(), notice)):
         run.notice(text_of_notice)
     run.event("run", run_id=run.run_id, recipe=cfg.recipe, recipe_reason=opened.loaded.recipe_reason, mode=cfg.mode,
               seed=cfg.seed, world_size=run.world, device=run.device.type, device_name=device, torch=torch.__version__,
@@ -9028,9 +9141,11 @@ def log_start(opened: OpenRun, train_tokens: int, train_shards: int) -> OpenRun:
 
 def build_model(cfg: Config, run: Run) -> GPT:
     """The model on its device, with the attention kernel that ATTENTION names; the same weights on every rank."""
-    name, attend = choose_attention(cfg, run.device)
-    model = GPT(cfg).place(run.device, attend, cfg.train_dtype)
-    run.log(f"attention:{name} dtype:{str(model.compute_dtype).removeprefix('torch.')}")
+    attention = choose_attention(cfg, run.device)
+    for text in attention.notices:
+        run.notice(text)
+    model = GPT(cfg).place(run.device, attention.kernel, cfg.train_dtype)
+    run.log(f"attention:{attention.name} dtype:{str(model.compute_dtype).removeprefix('torch.')}")
     return model
 
 
@@ -9127,7 +9242,7 @@ def load_model(cfg: Config, run: Run, blob: bytes) -> GPT:
     model.set_looped(looped)
     empty = {n: p for n, p in model.named_parameters() if not p.numel()}
     model.load_state_dict({**{n: dequantize(s) for n, s in stored.items()}, **empty}, strict=True)
-    return model.place(run.device, choose_attention(cfg, run.device)[1])
+    return model.place(run.device, choose_attention(cfg, run.device).kernel)
 
 
 def load_tables(cfg: Config, blob: bytes) -> Tables:
@@ -9351,7 +9466,7 @@ def finish(outcome: str, message: str, reported: bool) -> None:
 def main(argv: list[str], env: Mapping[str, str]) -> int:
     """Exit status: 0 all that was asked for was done and every limit held; 2 a user's mistake; 1 a failure."""
     views = {"--help": describe_knobs, "-h": describe_knobs, "--toc": show_toc,
-             "--dump-config": lambda: dump_config(load_config(env))}  # fmt: skip
+             "--dump-config": lambda: show_config(env)}  # fmt: skip
     status, outcome, message, reported = 1, "failed", "", False
     Run.current = None
     try:

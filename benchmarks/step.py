@@ -23,10 +23,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as t  # before torch, since it sets how torch's threads wait, of both trainers
+
+# isort: split
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 SAMPLE = str(ROOT / "data" / "sample")  # also where FineWeb was downloaded
 
 # The size at which recipes are compared: the cpu recipe's.
@@ -67,8 +70,6 @@ class Ours:
     """train_gpt.py at `knobs`, without logs; eager or compiled as COMPILE says. `quiet` says nothing of its choices."""
 
     def __init__(self, knobs: dict[str, str], quiet: bool = False) -> None:
-        import train_gpt as t
-
         env = {**knobs, "DEVICE": "cpu", "DATA_PATH": os.environ["DATA_PATH"], "LOG_DIR": os.devnull}
         loaded, paths = t.fit_data(t.load_config(env))
         cfg = loaded.cfg
@@ -90,8 +91,6 @@ class Ours:
 
     def ema(self) -> float:
         """Seconds that an EMA of the weights costs a step, on any recipe."""
-        import train_gpt as t
-
         average = t.WeightAverage(t.dataclasses.replace(self.trainer.cfg, ema_decay=0.997), self.trainer.model)
         times = []
         for step in range(21):  # the first copies the weights
@@ -193,8 +192,6 @@ def compare_knobs(knobs: dict[str, str], changes: list[str], rounds: int) -> Non
 
 def shrink(recipe: str) -> dict[str, str]:
     """Knobs of `recipe` at the common size; block numbers move to the last blocks of the smaller model."""
-    import train_gpt as t
-
     values = t.RECIPES[recipe]
     knobs = {"RECIPE": recipe, **SHRUNK, "COMPILE": "0"}
     if values.get("XSA_LAST_N", 0) > 4:
@@ -206,8 +203,6 @@ def shrink(recipe: str) -> dict[str, str]:
 
 def compare_recipes(rounds: int) -> None:
     """Tokens a second of each recipe; its time and its theoretical FLOPs as multiples of the baseline's, and their ratio."""
-    import train_gpt as t
-
     workers = {recipe: Worker(Ours, shrink(recipe), True) for recipe in t.RECIPES}
     alternate(list(workers.values()), rounds)
     base = workers["baseline"]
@@ -225,8 +220,6 @@ def compare_recipes(rounds: int) -> None:
 
 def full_size(recipe: str, rounds: int) -> None:
     """One line of a recipe as it is (but for knobs in the environment), on the device that a run would use."""
-    import train_gpt as t
-
     cfg = t.load_config({**os.environ, "RECIPE": recipe, "LOG_DIR": os.devnull, "WARMUP_STEPS": "3"}).cfg
     run = t.Run(cfg, 0, 0, 1, 1)
     run.log = lambda *_: None

@@ -19,12 +19,14 @@ from typing import NamedTuple
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import train_gpt as tg  # before torch, since it sets how torch's threads wait
+
+# isort: split
 import numpy as np
 import pytest
 import sentencepiece
 import torch
 
-import train_gpt as tg
 from tools import pack_code
 
 SCRIPT = Path(tg.__file__).resolve()

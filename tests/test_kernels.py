@@ -1,5 +1,8 @@
 """Section 4's attention and norm kernels against PyTorch's: values and gradients."""
 
+import re
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,8 +47,66 @@ def test_blocked_attention_without_gradients_keeps_no_probabilities():
 def test_flash_attention_is_chosen_only_where_it_can_compute(monkeypatch, major, knobs, chosen):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
     monkeypatch.setattr(t, "attend_flash", lambda module: module)
+    monkeypatch.setattr(t, "check_kernel", lambda *_: None)
     cfg = t.load_config({"RECIPE": "baseline", **knobs}).cfg
     assert t.choose_attention(cfg, torch.device("cuda"))[0] == chosen
+
+
+# What a folder flash_attn on the path may hold, and the notice about it.
+SOUND = """
+from train_gpt import attend_sdpa
+def flash_attn_func(q, k, v, causal):
+    return attend_sdpa(q, k, v){0}
+def flash_attn_varlen_func(q, k, v, bounds, _, longest, __, causal):
+    import torch
+    parts = torch.tensor_split(torch.stack([q, *(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))]), bounds.tolist()[1:], 1)
+    return torch.cat([attend_sdpa(*(x[None] for x in part)) for part in parts if part.shape[1]], 1)[0]
+"""
+FLASH = {
+    "good": (SOUND.format(""), None), "doubled": (SOUND.format(" * 2"), r"RuntimeError: its results .* differ from PyTorch's by 100%"),
+    "nan": (SOUND.format(" * float('nan')"), "differ from PyTorch's by nan%"), "oserror": ("raise OSError('libcudart.so.11: cannot open')", "OSError: libcudart"),
+    "runtime": ("raise RuntimeError('built for another torch\\nlong')", "RuntimeError: built for another torch"),
+    "version 1": ("def flash_attn_unpadded_func(): pass", "no attribute 'flash_attn_func'"), "empty": ("", "no attribute 'flash_attn_func'"),
+    "no file": (None, "no attribute 'flash_attn_func'"), "dependency": ("import a_package_that_is_not_there", "No module named 'a_package"),
+    "fails when called": (SOUND.format("") + "def flash_attn_func(*_, causal): raise RuntimeError('no kernel image')", "no kernel image"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FLASH)
+def test_an_installed_kernel_that_is_of_no_use_is_named_and_passed_over(monkeypatch, tmp_path, what):
+    text, notice = FLASH[what]
+    (tmp_path / "flash_attn").mkdir()
+    if text is not None:
+        (tmp_path / "flash_attn" / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    del sys.modules["flash_attn"]  # what the test imports goes when it ends
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    tried, check = [], t.check_kernel
+    monkeypatch.setattr(
+        t, "check_kernel", lambda kernel, cfg, _: tried.append(1) or check(kernel, cfg, torch.device("cpu"))
+    )
+    knobs = {"RECIPE": "baseline", "TRAIN_DTYPE": "bf16"}
+    chosen, forced = (t.load_config(knobs | {"ATTENTION": name}).cfg for name in ("auto", "fa2"))
+    name, _, notices = t.choose_attention(chosen, torch.device("cuda"))
+    if notice is None:
+        assert (name, notices) == ("fa2", ()) and tried
+        return
+    assert (
+        name == "sdpa" and len(notices) == 1 and re.search(f"flash_attn is there and of no use .*{notice}", notices[0])
+    )
+    with pytest.raises(t.ConfigError, match=rf"ATTENTION=fa2: .*{notice}.*; use ATTENTION=auto or ATTENTION=sdpa"):
+        t.choose_attention(forced, torch.device("cuda"))
+
+
+def test_what_an_older_torch_lacks_is_done_without(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # as in torch 2.9
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    name, kernel, notices = t.choose_attention(t.load_config({"RECIPE": "frontier"}).cfg, torch.device("cuda"))
+    assert (name, kernel) == ("sdpa", t.attend_sdpa) and "torch.nn.attention.varlen" in notices[0]
+    newer = t.cpu_features() & {"avx512_bf16", "amx_bf16", "avx2"}
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert t.cpu_features() & {"avx512_bf16", "amx_bf16", "avx2"} == (newer if sys.platform == "linux" else set())
 
 
 @pytest.mark.gpu
@@ -55,7 +116,7 @@ def test_flash_attention_is_the_same_attention(kernel, heads, groups):
     device = torch.device("cuda")
     cfg = t.load_config({"RECIPE": "baseline", "ATTENTION": kernel}).cfg
     try:
-        _, attend = t.choose_attention(cfg, device)
+        attend = t.choose_attention(cfg, device).kernel
     except t.ConfigError as e:
         pytest.skip(str(e))
     q, k, v = (

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import time
+import types
 
 import pytest
 import torch
@@ -119,15 +122,51 @@ def test_shares_partition_and_differ_by_one_at_most(tiny, world):
 
 def test_cores_are_shared_by_the_ranks_of_a_machine(tiny, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    monkeypatch.setattr(tg, "cpu_quota", lambda: 3.4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(64)}, raising=False)
     tg.Run(config(tiny), 0, 0, 64, 64)
     assert torch.get_num_threads() == 1  # not torchrun's accident: 64 ranks leave no core idle and none oversubscribed
     tg.Run(config(tiny), 0, 0, 1, 1)
-    assert torch.get_num_threads() == cores
+    assert torch.get_num_threads() == 3
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a user's word for one process is kept
     tg.Run(config(tiny), 0, 0, 1, 1)
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("own, files, cpus", [
+    ("0::/", {"cpu.max": "50000 100000"}, 0.5),  # version 2, in a container
+    ("0::/job/step", {"job/cpu.max": "250000 100000", "job/step/cpu.max": "max 100000"}, 2.5),  # the group above it
+    ("0::/job/step", {"job/cpu.max": "250000 100000", "job/step/cpu.max": "20000 10000"}, 2),
+    ("12:cpuset:/\n3:cpu,cpuacct:/docker/ab", {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}, 1.5),  # version 1
+    ("3:cpuacct,cpu:/a", {"cpuacct,cpu/a/cpu.cfs_quota_us": "50000", "cpuacct,cpu/a/cpu.cfs_period_us": "50000"}, 1),
+    ("3:cpu:/a\n0::/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000", "unified/a/cpu.max": "max 9"}, float("inf")),
+    ("3:cpuset:/a", {"cpuset/a/cpu.cfs_quota_us": "1", "cpuset/a/cpu.cfs_period_us": "9"}, float("inf")),
+    ("0::/", {"cpu.max": "not a limit"}, float("inf")), ("", {}, float("inf")),
+])  # fmt: skip
+def test_threads_follow_the_quota_of_the_control_group(tmp_path, monkeypatch, own, files, cpus):
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text + "\n")
+    if own:
+        (tmp_path / "own").write_text(own + "\n")
+    assert (quota := tg.cpu_quota(tmp_path / "groups", tmp_path / "own")) == cpus
+    monkeypatch.setattr(tg, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(2)}, raising=False)
+    assert tg.usable_cpus() == (1 if cpus <= 1 else 2)
+
+
+@pytest.mark.parametrize(
+    "users", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "200"}]
+)
+def test_torchs_threads_wait_as_the_user_says_or_shortly(users):
+    head = tg.source_text().split("\nimport torch\n")[0]  # OpenMP reads the variables when torch is imported
+    env = {"PATH": "/bin", **users}
+    exec(
+        head[head.index("\nos.environ.update(") : head.index("\nimport numpy")],
+        {"os": types.SimpleNamespace(environ=env)},
+    )
+    assert env == {"PATH": "/bin", **(users or {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"})}
 
 
 def test_more_ranks_than_gpus_is_a_mistake_with_a_remedy(monkeypatch):
@@ -139,9 +178,44 @@ def test_more_ranks_than_gpus_is_a_mistake_with_a_remedy(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
-def test_a_device_that_is_not_there_is_refused():
+def test_a_device_that_is_not_there_is_refused(tiny, monkeypatch):
     with pytest.raises(tg.ConfigError, match="DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu"):
         tg.pick_device("cuda", 0)
+    with pytest.raises(tg.ConfigError, match="DEVICE='mps': expected one of auto, cuda, cpu"):
+        config(tiny, DEVICE="mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert tg.pick_device("auto", 0).type == "cpu"  # of a Mac
+
+
+@pytest.mark.parametrize("name, env", [
+    ("SLURM_NTASKS", {"SLURM_NTASKS": "2"}), ("OMPI_COMM_WORLD_SIZE", {"OMPI_COMM_WORLD_SIZE": "2"}), ("PMI_SIZE", {"PMI_SIZE": "2"}),
+    (None, {"SLURM_NTASKS": "1"}), (None, {"SLURM_NTASKS": "2", "RANK": "0", "WORLD_SIZE": "2"}), (None, {"OMPI_COMM_WORLD_SIZE": "many"}),
+])  # fmt: skip
+def test_processes_that_another_launcher_started_apart_are_told_how_to_join(monkeypatch, name, env):
+    for key in (*tg.LAUNCHED, "RANK"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    text = tg.launched_apart()
+    assert (
+        text.startswith(f"{name}=2 without RANK") and "torchrun --standalone --nproc_per_node=2" in text
+        if name
+        else text == ""
+    )
+
+
+def test_a_port_that_another_program_has_is_named_with_the_remedy(tiny, monkeypatch, script):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        joined = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for key, value in joined.items():
+            monkeypatch.setenv(key, value)
+        status, _, err = script({**tiny, **joined})
+    assert status == 1 and re.fullmatch(
+        rf"error: rank 0 cannot listen at .*127\.0\.0\.1:{port} \(.*EADDRINUSE.*another MASTER_PORT.*\n", err
+    )
 
 
 def test_seeds_differ_by_purpose_and_rank_and_repeat():

@@ -29,10 +29,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as tg
+import train_gpt as tg  # before torch, since it sets how torch's threads wait
+
+# isort: split
+import torch
+
 from tools import artifact as ta
 
 # ---- coders: one function codes in both directions, so that writing and reading cannot drift apart
@@ -456,7 +459,7 @@ def machine_name(cfg: tg.Config, run: tg.Run) -> str:
     if run.device.type == "cuda":
         name = torch.cuda.get_device_name(run.device)
     else:
-        name = torch.backends.cpu.get_cpu_capability() + " AMX" * bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        name = torch.backends.cpu.get_cpu_capability() + " AMX" * ("amx_bf16" in tg.cpu_features())
     return f"{torch.__version__} {run.device.type} {name} {tg.choose_attention(cfg, run.device)[0]}"
 
 

@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from text import InputError, read_documents
 
-import train_gpt as tg
+import train_gpt as tg  # before torch, since it sets how torch's threads wait
+
+# isort: split
+from torch import Tensor
+
 from tools import artifact as ta
 from tools.codec import END, START, Normalizer
 

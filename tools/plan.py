@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg  # before torch, since it sets how torch's threads wait
+
+# isort: split
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as tg
 from tools.artifact import run_tool, tool_parser
 
 
@@ -177,7 +179,7 @@ def main(argv: Sequence[str]) -> int:
     """Exit status."""
     parser = tool_parser(__doc__)
     parser.add_argument(
-        "--device", choices=("cuda", "mps", "cpu"), help="where it would run; default: DEVICE, else what is here"
+        "--device", choices=("cuda", "cpu"), help="where it would run; default: DEVICE, else what is here"
     )
     return run_tool(plan, parser, argv)
 
