@@ -119,6 +119,7 @@ def undisturbed():
     """Whatever a run in this process sets for the whole process is set back."""
     handlers = {s: signal.getsignal(s) for s in tg.STOP_SIGNALS}
     threads = torch.get_num_threads()
+    torch.set_float32_matmul_precision("highest")  # a CPU's setting beside a GPU's cannot be read any more
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
