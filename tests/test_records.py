@@ -159,33 +159,35 @@ def run_cli(*words) -> int:
     return report.main([str(w) for w in words])
 
 
+def said(capsys, status: int, *words) -> str:
+    """What a command printed, that ended with `status`."""
+    capsys.readouterr()
+    assert run_cli(*words) == status
+    return "".join(capsys.readouterr())
+
+
 # ---- statistics
 
 
-def test_welch_equals_published_values_on_unequal_groups():
-    a = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9]
-    b = [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2]
-    test = stats.welch(stats.Sample.of(b), stats.Sample.of(a))  # scipy.stats.ttest_ind(equal_var=False, greater)
-    assert (test.t, test.df) == (pytest.approx(1.761318346044763), pytest.approx(8.55599277832226))
-    assert test.p == pytest.approx(0.05688410142798731, rel=1e-10)
+A, B = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9], [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2]
+NAN, MEANS = math.nan, stats.Sample.of
 
 
-def test_a_single_seed_proves_nothing_and_an_exact_mean_gives_the_one_sample_t():
-    one, three = stats.Sample.of([1.9]), stats.Sample.of([1.0, 1.1, 1.2])
-    assert math.isnan(stats.welch(three, one).p)
-    exact = stats.welch(stats.Sample(1.3, math.nan, 0), three)
-    assert (exact.t, exact.df) == (pytest.approx(0.2 / (0.1 / math.sqrt(3))), pytest.approx(2))
-
-
-@pytest.mark.parametrize("ref, new, margin, p", [
-    ((1.1, 0.0, 3), (1.0, 0.0, 3), 0.0, 0.0),  # no spread anywhere: the sign decides
-    ((1.0, 0.0, 3), (1.0, 0.0, 3), 0.0, 1.0),
-    ((1.1, math.nan, 0), (1.0, 0.0, 3), 0.2, 1.0),
-    ((1.1, 0.0, 3), (1.0, 0.05, 3), 0.0, 0.0370900),  # one group without spread: the other's one-sample t, 2 degrees
-    ((1.1, 0.1, 4), (1.0, 0.1, 4), 0.1, 0.5),
+@pytest.mark.parametrize("ref, new, margin, t, df, p", [
+    (MEANS(B), MEANS(A), 0.0, 1.761318346044763, 8.55599277832226, 0.05688410142798731),  # scipy.stats.ttest_ind(equal_var=False)
+    (stats.Sample(1.3, NAN, 0), MEANS([1.0, 1.1, 1.2]), 0.0, 0.2 / (0.1 / math.sqrt(3)), 2.0, None),  # an exact mean: one-sample t
+    (MEANS([1.0, 1.1, 1.2]), MEANS([1.9]), 0.0, NAN, NAN, NAN),  # a single seed proves nothing
+    (stats.Sample(1.1, 0.0, 3), stats.Sample(1.0, 0.0, 3), 0.0, None, None, 0.0),  # no spread anywhere: the sign decides
+    (stats.Sample(1.0, 0.0, 3), stats.Sample(1.0, 0.0, 3), 0.0, None, None, 1.0),
+    (stats.Sample(1.1, NAN, 0), stats.Sample(1.0, 0.0, 3), 0.2, None, None, 1.0),
+    (stats.Sample(1.1, 0.0, 3), stats.Sample(1.0, 0.05, 3), 0.0, None, 2.0, 0.0370900),  # one without spread: the other's one-sample t
+    (stats.Sample(1.1, 0.1, 4), stats.Sample(1.0, 0.1, 4), 0.1, None, None, 0.5),
+    (stats.Sample(1.05759, 0.00034, 3), stats.Sample(1.05651, 0.00036, 3), 0.0, None, None, 0.009795),  # the frontier's, printed in the audit as .014
 ])  # fmt: skip
-def test_groups_without_spread_and_margins(ref, new, margin, p):
-    assert stats.welch(stats.Sample(*ref), stats.Sample(*new), margin).p == pytest.approx(p, abs=1e-5)
+def test_welch_on_unequal_groups_without_spread_and_margins(ref, new, margin, t, df, p):
+    test = stats.welch(ref, new, margin)
+    for got, told in ((test.t, t), (test.df, df), (test.p, p)):
+        assert told is None or got == pytest.approx(told, rel=1e-6, abs=1e-5, nan_ok=True)
 
 
 def test_without_scipy_a_comparison_is_one_message(world, capsys, monkeypatch):
@@ -196,18 +198,7 @@ def test_without_scipy_a_comparison_is_one_message(world, capsys, monkeypatch):
     assert run_cli("table", world["logs"]) == 0
 
 
-def test_published_frontier_p_value_is_found_again():
-    new, ref = stats.Sample(1.05651, 0.00036, 3), stats.Sample(1.05759, 0.00034, 3)
-    assert 0.005 < stats.welch(ref, new).p < 0.02  # printed in the audit as .014
-
-
 # ---- logs
-
-
-def test_a_run_is_read_back_from_its_events(world):
-    run = logs.read_log(write_run(world, "a", seed=7, bpb=1.8))
-    assert (run.run_id, run.seed, run.stage, run.last_step, run.ms_per_step) == ("a", 7, "sliding", 100, 800.0)
-    assert run.bpb() == 1.8 and run.bpb("roundtrip") == 1.85 and run.status() == "ok" and run.finished
 
 
 BASELINE_LOG = """import os
@@ -338,17 +329,18 @@ def test_a_log_is_read_in_a_second_a_megabyte(tmp_path, line):
 def test_logs_that_cannot_be_trusted_get_one_clear_message_each(world, capsys):
     whole = write_run(world, "whole").read_text()
     lines = whole.splitlines(keepends=True)
-    (world["logs"] / "cut.jsonl").write_text("".join(lines[:9]) + lines[9][:20])
-    (world["logs"] / "future.jsonl").write_text(whole.replace('"v": 1', '"v": 2'))
-    (world["logs"] / "going.jsonl").write_text("".join(lines[:9]))
-    assert run_cli("table", world["logs"]) == 0
-    text = capsys.readouterr().out
-    assert "truncated or damaged at line 10" in text
-    assert "log schema 2; this tool reads schema 1" in text
-    assert "unfinished, at step" in text
+    texts = {
+        "cut": "".join(lines[:9]) + lines[9][:20],
+        "future": whole.replace('"v": 1', '"v": 2'),
+        "going": "".join(lines[:9]),
+    }
+    for name, text in texts.items():
+        (world["logs"] / f"{name}.jsonl").write_text(text)
+    told = said(capsys, 0, "table", world["logs"])
+    for words in ("truncated or damaged at line 10", "log schema 2; this tool reads schema 1", "unfinished, at step"):
+        assert words in told
     assert run_cli("table", world["logs"] / "future.jsonl") == 2
-    assert run_cli("table", world["root"] / "nowhere") == 2
-    assert "no such log or folder" in capsys.readouterr().err
+    assert "no such log or folder" in said(capsys, 2, "table", world["root"] / "nowhere")
 
 
 def test_no_damage_to_a_log_gets_past_the_reader(world, capsys):
@@ -388,21 +380,22 @@ def test_a_field_that_says_nothing_is_a_missing_one_and_one_of_another_type_is_d
         assert "run event with val_sha256=['x']" in out + err and "run event with sha256={}" in out + err
 
 
-def test_a_resumed_run_counts_each_step_once_and_is_finished_by_its_last_end(world):
-    path = write_run(world, "a")
+def test_a_resumed_run_counts_each_step_once_switches_where_it_first_did_and_is_finished_by_its_last_end(world):
+    path = write_run(world, "a", seed=7, bpb=1.8)
     lines = path.read_text().splitlines(keepends=True)
-    cut = [*lines[:12], json.dumps({"v": 1, "t": 0, "event": "end", "status": "interrupted"}) + "\n"]
-    path.write_text("".join(cut + lines))
+    again = [
+        {"event": "switch", "name": "qat", "step": 80, "value": 1},
+        {"event": "switch", "name": "seq_len", "step": 80, "value": 1024},
+    ]
+    cut = [
+        json.dumps({"v": 1, "t": 0, **event}) + "\n" for event in ({"event": "end", "status": "interrupted"}, *again)
+    ]
+    path.write_text("".join([*lines[:12], cut[0], *lines[:-1], *cut[1:], lines[-1]]))
     run = logs.read_log(path)
-    assert run.finished and [e["step"] for e in run.steps] == list(range(0, 100, 5))
-
-
-def test_a_resumed_run_switches_once_where_it_first_did(world):
-    path = write_run(world, "a")
-    again = [{"name": "qat", "step": 80, "value": 1}, {"name": "seq_len", "step": 80, "value": 1024}]
-    more = "".join(json.dumps({"v": 1, "t": 0.0, "event": "switch"} | event) + "\n" for event in again)
-    path.write_text(path.read_text() + more)
-    assert [(e["name"], e["step"]) for e in logs.read_log(path).switches] == [("qat", 60), ("seq_len", 80)]
+    assert run.finished and [e["step"] for e in run.steps] == list(range(0, 100, 5)) and run.status() == "ok"
+    assert [(e["name"], e["step"]) for e in run.switches] == [("qat", 60), ("seq_len", 80)]
+    assert (run.run_id, run.seed, run.stage, run.last_step, run.ms_per_step) == ("a", 7, "sliding", 100, 800.0)
+    assert (run.bpb(), run.bpb("roundtrip")) == (1.8, 1.85)
 
 
 def test_every_way_to_miss_a_score_is_a_status(world):
@@ -418,26 +411,12 @@ def test_every_way_to_miss_a_score_is_a_status(world):
 
 def test_a_diverged_run_is_no_score_and_its_picture_is_drawn(world, capsys):
     write_run(world, "a", audit=False)
-    path = write_run(
-        world,
-        "b",
-        lr=9.0,
-        audit=False,
-        score={"val_bpb": math.nan},
-        stage={"val_bpb": math.nan},
-        val={"val_loss": math.nan},
-    )
-    path.write_text(
-        path.read_text().replace(
-            '"step": 95, "total": 100, "train_loss": 3.2', '"step": 95, "total": 100, "train_loss": NaN, "x": 3.2'
-        )
-    )
-    assert "NaN" in path.read_text().split("switch")[0]
-    assert run_cli("table", world["logs"]) == 0
-    assert "diverged at step 95" in capsys.readouterr().out
+    nan = {"score": {"val_bpb": math.nan}, "stage": {"val_bpb": math.nan}, "val": {"val_loss": math.nan}}
+    path = write_run(world, "b", lr=9.0, audit=False, **nan)
+    path.write_text(re.sub(r'("step": 95, "total": 100, "train_loss": )[\d.]+', r"\1NaN", path.read_text()))
+    assert "diverged at step 95" in said(capsys, 0, "table", world["logs"])
     assert run_cli("plot", world["logs"], "--out", world["root"] / "pictures") == 0
-    assert run_cli("compare", world["logs"]) == 0
-    assert "left out: b: diverged" in capsys.readouterr().err
+    assert "left out: b: diverged" in said(capsys, 0, "compare", world["logs"])
 
 
 # ---- table and compare
@@ -504,8 +483,7 @@ def test_a_published_mean_is_a_reference(world, capsys):
     assert run_cli("compare", world["logs"], "--published", "1.93") == 0
     assert "cannot be known here; these runs scored the shipped sample" in capsys.readouterr().out
     assert run_cli("compare", world["logs"], "--published", "1.93,0.0005") == 2
-    assert run_cli("compare", world["logs"], "--ref", "MATRIX_LR=0.5") == 2
-    assert "fits 0 of these configurations" in capsys.readouterr().err
+    assert "fits 0 of these configurations" in said(capsys, 2, "compare", world["logs"], "--ref", "MATRIX_LR=0.5")
     for figure in ("inf", "nan", "1,0.1,inf", "1,nan,3"):
         assert run_cli("compare", world["logs"], "--published", figure) == 2
         assert f"--published {figure}: expected MEAN, or MEAN,STD,N" in capsys.readouterr().err
@@ -514,10 +492,8 @@ def test_a_published_mean_is_a_reference(world, capsys):
 def test_scores_of_different_stages_are_compared_with_a_word_of_caution(world, capsys):
     write_run(world, "a", audit=False)
     write_run(world, "b", lr=0.02, audit=False, score={"stage": "roundtrip", "val_bpb": 1.95})
-    assert run_cli("compare", world["logs"]) == 0
-    assert "different stages: roundtrip, sliding" in capsys.readouterr().out
-    assert run_cli("compare", world["logs"], "--stage", "sliding") == 0
-    assert "different stages" not in capsys.readouterr().out
+    assert "different stages: roundtrip, sliding" in said(capsys, 0, "compare", world["logs"])
+    assert "different stages" not in said(capsys, 0, "compare", world["logs"], "--stage", "sliding")
 
 
 def test_recipes_are_told_apart_by_name_not_by_every_knob_that_follows(world, capsys):
@@ -555,8 +531,7 @@ def test_one_seed_is_told_that_it_proves_nothing(world, capsys):
 def test_incomparable_runs_are_refused_with_the_difference(world, capsys, over, words):
     write_run(world, "a", audit=False)
     write_run(world, "b", seed=2, audit=False, **over)
-    assert run_cli("compare", world["logs"]) == 2
-    assert words in capsys.readouterr().err
+    assert words in said(capsys, 2, "compare", world["logs"])
     assert run_cli("compare", world["logs"], "--anyway") == 0
     text = capsys.readouterr().out
     assert "NOT COMPARABLE" in text and "MET" not in text.replace("NOT COMPARABLE", "")
@@ -582,8 +557,7 @@ def test_files_that_cannot_be_read_or_written_are_one_message_and_status_two(wor
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert run_cli("table", path) == 2
-    assert f"{path}: Permission denied" in capsys.readouterr().err
+    assert f"{path}: Permission denied" in said(capsys, 2, "table", path)
     assert run_cli("table", world["logs"]) == 0  # beside others it is a row of the table
     assert "unreadable: Permission denied" in capsys.readouterr().out
 
@@ -598,8 +572,7 @@ def test_pictures_are_drawn_and_never_replaced_unasked(world, capsys):
     drawn = {p.name for p in out.iterdir()}
     assert drawn == {"curves.png", "stages.png", "bytes.png", "bpb_bytes.png"}
     assert all(p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and p.stat().st_size > 10_000 for p in out.iterdir())
-    assert run_cli("plot", world["logs"], "--out", out) == 2
-    assert "--force" in capsys.readouterr().err
+    assert "--force" in said(capsys, 2, "plot", world["logs"], "--out", out)
 
 
 # ---- submit
@@ -607,54 +580,73 @@ def test_pictures_are_drawn_and_never_replaced_unasked(world, capsys):
 
 def submit(world, *words, runs=("s1", "s2", "s3")) -> int:
     places = [world["logs"] / f"{r}.jsonl" for r in runs]
-    more = [
-        "--name",
-        "idea",
-        "--script",
-        world["script"],
-        "--records",
-        world["root"] / "records",
-        "--date",
-        "2026-04-02",
-    ]
-    return run_cli("submit", *places, *more, *words)
+    more = {
+        "--name": "idea",
+        "--script": world["script"],
+        "--records": world["root"] / "records",
+        "--date": "2026-04-02",
+    }
+    return run_cli("submit", *places, *itertools.chain(*more.items()), *words)
 
 
-def three_seeds(world, **over) -> None:
+def folder_of(world, *words, runs=("s1",)) -> Path:
+    """The folder that `submit` writes of runs, non-record where it is one."""
+    assert submit(world, *words, *["--non-record"] * (len(runs) == 1), runs=runs) == 0
+    return world["root"] / "records" / f"track_{'non_record' if len(runs) == 1 else '10min'}_16mb" / "2026-04-02_idea"
+
+
+def refusal(world, capsys, *words, runs=("s1",), status: int = 1) -> str:
+    """Why `submit` wrote nothing, non-record where it is one run."""
+    capsys.readouterr()
+    assert submit(world, *words, *["--non-record"] * (len(runs) == 1), runs=runs) == status
+    return capsys.readouterr().err
+
+
+def three_seeds(world, **over) -> tuple[str, ...]:
     for seed in (1, 2, 3):
         write_run(world, f"s{seed}", seed=seed, bpb=1.9 + seed / 1000, **over)
+    return ("s1", "s2", "s3")
 
 
 RECORD_HARDWARE = {"run": {"device_name": "NVIDIA H100 80GB HBM3", "world_size": 8}}
 
 
-def test_a_record_folder_is_complete_and_passes_its_own_check(world, capsys, monkeypatch):
+def test_a_record_folder_is_complete_passes_its_own_check_and_is_never_overwritten(world, capsys, monkeypatch):
     monkeypatch.setattr(submission, "plots", plots)
-    three_seeds(world, fineweb=True, **RECORD_HARDWARE)
-    assert submit(world, "--author", "A Person", "--github-id", "aperson", "--blurb", "One idea.") == 0
-    folder = world["root"] / "records" / "track_10min_16mb" / "2026-04-02_idea"
+    runs = three_seeds(world, fineweb=True, **RECORD_HARDWARE)
+    write_run(world, "s4", seed=4, bpb=1.95, fineweb=True, **RECORD_HARDWARE)
+    folder = folder_of(world, "--author", "A Person", "--github-id", "aperson", "--blurb", "One idea.", runs=runs)
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert {"README.md", "submission.json", "train_gpt.py", "requirements.txt", "tokenizers/tok.model"} <= names
     assert {"train_seed1.log", "train_seed3.jsonl", "audit_seed2.jsonl", "curves.png"} <= names
     meta = json.loads((folder / "submission.json").read_text())
     assert meta["val_bpb"] == pytest.approx(1.902) and meta["seeds"] == [1, 2, 3] and meta["github_id"] == "aperson"
-    assert meta["compliance"] == dict.fromkeys(meta["compliance"], True)
+    assert meta["compliance"] == dict.fromkeys(meta["compliance"], True) and meta["runs_left_out"] == {
+        "s4 (seed 4)": 1.95
+    }
     readme = (folder / "README.md").read_text()
-    assert all(
-        w in readme for w in ("## Result", "## Method", "## Compliance", "## Reproduce", "1.90200", "curves.png")
-    )
-    capsys.readouterr()
-    assert run_cli("check", folder, "--json") == 0
-    assert {c["status"] for c in json.loads(capsys.readouterr().out)[str(folder)]} == {"PASS"}
+    for words in (
+        "## Result",
+        "## Method",
+        "## Compliance",
+        "## Reproduce",
+        "1.90200",
+        "curves.png",
+        "s4 (seed 4): 1.95000",
+    ):
+        assert words in readme
+    assert {c["status"] for c in json.loads(said(capsys, 0, "check", folder, "--json"))[str(folder)]} == {"PASS"}
+    before = {p: p.read_bytes() for p in (world["root"] / "records").rglob("*") if p.is_file()}
+    assert "never overwritten" in refusal(world, capsys, runs=runs, status=2)
+    assert before == {p: p.read_bytes() for p in (world["root"] / "records").rglob("*") if p.is_file()}
 
 
 def test_without_matplotlib_the_folder_has_no_pictures_and_says_so(world, capsys, monkeypatch):
     monkeypatch.setattr(submission, "plots", plots)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     write_run(world, "s1")
-    assert submit(world, "--non-record", runs=("s1",)) == 0
+    folder = folder_of(world)
     assert "no pictures in the folder: pictures need matplotlib: pip install matplotlib" in capsys.readouterr().err
-    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
     assert not list(folder.glob("*.png"))
     readme = (folder / "README.md").read_text()
     assert "matplotlib was not installed where this folder was written" in readme and "## Compliance" in readme
@@ -667,64 +659,50 @@ def test_a_text_transform_travels_with_the_submission(world, capsys, monkeypatch
     (world["root"] / "records").mkdir()
     (world["root"] / "records" / "systems.json").write_text("{}")
     (world["root"] / "requirements.txt").write_text("torch\n")
-    assert submit(world, "--non-record", runs=("s1",)) == 1
-    assert "transform: the data went through 'caseops', and" in capsys.readouterr().err
+    assert "transform: the data went through 'caseops', and" in refusal(world, capsys)
     (world["root"] / "data" / "caseops.py").write_text("def encode(text):\n    return text\n")
-    assert submit(world, "--non-record", runs=("s1",)) == 0
-    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    folder = folder_of(world)
     assert (folder / "caseops.py").is_file() and (folder / "tokenizers" / "tok.model").is_file()
     readme = (folder / "README.md").read_text()
     assert "`caseops.py`" in readme and "Bytes were counted by sidecar" in readme
 
 
-def test_a_folder_is_never_overwritten(world, capsys):
-    three_seeds(world, fineweb=True, **RECORD_HARDWARE)
-    assert submit(world) == 0
-    before = {p: p.read_bytes() for p in (world["root"] / "records").rglob("*") if p.is_file()}
-    assert submit(world) == 2
-    assert "never overwritten" in capsys.readouterr().err
-    assert before == {p: p.read_bytes() for p in (world["root"] / "records").rglob("*") if p.is_file()}
+ONE_RUN, OVER = ("s1",), {"score": {"limits_ok": False, "total_bytes": 16_000_001}}
+REFUSALS = [  # (changed events of the runs, runs named, why nothing is written)
+    (OVER, None, "limit broken: 16,000,001 bytes"),
+    (OVER, ONE_RUN, "16,000,001 bytes"),  # what --non-record does not relax
+    ({"train_end": {"train_s": 601.5}}, None, "training time: 601.5 s of 600 s"),
+    ({"score": {"eval_s": 700.0}}, None, "evaluation time: 700.0 s"),
+    ({"score": {"complete": False}}, None, "not the whole validation text"),
+    ({"end": None}, None, "unfinished, at step 100"),
+    ({"run": {"source_sha256": "0" * 64}}, None, "is not the script that ran"),
+    ({"run": {"tokenizer": {"path": "gone.model"}}}, None, "tokenizer: gone.model is not here"),
+    ({"run": {"device_name": "a CPU", "world_size": 1}}, None, "hardware"),
+    ({"pack": None, "train_end": None}, ONE_RUN, "s1: its log holds no train_end and no pack event"),
+    ({"audit": False}, ("s1", "s2"), "seeds: 2 (1, 2); a record shows 3"),
+    ({"audit": False}, ("s1", "s2"), "MODE=audit"),
+    ({"s3": {"lr": 0.02}}, None, "the seeds differ in MATRIX_LR: 0.02, 0.04"),
+]  # fmt: skip
 
 
-REFUSALS = [
-    ({"score": {"limits_ok": False, "total_bytes": 16_000_001}}, "limit broken: 16,000,001 bytes"),
-    ({"train_end": {"train_s": 601.5}}, "training time: 601.5 s of 600 s"),
-    ({"score": {"eval_s": 700.0}}, "evaluation time: 700.0 s"),
-    ({"score": {"complete": False}}, "not the whole validation text"),
-    ({"end": None}, "unfinished, at step 100"),
-    ({"run": {"source_sha256": "0" * 64}}, "is not the script that ran"),
-    ({"run": {"tokenizer": {"path": "gone.model"}}}, "tokenizer: gone.model is not here"),
-    ({"run": {"device_name": "a CPU", "world_size": 1}}, "hardware"),
-]
+@pytest.mark.parametrize("over, runs, words", REFUSALS)
+def test_what_is_missing_is_listed_and_nothing_is_written(world, capsys, over, runs, words):
+    third = over.get("s3", {})
+    same = {"fineweb": True} | ({} if "run" in over else RECORD_HARDWARE) | {k: v for k, v in over.items() if k != "s3"}
+    three = three_seeds(world, **same)
+    write_run(world, "s3", seed=3, bpb=1.903, **same, **third)
+    assert words in refusal(world, capsys, runs=runs or three)
+    assert not any(world["root"].glob("records/track_*/*"))
 
 
-@pytest.mark.parametrize("over, words", REFUSALS)
-def test_what_is_missing_is_listed_and_nothing_is_written(world, capsys, over, words):
-    three_seeds(world, fineweb=True, **({} if "run" in over else RECORD_HARDWARE), **over)
-    assert submit(world) == 1
-    assert words in capsys.readouterr().err
-    track = world["root"] / "records" / "track_10min_16mb"
-    assert list(track.iterdir()) == []
-
-
-def test_half_a_log_and_foreign_logs_are_no_submission(world, capsys):
-    write_run(world, "s1", pack=None, train_end=None)
-    assert submit(world, "--non-record", runs=("s1",)) == 1
-    assert "s1: its log holds no train_end and no pack event" in capsys.readouterr().err
+def test_foreign_logs_are_no_submission_and_a_failed_audit_is_named_whatever_passed_since(world, capsys):
     (world["logs"] / "other.txt").write_text(BASELINE_LOG)
-    assert run_cli("submit", world["logs"] / "other.txt", "--name", "x", "--records", world["root"] / "records") == 2
-    assert "name the .jsonl logs" in capsys.readouterr().err
-
-
-def test_missing_seeds_and_audits_are_named(world, capsys):
-    three_seeds(world, fineweb=True, audit=False, **RECORD_HARDWARE)
-    assert submit(world, runs=("s1", "s2")) == 1
-    message = capsys.readouterr().err
-    assert "seeds: 2 (1, 2); a record shows 3" in message and "MODE=audit" in message
-    for seed in (1, 2, 3):
-        write_audit(world, f"s{seed}", str(world["logs"] / f"s{seed}.pgz"), passed=seed != 2)
-    assert submit(world) == 1
-    assert "s2: audit failed: sliding: a distribution" in capsys.readouterr().err
+    words = ("--name", "x", "--records", world["root"] / "records")
+    assert "name the .jsonl logs" in said(capsys, 2, "submit", world["logs"] / "other.txt", *words)
+    runs = three_seeds(world, fineweb=True, **RECORD_HARDWARE)
+    write_audit(world, "s2-first", str(world["logs"] / "s2.pgz"), passed=False)
+    assert "s2: audit failed: sliding: a distribution" in refusal(world, capsys, runs=runs)
+    assert "audit failed: sliding: a distribution" in said(capsys, 0, "table", world["logs"])
 
 
 @pytest.mark.parametrize("over", [
@@ -736,46 +714,14 @@ def test_missing_seeds_and_audits_are_named(world, capsys):
 def test_an_audit_speaks_for_its_artifact_code_and_stage_alone(world, capsys, over):
     write_run(world, "s1", audit=False)
     write_audit(world, "s1", over.pop("artifact", str(world["logs"] / "s1.pgz")), **over)
-    assert submit(world, "--non-record", runs=("s1",)) == 1
-    assert "s1: no audit of its stage sliding" in capsys.readouterr().err
+    assert "s1: no audit of its stage sliding" in refusal(world, capsys)
 
 
-def test_a_failed_audit_is_the_status_of_its_run_whatever_passed_since(world, capsys):
-    write_run(world, "s1")
-    write_audit(world, "s1-first", str(world["logs"] / "s1.pgz"), passed=False)
-    assert run_cli("table", world["logs"]) == 0
-    assert "audit failed: sliding: a distribution" in capsys.readouterr().out
-
-
-def test_runs_that_were_left_out_are_disclosed(world):
-    three_seeds(world, fineweb=True, **RECORD_HARDWARE)
-    write_run(world, "s4", seed=4, bpb=1.95, fineweb=True, **RECORD_HARDWARE)
-    assert submit(world) == 0
-    folder = world["root"] / "records" / "track_10min_16mb" / "2026-04-02_idea"
-    assert json.loads((folder / "submission.json").read_text())["runs_left_out"] == {"s4 (seed 4)": 1.95}
-    assert "s4 (seed 4): 1.95000" in (folder / "README.md").read_text()
-
-
-def test_seeds_of_two_configurations_are_no_submission(world, capsys):
-    three_seeds(world, fineweb=True, **RECORD_HARDWARE)
-    write_run(world, "s3", seed=3, lr=0.02, fineweb=True, **RECORD_HARDWARE)
-    assert submit(world) == 1
-    assert "the seeds differ in MATRIX_LR: 0.02, 0.04" in capsys.readouterr().err
-
-
-def test_non_record_relaxes_hardware_time_and_seeds_and_says_so(world, capsys):
+def test_non_record_relaxes_hardware_time_and_seeds_and_says_so(world):
     write_run(world, "s1", lr=0.02, train_end={"train_s": 900.0})
-    assert submit(world, "--non-record", runs=("s1",)) == 0
-    readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
+    readme = (folder_of(world) / "README.md").read_text()
     assert "Non-record submission" in readme and "900.0 s" in readme and "the shipped sample, not FineWeb" in readme
     assert re.search(r"`MATRIX_LR` +\| +0.02 \| +0.04 \| env", readme) and "learning rate of the matrices" in readme
-    capsys.readouterr()
-
-
-def test_non_record_does_not_relax_bytes(world, capsys):
-    write_run(world, "s1", score={"limits_ok": False, "total_bytes": 16_000_001})
-    assert submit(world, "--non-record", runs=("s1",)) == 1
-    assert "16,000,001 bytes" in capsys.readouterr().err
 
 
 def test_the_line_that_reproduces_a_run_is_the_run(world):
@@ -783,12 +729,9 @@ def test_the_line_that_reproduces_a_run_is_the_run(world):
     values |= {"SMEAR": True, "SEED": 1, "EVAL_SEQ_LEN": 512}
     sources = dict.fromkeys(("MATRIX_LR", "MAX_WALLCLOCK_SECONDS", "PROMPT", "SMEAR"), "env")
     write_run(world, "s1", config={"values": values, "sources": sources})
-    assert submit(world, "--non-record", runs=("s1",)) == 0
-    readme = (world["root"] / "records/track_non_record_16mb/2026-04-02_idea/README.md").read_text()
-    line = readme.partition("## Reproduce\n\n```bash\n")[2].partition("\n")[0]
+    line = (folder_of(world) / "README.md").read_text().partition("## Reproduce\n\n```bash\n")[2].partition("\n")[0]
     knobs = ["MATRIX_LR=0.0123456789", "MAX_WALLCLOCK_SECONDS=0", "PROMPT=it's two words", "SMEAR=1"]
-    words = ["RECIPE=cpu", "SEED=1", "DATA_PATH=data/sample", *knobs, "python", "train_gpt.py"]
-    assert shlex.split(line) == words
+    assert shlex.split(line) == ["RECIPE=cpu", "SEED=1", "DATA_PATH=data/sample", *knobs, "python", "train_gpt.py"]
 
 
 def test_a_named_sample_is_the_sample_and_every_line_of_the_shelf_names_it(tiny, monkeypatch):
@@ -805,8 +748,7 @@ def test_a_claimed_figure_never_becomes_val_bpb(world, capsys):
     claim = {"v": 1, "t": 0, "event": "claim", "name": "pr850", "claimed_bpb": 0.3212, "z_mean": 734.0, "z_max": 853.0}
     path.write_text(json.dumps(claim).join(["", "\n"]) + path.read_text())
     path.write_text("".join(sorted(path.read_text().splitlines(keepends=True), key=lambda l: '"run"' not in l)))
-    assert submit(world, "--non-record", runs=("s1",)) == 0
-    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    folder = folder_of(world)
     meta = json.loads((folder / "submission.json").read_text())
     assert meta["val_bpb"] == 1.9 and meta["claimed_not_a_code_length"]["claimed_bpb"] == 0.3212
     readme = (folder / "README.md").read_text()
@@ -814,8 +756,7 @@ def test_a_claimed_figure_never_becomes_val_bpb(world, capsys):
     meta["val_bpb"] = 0.3212
     (folder / "submission.json").write_text(json.dumps(meta))
     capsys.readouterr()
-    assert run_cli("check", folder) == 1
-    assert "0.32120 is a claimed figure" in capsys.readouterr().out
+    assert "0.32120 is a claimed figure" in said(capsys, 1, "check", folder)
 
 
 def test_a_systems_readme_tells_published_from_ours_and_estimates_full_size(world):
@@ -847,8 +788,7 @@ def test_an_ngram_table_counts_as_bytes_without_weights(world):
     pack["roles"]["ngram"] = {"params": 0, "bytes": 5_000_000, "bits_per_weight": 0.0}
     pack["total_bytes"] = pack["artifact_bytes"] = 7_200_000
     path.write_text("".join(json.dumps(e) + "\n" for e in lines))
-    assert submit(world, "--non-record", "--system", "pr1095", runs=("s1",)) == 0
-    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    folder = folder_of(world, "--system", "pr1095")
     run = logs.read_log(path)
     plt = plots._pyplot()
     plt.close(plots.bytes_by_role(plt, [run]))
@@ -872,8 +812,7 @@ def test_helper_files_of_the_script_go_into_the_folder(world, capsys):
     (world["root"] / "kernels.py").write_text("x = 1\n")
     (world["root"] / "unrelated.py").write_text("x = 1\n")
     write_run(world, "s1")
-    assert submit(world, "--non-record", runs=("s1",)) == 0
-    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    folder = folder_of(world)
     assert (folder / "kernels.py").read_text() == "x = 1\n" and not (folder / "unrelated.py").exists()
     assert "kernels.py: 6 bytes; if not counted yet" in capsys.readouterr().out
 
@@ -935,21 +874,18 @@ def test_what_the_readmes_commands_write_is_ignored_by_git():
 def test_the_counted_form_is_packed_anew_and_must_have_the_logged_hash(world, capsys):
     world["script"].write_text("def as_literal(x): pass\ndef self_extracting(text): return b'packed'\n")
     write_run(world, "s1", pack={"code_form": "packed", "code_bytes": 6})
-    assert submit(world, "--non-record", runs=("s1",)) == 0
-    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    folder = folder_of(world)
     assert (folder / "train_gpt.py").read_bytes() == b"packed"
     shutil.rmtree(folder)
     write_run(world, "s1", pack={"code_form": "packed"}, run={"packed_sha256": "0" * 64})
-    assert submit(world, "--non-record", runs=("s1",)) == 1
-    assert "other bytes than the log's packed_sha256" in capsys.readouterr().err
+    assert "other bytes than the log's packed_sha256" in refusal(world, capsys)
 
 
 def test_the_script_is_found_in_the_text_log_when_the_file_has_changed_since(world):
     path = write_run(world, "s1")
     path.with_suffix(".txt").write_text("attention:sdpa\n" + SCRIPT + "\n" + "=" * 100 + "\nseed:1\n")
     world["script"].write_text("x = 1\n")
-    assert submit(world, "--non-record", runs=("s1",)) == 0
-    folder = world["root"] / "records/track_non_record_16mb/2026-04-02_idea"
+    folder = folder_of(world)
     assert (folder / "train_gpt.py").read_text() == SCRIPT
 
 
@@ -1013,8 +949,7 @@ def test_a_leak_stops_a_submission(world, capsys):
     tokens = leaks.read_shard(world["data"] / "fineweb_val_000000.bin").tolist()
     write_shards(world["data"], [tokens[1:31], [9, 9]], [tokens[1:31]])
     write_run(world, "s1")
-    assert submit(world, "--non-record", runs=("s1",)) == 1
-    assert "1 of 1 validation documents in the training shards" in capsys.readouterr().err
+    assert "1 of 1 validation documents in the training shards" in refusal(world, capsys)
 
 
 # ---- reading code without running it
@@ -1148,26 +1083,6 @@ def test_check_reads_a_foreign_folder_and_says_what_it_cannot_know(foreign):
 def edit(folder: Path, **fields) -> None:
     path = folder / "submission.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def test_check_finds_what_got_entries_rejected(foreign):
-    log = foreign / "train.log"
-    log.write_text(BASELINE_LOG.replace("tokens:62021632", "tokens:9662464"))  # a truncated validation set
-    assert verdicts(foreign)["validation text"].status == "FAIL"
-    log.write_text(BASELINE_LOG.replace("600038ms", "601900ms"))
-    assert verdicts(foreign)["training time"].status == "FAIL"
-    log.write_text(BASELINE_LOG)
-    edit(foreign, val_bpb=1.19)
-    assert "1.19000, but the logs' scores are 1.22437" in verdicts(foreign)["val_bpb"].detail
-    edit(foreign, val_bpb=0.3212)
-    assert verdicts(foreign)["plausible score"].status == "FAIL"
-    edit(foreign, bytes_total=16_000_001)
-    assert verdicts(foreign)["bytes"].status == "FAIL"
-    (foreign / "train_gpt.py").write_text("import cache\nkey = (ctx_hash ^ (tgt * 7)) % size\n")
-    (foreign / "cache.py").write_bytes(b"#" * 200_000)
-    got = verdicts(foreign)
-    assert got["code: target token in a cache key"].status == "FAIL" and got["helper files"].status == "FAIL"
-    assert got["script that ran"].status == "FAIL"
 
 
 HEIR = """import os, torch
@@ -1351,6 +1266,7 @@ FAULTS = [  # what entries were rejected for
     ("a figure no log shows", edit_meta(val_bpb=1.0412), "val_bpb", "FAIL"),
     ("a seed's figure no log shows", edit_meta(seed_results={"0": {"val_bpb": 1.0512}}), "val_bpb of seed 0", "FAIL"),
     ("gain within noise", edit_meta(comparison_baseline_bpb=1.0583), "gain", "WARN"),
+    ("too good", edit_meta(val_bpb=0.3212), "plausible score", "FAIL"),
     ("late", edit_meta(date="2026-05-09"), "date", "WARN"),
     ("mixed configurations", edit_log(0, "matrix_lr: 0.026", "matrix_lr: 0.024"), "one configuration", "WARN"),
     ("self-made shards", edit_log(0, "train_shards: 80", "train_shards: 1499"), "training shards", "WARN"),
@@ -1400,8 +1316,7 @@ def test_a_broken_submission_json_fails_with_one_line(foreign, content):
 
 def test_check_of_an_empty_folder_fails_and_of_none_is_a_mistake(tmp_path, capsys):
     assert run_cli("check", tmp_path) == 1
-    assert run_cli("check", tmp_path / "none") == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert "no such folder" in said(capsys, 2, "check", tmp_path / "none")
 
 
 # ---- sweep
