@@ -1717,12 +1717,12 @@ class Run:
             dist.all_reduce(t, op)
         return t
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's small Python value, on every rank."""
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The Python value of rank `source`, on every rank."""
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        dist.broadcast_object_list(box, src=source, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
     def on_first(self, action: Callable[[], Any]) -> Any:
@@ -5113,17 +5113,16 @@ def share_out(run: Run | None, jobs: Sequence[tuple[float, Callable[[], Any]]], 
     for i in sorted(range(len(jobs)), key=lambda i: -jobs[i][0]):
         owner[i] = min(range(world), key=load.__getitem__)
         load[owner[i]] += jobs[i][0]
-    parts: list[Any] = [None] * world
     pool, mine = ThreadPoolExecutor(threads), [job for at, (_, job) in zip(owner, jobs, strict=True) if at == rank]
+    found, error = [], None
     try:
-        parts[rank] = list(pool.map(lambda job: job(), mine)), None
+        found = list(pool.map(lambda job: job(), mine))
     except Exception as e:
-        parts[rank] = [], e
+        error = e
     finally:
         pool.shutdown(cancel_futures=True)  # a signal waits for the jobs that have begun, not for all
-    error = parts[rank][1]
-    if world > 1:
-        dist.all_gather_object(parts, (parts[rank][0], error and f"rank {rank}: {type(error).__name__}: {error}"))
+    part = found, error and f"rank {rank}: {type(error).__name__}: {error}"
+    parts = [run.broadcast(part, source) for source in range(world)] if world > 1 else [part]
     if error is not None:
         raise error
     if errors := [text for _, text in parts if text]:
