@@ -112,6 +112,7 @@ class Binding(NamedTuple):
     here: Here
     value: ast.AST | None
     whole: bool = True
+    scope: ast.AST | None = None  # where it is given, if a function around declares the name its own
 
 
 class Step(NamedTuple):
@@ -214,6 +215,11 @@ class Flow:
                 ):
                     given = [*call.args, *(k.value for k in call.keywords)]
                     found.setdefault(key, []).append(Binding(self.here(call), ast.Tuple(given, ast.Load()), False))
+            if isinstance(scope, ast.Module):
+                for other in self.scopes.values():
+                    for name in {n for g in other.of(ast.Global) for n in g.names}:
+                        of_other = self.bindings(other.node).get(name, ()) if other.node is not scope else ()
+                        found.setdefault(name, []).extend(b._replace(whole=False, scope=other.node) for b in of_other)
             self._bindings[scope] = {k: sorted(where, key=lambda b: b.here.at) for k, where in found.items() if k}
         return self._bindings[scope]
 
@@ -275,7 +281,8 @@ class Flow:
             return (Hop(name, self._first_line(name, scope, here)),)
         if _NEVER.search(name):
             return ()
-        if bound := self.bindings(scope).get(name):
+        declared = any(name in n.names for n in self.scopes[scope].of(ast.Global))
+        if not declared and (bound := self.bindings(scope).get(name)):
             return self._of_bindings(name, bound, scope, here, given, loss, deep)
         outer = self.scopes[scope].outer
         while outer is not None and isinstance(outer.node, ast.ClassDef):
@@ -322,6 +329,8 @@ class Flow:
             if (f"~{name}" if loss else name) not in given:
                 return ()
             return (*self.arrived.get((scope, name), ()), Hop(name, getattr(scope, "lineno", 0)))[-12:]
+        if b.scope is not None:
+            scope, given = b.scope, self.usual(self.scopes[b.scope])
         key = (scope, name, b.here.at, b.value, given, loss, self._around(scope))
         if key not in self._known:
             self._known[key] = ()  # while it is asked: a value computed from itself
@@ -514,6 +523,10 @@ class Flow:
         if (found := self._function(func, scope, here)) is not None:
             owner = func.value if isinstance(func, ast.Attribute) else None
             return Called(found, node.args, node.keywords, owner)
+        kind = self._class_of(func, scope, here) if isinstance(func, ast.Name) and func.id not in self.classes else None
+        asked = [m for m in self.methods.get(kind.node, ()) if m.name == "__call__"] if kind is not None else []
+        if asked:
+            return Called(asked[0], node.args, node.keywords, func)
         name = last_name(func)
         if isinstance(func, ast.Name) and name in self.classes:
             return Called(self.classes[name], node.args, node.keywords, None, makes=True)
@@ -659,10 +672,18 @@ class Flow:
                 judged = self._judged(item, items, top)
                 (steps if judged else adapted).append(judged or item.step)
             elif item.kind == _ADAPTED:
-                repeats = any(_repeats(loop) for loop in item.here.loops)
+                repeats = any(_repeats(loop) for loop in item.here.loops) and not self._fresh(item, items)
                 (steps if repeats else adapted).append(item.step._replace(again=repeats))
         scores = any(i.kind == _SCORE for i in items)
         return Summary(scores, trains, tuple(dict.fromkeys(steps)), tuple(dict.fromkeys(adapted)) if scores else ())
+
+    def _fresh(self, item: Item, items: list[Item]) -> bool:
+        """Whether each round of a loop adapts a copy, or what was put back in the round."""
+        arguments = [*item.node.args, *(k.value for k in item.node.keywords)] if isinstance(item.node, ast.Call) else []
+        copied = any(isinstance(a, ast.Call) and re.search("copy|clone", last_name(a)) for a in arguments)
+        roots = {_root(a) for a in arguments}
+        loops = set(item.here.loops)
+        return copied or any(i.kind == _RESET and set(i.here.loops) & loops and i.names & roots for i in items)
 
     def _of_call(
         self, node: ast.Call, scope: ast.AST, here: Here, given: frozenset
@@ -715,8 +736,11 @@ class Flow:
             func = node.value.func
             if isinstance(func, ast.Attribute) and func.attr in _ADDING:
                 targets, value = [func.value], ast.Tuple([*node.value.args], ast.Load())
-        elif isinstance(node, (ast.Return, ast.Yield)) and quiet and _SUM.search(_word(node.value)):
-            return bool(self.tokens(node.value, scope, here, given, loss=True))
+        elif isinstance(node, (ast.Return, ast.Yield)) and node.value is not None:
+            told = quiet and any(_SUM.search(_word(v)) for v in getattr(node.value, "elts", [node.value]))
+            if isinstance(node, ast.Yield) and not told and not self.tokens(node.value, scope, here, given):
+                told = self._used_for_figure(self.scopes[scope], set(), True, 1)
+            return told and bool(self.tokens(node.value, scope, here, given, loss=True))
         keys = {key for t in targets for key in [_key(t)] if key}
         if value is None or not keys:
             return False
@@ -724,23 +748,18 @@ class Flow:
             quiet = False
         return (quiet or self._is_figure(keys, scope)) and bool(self.tokens(value, scope, here, given, loss=True))
 
-    def _is_figure(self, keys: set[str], scope: ast.AST) -> bool:
-        """Whether what is added up becomes bits per byte: it is handed back, or meets bytes or log 2 on its way."""
+    def _is_figure(self, keys: set[str], scope: ast.AST, deep: int = 0) -> bool:
+        """Whether what is added up becomes bits per byte: it meets bytes or log 2 on its way, here or where it is handed."""
         inside, reached = self.scopes[scope], set(keys)
         for _ in range(4):
-            fresh = {
+            reached |= {
                 name
                 for name, bound in self.bindings(scope).items()
-                for b in bound
-                if name not in reached and b.value is not None and reached & _keys(b.value)
+                if name not in reached and any(b.value is not None and reached & _keys(b.value) for b in bound)
             }
-            if not fresh:
-                break
-            reached |= fresh
         if any(_FIGURE.search(name) for name in reached - keys):
             return True
-        around = {name for name in self.bindings(scope) if _FIGURE.search(name)}
-        if around and any(_SUM.search(key) for key in keys):
+        if any(map(_FIGURE.search, self.bindings(scope))) and any(_SUM.search(key) for key in keys):
             return True  # the bytes are counted beside it
         if any(key.startswith("self.") or key in _parameters(scope) for key in keys) and _FIGURE.search(
             ast.dump(scope)
@@ -750,30 +769,38 @@ class Flow:
             words = _keys(node)
             if reached & words and (_is_bits(node) or any(_FIGURE.search(w) for w in words - keys)):
                 return True
-            if isinstance(node, (ast.Return, ast.Yield)) and reached & words and self._used_for_figure(inside):
+        if deep < 3 and isinstance(scope, FUNCTIONS):
+            handed = {name for name in _parameters(scope) if name in keys}
+            back = any(reached & _keys(n) for n in inside.of(ast.Return, ast.Yield))
+            if (handed or back) and self._used_for_figure(inside, handed, back, deep + 1):
                 return True
         outer = inside.outer
         shared = [k for n in inside.of(ast.Nonlocal, ast.Global) for k in n.names if k in keys]
         shared += [
             k for k in keys if k not in self.bindings(scope) or not any(b.whole for b in self.bindings(scope)[k])
         ]
-        return bool(shared and outer is not None and not isinstance(outer.node, ast.ClassDef)
-                    and self._is_figure(set(shared), outer.node))  # fmt: skip
+        shares = shared and outer is not None and not isinstance(outer.node, ast.ClassDef)
+        return bool(shares and self._is_figure(set(shared), outer.node, deep))
 
-    def _used_for_figure(self, scope: Scope) -> bool:
-        """Whether any call's result meets bytes or log 2 where it is called."""
+    def _used_for_figure(self, scope: Scope, handed: set[str], back: bool, deep: int) -> bool:
+        """Whether a call's result, or the argument that it adds to, meets bytes or log 2 where it is called."""
         for call in self.switches.calls.get(scope.name, ())[:8]:
             place = self.places.get(id(call))
             if place is None or place.scope is scope:
                 continue
-            for name, bound in self.bindings(place.scope.node).items():
-                for b in bound:
-                    if b.value is not None and any(n is call for n in ast.walk(b.value)):
-                        if _FIGURE.search(name) or _is_bits(b.value) or any(map(_FIGURE.search, names(b.value))):
-                            return True
-                        nodes = place.scope.of(ast.BinOp, ast.Return)
-                        if any(name in _keys(n) and (_is_bits(n) or any(map(_FIGURE.search, _keys(n)))) for n in nodes):
-                            return True
+            names_there = {
+                name
+                for name, bound in self.bindings(place.scope.node).items()
+                if back and any(b.value is not None and any(n is call for n in ast.walk(b.value)) for b in bound)
+            }
+            parameters = [p for p in _parameters(scope.node) if p not in ("self", "cls")]
+            names_there |= {_key(a) for p, a in zip(parameters, call.args) if p in handed}  # noqa: B905
+            names_there |= {_key(k.value) for k in call.keywords if k.arg in handed}
+            if any(map(_FIGURE.search, names_there)) or self._is_figure(names_there - {""}, place.scope.node, deep):
+                return True
+            around = (n for n in place.scope.of(ast.BinOp) if back and any(m is call for m in ast.walk(n)))
+            if any(_is_bits(n) or any(map(_FIGURE.search, _keys(n))) for n in around):
+                return True
         return False
 
     # ---- Steps that are undone
@@ -907,8 +934,10 @@ class Flow:
         place = self.places.get(id(node))
         parts = [getattr(loop, "iter", None) or getattr(loop, "test", None) for loop in here.loops] + [node]
         if place is not None:
-            parts += [b.value for p in list(parts) if p is not None for n in names_of(p)
-                      for b in self.bindings(place.scope.node).get(n, ()) if b.value is not None]  # fmt: skip
+            bound = self.bindings(place.scope.node)
+            asked = {n for p in parts if p is not None for n in names_of(p)}
+            last = ([b for b in bound.get(n, ()) if b.here.at <= here.at][-1:] for n in asked)
+            parts += [b.value for found in last for b in found if b.value is not None]
         found: set[str] = set()
         for inner in (n for part in parts if part is not None for n in ast.walk(part)):
             if isinstance(inner, ast.Slice) and (edge := inner.upper if upper else inner.lower) is not None:
@@ -1225,7 +1254,12 @@ def _repeats(loop: ast.AST) -> bool:
     head = [loop.test] if isinstance(loop, ast.While) else [loop.target, loop.iter]
     named = any(_EPOCHS.search(word) for part in head for word in names(part))
     times = loop.iter.args if isinstance(loop, ast.For) and last_name(loop.iter) == "range" else []
-    if not named and (len(times) != 1 or not isinstance(times[0], ast.Constant)):
+    listed = getattr(getattr(loop, "iter", None), "elts", ())
+    if not (
+        named
+        or (len(times) == 1 and isinstance(times[0], ast.Constant))
+        or any(isinstance(e, ast.Constant) for e in listed)
+    ):
         return False
     if isinstance(loop, ast.While):
         return named

@@ -76,17 +76,24 @@ def _unprovable(what: str, ask: str) -> str:
     return f"{what} cannot be known, not provable from this folder: ask for {ask}"
 
 
-def _asked(group: Callable[[Entry], Lines], entry: Entry) -> list[Check]:
-    """A group's verdicts; what stops it is one of them, and takes no other with it."""
+def _asked(question: Callable[[Entry], Lines | Line], entry: Entry) -> list[Check]:
+    """A question's verdicts; what stops it is one of them, and takes no other with it."""
     found: list[Check] = []
     try:
-        for line in group(entry):
+        lines = question(entry)
+        for line in [lines] if isinstance(lines, tuple) else lines:
             found.append(Check(*line))
     except UserError:
         raise
     except Exception as error:  # a folder of others may hold what no rule foresaw
-        found.append(Check(WARN, group.__name__, f"could not be asked to the end: {type(error).__name__}: {error}"))
+        name = question.__name__.strip("_").replace("_", " ")
+        found.append(Check(WARN, name, f"could not be asked to the end: {type(error).__name__}: {error}"))
     return found
+
+
+def _each(entry: Entry, *questions: Callable[[Entry], Lines | Line]) -> Lines:
+    for question in questions:
+        yield from ((c.status, c.rule, c.detail) for c in _asked(question, entry))
 
 
 # ---- Files and figures
@@ -149,9 +156,7 @@ def figures(entry: Entry) -> Lines:
     if broken := [k for k, v in flags.items() if v is False]:
         ruled = any(k in RULED for k in broken)
         yield entry.bent(FAIL) if ruled else WARN, "own compliance list", f"says no to: {', '.join(broken)}"
-    yield from _seed_results(entry)
-    yield from _gain(entry)
-    yield from _dated(entry)
+    yield from _each(entry, _seed_results, _gain, _dated)
     if is_number(bpb := meta.get("val_bpb")):
         yield _supported(entry, float(bpb))
     elif "val_bpb" not in missing:
@@ -303,10 +308,7 @@ _TYPES = {
 
 
 def limits(entry: Entry) -> Lines:
-    yield from _bytes(entry)
-    yield _hardware(entry)
-    yield _training_time(entry)
-    yield _evaluation_time(entry)
+    yield from _each(entry, _bytes, _hardware, _training_time, _evaluation_time)
     for run in entry.scored:
         over = [(run.train_s, LIMIT_SECONDS), (run.eval_s, LIMIT_SECONDS), (run.total_bytes, LIMIT_BYTES)]
         told = any(value is not None and value > limit for value, limit in over)
@@ -508,12 +510,12 @@ def seeds(entry: Entry) -> Lines:
         )
         yield WARN, "seeds differ", f"a seed that ran more than once counts once, as submission.json has it: {told}"
     if len(scored) > 1:
-        yield _one_config(scored)
-        yield _one_code(scored)
-    yield from _script_is_logged(entry, scored)
+        yield from _each(entry, _one_config, _one_code)
+    yield from _each(entry, _script_is_logged)
 
 
-def _one_config(scored: list[Run]) -> Line:
+def _one_config(entry: Entry) -> Line:
+    scored = entry.scored
     places = [n for n in logs.changed(scored) if n != "code" and not _names_the_run(n, scored)]
     if not places:
         return PASS, "one configuration", "equal over the seeds, as far as the logs tell"
@@ -531,7 +533,8 @@ def _names_the_run(name: str, scored: list[Run]) -> bool:
     return all(str(r.seed) in (v := str(logs.settings(r).get(name))) or r.run_id in v for r in scored)
 
 
-def _one_code(scored: list[Run]) -> Line:
+def _one_code(entry: Entry) -> Line:
+    scored = entry.scored
     hashes = {r.info.get("source_sha256") or _sha(r.source) for r in scored}
     if hashes == {None}:
         return WARN, "one script", _unprovable("it", "logs that hold source or hash")
@@ -549,8 +552,9 @@ def _one_code(scored: list[Run]) -> Line:
     return FAIL, "one script", detail
 
 
-def _script_is_logged(entry: Entry, scored: list[Run]) -> Lines:
+def _script_is_logged(entry: Entry) -> Lines:
     """The script is what ran: by hash where the log has one, else by the source printed in the log."""
+    scored = entry.scored
     if not entry.script or not entry.script.outer.strip() or not scored:
         return
     rule, name = "script that ran", entry.script.name
@@ -616,7 +620,7 @@ def data(entry: Entry) -> Lines:
     if any(r.info.get("data", {}).get("sample") for r in scored):
         yield entry.bent(FAIL), "data", "the shipped sample, not FineWeb: no figure here compares with the leaderboard"
     else:
-        yield from _validation_size(entry, scored)
+        yield from _each(entry, _validation_size)
     partial = [r.path.name for r in scored if not r.score.get("complete", True)]
     if partial:
         yield FAIL, "validation complete", f"only a part was scored in {', '.join(partial)}"
@@ -639,10 +643,10 @@ def _scored_tokens(entry: Entry, run: Run) -> int | None:
     return next((tokens for tokens in known if isinstance(tokens, int)), None)
 
 
-def _validation_size(entry: Entry, scored: list[Run]) -> Lines:
+def _validation_size(entry: Entry) -> Lines:
     """Text bytes that the score implies (tokens x nats / ln 2 / bpb) against the official split's."""
     rule, implied, mixed = "validation text", [], []
-    for run in scored:
+    for run in entry.scored:
         tokens, loss, bpb = _scored_tokens(entry, run), run.loss(), run.bpb()
         if tokens and loss and bpb and bpb > LEAST_BPB:
             implied.append(tokens * loss / math.log(2) / bpb)
@@ -763,7 +767,7 @@ def _finding(entry: Entry, pattern: str, found: list[source.Finding]) -> Line:
 def validity(entry: Entry) -> Lines:
     """The four conditions: evidence of an audit, and the plausibility of the figure without one."""
     yield _audited(entry)
-    yield from _gates(entry)
+    yield from _each(entry, _gates)
     bpb, sample = entry.meta.get("val_bpb"), any(r.info.get("data", {}).get("sample") for r in entry.runs)
     if not is_number(bpb):
         bpb = next((v for _, v in _mean_figures(entry)), None)
@@ -798,7 +802,7 @@ def _look_first(entry: Entry, bpb: float) -> str:
             return f"the code: {pattern}"
     if names := [p for p in shown if p.startswith("name of a rejected method")]:
         return f"the code: {names[0]}"
-    if any(line[0] != PASS for line in _validation_size(entry, entry.scored)):
+    if any(line[0] != PASS for line in _validation_size(entry)):
         return "the text's size: validation text"
     if _train_shards(entry) > 200:
         return f"validation documents in training: {_train_shards(entry)} training shards"
