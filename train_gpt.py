@@ -5313,7 +5313,7 @@ def awq_groups(policy: Policy, inputs: InputStats) -> dict[str, Tensor]:
 def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor, states: int = 0) -> Tensor:
     """fp16 steps (R,), widened where a row's largest weight would not fit 8 bits, or PATH_BITS along a trellis."""
     top = largest_code(PATH_BITS if states else 8)
-    return row_scale(torch.maximum(step * row_factor_R * top, w_RC.abs().amax(dim=1)), top)
+    return row_scale(torch.maximum(step * row_factor_R.to(w_RC.device) * top, w_RC.abs().amax(dim=1)), top)
 
 
 def to_code(policy: Policy, inputs: InputStats, name: str, w: Tensor, chosen: Tensor | None) -> TensorToCode:

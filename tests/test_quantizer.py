@@ -165,6 +165,9 @@ def test_policy_by_role_by_name_and_by_size():
     assert bits["blocks.0.mlp.up.weight"] == 3 and bits["blocks.0.mlp.down.weight"] == 4
     assert bits["tok_emb.weight"] == 8 and bits["blocks.0.attn_scale"] == 32
     assert list(stored) == [name for name, _ in model.named_parameters()]
+    sizes = {"just small": torch.zeros(8, 8), "no more": torch.zeros(13, 5)}
+    policy = tg.Policy(tg.Config(quant_min_numel=64, attn_bits=6), sizes, dict.fromkeys(sizes, "attn"))
+    assert [policy.bits(name) for name in sizes] == [16, 6]
 
 
 @pytest.mark.parametrize(
