@@ -5150,13 +5150,6 @@ class TensorToCode:
         return row_R1 if self.columns_C is None else row_R1 * octave_eighths(self.columns_C)
 
 
-def prune_smallest_(w_RC: Tensor, share: float) -> None:
-    """Zero the `share` of a tensor's weights that are smallest in magnitude, in place (PR #850)."""
-    count = int(share * w_RC.numel())
-    if count:
-        w_RC[w_RC.abs() <= w_RC.abs().flatten().kthvalue(count).values] = 0.0
-
-
 def prune_codes_(items: list[TensorToCode], codes: list[Tensor], share: float) -> None:
     """Zero the `share` of all non-zero codes that stand for the smallest weights, over all tensors, in place (PR #740)."""
     sizes = [q.abs() * item.steps().cpu() for item, q in zip(items, codes, strict=True)]
@@ -5319,8 +5312,8 @@ def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor, states: int = 
 def to_code(policy: Policy, inputs: InputStats, name: str, w: Tensor, chosen: Tensor | None) -> TensorToCode:
     """How a tensor is to be coded; `chosen` are the steps of its rows, where the byte budget has set them."""
     cfg, bits, w_RC = policy.cfg, policy.bits(name), matrix_of(w).clone()
-    if cfg.prune_scope == "tensor":
-        prune_smallest_(w_RC, cfg.prune_frac)
+    if cfg.prune_scope == "tensor" and (count := int(cfg.prune_frac * w_RC.numel())):  # the smallest weights (PR #850)
+        w_RC[w_RC.abs() <= w_RC.abs().flatten().kthvalue(count).values] = 0.0
     states, columns_C, hessian = inputs.states[name], inputs.columns(name), inputs.moments[name]
     wide = chosen is not None or states or columns_C is not None
     if chosen is None:
@@ -5340,21 +5333,18 @@ def to_code(policy: Policy, inputs: InputStats, name: str, w: Tensor, chosen: Te
 
 
 def correct_residuals(cfg: Config, named: dict[str, Tensor], stored: dict[str, QuantizedTensor],
-                      worth: Callable[[str, LowRank, Tensor], bool]) -> None:  # fmt: skip
-    """Give the LQER_TOP_K tensors with the largest residual a low-rank correction, where it is `worth` its bytes."""
+                      worth: Callable[[str, LowRank, Tensor], bool] | None) -> None:  # fmt: skip
+    """Give the LQER_TOP_K tensors with the largest residual a low-rank correction, where it is `worth` its bytes, or lowers the
+    error (None)."""
     coded = [name for name, item in stored.items() if item.codes is not None]
     residuals = {name: matrix_of(named[name]).cpu() - matrix_of(dequantize(stored[name])) for name in coded}
     group = cfg.lqer_asym_group if cfg.lqer_asym_enabled else 0
     for name in sorted(residuals, key=lambda name: -float(residuals[name].norm()))[: cfg.lqer_top_k]:
         rank = min(cfg.lqer_rank, *residuals[name].shape)
         low_rank = low_rank_codes(residuals[name], rank, cfg.lqer_factor_bits, group)
-        if worth(name, low_rank, residuals[name]):
+        lowers = float((residuals[name] - low_rank.product()).norm()) < float(residuals[name].norm())
+        if worth(name, low_rank, residuals[name]) if worth else lowers:
             stored[name] = dataclasses.replace(stored[name], low_rank=low_rank)
-
-
-def lowers_error(_name: str, low_rank: LowRank, residual_RC: Tensor) -> bool:
-    """Whether a correction leaves less of a residual than there was."""
-    return float((residual_RC - low_rank.product()).norm()) < float(residual_RC.norm())
 
 
 @torch.no_grad()
@@ -5369,7 +5359,7 @@ def quantize(
     inputs: InputStats | None = None,
     run: Run | None = None,
     kept: Mapping[str, QuantizedTensor] = MappingProxyType({}),
-    worth: Callable[[str, LowRank, Tensor], bool] = lowers_error,
+    worth: Callable[[str, LowRank, Tensor], bool] | None = None,
 ) -> dict[str, QuantizedTensor]:
     """Store every tensor of `named` at the width its role in `store` and QUANT_OVERRIDES ask for.
 
@@ -6298,7 +6288,13 @@ def read_header(blob: bytes) -> ParsedHeader:
         raise ArtifactError("the checksum differs: the file was damaged after it was written; copy it again")
     if packed > total - PREAMBLE.size - CHECKSUM_BYTES or raw > MAX_HEADER_BYTES:
         raise ArtifactError(f"the header claims {packed} bytes packed and {raw} unpacked, which cannot be")
-    fields = parse_json(lzma_unpack(blob[PREAMBLE.size : PREAMBLE.size + packed], raw))
+    text = lzma_unpack(blob[PREAMBLE.size : PREAMBLE.size + packed], raw)
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ArtifactError("the header is not a JSON object")
     layout, records, sizes, sections = (fields.pop(name, None) for name in ("layout", "tensors", "streams", "sections"))
     if (
         not isinstance(layout, str)
@@ -6317,17 +6313,6 @@ def read_header(blob: bytes) -> ParsedHeader:
     streams = [(coder, part) for (coder, _), part in zip(sizes, parts, strict=False)]
     named = {name: part for (name, _), part in zip(sections, parts[len(sizes) :], strict=True)}
     return ParsedHeader(fields, layout, records, streams, named, raw_limit(total))
-
-
-def parse_json(text: bytes) -> dict[str, Any]:
-    """The header's object; ArtifactError for anything else."""
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise ArtifactError("the header is not a JSON object")
-    return fields
 
 
 def open_streams(header: ParsedHeader, layout: Layout) -> tuple[list[TensorEntry], list[FileStream]]:
@@ -6489,15 +6474,12 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
         spread, values, _ = plan_codes(codes.cpu().numpy(), False, states)
         bits.append(described_bits(spread, values, states, len(w_RC)) * w_RC.shape[1] / w.shape[1])
         loss.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
-    saved = prediction_saving(w_RC, steps_by_row(w_RC, 0.25 * unit, factor_R)) if by_row else 0.0
+    saved = 0.0
+    if by_row:  # by predicting columns, nearly the same for all fine steps
+        codes_RC = round_rows(w_RC, steps_by_row(w_RC, 0.25 * unit, factor_R), largest_code(8)).cpu().numpy()
+        saved = plan_codes(codes_RC, predictable=False)[2] - plan_codes(codes_RC, predictable=True)[2]
     bits = np.maximum.accumulate(np.array(bits)[::-1])[::-1]  # of a coarser step never more: interpolation needs it
     return RateDistortion(name, unit, factor_R, np.maximum(bits - saved, 0.02 * w_RC.numel()), np.array(loss))
-
-
-def prediction_saving(w_RC: Tensor, scale_R: Tensor) -> float:
-    """Bits that predicting a tensor's columns saves; nearly the same for all fine steps."""
-    codes_RC = round_rows(w_RC, scale_R, largest_code(8)).cpu().numpy()
-    return plan_codes(codes_RC, predictable=False)[2] - plan_codes(codes_RC, predictable=True)[2]
 
 
 def choose_steps(curves: list[RateDistortion], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:

@@ -189,6 +189,7 @@ CONTENTS = {
 @example((256, 64), "gauss", 2, 4, "mlp", None)  # every odd code is +-1
 @example((256, 64), "gauss", 2, 64, "mlp", 6.0)  # every code is 0
 @example((40, 300), "equal", 8, 8, "embed", 3.0)
+@example((40, 300), "equal", 8, 0, "mlp", None)  # every code is 127
 def test_whatever_quantize_returns_comes_back_at_its_entropy(shape, content, bits, states, role, octave):
     """From 0 bits up: 2 % above the entropy and 64 bytes at most, besides the fields (tables). `octave`: log2 of the steps, None: the
     width's own."""
