@@ -1087,8 +1087,27 @@ class Flow:
             for learn in (u for u in uses if u.learns):
                 asked = [u for u in uses if u.table == learn.table and not u.learns]
                 made = [b.here.at for b in self.bindings(scope.node).get(learn.table, ()) if b.whole]
-                if any(use.path and self._comes_late(learn, use, asked, made) for use in asked):
+                by_text = [u for u in asked if u.path and not any(hop.name == u.table for hop in u.path)]
+                if any(self._comes_late(learn, use, asked, made) for use in by_text):
                     yield learn.node, learn.table, learn.path
+
+    def only_trains(self, scope: Scope) -> bool:
+        """Whether everything that a function gives goes backward, at each of its calls: a loss of the training."""
+        sites = [self.places[id(c)].scope for c in self.switches.calls.get(scope.name, ()) if id(c) in self.places]
+        if not sites or not isinstance(scope.node, FUNCTIONS):
+            return False
+        for place in sites:
+            given = {
+                name
+                for name, bound in self.bindings(place.node).items()
+                for b in bound
+                if b.value is not None
+                and any(isinstance(n, ast.Call) and last_name(n.func) == scope.name for n in ast.walk(b.value))
+            }
+            gone = {w for c in place.of(ast.Call) if last_name(c.func) == "backward" for w in _keys(c.func)}
+            if not given & gone or any(given & _keys(n.value) for n in place.of(ast.AugAssign)):
+                return False
+        return True
 
     def _built_whole(self, scope: Scope) -> Iterator[tuple[ast.AST, str, Path]]:
         """Tables that a function fills from validation tokens and never asks meanwhile, and that an evaluation is given."""

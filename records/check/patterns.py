@@ -89,9 +89,12 @@ def find_patterns(tree: ast.Module, source: str, switches: Switches | None = Non
     """Every finding in reading order, one a line and pattern; what a finder cannot do is a finding, not an exception."""
     switches = switches or Switches(tree, [])
     flow = Flow(tree, switches)
-    finders = (_target_keys, _pickles, _training_files, _oracle_choices, _target_gates, _thresholds, _no_distribution)
+    finders = (_target_keys, _pickles, _training_files, _target_gates, _no_distribution)
     asked = [(finder, tree) for finder in (*finders, _spaces, _network)]
-    asked += [(finder, flow) for finder in (_trained, _calibrated, _learned, _kept, _rejected_names)]
+    asked += [
+        (finder, flow)
+        for finder in (_trained, _calibrated, _learned, _kept, _oracle_choices, _thresholds, _rejected_names)
+    ]
     raw = []
     for finder, of in asked:
         try:
@@ -290,9 +293,9 @@ _CHANCE = re.compile(r"(?:^|_)(?:p|probs?)(?:_|\d|$)", re.I)
 _RUNNING = re.compile(r"best|lowest|min|max|running|clip|floor|eps|cap", re.I)
 
 
-def _oracle_choices(tree: ast.Module) -> Found:
+def _oracle_choices(flow: Flow) -> Found:
     """torch.minimum(nll_a, nll_b): per token the better of two models, which needs the target."""
-    for scope in _scoring(tree):
+    for scope in _scoring(flow):
         costs = _target_costs(scope)
         for call in scope.of(ast.Call):
             name = last_name(call)
@@ -342,16 +345,23 @@ def _stacked(call: ast.Call, scope: Scope, costs: set[str]) -> str:
     return ""
 
 
-def _scoring(tree: ast.Module) -> Iterator[Scope]:
+def _scoring(flow: Flow) -> Iterator[Scope]:
     """Scopes whose losses may be scores: a training loss may choose its tokens."""
-    trains = (s for s in scopes(tree) if _TRAINS.search(s.name))
-    excused = {id(s) for s in trains if not (EVALUATES.search(s.name) or _ADAPTS.search(s.name))}
-    yield from (s for s in scopes(tree) if id(s) not in excused)
+    for scope in scopes(flow.tree):
+        trains = _TRAINS.search(scope.name) and not (EVALUATES.search(scope.name) or _ADAPTS.search(scope.name))
+        if not trains and not flow.only_trains(scope):
+            yield scope
 
 
-def _thresholds(tree: ast.Module) -> Found:
+def _in_training(flow: Flow, node: ast.AST) -> bool:
+    """Whether a node runs under `if self.training`."""
+    place = flow.places.get(id(node))
+    return place is not None and any(last_name(test) == "training" and came for test, came in place.around.tests)
+
+
+def _thresholds(flow: Flow) -> Found:
     """`w = where(target_logp > -2, a, b)`: what an expert counts is chosen by what the target turned out to cost."""
-    for scope in _scoring(tree):
+    for scope in _scoring(flow):
         compared = [n for test in scope.of(ast.Compare) for n in names(test)]
         costs = _target_costs(scope) if compared else set()
         if not any(n in costs or _OF_TARGET.search(n) for n in compared):
@@ -359,7 +369,8 @@ def _thresholds(tree: ast.Module) -> Found:
         asked = {n: cost for a in scope.of(ast.Assign) if (cost := _asks_cost(a.value, costs)) for n in _assigned(a)}
         for node, test in _weighing_tests(scope, costs):
             named = min((asked[n] for n in names(test) if n in asked), default="")
-            if cost := _asks_cost(test, costs) or named:
+            cost = _asks_cost(test, costs) or named
+            if cost and not _in_training(flow, node):
                 yield THRESHOLD, node, cost
 
 
@@ -375,8 +386,10 @@ def _asks_cost(node: ast.AST, costs: set[str]) -> str:
 
 def _weighing_tests(scope: Scope, costs: set[str]) -> Iterator[tuple[ast.AST, ast.AST]]:
     """(node, expression) of what decides between two values or a weight, or whether the scored value is mixed."""
-    yield from ((n, n.args[0]) for n in scope.of(ast.Call) if last_name(n.func) == "where" and _chooses(n.args[1:]))
-    yield from ((n, n.test) for n in scope.of(ast.IfExp) if _chooses([n.body, n.orelse]))
+    yield from (
+        (n, n.args[0]) for n in scope.of(ast.Call) if last_name(n.func) == "where" and _chooses(n.args[1:], n.args[0])
+    )
+    yield from ((n, n.test) for n in scope.of(ast.IfExp) if _chooses([n.body, n.orelse], n.test))
     for node in scope.of(ast.If):
         weighed = any(_WEIGHT.search(w) for part in node.body for w in _assigned(part))
         if weighed or _scored_otherwise(node, scope, costs):
@@ -384,12 +397,14 @@ def _weighing_tests(scope: Scope, costs: set[str]) -> Iterator[tuple[ast.AST, as
     yield from ((n, n.value) for n in scope.of(ast.Assign) if any(map(_WEIGHT.search, _assigned(n))))
 
 
-def _chooses(values: list[ast.AST]) -> bool:
-    """Whether two outcomes differ by more than a bound: `where(p > 0, p, 0)` clips."""
-    return len(values) == 2 and not (
-        any(isinstance(v, ast.Constant) for v in values)
-        and any(_CHANCE.search(n) or _COST.search(n) for v in values for n in names(v))
+def _chooses(values: list[ast.AST], test: ast.AST) -> bool:
+    """Whether two outcomes differ by more than a bound: `where(p > 0, p, 0)` and `where(nll > cap, cap, nll)` clip."""
+    words = {n for v in values for n in names(v)}
+    clips = bool(words) and words <= names(test)
+    clips |= any(isinstance(v, ast.Constant) for v in values) and any(
+        _CHANCE.search(n) or _COST.search(n) for n in words
     )
+    return len(values) == 2 and not clips
 
 
 def _scored_otherwise(node: ast.If, scope: Scope, costs: set[str]) -> bool:
