@@ -395,7 +395,7 @@ class Config:
     train_seq_len: int = knob(1024, "tokens", "sequence length in training", lo=8, hi=2**20, shape=True)
     train_batch_tokens: int = knob(524288, "tokens", "targets of one optimizer step, over all ranks", lo=8, hi=2**30)
     micro_batch_tokens: int = knob(0, "tokens", "most tokens of one forward on one rank; 0: on a GPU as many as fit, found while priming, else 8192", lo=0)
-    iterations: int = knob(20000, "steps", "most optimizer steps", lo=0)
+    iterations: int = knob(20000, "steps", "most optimizer steps; 0: no limit", lo=0)
     max_wallclock_seconds: float = knob(600.0, "s", "training time, validation excluded; 0: no limit", lo=0)
     warmup_steps: int = knob(20, "steps", "priming steps that compile kernels and are undone completely, before the clock", lo=0, hi=10000)
     lr_schedule: str = knob("warmdown", "", "flat then linear down, or flat then cosine down (wsd)", choices=("warmdown", "wsd"))
@@ -979,7 +979,7 @@ ELSEWHERE = {name: ours for ours, names in {
     "MODEL_DIM": "DIM D_MODEL HIDDEN_SIZE HIDDEN_DIM N_EMBD EMBED_DIM", "NUM_LAYERS": "LAYERS N_LAYER N_LAYERS DEPTH",
     "NUM_HEADS": "HEADS N_HEAD N_HEADS", "MUON_MOMENTUM": "MOMENTUM", "GRAD_CLIP_NORM": "GRAD_CLIP MAX_GRAD_NORM",
     "TRAIN_DTYPE": "DTYPE PRECISION BF16 FP16 AMP", "SEED": "RANDOM_SEED", "DATA_PATH": "DATA DATASET DATASET_PATH",
-    "TOKENIZER_PATH": "TOKENIZER", "LOG_DIR": "OUT_DIR OUTPUT_DIR", "RUN_ID": "RUN_NAME EXPERIMENT EXPERIMENT_NAME",
+    "TOKENIZER_PATH": "TOKENIZER", "LOG_DIR": "OUT_DIR OUTPUT_DIR", "RUN_ID": "RUNID RUN_NAME EXPERIMENT EXPERIMENT_NAME",
     "RESUME": "CHECKPOINT CHECKPOINT_PATH RESUME_FROM", "CHECKPOINT_EVERY": "SAVE_EVERY SAVE_INTERVAL SAVE_STEPS",
     "VAL_LOSS_EVERY": "EVAL_EVERY EVAL_INTERVAL EVAL_STEPS", "TRAIN_LOG_EVERY": "LOG_EVERY LOG_INTERVAL LOGGING_STEPS",
 }.items() for name in names.split()}  # fmt: skip
@@ -1012,8 +1012,13 @@ def check_value(name: str, value: Any) -> Any:
 
 
 def expand_home(name: str, path: str) -> str:
-    """The path with a leading ~ or ~user replaced by that home folder, which a shell does only to an unquoted word."""
+    """The path with a leading ~ or ~user replaced by that home folder, which a shell does only to an unquoted word. A variable that the
+    shell did not replace is refused, unless there is a file of that name."""
     expanded = os.path.expanduser(path)
+    if (variable := re.search(r"\$\{?[A-Za-z_]\w*\}?|%[A-Za-z_]\w*%", expanded)) and not os.path.exists(path):
+        raise ConfigError(
+            f"{name}={path!r}: the shell has not replaced {variable[0]}, which single quotes prevent; write the path itself"
+        )
     if expanded.startswith("~"):
         raise ConfigError(f"{name}={path!r}: no such home folder; write the whole path, or ./~ for a folder named so")
     return expanded
@@ -1311,7 +1316,10 @@ def cannot_write(path: Path, error: OSError) -> ConfigError | BrokenRun:
     """What to raise where `path` cannot be written: BrokenRun for a disk that is full or fails, else a user's mistake."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
     remedy = "free space or choose another disk" if full else "choose a folder that can be written"
-    return (BrokenRun if full else ConfigError)(f"cannot write {path}: {error.strerror}; {remedy} (LOG_DIR, ARTIFACT)")
+    remedy = "choose a shorter name" if error.errno == errno.ENAMETOOLONG else remedy
+    return (BrokenRun if full else ConfigError)(
+        f"cannot write {path}: {error.strerror}; {remedy} (RUN_ID, LOG_DIR, ARTIFACT)"
+    )
 
 
 def atomic_write(path: Path, blob: bytes) -> None:
@@ -1804,7 +1812,8 @@ TRANSFORMS = ("", "caseops")  # what text may have gone through before it was to
 
 def shard_paths(folder: Path, kind: str) -> list[Path]:
     """The files fineweb_<kind>_<digits>.bin of `folder`, by name: fineweb_val_bytes_000000.bin is not of kind "val"."""
-    return sorted(p for p in folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\d+\.bin", p.name))
+    names = sorted(os.listdir(folder)) if folder.is_dir() else ()  # unlike glob it says what may not be read
+    return [folder / name for name in names if re.fullmatch(rf"fineweb_{kind}_\d+\.bin", name)]
 
 
 def check_transform(name: str, where: str) -> None:
@@ -1843,7 +1852,8 @@ def own_tokenizer(folder: Path, manifest: dict[str, Any] | None, wanted: str = "
     or the download's (datasets/fineweb10B_sp1024 belongs to tokenizers/fineweb_1024_bpe.model). ConfigError if there are several."""
     if manifest is not None:
         return folder / manifest["tokenizer"]["file"]
-    beside = sorted(p for p in folder.glob("*.model") if wanted in ("", file_sha256(p)))
+    shown = sorted(p for p in folder.glob("*.model") if not p.name.startswith("."))  # a Mac writes ._NAME beside NAME
+    beside = [p for p in shown if wanted in ("", file_sha256(p))]
     if len(beside) > 1:
         raise ConfigError(f"TOKENIZER_PATH is unset and {folder} holds {', '.join(p.name for p in beside)}; name the one "
                           "that the shards were made with")  # fmt: skip
@@ -9463,9 +9473,11 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         # Ranks that end differently keep torchrun waiting, and only the first has logs to lose.
         if Run.current is not None and Run.current.broadcast(bool(Run.current.lost)) and status == 0:
             status, outcome = 1, "incomplete"
-    except (ConfigError, ArtifactError) as e:
+    except (ConfigError, ArtifactError, PermissionError, IsADirectoryError, NotADirectoryError) as e:
         begun = Run.current is not None and Run.current.training_began  # then the script should have found it before
         status, outcome, message = 1 if begun else 2, "failed" if begun else "mistake", str(e)
+        if isinstance(e, OSError):
+            message = f"cannot read {e.filename}: {e.strerror}; check what it is and its permissions"
     except (Interrupted, BrokenRun, KeyboardInterrupt) as e:
         status, outcome, message = 1, "stopped", str(e) or "stopped by SIGINT"
     except Exception as e:

@@ -123,6 +123,9 @@ def status_of(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
+NO_HUB = "what answered is no hub but a redirect or a page, as of a network that asks to log in; open a web page first, or check HF_ENDPOINT"
+
+
 def explain(error: Exception) -> str:
     """One line about a failed call to the hub, with a remedy where there is one."""
     status = status_of(error)
@@ -130,6 +133,14 @@ def explain(error: Exception) -> str:
         return "not found or not open to you; check the name, or set HF_TOKEN if you have access"
     if status == 404:
         return "no such dataset repository or file"
+    causes = (error, error.__cause__)
+    strange = any(
+        isinstance(e, ValueError) or type(e).__name__ in ("FileMetadataError", "TooManyRedirects") for e in causes
+    )
+    if strange or (
+        status is not None and status < 400
+    ):  # no JSON, not the headers of a hub, a redirect that is not followed
+        return NO_HUB
     if status is not None:
         return f"the hub answered with status {status}; try again later"
     return f"the hub cannot be reached ({type(error).__name__} {error})".replace("\n", " ")

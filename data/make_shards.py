@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -212,16 +213,19 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     return tokenizer
 
 
+def trainer() -> Any:
+    """The module train_gpt, imported when it is needed, since that takes seconds."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    return importlib.import_module("train_gpt")
+
+
 def byte_counts(
     tokenizer: sentencepiece.SentencePieceProcessor, name: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the trainer counts, per piece: its own rule, `train_gpt.piece_bytes`; InputError where it refuses the tokenizer."""
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
-    import train_gpt  # here, since it takes seconds
-
     try:
-        return train_gpt.piece_bytes(tokenizer, name)
-    except train_gpt.ConfigError as error:
+        return trainer().piece_bytes(tokenizer, name)
+    except trainer().ConfigError as error:
         raise InputError(str(error)) from None
 
 
@@ -605,6 +609,7 @@ def obtain_tokenizer(corpus: Corpus, args: argparse.Namespace) -> tuple[bytes, d
 def make_shards(args: argparse.Namespace) -> dict[str, Any]:
     """Do the whole job and return the manifest that was written."""
     check_inputs(args.inputs)
+    args.workers = args.workers or trainer().usable_cpus()
     corpus = Corpus(args.inputs, args.blank_line_docs, args.doc_bytes, args.official_split)
     with staged(args.out, args) as folder:
         if (folder / MANIFEST).exists():  # the last call was stopped while it published
@@ -690,8 +695,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="train the tokenizer on the first so many bytes of training text (500,000,000)")  # fmt: skip
     add("--character-coverage", type=float, default=0.999,
         help="share of characters that get pieces of their own, the rest are bytes; 0.98 to 1 (0.999)")  # fmt: skip
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=positive, default=cores, help="processes that tokenise (all cores)")
+    add("--workers", type=positive, help="processes that tokenise (all cores, or what a container allows)")
     add("--train-shards", type=positive, metavar="N", help="stop when so many training shards are full")
     add("--official-split", action="store_true",
         help="the input is the challenge's docs_selected.jsonl: every line is a document, 50,000 are validation")  # fmt: skip

@@ -1,7 +1,7 @@
 """Files to lines and documents: the one reader of .txt and .jsonl, plain, .gz or .zst, that this repository has.
 
-A line ends at a newline and nowhere else: str.splitlines would also cut at U+2028 and U+0085, which stand inside JSON
-strings. A byte-order mark at the start is left out. Whatever cannot be read is an InputError that names file and line.
+A line ends at a newline, a carriage return or both, and reads with a newline. It ends nowhere else: str.splitlines would also
+cut at U+2028 and U+0085, which stand inside JSON strings. A byte-order mark at the start is left out. Whatever cannot be read is an InputError that names file and line.
 """
 
 from __future__ import annotations
@@ -69,15 +69,21 @@ def blocks(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
 
 
 def split_lines(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines with their newlines from blocks of bytes; the last may lack one."""
+    """Lines with their endings (\\n, \\r\\n or \\r) from blocks of bytes; the last may lack one."""
     held: list[bytes] = []
     for part in parts:
-        *full, rest = part.split(b"\n")
-        for line in full:
-            yield b"".join([*held, line, b"\n"])
+        if held and held[-1].endswith(b"\r"):  # which a newline may follow at the start of this block
+            end, part = (b"\n", part[1:]) if part.startswith(b"\n") else (b"", part)
+            yield b"".join([*held, end])
             held.clear()
-        if rest:
-            held.append(rest)
+        lines = part.splitlines(keepends=True)  # of bytes, it knows those three alone
+        for line in lines[:-1]:
+            yield b"".join([*held, line])
+            held.clear()
+        held += lines[-1:]
+        if held and held[-1].endswith(b"\n"):
+            yield b"".join(held)
+            held.clear()
     if held:
         yield b"".join(held)
 
@@ -91,7 +97,7 @@ def read_lines(parts: Iterable[bytes], name: str) -> Iterator[Line]:
     for number, line in enumerate(split_lines(parts), 1):
         mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
         try:
-            text = line[mark:].decode()
+            text = re.sub(r"\r\n?\Z", "\n", line[mark:].decode())
         except UnicodeDecodeError as error:
             at = mark + error.start
             raise InputError(

@@ -127,6 +127,9 @@ def test_every_recipe_sets_only_known_knobs_to_values_in_bounds():
     ({"TRAIN_SEQ_SCHEDULE": "512@0,1024@1"}, ["TRAIN_SEQ_SCHEDULE='512@0,1024@1'", "rising"]),
     ({"TRAIN_BATCH_TOKENS": "2000"}, ["TRAIN_BATCH_TOKENS=2000", "sequence length 1024", "nearest: 2048"]),
     ({"TRAIN_BATCH_TOKENS": "512"}, ["TRAIN_BATCH_TOKENS=512", "nearest: 1024"]),
+    ({"LOG_DIR": "$HOME/l"}, ["LOG_DIR='$HOME/l'", "the shell has not replaced $HOME", "write the path itself"]),
+    ({"DATA_PATH": "/x/${SCRATCH}"}, ["DATA_PATH='/x/${SCRATCH}'", "not replaced ${SCRATCH}"]),
+    ({"ARTIFACT": "%TEMP%/a.pgz"}, ["ARTIFACT='%TEMP%/a.pgz'", "not replaced %TEMP%"]),
     ({"MLP_MULT": "0.01", "MODEL_DIM": "32"}, ["MLP_MULT=0.01 leaves no hidden unit at MODEL_DIM=32"]),
     ({"SWA_EVERY": "10", "SWA_SOURCE": "ema"}, ["SWA_SOURCE=ema needs EMA_DECAY"]),
     ({"ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "0"}, ["MAX_WALLCLOCK_SECONDS=0 and ITERATIONS=0"]),
@@ -195,7 +198,7 @@ def test_one_edit_is_one_insertion_deletion_substitution_or_swap():
 
 @pytest.mark.parametrize("name, knob", [
     ("MAX_WALLCLOCK_SECS", "MAX_WALLCLOCK_SECONDS"), ("num_layers", "NUM_LAYERS"), ("NGRAM_ALPHA_MIN", "NGRAM_ALPHA"), ("TTT_STEPS", "TTT_"),
-    ("DATASET", "DATA_PATH"), ("LR", "MATRIX_LR"), ("LEARNING_RATE", "MATRIX_LR"), ("EPOCHS", "ITERATIONS"),
+    ("DATASET", "DATA_PATH"), ("RUNID", "RUN_ID"), ("LR", "MATRIX_LR"), ("LEARNING_RATE", "MATRIX_LR"), ("EPOCHS", "ITERATIONS"),
     ("BATCH_SIZE", "TRAIN_BATCH_TOKENS"), ("SEQ_LEN", "TRAIN_SEQ_LEN"), ("D_MODEL", "MODEL_DIM"), ("N_LAYER", "NUM_LAYERS"),
 ])  # fmt: skip
 def test_what_is_merely_alike_or_the_name_of_another_trainer_is_a_notice(name, knob):
@@ -352,7 +355,7 @@ def test_help_lists_every_knob_once_in_its_section(script):
     assert {name.upper(): section for section, name in heads} == tg.GROUPS
     assert sections == [b for b in banners if b in sections] and len(sections) >= 8
     assert "MUON_BACKEND_STEPS=5 (1 to 10 iterations)" in text and "GRAD_CLIP_NORM=0.0 (at least 0)" in text
-    assert "ATTN_GATE=none (none|input|sparse)" in text
+    assert "ATTN_GATE=none (none|input|sparse)" in text and "most optimizer steps; 0: no limit" in text
 
 
 def test_dump_shows_value_and_source_and_feeds_itself(script):
@@ -360,6 +363,7 @@ def test_dump_shows_value_and_source_and_feeds_itself(script):
     lines = dict(re.findall(r"^([A-Z0-9_]+)=(.*?)  # (?:.*)$", text, re.M))
     assert "NUM_LAYERS=3  # env" in text and f"MODEL_DIM={tg.RECIPES['cpu']['MODEL_DIM']}  # recipe cpu" in text
     assert lines.keys() == tg.FIELDS.keys()
+    assert "# notice: LR is no knob" in script({"RECIPE": "cpu", "LR": "1"}, "--dump-config").out
     again = tg.load_config(lines, **NO_GPU).cfg
     assert again == load(RECIPE="cpu", NUM_LAYERS="3", DEVICE="cpu").cfg
 

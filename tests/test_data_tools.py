@@ -266,6 +266,7 @@ def bad_inputs(folder: Path) -> dict[str, list]:
         "mute.jsonl": b'{"text": "\\u0001\\u200b"}\n' + content,
         "dumb.jsonl": b'{"text": "fine"}\n{"text": "\\u200b"}\n',
         "blank.txt": b" \n \n",
+        "returns.txt": b"\r" * 4000,
         "a.parquet": b"PAR1",
         "fake.model": b"not a model",
     }
@@ -284,6 +285,7 @@ def bad_inputs(folder: Path) -> dict[str, list]:
         "notzst.jsonl.zst: cannot be decompressed": [folder / "notzst.jsonl.zst", *few],
         "the input has 0 documents": [folder / "empty.jsonl", *few],
         "input has 0 documents, so none": [folder / "blank.txt", *few],
+        "the input has 0 documents, so": [folder / "returns.txt", "--blank-line-docs", *few],
         "a.parquet: unknown ending": [folder / "a.parquet", *few],
         "nowhere.jsonl: no such file": [folder / "nowhere.jsonl", *few],
         "the input has 60 documents, so none is left": [good, "--val-docs", 60, "--vocab-size", 300],
@@ -869,7 +871,13 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         tree = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/main(?:/)?(?:\?.*)?", self.path)
         file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/main/(.+)", self.path)
         repo = self.hub.repos.get((tree or file)[1])
-        if repo is None:
+        if fault := self.hub.faults.get("every answer"):
+            page = b"<html>please log in</html>"
+            self.answer(
+                *((200, page) if fault == ["page"] else (308, b"")),
+                Location=f"{self.hub.url}/api/datasets/a/b/tree/main",
+            )
+        elif repo is None:
             self.answer(401, b"{}", X_Error_Code="RepoNotFound")
         elif tree:
             body = json.dumps([describe_file(path, content) for path, content in repo.items()]).encode()
@@ -1042,6 +1050,16 @@ def test_a_damaged_file_is_fetched_again_once_and_then_reported(hub, tmp_path, c
     assert fetch(hub, tmp_path / "twice", "--train-shards", 1) == 1
     assert f"arrived damaged twice: its {what} is not the hub's" in capsys.readouterr().err
     assert not (tmp_path / "twice/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").exists()
+
+
+@pytest.mark.parametrize("fault", ["page", "redirect"])
+def test_a_network_that_answers_in_the_hubs_place_is_named(hub, tmp_path, capsys, fault):
+    files = downloader.list_files(hub.api, "willdepueoai/parameter-golf")
+    hub.faults["every answer"] = [fault]
+    assert fetch(hub, tmp_path) == 1  # neither the list of files ...
+    with pytest.raises(shards.Failure, match="what answered is no hub .*HF_ENDPOINT; start again"):  # ... nor a file
+        downloader.fetch(hub.api, "willdepueoai/parameter-golf", files[0], tmp_path / "file", tmp_path / "aside")
+    assert "what answered is no hub" in capsys.readouterr().err and not (tmp_path / "file").exists()
 
 
 def test_a_disk_that_fills_while_fetching_is_reported_with_the_file(hub, tmp_path, capsys, monkeypatch):

@@ -52,6 +52,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(tg.ConfigError, match="cannot write .*/file/x.*choose a folder that can be written"):
         tg.atomic_write(tmp_path / "file" / "x", b"")
+    with pytest.raises(tg.ConfigError, match="File name too long; choose a shorter name .RUN_ID, LOG_DIR"):
+        tg.atomic_write(tmp_path / ("n" * 250), b"")
 
 
 def test_logs_of_another_run_are_not_overwritten(tiny, tmp_path):
@@ -216,6 +218,45 @@ def test_a_port_that_another_program_has_is_named_with_the_remedy(tiny, monkeypa
     assert status == 1 and re.fullmatch(
         rf"error: rank 0 cannot listen at .*127\.0\.0\.1:{port} \(.*EADDRINUSE.*another MASTER_PORT.*\n", err
     )
+
+
+@pytest.mark.parametrize(
+    "where, call", [(tg.np, "fromfile"), (tg.Path, "read_bytes"), (tg.Path, "read_text"), (tg.os, "listdir")]
+)
+def test_what_may_not_be_read_is_one_message(tiny, data, script, monkeypatch, where, call):
+    """Of a shard, a tokenizer, a manifest, a folder."""
+    known, plain = (
+        {"fromfile": "fineweb_", "read_bytes": ".model", "read_text": "manifest.json", "listdir": data.folder.name}[
+            call
+        ],
+        getattr(where, call),
+    )
+
+    def refuse(path, *args, **kwargs):
+        if known in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *args, **kwargs)
+
+    monkeypatch.setattr(where, call, refuse)
+    isfile = os.path.isfile
+    monkeypatch.setattr(
+        tg.Path, "is_file", lambda path: isfile(path) or (call, path.name) == ("read_text", "manifest.json")
+    )
+    status, out, err = script(tiny)
+    assert (status, out) == (2, "") and re.fullmatch(
+        r"error: cannot read .*: Permission denied; check what it is and its permissions\n", err
+    )
+
+
+def test_hidden_files_are_no_data(data, tmp_path):
+    for path in data.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        (tmp_path / f"._{path.name}").write_bytes(b"\0\5\26\7 what a Mac keeps beside it")
+    assert tg.own_tokenizer(tmp_path, None) == tmp_path / data.tokenizer.name
+    assert [p.name for p in tg.shard_paths(tmp_path, "train")] == [
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+    ]
 
 
 def test_seeds_differ_by_purpose_and_rank_and_repeat():

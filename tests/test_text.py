@@ -23,6 +23,24 @@ def read(folder: Path, name: str, content: bytes, **how) -> list[text.Document]:
     return list(text.read_documents(folder / name, **how))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_newlines_are_those_of_every_system(tmp_path, end):
+    content = f"\ufeffone{end}{end}two \u2028{end}{end}three".encode()
+    for size in (1, 2, 3, 4, 99):
+        lines = text.read_lines([content[i : i + size] for i in range(0, len(content), size)], "x")
+        assert [line.text for line in lines] == ["one\n", "\n", "two \u2028\n", "\n", "three"]
+    assert [d.text for d in read(tmp_path, "a.txt", content, blank_line_docs=True)] == [
+        "one\n",
+        "two \u2028\n",
+        "three",
+    ]
+    assert read(tmp_path, "b.txt", end.encode() * 9, blank_line_docs=True) == []
+    assert [d.where[-1] for d in read(tmp_path, "c.jsonl", f'{{"text": "x"}}{end * 2}{{"text": "y"}}'.encode())] == [
+        "1",
+        "3",
+    ]
+
+
 def test_lines_end_at_newlines_alone(tmp_path):
     record = json.dumps({"text": "x\u2028y\u0085z"}, ensure_ascii=False).encode()
     assert [d.text for d in read(tmp_path, "a.jsonl", record + b"\r\n\n" + record)] == ["x\u2028y\u0085z"] * 2
