@@ -341,7 +341,7 @@ class Config:
     smear_form: str = knob("channel", "", "share of the previous token: learned a channel, or from GATE_WINDOW dims of the token", choices=("channel", "window"), shape=True, needs="SMEAR")
     smear_init: float = knob(0.0, "", "SMEAR_FORM=channel: initial logit g of the previous token's share sigmoid(g)", lo=-20, hi=20, shape=True, needs="SMEAR SMEAR_FORM=channel")
     smear_before_norm: bool = knob(False, "", "smear before the embedding's RMSNorm instead of after it", shape=True, needs="SMEAR")
-    smear_cross_doc: bool = knob(False, "", "published leak: blend across a BOS", shape=True, needs="SMEAR")
+    smear_cross_doc: bool = knob(False, "", "published leak: blend across a BOS", shape=True, needs="SMEAR !DOC_MASK")
     bigram_vocab_size: int = knob(0, "rows", "hashed bigram embedding; 0: none", lo=0, hi=2**24, shape=True)
     bigram_dim: int = knob(128, "", "width of the bigram table", lo=1, hi=4096, shape=True, needs="BIGRAM_VOCAB_SIZE")
     bigram_hash: str = knob("pr164", "", "hash of (previous, current)", choices=("pr164", "pr740", "pr187"), shape=True, needs="BIGRAM_VOCAB_SIZE")
