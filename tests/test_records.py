@@ -1,7 +1,6 @@
 """records/: logs to tables, tests, pictures, submissions and checks, on logs written as the trainer writes them."""
 
 import base64
-import bz2
 import hashlib
 import itertools
 import json
@@ -16,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +36,7 @@ import stats  # noqa: E402
 import submission  # noqa: E402
 import sweep  # noqa: E402
 import tables  # noqa: E402
-from check import leaks, patterns, rules, source, syntax  # noqa: E402
+from check import leaks, rules, source  # noqa: E402
 
 NATS_PER_BPB = 1.6885  # sp1024 on FineWeb
 SCRIPT = '''"""A script."""
@@ -464,36 +462,32 @@ def compared(world, capsys, *words) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_seeds_are_grouped_and_the_record_rule_needs_five_thousandths_of_a_nat(world, capsys):
+def test_seeds_are_grouped_scored_once_and_the_record_rule_needs_five_thousandths_of_a_nat(world, capsys):
     sweep_of_two(world, gain=0.02)
+    write_run(world, "again", seed=1, run={"mode": "eval"}, audit=False)  # of an artifact that was scored before
     best, ref = compared(world, capsys, "--ref", "MATRIX_LR=0.04")["groups"]
     assert (best["group"], best["n"], ref["n"]) == ("MATRIX_LR=0.02", 3, 3)
     assert best["gain_nats"] == pytest.approx(best["gain_bpb"] * NATS_PER_BPB)
     assert best["meets_record_rule"] and best["p_better"] < best["p_record"] < 0.01
+    assert all(g["meets_record_rule"] for g in compared(world, capsys, "--published", "1.93,0.0005,3")["groups"])
+    told = said(capsys, 0, "compare", world["logs"], "--published", "1.93")
+    assert "cannot be known here; these runs scored the shipped sample" in told
+    assert "fits 0 of these configurations" in said(capsys, 2, "compare", world["logs"], "--ref", "MATRIX_LR=0.5")
+    for figure in ("inf", "nan", "1,0.1,inf", "1,nan,3", "1.93,0.0005", "-1", "0", "1.0,0.1,2.5"):
+        told = said(capsys, 2, "compare", world["logs"], f"--published={figure}")
+        assert f"--published {figure}: expected MEAN, or MEAN,STD,N" in told
     sweep_of_two(world, gain=0.0025)  # 0.0042 nats: better beyond doubt, yet short of the rule
     best, _ = compared(world, capsys, "--ref", "MATRIX_LR=0.04")["groups"]
     assert best["p_better"] < 0.01 and not best["meets_record_rule"] and best["p_record"] > 0.5
 
 
-def test_a_published_mean_is_a_reference(world, capsys):
-    sweep_of_two(world, gain=0.02)
-    result = compared(world, capsys, "--published", "1.93,0.0005,3")
-    assert all(g["meets_record_rule"] for g in result["groups"])
-    capsys.readouterr()
-    assert run_cli("compare", world["logs"], "--published", "1.93") == 0
-    assert "cannot be known here; these runs scored the shipped sample" in capsys.readouterr().out
-    assert run_cli("compare", world["logs"], "--published", "1.93,0.0005") == 2
-    assert "fits 0 of these configurations" in said(capsys, 2, "compare", world["logs"], "--ref", "MATRIX_LR=0.5")
-    for figure in ("inf", "nan", "1,0.1,inf", "1,nan,3"):
-        assert run_cli("compare", world["logs"], "--published", figure) == 2
-        assert f"--published {figure}: expected MEAN, or MEAN,STD,N" in capsys.readouterr().err
-
-
-def test_scores_of_different_stages_are_compared_with_a_word_of_caution(world, capsys):
+def test_scores_of_different_stages_and_of_one_seed_are_compared_with_a_word_of_caution(world, capsys):
     write_run(world, "a", audit=False)
     write_run(world, "b", lr=0.02, audit=False, score={"stage": "roundtrip", "val_bpb": 1.95})
-    assert "different stages: roundtrip, sliding" in said(capsys, 0, "compare", world["logs"])
-    assert "different stages" not in said(capsys, 0, "compare", world["logs"], "--stage", "sliding")
+    told = said(capsys, 0, "compare", world["logs"])
+    assert "different stages: roundtrip, sliding" in told and "no test" in told
+    told = said(capsys, 0, "compare", world["logs"], "--stage", "sliding")
+    assert "different stages" not in told and "unknown" in told and "better, shown at p < 0.01" in told
 
 
 def test_recipes_are_told_apart_by_name_not_by_every_knob_that_follows(world, capsys):
@@ -507,20 +501,6 @@ def test_recipes_are_told_apart_by_name_not_by_every_knob_that_follows(world, ca
     header = capsys.readouterr().out.splitlines()[0].split()
     assert header[1:3] == ["recipe", "EVAL_STRIDE"]  # the older log does not mention the knob, the others set it
     assert run_cli("compare", world["logs"], "--ref", "recipe=pr850") == 0
-
-
-def test_a_score_counts_once_even_if_the_artifact_was_evaluated_again(world, capsys):
-    sweep_of_two(world, gain=0.02)
-    write_run(world, "again", seed=1, run={"mode": "eval"}, audit=False)
-    assert [g["n"] for g in compared(world, capsys)["groups"]] == [3, 3]
-
-
-def test_one_seed_is_told_that_it_proves_nothing(world, capsys):
-    write_run(world, "a", lr=0.04, audit=False)
-    write_run(world, "b", lr=0.02, bpb=1.5, audit=False)
-    assert run_cli("compare", world["logs"]) == 0
-    text = capsys.readouterr().out
-    assert "unknown" in text and "no test" in text and "0.005 nats/token better, shown at p < 0.01" in text
 
 
 @pytest.mark.parametrize("over, words", [
@@ -952,102 +932,9 @@ def test_a_leak_stops_a_submission(world, capsys):
     assert "1 of 1 validation documents in the training shards" in refusal(world, capsys)
 
 
-# ---- reading code without running it
-
-INNER = "import os\n\n\ndef main():\n    return os.getpid()\n\n\nmain()\n" + "# padding\n" * 60
-
-
-def packers() -> dict[str, str]:
-    data = INNER.encode()
-    raw = base64.b85encode(lzma.compress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])).decode()
-    xz, bz = base64.b64encode(lzma.compress(data)).decode(), base64.a85encode(bz2.compress(data)).decode()
-    return {
-        "lzma raw b85": f'import lzma as L,base64 as B\nexec(L.decompress(B.b85decode("{raw}"),format=L.FORMAT_RAW))',
-        "lzma xz b64": f'import lzma,base64\nexec(lzma.decompress(base64.b64decode("{xz}")))',
-        "zlib bytes literal": f"import zlib\nexec(zlib.decompress({zlib.compress(data)!r}))",
-        "bz2 a85": f"import bz2,base64\nexec(bz2.decompress(base64.a85decode({bz!r})))",
-        "hex": f'exec(bytes.fromhex("{data.hex()}"))',
-    }
-
-
-@pytest.mark.parametrize("form", packers())
-def test_packed_scripts_are_undone_statically(tmp_path, form, monkeypatch):
-    monkeypatch.setattr(source, "LARGE_LITERAL", 60)  # the tiny script packs below the usual size
-    (tmp_path / "train_gpt.py").write_text(packers()[form])
-    script = source.read_script(tmp_path / "train_gpt.py")
-    assert (script.source, script.layers, script.opaque) == (INNER, 1, None)
-
-
-@pytest.mark.parametrize("library", ["brotli", "zstandard"])
-def test_packed_scripts_of_optional_libraries_are_undone_too(tmp_path, library, monkeypatch):
-    module = pytest.importorskip(library)
-    monkeypatch.setattr(source, "LARGE_LITERAL", 60)
-    data = base64.b85encode(module.compress(INNER.encode())).decode()
-    (tmp_path / "train_gpt.py").write_text(
-        f'import {library} as c,base64\nexec(c.decompress(base64.b85decode("{data}")))'
-    )
-    assert source.read_script(tmp_path / "train_gpt.py").source == INNER
-
-
-def test_layers_within_layers_and_bombs_are_bounded(tmp_path):
-    text = SCRIPT * 40
-    for _ in range(3):
-        text = f"import zlib\nexec(zlib.decompress({zlib.compress(text.encode(), 0)!r}))\n"
-    path = tmp_path / "train_gpt.py"
-    path.write_text(text)
-    script = source.read_script(path)
-    assert (script.layers, script.source) == (3, SCRIPT * 40)
-    bomb = base64.b85encode(zlib.compress(b"import os\n" * 2_000_000, 9)).decode()
-    path.write_text(f'import zlib,base64\nexec(zlib.decompress(base64.b85decode("{bomb}")))\n')
-    assert "no known decoder opens" in source.read_script(path).opaque
-
-
-@pytest.mark.parametrize("content", [b"\x00\x01\xff", b"def (", b"(" * 5000, b"", b"x = 1\n"])
-def test_no_content_makes_the_reader_raise(tmp_path, content):
-    (tmp_path / "train_gpt.py").write_bytes(content)
-    source.read_script(tmp_path / "train_gpt.py")
-
-
-PATTERNS = [
-    ("full_key = (ctx_hash ^ (tgt_np * primes[4])) & mask", "target token in a cache key"),
-    ("pair = (h * 1000003 + target) % buckets", "target token in a cache key"),
-    ("import torch\nstate = torch.load(path)", "pickle loading"),
-    ("import pickle as p\nstate = p.loads(blob)", "pickle loading"),
-    ("import numpy as np\nnp.load(f, allow_pickle=True)", "pickle loading"),
-    ("def calibrate_hessians(args):\n    return load(args.val_files)", "validation data in training code"),
-    ("import torch\nbest = torch.minimum(nll_model, nll_ngram)", "per-token choice by the target"),
-    ("PREQUANT_TTT_ENABLED = 1", "name of a rejected method: pre-quantisation TTT on validation text"),
-    ("import urllib.request", "network module"),
-    ("word_gate = starts_word[targets] & inside", "n-gram gate that looks at the target"),
-]
-
-
-@pytest.mark.parametrize("text, pattern", PATTERNS)
-def test_rejected_patterns_are_flagged_with_their_line(text, pattern):
-    found = patterns.find_patterns(syntax.parse(text.encode()), text)
-    assert [f.pattern for f in found] == [pattern] and found[0].line == text.count("\n") + 1
-
-
-@pytest.mark.parametrize("text", [
-    "import torch\nstate = torch.load(path, weights_only=True)",
-    "def train(args):\n    return eval_val(model, val_tokens)",  # validation while training is no training on it
-    "def train(args):\n    '''Never opens fineweb_val shards.'''",
-    "key = (prev * 31 + cur) % rows",
-    "alpha = self.alpha(entropy, confidence(query.target))",  # a position
-    "logits = F.cross_entropy(x, targets % vocab)",
-    "def evaluate(val_tokens):\n    return val_tokens",
-    "def ttt_train_chunk(val_tokens):\n    return val_tokens[:9]",  # learns what is scored already
-])  # fmt: skip
-def test_honest_code_is_not_flagged(text):
-    assert patterns.find_patterns(syntax.parse(text.encode()), text) == []
-
-
 def test_knob_docs_are_read_from_the_source():
-    assert source.knob_docs(SCRIPT)["MATRIX_LR"] == {
-        "default": 0.04,
-        "unit": "",
-        "doc": "learning rate of the matrices",
-    }
+    docs = {"default": 0.04, "unit": "", "doc": "learning rate of the matrices"}
+    assert source.knob_docs(SCRIPT)["MATRIX_LR"] == docs
 
 
 # ---- check, on folders that other scripts made
@@ -1559,12 +1446,6 @@ def test_the_default_command_of_a_sweep_is_this_python_wherever_it_lies(monkeypa
     monkeypatch.setattr(sys, "executable", "/a folder/it's/python")
     launch = report.parser().parse_args(["sweep", "list"]).launch
     assert shlex.split(launch) == ["/a folder/it's/python", "train_gpt.py"]
-
-
-@pytest.mark.parametrize("figure", ["-1", "0", "1.0,0.1,2.5"])
-def test_a_published_figure_is_positive_and_of_whole_seeds(figure):
-    with pytest.raises(report.UserError, match="expected MEAN"):
-        tables.published(figure)
 
 
 def test_a_full_disk_is_no_mistake_of_the_user(monkeypatch, capsys):

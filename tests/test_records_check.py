@@ -1,5 +1,6 @@
 """report.py check: one small folder for each kind of record that was misread or let pass, made here."""
 
+import base64
 import bz2
 import contextlib
 import json
@@ -9,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -1072,3 +1074,80 @@ def test_no_text_makes_a_finder_fail():
         with contextlib.suppress(SyntaxError, ValueError):
             syntax.ast.parse("\n".join(lines))
             assert patterns.BROKEN not in found("\n".join(lines))
+
+
+# ---- reading code without running it
+
+INNER = "import os\n\n\ndef main():\n    return os.getpid()\n\n\nmain()\n" + "# padding\n" * 60
+LZMA2 = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2}]}
+PACKERS = {  # what packs, the text of it, the script that undoes it
+    "lzma raw b85": (lambda d: base64.b85encode(lzma.compress(d, **LZMA2)).decode(), 'import lzma as L,base64 as B\nexec(L.decompress(B.b85decode("{}"),format=L.FORMAT_RAW))'),
+    "lzma xz b64": (lambda d: base64.b64encode(lzma.compress(d)).decode(), 'import lzma,base64\nexec(lzma.decompress(base64.b64decode("{}")))'),
+    "zlib bytes literal": (lambda d: repr(zlib.compress(d)), "import zlib\nexec(zlib.decompress({}))"),
+    "bz2 a85": (lambda d: repr(base64.a85encode(bz2.compress(d)).decode()), "import bz2,base64\nexec(bz2.decompress(base64.a85decode({})))"),
+    "hex": (lambda d: d.hex(), 'exec(bytes.fromhex("{}"))'),
+    **{lib: (lambda d, lib=lib: base64.b85encode(pytest.importorskip(lib).compress(d)).decode(), f'import {lib} as c,base64\nexec(c.decompress(base64.b85decode("{{}}")))')
+       for lib in ("brotli", "zstandard")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", PACKERS)
+def test_packed_scripts_are_undone_statically(tmp_path, form, monkeypatch):
+    monkeypatch.setattr(source, "LARGE_LITERAL", 60)  # the tiny script packs below the usual size
+    pack, script = PACKERS[form]
+    (tmp_path / "train_gpt.py").write_text(script.format(pack(INNER.encode())))
+    script = source.read_script(tmp_path / "train_gpt.py")
+    assert (script.source, script.layers, script.opaque) == (INNER, 1, None)
+
+
+def test_layers_within_layers_and_bombs_are_bounded(tmp_path):
+    text = SCRIPT * 40
+    for _ in range(3):
+        text = f"import zlib\nexec(zlib.decompress({zlib.compress(text.encode(), 0)!r}))\n"
+    path = tmp_path / "train_gpt.py"
+    path.write_text(text)
+    script = source.read_script(path)
+    assert (script.layers, script.source) == (3, SCRIPT * 40)
+    bomb = base64.b85encode(zlib.compress(b"import os\n" * 2_000_000, 9)).decode()
+    path.write_text(f'import zlib,base64\nexec(zlib.decompress(base64.b85decode("{bomb}")))\n')
+    assert "no known decoder opens" in source.read_script(path).opaque
+
+
+@pytest.mark.parametrize("content", [b"\x00\x01\xff", b"def (", b"(" * 5000, b"", b"x = 1\n"])
+def test_no_content_makes_the_reader_raise(tmp_path, content):
+    (tmp_path / "train_gpt.py").write_bytes(content)
+    source.read_script(tmp_path / "train_gpt.py")
+
+
+PATTERNS = [
+    ("full_key = (ctx_hash ^ (tgt_np * primes[4])) & mask", "target token in a cache key"),
+    ("pair = (h * 1000003 + target) % buckets", "target token in a cache key"),
+    ("import torch\nstate = torch.load(path)", "pickle loading"),
+    ("import pickle as p\nstate = p.loads(blob)", "pickle loading"),
+    ("import numpy as np\nnp.load(f, allow_pickle=True)", "pickle loading"),
+    ("def calibrate_hessians(args):\n    return load(args.val_files)", "validation data in training code"),
+    ("import torch\nbest = torch.minimum(nll_model, nll_ngram)", "per-token choice by the target"),
+    ("PREQUANT_TTT_ENABLED = 1", "name of a rejected method: pre-quantisation TTT on validation text"),
+    ("import urllib.request", "network module"),
+    ("word_gate = starts_word[targets] & inside", "n-gram gate that looks at the target"),
+]
+
+
+@pytest.mark.parametrize("text, pattern", PATTERNS)
+def test_rejected_patterns_are_flagged_with_their_line(text, pattern):
+    found = patterns.find_patterns(syntax.parse(text.encode()), text)
+    assert [f.pattern for f in found] == [pattern] and found[0].line == text.count("\n") + 1
+
+
+@pytest.mark.parametrize("text", [
+    "import torch\nstate = torch.load(path, weights_only=True)",
+    "def train(args):\n    return eval_val(model, val_tokens)",  # validation while training is no training on it
+    "def train(args):\n    '''Never opens fineweb_val shards.'''",
+    "key = (prev * 31 + cur) % rows",
+    "alpha = self.alpha(entropy, confidence(query.target))",  # a position
+    "logits = F.cross_entropy(x, targets % vocab)",
+    "def evaluate(val_tokens):\n    return val_tokens",
+    "def ttt_train_chunk(val_tokens):\n    return val_tokens[:9]",  # learns what is scored already
+])  # fmt: skip
+def test_honest_code_is_not_flagged(text):
+    assert patterns.find_patterns(syntax.parse(text.encode()), text) == []
