@@ -108,6 +108,12 @@ MUTANTS = {
         ("quant-fisher", "quantizer.py -k fisher", ("return Calibration(hessians, {n: total / tokens for n, total in fisher.items()}, int(tokens))", "return Calibration(hessians, dict(fisher.items()), int(tokens))")),
         ("quant-small", "quantizer.py -k policy", ("return max(bits, 16) if self.named[name].numel() <= self.cfg.quant_min_numel else bits", "return max(bits, 16) if self.named[name].numel() < self.cfg.quant_min_numel else bits")),
         ("quant-spread", "trellis.py -k 'compensation or columns or gain'", ("weight_C = self.weight_C * step_C.square()", "weight_C = self.weight_C * step_C")),
+        ("coder-floor", "trellis.py -k whatever", ("    return max(counts.nonzero()[0].max(initial=0), 1)\n", "    return counts.nonzero()[0].max(initial=0)\n")),
+        ("coder-flat-levels", "trellis.py -k whatever", ("    return [(rows[0], columns[0]), (rows[i], columns[j])][: 1 if i == j == 0 else 2]", "    return [(rows[i], columns[j])]")),
+        ("coder-layout", "artifact.py -k another_model", ("json.dumps([[n, *layout[n]] for n in layout])", "json.dumps([[n, layout[n][0]] for n in layout])")),
+        ("quant-prune", "quantizer.py -k pruning", ("        return row_R1 if self.columns_C is None else row_R1 * octave_eighths(self.columns_C)", "        return row_R1")),
+        ("quant-sdclip", "quantizer.py -k sdclip", ("    deviation_R = w_RC.std(dim=1) if", "    deviation_R = w_RC.square().mean(dim=1).sqrt() if")),
+        ("quant-ranks", "trellis.py -k together", ("    results = [iter(found) for found, _ in parts]", "    results = [iter(found) for found, _ in reversed(parts)]")),
         ("coder-checksum", "artifact.py -k 'bad_file or mutated'", ("if hashlib.sha256(memoryview(blob)[:-CHECKSUM_BYTES]).digest() != blob[-CHECKSUM_BYTES:]:", "if False:")),
     ],
     "checkpoints": [
