@@ -130,9 +130,9 @@ def fail(running: list[tuple[Network, subprocess.Popen]]) -> None:
 
 # ---- measuring
 
-STAGE_TOKENS, TTT_TOKENS, GAP_TOKENS, CHOICE_TOKENS = 60_000, 24_000, 30_000, 8_000
+STAGE_TOKENS, TTT_TOKENS, GAP_TOKENS, CHOICE_TOKENS = 45_000, 16_000, 30_000, 5_000
 LONGEST = 3000  # tokens of a document that is measured
-TABLE_TOKENS = 2**22  # training tokens whose n-grams are counted, at most those that were trained on
+TABLE_TOKENS = BATCH * POINTS[1.5]  # training tokens whose n-grams are counted: all networks were trained on them
 ARTIFACT_BYTES = 1_500_000  # of which a table takes a share: about the 4x256 network at 3.5 bits
 LORA = {
     "TTT_ENABLED": "1", "TTT_RESET": "document", "TTT_LORA_RANK": "16", "TTT_LORA_ALPHA": "28.8", "TTT_LORA_BLOCKS": "0",
@@ -302,10 +302,9 @@ class Subject:
 
     def table(self, share: float) -> list[tg.TrieLevel]:
         """N-grams of the training text in that share of ARTIFACT_BYTES, kept in the folder."""
-        n = min(TABLE_TOKENS, BATCH * POINTS[self.network.tokens])
-        path = self.folder / f"table-{n}-{share:g}.bin"
+        path = self.folder / f"table-{share:g}.bin"
         if not path.exists():
-            learned = self.stream.read(0, n - 1).astype(np.int64)
+            learned = self.stream.read(0, TABLE_TOKENS - 1).astype(np.int64)
             tg.atomic_write(
                 path,
                 tg.build_trie(learned, self.cfg.vocab_size, self.cfg.ngram_table_order, int(share * ARTIFACT_BYTES)),
@@ -314,7 +313,7 @@ class Subject:
 
     def measure_stages(self) -> None:
         text, networks = whole_documents(self.text, STAGE_TOKENS), {}
-        on = {"EVAL_STRIDE": "128", "NGRAM_SCORE": "exact", "NGRAM_ORDER": "16"}
+        on = {"EVAL_STRIDE": "256", "NGRAM_SCORE": "exact", "NGRAM_ORDER": "16"}
         tilt, learned = TILT, {**TILT, "NGRAM_TILT_GAMMA": "1", "NGRAM_TILT_RATE": "0.8"}
         forms = [("windows", "roundtrip", 0, tilt), ("sliding", "sliding", 0, tilt), ("tilt", "tilt", 0, tilt), ("tilt learned", "tilt", 0, learned),
                  ("n-grams", "ngram", 0, {}), ("tilt, n-grams", "ngram", 0, tilt), ("tilt learned, n-grams", "ngram", 0, learned),
