@@ -1,7 +1,7 @@
 """Which parts still pay on a strong network: networks of 1.5 to 24 M tokens from one training, each part measured on all of them.
 
     python benchmarks/strength.py train --data DATA --out FOLDER [--seed 1] [--points 1.5 3 6 12 18 24] [--shape 4x256]
-    python benchmarks/strength.py measure FOLDER --data DATA [--parts stages ttt average quant spend] [--only 4x256-s1-6M]
+    python benchmarks/strength.py measure FOLDER --data DATA [--parts stages ttt average quant spend] [--only 4x256-s1-6M] [--rates LoRA=0.01 phase=0.1]
     python benchmarks/strength.py report FOLDER [--picture strength.png]
 
 DATA is a folder of data/make_shards.py with case factored out and more training tokens than are trained on. `train` runs
@@ -142,15 +142,15 @@ LORA = {
 }  # fmt: skip
 PHASE = {"PHASED_TTT_NUM_PHASES": "1", "GLOBAL_TTT_CHUNK_TOKENS": "1024"}
 TILT = {"NGRAM_TILT_ENABLED": "1", "NGRAM_TILT_ORDER": "16"}
-RATES, PHASE_RATES = ("0.003", "0.01", "0.03"), ("0.001", "0.01", "0.1")
+RATES, PHASE_RATES = ("0.003", "0.01", "0.03"), ("0.01", "0.1", "1")
 SHORT = {"TTT_SHORT_SCORE_FIRST_STEPS": "256:8,2000:24"}
 CHANGES: dict[str, dict[str, str]] = {  # from a LoRA a document with keys and values kept
-    "windows anew": {"TTT_KV_CACHE": "0"},
     "sites o,mlp,head": {"TTT_LORA_SITES": "o,mlp,head"},
+    "windows anew": {"TTT_KV_CACHE": "0"},
+    "short chunks": SHORT,
+    "A as drawn": {"TTT_WARM_START_A": "0"},
     "phase": PHASE,
     "phase and caps": {**PHASE, "ASYM_LOGIT_RESCALE": "1"},
-    "A as drawn": {"TTT_WARM_START_A": "0"},
-    "short chunks": SHORT,
     "everything": {**PHASE, **SHORT, "ASYM_LOGIT_RESCALE": "1"},
 }
 SPENT: dict[str, dict[str, str]] = {  # what the seconds may be spent on that keeping keys and values takes away
@@ -159,11 +159,15 @@ SPENT: dict[str, dict[str, str]] = {  # what the seconds may be spent on that ke
     "rank 64": {"TTT_LORA_RANK": "64", "TTT_LORA_ALPHA": "115.2"},
     "site head": {"TTT_LORA_SITES": "head"},
 }
-QUANT: dict[str, dict[str, Any]] = {
-    "independent": {}, "steps of columns": {"even": True}, "8 states": {"quant_trellis": 8}, "64 states": {"quant_trellis": 64},
-    "LQER": {"quant_trellis": 8, "lqer_top_k": 3}, "LQER asymmetric": {"quant_trellis": 8, "lqer_top_k": 3, "lqer_asym_enabled": True, "lqer_asym_group": 32},
+QUANT: dict[str, dict[str, Any]] = {  # the slowest last
+    "independent": {},
+    "8 states": {"quant_trellis": 8},
     "AWQ-lite": {"quant_trellis": 8, "awq_lite_enabled": True},
-}  # fmt: skip
+    "LQER": {"quant_trellis": 8, "lqer_top_k": 3},
+    "LQER asymmetric": {"quant_trellis": 8, "lqer_top_k": 3, "lqer_asym_enabled": True, "lqer_asym_group": 32},
+    "steps of columns": {"even": True},
+    "64 states": {"quant_trellis": 64},
+}
 BITS = ("independent", "8 states", "64 states")  # at 3 and 4 bits too, the others at 3.5 alone
 
 
@@ -233,7 +237,8 @@ def gain(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float]:
 class Subject:
     """A finished network, its text, and what is measured on it."""
 
-    def __init__(self, network: Network, folder: Path, data: str, outcomes: Outcomes) -> None:
+    def __init__(self, network: Network, folder: Path, data: str, outcomes: Outcomes, rates: dict[str, str]) -> None:
+        self.rates = rates  # of LoRA and of phases, where they are not chosen anew
         self.network, self.folder, self.data, self.outcomes = network, folder, data, outcomes
         self.cfg = self.config()
         paths = tg.find_data(self.cfg, vocab_size=self.cfg.vocab_size)
@@ -291,7 +296,7 @@ class Subject:
 
     def measure_average(self) -> None:
         text = whole_documents(self.text, GAP_TOKENS)
-        for decays in [(), *((d,) for d in DECAYS), self.chosen]:
+        for decays in [(), self.chosen, *((d,) for d in DECAYS)]:
             name = " + ".join(map(str, decays)) or "last"
 
             def measured(decays: tuple[float, ...] = decays) -> dict[str, Any]:
@@ -337,6 +342,8 @@ class Subject:
 
     def choose(self, name: str, knob: str, values: tuple[str, ...], **knobs: str) -> str:
         """The value of least loss on held-back training text; the first that loses ends the search."""
+        if name in self.rates:
+            return self.rates[name]
         best, text = (math.inf, ""), whole_documents(self.held, CHOICE_TOKENS)
         for value in values:
             row = self.get(
@@ -379,7 +386,7 @@ class Subject:
         text = whole_documents(self.text, GAP_TOKENS)
         held = self.held.tokens[: 16 * 512].view(-1, 512)
         cfg = dataclasses.replace(
-            self.cfg, gptq_enabled=True, target_bytes=1, control_bits=16, gptq_n_samples=64, compressor="entropy"
+            self.cfg, gptq_enabled=True, target_bytes=1, control_bits=16, gptq_n_samples=32, compressor="entropy"
         )
         named = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         store = {n: p.store for n, p in self.model.named_parameters()}
@@ -451,7 +458,9 @@ def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
     for network in finished(args.folder):
         if not args.only or network.name in args.only:
-            subject = Subject(network, args.folder, args.data, Outcomes(args.folder))
+            subject = Subject(
+                network, args.folder, args.data, Outcomes(args.folder), dict(rate.split("=") for rate in args.rates)
+            )
             for part in args.parts:
                 print(f"{network.name}: {part}", flush=True)
                 getattr(subject, f"measure_{part}")()
@@ -598,6 +607,9 @@ def main() -> None:
     measuring.add_argument("--data", required=True)
     measuring.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     measuring.add_argument("--only", nargs="+", default=[], help="names of networks")
+    measuring.add_argument(
+        "--rates", nargs="+", default=[], metavar="PART=RATE", help="LoRA=0.01 phase=0.1: not chosen anew"
+    )
     measuring.set_defaults(action=measure)
     reporting = commands.add_parser("report", help="print and draw what was measured")
     reporting.add_argument("folder", type=Path)
