@@ -443,8 +443,8 @@ class Subject:
 
 def columns_of_all(inputs: tg.InputStats, name: str) -> torch.Tensor | None:
     """Steps of columns for independent codes too."""
-    spread = inputs.factors(name)
-    return None if spread is None else tg.column_steps(spread.weight_C)
+    factors = inputs.factors(name)
+    return None if factors is None else tg.column_steps(factors.weight_C)
 
 
 def finished(folder: Path) -> Iterator[Network]:
