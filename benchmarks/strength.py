@@ -154,7 +154,6 @@ CHANGES: dict[str, dict[str, str]] = {  # from a LoRA a document with keys and v
     "everything": {**PHASE, **SHORT, "ASYM_LOGIT_RESCALE": "1"},
 }
 SPENT: dict[str, dict[str, str]] = {  # what the seconds may be spent on that keeping keys and values takes away
-    "two epochs": {"TTT_EPOCHS": "2"},
     "chunks of 24": {"TTT_CHUNK_SIZE": "24"},
     "rank 64": {"TTT_LORA_RANK": "64", "TTT_LORA_ALPHA": "115.2"},
     "site head": {"TTT_LORA_SITES": "head"},
@@ -486,7 +485,6 @@ COMPARED = {  # what is gained -> part, without, with
     "sites q,v besides o,mlp,head": ("ttt", "sites o,mlp,head", "LoRA"),
     "sites besides head": ("ttt", "site head", "LoRA"),
     "short chunks": ("ttt", "LoRA", "short chunks"),
-    "two epochs": ("ttt", "LoRA", "two epochs"),
     "rank 64 for 16": ("ttt", "LoRA", "rank 64"),
     "chunks of 24": ("ttt", "LoRA", "chunks of 24"),
     "phase": ("ttt", "LoRA", "phase"),
