@@ -172,6 +172,8 @@ def _search(script: Script, together: bool = False) -> None:
             script.findings += [f._replace(place=part.place) for f in (*_payloads(part), *_executes(part))]
     except RecursionError:
         script.unread = "is nested too deeply to be searched"
+    except Exception as error:  # code that no finder foresaw costs its findings, and no other verdict
+        script.unread = f"could not be searched ({type(error).__name__}: {error})"
 
 
 def _explain(script: Script, data: bytes) -> None:
