@@ -121,7 +121,7 @@ def scored(model, ids, n, lora, temperature, cache=None):
 
 
 def trained(cfg, model, x, end):
-    """A phase with torch's own SGD: chunk by chunk, each sequence alone."""
+    """A phase with torch's own SGD: chunk by chunk, each sequence alone; a step has so many tokens, a shorter one less weight."""
     params = list(model.requires_grad_().parameters())
     sgd, chunks = (
         torch.optim.SGD(params, cfg.global_ttt_lr, cfg.global_ttt_momentum),
@@ -129,16 +129,23 @@ def trained(cfg, model, x, end):
     )
     for i, lo in enumerate(chunks):
         sgd.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(len(chunks) - 1, 1)))
-        hi, sequence, total = min(lo + cfg.global_ttt_chunk_tokens, end), [], 0.0
+        hi, sequence, total, targets = min(lo + cfg.global_ttt_chunk_tokens, end), [], 0.0, 0
+        most = min(cfg.global_ttt_batch_seqs * cfg.ttt_eval_len or 10**9, cfg.global_ttt_chunk_tokens)
         for t in range(lo, hi):
             sequence.append(t)
-            if t == hi - 1 or len(sequence) == cfg.ttt_eval_len or x[t] == tg.BOS:
+            targets += 1
+            full = t == hi - 1 or targets == most
+            if full or len(sequence) == cfg.ttt_eval_len or x[t] == tg.BOS:
                 total = total + model.nll(x[None, sequence[0] - 1 : t], x[None, sequence[0] : t + 1]).sum()
                 sequence = []
-        sgd.zero_grad()
-        (total / (hi - lo)).backward()
-        torch.nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
-        sgd.step()
+            if full:
+                sgd.zero_grad()
+                (total / targets).backward()
+                torch.nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
+                for p in params:
+                    p.grad *= targets / most
+                sgd.step()
+                total, targets = 0.0, 0
     model.requires_grad_(False)
 
 
@@ -196,6 +203,7 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("knobs", [{}, {"TTT_WARM_START_A": 0, "TTT_TEMPERATURE": 0.9}, PHASES,
+                                   {**PHASES, "GLOBAL_TTT_BATCH_SEQS": 2, "TTT_EVAL_SEQ_LEN": 12},
                                    {"TTT_LORA_SITES": "q,v,out,up,down,o", "TTT_BETA1": 0.9, "TTT_GRAD_CLIP": 0.2,
                                     "TTT_BYTE_WEIGHTED": 1},
                                    *({**PHASES, "TTT_KV_CACHE": 1, "TTT_EVAL_SEQ_LEN": n} for n in (12, 27, 34, 64))])  # fmt: skip

@@ -255,6 +255,7 @@ def test_a_published_cache_is_its_loop_over_dictionaries(monkeypatch, name, rank
     span = 16 * (ranks if spec.layout == "windows" else 1)
     for lo in range(1, n, span):
         span_t = range(lo, min(lo + span, n))
+        mixed_by = {}
         for t in span_t:
             p, step = math.exp(base.logp[x[t - 1], x[t]]), float(base.enrichment[t])
             if normalize:
@@ -268,12 +269,12 @@ def test_a_published_cache_is_its_loop_over_dictionaries(monkeypatch, name, rank
                 H = torch.tensor([float(base.entropy[t])], dtype=torch.float64)
                 alpha = float(spec.alpha(H, torch.tensor([order]), torch.tensor([confidence], dtype=torch.float64)))
                 mass = sum(map(ratio, range(VOCAB))) if normalize else 1.0
-                p = p if not mass else (1 - alpha) * p + alpha * ratio(x[t]) / mass
+                p, mixed_by[t] = p if not mass else (1 - alpha) * p + alpha * ratio(x[t]) / mass, order
                 break
             scores.append(math.log(p))
         for t in span_t:
             largest = max(largest, float(base.enrichment[t]))
-            for order in (o for o in spec.orders if t >= o - 1):
+            for order in (o for o in spec.orders if t >= o - 1 and not (spec.backs_off and o < mixed_by.get(t, 0))):
                 for table, cell in zip((contexts, pairs), cells(t, order, x[t]), strict=True):
                     table[cell] = table.get(cell, 0) + 1
     cache = tg.HashedCache(name, base, VOCAB, normalize=normalize, buckets=buckets, ranks=ranks, least=least)

@@ -66,7 +66,8 @@ PUBLISHED = """
 OTHER = {
     "val_bytes": "sidecar",
     "gptq_reserve_seconds": 0.5,
-}  # the recipe finds the sidecar by itself, and keeps the time that the rules ask for
+    "asym_logit_rescale": True,
+}  # the recipe finds the sidecar by itself, keeps the time that the rules ask for, and has no caps that the script never moves
 ENV = dict(word.split("=") for word in PUBLISHED.split())
 
 

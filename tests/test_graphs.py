@@ -33,9 +33,15 @@ def shrunken(recipe: str) -> dict[str, str]:
 TRAINING = {"pr187": 1, "frontier": 3}
 
 
-@pytest.mark.parametrize("recipe", sorted(tg.RECIPES))
-def test_a_recipe_compiles_whole_before_the_clocks(recipe):
-    env = shrunken(recipe)
+CASES = [*((recipe, {}) for recipe in sorted(tg.RECIPES)), ("baseline", {"DOC_MASK": 1, "MODE": "eval", "EVAL_STRIDE": 4}),
+         ("frontier", {"MODE": "eval", "ARTIFACT": "a"}), ("frontier", {"DOC_MASK": 0}), ("pr850", {"MODE": "eval"}),
+         ("pr850", {"DOC_MASK": 1, "EMA_DECAYS": "0.9,0.5"})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "knobs"), CASES, ids=[f"{r}{k or ''}" for r, k in CASES])
+def test_a_recipe_compiles_whole_before_the_clocks(recipe, knobs):
+    """Whatever the documents of the text that is scored, and the average that is chosen."""
+    env = {**shrunken(recipe), **{name: str(value) for name, value in knobs.items()}}
     found, cfg = list(outcomes(env, "aot_eager")), tg.load_config(env, has_gpu=lambda: False).cfg
     assert [o.stage for o in found] == ["training", *(s for s in cfg.stages if s in ("roundtrip", "sliding", "ttt"))]
     assert [o.primed for o in found] == [TRAINING.get(recipe, 2), *(1 for _ in found[1:])]

@@ -61,7 +61,7 @@ SHAPES = {
     "bigram_hash": ("pr164", "pr740", "pr187", "pr164", "pr164"), "bigram_table_std": (0, 1, 0.01, 0, 0),
     "bigram_table_role": ("embed", "scalar", "matrix", "embed", "embed"), "bigram_proj_role": ("matrix", "scalar", "matrix", "matrix", "matrix"),
     "linear_init": ("orthogonal", "orthogonal", "default", "orthogonal", "orthogonal"), "out_init": ("zero",) * 5,
-    "branch_proj_scaled": (True, False, False, True, True), "embed_init_std": (0.005,) * 5,
+    "branch_proj_scaled": (True, False, False, True, False), "embed_init_std": (0.005,) * 5,
     "encoder_recurrence": (False,) * 5, "adapter_rank": (0, 0, 0, 0, 64), "adapter_seed": (42,) * 5,
 }  # fmt: skip
 STORAGE = {
