@@ -67,8 +67,8 @@ MUTANTS = {
     ],
     "techniques": [
         ("T1: Smear: BOS zeroes the neighbour, not the share", "formulas.py", ("        s = torch.sigmoid(self.gate).to(x_BTD.dtype)\n        if not self.cross_doc:\n            s = s * ~starts_BT[..., None]\n", "        s = torch.sigmoid(self.gate).to(x_BTD.dtype)\n        if not self.cross_doc:\n            shifted = shifted * ~starts_BT[..., None]\n")),
-        ("T2: gated XSA: shares of heads in the wrong order under GQA", "formulas.py", ("share_H.view(g, h // g, 1)", "share_H.view(h // g, g).T[..., None]")),
-        ("T3: skip saved before the loop's carry is applied", "formulas.py", ("            a, m = self.carry(a, m, step, firsts)\n            if step.save:\n                saved.append(a)\n", "            if step.save:\n                saved.append(a)\n            a, m = self.carry(a, m, step, firsts)\n")),
+        ("T2: XSA: values of the groups in the wrong order (the gated form is gone)", "formulas.py", ("along = (y * unit).sum(-1, keepdim=True)", "along = (y * unit.flip(2)).sum(-1, keepdim=True)")),
+        ("T3: skips are merged in the order they were saved (the carry is gone)", "formulas.py", ("a = merge_skip(a, saved.pop(), ", "a = merge_skip(a, saved.pop(0), ")),
         ("T4: partial RoPE: frequencies divided by head_dim", "formulas.py", ("freqs = rope_base(cfg) ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)", "freqs = rope_base(cfg) ** (-torch.arange(0, dims, 2, dtype=torch.float32) / cfg.head_dim)")),
         ("T5: softcap in the compute dtype (bf16), cast to fp32 afterwards", "trainer_oracle.py -k logits", ("return self.softcap(z.to(torch.promote_types(z.dtype, torch.float32)))", "return self.softcap(z).to(torch.promote_types(z.dtype, torch.float32))")),
         ("T6: DOC_MASK: cuts at fixed positions, not since the segment's start", "docmask.py -k segments_begin", ("    start = start + (at_T - start) // longest * longest\n", "    start = torch.maximum(start, at_T // longest * longest)\n")),
@@ -129,7 +129,7 @@ MUTANTS = {
         ("ckpt-aside", "runtime.py -k whole", ("        os.replace(aside, path)\n", "        path.write_bytes(blob)\n")),
     ],
     "ranks": [
-        ("D1: complementary loss: total weight of this rank alone", "trainer_oracle.py -k ranks", ("            total = self.run.all_reduce(weights.sum())\n", "            total = weights.sum()\n")),
+        ("D1: pairs of this rank alone are counted (the normalised weights are gone)", "trainer_oracle.py -k ranks", ("self.pairs += self.run.all_reduce(torch.zeros_like(self.pairs).index_add_(0, keys, ones))", "self.pairs.index_add_(0, keys, ones)")),
         ("D2: clip by each rank's own matrices", "optimizer.py -k several_processes", ("        if self.run.world > 1:\n            dist.all_reduce(squares)\n", "")),
         ("D3: after a resume every rank begins with all hashed counts", "trainer_oracle.py -k ranks", ("cells.copy_(state[n] if self.run.rank == 0 else torch.zeros_like(cells))", "cells.copy_(state[n])")),
         ("D4: the shared clock is the sum over the ranks", "training.py -k 'rank_that_wants or late'", ("flags[0], flags[1], flags[2] = float(stop), loss, 0.0 if self.run.rank else seconds", "flags[0], flags[1], flags[2] = float(stop), loss, seconds")),
