@@ -1810,10 +1810,16 @@ MANIFEST_FORMAT = "parameter-golf shards, version 1"  # what data/make_shards.py
 TRANSFORMS = ("", "caseops")  # what text may have gone through before it was tokenized (frontier data: PR #1729)
 
 
+def shard_number(path: Path) -> int:
+    """The number in a shard's name."""
+    return int(path.stem.rpartition("_")[2])
+
+
 def shard_paths(folder: Path, kind: str) -> list[Path]:
-    """The files fineweb_<kind>_<digits>.bin of `folder`, by name: fineweb_val_bytes_000000.bin is not of kind "val"."""
-    names = sorted(os.listdir(folder)) if folder.is_dir() else ()  # unlike glob it says what may not be read
-    return [folder / name for name in names if re.fullmatch(rf"fineweb_{kind}_\d+\.bin", name)]
+    """The files fineweb_<kind>_<digits>.bin of `folder`, by number: fineweb_val_bytes_000000.bin is not of kind "val"."""
+    names = os.listdir(folder) if folder.is_dir() else ()  # unlike glob it says what may not be read
+    found = (folder / name for name in names if re.fullmatch(rf"fineweb_{kind}_[0-9]+\.bin", name))
+    return sorted(found, key=lambda path: (shard_number(path), path.name))
 
 
 def check_transform(name: str, where: str) -> None:
@@ -1834,6 +1840,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             return None  # of another tool
         tokenizer = manifest["tokenizer"]
         sound = isinstance(tokenizer["sha256"], str) and Path(tokenizer["file"]).name == tokenizer["file"]
+        for part in (manifest[split] for split in ("val", "train") if split in manifest):
+            for shard in (*part["shards"], *part.get("sidecars", [])):
+                sound &= [type(shard[key]) for key in ("file", "tokens", "sha256")] == [str, int, str]
     except (ValueError, TypeError, KeyError, AttributeError):
         manifest, sound = {}, False
     if not sound or manifest["format"] != MANIFEST_FORMAT:
@@ -2238,6 +2247,198 @@ def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> Validati
         raise ConfigError(f"DATA_PATH={folder}: the {n} validation tokens hold no byte of text, so there are no bits a byte; "
                           "give it documents")  # fmt: skip
     return ValidationText(torch.from_numpy(tokens[:n]), torch.from_numpy(counts[:n]), complete, bytes_from)
+
+
+# Token counts of the challenge's validation text by its exports, from and to: a published count may be of whole windows of 2,048.
+CHALLENGE_COUNTS = {"sp1024": (62_021_633, 62_023_680), "CaseOps": (47_853_344, 47_853_344), "sp8192": (40_540_160, 40_542_208)}  # fmt: skip
+COPIED_SHARE = 0.01  # of the tokens or documents: from here on a copy of text is no chance
+COPIED_ROW, ROW_TOKENS = 20, 200  # as many documents of as many tokens that repeat in order are a copy, too
+PIECE = 64  # tokens that are compared where no BOS shows the documents
+LEAK_TOKENS = 60_000_000  # of the training text, in which the validation's documents are looked for
+
+
+def piece_spacing(tokens: np.ndarray) -> int:
+    """0 where a stream is cut into documents at BOS; else, where it has hardly any, the mean distance of pieces to compare."""
+    documents = np.count_nonzero(tokens == BOS)
+    return 0 if documents >= max(COPIED_ROW, len(tokens) >> 14) else max(16, len(tokens) >> 18)
+
+
+def text_units(shards: Iterable[np.ndarray], spacing: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(hashes (n,) uint64, tokens (n,) that each stands for) of the documents of consecutive shards, in parts and in order; documents
+    run across shard ends. With a `spacing`: of pieces of 64 tokens behind anchors, which the three tokens there decide, so that a copy
+    has the same ones wherever it begins."""
+    rest = np.empty(0, dtype="<u2")
+    for tokens in shards:
+        rest = np.concatenate([rest, tokens]) if len(rest) else tokens
+        last = len(rest) - PIECE if spacing else int(np.flatnonzero(rest == BOS)[-1:].sum())
+        if last > 0:
+            yield unit_hashes(rest[: last + PIECE - 1 if spacing else last], spacing)
+            rest = rest[last:]
+    yield unit_hashes(rest, spacing)
+
+
+def unit_hashes(tokens: np.ndarray, spacing: int) -> tuple[np.ndarray, np.ndarray]:
+    """`text_units` of one part."""
+    tokens = np.ascontiguousarray(tokens, dtype="<u2")
+    if not spacing:
+        starts = np.unique([0, *np.flatnonzero(tokens == BOS)])
+        sizes, view = np.diff(starts, append=len(tokens)), memoryview(tokens.tobytes())
+        ends = (2 * (starts + sizes)).tolist()
+        digests = (hashlib.sha256(view[a:b]).digest()[:8] for a, b in zip((2 * starts).tolist(), ends, strict=True))
+        hashes = np.frombuffer(b"".join(digests), dtype="<u8")
+        return hashes[sizes > 1], sizes[sizes > 1]  # a lone BOS is no text
+    found = []
+    for lo in range(0, len(tokens) - PIECE + 1, step := 2**20):
+        t = tokens[lo : min(lo + step, len(tokens) - PIECE + 1) + 2].astype(np.uint32)
+        mixed = t[:-2] * 0x9E3779B1 + t[1:-1] * 0x85EBCA6B + t[2:] * 0xC2B2AE35
+        found.append(lo + np.flatnonzero(mixed >> 16 < 2**16 // spacing))
+    anchors = np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+    pieces = np.lib.stride_tricks.sliding_window_view(tokens, PIECE)[anchors] if len(anchors) else np.empty((0, PIECE))
+    odd = np.random.default_rng(0).integers(2**63, size=PIECE // 4, dtype=np.uint64) * 2 + 1
+    return np.ascontiguousarray(pieces, dtype="<u2").view("<u8") @ odd, np.diff(anchors, append=len(tokens))
+
+
+def find_copies(hashes: np.ndarray, sizes: np.ndarray, pieces: bool) -> tuple[int, int]:
+    """(tokens of units that occurred before, tokens of the longest row of units that repeat an earlier row in order: of whole documents,
+    those of at least ROW_TOKENS alone, which count as so many)."""
+
+    def firsts(hashes: np.ndarray) -> np.ndarray:
+        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        return first[inverse]
+
+    copied = int(sizes[firsts(hashes) < np.arange(len(hashes))].sum())
+    if not pieces:
+        hashes, sizes = hashes[sizes >= ROW_TOKENS], np.full(np.count_nonzero(sizes >= ROW_TOKENS), ROW_TOKENS)
+    first = firsts(hashes)
+    again = first < np.arange(len(hashes))
+    begins = (
+        np.flatnonzero(again & ~np.concatenate([[False], again[:-1] & (np.diff(first) == 1)])) if len(first) else first
+    )
+    rows = np.add.reduceat(np.where(again, sizes, 0), begins) if len(begins) else np.zeros(1)
+    return copied, int(rows.max())
+
+
+def compare_manifest(
+    folder: Path, listed: list[Any], kind: str, budget: float
+) -> tuple[list[str], list[str], list[str]]:
+    """(shards of `kind` that differ from what the manifest lists, missing ones, ones it does not list); contents are compared up to
+    `budget` tokens, counts always."""
+    present, differ = {p.name: p for p in shard_paths(folder, kind)}, []
+    for entry in listed:
+        path = present.get(entry["file"])
+        if path is None:
+            continue
+        if (n := len(load_shard(path))) != entry["tokens"]:
+            differ.append(f"{path.name} has {n} tokens, not {entry['tokens']}")
+        elif (budget := budget - n) >= 0 and file_sha256(path) != entry["sha256"]:
+            differ.append(f"{path.name} has other content")
+    names = {entry["file"] for entry in listed}
+    return differ, sorted(names - set(present)), sorted(set(present) - names)
+
+
+def named_few(names: list[str]) -> str:
+    """Names in words, the first three of them."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_shards(folder: Path, training: bool, everything: bool) -> tuple[list[str], bool]:
+    """(notices, whether a manifest vouches for the validation shards); ConfigError where shards are not those of the manifest, or where
+    without one their numbers or equal contents show that one is missing or too many."""
+    manifest, notices = read_manifest(folder) or {}, []
+    problem = (
+        f"DATA_PATH={folder}: its validation shards are not those of its manifest.json: {{}}; make the shards again"
+    )
+    if vouched := "val" in manifest:
+        for kind, part in (("val", "shards"), ("val_bytes", "sidecars")):
+            differ, missing, extra = compare_manifest(folder, manifest["val"].get(part, []), kind, math.inf)
+            if kind == "val":
+                differ += [f"{name} is missing" for name in missing] + [f"{name} is not listed" for name in extra]
+            if differ:
+                raise ConfigError(problem.format(named_few(differ)))
+        if training and "train" in manifest:
+            budget = math.inf if everything else LEAK_TOKENS
+            differ, missing, extra = compare_manifest(folder, manifest["train"]["shards"], "train", budget)
+            if differ:
+                raise ConfigError(problem.replace("validation", "training").format(named_few(differ)))
+            notices += (
+                [f"{folder}: training shards that its manifest.json lists are missing: {named_few(missing)}"]
+                if missing
+                else []
+            )
+            notices += (
+                [f"{folder}: training shards that its manifest.json does not list: {named_few(extra)}"] if extra else []
+            )
+        return notices, vouched
+    paths = shard_paths(folder, "val")
+    seen: dict[tuple[int, str], Path] = {}
+    sizes = [path.stat().st_size for path in paths]
+    for path, size in zip(paths, sizes, strict=True):
+        key = (size, file_sha256(path) if sizes.count(size) > 1 else "")
+        if seen.setdefault(key, path) is not path:
+            raise ConfigError(
+                f"DATA_PATH={folder}: {seen[key].name} and {path.name} have the same content; remove the copy"
+            )
+    if gap := numbering_gap(paths):
+        raise ConfigError(
+            f"DATA_PATH={folder}: {gap}; a score needs the whole validation text: get all of its shards, numbered from 0"
+        )
+    if training and (gap := numbering_gap(shard_paths(folder, "train"))):
+        notices.append(f"{folder}: {gap}; the training text lacks a part")
+    return notices, vouched
+
+
+def numbering_gap(paths: list[Path]) -> str:
+    """What is wrong with the numbers of shards, which should be 0, 1, 2 and so on; "" if nothing."""
+    numbers = [shard_number(path) for path in paths]
+    wrong = next(((n, path.name) for n, path in enumerate(paths) if numbers[n] != n), None)
+    return f"{wrong[1]} stands where number {wrong[0]} belongs" if wrong else ""
+
+
+def check_data(folder: Path, training: bool, everything: bool = False) -> list[str]:
+    """What a person should know of the shards in `folder`; ConfigError where the validation text is not what a score may be taken on.
+
+    It is compared with the manifest of make_shards, and without one looked through for copies of itself: text that occurs twice is
+    predicted from its first occurrence, and the score falls to half. With `training` its documents are looked for in the training
+    text as well, in the first LEAK_TOKENS or in `everything`, and the training shards are compared.
+    """
+    notices, vouched = check_shards(folder, training, everything)
+    val = load_split(folder, "val")
+    tokens = np.concatenate(val) if len(val) > 1 else np.asarray(val[0])
+    spacing, name = piece_spacing(tokens), ""
+    hashes, sizes = map(np.concatenate, zip(*text_units([tokens], spacing), strict=True))
+    for export, (least, most) in CHALLENGE_COUNTS.items():
+        if least <= len(tokens) <= most:
+            name = export
+            notices.append(f"the validation text has the token count of the challenge's {export} export ({len(tokens)}); its content "
+                           "was compared with no copy of that")  # fmt: skip
+    copied, row = find_copies(hashes, sizes, spacing > 0)
+    found = f"{copied} of {len(tokens)} validation tokens stand in text that occurs before ({copied / len(tokens):.2%}; {row} in order)"
+    if not vouched and (row >= COPIED_ROW * ROW_TOKENS or (not name and copied >= COPIED_SHARE * len(tokens))):
+        raise ConfigError(f"DATA_PATH={folder}: {found}, so the score would be of text that was seen; remove the copy from the "
+                          "validation shards, or make them from documents without copies with data/make_shards.py")  # fmt: skip
+    notices += [f"{found}: a score on them is of text that was seen"] if copied else []
+    if training and shard_paths(folder, "train"):
+        leaked, share = find_leaks(
+            hashes, load_split(folder, "train"), spacing, math.inf if everything else LEAK_TOKENS
+        )
+        found = f"{leaked} of {len(hashes)} validation {'pieces' if spacing else 'documents'} stand in the training text ({share:.2%})"
+        if share >= COPIED_SHARE:
+            raise ConfigError(f"DATA_PATH={folder}: {found}, so the score would be of text that was trained on; make both splits from "
+                              "documents that differ (data/make_shards.py --drop-copies)")  # fmt: skip
+        notices += [found] if leaked else []
+    return notices
+
+
+def find_leaks(hashes: np.ndarray, train: list[np.ndarray], spacing: int, most: float) -> tuple[int, float]:
+    """(how many of the validation's units (n,) stand in the first `most` training tokens, their share)."""
+    starts = np.cumsum([0, *map(len, train)])
+    parts = (
+        shard[: int(min(most - start, len(shard)))] for shard, start in zip(train, starts, strict=False) if start < most
+    )
+    seen = np.zeros(len(hashes), dtype=bool)
+    for found, _ in text_units(parts, spacing):
+        seen |= np.isin(hashes, found)
+    return int(seen.sum()), float(seen.mean()) if len(seen) else 0.0
 
 
 # ==== 4 MODEL =========================================================================================================
@@ -9117,7 +9318,7 @@ def fit_data(loaded: LoadedConfig, tokenizer_sha256: str = "") -> tuple[LoadedCo
 
 
 def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
-    """Read tokenizer and validation text, then start and name the run; logs are opened later, after all checks."""
+    """Read tokenizer and validation text, start and name the run, check the shards; logs are opened later, after all checks."""
     loaded, paths = fit_data(loaded, tokenizer_sha256)
     cfg = loaded.cfg
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform)
@@ -9125,6 +9326,8 @@ def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     check_phases(cfg, text.tokens)
     run = Run.start(cfg)
     run.run_id = run.on_first(run.claim_name)
+    found = run.on_first(lambda: check_data(paths.folder, training=cfg.mode != "eval"))
+    loaded = loaded._replace(notices=[*loaded.notices, *found])
     return OpenRun(loaded, run, paths, tokenizer, text)
 
 
