@@ -272,7 +272,7 @@ def cased(train, tmp_path):
         half = len(tokens) // 2
         for k, part in enumerate((tokens[:half], tokens[half:])):
             write_shard(tmp_path / f"fineweb_val_00000{k}.bin", part)
-        write_shard(tmp_path / "fineweb_train_000000.bin", tokens)
+        write_shard(tmp_path / "fineweb_train_000000.bin", tokens[::-1])  # other documents
         about = {
             "format": tg.MANIFEST_FORMAT,
             "transform": "caseops",

@@ -407,8 +407,8 @@ def test_the_choice_never_looks_at_validation_text(data, tmp_path, script):
     """Another validation text changes the score alone: neither the choice nor a byte of the artifact."""
     other = tmp_path / "other"
     shutil.copytree(data.folder, other)
-    for path in other.glob("fineweb_val_*"):
-        write_shard(path, data.train[:700])
+    for n, path in enumerate(sorted(other.glob("fineweb_val_*"))):
+        write_shard(path, data.val[400 * n : 400 * n + 400][::-1])
     base = {"EMA_DECAYS": ".3,.6,.9", "EVAL_STRIDE": 0, **NARROW}
     envs = [frontier_env(data, tmp_path / name, RUN_ID="e", **base, DATA_PATH=folder)
             for name, folder in (("a", data.folder), ("b", other))]  # fmt: skip

@@ -57,7 +57,7 @@ COPIES = {
     "shards that overlap, cut anywhere": ([flat(DOCS)[:50_000], flat(DOCS)[33_333:]], None, "occurs before"),
     "a text twice in a shard": ([DOCS + DOCS], None, "occurs before"),
     "a copy across a shard's end": ([DOCS + DOCS[:100], DOCS[100:200]], None, "occurs before"),
-    "20 documents in order": ([DOCS * 8 if False else DOCS + DOCS[40:60]], None, "occurs before"),
+    "20 documents in order": ([DOCS + DOCS[40:60]], None, "occurs before"),
     "scattered, above 1 %": ([spread(DOCS, 12)], None, "occurs before"),
     "text without BOS twice": ([np.tile(PLAIN, 2)], None, "occurs before"),
     "text without BOS that overlaps": ([PLAIN[:40_000], PLAIN[30_011:]], None, "occurs before"),
@@ -87,9 +87,7 @@ def test_a_few_repeats_are_a_notice(tmp_path):
     """Both sides of 1 % of the tokens and of 20 documents in order."""
     few = tg.check_data(folder_of(tmp_path / "few", [spread(DOCS, 3)]), True)
     assert len(few) == 1 and "occurs before" in few[0]
-    many = [d[:201] for d in DOCS for _ in range(1)] + [
-        np.array([BOS, *RNG.integers(4, VOCAB, 2000)]) for _ in range(300)
-    ]
+    many = [d[:201] for d in DOCS] + [np.array([BOS, *RNG.integers(4, VOCAB, 2000)]) for _ in range(300)]
     assert "occurs before" in tg.check_data(folder_of(tmp_path / "row", [many + many[:19]]), True)[0]
     assert "occurs before" in mistake(folder_of(tmp_path / "more", [many + many[:20]]))
     assert "occurs before" in mistake(
@@ -116,7 +114,7 @@ def test_the_challenge_s_counts():
 
 def test_validation_documents_in_the_training_text(tmp_path):
     for n, words in ((3, "3 of 400 validation documents stand in the training text"), (4, "")):
-        folder = folder_of(tmp_path / f"{n}", [DOCS], [[*TRAIN[:50], *DOCS[:n:1]], TRAIN[50:]])
+        folder = folder_of(tmp_path / f"{n}", [DOCS], [[*TRAIN[:50], *DOCS[:n]], TRAIN[50:]])
         if words:
             assert [words in text for text in tg.check_data(folder, True)] == [True]
         else:
