@@ -2263,20 +2263,6 @@ def piece_spacing(tokens: np.ndarray) -> int:
     return 0 if documents >= max(COPIED_ROW, len(tokens) >> 14) else max(16, len(tokens) >> 18)
 
 
-def text_units(shards: Iterable[np.ndarray], spacing: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(hashes (n,) uint64, tokens (n,) that each stands for) of the documents of consecutive shards, in parts and in order; documents
-    run across shard ends. With a `spacing`: of pieces of 64 tokens behind anchors, which the three tokens there decide, so that a copy
-    has the same ones wherever it begins."""
-    rest = np.empty(0, dtype="<u2")
-    for tokens in shards:
-        rest = np.concatenate([rest, tokens]) if len(rest) else tokens
-        last = len(rest) - PIECE if spacing else int(np.flatnonzero(rest == BOS)[-1:].sum())
-        if last > 0:
-            yield unit_hashes(rest[: last + PIECE - 1 if spacing else last], spacing)
-            rest = rest[last:]
-    yield unit_hashes(rest, spacing)
-
-
 def unit_hashes(tokens: np.ndarray, spacing: int) -> tuple[np.ndarray, np.ndarray]:
     """`text_units` of one part."""
     tokens = np.ascontiguousarray(tokens, dtype="<u2")
@@ -2296,6 +2282,20 @@ def unit_hashes(tokens: np.ndarray, spacing: int) -> tuple[np.ndarray, np.ndarra
     pieces = np.lib.stride_tricks.sliding_window_view(tokens, PIECE)[anchors] if len(anchors) else np.empty((0, PIECE))
     odd = np.random.default_rng(0).integers(2**63, size=PIECE // 4, dtype=np.uint64) * 2 + 1
     return np.ascontiguousarray(pieces, dtype="<u2").view("<u8") @ odd, np.diff(anchors, append=len(tokens))
+
+
+def text_units(shards: Iterable[np.ndarray], spacing: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(hashes (n,) uint64, tokens (n,) that each stands for) of the documents of consecutive shards, in parts and in order; documents
+    run across shard ends. With a `spacing`: of pieces of 64 tokens behind anchors, which the three tokens there decide, so that a copy
+    has the same ones wherever it begins."""
+    rest = np.empty(0, dtype="<u2")
+    for tokens in shards:
+        rest = np.concatenate([rest, tokens]) if len(rest) else tokens
+        last = len(rest) - PIECE if spacing else int(np.flatnonzero(rest == BOS)[-1:].sum())
+        if last > 0:
+            yield unit_hashes(rest[: last + PIECE - 1 if spacing else last], spacing)
+            rest = rest[last:]
+    yield unit_hashes(rest, spacing)
 
 
 def find_copies(hashes: np.ndarray, sizes: np.ndarray, pieces: bool) -> tuple[int, int]:
@@ -2339,6 +2339,13 @@ def compare_manifest(
 def named_few(names: list[str]) -> str:
     """Names in words, the first three of them."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def numbering_gap(paths: list[Path]) -> str:
+    """What is wrong with the numbers of shards, which should be 0, 1, 2 and so on; "" if nothing."""
+    numbers = [shard_number(path) for path in paths]
+    wrong = next(((n, path.name) for n, path in enumerate(paths) if numbers[n] != n), None)
+    return f"{wrong[1]} stands where number {wrong[0]} belongs" if wrong else ""
 
 
 def check_shards(folder: Path, training: bool, everything: bool) -> tuple[list[str], bool]:
@@ -2387,11 +2394,16 @@ def check_shards(folder: Path, training: bool, everything: bool) -> tuple[list[s
     return notices, vouched
 
 
-def numbering_gap(paths: list[Path]) -> str:
-    """What is wrong with the numbers of shards, which should be 0, 1, 2 and so on; "" if nothing."""
-    numbers = [shard_number(path) for path in paths]
-    wrong = next(((n, path.name) for n, path in enumerate(paths) if numbers[n] != n), None)
-    return f"{wrong[1]} stands where number {wrong[0]} belongs" if wrong else ""
+def find_leaks(hashes: np.ndarray, train: list[np.ndarray], spacing: int, most: float) -> tuple[int, float]:
+    """(how many of the validation's units (n,) stand in the first `most` training tokens, their share)."""
+    starts = np.cumsum([0, *map(len, train)])
+    parts = (
+        shard[: int(min(most - start, len(shard)))] for shard, start in zip(train, starts, strict=False) if start < most
+    )
+    seen = np.zeros(len(hashes), dtype=bool)
+    for found, _ in text_units(parts, spacing):
+        seen |= np.isin(hashes, found)
+    return int(seen.sum()), float(seen.mean()) if len(seen) else 0.0
 
 
 def check_data(folder: Path, training: bool, everything: bool = False) -> list[str]:
@@ -2427,18 +2439,6 @@ def check_data(folder: Path, training: bool, everything: bool = False) -> list[s
                               "documents that differ (data/make_shards.py --drop-copies)")  # fmt: skip
         notices += [found] if leaked else []
     return notices
-
-
-def find_leaks(hashes: np.ndarray, train: list[np.ndarray], spacing: int, most: float) -> tuple[int, float]:
-    """(how many of the validation's units (n,) stand in the first `most` training tokens, their share)."""
-    starts = np.cumsum([0, *map(len, train)])
-    parts = (
-        shard[: int(min(most - start, len(shard)))] for shard, start in zip(train, starts, strict=False) if start < most
-    )
-    seen = np.zeros(len(hashes), dtype=bool)
-    for found, _ in text_units(parts, spacing):
-        seen |= np.isin(hashes, found)
-    return int(seen.sum()), float(seen.mean()) if len(seen) else 0.0
 
 
 # ==== 4 MODEL =========================================================================================================
@@ -4129,8 +4129,9 @@ class Checkpoints:
         """Write `state` and the knobs that it binds."""
         buffer = io.BytesIO()
         torch.save({**state, "config": binding_values(self.cfg), "identity": self.identity}, buffer)
-        for stale in self.folder.glob(".*.partial"):  # of a process killed while it wrote
-            stale.unlink(missing_ok=True)
+        for stale in self.folder.glob(".*.pt.*.partial"):  # of a process killed while it wrote
+            if re.fullmatch(r"\.(step_[0-9]+|trained)\.pt\.[0-9]+\.partial", stale.name):
+                stale.unlink(missing_ok=True)
         atomic_write(path, buffer.getvalue())
 
     @contextlib.contextmanager
@@ -4156,8 +4157,9 @@ class Checkpoints:
             raise
 
     def saved(self) -> list[Path]:
-        """The checkpoints there are, by step."""
-        return sorted(self.folder.glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
+        """The checkpoints there are, step_<digits>.pt by their number; a copy under another name is none, and is left alone."""
+        found = (p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_[0-9]+\.pt", p.name) and p.is_file())
+        return sorted(found, key=lambda path: (int(path.stem[5:]), path.name))
 
     def find(self) -> Path | None:
         """The checkpoint that RESUME names, the newest that is whole for `auto` (None if there is none yet)."""
@@ -6628,6 +6630,7 @@ def size_table(roles: dict[str, dict[str, float]]) -> str:
 # packed file, by a secant; two files do for models of millions of weights. The last bytes go to one tensor at a time.
 
 STEP_GRID = np.exp2(np.arange(-11, 5) / 2)  # steps tried, in rms weights; along a trellis in halves of these
+LEAST_BITS = 0.02  # a weight, at the coarsest steps of a tensor that has some entropy
 BUDGET_FLOOR, BUDGET_AIM = 0.995, 0.9975  # shares of TARGET_BYTES: accepted from, aimed at
 MAX_PACKS = 8  # four, unless none of those fits
 CURVE_ROWS = 256  # rows that a curve is measured on; paths are searched in half of them
@@ -6701,7 +6704,7 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
         codes_RC = round_rows(w_RC, steps_by_row(w_RC, 0.25 * unit, factor_R), largest_code(8)).cpu().numpy()
         saved = plan_codes(codes_RC, predictable=False)[2] - plan_codes(codes_RC, predictable=True)[2]
     bits = np.maximum.accumulate(np.array(bits)[::-1])[::-1]  # of a coarser step never more: interpolation needs it
-    return RateDistortion(name, unit, factor_R, np.maximum(bits - saved, 0.02 * w_RC.numel()), np.array(loss))
+    return RateDistortion(name, unit, factor_R, np.maximum(bits - saved, LEAST_BITS * w_RC.numel()), np.array(loss))
 
 
 def choose_steps(curves: list[RateDistortion], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:
@@ -9317,6 +9320,23 @@ def fit_data(loaded: LoadedConfig, tokenizer_sha256: str = "") -> tuple[LoadedCo
     return loaded, paths
 
 
+def check_paths(run: Run, paths: DataPaths) -> None:
+    """Raises ConfigError if the artifact is one of the run's own logs or checkpoints, or a file that it reads."""
+    log, artifact = run.log_path, run.artifact_path.resolve()
+    uses = {log: "its log", log.with_suffix(".jsonl"): "its log", log.with_suffix(".ckpt"): "its checkpoints"}
+    if run.cfg.mode == "train":  # other modes read it
+        uses |= {SCRIPT: "this script", paths.tokenizer: "the tokenizer", paths.folder / "manifest.json": "the data"}
+        uses |= dict.fromkeys(paths.folder.glob("fineweb_*.bin"), "the data")
+        uses |= {Path(run.cfg.resume): "the checkpoint of RESUME"} if run.cfg.resume not in ("", "auto") else {}
+    for path, use in uses.items():
+        if path.resolve() in (artifact, *artifact.parents) or (
+            path.is_file() and artifact.is_file() and path.samefile(artifact)
+        ):
+            raise ConfigError(
+                f"ARTIFACT={run.artifact_path}: {path} is {use}; choose another ARTIFACT, or another RUN_ID"
+            )
+
+
 def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     """Read tokenizer and validation text, start and name the run, check the shards; logs are opened later, after all checks."""
     loaded, paths = fit_data(loaded, tokenizer_sha256)
@@ -9326,6 +9346,7 @@ def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     check_phases(cfg, text.tokens)
     run = Run.start(cfg)
     run.run_id = run.on_first(run.claim_name)
+    run.on_first(lambda: check_paths(run, paths))
     found = run.on_first(lambda: check_data(paths.folder, training=cfg.mode != "eval"))
     loaded = loaded._replace(notices=[*loaded.notices, *found])
     return OpenRun(loaded, run, paths, tokenizer, text)
@@ -9565,6 +9586,25 @@ def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
     return 0 if run.broadcast(held) else 1
 
 
+def check_target(cfg: Config, run: Run, code_bytes: int) -> None:
+    """Raises ConfigError where the code alone leaves TARGET_BYTES no room; a notice where a model as random as any trained one does.
+
+    Tensors without entropy cost next to nothing, so nothing else is certain before the training.
+    """
+    if not cfg.target_bytes:
+        return
+    if code_bytes >= cfg.target_bytes:
+        raise ConfigError(f"TARGET_BYTES={cfg.target_bytes} counts the code too, which has {code_bytes} bytes; raise it, or set "
+                          f"CODE_FORM={'packed' if cfg.code_form == 'source' else 'source'} if that is less")  # fmt: skip
+    with torch.device("meta"):
+        params = dict(GPT(cfg).named_parameters())
+    policy = Policy(cfg, params, {n: p.store for n, p in params.items()})
+    least = sum(p.numel() * (policy.bits(n) if policy.bits(n) > 8 else LEAST_BITS) / 8 for n, p in params.items())
+    if code_bytes + least > cfg.target_bytes:
+        run.notice(f"TARGET_BYTES={cfg.target_bytes} will hardly be met: code {code_bytes} bytes and about {least:.0f} at the coarsest "
+                   "steps; raise it, or take a smaller model")  # fmt: skip
+
+
 def check_artifact_path(run: Run, continuing: bool) -> None:
     """Raises ConfigError before the training, not after it, if the artifact may not or cannot be written."""
     path = run.artifact_path
@@ -9597,6 +9637,7 @@ def run_train(loaded: LoadedConfig) -> int:
     run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
     run.open_logs(append=cfg.resume != "")
     opened = log_start(opened, stream.total, len(shards))
+    check_target(cfg, run, opened.code_bytes)
     model = build_model(cfg, run)
     rehearse(cfg, run, model, opened.text)
 
@@ -9725,6 +9766,10 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         if argv:
             error = say(views[argv[0]]())
             return 0 if error is None else 1
+        try:
+            os.getcwd()
+        except OSError as e:  # numerical libraries abort later
+            raise ConfigError(f"the working folder cannot be used ({e.strerror}); cd to one that exists") from None
         script_bytes()
         read_ranks(env)
         status = dispatch(env)
@@ -9739,6 +9784,8 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
             message = f"cannot read {e.filename}: {e.strerror}; check what it is and its permissions"
     except (Interrupted, BrokenRun, KeyboardInterrupt) as e:
         status, outcome, message = 1, "stopped", str(e) or "stopped by SIGINT"
+    except MemoryError as e:
+        message = f"out of memory ({e or 'MemoryError'}); raise the limit (ulimit -v), or take a smaller model or TRAIN_BATCH_TOKENS"
     except Exception as e:
         message, reported = f"{type(e).__name__}: {e}", True  # by its traceback
         raise
@@ -9747,5 +9794,21 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     return status or int(Run.current is not None and bool(Run.current.lost))
 
 
+def end(status: int) -> None:
+    """End the process with its exit status. After a failure without the interpreter's farewell, which would wait for threads of
+    libraries that the failure has left waiting."""
+    if status:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    try:
+        exit_status = main(sys.argv[1:], os.environ)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        exit_status = 1
+    end(exit_status)

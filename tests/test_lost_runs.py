@@ -588,3 +588,67 @@ def test_rank_variables_of_another_job_are_one_message(tiny, script, monkeypatch
 ])  # fmt: skip
 def test_rank_variables_as_launchers_set_them(env, ranks):
     assert tg.read_ranks(env) == ranks
+
+
+# ---- other files, other paths, limits that cannot be met
+
+
+def test_only_numbered_checkpoints_count(tiny, script):
+    """A copy under another name is neither resumed from nor removed, and removes no newer one."""
+    assert script(tiny, CHECKPOINT_EVERY=2, CHECKPOINT_KEEP=9, ITERATIONS=6).status == 0
+    folder = Path(tiny["LOG_DIR"]) / "tiny.ckpt"
+    others = ["step_000004_backup.pt", "step_000006 (1).pt", "step_.pt", "step_000009.pt.old", ".notes.partial"]
+    for name in others:
+        (folder / name).write_text("mine")
+    (folder / "step_0000010.pt").mkdir()
+    checkpoints = tg.Checkpoints(config(tiny, CHECKPOINT_KEEP=1), named_run(tiny))
+    assert [p.name for p in checkpoints.saved()] == [f"step_{n:06d}.pt" for n in (2, 4, 6)]
+    (folder / "step_7.pt").write_bytes((folder / "step_000006.pt").read_bytes())
+    assert checkpoints.saved()[-1].name == "step_7.pt" and config(tiny).resume == ""
+    state = checkpoints.read(folder / "step_7.pt")
+    assert checkpoints.save(8, state) == folder / "step_000008.pt"
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*others, "step_000008.pt", "step_0000010.pt"])
+
+
+def test_an_artifact_takes_no_other_file_s_place(tiny, script, data, tmp_path):
+    logs = Path(tiny["LOG_DIR"])
+    (logs / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(logs)
+    for path in (logs / "tiny.jsonl", logs / "tiny.txt", logs / "deep" / ".." / "tiny.jsonl", tmp_path / "link" / "tiny.jsonl",
+                 logs / "tiny.ckpt", logs / "tiny.ckpt" / "step_000001.pt", data.tokenizer, data.folder / "fineweb_val_000000.bin",
+                 SCRIPT):  # fmt: skip
+        result = script(tiny, ARTIFACT=path, FORCE=1)
+        assert result.status == 2 and f"ARTIFACT={path}: " in result.err and "choose another ARTIFACT" in result.err
+    assert [p.name for p in logs.iterdir()] == ["deep"]
+    assert script(tiny, ARTIFACT=logs / "deep" / "tiny.jsonl").status == 0
+
+
+def test_target_bytes_without_room_for_the_code_ends_before_the_training(tiny, script, monkeypatch):
+    code = len(tg.counted_code(config(tiny))[0])
+    monkeypatch.setattr(tg, "rehearse", lambda *_: pytest.fail("the run was primed"))
+    result = script(tiny, TARGET_BYTES=code)
+    assert result.status == 2 and f"TARGET_BYTES={code} counts the code too, which has {code} bytes" in result.err
+    with pytest.raises(pytest.fail.Exception):
+        script(tiny, TARGET_BYTES=code + 1, FORCE=1)
+    assert any("will hardly be met" in e["text"] for e in events(tiny, "notice"))
+
+
+def test_a_failure_ends_threads_and_says_one_thing(tiny, script, monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(tg, "build_model", exhausted)
+    result = script(tiny)
+    assert result.status == 1 and result.err.startswith("error: out of memory") and "Traceback" not in result.err
+    program = ("import sys, threading, time, train_gpt as tg\n"
+               "threading.Thread(target=time.sleep, args=(99,)).start()\ntg.end(3)")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, timeout=60).returncode == 3
+
+
+def test_a_working_folder_that_is_gone(tiny, script, monkeypatch):
+    def gone():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(tg.os, "getcwd", gone)
+    result = script(tiny)
+    assert result.status == 2 and "the working folder cannot be used" in result.err
