@@ -15,6 +15,7 @@ import torch
 from conftest import config
 
 import train_gpt as tg
+from tools.artifact import run_tool, tool_parser
 
 
 class FakeTime:
@@ -246,6 +247,18 @@ def test_what_may_not_be_read_is_one_message(tiny, data, script, monkeypatch, wh
     assert (status, out) == (2, "") and re.fullmatch(
         r"error: cannot read .*: Permission denied; check what it is and its permissions\n", err
     )
+
+
+@pytest.mark.parametrize(
+    "error, status", [(PermissionError(13, "no"), 2), (IsADirectoryError(21, "no"), 2), (OSError(28, "full"), 1)]
+)
+def test_tools_call_what_may_not_be_read_a_mistake(monkeypatch, error, status):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def job(_):
+        raise error
+
+    assert run_tool(job, tool_parser("a tool"), []) == status
 
 
 def test_hidden_files_are_no_data(data, tmp_path):

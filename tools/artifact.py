@@ -52,7 +52,8 @@ def run_tool(job: Callable[[argparse.Namespace], None], parser: argparse.Argumen
     except (tg.ConfigError, tg.ArtifactError, tg.Interrupted, OSError) as e:
         if not os.environ.get("RANK", "").strip("0"):
             print("\n".join(f"error: {line}" for line in str(e).splitlines()), file=sys.stderr)
-        return 2 if isinstance(e, tg.ConfigError | tg.ArtifactError) else 1
+        unread = PermissionError | IsADirectoryError | NotADirectoryError  # a user's mistakes too
+        return 2 if isinstance(e, tg.ConfigError | tg.ArtifactError | unread) else 1
     return 0
 
 
