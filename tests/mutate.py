@@ -161,10 +161,10 @@ MUTANTS = {
         ("caseops-title", "caseops.py", ("if inside is None and run[1:].islower() | (len(run) == 1):", "if inside is None and run[1:].islower():"), "data/caseops.py"),
     ],
     "checker": [
-        ("check-bytes", "records_check.py -k 'bytes or limit or total'", ("    if worst <= LIMIT_BYTES:\n", "    if worst < LIMIT_BYTES + 1000:\n"), "records/check/rules.py"),
+        ("check-bytes", "records_check.py", ("    if worst <= LIMIT_BYTES:\n", "    if worst < LIMIT_BYTES + 1000:\n"), "records/check/rules.py"),
         ("check-helpers", "records_check.py -k 'helper or limit'", ("if total + extra > LIMIT_BYTES:", "if total > LIMIT_BYTES:"), "records/check/rules.py"),
         ("check-claims", "records_check.py records.py -k 'claim or figure'", ('        return FAIL, rule, f"{bpb:.5f} is a claimed figure (no code length); {scores}"', '        return WARN, rule, f"{bpb:.5f} is a claimed figure (no code length); {scores}"'), "records/check/rules.py"),
-        ("check-hardware", "records_check.py -k hardware", ('good = all("H100" in (device or "H100") and ranks in (8, None)', 'good = any("H100" in (device or "H100") and ranks in (8, None)'), "records/check/rules.py"),
+        ("check-hardware", "records_check.py", ('good = all("H100" in (device or "H100") and ranks in (8, None)', 'good = any("H100" in (device or "H100") and ranks in (8, None)'), "records/check/rules.py"),
         ("check-layers", "records_check.py -k 'literal or layers or wherever or packed'", ("held = _programs(tree) if depth[text] < MAX_LAYERS else {}", "held = _programs(tree) if depth[text] < 1 else {}"), "records/check/source.py"),
     ],
 }
