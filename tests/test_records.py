@@ -272,7 +272,7 @@ TEXTS = [  # (log, attributes of its run)
     (SOURCE, None),
     ("".join(f"{line}\n" for line in SOURCE.splitlines() if ":" in line) + STEPS + END, {"bpb": 1.2, "world": 8, "matrix_lr": None}),
     (STEPS.replace("8\n", "int\n").replace("47,851,520", "Tensor,") + END, {"bpb": 1.2, "world": None, "tokens": None}),
-    (STEPS + '    log(f"final_exact val_loss:{val_loss:.4f} val_bpb:{b:.4f}")\n', {"status": "unfinished, at step 5", "bpb": None}),
+    (STEPS + '    log(f"final_exact val_loss:{ val_loss:.4f} val_bpb:{ val_bpb:.4f}")\n', {"status": "unfinished, at step 5", "bpb": None}),
     (STEPS + NAN, {"status": "diverged at step 6"}),
     (NAN, {"status": "diverged at step 6"}),
     (STEPS + NAN.replace("NaN", "2.4"), {"status": "unfinished, at step 7"}),
