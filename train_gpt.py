@@ -7218,8 +7218,24 @@ class BpbMeter:
         return self.nats / math.log(2) / max(self.bytes, 1)
 
 
+class Expert(Protocol):
+    """Gives a distribution of the next token; score() may use what update() learned from tokens before lo, nothing else.
+
+    All that an evaluation scores with or learns by; a scorer that learns nothing by itself needs no update().
+    """
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        """Natural log of the probabilities of tokens[lo:hi], (hi-lo,) float64."""
+
+    def dist(self, tokens: Tensor, t: int) -> Tensor:
+        """The whole distribution at target t, (V,) float64, from tokens[:t] and what score(t) used; called after it."""
+
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """Learn from tokens[lo:hi], all of them scored."""
+
+
 def score_then_learn(
-    tokens: Tensor, n: int, edge: Callable[[int], int], scorer: Any, parts: list[Any]
+    tokens: Tensor, n: int, edge: Callable[[int], int], scorer: Expert, parts: list[Expert]
 ) -> Iterator[tuple[int, int, Tensor]]:
     """The one loop of the evaluation. Yields (lo, hi, scores) of one span of the targets 1 .. n-1 after the other: each is scored,
     and handed to the caller, before any of `parts` learns it. A span that begins at lo ends at edge(lo)."""
@@ -7284,19 +7300,6 @@ def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
     free = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     fits = torch.tensor(float(n_tokens * (12 * sum(cfg.counted_orders) + 132) < 0.8 * free), device=run.device)
     return run.device if run.all_reduce(fits, dist.ReduceOp.MIN) else host  # on every rank alike
-
-
-class Expert(Protocol):
-    """Gives a distribution of the next token; score() may use what update() learned from tokens before lo, nothing else."""
-
-    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
-        """Natural log of the probabilities of tokens[lo:hi], (hi-lo,) float64."""
-
-    def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """The whole distribution at target t, (V,) float64, from tokens[:t] and what score(t) used; called after it."""
-
-    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
-        """Learn from tokens[lo:hi], all of them scored."""
 
 
 class NetworkExpert:
@@ -7394,7 +7397,7 @@ class NetworkExpert:
             steps[lo + 1 : hi + 1] = moved.to(steps.device)
         return steps
 
-    def learns_at(self, t: int) -> int:
+    def next_update(self, t: int) -> int:
         """The first position after target `t` at which the network may have changed; the end if it never does."""
         return max(t, self.n_tokens)
 
@@ -7414,7 +7417,7 @@ class NetworkExpert:
     @torch.no_grad()
     def dist(self, tokens: Tensor, t: int) -> Tensor:
         """(V,) float64: the whole distribution of target t as the network is now, in the window that scores it."""
-        lo, end = self.last_learned(t), self.learns_at(t)
+        lo, end = self.last_learned(t), self.next_update(t)
         w = window_at(lo, end, self.seq_len, self.stride)
         if t >= w.hi:  # in one of those that follow it, a stride apart
             w = window_at(w.hi + (t - w.hi) // self.stride * self.stride, end, self.seq_len, self.stride)
@@ -7424,7 +7427,7 @@ class NetworkExpert:
 
     def plan(self, until: int) -> list[Window]:
         """Windows from the first target not scored yet to target `until`, or to the next learning."""
-        lo, end, windows = self.done, self.learns_at(self.done), []
+        lo, end, windows = self.done, self.next_update(self.done), []
         while lo < min(until, end):
             windows.append(window_at(lo, end, self.seq_len, self.stride))
             lo = windows[-1].hi
@@ -7548,7 +7551,7 @@ class TestTimeNetwork(NetworkExpert):
         pairs = zip(self.shapes, views[: len(shapes)], views[len(shapes) :], strict=True)
         return Ctx(lora={site: Lora(a, b, self.scale) for site, a, b in pairs})
 
-    def learns_at(self, t: int) -> int:
+    def next_update(self, t: int) -> int:
         """The first edge after target `t`."""
         return self.edges[min(bisect_right(self.edges, t), len(self.edges) - 1)]
 
@@ -7558,7 +7561,7 @@ class TestTimeNetwork(NetworkExpert):
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
         """Targets below `hi` are scored: learn up to every edge among them, but nothing after the last one."""
-        while self.learned < hi and (end := self.learns_at(self.learned)) <= hi < self.n_tokens:
+        while self.learned < hi and (end := self.next_update(self.learned)) <= hi < self.n_tokens:
             self.learn(tokens, self.learned, end)
             self.learned = end
 
@@ -7884,8 +7887,8 @@ class DocumentLoraNetwork(TestTimeNetwork):
         document and of a whole batch tell."""
         cfg, documents = self.cfg, documents_of(text.tokens)
         rows = self.first_step(self.rehearsed(min(self.rows, len(self.documents))))
-        one = self.timed(lambda: self.walked_step(1))
-        each = (self.timed(lambda: self.walked_step(rows)) - one) / (rows - 1) if rows > 1 else one
+        one = self.timed(lambda: self.time_step(1))
+        each = (self.timed(lambda: self.time_step(rows)) - one) / (rows - 1) if rows > 1 else one
         chunks = list(chunk_starts(cfg.ttt_chunk_steps, max(document.targets for document in documents)))
         sent = [0, *itertools.accumulate(min(end - 1, self.width) / self.width for end in chunks[1:])]
 
@@ -7908,7 +7911,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         """
         while True:
             try:
-                self.walked_step(rows | 1, self.seq_len - 1 | 1)
+                self.time_step(rows | 1, self.seq_len - 1 | 1)
                 return rows
             except torch.OutOfMemoryError:
                 if rows == 1:
@@ -7920,7 +7923,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         """What to say where not even one document fits in memory."""
         return ConfigError(f"TTT_EVAL_SEQ_LEN={self.seq_len}: one document does not fit in memory; use a shorter one")
 
-    def walked_step(self, rows: int, length: int | None = None) -> None:
+    def time_step(self, rows: int, length: int | None = None) -> None:
         """Score and learn the last chunk of a context of so many tokens (TTT_EVAL_SEQ_LEN) in the first documents of the text."""
         length = length or self.seq_len
         hi, batch = length + 1, DocumentBatch(self, self.documents[:rows])
@@ -7930,22 +7933,22 @@ class DocumentLoraNetwork(TestTimeNetwork):
 
     def score_ahead(self, tokens: Tensor, until: int) -> None:  # noqa: ARG002
         """Score the block that begins with the first target not scored yet: all of it, since its documents do not see each other."""
-        lo, end = self.done, self.learns_at(self.done)
+        lo, end = self.done, self.next_update(self.done)
         begins = [bisect_left(self.documents, edge - 1, key=lambda d: d.start) for edge in (lo, end)]
         fresh = torch.zeros(3, end - lo, device=self.run.device, dtype=self.logp.dtype)
         self.sum_a, self.steps = torch.zeros_like(self.drawn[: self.size_a]), fresh.new_zeros(1)
         for batch in self.deal(self.documents[begins[0] : begins[1]]):
-            self.walk(tokens, batch, fresh, lo)
+            self.run_block(tokens, batch, fresh, lo)
         for total in (fresh, self.steps, self.sum_a):
             self.run.all_reduce(total)
         self.keep(fresh, end)
 
-    def walk(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> None:
+    def run_block(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> None:
         """Score documents into `fresh`, whose entry 0 is target `first`, and add up their A; halves the batches for good when
         memory runs out, and starts the batch at hand again."""
         for i in range(0, len(documents), rows := self.rows):
             part = documents[i : i + rows]
-            if (batch := self.walked(tokens, part, fresh, first)) is not None:
+            if (batch := self.run_batch(tokens, part, fresh, first)) is not None:
                 self.sum_a += batch.steps_R @ batch.params[:, : self.size_a]
                 self.steps += batch.steps_R.sum().to(self.steps.device)
             elif len(part) == 1:
@@ -7953,9 +7956,9 @@ class DocumentLoraNetwork(TestTimeNetwork):
             else:
                 self.rows = len(part) // 2
                 torch.cuda.empty_cache()
-                self.walk(tokens, part, fresh, first)
+                self.run_block(tokens, part, fresh, first)
 
-    def walked(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> DocumentBatch | None:
+    def run_batch(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> DocumentBatch | None:
         """A batch that is scored and learned to its end; None where memory runs out."""
         try:
             batch = DocumentBatch(self, documents)
@@ -8306,7 +8309,7 @@ class NgramExpert(ABC):
     target and may decide weights. The driver updates the base by itself.
     """
 
-    def __init__(self, table: NgramTable, base: Any) -> None:
+    def __init__(self, table: NgramTable, base: Expert) -> None:
         self.table, self.base = table, base
         self.pending: Any = None
 
@@ -8384,7 +8387,7 @@ class Cascade(NgramExpert):
     # Favours the shorter context, so that young weights do no harm to a strong network.
     PRIOR = [0.05, 0.15, 0.8, 0.02]  # fmt: skip
 
-    def __init__(self, table: NgramTable, base: Any, rate: float = 0.8, caution: float = 3.0) -> None:
+    def __init__(self, table: NgramTable, base: Expert, rate: float = 0.8, caution: float = 3.0) -> None:
         super().__init__(table, base)
         self.levels = table.order - 1
         self.mixing = LearnedWeights(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
@@ -8555,7 +8558,7 @@ class EnrichmentScale:
     such step among scored targets; 0.5 while there is none. The published form takes the largest of the batch that is being
     scored, and so looks ahead."""
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Expert) -> None:
         self.base, self.largest = base, 0.0
 
     def confidence(self, target: Tensor) -> Tensor:
@@ -8588,7 +8591,7 @@ class Tilt(NgramExpert):
     gradient over the summed squared gradient. Neutral at beta 0.
     """
 
-    def __init__(self, table: NgramTable, base: Any, order: int, beta: float = 2.625, threshold: float = 0.8,
+    def __init__(self, table: NgramTable, base: Expert, order: int, beta: float = 2.625, threshold: float = 0.8,
                  gamma: float = 0.0, rate: float = 0.0) -> None:  # fmt: skip
         super().__init__(table, base)
         self.k, self.beta, self.threshold, self.gamma, self.rate = order - 1, beta, threshold, gamma, rate
@@ -8689,7 +8692,7 @@ class HashedCache:
     `ranks` caches, each for its own part of the text, as on the published machines. The driver updates every `span` targets.
     """
 
-    def __init__(self, name: str, base: Any, vocab_size: int, *, normalize: bool, buckets: int = 2**22, ranks: int = 8,
+    def __init__(self, name: str, base: Expert, vocab_size: int, *, normalize: bool, buckets: int = 2**22, ranks: int = 8,
                  least: int = 2, device: torch.device | str = "cpu") -> None:  # fmt: skip
         self.spec, self.base, self.vocab_size, self.normalize = PUBLISHED[name], base, vocab_size, normalize
         self.buckets, self.least = buckets, least
@@ -8780,7 +8783,7 @@ class HashedTable:
     order and alpha from C. Contexts start anew every `length` targets.
     """
 
-    def __init__(self, cells: dict[int, np.ndarray], base: Any, vocab_size: int, length: int, *, normalize: bool, least: int = 2,
+    def __init__(self, cells: dict[int, np.ndarray], base: Expert, vocab_size: int, length: int, *, normalize: bool, least: int = 2,
                  device: torch.device | str = "cpu") -> None:  # fmt: skip
         self.cells = {n: torch.from_numpy(cells[n].astype(np.int32)).to(device) for n in sorted(cells, reverse=True)}
         self.base, self.vocab_size, self.length, self.normalize, self.least = base, vocab_size, length, normalize, least
@@ -8845,11 +8848,11 @@ def overtime(cfg: Config, since: float, deadline: float, done: int, n: int) -> s
 
 def span_end(network: NetworkExpert, chunk: int, lo: int) -> int:
     """Where a span that begins at lo ends: after `chunk` targets, but before it crosses a point at which the network learns."""
-    return min(lo + chunk, network.learns_at(lo))
+    return min(lo + chunk, network.next_update(lo))
 
 
 def score_first(
-    network: NetworkExpert, text: ValidationText, scorer: Any, parts: list[Any], chunk: int, deadline: float
+    network: NetworkExpert, text: ValidationText, scorer: Expert, parts: list[Expert], chunk: int, deadline: float
 ) -> BpbMeter:
     """The driver of every stage: the account of what `scorer` scores, chunk by chunk, before every part may learn it.
 
@@ -8892,7 +8895,9 @@ def update_span(n_tokens: int) -> int:
     return max(1024, n_tokens // 4096)
 
 
-def expert_chain(cfg: Config, stage: str, network: Any, counted: list[Any], packed: Any) -> list[Any]:
+def expert_chain(
+    cfg: Config, stage: str, network: NetworkExpert, counted: list[NgramTable], packed: PackedTable | None
+) -> list[Expert]:
     """The network and the n-gram experts of the stage, each the base of the next; the last one's scores are the stage's.
 
     `counted` are tables of the scored text, one for each of `counted_orders`; `packed` is the artifact's, or None.
@@ -8973,7 +8978,7 @@ class Evaluation:
                 value = getattr(network, name)
                 setattr(network, name, value.cpu() if value is not None else None)
 
-    def score(self, stage: str, scorer: Any, parts: list[Any], span: int, deadline: float) -> StageResult:
+    def score(self, stage: str, scorer: Expert, parts: list[Expert], span: int, deadline: float) -> StageResult:
         """Score the whole text with one expert."""
         started = time.perf_counter()
         meter = score_first(self.network(stage), self.text, scorer, parts, span, deadline)
@@ -8988,7 +8993,7 @@ class RecordingScorer:
     It does not learn: what it watches is a part of its own.
     """
 
-    def __init__(self, scorer: Any, at: Iterable[int]) -> None:
+    def __init__(self, scorer: Expert, at: Iterable[int]) -> None:
         self.scorer, self.at = scorer, sorted(at)
         self.scores: list[Tensor] = []
         self.dists: dict[int, Tensor] = {}
@@ -9159,7 +9164,7 @@ class Audit:
         longest document."""
         _, network, _, parts, span = self.experts(self.text.tokens)
         found, n = [], len(self.text.tokens)
-        for ends in (functools.partial(span_end, network, span), network.learns_at)[len(parts) == 1 :]:
+        for ends in (functools.partial(span_end, network, span), network.next_update)[len(parts) == 1 :]:
             found.append([1])
             while found[-1][-1] < n:
                 found[-1].append(ends(found[-1][-1]))
@@ -9528,6 +9533,8 @@ def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
     cfg, run, size, code = opened.cfg, opened.run, len(blob), opened.code_bytes
     total, limit = size + code, cfg.artifact_limit
     sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": total, "limit": limit}
+    if run.rank:  # the others need no table of the file, which is read for it
+        return sizes
     run.log(f"Total submission size: {total} bytes = artifact {size} + code {code}, limit {limit}")
     run.event("pack", artifact=str(run.artifact_path), artifact_sha256=hashlib.sha256(blob).hexdigest(), **sizes,
               code_form=cfg.code_form, roles=role_bytes(blob, model_layout(cfg, blob)))  # fmt: skip

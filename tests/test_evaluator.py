@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -296,3 +297,16 @@ def test_evaluation_leaves_the_model_in_training_as_it_was(tiny, model, text):
         r._replace(seconds=s.seconds)
         for r, s in zip(tg.evaluate(tg.Evaluation(cfg, run, model, text), cfg.stages), results, strict=True)
     ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "auto"])
+def test_a_gpu_scores_in_the_arithmetic_of_the_training_and_a_cpu_in_fp32(tiny, monkeypatch, device, dtype):
+    """Whatever the CPU's model: its score must not depend on it."""
+    asked = []
+    monkeypatch.setattr(tg, "unpack", lambda *_: ({}, {}))
+    monkeypatch.setattr(tg.GPT, "load_state_dict", lambda *_args, **_: None)
+    monkeypatch.setattr(tg.GPT, "place", lambda _model, _device, _attend, words: asked.append(words))
+    cfg = config(tiny, TRAIN_DTYPE=dtype)
+    tg.load_model(cfg, SimpleNamespace(device=torch.device(device)), bytes(10**6))
+    assert asked == [dtype if device == "cuda" else "fp32"]

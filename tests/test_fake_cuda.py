@@ -218,9 +218,9 @@ def test_a_chunk_of_documents_waits_only_to_put_its_scores_in_place(gpu):
     text.tokens[::25] = tg.BOS
     network = tg.Evaluation(cfg, run, trainer.model, text).network("ttt")
     gpu.syncs.clear()
-    network.walked(network.tokens, network.documents[:4], torch.zeros(3, 101, device=run.device), 0)
+    network.run_batch(network.tokens, network.documents[:4], torch.zeros(3, 101, device=run.device), 0)
     often = {place: n for place, n in gpu.syncs.items() if n >= chunks - 1}
-    assert sum(often.values()) <= 2 * chunks and all("walked" in place for place in often), gpu.syncs
+    assert sum(often.values()) <= 2 * chunks and all("run_batch" in place for place in often), gpu.syncs
 
 
 def text_of(module: types.ModuleType, n: int, vocab: int):

@@ -33,7 +33,7 @@ def test_without_a_learning_rate_it_is_the_network_to_the_bit(tiny, model, text)
     frozen = learner(tiny, model, text, TTT_LR=0)
     # a chunk ends the last window before it early, so the windows are those of the same chunks without learning
     scores = walk(frozen, text)
-    plain.learns_at = frozen.learns_at
+    plain.next_update = frozen.next_update
     assert torch.equal(scores, walk(plain, text))
 
 
