@@ -932,6 +932,13 @@ def test_a_leak_stops_a_submission(world, capsys):
     assert "1 of 1 validation documents in the training shards" in refusal(world, capsys)
 
 
+def test_what_the_script_refuses_stops_a_submission(world, capsys):
+    shard = world["data"] / "fineweb_val_000000.bin"
+    shard.with_name("fineweb_val_000001.bin").write_bytes(shard.read_bytes())
+    write_run(world, "s1")
+    assert "have the same content" in refusal(world, capsys)
+
+
 def test_knob_docs_are_read_from_the_source():
     docs = {"default": 0.04, "unit": "", "doc": "learning rate of the matrices"}
     assert source.knob_docs(SCRIPT)["MATRIX_LR"] == docs

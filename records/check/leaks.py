@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from runs import UserError
 
-BOS, MAGIC, HEADER_BYTES = 1, 20240520, 1024
+MAGIC, HEADER_BYTES = 20240520, 1024
 MAX_SHARE, MAX_RUN = 0.001, 20  # above either, a block of the validation text was trained on; below, texts merely recur
 
 
@@ -36,39 +35,33 @@ class Overlap:
         )
 
 
-def find_overlap(data_path: Path) -> Overlap:
-    """Reads every shard under `data_path` once. Raises `UserError` if shards are missing or are none."""
-    train, val = (sorted(data_path.glob(f"fineweb_{kind}_[0-9]*.bin")) for kind in ("train", "val"))
-    if not train or not val:
-        raise UserError(f"{data_path}: no fineweb_train_*.bin and fineweb_val_*.bin to look for leaked documents in")
-    order = list(document_hashes(val))
-    seen = set(order).intersection(document_hashes(train, progress=len(train) > 4))
-    longest = current = 0
-    for digest in order:
-        current = current + 1 if digest in seen else 0
-        longest = max(longest, current)
-    return Overlap(len(order), sum(d in seen for d in order), longest)
+def _trainer() -> Any:
+    """The trainer, whose check of the data this is too."""
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    import train_gpt  # here, since it takes seconds
+
+    return train_gpt
 
 
-def document_hashes(paths: list[Path], progress: bool = False) -> Iterator[bytes]:
-    """A hash of each document (BOS up to the next BOS) of consecutive shards, documents across shard ends included."""
-    carry = np.empty(0, np.uint16)
+def refused(data_path: Path) -> str:
+    """Why the trainer refuses the data of a folder, all of the training shards looked through; "" where it takes them."""
+    trainer = _trainer()
+    try:
+        trainer.check_data(data_path, training=True, everything=True)
+    except trainer.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _shards(paths: list[Path]) -> Iterator[np.ndarray]:
+    """The tokens of shards, with a line of progress where they are many."""
     for number, path in enumerate(paths, 1):
-        if progress:
+        if len(paths) > 4:
             end = "\n" if number == len(paths) else ""
             print(
                 f"\rlooking for validation documents: shard {number}/{len(paths)}", end=end, file=sys.stderr, flush=True
             )
-        tokens = np.concatenate([carry, read_shard(path)])
-        starts = np.flatnonzero(tokens == BOS)
-        for start, stop in pairwise(starts):
-            yield _digest(tokens[start:stop])
-        carry = tokens[starts[-1] :] if len(starts) else tokens
-    yield _digest(carry)
-
-
-def _digest(tokens: np.ndarray) -> bytes:
-    return hashlib.blake2b(tokens.tobytes(), digest_size=12).digest()
+        yield read_shard(path)
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -77,3 +70,20 @@ def read_shard(path: Path) -> np.ndarray:
     if len(header) < 3 or header[0] != MAGIC or path.stat().st_size != HEADER_BYTES + 2 * int(header[2]):
         raise UserError(f"{path}: not a token shard (wrong magic or size)")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
+
+
+def find_overlap(data_path: Path) -> Overlap:
+    """Reads every shard under `data_path` once. Raises `UserError` if shards are missing or are none."""
+    train, val = (sorted(data_path.glob(f"fineweb_{kind}_[0-9]*.bin")) for kind in ("train", "val"))
+    if not train or not val:
+        raise UserError(f"{data_path}: no fineweb_train_*.bin and fineweb_val_*.bin to look for leaked documents in")
+    units = _trainer().text_units
+    order = np.concatenate([hashes for hashes, _ in units(_shards(val), 0)])
+    seen = np.zeros(len(order), dtype=bool)
+    for hashes, _ in units(_shards(train), 0):
+        seen |= np.isin(order, hashes)
+    longest = current = 0
+    for found in seen.tolist():
+        current = current + 1 if found else 0
+        longest = max(longest, current)
+    return Overlap(len(order), int(seen.sum()), longest)

@@ -693,7 +693,10 @@ def _leaks(entry: Entry, scored: list[Run]) -> Line:
     here = [p for p in paths if isinstance(p, str) and list(Path(p).glob("fineweb_train_*.bin"))]
     if not (entry.data_path or here):
         return WARN, rule, _unprovable("a leak", "the training shards (then --data-path), or what made them")
-    overlap = leaks.find_overlap(Path(entry.data_path or here[0]))
+    folder = Path(entry.data_path or here[0])
+    overlap = leaks.find_overlap(folder)
+    if not overlap.leaked and (why := leaks.refused(folder)):
+        return FAIL, "validation text as the script checks it", why
     return FAIL if overlap.leaked else WARN if overlap.found else PASS, rule, str(overlap)
 
 
