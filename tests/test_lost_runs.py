@@ -652,3 +652,20 @@ def test_a_working_folder_that_is_gone(tiny, script, monkeypatch):
     monkeypatch.setattr(tg.os, "getcwd", gone)
     result = script(tiny)
     assert result.status == 2 and "the working folder cannot be used" in result.err
+
+
+def test_a_lock_file_that_its_owner_removes_before_it_is_locked_is_no_lock(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    lock, calls = fcntl.flock, []
+
+    def flock(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            os.unlink(file.name)
+        return lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    file = tg.lock_file(tmp_path / "run")
+    assert len(calls) == 2 and os.path.samestat(os.fstat(file.fileno()), os.stat(tmp_path / ".run.lock"))
+    assert tg.lock_file(tmp_path / "run") is None
+    tg.unlock_file(file)
