@@ -76,6 +76,12 @@ from typing import Any, NamedTuple, Protocol
 os.environ.update({} if {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"} & {*os.environ} else
                   {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"})  # GNU's: rounds; Intel's and LLVM's: ms  # fmt: skip
 
+try:
+    os.getcwd()
+except OSError as e:  # oneMKL aborts where torch is imported
+    print(f"error: the working folder cannot be used ({e.strerror}); cd to one that exists", file=sys.stderr)
+    sys.exit(2)
+
 import numpy as np
 import torch
 import torch.distributed as dist
