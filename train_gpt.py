@@ -1562,7 +1562,7 @@ class Run:
         self._text = self._events = None  # the logs, once they are open
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.set_float32_matmul_precision("high")  # TF32
             # A graph for each sequence length, size of micro-batch, state of QAT and stage: beyond 8 they would run eager unnoticed.
             torch._dynamo.config.recompile_limit = 64
             torch._dynamo.config.specialize_float = True  # or a graph of all sizes is made twice, for its LoRA's scale
@@ -3054,6 +3054,12 @@ class BigramHash(nn.Module):
         return y if self.scale is None else y * self.scale.to(dtype)
 
 
+def one_back(x_BTD: Tensor, before_B1D: Tensor, first_BT: Tensor | None) -> Tensor:
+    """(B, T, D): what stands one position earlier; `before_B1D` before the row, zeros before positions that are `first_BT`."""
+    shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+    return shifted if first_BT is None else shifted.masked_fill(first_BT[..., None], 0)
+
+
 class Smear(nn.Module):
     """SmearGate: y_t = (1 - s) x_t + s x_{t-1}, s = sigmoid(g) per channel, x_{-1} = 0. Neutral at g = -inf.
 
@@ -3064,10 +3070,10 @@ class Smear(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.gate = vector(cfg.model_dim, value=cfg.smear_init)
-        self.cross_doc = cfg.smear_cross_doc and not cfg.doc_mask
+        self.cross_doc = cfg.smear_cross_doc
 
-    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor) -> Tensor:
-        shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor, first_BT: Tensor | None = None) -> Tensor:
+        shifted = one_back(x_BTD, before_B1D, first_BT)
         s = torch.sigmoid(self.gate).to(x_BTD.dtype)
         if not self.cross_doc:
             s = s * ~starts_BT[..., None]
@@ -3083,10 +3089,10 @@ class WindowSmear(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.weight_W, self.scale = vector(cfg.gate_window), vector(1)
-        self.cross_doc = cfg.smear_cross_doc and not cfg.doc_mask
+        self.cross_doc = cfg.smear_cross_doc
 
-    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor) -> Tensor:
-        shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor, first_BT: Tensor | None = None) -> Tensor:
+        shifted = one_back(x_BTD, before_B1D, first_BT)
         w, scale = self.weight_W.to(x_BTD.dtype), self.scale.to(x_BTD.dtype)
         s = scale * torch.sigmoid(F.linear(x_BTD[..., : len(w)], w[None]))
         if not self.cross_doc:
@@ -3407,13 +3413,12 @@ class GPT(nn.Module):
         return before if ctx.segments is None else before.masked_fill(ctx.segments.first_BT, -1)
 
     def smeared(self, x: Tensor, ids: Tensor, ctx: Ctx) -> Tensor:
-        """SmearGate over this call's positions, with the embedding before them from the cache. Where a long document is cut attention
-        ends, but the token before is known and is smeared, as published."""
+        """SmearGate over this call's positions, with the embedding before them from the cache."""
         before = torch.zeros_like(x[:, :1])
         if ctx.cache is not None:
             before = before if ctx.cache.last_embedding is None else ctx.cache.last_embedding
             ctx.cache.last_embedding = x[:, -1:]
-        return self.smear(x, before, ids == BOS)
+        return self.smear(x, before, ids == BOS, None if ctx.segments is None else ctx.segments.first_BT)
 
     def embed_plain(self, ids: Tensor, ctx: Ctx) -> Tensor:
         """ids (B, T) -> (B, T, D): token (+ bigram), smeared where that comes before the norm."""
@@ -3992,7 +3997,7 @@ class BigramCounts:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The counts (V V), the same on every rank."""
-        return {"pairs": self.pairs}
+        return {"pairs": self.pairs.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from these counts, at any world size."""
@@ -4121,7 +4126,7 @@ class Checkpoints:
         if self.run.rank == 0:
             try:
                 self.write(path, state)
-                saved = self.saved()
+                saved = [p for p in self.saved() if not p.is_dir()]
                 kept = saved[: saved.index(path) + 1][-self.cfg.checkpoint_keep :]
                 # Later steps are of a run that was taken back, or that this one overwrites.
                 for old in set(saved) - set(kept):
@@ -4164,7 +4169,7 @@ class Checkpoints:
 
     def saved(self) -> list[Path]:
         """The checkpoints there are, step_<digits>.pt by their number; a copy under another name is none, and is left alone."""
-        found = (p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_[0-9]+\.pt", p.name) and p.is_file())
+        found = (p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_[0-9]+\.pt", p.name))
         return sorted(found, key=lambda path: (int(path.stem[5:]), path.name))
 
     def find(self) -> Path | None:

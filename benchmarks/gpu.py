@@ -154,7 +154,7 @@ def attention(tiny: bool) -> dict[str, float]:
     result = {}
     for kernel in ("fa3", "fa2", "sdpa"):
         try:
-            _, attend = tg.choose_attention(knobs("baseline", False, ATTENTION=kernel, TRAIN_DTYPE="bf16"), device)
+            attend = tg.choose_attention(knobs("baseline", False, ATTENTION=kernel, TRAIN_DTYPE="bf16"), device)[1]
         except tg.ConfigError as e:
             result[f"{kernel}: {e}"] = float("nan")
             continue

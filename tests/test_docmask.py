@@ -150,8 +150,6 @@ def test_every_kernel_equals_a_dense_mask(monkeypatch):
 @pytest.mark.parametrize("attention", ["blocks", "sdpa"])
 def test_the_model_equals_each_segment_computed_alone(form, attention, tiny):
     model, ids = model_of(tiny, attention, **FORMS[form]), stream(121, 20)
-    if model.smear is not None:  # which also sees the token before a cut: see below
-        ids[::13] = BOS
     inputs, targets = ids[None, :-1], ids[None, 1:]
     nll = model.nll(inputs, targets, tg.Ctx(segments=tg.find_segments(inputs, SEQ)))
     nll.sum().backward()
@@ -161,22 +159,6 @@ def test_the_model_equals_each_segment_computed_alone(form, attention, tiny):
     assert torch.allclose(nll, torch.cat(parts, dim=1), atol=2e-5)
     for name, grad in gradients(model).items():
         assert torch.allclose(together[name], grad, atol=1e-4 * float(grad.abs().max()) + 1e-5), name
-
-
-@pytest.mark.parametrize("form", ["channel", "window"])
-@pytest.mark.parametrize("before_norm", [0, 1])
-def test_the_smear_sees_the_token_before_a_cut_and_none_before_a_document(tiny, form, before_norm):
-    model = model_of(tiny, "sdpa", SMEAR=1, SMEAR_FORM=form, SMEAR_BEFORE_NORM=before_norm)
-    for p in model.smear.parameters():
-        torch.nn.init.normal_(p)
-    ids = stream(60, 25)[None]
-    x, cut = (model.embed(ids, model.with_segments(ids, tg.Ctx(segments=s))) for s in (None, tg.find_segments(ids, 7)))
-    assert torch.equal(x, cut)
-    ids[0, 30] = BOS
-    changed = ids.clone()
-    changed[0, 29] += 1
-    after = [model.embed(i, model.with_segments(i, tg.Ctx()))[0, 30:] for i in (ids, changed)]
-    assert torch.equal(*after)
 
 
 @pytest.mark.parametrize("form", FORMS)

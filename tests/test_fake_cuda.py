@@ -270,7 +270,7 @@ def test_the_plan_predicts_the_peak_of_a_step(recipe, monkeypatch):
 # ---- mistakes put in by hand: a harness that lets them pass proves nothing
 
 MUTANTS = {
-    "the batch stays on the host": ("t = t.pin_memory().to(self.run.device, non_blocking=True)", "t = t.pin_memory()"),
+    "the batch stays on the host": ("t.pin_memory().to(device, non_blocking=True)", "t.pin_memory()"),
     "the loss is summed on the host": ("loss = torch.zeros((), device=self.run.device)", "loss = torch.zeros(())"),
     "flags are read before their copy is complete": ("copied.synchronize()", "pass"),
     "n-grams are counted without waiting for the batch": ("self.stream.wait_stream(torch.cuda.current_stream())", "pass"),

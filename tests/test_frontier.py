@@ -131,7 +131,6 @@ def test_the_plans_before_and_after_the_switch():
     assert [s.skip for s in plain] == [None] * 5 + [0, 1, 2, 3, 4, None]
     assert [s.block for s in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
     assert [s.skip for s in looped] == [None] * 8 + [0, 1, 2, 3, 4, 5, 6, 7, None]
-    assert [s.repeat for s in looped] == [0] * 6 + [1] * 3 + [2] * 3 + [0] * 5
     saved, pairs = [], []
     for s in looped:
         pairs += [(s.block, saved.pop())] if s.skip is not None else []

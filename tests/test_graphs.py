@@ -35,7 +35,7 @@ TRAINING = {"pr187": 1, "frontier": 3}
 
 CASES = [*((recipe, {}) for recipe in sorted(tg.RECIPES)), ("baseline", {"DOC_MASK": 1, "MODE": "eval", "EVAL_STRIDE": 4}),
          ("frontier", {"MODE": "eval", "ARTIFACT": "a"}), ("frontier", {"DOC_MASK": 0}), ("pr850", {"MODE": "eval"}),
-         ("pr850", {"DOC_MASK": 1, "EMA_DECAYS": "0.9,0.5"})]  # fmt: skip
+         ("pr850", {"DOC_MASK": 1, "EMA_DECAYS": "0.9,0.5", "EMA_DECAY": 0, "SWA_EVERY": 0})]  # fmt: skip
 
 
 @pytest.mark.parametrize(("recipe", "knobs"), CASES, ids=[f"{r}{k or ''}" for r, k in CASES])

