@@ -35,7 +35,7 @@ AHEAD = {
     "attention without a mask": ("sliding", {}, tg.attend_sdpa, "is_causal=t == s and t > 1", "is_causal=False", {PAST}),
     "a window is scaled by all its logits": ("sliding", {}, tg.score_windows,
         "/ temperature", "\n    z = z / (temperature + z.std(dim=(1, 2), keepdim=True))", {PAST}),
-    "the smear blends with the token after": ("sliding", {"SMEAR": 1, "SMEAR_INIT": 0}, tg.Smear.forward,
+    "the smear blends with the token after": ("sliding", {"SMEAR": 1, "SMEAR_INIT": 0}, tg.one_back,
         "torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)", "torch.cat([x_BTD[:, 1:], before_B1D], dim=1)", {SAME}),
     "a LoRA learns a target more": ("ttt", SHARED, tg.TestTimeNetwork.update,
         "self.learn(tokens, self.learned, end)", "self.learn(tokens, self.learned, end + 1)", {HERE}),

@@ -100,7 +100,7 @@ def test_what_section_1_accepts_goes_the_whole_way(small, tmp_path, monkeypatch)
     monkeypatch.setattr(tg, "tune_cpu", lambda _: torch.set_num_threads(1))
     done: list[dict[str, str]] = []
 
-    @settings(max_examples=24, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=14, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
     @given(changes())
     def train(drawn: dict[str, str]) -> None:
         env = {**tiny_env(small, tmp_path, ITERATIONS=2, WARMUP_STEPS=0, NGRAM_BUCKETS=256, VAL_TOKENS=0), **drawn,
@@ -109,7 +109,7 @@ def test_what_section_1_accepts_goes_the_whole_way(small, tmp_path, monkeypatch)
             done.append(env)
 
     train()
-    assert len(done) >= 8
+    assert len(done) >= 5
     evals = [{"MODE": "eval", "ARTIFACT": str(tmp_path / f"{env['RUN_ID']}.pgz"), "RUN_ID": f"{env['RUN_ID']}-again",
               **{n: env[n] for n in ("DATA_PATH", "LOG_DIR", "DEVICE", "ATTENTION", "VAL_TOKENS")}} for env in done]  # fmt: skip
     fresh = subprocess.run([sys.executable, "-c", AGAIN], input=json.dumps(evals), text=True, capture_output=True,
