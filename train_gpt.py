@@ -9784,10 +9784,6 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         if argv:
             error = say(views[argv[0]]())
             return 0 if error is None else 1
-        try:
-            os.getcwd()
-        except OSError as e:  # numerical libraries abort later
-            raise ConfigError(f"the working folder cannot be used ({e.strerror}); cd to one that exists") from None
         script_bytes()
         read_ranks(env)
         status = dispatch(env)
@@ -9802,11 +9798,13 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
             message = f"cannot read {e.filename}: {e.strerror}; check what it is and its permissions"
     except (Interrupted, BrokenRun, KeyboardInterrupt) as e:
         status, outcome, message = 1, "stopped", str(e) or "stopped by SIGINT"
-    except MemoryError as e:
-        message = f"out of memory ({e or 'MemoryError'}); raise the limit (ulimit -v), or take a smaller model or TRAIN_BATCH_TOKENS"
     except Exception as e:
-        message, reported = f"{type(e).__name__}: {e}", True  # by its traceback
-        raise
+        if not isinstance(e, MemoryError) and "can't allocate memory" not in str(
+            e
+        ):  # what torch's allocator says on a CPU
+            message, reported = f"{type(e).__name__}: {e}", True  # by its traceback
+            raise
+        message = f"out of memory ({str(e)[-160:] or 'MemoryError'}); raise the limit (ulimit -v), or take a smaller model or TRAIN_BATCH_TOKENS"
     finally:
         finish(outcome, message, reported)
     return status or int(Run.current is not None and bool(Run.current.lost))

@@ -634,24 +634,30 @@ def test_target_bytes_without_room_for_the_code_ends_before_the_training(tiny, s
 
 
 def test_a_failure_ends_threads_and_says_one_thing(tiny, script, monkeypatch):
-    def exhausted(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(tg, "build_model", exhausted)
-    result = script(tiny)
-    assert result.status == 1 and result.err.startswith("error: out of memory") and "Traceback" not in result.err
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ):
+        monkeypatch.setattr(tg, "build_model", lambda *_, error=error: (_ for _ in ()).throw(error))
+        result = script(tiny, RUN_ID=type(error).__name__)
+        assert result.status == 1 and result.err.startswith("error: out of memory") and "Traceback" not in result.err
+    monkeypatch.setattr(tg, "build_model", lambda *_: (_ for _ in ()).throw(RuntimeError("another failure")))
+    with pytest.raises(RuntimeError, match="another failure"):
+        script(tiny, RUN_ID="other")
     program = ("import sys, threading, time, train_gpt as tg\n"
                "threading.Thread(target=time.sleep, args=(99,)).start()\ntg.end(3)")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, timeout=60).returncode == 3
 
 
-def test_a_working_folder_that_is_gone(tiny, script, monkeypatch):
-    def gone():
-        raise FileNotFoundError(2, "No such file or directory")
-
-    monkeypatch.setattr(tg.os, "getcwd", gone)
-    result = script(tiny)
-    assert result.status == 2 and "the working folder cannot be used" in result.err
+def test_a_working_folder_that_is_gone(tmp_path):
+    """oneMKL aborts where torch is imported, so that the script looks before it imports it."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    line = ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$1" "$2"', gone, sys.executable, SCRIPT]
+    result = subprocess.run(line, env=process_env({}), capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: the working folder cannot be used"), (
+        result.stderr
+    )
 
 
 def test_a_lock_file_that_its_owner_removes_before_it_is_locked_is_no_lock(tmp_path, monkeypatch):
