@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 
@@ -169,6 +170,17 @@ def test_a_step_waits_neither_for_itself_nor_for_the_next(gpu, recipe):
     waits = dict(gpu.syncs)
     torch.cuda.synchronize()  # or what is freed here might still be in use
     assert not waits
+
+
+def test_a_step_with_more_documents_than_expected_makes_room_for_them(gpu):
+    """Segments are found on the host, where the room can grow; found on the device they would end the run."""
+    *_, trainer, _ = parts(tg, "frontier")
+    for block in trainer.model.blocks:
+        block.attn.attend = attend_gpu
+    stream = trainer.batcher.stream
+    stream.shards = [np.where(np.arange(len(shard)) % 2, shard, tg.BOS) for shard in stream.shards]
+    assert math.isfinite(float(trainer.train_step(0.5, 1.0)))
+    gpu.syncs.clear()
 
 
 # Kernels of one eager forward of the shrunken recipe, as measured: what adds some to every block shows here.
