@@ -147,10 +147,10 @@ MUTANTS = {
         ("X1: hashed counts read without waiting for their stream", "fake_cuda.py -k exercise", ("        self.run.sync()\n        return {n: self.run.all_reduce(cells.long())", "        return {n: self.run.all_reduce(cells.long())")),
         ("cuda-flags", "fake_cuda.py -k neither_for_itself", ('host = self.run.all_reduce(flags).to("cpu", non_blocking=True)', "host = self.run.all_reduce(flags).cpu()")),
         ("cuda-bincount", "evaluation_oracles.py -k waits", ("    if values_JM.is_cuda:  # where a bincount waits for the device\n", "    if False:\n")),
-        ("cuda-pin", "fake_cuda.py -k neither_for_itself", ("t = t.pin_memory().to(self.run.device, non_blocking=True)", "t = t.to(self.run.device)")),
+        ("cuda-pin", "fake_cuda.py -k neither_for_itself", ("        t.pin_memory().to(device, non_blocking=True)\n", "        t.to(device)\n")),
     ],
     "tools": [
-        ("codec-crc", "tools.py -k damage", ("if len(data) != header.size or zlib.crc32(data) != header.check:", "if len(data) != header.size:"), "tools/codec.py"),
+        ("codec-crc", "tools.py -k forged", ("if len(data) != header.size or zlib.crc32(data) != header.check:", "if len(data) != header.size:"), "tools/codec.py"),
         ("codec-lanes", "tools.py -k 'lanes_give or every_kind'", ("return n // lanes + (np.arange(lanes) < n % lanes)", "return n // lanes + (np.arange(lanes) > lanes - 1 - n % lanes)"), "tools/codec.py"),
         ("codec-artifact", "tools.py -k damage", ("if header.artifact != self.predictor.name:", "if False:"), "tools/codec.py"),
         ("codec-end", "tools.py -k every_kind", ('return text[len(START) : -1].encode("utf-8", "surrogateescape")', 'return text[len(START) : -1].encode("utf-8", "replace")'), "tools/codec.py"),

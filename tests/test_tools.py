@@ -378,6 +378,9 @@ def test_forged_files_are_artifact_errors_and_nothing_else(form, codec, monkeypa
     rng, data = random.Random(1), "  Ein Wort,\n\n\tｅin Satz\r\n und ﬁnis \xa0.\n".encode()
     packed = codec.compress_text(data) if form == "text" else codec.compress_bytes(data * (9 if form == "lzma" else 1))
     assert tc.FORMS[packed.header.form] == form
+    header, body = tc.read_file(packed.blob)
+    with pytest.raises(tg.ArtifactError, match="differ from the original's checksum"):
+        codec.decompress(tc.write_file(header._replace(check=header.check ^ 1), body))
     refused = 0
     for _ in range(3000):
         try:
