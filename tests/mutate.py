@@ -155,7 +155,7 @@ MUTANTS = {
         ("codec-artifact", "tools.py -k damage", ("if header.artifact != self.predictor.name:", "if False:"), "tools/codec.py"),
         ("codec-end", "tools.py -k every_kind", ('return text[len(START) : -1].encode("utf-8", "surrogateescape")', 'return text[len(START) : -1].encode("utf-8", "replace")'), "tools/codec.py"),
         ("shards-tokenizer", "data_tools.py -k never_sees", ("        if count <= args.val_docs:\n            continue", "        if count < args.val_docs:\n            continue"), "data/make_shards.py"),
-        ("shards-length", "data_tools.py -k exact_size", ("while self.held + rows.shape[1] >= self.shard_tokens:", "while self.held + rows.shape[1] > self.shard_tokens:"), "data/make_shards.py"),
+        ("shards-length", "data_tools.py -k exact_size", ("room = self.shard_tokens - self.held", "room = self.shard_tokens - self.held - 1"), "data/make_shards.py"),
         ("shards-copies", "data_tools.py -k copies", ("self.digests.add(item.digest.hex())", "self.digests = {item.digest.hex()}"), "data/make_shards.py"),
         ("shards-resume", "data_tools.py -k interrupted", ('self.read, self.copies, self.digests = state["read"], state["copies"], set(state["digests"])', 'self.read, self.copies = state["read"], state["copies"]'), "data/make_shards.py"),
         ("caseops-title", "caseops.py", ("if inside is None and run[1:].islower() | (len(run) == 1):", "if inside is None and run[1:].islower():"), "data/caseops.py"),

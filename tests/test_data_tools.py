@@ -226,11 +226,11 @@ def test_tokenizers_that_keep_leading_space_are_counted_exactly_too(prefix):
 
 
 def test_copies_of_validation_documents_are_reported_and_can_be_dropped(tmp_path, corpus, capsys):
-    source = write_jsonl(tmp_path / "a.jsonl", [PLAIN[0], PLAIN[1], "  " + PLAIN[0], PLAIN[2]])
-    argv = [source, "--out", tmp_path / "out", "--tokenizer", corpus / "out" / "tokenizer_400.model", "--val-docs", 1]
+    source = write_jsonl(tmp_path / "a.jsonl", [PLAIN[0], PLAIN[3], PLAIN[1], "  " + PLAIN[0], PLAIN[2], PLAIN[3]])
+    argv = [source, "--out", tmp_path / "out", "--tokenizer", corpus / "out" / "tokenizer_400.model", "--val-docs", 2]
     assert run(make_shards.main, argv) == 0
-    assert "1 training documents equal a validation document (kept" in capsys.readouterr().out
-    assert len(split_documents(tmp_path / "out", "train")) == 3
+    assert "2 training documents equal a validation document (kept" in capsys.readouterr().out
+    assert len(split_documents(tmp_path / "out", "train")) == 4
     assert run(make_shards.main, [*argv, "--drop-copies", "--force"]) == 0
     assert len(split_documents(tmp_path / "out", "train")) == 2
 
