@@ -74,13 +74,32 @@ from typing import Any, NamedTuple, Protocol
 
 # OpenMP reads these once, when torch is imported. Threads that spin long at a barrier keep each other from a core that another program uses.
 os.environ.update({} if {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"} & {*os.environ} else
-                  {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"})  # GNU's: rounds; Intel's and LLVM's: ms  # fmt: skip
+                  {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"})  # GNU's: rounds; Intel's and LLVM's: ms  # fmt: skip
+
+
+def bound_cpus() -> set[int]:
+    """The numbers of the CPUs that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*range(os.cpu_count() or 1)}
+
+
+def busy_seconds(stat: Path = Path("/proc/stat")) -> float:
+    """CPU seconds that other processes have used since boot on the CPUs that this one may run on; 0 where the system does not say."""
+    try:
+        rows = [line.split() for line in stat.read_text().splitlines() if line.startswith("cpu")]
+    except OSError:
+        return 0.0
+    own = {f"cpu{n}" for n in bound_cpus()}  # columns: user, nice, system, idle, iowait, irq, softirq, steal
+    ticks = sum(sum(map(int, row[1:9])) - int(row[4]) - int(row[5]) for row in rows if row[0] in own)
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
 
 try:
     os.getcwd()
 except OSError as e:  # oneMKL aborts where torch is imported
     print(f"error: the working folder cannot be used ({e.strerror}); cd to one that exists", file=sys.stderr)
     sys.exit(2)
+else:
+    BEGUN = time.monotonic(), busy_seconds()
 
 import numpy as np
 import torch
@@ -90,6 +109,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.adamw import adamw
 
+BUSY_CPUS = (busy_seconds() - BEGUN[1]) / (time.monotonic() - BEGUN[0])  # by other programs, while torch was imported
 SCRIPT = Path(__file__).resolve()
 PACKED = "__source__" in globals()  # tools/pack_code.py leaves out what stands below `if not PACKED`
 
@@ -1479,14 +1499,18 @@ def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
 
 def usable_cpus() -> int:
     """CPUs that this process may use: those it is bound to, as many as its quota pays for, at least one."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    bound = len(bound_cpus())
     return max(1, min(bound, int(min(cpu_quota(), bound) + 0.5)))
 
 
 def tune_cpu(local_world: int) -> None:
-    """Set threads, matmul precision and malloc for fp32 training on a CPU: about twice as fast; `local_world` processes share the CPUs."""
+    """Set threads, matmul precision and malloc for fp32 training on a CPU: about twice as fast; `local_world` processes share the CPUs.
+
+    One thread a CPU, but none for those that were busy with other programs at the start: a step waits for its last thread.
+    """
     if local_world > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1 for several processes
-        torch.set_num_threads(max(1, usable_cpus() // local_world))
+        busy = BUSY_CPUS if local_world == 1 else 0  # other ranks were busy too
+        torch.set_num_threads(max(1, min(usable_cpus(), round(len(bound_cpus()) - busy)) // local_world))
     # Sends products to oneDNN, twice as fast as MKL on AVX-512 that is not Intel's; rounding stays that of fp32 but where
     # the CPU has bf16 tiles (AMX).
     torch.set_float32_matmul_precision("medium")
@@ -9395,7 +9419,7 @@ def log_head(opened: OpenRun, train_tokens: int, train_shards: int) -> int:
     device = device_name(run.device)
     run.log(f"run_id:{run.run_id} recipe:{cfg.recipe} ({opened.loaded.recipe_reason}) mode:{cfg.mode} seed:{cfg.seed}")
     run.log(f"torch:{torch.__version__} python:{platform.python_version()} device:{run.device.type} ({device}) ranks:{run.world} "
-            f"threads:{torch.get_num_threads()}")  # fmt: skip
+            f"threads:{torch.get_num_threads()} busy_cpus:{BUSY_CPUS:.1f}")  # fmt: skip
     text, tokenizer = opened.text, opened.tokenizer
     data = {"train_shards": train_shards, "train_tokens": train_tokens, "val_tokens": len(text.tokens) - 1,
             "val_bytes": int(text.bytes.sum()), "bytes_from": text.bytes_from, "transform": tokenizer.transform}  # fmt: skip

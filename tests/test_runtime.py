@@ -155,8 +155,27 @@ def test_threads_follow_the_quota_of_the_control_group(tmp_path, monkeypatch, ow
         (tmp_path / "own").write_text(own + "\n")
     assert (quota := tg.cpu_quota(tmp_path / "groups", tmp_path / "own")) == cpus
     monkeypatch.setattr(tg, "cpu_quota", lambda: quota)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(2)}, raising=False)
+    monkeypatch.setattr(tg, "bound_cpus", lambda: {*range(2)})
     assert tg.usable_cpus() == (1 if cpus <= 1 else 2)
+
+
+def test_a_cpu_that_another_program_keeps_busy_gets_no_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(tg, "bound_cpus", lambda: {1, 3})
+    monkeypatch.setattr(time, "process_time", lambda: 0.25)
+    ticks = [f"cpu{n} {100 * n} 7 20 5000 600 4 2 {n} 9 9" for n in range(4)]
+    (tmp_path / "stat").write_text("\n".join(["cpu 9 9 9 9 9 9 9 9 9 9", *ticks, "intr 5"]))
+    second = os.sysconf("SC_CLK_TCK")
+    assert tg.busy_seconds(tmp_path / "stat") == pytest.approx((101 + 33 + 303 + 33) / second - 0.25)
+    assert tg.busy_seconds(tmp_path / "none") == 0
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(tg, "bound_cpus", lambda: {*range(8)})
+    monkeypatch.setattr(tg, "cpu_quota", lambda: 6)
+    for busy, ranks in ((0.4, 1), (2.4, 1), (2.6, 1), (9, 1), (2.6, 2)):
+        monkeypatch.setattr(tg, "BUSY_CPUS", busy)
+        tg.tune_cpu(ranks)
+    assert chosen == [6, 6, 5, 1, 3]
 
 
 @pytest.mark.parametrize(
@@ -166,10 +185,10 @@ def test_torchs_threads_wait_as_the_user_says_or_shortly(users):
     head = tg.source_text().split("\nimport torch\n")[0]  # OpenMP reads the variables when torch is imported
     env = {"PATH": "/bin", **users}
     exec(
-        head[head.index("\nos.environ.update(") : head.index("\ntry:\n    os.getcwd()")],
+        head[head.index("\nos.environ.update(") : head.index("\n\ndef ")],
         {"os": types.SimpleNamespace(environ=env)},
     )
-    assert env == {"PATH": "/bin", **(users or {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"})}
+    assert env == {"PATH": "/bin", **(users or {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"})}
 
 
 def test_more_ranks_than_gpus_is_a_mistake_with_a_remedy(monkeypatch):
