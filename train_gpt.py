@@ -253,7 +253,6 @@ TRAINING_RULES: tuple[Rule, ...] = (
      "$QUANT_TRELLIS needs COMPRESSOR=entropy: $COMPRESSOR knows no states, and the codes would grow"),
     (lambda c: c.quant_trellis and c.prune_frac and c.prune_scope == "global",
      "$QUANT_TRELLIS leaves no code to set to zero afterwards: PRUNE_SCOPE=tensor, or PRUNE_FRAC=0"),
-    (lambda c: c.awq_lite_enabled and not c.gptq_enabled, "$AWQ_LITE_ENABLED ranks columns by their inputs, which only GPTQ_ENABLED=1 looks at"),
 )  # fmt: skip
 
 
@@ -467,22 +466,16 @@ class Config:
     prune_scope: str = knob("tensor", "", "smallest weights of each tensor before rounding, or smallest codes over all tensors after it", choices=("tensor", "global"), needs="PRUNE_FRAC")
     gptq_enabled: bool = knob(False, "", "round with error compensation from the inputs' second moments (GPTQ)")
     gptq_variant: str = knob("cholesky", "", "cholesky: the algorithm; pr850: the published full-inverse sweep", choices=("cholesky", "pr850"), needs="GPTQ_ENABLED")
-    gptq_order: str = knob("descending", "", "columns by input energy", choices=("descending", "ascending", "natural"), needs="GPTQ_ENABLED !QUANT_TRELLIS")
+    gptq_order: str = knob("descending", "", "columns by input energy", choices=("descending", "ascending"), needs="GPTQ_ENABLED !QUANT_TRELLIS")
     gptq_percdamp: float = knob(0.01, "", "damping of the Hessian, times its mean diagonal", lo=1e-6, hi=10, needs="GPTQ_ENABLED")
     gptq_block_size: int = knob(128, "columns", "lazy block of GPTQ; changes speed, not results", lo=1, needs="GPTQ_ENABLED")
     gptq_n_samples: int = knob(256, "sequences", "most calibration sequences of TRAIN_SEQ_LEN; fewer where the time runs out, one a rank at least", lo=1, needs="GPTQ_ENABLED|TARGET_BYTES")
-    gptq_calibration: str = knob("train", "", "calibrate on windows of the training stream or on text sampled from the model", choices=("train", "self"), needs="GPTQ_ENABLED|TARGET_BYTES")
     gptq_reserve_seconds: float = knob(8.0, "s", "part of MAX_WALLCLOCK_SECONDS kept for what follows the training loop, if anything does (GPTQ_ENABLED, TARGET_BYTES, NGRAM_TABLE=exact)", lo=0, needs="MAX_WALLCLOCK_SECONDS GPTQ_ENABLED|TARGET_BYTES|NGRAM_TABLE=exact")
     quant_trellis: int = knob(0, "states", "codes are paths through a trellis of this many states: 8 make about 1 dB less error at equal bytes, 64 another .15 dB in 4 times the time; columns as they stand; 0: independent codes", choices=(0, 4, 8, 64))
-    lqer_top_k: int = knob(0, "tensors", "low-rank correction of the tensors with the largest residual; 0: none", lo=0)
+    lqer_top_k: int = knob(0, "tensors", "low-rank correction of the tensors with the largest residual (#1797); 0: none", lo=0)
     lqer_rank: int = knob(4, "", "rank of the correction", lo=1, hi=256, needs="LQER_TOP_K")
-    lqer_factor_bits: int = knob(4, "bits", "width of its factors", lo=2, hi=8, needs="LQER_TOP_K")
-    lqer_asym_enabled: bool = knob(False, "", "left factors in 2 bits with one step, right ones in LQER_FACTOR_BITS with a step a group (#1797)", needs="LQER_TOP_K")
-    lqer_asym_group: int = knob(64, "columns", "LQER_ASYM_ENABLED=1: columns of a right factor that share a step", lo=1, needs="LQER_TOP_K LQER_ASYM_ENABLED")
-    awq_lite_enabled: bool = knob(False, "", "finer steps for the columns with the largest inputs times weights (#1908); needs GPTQ_ENABLED")
-    awq_lite_bits: int = knob(8, "bits", "their width; their steps are finer by as many octaves as it exceeds <ROLE>_BITS", lo=2, hi=8, needs="AWQ_LITE_ENABLED")
-    awq_lite_group_top_k: int = knob(1, "groups", "how many groups of columns over the whole model", lo=1, needs="AWQ_LITE_ENABLED")
-    awq_lite_group_size: int = knob(64, "columns", "size of a group", lo=1, needs="AWQ_LITE_ENABLED")
+    lqer_factor_bits: int = knob(4, "bits", "width of its right factor; the left one has 2 bits and one step", lo=2, hi=8, needs="LQER_TOP_K")
+    lqer_asym_group: int = knob(64, "columns", "columns of the right factor that share a step", lo=1, needs="LQER_TOP_K")
     # ---- 8 ARTIFACT
     artifact: str = knob("", "file", "the artifact to write or score; empty: LOG_DIR/RUN_ID.pgz")
     artifact_limit: int = knob(16_000_000, "bytes", "limit on artifact + code", lo=0)
@@ -760,7 +753,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "TRAIN_LOG_EVERY": 500, "DOC_MASK": True, "EVAL_SEQ_LEN": 2560, "TARGET_BYTES": 16_000_000,
         "EMBED_BITS": 7, "CONTROL_BITS": 16, "QUANT_CLIP": "sigma", "QUANT_MIN_NUMEL": 65536, "GPTQ_ENABLED": True,
         "GPTQ_N_SAMPLES": 1536, "QUANT_TRELLIS": 64, "LQER_TOP_K": 3, "LQER_RANK": 4, "LQER_FACTOR_BITS": 4,
-        "LQER_ASYM_ENABLED": True, "LQER_ASYM_GROUP": 32,
+        "LQER_ASYM_GROUP": 32,
         "TTT_ENABLED": True, "TTT_RESET": "document", "TTT_EVAL_SEQ_LEN": 2560, "TTT_BATCH_SIZE": 64, "TTT_CHUNK_SIZE": 48, "TTT_KV_CACHE": True,
         "TTT_LORA_SITES": "q,v,o,mlp,head", "TTT_LORA_BLOCKS": 0, "TTT_LORA_RANK": 80, "TTT_LORA_ALPHA": 144.0,
         "TTT_LR": 8e-5, "TTT_WD": 2.0, "TTT_BETA1": 0.0, "TTT_BETA2": 0.99, "TTT_ADAM_EPS": 1e-10, "TTT_GRAD_CLIP": 0.0,
@@ -868,6 +861,10 @@ PUBLISHED_NAMES: dict[str, dict[str, Fate]] = {
         "GPTQ_DAMP": "GPTQ_PERCDAMP",
         "FULL_GPTQ": "GPTQ_ENABLED",
         "LQER_ENABLED": {"0": "LQER_TOP_K=0", "1": "LQER_TOP_K=3"},
+        "LQER_ASYM_ENABLED": Only("1", "the left factor always has 2 bits and one step, the right one a step a group"),
+        "AWQ_LITE_ENABLED": Only("0", "with QUANT_TRELLIS every column has its own step, which this did for a few groups"),
+        **{f"AWQ_LITE_{name}": Dead("belongs to AWQ_LITE_ENABLED") for name in ("BITS", "GROUP_TOP_K", "GROUP_SIZE")},
+        "GPTQ_CALIBRATION": Only("train", "calibration looks at windows of the training stream"),
         "PRUNE_PCT": "PRUNE_FRAC",
         "NGRAM_ENABLED": {"0": "NGRAM_SCORE=off", "1": "NGRAM_SCORE=exact"},
         "NGRAM_MIX": Only("cascade", "every other way for exact counts to correct the network scored worse"),
@@ -4754,16 +4751,15 @@ class LowRank(NamedTuple):
     """A rank-k matrix, the product of two factors of int8 codes times fp16 steps."""
 
     left: Tensor  # (R, k)
-    left_scale: Tensor  # (k,) or (1,)
+    left_scale: Tensor  # (1,)
     right: Tensor  # (k, C)
-    right_scale: Tensor  # (k,), or (k, G) with a step for each `group` columns
-    group: int = 0
+    right_scale: Tensor  # (k, G), a step for each `group` columns
+    group: int
 
     def product(self) -> Tensor:
         """(R, C) fp32."""
-        left, scale = self.left.float() * self.left_scale.float(), self.right_scale.float()
-        by_column = scale.repeat_interleave(self.group, 1)[:, : self.right.shape[1]] if self.group else scale[:, None]
-        return left @ (self.right.float() * by_column)
+        step_KC = self.right_scale.float().repeat_interleave(self.group, 1)[:, : self.right.shape[1]]
+        return (self.left.float() * self.left_scale.float()) @ (self.right.float() * step_KC)
 
 
 @dataclass(frozen=True)
@@ -5247,30 +5243,20 @@ def trellis_codes(
 
 
 @torch.no_grad()
-def sample_calibration_text(
-    model: GPT, batch: int, length: int, seed: int, temperature: float = 0.8, until: float = math.inf
-) -> Tensor:
-    """(batch, length) ids that the model writes after BOS; its own text calibrates about as well as real text (PR #1019).
-
-    At `until`, a reading of time.perf_counter(), it stops; a sixteenth of the length is always written.
-    """
+def sample_text(model: GPT, length: int, seed: int, temperature: float = 0.8) -> Tensor:
+    """(1, length) ids: BOS and what the model writes after it."""
     device = model.tok_emb.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    cache = KVCache(model.cfg, batch, length, device, model.compute_dtype)
-    ids = [torch.full((batch, 1), BOS, device=device)]
-    for at in range(1, length):
-        if 16 * at >= length and time.perf_counter() > until:
-            break
+    cache = KVCache(model.cfg, 1, length, device, model.compute_dtype)
+    ids = [torch.full((1, 1), BOS, device=device)]
+    for _ in range(1, length):
         p = (model.logits(model.features(ids[-1], Ctx(cache=cache))[:, -1]) / temperature).softmax(-1)
         ids.append(torch.multinomial(p, 1, generator=generator))
     return torch.cat(ids, dim=1)
 
 
-def calibration_inputs(
-    cfg: Config, run: Run, model: GPT, stream: TokenStream, most_tokens: int = 2**16, until: float = math.inf
-) -> Iterator[Tensor]:
-    """This rank's share of GPTQ_N_SAMPLES sequences (B, TRAIN_SEQ_LEN): even windows of the training data, or own text, whose
-    sequences are shorter if their writing reaches `until`.
+def calibration_inputs(cfg: Config, run: Run, stream: TokenStream, most_tokens: int = 2**16) -> Iterator[Tensor]:
+    """This rank's part of GPTQ_N_SAMPLES sequences (B, TRAIN_SEQ_LEN): even windows of the training data.
 
     A batch has at most `most_tokens` tokens or one sequence; a rank without a share takes the first sequence.
     """
@@ -5278,12 +5264,8 @@ def calibration_inputs(
     rows = max(1, min(most_tokens, 2**16 if run.device.type == "cuda" else 2**12) // length)
     for lo in range(mine.start, mine.stop, rows):
         batch = range(lo, min(lo + rows, mine.stop))
-        if cfg.gptq_calibration == "self":
-            seed = derive_seed(cfg.seed, "calibration", lo)
-            yield sample_calibration_text(model, len(batch), length, seed, until=until)
-        else:
-            starts = [i * (stream.total - length) // cfg.gptq_n_samples - stream.position for i in batch]
-            yield torch.from_numpy(np.stack([stream.read(start, length) for start in starts])).to(run.device)
+        starts = [i * (stream.total - length) // cfg.gptq_n_samples - stream.position for i in batch]
+        yield torch.from_numpy(np.stack([stream.read(start, length) for start in starts])).to(run.device)
 
 
 def while_time(batches: Iterable[Tensor], seconds: float, run: Run) -> Iterator[Tensor]:
@@ -5470,16 +5452,11 @@ def round_all(cfg: Config, items: list[TensorToCode], run: Run | None) -> list[T
     return codes
 
 
-def low_rank_codes(residual_RC: Tensor, rank: int, bits: int, group: int = 0) -> LowRank:
-    """The best rank-`rank` approximation of a residual, its singular directions rounded to `bits` bits (LQER, PR #1797).
-
-    With a `group`, left directions have the 2-bit codes -2..1 and one step, right ones a step for each `group` columns.
-    """
+def low_rank_codes(residual_RC: Tensor, rank: int, bits: int, group: int) -> LowRank:
+    """The best rank-`rank` approximation of a residual (LQER, PR #1797): left singular directions as the 2-bit codes -2..1 with one
+    step, right ones in `bits` bits with a step for each `group` columns."""
     u, s, vt = torch.linalg.svd(residual_RC.float(), full_matrices=False)
     left, right, group = u[:, :rank] * s[:rank], vt[:rank], min(group, residual_RC.shape[1])
-    if not group:
-        codes, scales = zip(*(quantize_rows(side, bits, ClipRule()) for side in (left.T, right)), strict=True)
-        return LowRank(codes[0].T.contiguous().cpu(), scales[0].cpu(), codes[1].cpu(), scales[1].cpu())
     left_scale = row_scale(left.abs().amax()[None], 1.5)
     half, width = 2 ** (bits - 1), right.shape[1]
     padded = F.pad(right, (0, -width % group)).unflatten(1, (-1, group))
@@ -5518,7 +5495,6 @@ class InputStats:
     ):
         self.states = {name: trellis_states(cfg, w.shape) for name, w in named.items()}
         self.moments = {name: input_moments(name, named, hessians or {}) for name in named}
-        self.finer: dict[str, Tensor] = {}  # (C,) int8 eighths of an octave by which AWQ-lite refines columns
         order = "natural" if cfg.quant_trellis else cfg.gptq_order
         found = {id(h): h for n, h in self.moments.items() if h is not None and (self.states[n] or cfg.target_bytes)}
         jobs = [(len(h) ** 3, lambda h=h: gptq_factors(h, cfg.gptq_percdamp, cfg.gptq_variant, order).to("cpu"))
@@ -5536,30 +5512,8 @@ class InputStats:
 
     def columns(self, name: str) -> Tensor | None:
         """Steps of a tensor's columns in eighths of an octave, None where all are equal."""
-        factors, finer = self.factors(name) if self.states[name] else None, self.finer.get(name)
-        even = None if factors is None else column_steps(factors.weight_C)
-        if finer is None:
-            return even
-        return -finer if even is None else (even - finer).clamp(-127, 127)
-
-
-def awq_groups(policy: Policy, inputs: InputStats) -> dict[str, Tensor]:
-    """AWQ-lite (PR #1908): by tensor, octave-eighths by which its columns in one of the AWQ_LITE_GROUP_TOP_K groups are refined.
-
-    A group of neighbouring columns ranks by the sum of the rms of their inputs times their mean |weight|.
-    """
-    cfg, ranked = policy.cfg, []
-    for name, h_CC in inputs.moments.items():
-        if h_CC is not None and policy.bits(name) < cfg.awq_lite_bits:
-            worth_C = h_CC.diagonal().clamp_min(0).sqrt() * matrix_of(policy.named[name]).abs().mean(dim=0)
-            groups = worth_C.split(cfg.awq_lite_group_size)
-            ranked += [(float(group.sum()), name, i * cfg.awq_lite_group_size) for i, group in enumerate(groups)]
-    finer: dict[str, Tensor] = {}
-    for _, name, lo in sorted(ranked, reverse=True)[: cfg.awq_lite_group_top_k]:
-        refined_C = finer.setdefault(name, torch.zeros_like(inputs.moments[name][0], dtype=torch.int8))
-        octaves = cfg.awq_lite_bits - policy.bits(name) - (cfg.quant_trellis > 0)  # whose steps are halved already
-        refined_C[lo : lo + cfg.awq_lite_group_size] = 8 * octaves
-    return finer
+        factors = self.factors(name) if self.states[name] else None
+        return None if factors is None else column_steps(factors.weight_C)
 
 
 def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor, states: int = 0) -> Tensor:
@@ -5574,10 +5528,9 @@ def to_code(policy: Policy, inputs: InputStats, name: str, w: Tensor, chosen: Te
     if cfg.prune_scope == "tensor" and (count := int(cfg.prune_frac * w_RC.numel())):  # the smallest weights (PR #850)
         w_RC[w_RC.abs() <= w_RC.abs().flatten().kthvalue(count).values] = 0.0
     states, columns_C, hessian = inputs.states[name], inputs.columns(name), inputs.moments[name]
-    wide = chosen is not None or states or columns_C is not None
+    wide = chosen is not None or states
     if chosen is None:
-        base_C = None if columns_C is None else columns_C + inputs.finer.get(name, 0)
-        chosen = clipped_scale(w_RC if base_C is None else w_RC / octave_eighths(base_C), bits, policy.clip(name))
+        chosen = clipped_scale(w_RC if columns_C is None else w_RC / octave_eighths(columns_C), bits, policy.clip(name))
         if states:  # a state sees every second code
             chosen = (chosen.float() / 2).clamp_min(SCALE_EPS).half()
         if columns_C is not None:
@@ -5597,10 +5550,9 @@ def correct_residuals(cfg: Config, named: dict[str, Tensor], stored: dict[str, Q
     error (None)."""
     coded = [name for name, item in stored.items() if item.codes is not None]
     residuals = {name: matrix_of(named[name]).cpu() - matrix_of(dequantize(stored[name])) for name in coded}
-    group = cfg.lqer_asym_group if cfg.lqer_asym_enabled else 0
     for name in sorted(residuals, key=lambda name: -float(residuals[name].norm()))[: cfg.lqer_top_k]:
         rank = min(cfg.lqer_rank, *residuals[name].shape)
-        low_rank = low_rank_codes(residuals[name], rank, cfg.lqer_factor_bits, group)
+        low_rank = low_rank_codes(residuals[name], rank, cfg.lqer_factor_bits, cfg.lqer_asym_group)
         lowers = float((residuals[name] - low_rank.product()).norm()) < float(residuals[name].norm())
         if worth(name, low_rank, residuals[name]) if worth else lowers:
             stored[name] = dataclasses.replace(stored[name], low_rank=low_rank)
@@ -5629,9 +5581,7 @@ def quantize(
     fp16, or an override names nothing.
     """
     policy, scales = Policy(cfg, named, store), scales or {}
-    if inputs is None:
-        inputs = InputStats(cfg, named, hessians, run)
-        inputs.finer = awq_groups(policy, inputs) if cfg.awq_lite_enabled else {}
+    inputs = inputs or InputStats(cfg, named, hessians, run)
     stored: dict[str, QuantizedTensor] = dict(kept)
     items = []
     for name, w in named.items():
@@ -5713,7 +5663,7 @@ class TensorEntry(NamedTuple):
         """Whether a tensor of this shape can be coded like this."""
         rows, columns = rows_and_columns(self.shape)
         walks = self.trellis in TRELLISES and rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS
-        corrected = 0 <= self.rank <= MAX_LOW_RANK and 0 <= self.group <= (columns if self.rank else 0)
+        corrected = 1 <= self.rank <= MAX_LOW_RANK and 1 <= self.group <= columns if self.rank else self.group == 0
         coded = (walks or self.trellis == 0) and self.columns in (0, 1) and corrected
         return self.bits in WIDTHS and (coded if self.bits <= 8 else not any(self[4:]))
 
@@ -5796,9 +5746,8 @@ def part_shapes(entry: TensorEntry) -> list[tuple[str, tuple[int, ...]]]:
     if entry.columns:
         parts.append(("columns", (1, columns)))
     if entry.rank:
-        k, g = entry.rank, entry.group
-        steps = ((1,), (k, -(-columns // g))) if g else ((k,), (k,))
-        parts += [("codes", (rows, k)), ("scale", steps[0]), ("codes", (k, columns)), ("scale", steps[1])]
+        k, groups = entry.rank, -(-columns // entry.group)
+        parts += [("codes", (rows, k)), ("scale", (1,)), ("codes", (k, columns)), ("scale", (k, groups))]
     return parts
 
 
@@ -6829,10 +6778,6 @@ class BudgetSearch:
         passed = sum(2 * named[n].numel() for n in named.keys() - self.curves.keys())
         self.fixed = code_bytes + sum(map(len, sections.values())) + 2000 + passed
         self.coded: dict = {}  # streams of the last file
-        if cfg.awq_lite_enabled:
-            steps, _ = choose_steps(list(self.curves.values()), 8 * max(cfg.target_bytes - self.fixed, self.coarsest))
-            groups = awq_groups(self.policy, self.inputs)
-            self.inputs.finer = {n: finer for n, finer in groups.items() if self.refining_pays(n, finer, steps[n])}
 
     def in_column_steps(self, name: str) -> Tensor:
         """A tensor as it is divided by row steps: (R, C), its columns in their own steps."""
@@ -6851,13 +6796,6 @@ class BudgetSearch:
         rows, columns = rows_and_columns(self.named[name].shape)
         sample = min(rows, CURVE_ROWS) * min(columns, PATH_COLUMNS) * (2 + self.inputs.states[name])
         return sample + (PREDICTION_COST * rows * columns if self.store[name] in PREDICTED_ROLES else 0)
-
-    def refining_pays(self, name: str, finer_C: Tensor, step: float) -> bool:
-        """Whether finer steps for some columns of a tensor save more than their bits would elsewhere."""
-        curve, octaves_C = self.curves[name], finer_C.double() / 8
-        weight_C = self.inputs.factors_in_steps(name).weight_C.double()
-        saved = curve.at(step)[1] * float((weight_C * (1 - 4.0**-octaves_C)).sum() / weight_C.sum())
-        return saved > curve.price(step) * float(octaves_C.sum()) * len(curve.row_factor_R)
 
     def pack_at(self, room: float) -> Budget:
         """The file whose codes are predicted to take `room` bytes."""
@@ -9503,7 +9441,7 @@ def calibrate_in_time(
     cfg, run = opened.cfg, opened.run
     left = cfg.max_wallclock_seconds - result.seconds - counted if cfg.max_wallclock_seconds else math.inf
     # An eager backward pass keeps up to twice what the compiled one of training kept.
-    batches = calibration_inputs(cfg, run, model, stream, result.micro_tokens // 2, time.perf_counter() + 0.8 * left)
+    batches = calibration_inputs(cfg, run, stream, result.micro_tokens // 2)
     calibration = calibrate(cfg, run, model, while_time(batches, 0.9 * left, run))
     done = calibration.tokens // cfg.train_seq_len
     if done < cfg.gptq_n_samples:
@@ -9697,7 +9635,7 @@ def run_train(loaded: LoadedConfig) -> int:
     try:
         if run.rank == 0:
             seed, length = derive_seed(cfg.seed, "sample"), min(48, cfg.train_seq_len)
-            written = sample_calibration_text(model.eval(), 1, length, seed)
+            written = sample_text(model.eval(), length, seed)
             run.log(f"sample: {opened.tokenizer.decode(written[0, 1:].cpu().numpy())[0]!r}")
         return score_artifact(opened, blob, result.seconds + calibration_s)
     except Exception:

@@ -173,7 +173,7 @@ def compare_gaps(subject: Subject) -> None:
     before = subject.bpb(subject.named)
     cfg = dataclasses.replace(subject.cfg, gptq_enabled=True, target_bytes=1)
     started = time.perf_counter()
-    calibration = tg.calibrate(cfg, RUN, subject.model, tg.calibration_inputs(cfg, RUN, subject.model, subject.stream))
+    calibration = tg.calibrate(cfg, RUN, subject.model, tg.calibration_inputs(cfg, RUN, subject.stream))
     print(
         f"bpb before quantisation {before:.6f} ({GAP_TOKENS} tokens); calibration {time.perf_counter() - started:.1f}s"
     )
@@ -255,7 +255,7 @@ def compare_errors(subject: Subject, rates: list[float], trellises: list[int]) -
     """At equal bytes of the file, filled by the byte budget: damage of independent codes, of the same with steps of columns,
     and of each trellis."""
     cfg = dataclasses.replace(subject.cfg, gptq_enabled=True, target_bytes=1)
-    calibration = tg.calibrate(cfg, RUN, subject.model, tg.calibration_inputs(cfg, RUN, subject.model, subject.stream))
+    calibration = tg.calibrate(cfg, RUN, subject.model, tg.calibration_inputs(cfg, RUN, subject.stream))
     moments, inputs = tg.InputStats(cfg, subject.named, calibration.hessians).moments, tg.InputStats
     policy = tg.Policy(cfg, subject.named, subject.store)
     before = subject.bpb(subject.named), log_probabilities(subject, subject.named)

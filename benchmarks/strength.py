@@ -17,7 +17,7 @@ CPU seconds. `report` prints gains in bits per byte, paired by document, with th
     stages   windows, sliding windows, and on these the artifact's n-grams, the text's own, and the tilt
     ttt      a LoRA a document, one change at a time
     spend    what else the seconds of test-time training may buy
-    quant    the gap at equal bytes: independent codes, trellises, steps of columns, LQER, AWQ-lite
+    quant    the gap at equal bytes: independent codes, trellises, steps of columns, LQER
 """
 
 from __future__ import annotations
@@ -161,9 +161,7 @@ SPENT: dict[str, dict[str, str]] = {  # what the seconds may be spent on that ke
 QUANT: dict[str, dict[str, Any]] = {  # the slowest last
     "independent": {},
     "8 states": {"quant_trellis": 8},
-    "AWQ-lite": {"quant_trellis": 8, "awq_lite_enabled": True},
-    "LQER": {"quant_trellis": 8, "lqer_top_k": 3},
-    "LQER asymmetric": {"quant_trellis": 8, "lqer_top_k": 3, "lqer_asym_enabled": True, "lqer_asym_group": 32},
+    "LQER": {"quant_trellis": 8, "lqer_top_k": 3, "lqer_asym_group": 32},
     "steps of columns": {"even": True},
     "64 states": {"quant_trellis": 64},
 }
@@ -402,9 +400,7 @@ class Subject:
             nonlocal calibration
             if calibration is None:
                 self.model.load_state_dict(named)
-                calibration = tg.calibrate(
-                    cfg, self.run, self.model, tg.calibration_inputs(cfg, self.run, self.model, self.stream)
-                )
+                calibration = tg.calibrate(cfg, self.run, self.model, tg.calibration_inputs(cfg, self.run, self.stream))
             aim = dataclasses.replace(cfg, target_bytes=int(coded * bits / 8) + 6000, **knobs)
             tg.InputStats.columns = columns_of_all if even_columns else even
             started = time.process_time()

@@ -30,7 +30,7 @@ def stored_with(low_rank: bool = False, **knobs) -> dict[str, tg.QuantizedTensor
     if low_rank:
         item = stored["blocks.0.attn.q.weight"]
         codes = lambda *shape: torch.randint(-7, 8, shape, dtype=torch.int8)  # noqa: E731
-        factor = tg.LowRank(codes(48, 3), torch.rand(3).half(), codes(3, 48), torch.rand(3).half())
+        factor = tg.LowRank(codes(48, 3), torch.rand(1).half(), codes(3, 48), torch.rand(3, 5).half(), 10)
         stored["blocks.0.attn.q.weight"] = tg.dataclasses.replace(item, low_rank=factor)
     return stored
 
@@ -175,7 +175,7 @@ def hostile(header_change) -> bytes:
     [
         *((lambda h, record=record: h["tensors"].__setitem__(0, record), "impossible record") for record in (
             [9], [], [8.0], ["8"], [True], [8, 7], [8, 8, 2], [8, 8, 0, 0, 3], [8, 8, 1, -1], [8, True], [8, "8"], [8, 0, 0, 10**9],
-            [8, 0, 0, 2, 49], [16, 8], [16, 0, 1], [32, 0, 0, 1], [8, 0, 0, 0, 0, 0])),
+            [8, 0, 0, 2, 49], [8, 0, 0, 2], [16, 8], [16, 0, 1], [32, 0, 0, 1], [8, 0, 0, 0, 0, 0])),
         (lambda h: h["tensors"].__setitem__(3, [8, 8]), "impossible record"),  # a vector has no trellis
         (lambda h: h["tensors"].append([8]), "not those"),
         (lambda h: h["tensors"].__setitem__(0, 8), "does not say"),

@@ -372,7 +372,7 @@ def test_a_run_on_caseops_says_what_it_counted(cased, tiny, script, tmp_path, mo
     data = cased("own")
     document = torch.from_numpy(data.tokens[: np.flatnonzero(data.tokens == 1)[1]])
     assert data.tokenizer.operators[document].any()
-    monkeypatch.setattr(tg, "sample_calibration_text", lambda *_: document[None])
+    monkeypatch.setattr(tg, "sample_text", lambda *_: document[None])
     env = {**tiny, "DATA_PATH": str(data.folder), "EVAL_STRIDE": "0", "ITERATIONS": "1", "NGRAM_SCORE": "off"}
     del env["VOCAB_SIZE"]
     result = script(env)

@@ -90,7 +90,7 @@ RUNS = {
                   "TTT_ORDER": "length", "TTT_KV_CACHE": 1, "NGRAM_SCORE": "off"},
     "frontier": small("frontier", TRAIN_LOG_EVERY=1, TTT_EVAL_SEQ_LEN=48, TTT_CHUNK_SIZE=48, TTT_BATCH_SIZE=4, TTT_LORA_RANK=2, NGRAM_ORDER=4,
                       NGRAM_TILT_ORDER=4, TARGET_BYTES=0, VAL_TOKENS=250),
-    "self": {"GPTQ_ENABLED": 1, "GPTQ_CALIBRATION": "self", "GPTQ_N_SAMPLES": 2, "LQER_TOP_K": 2, "NGRAM_SCORE": "off"},
+    "corrections": {"GPTQ_ENABLED": 1, "GPTQ_N_SAMPLES": 2, "LQER_TOP_K": 2, "NGRAM_SCORE": "off"},
 }  # fmt: skip
 
 

@@ -261,7 +261,7 @@ def mixed(states: int = 8) -> dict[str, tg.QuantizedTensor]:
     """Tensors with everything that a file can hold."""
     named, store = weights()
     h = {"blocks.0.attn.q": second_moments(0.5, 48), "blocks.0.mlp.up": second_moments(1.0, 48)}
-    cfg = tg.Config(quant_min_numel=100, quant_trellis=states, lqer_top_k=2, lqer_asym_enabled=True, lqer_asym_group=20,
+    cfg = tg.Config(quant_min_numel=100, quant_trellis=states, lqer_top_k=2, lqer_asym_group=20,
                     gptq_enabled=True, mlp_bits=3, attn_bits=3)  # fmt: skip
     return tg.quantize(cfg, named, store, h)
 
@@ -330,7 +330,12 @@ def test_a_trellis_of_few_rows_or_many_columns_is_refused():
         ({"QUANT_TRELLIS": "6"}, "QUANT_TRELLIS"),
         ({"QUANT_TRELLIS": "8", "COMPRESSOR": "zstd"}, "needs COMPRESSOR=entropy"),
         ({"QUANT_TRELLIS": "4", "PRUNE_FRAC": "0.1", "PRUNE_SCOPE": "global"}, "PRUNE_SCOPE=tensor"),
-        ({"AWQ_LITE_ENABLED": "1", "GPTQ_ENABLED": "0"}, "GPTQ_ENABLED=1"),
+        (
+            {"AWQ_LITE_ENABLED": "1"},
+            "AWQ_LITE_ENABLED='1': expected 0: with QUANT_TRELLIS every column has its own step",
+        ),
+        ({"LQER_ASYM_ENABLED": "0"}, "LQER_ASYM_ENABLED='0': expected 1"),
+        ({"GPTQ_CALIBRATION": "self"}, "GPTQ_CALIBRATION='self': expected train"),
         ({"LQER_ENABLED": "2"}, "expected 0 or 1"),
     ],
 )
@@ -353,25 +358,8 @@ def test_asymmetric_factors_have_two_bits_left_and_a_step_a_group_right():
     assert float((residual - factors.product()).norm()) < 0.8 * float(residual.norm())
 
 
-@pytest.mark.parametrize("states", [0, 8])
-def test_awq_lite_refines_the_columns_that_count(states):
-    named = {"b.0.weight": torch.randn(64, 96), "b.1.weight": torch.randn(64, 96)}
-    x = torch.randn(500, 96)
-    x[:, 32:48] *= 4
-    hessians, store = {"b.0": x.T @ x, "b.1": torch.eye(96) * 500}, dict.fromkeys(named, "mlp")
-    cfg = tg.Config(gptq_enabled=True, mlp_bits=4, quant_min_numel=0, quant_trellis=states)
-    on = dataclasses.replace(cfg, awq_lite_enabled=True, awq_lite_group_size=16)
-    plain, refined = tg.quantize(cfg, named, store, hessians), tg.quantize(on, named, store, hessians)
-    before = 0 if states == 0 else plain["b.0.weight"].columns.int()
-    moved = refined["b.0.weight"].columns.int() - before
-    assert moved.tolist() == [8 * (states > 0) - 32 if 32 <= j < 48 else 0 for j in range(96)]
-    assert (refined["b.1.weight"].columns is None) == (states == 0)
-    error = lambda s: float(((e := tg.dequantize(s["b.0.weight"]) - named["b.0.weight"]) @ hessians["b.0"] * e).sum())  # noqa: E731
-    assert error(refined) < (0.9 if states else 0.5) * error(plain)  # a trellis' columns cost the same already
-
-
 def test_corrections_are_taken_only_where_they_save_more_than_their_bytes():
-    """A rank-1 residual that matters is corrected, and columns with large inputs refined; white ones are not."""
+    """A rank-1 residual that matters is corrected, a white one is not."""
     named, store, calibration = trained_stand_in()
     cfg = tg.Config(target_bytes=12_000, quant_min_numel=100, gptq_enabled=True, lqer_top_k=9, quant_trellis=8)
     search = tg.BudgetSearch(cfg, {}, named, store, calibration, 0, {})
@@ -382,13 +370,6 @@ def test_corrections_are_taken_only_where_they_save_more_than_their_bytes():
     assert search.correction_pays(name, factors(strong), strong, step)
     white = torch.randn(192, 48)
     assert not search.correction_pays(name, factors(white), white, step)
-    assert not search.refining_pays(name, (torch.arange(48) < 16).to(torch.int8) * 16, step)
-    search.cfg = dataclasses.replace(cfg, quant_trellis=0)  # columns have equal steps, and the last ones large inputs
-    search.inputs = tg.InputStats(search.cfg, named, calibration.hessians)
-    search.inputs.by_moments[id(search.inputs.moments[name])] = tg.GptqFactors(
-        torch.eye(48), torch.where(torch.arange(48) < 4, 11.0, 1 / 11), 1.0
-    )
-    assert search.refining_pays(name, (torch.arange(48) < 4).to(torch.int8) * 16, step)
 
 
 @pytest.mark.parametrize("states", [0, 8])
