@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_model import EVERYTHING, EVERYTHING_ELSE, T, V, build
-from test_recipes import small
 
 import train_gpt as tg
 
@@ -242,14 +241,6 @@ def test_a_pair_of_techniques_is_its_formula_and_learns(a, b):
     for name, p in model.named_parameters():
         if p.numel() and p.requires_grad:  # a single block has no skip; the two caps are frozen
             assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
-
-
-@pytest.mark.parametrize("recipe", tg.RECIPES)
-def test_a_recipe_is_its_formula(recipe):
-    cfg = tg.load_config(
-        small(recipe, VOCAB_SIZE=V, TRAIN_SEQ_LEN=T, TRAIN_BATCH_TOKENS=2 * T, DOC_MASK=0), has_gpu=lambda: False
-    ).cfg
-    check(randomised(tg.GPT(cfg)), "sdpa")
 
 
 @pytest.mark.parametrize("mask", [False, True])
