@@ -32,7 +32,7 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "logs", "tr
 MUTANTS = {
     "bytes": [
         ("B1: space dropped only after BOS, not after other boundary pieces", "data.py -k boundary", ("(self.spaced[target] & ~self.boundary[prev])", "(self.spaced[target] & (prev != BOS))")),
-        ("B2: shards no longer sorted by name", "data.py -k digits", ('    return sorted(p for p in folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\\d+\\.bin", p.name))', '    return [p for p in folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\\d+\\.bin", p.name)]')),
+        ("B2: shards in the order that the folder lists them", "data.py -k digits", ("return sorted(found, key=lambda path: (shard_number(path), path.name))", "return list(found)")),
         ("B3: sidecar tolerance is one-sided (too few bytes pass)", "bytes.py -k sums", ("if abs(theirs.sum() - ours.sum()) > SIDECAR_TOLERANCE * ours.sum():", "if theirs.sum() - ours.sum() > SIDECAR_TOLERANCE * ours.sum():")),
         ("B4: escaped escape escapes the next operator too", "bytes.py -k 'fused or case'", ("escaped[i + 1] = not escaped[i] and self.operators[tokens[i + 1]]", "escaped[i + 1] = self.operators[tokens[i + 1]] > 0")),
         ("B5: audit's bytes check one-sided: more bytes counted than in the text passes", "bytes.py -k sums", ("return AuditCheck(name, abs(total - counted) <= SIDECAR_TOLERANCE * total, detail)", "return AuditCheck(name, total - counted <= SIDECAR_TOLERANCE * total, detail)")),
@@ -50,7 +50,7 @@ MUTANTS = {
         ("E3: LearnedWeights: step taken before its squares are added", "evaluation_oracles.py", ("            square += bucket_sums(bucket, squared, table.shape[1])\n            table += self.rate * bucket_sums(bucket, gradient, table.shape[1]) / (square + self.caution)", "            table += self.rate * bucket_sums(bucket, gradient, table.shape[1]) / (square + self.caution)\n            square += bucket_sums(bucket, squared, table.shape[1])")),
         ("E4: tilt fires for unseen contexts (hint = last token of the stream)", "evaluation_oracles.py", ("fires = (total > 0) & (seen >= self.threshold * total)", "fires = seen >= self.threshold * total")),
         ("E5: TTT KV cache keeps window + chunk positions", "block_ttt.py -k definition", ("skip = max(0, self.slots[slot][0].shape[1] + k_RTGK.shape[1] - self.window)", "skip = max(0, self.slots[slot][0].shape[1] - self.window)")),
-        ("E6: global TTT phase trains past the scored text", "causality.py -k phase", ("spans = self.sequences(lo, min(lo + cfg.global_ttt_chunk_tokens, end))", "spans = self.sequences(lo, min(lo + cfg.global_ttt_chunk_tokens, len(tokens)))")),
+        ("E6: global TTT phase trains past the scored text", "causality.py -k phase", ("            hi = min(lo + cfg.global_ttt_chunk_tokens, end)\n", "            hi = min(lo + cfg.global_ttt_chunk_tokens, len(tokens))\n")),
         ("E7: padded targets of short TTT sequences keep their weight", "ttt.py block_ttt.py -k 'definition or fit or any_order'", ("weights = torch.where(inside, self.weights[at], 0.0)[:, 1:].to(self.run.device)", "weights = self.weights[at][:, 1:].to(self.run.device)")),
         ("E8: packed table: longest context cut at the start of each span", "evaluation_oracles.py", ("start = max(0, lo - self.order)\n", "start = max(0, lo - self.order + 2)\n")),
         ("E9: table counted on text after the position (not the trained text)", "evaluation_oracles.py -k trained_on", ("tokens = stream.read(-stream.position, n)", "tokens = stream.read(0, n)")),
@@ -164,7 +164,7 @@ MUTANTS = {
         ("check-bytes", "records_check.py", ("    if worst <= LIMIT_BYTES:\n", "    if worst < LIMIT_BYTES + 1000:\n"), "records/check/rules.py"),
         ("check-helpers", "records_check.py -k 'helper or limit'", ("if total + extra > LIMIT_BYTES:", "if total > LIMIT_BYTES:"), "records/check/rules.py"),
         ("check-claims", "records_check.py records.py -k 'claim or figure'", ('        return FAIL, rule, f"{bpb:.5f} is a claimed figure (no code length); {scores}"', '        return WARN, rule, f"{bpb:.5f} is a claimed figure (no code length); {scores}"'), "records/check/rules.py"),
-        ("check-hardware", "records_check.py", ('good = all("H100" in (device or "H100") and ranks in (8, None)', 'good = any("H100" in (device or "H100") and ranks in (8, None)'), "records/check/rules.py"),
+        ("check-hardware", "records_check.py -k hardware", ('good = all("H100" in (device or "H100") and ranks in (8, None)', 'good = any("H100" in (device or "H100") and ranks in (8, None)'), "records/check/rules.py"),
         ("check-layers", "records_check.py -k 'literal or layers or wherever or packed'", ("held = _programs(tree) if depth[text] < MAX_LAYERS else {}", "held = _programs(tree) if depth[text] < 1 else {}"), "records/check/source.py"),
     ],
 }
@@ -176,37 +176,34 @@ def tests_of(words: str) -> list[str]:
     return [f"tests/test_{word}" if word.endswith(".py") else word for word in shlex.split(words)]
 
 
+def edited(root: Path, edits: list[tuple[str, str]], file: str) -> str:
+    """The file with a mutant's edits; LookupError unless the text of each stands once."""
+    source = (root / file).read_text(encoding="utf-8")
+    for old, new in edits:
+        if (n := source.count(old)) != 1:
+            raise LookupError(f"{old.strip()[:60]!r} stands {n} times in {file}")
+        source = source.replace(old, new)
+    return source
+
+
+def parts(mutant: tuple) -> tuple[str, str, list[tuple[str, str]], str]:
+    """(what, tests, edits, file) of an entry of MUTANTS."""
+    what, tests, *edits = mutant
+    return what, tests, edits, edits.pop() if isinstance(edits[-1], str) else "train_gpt.py"
+
+
 def verdict(root: Path, tests: str, edits: list[tuple[str, str]], file: str) -> str:
     """killed, SURVIVES, GONE or BROKEN (the tests cannot run), of one mutant in the copy `root`, which is left as it was."""
     path = root / file
-    before = source = path.read_text(encoding="utf-8")
-    for old, new in edits:
-        if (n := source.count(old)) != 1:
-            return f"GONE: {old.strip()[:60]!r} stands {n} times in {file}"
-        source = source.replace(old, new)
-    path.write_text(source, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n",
-        "0",
-        "-q",
-        "-x",
-        "--tb=no",
-        "-p",
-        "no:cacheprovider",
-        *tests_of(tests),
-    ]
+    before = path.read_text(encoding="utf-8")
     try:
-        done = subprocess.run(
-            command,
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        )
+        path.write_text(edited(root, edits, file), encoding="utf-8")
+    except LookupError as e:
+        return f"GONE: {e}"
+    command = [sys.executable, "-m", "pytest", "-n0", "-qx", "--tb=no", "-pno:cacheprovider", *tests_of(tests)]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=SECONDS, env=quiet)
     except subprocess.TimeoutExpired:
         return "killed (they hang)"
     finally:
@@ -235,8 +232,7 @@ def main() -> int:
             copies.put(Path(shutil.copytree(ROOT, Path(folder, str(i)), ignore=LEFT_OUT)))
 
         def judge(mutant: tuple) -> None:
-            area, what, tests, *edits = mutant
-            file = edits.pop() if isinstance(edits[-1], str) else "train_gpt.py"
+            area, (what, tests, edits, file) = mutant[0], parts(mutant[1:])
             root, started = copies.get(), time.perf_counter()
             found = verdict(root, tests, edits, file)
             copies.put(root)

@@ -997,6 +997,8 @@ FOLDERS = [
     ("a source to compile", put(SCRIPT + "load(sources=[here + '/fused.cpp'])\n", fused__cpp="x" * 150_000), "helper files", "FAIL", "fused.cpp"),
     ("a source in a command", put(SCRIPT + "os.system('g++ -O3 gram.cc -o gram.so')\n", gram__cc="x" * 150_000), "helper files", "FAIL", "gram.cc"),
     ("a helper that fits packed", both(put(packed("import kernels\n" + SCRIPT), kernels__py="#" * 200_000), logged()), "helper files", "WARN", "packed as"),
+    ("one log of three on other hardware", lambda folder: (folder / "train_seed2.log").write_text(log_text(2, SEEDS[2], device="NVIDIA H200")), "hardware", "FAIL", "8 x NVIDIA H100 80GB HBM3, 8 x NVIDIA H200"),
+    ("a log that names no hardware", lambda folder: (folder / "train_seed2.log").write_text(log_text(2, SEEDS[2], device="")), "hardware", "PASS", "8 x NVIDIA H100 80GB HBM3; "),
     ("a leak that nothing shows", logged(), "validation documents in training", "WARN", "not provable from this folder: ask for the training shards"),
 ]  # fmt: skip
 
