@@ -239,10 +239,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     (uneven_length, lambda c: f"$TRAIN_BATCH_TOKENS is not a multiple of the sequence length {uneven_length(c)}; nearest: {nearest_batch(c)}"),
     (lambda c: c.complement_alpha and c.vocab_size > 16384,
      "$COMPLEMENT_ALPHA counts all pairs of tokens, too many at $VOCAB_SIZE: set it to 0"),
-    (wrong(lambda c: not all(0 < d < 1 for d in c.averages) or len(set(c.averages)) < len(c.averages)),
-     "$EMA_DECAYS: expected different decays between 0 and 1, separated by commas"),
-    (lambda c: c.swa_every and len(c.averages) > 1, "$EMA_DECAYS and $SWA_EVERY: only one EMA blends with SWA; unset one of them"),
-    (lambda c: c.swa_every and c.swa_source == "ema" and not c.averages, "$SWA_SOURCE needs EMA_DECAY above 0"),
+    (lambda c: c.swa_every and c.swa_source == "ema" and not c.ema_decay, "$SWA_SOURCE needs EMA_DECAY above 0"),
     (lambda c: c.mode == "train" and not c.max_wallclock_seconds and not c.iterations,
      "$MAX_WALLCLOCK_SECONDS and $ITERATIONS: one of them must end the training"),
     (lambda c: c.mode == "train" and 0 < c.max_wallclock_seconds <= c.reserved_seconds,
@@ -432,9 +429,8 @@ class Config:
     seq_change_warmup_steps: int = knob(0, "steps", "after each change of length the learning rates rise from nearly nothing over so many steps", lo=0, needs="TRAIN_SEQ_SCHEDULE")
     val_loss_every: int = knob(1000, "steps", "validate during training; 0: only at the end", lo=0)
     train_log_every: int = knob(200, "steps", "step lines in the log", lo=1)
-    ema_decay: float = knob(0.0, "", "exponential moving average of the weights; 0: off", lo=0, hi=0.999999, needs="!EMA_DECAYS")
-    ema_decays: str = knob("", "", "several averages at once instead of EMA_DECAY's, e.g. .99,.9965,.999: the one, or half and half of two, with the least loss on held-back training text is kept")
-    ema_start_frac: float = knob(0.0, "", "share of the budget before the EMA starts", lo=0, hi=1, needs="EMA_DECAY|EMA_DECAYS")
+    ema_decay: float = knob(0.0, "", "exponential moving average of the weights; 0: off", lo=0, hi=0.999999)
+    ema_start_frac: float = knob(0.0, "", "share of the budget before the EMA starts", lo=0, hi=1, needs="EMA_DECAY")
     swa_every: int = knob(0, "steps", "stochastic weight averaging; 0: off", lo=0)
     swa_start_scale: float = knob(0.2, "", "SWA collects while the learning-rate scale is below this", lo=0, hi=2, needs="SWA_EVERY")
     swa_source: str = knob("weights", "", "what SWA averages", choices=("weights", "ema"), needs="SWA_EVERY")
@@ -571,12 +567,6 @@ class Config:
     def xsa_layers(self) -> range:
         """Blocks with exclusive self attention."""
         return range(0 if self.xsa_last_n < 0 else self.num_layers - self.xsa_last_n, self.num_layers)
-
-    @property
-    def averages(self) -> list[float]:
-        """Decays of the exponential moving averages that are kept."""
-        several = [float(d) for d in self.ema_decays.split(",")] if self.ema_decays.strip() else []
-        return several or [self.ema_decay] * (self.ema_decay > 0)
 
     @property
     def eval_len(self) -> int:
@@ -853,6 +843,7 @@ PUBLISHED_NAMES: dict[str, dict[str, Fate]] = {
         "EVAL_ONLY": {"0": "", "1": "MODE=eval"},
         "CASEOPS_ENABLED": {"0": "VAL_BYTES=tokenizer", "1": "VAL_BYTES=sidecar"},
         "EMA_ENABLED": {"0": "EMA_DECAY=0", "1": "EMA_DECAY=0.997"},
+        "EMA_DECAYS": Only("", "choosing between averages gained nothing; EMA_DECAY keeps one"),
         "QAT_ENABLED": {"0": "QAT=none", "1": "QAT=ste"},
         "SWA_ENABLED": {"0": "SWA_EVERY=0", "1": "SWA_EVERY=50"},
         "WEIGHT_DECAY": "MUON_WD",
@@ -3871,113 +3862,61 @@ def qat_sharpness(cfg: Config, frac: float) -> float:
 
 
 class WeightAverage:
-    """EMAs and SWA of the weights, in fp32 on the device.
+    """EMA and SWA of the weights, in fp32 on the device.
 
-    EMA: e <- d e + (1 - d) w each step from EMA_START_FRAC of the budget, one for each decay, from the weights after its first step
-    (published: from the initial ones, whose part in it is d^steps). SWA: plain mean, every
-    SWA_EVERY steps while the learning-rate scale is below SWA_START_SCALE, of the weights (#187) or of the EMA (#850, which
-    takes one after steps 1, 51, .. instead of 50, 100, ..).
+    EMA: e <- d e + (1 - d) w each step from EMA_START_FRAC of the budget, from the weights after its first step (published: from
+    the initial ones, whose part in it is d^steps). SWA: plain mean, every SWA_EVERY steps while the learning-rate scale is
+    below SWA_START_SCALE, of the weights (#187) or of the EMA (#850, which takes one after steps 1, 51, .. instead of 50, 100, ..).
     """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.emas: dict[float, list[Tensor]] = {}
+        self.ema: list[Tensor] = []
         self.swa: list[Tensor] = []
         self.swa_n = 0
 
     @torch.no_grad()
     def update(self, step: int, frac: float, scale: float) -> None:
         """Take in the weights after optimizer step `step` (0-based)."""
-        for decay in self.cfg.averages if frac >= self.cfg.ema_start_frac else ():
-            if decay in self.emas:
-                torch._foreach_lerp_(self.emas[decay], self.params, 1 - decay)
-            else:
-                self.emas[decay] = [p.detach().clone() for p in self.params]
-        if self.cfg.swa_every and scale < self.cfg.swa_start_scale and (step + 1) % self.cfg.swa_every == 0:
-            source = self.weights() if self.cfg.swa_source == "ema" else [p.detach() for p in self.params]
+        cfg = self.cfg
+        if cfg.ema_decay and frac >= cfg.ema_start_frac:
+            self.ema = self.joined(self.ema, self.params, 1 - cfg.ema_decay)
+        if cfg.swa_every and scale < cfg.swa_start_scale and (step + 1) % cfg.swa_every == 0:
             self.swa_n += 1
-            if self.swa:
-                torch._foreach_lerp_(self.swa, source, 1 / self.swa_n)
-            else:
-                self.swa = [t.clone() for t in source]
+            self.swa = self.joined(
+                self.swa, self.ema or self.params if cfg.swa_source == "ema" else self.params, 1 / self.swa_n
+            )
 
-    def weights(self, *decays: float) -> list[Tensor]:
-        """The mean of those EMAs; without decays the only EMA, or the weights themselves where there is none yet."""
-        chosen = [self.emas[d] for d in decays or list(self.emas)[:1]]
-        if not chosen:
-            return [p.detach() for p in self.params]
-        return chosen[0] if len(chosen) == 1 else torch._foreach_lerp(*chosen, 0.5)
-
-    def candidates(self) -> list[tuple[float, ...]]:
-        """What may be chosen of several EMAs: each, and each pair, half and half."""
-        return [*((d,) for d in self.emas), *itertools.combinations(self.emas, 2)]
+    def joined(self, mean: list[Tensor], new: list[Tensor], part: float) -> list[Tensor]:
+        """The mean, moved in place to `new` by that part of the way; a copy of `new` where there is none yet."""
+        if not mean:
+            return [t.detach().clone() for t in new]
+        torch._foreach_lerp_(mean, new, part)
+        return mean
 
     @torch.no_grad()
-    def apply(self, decays: tuple[float, ...] = ()) -> str:
-        """Put the average in the model: EMA (of `decays`) or weights, blended with SWA. Returns what it was, for the log."""
-        base = self.weights(*decays)
+    def apply(self) -> str:
+        """Put the average in the model: EMA or weights, blended with SWA. Returns what it was, for the log."""
+        base, name, blend = (
+            self.ema or self.params,
+            f"ema({self.cfg.ema_decay})" if self.ema else "last",
+            self.cfg.swa_blend,
+        )
         if self.swa:
-            base = torch._foreach_lerp(base, self.swa, self.cfg.swa_blend)
+            base, name = (
+                torch._foreach_lerp(base, self.swa, blend),
+                f"{1 - blend:g} {name} + {blend:g} swa({self.swa_n})",
+            )
         torch._foreach_copy_(self.params, base)
-        decays = decays or tuple(self.emas)
-        name = f"ema({' + '.join(map(str, decays))})" if decays else "last"
-        return f"{1 - self.cfg.swa_blend:g} {name} + {self.cfg.swa_blend:g} swa({self.swa_n})" if self.swa else name
+        return name
 
     def state_dict(self) -> dict[str, Any]:
-        return {"emas": {**self.emas}, "swa": self.swa, "swa_n": self.swa_n}
+        return {"ema": self.ema, "swa": self.swa, "swa_n": self.swa_n}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         move = lambda ts: [t.to(p.device, copy=True) for t, p in zip(ts, self.params, strict=False)]  # noqa: E731
-        self.emas = {decay: move(ema) for decay, ema in state["emas"].items()}
-        self.swa, self.swa_n = move(state["swa"]), state["swa_n"]
-
-
-HELD_BACK_TOKENS = 2**15  # training text that chooses between averages, at least; whole steps of it
-
-
-def hold_back(cfg: Config, stream: TokenStream) -> np.ndarray:
-    """Whole batches and a token, the last of the training text, which the stream no longer has: nothing trains or calibrates on
-    them. Raises ConfigError where they are more than half of the last shard."""
-    shards, n = list(stream.shards), -(-HELD_BACK_TOKENS // cfg.train_batch_tokens) * cfg.train_batch_tokens + 1
-    if len(shards[-1]) <= 2 * n:
-        raise ConfigError(f"EMA_DECAYS holds back {n} training tokens to choose by, at most half of the last shard's {len(shards[-1])}; "
-                          "use EMA_DECAY, a smaller TRAIN_BATCH_TOKENS or more data")  # fmt: skip
-    held = np.asarray(shards[-1][-n:])
-    shards[-1] = shards[-1][:-n]
-    stream.shards, stream.starts = shards, np.cumsum([0, *(len(s) for s in shards)])
-    stream.total = int(stream.starts[-1])
-    return held
-
-
-class AverageChoice:
-    """Chooses between several EMAs by their loss on held-back training text, in the shapes and graph of training."""
-
-    def __init__(self, cfg: Config, run: Run, stream: TokenStream) -> None:
-        held = hold_back(cfg, stream)
-        self.batches = len(held) // cfg.train_batch_tokens
-        self.run, self.seq_len = run, cfg.train_seq_len
-        self.batcher = Batcher(cfg, TokenStream([held], cfg.vocab_size), run)
-        n = len(cfg.averages)
-        # The time it takes, in training steps: one forward pass a candidate and batch is less than half a step.
-        self.steps = 0.5 * self.batches * (n + n * (n - 1) / 2)
-
-    def loss(self, nll: Callable[[Tensor, Tensor], Tensor]) -> float:
-        """Mean nats a token of the held-back text; nll gives the sum over this rank's part of a batch."""
-        self.batcher.stream.position = 0
-        total = sum(nll(*self.batcher.next(self.seq_len)) for _ in range(self.batches))
-        return float(self.run.all_reduce(total)) / (self.batches * self.batcher.batch_tokens)
-
-    def choose(self, average: WeightAverage, nll: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, ...]:
-        """The candidate of least loss."""
-        losses = {}
-        for decays in average.candidates():
-            with torch.no_grad():
-                torch._foreach_copy_(average.params, average.weights(*decays))
-            losses[decays] = self.loss(nll)
-        shown = " ".join(f"{'+'.join(map(str, decays))}:{loss:.5f}" for decays, loss in losses.items())
-        self.run.log(f"average held_back_loss {shown}")
-        return min(losses, key=losses.__getitem__)
+        self.ema, self.swa, self.swa_n = move(state["ema"]), move(state["swa"]), state["swa_n"]
 
 
 # ---- complementary training
@@ -4306,7 +4245,6 @@ class Trainer:
         self.batcher = Batcher(cfg, stream, run)
         self.optimizers = Optimizers(cfg, model, run)
         self.average = WeightAverage(cfg, model)
-        self.choice = AverageChoice(cfg, run, stream) if len(cfg.averages) > 1 else None
         self.counts = BigramCounts(cfg, run) if cfg.complement_alpha else None
         self.ngrams = HashedNgrams(run) if "pr1095" in cfg.ngram_tables else None
         self.fake_quant = FakeQuant(cfg.qat, cfg.qat_bits).to(run.device) if cfg.qat != "none" else None
@@ -4333,16 +4271,14 @@ class Trainer:
     def accumulate(self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None) -> Tensor:
         """Gradient and value of sum(weights * nll) / TRAIN_BATCH_TOKENS, one micro-batch after the other."""
         loss = torch.zeros((), device=self.run.device)
-        for at, nll in self.micro_batches(inputs, targets, ctx, self.batcher):
+        for at, nll in self.micro_batches(inputs, targets, ctx):
             part = (nll if weights is None else nll * weights[at].view_as(nll)).sum() / self.cfg.train_batch_tokens
             part.backward()
             loss += part.detach()
         return loss
 
-    def micro_batches(
-        self, inputs: Tensor, targets: Tensor, ctx: Ctx, batcher: Batcher
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their nll by the graph of training) of one micro-batch of what `batcher` gave last after the other.
+    def micro_batches(self, inputs: Tensor, targets: Tensor, ctx: Ctx) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their nll) of one micro-batch of what the batcher gave last after the other.
 
         Under DOC_MASK the rows are laid end to end, (1, B T), with segments of at most T tokens.
         """
@@ -4354,7 +4290,7 @@ class Trainer:
             if self.cfg.doc_mask:
                 # Found where the ids came from: asking a GPU how many there are would wait for it.
                 expected = len(ids) * (1 + longest * self.batcher.bos_share)
-                host = ids if device.type == "cpu" else batcher.host[at]
+                host = ids if device.type == "cpu" else self.batcher.host[at]
                 segments = find_segments(host.reshape(1, -1), longest, 1 << int(2 * expected).bit_length())
                 moved = (upload(x, device) for x in segments[:3])
                 ids, following = ids.reshape(1, -1), following.reshape(1, -1)
@@ -4405,16 +4341,6 @@ class Trainer:
             counts.update(inputs, targets)
         self.step += 1
         return loss
-
-    def held_back_nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum of -log p(target) over these sequences, by the graph and the micro-batches of training."""
-        parts = self.micro_batches(inputs, targets, self.context(1.0), self.choice.batcher)
-        return sum(nll.detach().sum() for _, nll in parts)
-
-    def apply_average(self) -> str:
-        """Put the weights' average in the model, the best one of several; returns what it was, for the log."""
-        several = self.choice is not None and self.average.emas
-        return self.average.apply(self.choice.choose(self.average, self.held_back_nll) if several else ())
 
     @property
     def counters(self) -> dict[str, BigramCounts | HashedNgrams]:
@@ -4571,7 +4497,7 @@ class TrainingLoop:
         """True if the next step could pass the time limit, taking as long as the slowest of the recent steps.
 
         On a CPU not to stop means one step more. Where flags are read a step late, the device has two steps to finish
-        now, and a stop asked for after the next step comes after another two. The choice between averages comes on top.
+        now, and a stop asked for after the next step comes after another two.
         """
         now = self.clock.seconds()
         self.recent.append(now - self.last_elapsed)
@@ -4580,8 +4506,7 @@ class TrainingLoop:
 
     def past_limit(self, now: float, step_s: float) -> bool:
         """True if what is still to come after `now` passes the time limit, at so many seconds a step."""
-        ahead = (4 if self.stop.late else 1) + (self.trainer.choice.steps if self.trainer.choice else 0)
-        return 0 < self.budget < now + step_s * ahead
+        return 0 < self.budget < now + step_s * (4 if self.stop.late else 1)
 
     def after_step(self, loss: Tensor, scale: float) -> None:
         """Log, validate, save a checkpoint, advance profiler and progress bar, each where it is due after this step."""
@@ -4627,7 +4552,7 @@ class TrainingLoop:
         """Log each change of sequence length, QAT, EMA and loops at this share of the budget, and each new pass over the data."""
         cfg = self.cfg
         qat = self.trainer.fake_quant is not None and frac >= cfg.qat_start_frac
-        now = (seq_len_at(cfg, frac), qat, bool(cfg.averages) and frac >= cfg.ema_start_frac,
+        now = (seq_len_at(cfg, frac), qat, cfg.ema_decay > 0 and frac >= cfg.ema_start_frac,
                cfg.num_loops > 0 and frac >= cfg.enable_looping_at)  # fmt: skip
         for name, old, new in zip(("seq_len", "qat", "ema", "loop"), self.was, now, strict=True):
             if old != new:
@@ -4703,8 +4628,6 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
     stream; its time is not counted.
     """
     if resumed is not None and "finished" in resumed:
-        if len(cfg.averages) > 1:
-            hold_back(cfg, stream)  # calibration must not see it here either
         model.load_state_dict(resumed["model"])
         model.set_looped(resumed["looped"])
         stream.position, run.training_began = resumed["position"], True
@@ -4728,9 +4651,7 @@ def train(cfg: Config, run: Run, model: GPT, stream: TokenStream, checkpoints: C
     if trainer.ngrams is not None:
         result = result._replace(cells=trainer.ngrams.total())
     with checkpoints.keep_weights(model, stream, result):
-        what = trainer.apply_average()
-    if trainer.choice is not None:
-        result = result._replace(seconds=loop.clock.seconds())
+        what = trainer.average.apply()
     if cfg.num_loops and not model.looped:
         run.notice(f"the plain plan is scored: training ended before ENABLE_LOOPING_AT={cfg.enable_looping_at:g}")
     run.log(f"train_end steps:{result.steps} train_time:{1000 * result.seconds:.0f}ms reason:{result.reason} "
@@ -9607,8 +9528,6 @@ def run_train(loaded: LoadedConfig) -> int:
     if cfg.calibrates and stream.total < cfg.train_seq_len:
         raise ConfigError(f"calibration needs {cfg.train_seq_len} training tokens, DATA_PATH={opened.paths.folder} holds {stream.total}: "
                           "GPTQ_ENABLED=0, TARGET_BYTES=0 or more data")  # fmt: skip
-    if len(cfg.averages) > 1:
-        hold_back(cfg, copy.copy(stream))  # ConfigError where there is too little
     choose_attention(cfg, run.device)
     with torch.device("meta"):
         Policy.of(cfg, GPT(cfg))  # a mistake in it is found now, not after the training

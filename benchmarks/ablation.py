@@ -70,8 +70,8 @@ TECHNIQUES: dict[str, dict[str, str]] = {
     "beta2 .99": {"BETA2": "0.99"},
     "clip at .3": {"GRAD_CLIP_NORM": "0.3"},
     "warmdown .85": {"WARMDOWN_FRAC": "0.85"},
-    "floor .1 + three EMAs": {"MIN_LR": "0.1", "EMA_DECAYS": ".9,.97,.99"},
-    "three EMAs": {"EMA_DECAYS": ".9,.97,.99"},
+    "floor .1 + EMA .97": {"MIN_LR": "0.1", "EMA_DECAY": "0.97"},
+    "EMA .97": {"EMA_DECAY": "0.97"},
     "8,192 tokens a step": {"TRAIN_BATCH_TOKENS": "8192"},
     "2,048 tokens a step": {"TRAIN_BATCH_TOKENS": "2048"},
     "sequences of 256": {"TRAIN_SEQ_LEN": "256", "EVAL_SEQ_LEN": "512"},
@@ -129,7 +129,7 @@ def bits_per_byte(model: tg.GPT, text: Text, length: int) -> float:
 
 
 def train(cfg: tg.Config, text: Text) -> tuple[int, float]:
-    """Train until MAX_WALLCLOCK_SECONDS are used, the choice of an average included: (steps, bits per byte)."""
+    """Train until MAX_WALLCLOCK_SECONDS are used: (steps, bits per byte)."""
     run = tg.Run(cfg, rank=0, local_rank=0, world=1, local_world=1)
     run.log = lambda *_args, **_kwargs: None  # no files here
     torch.manual_seed(tg.derive_seed(cfg.seed, "init"))
@@ -138,14 +138,13 @@ def train(cfg: tg.Config, text: Text) -> tuple[int, float]:
     trainer.prime()
     # Every seed reads its own part of the stream: the noise is that of data and of init.
     trainer.batcher.stream.position = cfg.seed * 7919 * 512 % trainer.batcher.stream.total
-    budget, steps_kept = cfg.max_wallclock_seconds, 1 + (trainer.choice.steps if trainer.choice else 0)
-    started, spent = time.perf_counter(), 0.0
-    while spent + steps_kept * spent / max(trainer.step, 1) < budget:
+    budget, started, spent = cfg.max_wallclock_seconds, time.perf_counter(), 0.0
+    while spent + spent / max(trainer.step, 1) < budget:
         trainer.train_step(
             tg.budget_frac(cfg, trainer.step, spent, budget), tg.lr_scale(cfg, trainer.step, spent, budget)
         )
         spent = time.perf_counter() - started
-    trainer.apply_average()
+    trainer.average.apply()
     return trainer.step, bits_per_byte(model, text, cfg.eval_len)
 
 

@@ -118,9 +118,8 @@ def random_tokens(cfg: tg.Config, n: int, longest: int = 90) -> np.ndarray:
 
 
 def training(env: dict[str, str], backend: str, steps: int = 5) -> Outcome:
-    """Priming, and `steps` steps from the start of the budget to its end, after which the best average is chosen."""
+    """Priming, and `steps` steps from the start of the budget to its end."""
     cfg, run, model = model_of(env)
-    tg.HELD_BACK_TOKENS = 2 * cfg.train_batch_tokens
     trainer = tg.Trainer(cfg, run, model, tg.TokenStream([random_tokens(cfg, 20000)], cfg.vocab_size))
     trainer.forward = twins = Twins(model, backend)
 
@@ -128,7 +127,6 @@ def training(env: dict[str, str], backend: str, steps: int = 5) -> Outcome:
         for step in range(steps):
             trainer.train_step(step / (steps - 1), 1.0)
             model.eval().train()  # as validation does in between
-        trainer.apply_average()
 
     return twins.outcome("training", trainer.prime, work)
 

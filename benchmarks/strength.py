@@ -1,7 +1,7 @@
 """Which parts still pay on a strong network: networks of 1.5 to 24 M tokens from one training, each part measured on all of them.
 
     python benchmarks/strength.py train --data DATA --out FOLDER [--seed 1] [--points 1.5 3 6 12 18 24] [--shape 4x256]
-    python benchmarks/strength.py measure FOLDER --data DATA [--parts stages ttt average quant spend] [--only 4x256-s1-6M] [--rates LoRA=0.01 phase=0.1]
+    python benchmarks/strength.py measure FOLDER --data DATA [--parts stages ttt quant spend] [--only 4x256-s1-6M] [--rates LoRA=0.01 phase=0.1]
     python benchmarks/strength.py report FOLDER [--picture strength.png]
 
 DATA is a folder of data/make_shards.py with case factored out and more training tokens than are trained on. `train` runs
@@ -13,7 +13,6 @@ Rates follow steps, not the clock. Each piece may be stopped at any time; the sa
 line of FOLDER/outcomes.jsonl with the nats of each document as soon as it is there; the same line again goes on. Seconds are
 CPU seconds. `report` prints gains in bits per byte, paired by document, with their standard errors, and draws them.
 
-    average  the last weights, each EMA, and the average that held-back text chose
     stages   windows, sliding windows, and on these the artifact's n-grams, the text's own, and the tilt
     ttt      a LoRA a document, one change at a time
     spend    what else the seconds of test-time training may buy
@@ -27,7 +26,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -45,11 +43,10 @@ import train_gpt as tg
 
 BATCH = 8192  # tokens a step
 EVERY = 37  # steps between checkpoints: divides 80 % of each point's steps
-DECAYS = (0.9, 0.97, 0.99, 0.997)
 POINTS = {1.5: 185, 3: 370, 6: 740, 12: 1480, 18: 2220, 24: 2960}  # million tokens -> steps
 TRAINING = {
     "RECIPE": "cpu", "DEVICE": "cpu", "TRAIN_BATCH_TOKENS": str(BATCH), "MAX_WALLCLOCK_SECONDS": "0", "WARMDOWN_FRAC": "0.2",
-    "MIN_LR": "0.1", "EMA_DECAYS": ",".join(map(str, DECAYS)), "NGRAM_TABLE": "none", "NGRAM_SCORE": "off", "EVAL_STRIDE": "0",
+    "MIN_LR": "0.1", "NGRAM_TABLE": "none", "NGRAM_SCORE": "off", "EVAL_STRIDE": "0",
     "EVAL_STAGES": "roundtrip", "VAL_TOKENS": "20000", "COMPILE": "0", "CHECKPOINT_EVERY": str(EVERY), "CHECKPOINT_KEEP": "12",
 }  # fmt: skip
 
@@ -252,24 +249,17 @@ class Subject:
         counts = np.concatenate([[0], tokenizer.count_bytes(held)])
         self.held = tg.ValidationText(torch.from_numpy(held), torch.from_numpy(counts), complete=True)
         self.state = torch.load(network.finished(folder), map_location="cpu", weights_only=True)
-        events = map(json.loads, (folder / f"{network.name}.jsonl").read_text().splitlines())
-        weights = next(e["weights"] for e in events if e["event"] == "train_end")
-        self.chosen = tuple(float(d) for d in re.search(r"ema\((.*)\)", weights)[1].split(" + "))
-        self.model = self.average(self.chosen)
+        self.model = self.trained(self.cfg)
 
     def config(self, **knobs: str) -> tg.Config:
         return tg.fit_data(
             tg.load_config({**self.network.knobs, "DATA_PATH": self.data, "EVAL_STAGES": "auto", **knobs})
         )[0].cfg
 
-    def average(self, decays: tuple[float, ...], cfg: tg.Config | None = None) -> tg.GPT:
-        """The network with the mean of these EMAs; without decays its last weights."""
-        model = tg.GPT(cfg or self.cfg).place(self.run.device, tg.choose_attention(self.cfg, self.run.device)[1])
+    def trained(self, cfg: tg.Config) -> tg.GPT:
+        """The network; parts of it that training lacked are new."""
+        model = tg.GPT(cfg).place(self.run.device, tg.choose_attention(self.cfg, self.run.device)[1])
         model.load_state_dict(self.state["model"], strict=False)
-        if decays:
-            average = tg.WeightAverage(self.cfg, model)
-            average.load_state_dict(self.state["average"])
-            average.apply(decays)
         return model.eval()
 
     def get(self, part: str, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -286,21 +276,10 @@ class Subject:
 
     def evaluation(self, text: tg.ValidationText, tables: tg.Tables = tg.NO_TABLES, **knobs: str) -> tg.Evaluation:
         cfg = self.config(**knobs)
-        model = self.model if not cfg.asym_logit_rescale else self.average(self.chosen, cfg)
+        model = self.model if not cfg.asym_logit_rescale else self.trained(cfg)
         return tg.Evaluation(cfg, self.run, model, text, tables)
 
     # ---- the parts
-
-    def measure_average(self) -> None:
-        text = whole_documents(self.text, GAP_TOKENS)
-        for decays in [(), self.chosen, *((d,) for d in DECAYS)]:
-            name = " + ".join(map(str, decays)) or "last"
-
-            def measured(decays: tuple[float, ...] = decays) -> dict[str, Any]:
-                evaluation = tg.Evaluation(self.cfg, self.run, self.average(decays), text)
-                return {**self.score(evaluation, "roundtrip"), "chosen": decays == self.chosen}
-
-            self.get("average", name, measured)
 
     def table(self, share: float) -> list[tg.TrieLevel]:
         """N-grams of the training text in that share of ARTIFACT_BYTES, kept in the folder."""
@@ -490,7 +469,6 @@ COMPARED = {  # what is gained -> part, without, with
     "tilt between LoRA and n-grams": ("ttt", "LoRA, n-grams", "LoRA, tilt, n-grams"),
     "n-grams, nothing learned": ("ttt", "nothing learned", "nothing learned, n-grams"),
     "short chunks, phase, caps": ("ttt", "LoRA", "everything"),
-    **{f"EMA {d}": ("average", "last", str(d)) for d in DECAYS},
 }
 DRAWN = ("LoRA a document", "n-grams", "n-grams over LoRA", "table 5 %", "table 5 % below n-grams", "tilt", "tilt below n-grams", "sliding windows",
          "short chunks", "phase", "warm A", "sites q,v besides o,mlp,head")  # fmt: skip
@@ -583,7 +561,7 @@ def draw(outcomes: Outcomes, networks: list[Network], path: Path) -> None:
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
-PARTS = ("stages", "ttt", "average", "quant", "spend")
+PARTS = ("stages", "ttt", "quant", "spend")
 
 
 def main() -> None:

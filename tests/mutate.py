@@ -89,7 +89,7 @@ MUTANTS = {
         ("optim-embed-decay", "trainer_oracle.py -k ten_steps", ('decay = cfg.adam_wd if p.role == "scalar" else embed_wd', "decay = cfg.adam_wd")),
         ("optim-nesterov", "trainer_oracle.py -k ten_steps", ("self.shard.add_(self.momentum, alpha=momentum)", "self.shard.copy_(self.momentum)")),
         ("optim-aspect", "trainer_oracle.py -k ten_steps", ("aspect = math.sqrt(max(1.0, rows / cols))", "aspect = math.sqrt(max(rows / cols, cols / rows))")),
-        ("train-swa-step", "trainer_oracle.py -k ten_steps", ("(step + 1) % self.cfg.swa_every == 0", "step % self.cfg.swa_every == 0")),
+        ("train-swa-step", "trainer_oracle.py -k ten_steps", ("(step + 1) % cfg.swa_every == 0", "step % cfg.swa_every == 0")),
         ("train-loop-edge", "trainer_oracle.py -k ten_steps", ("self.model.set_looped(frac >= self.cfg.enable_looping_at)", "self.model.set_looped(frac > self.cfg.enable_looping_at)")),
         ("train-rewarm", "trainer_oracle.py -k ten_steps", ("(self.step - self.changed_at + 1) / steps", "(self.step - self.changed_at) / steps")),
         ("train-reserve", "trainer_oracle.py -k reserve", ("return cfg.max_wallclock_seconds - cfg.reserved_seconds", "return cfg.max_wallclock_seconds")),
@@ -125,7 +125,7 @@ MUTANTS = {
         ("ckpt-zip", "lost_runs.py -k damaged", ("if broken := archive.testzip():", "if broken := None:")),
         ("ckpt-raised", "lost_runs.py -k 'limits or longer'", ('return name in RAISED_ON_RESUME and now > was and "finished" not in state', 'return name in RAISED_ON_RESUME and "finished" not in state')),
         ("ckpt-looped", "trainer_oracle.py -k kept", ('"elapsed": result.seconds, "looped": model.looped,', '"elapsed": result.seconds, "looped": True,')),
-        ("ckpt-swa", "trainer_oracle.py -k ranks", ('self.swa, self.swa_n = move(state["swa"]), state["swa_n"]', 'self.swa, self.swa_n = move(state["swa"]), 0')),
+        ("ckpt-swa", "trainer_oracle.py -k ranks", ('move(state["swa"]), state["swa_n"]', 'move(state["swa"]), 0')),
         ("ckpt-aside", "runtime.py -k whole", ("        os.replace(aside, path)\n", "        path.write_bytes(blob)\n")),
     ],
     "ranks": [
@@ -141,7 +141,7 @@ MUTANTS = {
     "CUDA": [
         ("C1: clip asks the device whether the norm is above the limit", "fake_cuda.py -k 'neither_for_itself or exercise or baseline'", ("        scale = (limit / (norm + 1e-6)).clamp(max=1.0)\n        torch._foreach_mul_([self.small.flat, *(bank.shard for bank in self.banks)], scale)\n", "        if norm.item() > limit:\n            torch._foreach_mul_([self.small.flat, *(bank.shard for bank in self.banks)], limit / (norm + 1e-6))\n")),
         ("C2: RoPE table of the TTT cache stays on the host", "fake_cuda.py -k 'documents and rules'", ("self.model.rope = rope_table(cfg, positions).to(self.model.rope)", "self.model.rope = rope_table(cfg, positions).to(self.model.rope.dtype)")),
-        ("C3: DOC_MASK: segments found on the device, where their room cannot grow", "fake_cuda.py -k more_documents", ('host = ids if device.type == "cpu" else batcher.host[at]', "host = ids")),
+        ("C3: DOC_MASK: segments found on the device, where their room cannot grow", "fake_cuda.py -k more_documents", ('host = ids if device.type == "cpu" else self.batcher.host[at]', "host = ids")),
         ("C4: Hessians summed in float64 on the device", "quantizer.py -k hessians", ("flat_NC = x.detach().reshape(-1, x.shape[-1]).float()", "flat_NC = x.detach().reshape(-1, x.shape[-1]).double()")),
         ("C5: QAT sharpness is a Python float: a new graph each step", "techniques.py -k 'rounding or quantisation or late or pr850'", ("        self.fake_quant.sharpness.fill_(qat_sharpness(self.cfg, frac))\n", "        self.fake_quant.sharpness = qat_sharpness(self.cfg, frac)\n"), ('        self.register_buffer("sharpness", torch.ones(()), persistent=False)  # a tensor: changing it recompiles nothing\n', "        self.sharpness = 1.0\n"), ("            r = u.floor() + 0.5 + torch.tanh(a * (u - u.floor() - 0.5)) / (2 * torch.tanh(a / 2))", "            r = u.floor() + 0.5 + torch.tanh(a * (u - u.floor() - 0.5)) / (2 * math.tanh(a / 2))")),
         ("X1: hashed counts read without waiting for their stream", "fake_cuda.py -k exercise", ("        self.run.sync()\n        return {n: self.run.all_reduce(cells.long())", "        return {n: self.run.all_reduce(cells.long())")),

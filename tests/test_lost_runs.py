@@ -257,17 +257,6 @@ def test_all_that_the_artifact_carries_is_kept_with_the_weights(tiny, script, mo
     assert_equal_runs(tiny, {**tiny, "RUN_ID": "whole"})
 
 
-def test_text_held_back_to_choose_an_average_stays_so_where_the_weights_are_packed_later(tiny, script, monkeypatch):
-    monkeypatch.setattr(tg, "HELD_BACK_TOKENS", 2**10)
-    knobs = {"EMA_DECAYS": ".9,.5", "TRAIN_BATCH_TOKENS": 4096, "ITERATIONS": 7, "NGRAM_TABLE": "exact"}  # two passes
-    assert script(tiny, RUN_ID="whole", **knobs).status == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(tg, "pack", lambda *_: (_ for _ in ()).throw(tg.ConfigError("no")))
-        assert script(tiny, **knobs).status == 1
-    assert script(tiny, RESUME=Path(tiny["LOG_DIR"]) / "tiny.ckpt" / "trained.pt", **knobs).status == 0
-    assert artifact(tiny) == artifact({**tiny, "RUN_ID": "whole"})
-
-
 def test_weights_whose_average_cannot_be_taken_are_kept(tiny, script, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tg.WeightAverage, "apply", lambda *_: (_ for _ in ()).throw(tg.ConfigError("out of memory")))

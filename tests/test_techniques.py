@@ -272,5 +272,5 @@ def test_priming_forgets_what_it_counted_and_averaged():
     t = trainer(complement_alpha=0.5, ema_decay=0.9, qat="ste", qat_start_frac=0.5, warmup_steps=3)
     before = {k: v.clone() for k, v in t.model.state_dict().items()}
     t.prime()
-    assert t.counts.pairs.sum() == 0 and t.counts.totals.sum() == 0 and not t.average.emas and t.step == 0
+    assert t.counts.pairs.sum() == 0 and t.counts.totals.sum() == 0 and not t.average.ema and t.step == 0
     assert all(torch.equal(before[k], v) for k, v in t.model.state_dict().items())
