@@ -47,9 +47,9 @@ class Outcome(NamedTuple):
 class Twins:
     """A kernel in its compiled form, which is compared with the plain one at each call."""
 
-    def __init__(self, kernel: Callable[..., Tensor], backend: str, dynamic: bool = False) -> None:
+    def __init__(self, kernel: Callable[..., Tensor], backend: str) -> None:
         self.kernel, self.counter, self.difference = kernel, CompileCounterWithBackend(backend), 0.0
-        self.compiled = torch.compile(kernel, dynamic=dynamic, fullgraph=True, backend=self.counter)
+        self.compiled = torch.compile(kernel, dynamic=False, fullgraph=True, backend=self.counter)
 
     def __call__(self, *args: Any) -> Tensor:
         y = self.compiled(*args)
@@ -134,7 +134,7 @@ def training(env: dict[str, str], backend: str, steps: int = 5) -> Outcome:
 def scoring(env: dict[str, str], backend: str) -> Iterator[Outcome]:
     """Rehearsal of each stage of the network on the text that `rehearse` makes, before the training (MODE=train) or after it, and
     its scores of two texts of longer and of shorter documents by another network, as the artifact's is; without what a CPU
-    scores eager for its odd shape."""
+    scores eager for its odd shape, and without a LoRA a document, which always computes eager."""
     cfg, run, model = model_of(env)
     texts = []
     for longest in (90, 9):
@@ -145,9 +145,7 @@ def scoring(env: dict[str, str], backend: str) -> Iterator[Outcome]:
     class Compiled(tg.Evaluation):
         def network(self, stage: str) -> tg.NetworkExpert:
             network = super().network(stage)
-            documents = isinstance(network, tg.DocumentLoraNetwork)
-            kernel = tg.last_logits if documents else tg.score_windows
-            network.compiled = twins.setdefault(stage, Twins(kernel, backend, dynamic=documents))
+            network.compiled = twins.setdefault(stage, Twins(tg.score_windows, backend))
             network.rehearsed = lambda rows: rows  # as a GPU does
             return network
 
@@ -161,7 +159,7 @@ def scoring(env: dict[str, str], backend: str) -> Iterator[Outcome]:
         for text in texts:
             tg.evaluate(Compiled(cfg, run, loaded, text), (stage,))
 
-    for stage in (s for s in cfg.stages if s in tg.STAGES[:3]):
+    for stage in (s for s in cfg.stages if s in tg.STAGES[: 2 + (cfg.ttt_reset != "document")]):
         loaded = model if cfg.mode == "eval" else copy.deepcopy(model)
         Compiled(cfg, run, model, texts[0]).network(stage)
         yield twins[stage].outcome(stage, lambda s=stage: rehearse(s), lambda s=stage: score(s))

@@ -135,15 +135,13 @@ LORA = {
     "TTT_ENABLED": "1", "TTT_RESET": "document", "TTT_LORA_RANK": "16", "TTT_LORA_ALPHA": "28.8", "TTT_LORA_BLOCKS": "0",
     "TTT_LORA_SITES": "q,v,o,mlp,head", "TTT_WD": "0.5", "TTT_BETA1": "0", "TTT_BETA2": "0.99", "TTT_ADAM_EPS": "1e-10",
     "TTT_GRAD_CLIP": "0", "TTT_BYTE_WEIGHTED": "0", "TTT_CHUNK_SIZE": "48", "PHASED_TTT_NUM_PHASES": "0", "TTT_BLOCK_TOKENS": "2048",
-    "TTT_KV_CACHE": "1",
 }  # fmt: skip
 PHASE = {"PHASED_TTT_NUM_PHASES": "1", "GLOBAL_TTT_CHUNK_TOKENS": "1024"}
 TILT = {"NGRAM_TILT_ENABLED": "1", "NGRAM_TILT_ORDER": "16"}
 RATES, PHASE_RATES = ("0.003", "0.01", "0.03"), ("0.01", "0.1", "1")
 SHORT = {"TTT_SHORT_SCORE_FIRST_STEPS": "256:8,2000:24"}
-CHANGES: dict[str, dict[str, str]] = {  # from a LoRA a document with keys and values kept
+CHANGES: dict[str, dict[str, str]] = {  # from a LoRA a document
     "sites o,mlp,head": {"TTT_LORA_SITES": "o,mlp,head"},
-    "windows anew": {"TTT_KV_CACHE": "0"},
     "short chunks": SHORT,
     "A as drawn": {"TTT_WARM_START_A": "0"},
     "phase": PHASE,
@@ -455,7 +453,6 @@ COMPARED = {  # what is gained -> part, without, with
     "tilt below n-grams": ("stages", "n-grams", "tilt, n-grams"),
     "learned tilt below n-grams": ("stages", "n-grams", "tilt learned, n-grams"),
     "LoRA a document": ("ttt", "nothing learned", "LoRA"),
-    "keys and values kept": ("ttt", "windows anew", "LoRA"),
     "warm A": ("ttt", "A as drawn", "LoRA"),
     "sites q,v besides o,mlp,head": ("ttt", "sites o,mlp,head", "LoRA"),
     "sites besides head": ("ttt", "site head", "LoRA"),

@@ -1,6 +1,6 @@
 """Test-time training document by document against sliding windows and the single LoRA, on one artifact and one text.
 
-    python benchmarks/ttt.py ARTIFACT [--data FOLDER] [--tokens 60000] [--parts lr,gain,cache,sites,order,tilt] [--context 0]
+    python benchmarks/ttt.py ARTIFACT [--data FOLDER] [--tokens 60000] [--parts lr,gain,sites,order,tilt] [--context 0]
     python benchmarks/ttt.py --estimate
 
 ARTIFACT is any finished run's; FOLDER (default: its own data) holds the validation split, of which the first --tokens are
@@ -9,7 +9,6 @@ the seconds of the stage, side by side in one process:
 
     lr      the learning rates of the parts below, each the best of a few on the last --training-tokens of the *training* split
     gain    non-overlapping windows, sliding windows (stride = chunk), the single LoRA, a LoRA a document, warm A, phases
-    cache   windows computed anew against keys and values kept from earlier chunks, on the training text too
     sites   a LoRA a document for each choice of sites
     order   the text's order against the published one, longest document first, with the bits of order that figure leaves out
     tilt    the token tilt on the network, alone and under the cascade, for several strengths
@@ -22,7 +21,6 @@ step on, which fit other sizes: part lr chooses the rates, --lr sets that of the
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import math
 import sys
@@ -139,13 +137,6 @@ class Bench:
                 f"  the order of {len(tg.documents_of(self.text.tokens))} documents: {bits:.0f} bits, {cost:.5f} bpb: {r.val_bpb + cost:.4f} with it"
             )
 
-    def cache(self) -> None:
-        for name, text in (("training text", self.training), ("validation text", self.text)):
-            fresh = self.line(f"windows computed anew, {name}", self.score("ttt", text, **self.document))
-            self.line(
-                f"keys and values kept, {name}", self.score("ttt", text, **self.document, TTT_KV_CACHE="1"), fresh
-            )
-
     def tilt(self) -> None:
         """All forms on the scores of one network pass, whose hints do not depend on the strength."""
         on, networks = {"NGRAM_SCORE": "exact", "NGRAM_TILT_ENABLED": "1"}, {}
@@ -183,23 +174,21 @@ class Plan(NamedTuple):
 def plan_documents(cfg: tg.Config, model: tg.GPT, lengths: np.ndarray, ranks: int) -> Plan:
     """The plan for documents of so many targets, from the evaluator's own blocks, chunks and batches."""
     sites, context = tg.lora_sites(cfg, model), cfg.ttt_eval_len
-    width = cfg.ttt_chunk_size if cfg.ttt_kv_cache else context
     starts, n = np.cumsum([0, *lengths]), int(lengths.sum()) + 1
     documents = [tg.Document(int(s), int(t)) for s, t in zip(starts, lengths, strict=False)]
     edges = tg.block_edges(documents, tg.block_size(cfg, n))
     chunks = list(tg.chunk_starts(cfg.ttt_chunk_steps, int(lengths.max())))
-    sent = np.cumsum([0, *(min(end - 1, width) for end in chunks[1:])])  # tokens of a document's first windows
+    sent = np.array(chunks) - 1  # tokens of a document's first chunks
     done = dict(zip(documents, np.searchsorted(chunks, lengths, side="right").tolist(), strict=True))
     steps, slowest = 0, 0.0
     for lo, hi in itertools.pairwise([1, *edges]):
         block = documents[bisect_left(starts, lo - 1) : bisect_left(starts, hi - 1)]
-        dealt = tg.deal_documents(block, ranks, cfg.ttt_batch_size, chunks, width)
+        dealt = tg.deal_documents(block, ranks, cfg.ttt_batch_size, chunks)
         steps += sum(done[batch[0]] - 1 for batches in dealt for batch in batches)
         slowest += max(sum(float(sent[done[d]]) for batch in batches for d in batch) for batches in dealt)
     total, learned = (float(sum(sent[k - last] for k in done.values())) for last in (0, 1))
-    # A forward without the head; a window's tokens see half of it, new ones after kept keys all of it. Backward through frozen
-    # weights costs a forward, through LoRA two.
-    plain = tg.flops_per_token(model, context * (1 + cfg.ttt_kv_cache)) / 3 - 2 * cfg.vocab_size * cfg.model_dim
+    # A forward without the head; new tokens see all of the context. Backward through frozen weights costs a forward, through LoRA two.
+    plain = tg.flops_per_token(model, 2 * context) / 3 - 2 * cfg.vocab_size * cfg.model_dim
     lora = 2.0 * cfg.ttt_lora_rank * sum(d_out + d_in for (slot, _), (d_out, d_in) in sites.items() if slot >= 0)
     flops = (plain + lora) * total + (plain + 2 * lora) * learned
     return Plan(total, steps, flops, slowest * ranks / total)
@@ -228,11 +217,10 @@ def estimate(ranks: int = 8, peak: float = 989e12, share: float = 0.11) -> None:
           f" of EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}")  # fmt: skip
     numbers, rows = cfg.ttt_lora_rank * sum(map(sum, tg.lora_sites(cfg, model).values())), cfg.ttt_batch_size
     # Kept for backward, bf16: inputs of norms, projections, attention, both halves of the MLP.
-    kept = rows * context * len(model.plan) * cfg.model_dim * (14 + 2 * cfg.mlp_mult) * 2
+    kept = rows * cfg.ttt_chunk_size * len(model.plan) * cfg.model_dim * (14 + 2 * cfg.mlp_mult) * 2
+    keys = rows * context * len(model.plan) * 2 * cfg.num_kv_heads * cfg.head_dim * 2
     print(f"  memory: LoRA of {rows} documents {numbers:,} numbers each, {rows * numbers * 16 / 2**30:.1f} GiB with gradients and moments; "
-          f"activations about {kept / 2**30:.1f} GiB; two models in fp32 {8 * tg.count_parameters(model) / 2**30:.1f} GiB")  # fmt: skip
-    other = plan_documents(dataclasses.replace(cfg, ttt_kv_cache=not cfg.ttt_kv_cache), model, lengths, ranks)
-    print(f"  with TTT_KV_CACHE={1 - cfg.ttt_kv_cache}: {other.flops:.1e} FLOPs, {other.flops / ttt.flops:.2f}x")
+          f"activations about {kept / 2**30:.1f} GiB; keys and values {keys / 2**30:.1f} GiB; two models in fp32 {8 * tg.count_parameters(model) / 2**30:.1f} GiB")  # fmt: skip
 
 
 def main() -> None:
@@ -246,7 +234,7 @@ def main() -> None:
         "--training-tokens", type=int, default=6000, help="of the training split's end, to choose rates by"
     )
     parser.add_argument("--rank", type=int, default=80, help="of the LoRA; alpha keeps the published ratio to it")
-    parser.add_argument("--parts", default="lr,gain,cache,sites,order,tilt")
+    parser.add_argument("--parts", default="lr,gain,sites,order,tilt")
     parser.add_argument("--estimate", action="store_true")
     args = parser.parse_args()
     if args.estimate:

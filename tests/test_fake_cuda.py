@@ -87,7 +87,7 @@ RUNS = {
     "all stages": {"NGRAM_SCORE": "exact,normalized,claimed", "NGRAM_TABLE": "pr1095,exact", "TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 64},
     "bytes": {"TARGET_BYTES": 150000, "CODE_FORM": "packed", "NGRAM_SCORE": "exact", "NGRAM_TILT_ENABLED": 1, "CHECKPOINT_EVERY": 2},
     "documents": {"TTT_ENABLED": 1, "TTT_RESET": "document", "TTT_LORA_SITES": "o,mlp,head", "TTT_LORA_BLOCKS": 0, "TTT_CHUNK_SIZE": 16,
-                  "TTT_ORDER": "length", "TTT_KV_CACHE": 1, "NGRAM_SCORE": "off"},
+                  "TTT_ORDER": "length", "NGRAM_SCORE": "off"},
     "frontier": small("frontier", TRAIN_LOG_EVERY=1, TTT_EVAL_SEQ_LEN=48, TTT_CHUNK_SIZE=48, TTT_BATCH_SIZE=4, TTT_LORA_RANK=2, NGRAM_ORDER=4,
                       NGRAM_TILT_ORDER=4, TARGET_BYTES=0, VAL_TOKENS=250),
     "corrections": {"GPTQ_ENABLED": 1, "GPTQ_N_SAMPLES": 2, "LQER_TOP_K": 2, "NGRAM_SCORE": "off"},

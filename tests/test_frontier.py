@@ -283,14 +283,13 @@ def test_a_run_of_the_recipe_from_end_to_end(data, tmp_path, script):
     assert audit.status == 0, audit.out + audit.err
 
 
-@pytest.mark.parametrize("kept", [0, 1])
-def test_a_document_of_its_own_needs_no_mask(data, tmp_path, kept):
-    """Test-time training scores the same with and without DOC_MASK, with keys and values kept or not."""
+def test_a_document_of_its_own_needs_no_mask(data, tmp_path):
+    """Test-time training scores the same with and without DOC_MASK."""
     tokens = torch.randint(2, V, (200,), generator=torch.Generator().manual_seed(0))
     tokens[::40] = BOS
     text, scores = tg.ValidationText(tokens, torch.ones_like(tokens), complete=True), []
     for mask in (0, 1):
-        env = frontier_env(data, tmp_path, TTT_ENABLED=1, TTT_EVAL_SEQ_LEN=48, TTT_CHUNK_SIZE=16, TTT_LORA_RANK=2, TTT_KV_CACHE=kept,
+        env = frontier_env(data, tmp_path, TTT_ENABLED=1, TTT_EVAL_SEQ_LEN=48, TTT_CHUNK_SIZE=16, TTT_LORA_RANK=2,
                            DOC_MASK=mask, PHASED_TTT_NUM_PHASES=0, **NARROW)  # fmt: skip
         cfg = config(env)
         torch.manual_seed(0)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from conftest import NoCompiler
 from test_recipes import small
 
 import train_gpt as tg
-from benchmarks.compile import gpu_form, model_of, outcomes, random_tokens, scoring, training
+from benchmarks.compile import gpu_form, outcomes, training
 
 FEWER = {"NUM_LAYERS": 2, "TRAIN_SEQ_LEN": 16, "TRAIN_BATCH_TOKENS": 32, "EVAL_SEQ_LEN": 16, "EVAL_STRIDE": 4, "VAL_BATCH_TOKENS": 32,
          "WARMUP_STEPS": 1}  # fmt: skip
@@ -54,55 +52,3 @@ def test_each_length_of_a_schedule_is_one_graph_however_its_documents_lie():
     with gpu_form():
         found = training(env, "aot_eager")
     assert (found.primed, found.later) == (2, 0) and found.difference < 2e-3
-
-
-@pytest.mark.parametrize("length", [16, 32])  # that of training and of the table of positions; the width of the network
-def test_a_lora_a_document_is_one_graph_however_long_and_many_they_are(length):
-    knobs = {"NUM_LAYERS": 1, "DOC_MASK": 1, "TTT_ENABLED": 1, "TTT_RESET": "document", "TTT_LORA_SITES": "q,mlp,head", "TTT_LORA_BLOCKS": 0,
-             "TTT_LORA_RANK": 2, "TTT_EVAL_SEQ_LEN": length, "TTT_CHUNK_SIZE": 4, "TTT_BATCH_SIZE": 4}  # fmt: skip
-    env = small("baseline", **{**FEWER, **knobs})
-    with gpu_form():
-        found = list(scoring(env, "aot_eager"))[-1]
-    assert (found.stage, found.primed, found.later) == ("ttt", 1, 0) and found.difference < 2e-3
-
-
-def no_forward(*_: object) -> None:
-    raise NoCompiler
-
-
-class NoBackward(torch.autograd.Function):
-    """Passes a tensor on, and fails where its gradient is asked for."""
-
-    @staticmethod
-    def forward(ctx, x):  # noqa: ARG004
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, dy):  # noqa: ARG004
-        raise NoCompiler
-
-
-@pytest.mark.parametrize(
-    "kernel", [no_forward, lambda *args: NoBackward.apply(tg.last_logits(*args))], ids=["forward", "backward"]
-)
-def test_documents_outlive_a_failing_compiler(kernel):
-    env = small(
-        "baseline",
-        **FEWER,
-        TTT_ENABLED=1,
-        TTT_RESET="document",
-        TTT_EVAL_SEQ_LEN=16,
-        TTT_CHUNK_SIZE=4,
-        TTT_BATCH_SIZE=4,
-        TTT_EPOCHS=2,
-    )
-    scores = []
-    for compiled in (None, kernel):
-        cfg, run, model = model_of(env)
-        tokens = torch.from_numpy(random_tokens(cfg, 300))
-        text = tg.ValidationText(tokens, torch.ones(len(tokens), dtype=torch.int64), complete=True)
-        network = tg.Evaluation(cfg, run, model.eval(), text).network("ttt")
-        network.compiled, notices = compiled, []
-        run.notice = notices.append
-        scores.append(network.score(tokens, 1, len(tokens)))
-    assert torch.equal(*scores) and len(notices) == 1 and "no compiler" in notices[0]
