@@ -246,6 +246,8 @@ TRAINING_RULES: tuple[Rule, ...] = (
      "$GPTQ_RESERVE_SECONDS leaves nothing of $MAX_WALLCLOCK_SECONDS to train in: lower the one or raise the other"),
     (lambda c: re.search(r"[/\x00-\x1f]", c.run_id), "$RUN_ID: expected a name, which becomes LOG_DIR/NAME.txt; name folders with LOG_DIR"),
     (lambda c: c.resume == "auto" and not c.run_id, "RESUME=auto needs RUN_ID, the name of the run to continue"),
+    (wrong(lambda c: not 0 < c.quantiles[0] <= c.quantiles[-1] <= 1), "$QUANT_QUANTILES: expected numbers in (0, 1] with commas between, like 0.999,1.0"),
+    (lambda c: c.mode == "train" and c.target_bytes > c.artifact_limit, "$TARGET_BYTES exceeds $ARTIFACT_LIMIT: fill the limit at most"),
     (lambda c: c.quant_trellis and c.compressor != "entropy",
      "$QUANT_TRELLIS needs COMPRESSOR=entropy: $COMPRESSOR knows no states, and the codes would grow"),
     (lambda c: c.quant_trellis and c.prune_frac and c.prune_scope == "global",
@@ -602,6 +604,11 @@ class Config:
     def longest_seq(self) -> int:
         """Positions that the model must know: the longest sequence in training or window in evaluation."""
         return max(self.train_seq_len, self.eval_len, self.ttt_eval_len, *(length for _, length in self.seq_curriculum))
+
+    @property
+    def quantiles(self) -> tuple[float, ...]:
+        """Rising quantiles at which a row may be clipped."""
+        return tuple(sorted(float(part) for part in self.quant_quantiles.split(",")))
 
     @property
     def calibrates(self) -> bool:
@@ -4719,6 +4726,23 @@ def matrix_of(w: Tensor) -> Tensor:
     return w.detach().float().reshape(rows_and_columns(w.shape))
 
 
+def octave_eighths(n: Tensor) -> Tensor:
+    """2**(n/8) in fp32, the same on every machine: the power is rounded from float64."""
+    return torch.exp2(n.double() / 8).float()
+
+
+def dequantize(stored: QuantizedTensor) -> Tensor:
+    """The fp32 tensor that `stored` stands for, exactly as training-side checks and the reloaded model see it."""
+    if stored.values is not None:
+        return stored.values.float()
+    w_RC = stored.codes.float() * stored.scale.float()[:, None]
+    if stored.columns is not None:
+        w_RC *= octave_eighths(stored.columns)
+    if stored.low_rank is not None:
+        w_RC = w_RC + stored.low_rank.product()
+    return w_RC.reshape(stored.shape)
+
+
 def largest_code(bits: int) -> int:
     """Codes of `bits` bits run from -top to top: symmetric, so that zero is a code and signs cost the same."""
     return 2 ** (bits - 1) - 1
@@ -4729,9 +4753,9 @@ def row_scale(clip_R: Tensor, top: int) -> Tensor:
     return (clip_R / top).clamp(SCALE_EPS, 65504.0).half()
 
 
-def round_rows(w_RC: Tensor, scale_R: Tensor, top: int) -> Tensor:
-    """Nearest code to each weight, clamped to +-top: (R, C) int8."""
-    return (w_RC / scale_R.float()[:, None]).round().clamp(-top, top).to(torch.int8)
+def nearest_codes(x_RC: Tensor, top: int) -> Tensor:
+    """The code next to each weight in steps, clamped to +-top: int8."""
+    return x_RC.round().clamp(-top, top).to(torch.int8)
 
 
 def row_quantiles(w_RC: Tensor, quantiles: tuple[float, ...]) -> Tensor:
@@ -4748,8 +4772,8 @@ def searched_clip(w_RC: Tensor, top: int, quantiles: tuple[float, ...], whole: b
     """The quantile with the least squared error: each row its own (GPTQ-lite, PR #414), or one for the `whole` tensor (PR #187)."""
     clips_QR, errors = row_quantiles(w_RC, quantiles), []
     for clip_R in clips_QR:
-        scale_R = row_scale(clip_R, top)
-        errors.append((round_rows(w_RC, scale_R, top) * scale_R.float()[:, None] - w_RC).square().sum(dim=1))
+        step_R1 = row_scale(clip_R, top).float()[:, None]
+        errors.append((nearest_codes(w_RC / step_R1, top) * step_R1 - w_RC).square().sum(dim=1))
     errors_QR = torch.stack(errors)
     return clips_QR[errors_QR.sum(1).argmin()] if whole else clips_QR.gather(0, errors_QR.argmin(0)[None])[0]
 
@@ -4780,7 +4804,7 @@ def clipped_scale(w_RC: Tensor, bits: int, clip: ClipRule) -> Tensor:
 def quantize_rows(w_RC: Tensor, bits: int, clip: ClipRule) -> tuple[Tensor, Tensor]:
     """Round each row to signed `bits`-bit codes: codes (R, C) int8, scale (R,) fp16, w ~ codes * scale."""
     scale_R = clipped_scale(w_RC, bits, clip)
-    return round_rows(w_RC, scale_R, largest_code(bits)), scale_R
+    return nearest_codes(w_RC / scale_R.float()[:, None], largest_code(bits)), scale_R
 
 
 def parse_overrides(text: str) -> list[tuple[str, int]]:
@@ -4794,24 +4818,12 @@ def parse_overrides(text: str) -> list[tuple[str, int]]:
     return overrides
 
 
-def parse_quantiles(text: str) -> tuple[float, ...]:
-    """Rising quantiles in (0, 1]."""
-    try:
-        quantiles = tuple(sorted(float(part) for part in text.split(",")))
-    except ValueError:
-        quantiles = ()
-    if not quantiles or not 0 < quantiles[0] <= quantiles[-1] <= 1:
-        raise ConfigError(f"QUANT_QUANTILES={text!r}: expected numbers in (0, 1] with commas between, like 0.999,1.0")
-    return quantiles
-
-
 class Policy:
     """Bits and clip of every tensor: QUANT_OVERRIDES by name, else fp16 where small, else <ROLE>_BITS by its role."""
 
     def __init__(self, cfg: Config, named: Mapping[str, Tensor], store: Mapping[str, str]):
         self.cfg, self.named, self.store = cfg, named, store
         self.overrides = parse_overrides(cfg.quant_overrides)
-        self.quantiles = parse_quantiles(cfg.quant_quantiles)
         sites = [name.removesuffix(".weight") for name in named]
         for pattern, bits in self.overrides:
             if not fnmatch.filter(sites, pattern):
@@ -4821,10 +4833,6 @@ class Policy:
     @classmethod
     def of(cls, cfg: Config, model: nn.Module) -> Policy:
         """The policy of a model's parameters; raises ConfigError for what can only be found wrong once there is a model."""
-        if cfg.target_bytes > cfg.artifact_limit:
-            raise ConfigError(
-                f"TARGET_BYTES={cfg.target_bytes} exceeds ARTIFACT_LIMIT={cfg.artifact_limit}: fill the limit at most"
-            )
         params = dict(model.named_parameters())
         policy = cls(cfg, params, {n: p.store for n, p in params.items()})
         if cfg.target_bytes:
@@ -4849,7 +4857,7 @@ class Policy:
         """Clip rule of the tensor `name`."""
         role = self.store[name]
         sigmas = getattr(self.cfg, f"{role if role in ('attn', 'mlp', 'embed') else 'matrix'}_clip_sigmas")
-        return ClipRule(self.cfg.quant_clip, self.quantiles, sigmas)
+        return ClipRule(self.cfg.quant_clip, self.cfg.quantiles, sigmas)
 
 
 def pass_through(name: str, w: Tensor, role: str, bits: int) -> QuantizedTensor:
@@ -4894,67 +4902,70 @@ class Hessians:
         return {site: self.sums[owner] for site, owner in self.owner.items()}
 
 
-def ordered_hessian(h_NCC: Tensor, damp: float, order: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(H + damp * mean(diag) I in float64 with its columns in coding order, that order (N, C), the mask of dead inputs (N, C)).
+class GptqFactors(NamedTuple):
+    """GPTQ's view of the second moments of C inputs, columns as they stand."""
 
-    `order`: inputs of most energy first (`descending`), last (`ascending`), or as they stand (`natural`). A dead input gets 1
-    on the diagonal.
+    order_C: Tensor  # the columns in the order in which they are coded
+    dead_C: Tensor  # columns whose input is always 0
+    feedback_CC: (
+        Tensor  # what an error in a column moves the columns after it by, so that they make up for it; diagonal 1
+    )
+    weight_C: Tensor  # what a squared error in a column then still costs, on average 1
+    gain: float  # that average, relative to what errors cost if no column makes up for them
+
+    def to(self, device: Any) -> GptqFactors:
+        """The same on another device."""
+        return GptqFactors(*(part.to(device) for part in self[:4]), self.gain)
+
+    def in_steps(self, columns_C: Tensor) -> GptqFactors:
+        """The same for weights that are divided by the steps of their columns."""
+        step_C = octave_eighths(columns_C)
+        weight_C = self.weight_C * step_C.square()
+        mean, feedback_CC = weight_C.mean(), self.feedback_CC * step_C[:, None] / step_C
+        return self._replace(feedback_CC=feedback_CC, weight_C=weight_C / mean, gain=self.gain * float(mean))
+
+
+def gptq_factors(h_CC: Tensor, damp: float, variant: str, order: str = "natural") -> GptqFactors:
+    """What (C, C) second moments, in any unit, mean to GPTQ: of H + damp * mean(diag) I, in float64.
+
+    `order`: inputs of most energy first (`descending`), last (`ascending`), or as they stand (`natural`). `variant`: `cholesky` is
+    the algorithm of arXiv 2210.17323; `pr850` repeats the published script, which takes rows of the full inverse: errors then
+    land with coefficients of a problem in which no column is fixed yet. A dead input's errors cost next to nothing.
     """
-    h_NCC = h_NCC.to(torch.float64, copy=True)
-    diagonal_NC = h_NCC.diagonal(dim1=1, dim2=2)
-    dead_NC = diagonal_NC <= 0
-    shift_N1 = (damp * diagonal_NC.mean(dim=1, keepdim=True)).clamp_min(1e-30)
-    diagonal_NC += torch.where(dead_NC, 1.0 - diagonal_NC, shift_N1.expand_as(diagonal_NC))
-    key_NC = torch.zeros_like(diagonal_NC) if order == "natural" else diagonal_NC
-    order_NC = key_NC.argsort(dim=1, descending=order == "descending", stable=True)
-    h_NCC = h_NCC.gather(1, order_NC[:, :, None].expand_as(h_NCC))
-    return h_NCC.gather(2, order_NC[:, None, :].expand_as(h_NCC)), order_NC, dead_NC
+    h_CC = h_CC.to(torch.float64, copy=True)
+    diagonal_C = h_CC.diagonal()
+    dead_C = diagonal_C <= 0
+    diagonal_C += torch.where(dead_C, 1.0 - diagonal_C, (damp * diagonal_C.mean()).clamp_min(1e-30))
+    key_C = torch.zeros_like(diagonal_C) if order == "natural" else diagonal_C
+    order_C = key_C.argsort(descending=order == "descending", stable=True)
+    back_C = order_C.argsort()
+    # U^T U = H^-1 from one Cholesky factor read backwards, R R^T = H, and one triangular inverse.
+    r_CC = torch.linalg.cholesky(h_CC[order_C][:, order_C].flip(0, 1)).flip(0, 1)
+    u_CC = torch.linalg.solve_triangular(r_CC, torch.eye(len(r_CC)).to(r_CC), upper=True)
+    weight_C = u_CC.diagonal().square().reciprocal()[back_C]
+    weight_C = torch.where(dead_C, 1e-3 * weight_C[~dead_C].mean().nan_to_num(1.0), weight_C)
+    moves_CC = u_CC if variant == "cholesky" else u_CC.T @ u_CC
+    feedback_CC = (moves_CC / moves_CC.diagonal()[:, None])[back_C][:, back_C]
+    mean = weight_C.mean()
+    return GptqFactors(order_C, dead_C, feedback_CC.float(), (weight_C / mean).float(), float(mean / diagonal_C.mean()))
 
 
-def inverse_factor(h_NCC: Tensor) -> Tensor:
-    """Upper U with U^T U = H^-1, from one Cholesky factor of H read backwards and one triangular inverse."""
-    flipped = torch.linalg.cholesky(h_NCC.flip(1, 2)).flip(1, 2)  # upper R with R R^T = H, so H^-1 = R^-T R^-1
-    eye = torch.eye(h_NCC.shape[1], dtype=h_NCC.dtype, device=h_NCC.device).expand_as(h_NCC)
-    return torch.linalg.solve_triangular(flipped, eye, upper=True)
-
-
-def compensation(factor_NCC: Tensor, variant: str) -> Tensor:
-    """Rows that spread a column's error over the columns after it, from `inverse_factor`.
-
-    `cholesky` is the algorithm of arXiv 2210.17323; `pr850` repeats the published script, which takes rows of the full
-    inverse: errors then land with coefficients of a problem in which no column is fixed yet.
-    """
-    return factor_NCC if variant == "cholesky" else factor_NCC.transpose(1, 2) @ factor_NCC
-
-
-def gptq(
-    w_NRC: Tensor,
-    h_NCC: Tensor,
-    scale_NR: Tensor,
-    top: int,
-    *,
-    damp: float = 0.01,
-    block: int = 128,
-    order: str = "descending",
-    variant: str = "cholesky",
-) -> Tensor:
-    """Codes (N, R, C) int8 of N equal shapes that minimise tr(E H E^T) greedily: each column's rounding error is spread
-    over the columns not yet rounded (arXiv 2210.17323). `scale_NR` are the steps; H need not be normalised."""
-    h_NCC, order_NC, dead_NC = ordered_hessian(h_NCC, damp, order)
-    as_rows = order_NC[:, None, :].expand_as(w_NRC)
-    u_NCC = compensation(inverse_factor(h_NCC), variant).float()
-    w_NRC = w_NRC.masked_fill(dead_NC[:, None, :], 0.0).gather(2, as_rows)
-    codes_NRC = torch.empty_like(w_NRC)
-    scale_NR = scale_NR.float()
-    for lo in range(0, w_NRC.shape[2], block):
-        hi = min(lo + block, w_NRC.shape[2])
-        error_NRB = torch.empty_like(w_NRC[:, :, lo:hi])
+def gptq(x_NRC: Tensor, factors: list[GptqFactors], top: int, block: int = 128) -> Tensor:
+    """Codes (N, R, C) int8 of N equal shapes in steps that minimise tr(E H E^T) greedily: each column's rounding error is spread
+    over the columns not yet rounded (arXiv 2210.17323)."""
+    order_NC, dead_NC = (torch.stack(part) for part in list(zip(*factors, strict=True))[:2])
+    feedback_NCC = torch.stack([f.feedback_CC[f.order_C][:, f.order_C] for f in factors])
+    as_rows = order_NC[:, None, :].expand_as(x_NRC)
+    x_NRC = x_NRC.masked_fill(dead_NC[:, None, :], 0.0).gather(2, as_rows)
+    codes_NRC = torch.empty_like(x_NRC)
+    for lo in range(0, x_NRC.shape[2], block):
+        hi = min(lo + block, x_NRC.shape[2])
+        error_NRB = torch.empty_like(x_NRC[:, :, lo:hi])
         for j in range(lo, hi):
-            codes_NRC[:, :, j] = (w_NRC[:, :, j] / scale_NR).round().clamp(-top, top)
-            error_NR = (w_NRC[:, :, j] - codes_NRC[:, :, j] * scale_NR) / u_NCC[:, j, j, None]
-            w_NRC[:, :, j + 1 : hi].baddbmm_(error_NR[:, :, None], u_NCC[:, j, None, j + 1 : hi], alpha=-1)
-            error_NRB[:, :, j - lo] = error_NR
-        w_NRC[:, :, hi:].baddbmm_(error_NRB, u_NCC[:, lo:hi, hi:], alpha=-1)
+            codes_NRC[:, :, j] = x_NRC[:, :, j].round().clamp(-top, top)
+            error_NR1 = error_NRB[:, :, j - lo : j - lo + 1] = (x_NRC[:, :, j] - codes_NRC[:, :, j])[:, :, None]
+            x_NRC[:, :, j + 1 : hi].baddbmm_(error_NR1, feedback_NCC[:, j, None, j + 1 : hi], alpha=-1)
+        x_NRC[:, :, hi:].baddbmm_(error_NRB, feedback_NCC[:, lo:hi, hi:], alpha=-1)
     return torch.empty_like(codes_NRC).scatter_(2, as_rows, codes_NRC).to(torch.int8)
 
 
@@ -4986,44 +4997,6 @@ def next_state(state: Any, code: Any, states: int) -> Any:
     """State after `code` in `state`, for numbers and integer arrays: the code's bit 1 is shifted in, flipped or not. Every row
     starts in state 0."""
     return (2 * state + ((code >> 1 & 1) ^ trellis_bits(states)[1][state])) % states
-
-
-def octave_eighths(n: Tensor) -> Tensor:
-    """2**(n/8) in fp32, the same on every machine: the power is rounded from float64."""
-    return torch.exp2(n.double() / 8).float()
-
-
-class GptqFactors(NamedTuple):
-    """GPTQ's view of the second moments of C inputs, columns as they stand."""
-
-    feedback_CC: (
-        Tensor  # unit upper: what an error in a column moves the columns after it by, so that they make up for it
-    )
-    weight_C: Tensor  # what a squared error in a column then still costs, on average 1
-    gain: float  # that average, relative to what errors cost if no column makes up for them
-
-    def to(self, device: Any) -> GptqFactors:
-        """The same on another device."""
-        return self._replace(feedback_CC=self.feedback_CC.to(device), weight_C=self.weight_C.to(device))
-
-    def in_steps(self, columns_C: Tensor) -> GptqFactors:
-        """The same for weights that are divided by the steps of their columns."""
-        step_C = octave_eighths(columns_C)
-        weight_C = self.weight_C * step_C.square()
-        mean = weight_C.mean()
-        return GptqFactors(self.feedback_CC * step_C[:, None] / step_C, weight_C / mean, self.gain * float(mean))
-
-
-def gptq_factors(h_CC: Tensor, damp: float, variant: str, order: str = "natural") -> GptqFactors:
-    """What (C, C) second moments mean to GPTQ in some order of columns; a dead input's errors cost next to nothing."""
-    h_1CC, order_1C, dead_1C = ordered_hessian(h_CC[None], damp, order)
-    factor_1CC, back_C = inverse_factor(h_1CC), order_1C[0].argsort()
-    weight_C = factor_1CC[0].diagonal().square().reciprocal()[back_C]
-    feedback_CC = compensation(factor_1CC, variant)[0][back_C][:, back_C]
-    weight_C = torch.where(dead_1C[0], 1e-3 * weight_C[~dead_1C[0]].mean().nan_to_num(1.0), weight_C)
-    mean = weight_C.mean()
-    gain = float(mean / h_1CC[0].diagonal().mean())
-    return GptqFactors((feedback_CC / feedback_CC.diagonal()[:, None]).float(), (weight_C / mean).float(), gain)
 
 
 def column_steps(weight_C: Tensor) -> Tensor:
@@ -5294,82 +5267,57 @@ def share_out(run: Run | None, jobs: Sequence[tuple[float, Callable[[], Any]]], 
     return [next(results[rank]) for rank in owner]
 
 
-@dataclass
-class TensorToCode:
-    """A tensor and how it is to be coded."""
+class TensorToCode(NamedTuple):
+    """A tensor that is to be coded."""
 
-    name: str
-    w_RC: Tensor  # divided by the steps of its columns
-    bits: int
-    scale_R: Tensor
-    hessian: Tensor | None  # (C, C) second moments of what w_RC multiplies
-    columns_C: Tensor | None = None
-    states: int = 0  # of the trellis
-    factors: GptqFactors | None = None  # trellis: what `hessian` means to GPTQ
-
-    def steps(self) -> Tensor:
-        """(R, C), or (R, 1) where all columns are equal: what a code of 1 stands for."""
-        row_R1 = self.scale_R.float()[:, None]
-        return row_R1 if self.columns_C is None else row_R1 * octave_eighths(self.columns_C)
+    x_RC: Tensor  # in steps
+    stored: QuantizedTensor  # but for its codes
+    factors: GptqFactors | None  # None: its inputs were not looked at
 
 
-def prune_codes_(items: list[TensorToCode], codes: list[Tensor], share: float) -> None:
+def prune_codes_(coded: list[QuantizedTensor], share: float) -> None:
     """Zero the `share` of all non-zero codes that stand for the smallest weights, over all tensors, in place (PR #740)."""
-    sizes = [q.abs() * item.steps().cpu() for item, q in zip(items, codes, strict=True)]
+    sizes = [matrix_of(dequantize(item)).abs() for item in coded]
     alive = torch.cat([size[size > 0] for size in sizes])
-    count = int(share * alive.numel())
-    if count:
+    if count := int(share * alive.numel()):
         threshold = alive.kthvalue(count).values
-        for q, size in zip(codes, sizes, strict=True):
-            q[size <= threshold] = 0
+        for item, size in zip(coded, sizes, strict=True):
+            item.codes[size <= threshold] = 0
 
 
 def round_all(cfg: Config, items: list[TensorToCode], run: Run | None) -> list[Tensor]:
-    """Codes of every tensor, on the host: trellis paths, GPTQ where there are Hessians, else the nearest.
+    """Codes of every tensor, on the host: trellis paths, GPTQ where inputs are known, else the nearest.
 
-    Tensors of equal shape are coded together, and the ranks share these groups. Of paths as many rows are searched at once as
-    the device likes; a CPU searches with a thread a core.
+    Tensors of equal shape are coded together, as many rows at once as the device likes, and the ranks share these parts. A CPU
+    searches paths with a thread a core.
     """
-    groups: dict[tuple, list[int]] = {}
-    codes: list[Tensor] = [torch.empty(0)] * len(items)
-    for i, item in enumerate(items):
-        if item.states == 0 and item.hessian is None:
-            codes[i] = round_rows(item.w_RC, item.scale_R, largest_code(item.bits)).cpu()
-        else:
-            groups.setdefault((item.w_RC.shape, item.states, item.bits, item.factors is None), []).append(i)
-    batches = []
-    for ((rows, columns), states, _, _), members in groups.items():
-        most = (
-            SURVIVORS_AT_ONCE["cuda" if items[members[0]].w_RC.is_cuda else "cpu"] // states
-            if states
-            else rows * len(members)
-        )
-        together = max(1, most // rows)
-        batches += [
-            (members[at : at + together], slice(row, min(row + most, rows)), columns * max(states, 1))
-            for at in range(0, len(members), together)
-            for row in range(0, rows, most)
-        ]
 
     def code(members: list[int], rows: slice) -> Tensor:
         group = [items[i] for i in members]
-        if not group[0].states:
-            w, h, scale = (
-                torch.stack([getattr(item, field) for item in group]) for field in ("w_RC", "hessian", "scale_R")
-            )
-            return gptq(w, h, scale, largest_code(group[0].bits), damp=cfg.gptq_percdamp, block=cfg.gptq_block_size,
-                        order=cfg.gptq_order, variant=cfg.gptq_variant).cpu()  # fmt: skip
-        steps = torch.stack([item.w_RC / item.scale_R.float()[:, None] for item in group])
-        factors = None if group[0].factors is None else [item.factors for item in group]
-        return trellis_codes(steps[:, rows], factors, group[0].states, steps.square().mean(dim=1)).cpu()
+        (_, stored, factors), top = group[0], largest_code(group[0].stored.bits)
+        x_NRC = torch.stack([item.x_RC for item in group])
+        factors = factors and [item.factors for item in group]
+        if stored.trellis:
+            return trellis_codes(x_NRC[:, rows], factors, stored.trellis, x_NRC.square().mean(dim=1)).cpu()
+        if factors:
+            return gptq(x_NRC[:, rows], factors, top, cfg.gptq_block_size).cpu()
+        return nearest_codes(x_NRC[:, rows], top).cpu()
 
-    jobs = [(len(members) * (rows.stop - rows.start) * cost, functools.partial(code, members, rows))
-             for members, rows, cost in batches]  # fmt: skip
+    groups: dict[tuple, list[int]] = {}
+    for i, (x_RC, stored, factors) in enumerate(items):
+        groups.setdefault((x_RC.shape, stored.trellis, stored.bits, factors is None), []).append(i)
+    parts, jobs = [], []
+    for ((rows, columns), states, _, _), members in groups.items():
+        most = SURVIVORS_AT_ONCE[items[members[0]].x_RC.device.type] // max(states, 1)
+        together = max(1, most // rows)
+        for at, row in itertools.product(range(0, len(members), together), range(0, rows, most)):
+            parts.append((members[at : at + together], slice(row, min(row + most, rows))))
+            cost = len(parts[-1][0]) * min(most, rows - row) * columns * max(states, 1)
+            jobs.append((cost, functools.partial(code, *parts[-1])))
+    codes = [torch.empty(x_RC.shape, dtype=torch.int16 if stored.trellis else torch.int8) for x_RC, stored, _ in items]
     threads = torch.get_num_threads() if cfg.quant_trellis else 1
-    for (members, rows, _), found in zip(batches, share_out(run, jobs, threads), strict=True):
+    for (members, rows), found in zip(parts, share_out(run, jobs, threads), strict=True):
         for i, codes_RC in zip(members, found, strict=True):
-            if rows.start == 0:
-                codes[i] = codes_RC.new_empty(items[i].w_RC.shape)
             codes[i][rows] = codes_RC
     return codes
 
@@ -5391,18 +5339,6 @@ def low_rank_codes(residual_RC: Tensor, rank: int, bits: int, group: int) -> Low
     )
 
 
-def dequantize(stored: QuantizedTensor) -> Tensor:
-    """The fp32 tensor that `stored` stands for, exactly as training-side checks and the reloaded model see it."""
-    if stored.values is not None:
-        return stored.values.float()
-    w_RC = stored.codes.float() * stored.scale.float()[:, None]
-    if stored.columns is not None:
-        w_RC *= octave_eighths(stored.columns)
-    if stored.low_rank is not None:
-        w_RC = w_RC + stored.low_rank.product()
-    return w_RC.reshape(stored.shape)
-
-
 def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
     """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
     rows, columns = rows_and_columns(shape)
@@ -5418,24 +5354,23 @@ class InputStats:
         self.states = {name: trellis_states(cfg, w.shape) for name, w in named.items()}
         self.moments = {name: input_moments(name, named, hessians or {}) for name in named}
         order = "natural" if cfg.quant_trellis else cfg.gptq_order
-        found = {id(h): h for n, h in self.moments.items() if h is not None and (self.states[n] or cfg.target_bytes)}
+        found = {id(h): h for h in self.moments.values() if h is not None}
         jobs = [(len(h) ** 3, lambda h=h: gptq_factors(h, cfg.gptq_percdamp, cfg.gptq_variant, order).to("cpu"))
                 for h in found.values()]  # fmt: skip
-        self.by_moments = {i: f.to(h.device) for (i, h), f in zip(found.items(), share_out(run, jobs), strict=True)}
-
-    def factors(self, name: str) -> GptqFactors | None:
-        """GPTQ's view of a tensor's inputs, None where they were not looked at."""
-        return self.by_moments.get(id(self.moments[name]))
-
-    def factors_in_steps(self, name: str) -> GptqFactors | None:
-        """The same for the tensor divided by the steps of its columns."""
-        factors, columns_C = self.factors(name), self.columns(name)
-        return factors if factors is None or columns_C is None else factors.in_steps(columns_C)
+        known = {i: f.to(h.device) for (i, h), f in zip(found.items(), share_out(run, jobs), strict=True)}
+        self.factors = {name: known.get(id(h)) for name, h in self.moments.items()}
 
     def columns(self, name: str) -> Tensor | None:
-        """Steps of a tensor's columns in eighths of an octave, None where all are equal."""
-        factors = self.factors(name) if self.states[name] else None
+        """log2 of the steps of a tensor's columns over those of its rows, in eighths; None where all are equal."""
+        factors = self.factors[name] if self.states[name] else None
         return None if factors is None else column_steps(factors.weight_C)
+
+    def in_column_steps(self, name: str, w_RC: Tensor) -> tuple[Tensor, GptqFactors | None]:
+        """A tensor divided by the steps of its columns, and what its inputs then mean to GPTQ."""
+        factors, columns_C = self.factors[name], self.columns(name)
+        if columns_C is None:
+            return w_RC, factors
+        return w_RC / octave_eighths(columns_C), factors.in_steps(columns_C)
 
 
 def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor, states: int = 0) -> Tensor:
@@ -5444,26 +5379,23 @@ def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor, states: int = 
     return row_scale(torch.maximum(step * row_factor_R.to(w_RC.device) * top, w_RC.abs().amax(dim=1)), top)
 
 
-def to_code(policy: Policy, inputs: InputStats, name: str, w: Tensor, chosen: Tensor | None) -> TensorToCode:
+def to_code(policy: Policy, inputs: InputStats, name: str, chosen: Tensor | None) -> TensorToCode:
     """How a tensor is to be coded; `chosen` are the steps of its rows, where the byte budget has set them."""
-    cfg, bits, w_RC = policy.cfg, policy.bits(name), matrix_of(w).clone()
+    cfg, w, bits, states = policy.cfg, policy.named[name], policy.bits(name), inputs.states[name]
+    w_RC = matrix_of(w)
     if cfg.prune_scope == "tensor" and (count := int(cfg.prune_frac * w_RC.numel())):  # the smallest weights (PR #850)
-        w_RC[w_RC.abs() <= w_RC.abs().flatten().kthvalue(count).values] = 0.0
-    states, columns_C, hessian = inputs.states[name], inputs.columns(name), inputs.moments[name]
-    wide = chosen is not None or states
+        w_RC = w_RC.masked_fill(w_RC.abs() <= w_RC.abs().flatten().kthvalue(count).values, 0.0)
+    columns_C = inputs.columns(name)
+    w_RC, factors = inputs.in_column_steps(name, w_RC)
+    if chosen is not None or states:
+        bits = 8
     if chosen is None:
-        chosen = clipped_scale(w_RC if columns_C is None else w_RC / octave_eighths(columns_C), bits, policy.clip(name))
-        if states:  # a state sees every second code
-            chosen = (chosen.float() / 2).clamp_min(SCALE_EPS).half()
-        if columns_C is not None:
-            chosen = steps_by_row(w_RC / octave_eighths(columns_C), 1.0, chosen.float(), states)
-    item = TensorToCode(name, w_RC, 8 if wide else bits, chosen.to(w.device), hessian, columns_C, states)
-    if columns_C is not None:
-        step_C = octave_eighths(columns_C)
-        item.w_RC = w_RC / step_C
-        item.hessian = None if hessian is None or states else hessian * step_C * step_C[:, None]
-    item.factors = inputs.factors_in_steps(name) if states else None
-    return item
+        chosen = clipped_scale(w_RC, policy.bits(name), policy.clip(name))
+        if states:  # each of which sees every second code
+            chosen = steps_by_row(w_RC, 0.5, chosen.float(), states)
+    stored = QuantizedTensor(policy.store[name], bits, tuple(w.shape), scale=chosen.cpu(),
+                             columns=None if columns_C is None else columns_C.cpu(), trellis=states)  # fmt: skip
+    return TensorToCode(w_RC / chosen.to(w.device).float()[:, None], stored, factors)
 
 
 def correct_residuals(cfg: Config, named: dict[str, Tensor], stored: dict[str, QuantizedTensor],
@@ -5504,25 +5436,20 @@ def quantize(
     """
     policy, scales = Policy(cfg, named, store), scales or {}
     inputs = inputs or InputStats(cfg, named, hessians, run)
-    stored: dict[str, QuantizedTensor] = dict(kept)
-    items = []
+    stored, items = dict(kept), {}
     for name, w in named.items():
+        if name in kept:
+            continue
         if not torch.isfinite(w).all():
             raise ConfigError(f"{name} holds NaN or Inf: the training diverged; lower the learning rates")
-        bits = policy.bits(name)
-        if name not in kept and bits > 8:
-            stored[name] = pass_through(name, w, store[name], bits)
-        elif name not in kept:
-            items.append(to_code(policy, inputs, name, w, scales.get(name)))
-    codes = round_all(cfg, items, run)
+        if policy.bits(name) > 8:
+            stored[name] = pass_through(name, w, store[name], policy.bits(name))
+        else:
+            items[name] = to_code(policy, inputs, name, scales.get(name))
+    for (name, item), codes_RC in zip(items.items(), round_all(cfg, list(items.values()), run), strict=True):
+        stored[name] = dataclasses.replace(item.stored, codes=codes_RC)
     if cfg.prune_scope == "global":
-        prune_codes_(items, codes, cfg.prune_frac)
-    for item, codes_RC in zip(items, codes, strict=True):
-        parts = {"codes": codes_RC, "scale": item.scale_R, "columns": item.columns_C}
-        stored[item.name] = QuantizedTensor(
-            store[item.name], item.bits, tuple(named[item.name].shape), trellis=item.states,
-            **{part: None if x is None else x.cpu() for part, x in parts.items()},
-        )  # fmt: skip
+        prune_codes_([stored[name] for name in items], cfg.prune_frac)
     if cfg.lqer_top_k and not kept:
         correct_residuals(cfg, named, stored, worth)
     return {name: stored[name] for name in named}
@@ -6594,7 +6521,7 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
         w = w[:, torch.linspace(0, w.shape[1] - 1, min(w.shape[1], PATH_COLUMNS), device=w.device).long()]
         found = trellis_codes(torch.stack([w / scale.float()[:, None] for scale in scales]), None, states)
     else:
-        found = [round_rows(w, scale, largest_code(8)) for scale in scales]
+        found = [nearest_codes(w / scale.float()[:, None], largest_code(8)) for scale in scales]
     bits, loss = [], []
     for everywhere, scale, codes in zip(all_scales, scales, found, strict=True):
         error = (codes.float() * scale.float()[:, None] - w).square().mean(dim=1)
@@ -6607,7 +6534,8 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
         loss.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
     saved = 0.0
     if by_row:  # by predicting columns, nearly the same for all fine steps
-        codes_RC = round_rows(w_RC, steps_by_row(w_RC, 0.25 * unit, factor_R), largest_code(8)).cpu().numpy()
+        step_R1 = steps_by_row(w_RC, 0.25 * unit, factor_R).float()[:, None]
+        codes_RC = nearest_codes(w_RC / step_R1, largest_code(8)).cpu().numpy()
         saved = plan_codes(codes_RC, predictable=False)[2] - plan_codes(codes_RC, predictable=True)[2]
     bits = np.maximum.accumulate(np.array(bits)[::-1])[::-1]  # of a coarser step never more: interpolation needs it
     return RateDistortion(name, unit, factor_R, np.maximum(bits - saved, LEAST_BITS * w_RC.numel()), np.array(loss))
@@ -6701,17 +6629,11 @@ class BudgetSearch:
         self.fixed = code_bytes + sum(map(len, sections.values())) + 2000 + passed
         self.coded: dict = {}  # streams of the last file
 
-    def in_column_steps(self, name: str) -> Tensor:
-        """A tensor as it is divided by row steps: (R, C), its columns in their own steps."""
-        columns_C = self.inputs.columns(name)
-        w_RC = matrix_of(self.named[name])
-        return w_RC if columns_C is None else w_RC / octave_eighths(columns_C)
-
     def curve(self, name: str) -> RateDistortion:
         """The curve of a tensor as it will be coded."""
-        factors, states = self.inputs.factors_in_steps(name), self.inputs.states[name]
+        w_RC, factors = self.inputs.in_column_steps(name, matrix_of(self.named[name]))
         gain = 1.0 if factors is None else factors.gain
-        return measure_curve(name, self.in_column_steps(name), self.store[name], self.fisher[name], gain, states)
+        return measure_curve(name, w_RC, self.store[name], self.fisher[name], gain, self.inputs.states[name])
 
     def curve_cost(self, name: str) -> float:
         """About the seconds of `curve`, relative to others'."""
@@ -6731,10 +6653,10 @@ class BudgetSearch:
     ) -> dict[str, QuantizedTensor]:
         """All tensors at `steps`, but those that are `kept`."""
         scales = {
-            n: steps_by_row(self.in_column_steps(n), steps[n] * c.unit, c.row_factor_R, self.inputs.states[n])
-            for n, c in self.curves.items()
-            if n not in kept
-        }
+            n: steps_by_row(self.inputs.in_column_steps(n, matrix_of(self.named[n]))[0], steps[n] * c.unit, c.row_factor_R,
+                            self.inputs.states[n])
+            for n, c in self.curves.items() if n not in kept
+        }  # fmt: skip
 
         def worth(name: str, low_rank: LowRank, residual_RC: Tensor) -> bool:
             return self.correction_pays(name, low_rank, residual_RC, steps[name])

@@ -247,7 +247,7 @@ class EvenColumns(tg.InputStats):
     """Steps of columns for independent codes too."""
 
     def columns(self, name: str) -> torch.Tensor | None:
-        factors = self.factors(name)
+        factors = self.factors[name]
         return None if factors is None else tg.column_steps(factors.weight_C)
 
 

@@ -415,7 +415,7 @@ class Subject:
 
 def columns_of_all(inputs: tg.InputStats, name: str) -> torch.Tensor | None:
     """Steps of columns for independent codes too."""
-    factors = inputs.factors(name)
+    factors = inputs.factors[name]
     return None if factors is None else tg.column_steps(factors.weight_C)
 
 

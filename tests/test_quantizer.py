@@ -41,13 +41,19 @@ def brute_force_gptq(w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, top:
     return codes.to(torch.int8)
 
 
+def gptq_codes(w, h, scale, top: int, block: int = 128, variant: str = "cholesky", order: str = "descending"):
+    """tg.gptq of weights (N, R, C), second moments (N, C, C) and steps (N, R)."""
+    factors = [tg.gptq_factors(h_CC, 0.01, variant, order) for h_CC in h]
+    return tg.gptq(w / scale.float()[:, :, None], factors, top, block)
+
+
 @pytest.mark.parametrize("block", [3, 16, 128])
 def test_gptq_equals_a_brute_force_column_by_column_solution(block):
     g = torch.Generator().manual_seed(1)
     w = torch.randn(2, 12, 16, generator=g)
     h = torch.stack([second_moments(0.5, 16, seed) for seed in (1, 2)])
     scale = (w.abs().amax(2) / 7).half()
-    codes = tg.gptq(w, h, scale, 7, damp=0.01, block=block)
+    codes = gptq_codes(w, h, scale, 7, block)
     for i in range(2):
         assert torch.equal(codes[i], brute_force_gptq(w[i], h[i], scale[i], 7, 0.01))
 
@@ -57,10 +63,10 @@ def test_gptq_removes_the_error_that_the_inputs_correlation_allows(power, limit)
     """Mild and strong correlation: descending order beats ascending, the published variant trails both."""
     w, h = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)), second_moments(power)
     scale = (w.abs().amax(1) / 31).half()
-    nearest = output_error(w, tg.round_rows(w, scale, 31), scale, h)
+    nearest = output_error(w, tg.nearest_codes(w / scale.float()[:, None], 31), scale, h)
 
     def ratio(**how) -> float:
-        return output_error(w, tg.gptq(w[None], h[None], scale[None], 31, **how)[0], scale, h) / nearest
+        return output_error(w, gptq_codes(w[None], h[None], scale[None], 31, **how)[0], scale, h) / nearest
 
     descending, ascending = ratio(), ratio(order="ascending")
     assert descending <= limit
@@ -72,9 +78,9 @@ def test_dead_inputs_get_zero_codes_and_leave_the_others_alone():
     w, h = torch.randn(8, 24, generator=g), second_moments(0.5, 24)
     h[5], h[:, 5] = 0.0, 0.0
     scale = (w.abs().amax(1) / 31).half()
-    codes = tg.gptq(w[None], h[None], scale[None], 31)[0]
+    codes = gptq_codes(w[None], h[None], scale[None], 31)[0]
     keep = [j for j in range(24) if j != 5]
-    alone = tg.gptq(w[None, :, keep], h[None][:, keep][:, :, keep], scale[None], 31)[0]
+    alone = gptq_codes(w[None, :, keep], h[None][:, keep][:, :, keep], scale[None], 31)[0]
     assert (codes[:, 5] == 0).all()
     assert (codes[:, keep] != alone).float().mean() < 0.02  # the mean diagonal, hence the damping, differs a little
 
@@ -175,7 +181,6 @@ def test_policy_by_role_by_name_and_by_size():
     [
         ({"quant_overrides": "blocks.7.attn.k=8"}, "blocks.7.attn.k=8 matches no parameter"),
         ({"quant_overrides": "tok_emb=9"}, "QUANT_OVERRIDES item 'tok_emb=9'"),
-        ({"quant_quantiles": "0.9,1.2"}, "QUANT_QUANTILES"),
     ],
 )
 def test_bad_policies_get_one_clear_message(knobs, words):
@@ -189,6 +194,8 @@ def test_bad_policies_get_one_clear_message(knobs, words):
     [
         ({"QUANT_OVERRIDES": "attn"}, "QUANT_OVERRIDES item 'attn'"),
         ({"QUANT_OVERRIDES": "nothing=5"}, "matches no parameter"),
+        ({"QUANT_QUANTILES": "0.9,1.2"}, "QUANT_QUANTILES='0.9,1.2': expected numbers in (0, 1]"),
+        ({"QUANT_QUANTILES": "0.9,all"}, "QUANT_QUANTILES='0.9,all': expected numbers in (0, 1]"),
         ({"TARGET_BYTES": "900", "ARTIFACT_LIMIT": "800"}, "TARGET_BYTES=900 exceeds ARTIFACT_LIMIT=800"),
     ],
 )

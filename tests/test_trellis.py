@@ -13,7 +13,7 @@ from conftest import run_ranks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_artifact import fuzz_one, layout, trained_stand_in, weights
-from test_quantizer import output_error, second_moments
+from test_quantizer import gptq_codes, output_error, second_moments
 
 import train_gpt as tg
 
@@ -104,7 +104,7 @@ def test_compensation_inside_the_search_beats_gptq_at_equal_rate(states, gain):
     walk(codes.numpy(), states)
     error = lambda codes, step: output_error(w, codes * step, torch.ones(192), h)  # noqa: E731
     at_rate = lambda e, rate: 10 * math.log10(e) + 20 * math.log10(2) * rate  # noqa: E731
-    uniform = tg.gptq(w[None], h[None], torch.full((1, 192), 0.5), 127)[0]
+    uniform = gptq_codes(w[None], h[None], torch.full((1, 192), 0.5), 127)[0]
     rate = tg.entropy_bits(np.bincount(uniform.numpy().astype(int).ravel() + 128)) / uniform.numel()
     found = at_rate(error(codes, step), rate_by_parity(codes))
     assert found < at_rate(error(uniform, 0.5), rate) - gain
