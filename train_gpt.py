@@ -4907,8 +4907,8 @@ class GptqFactors(NamedTuple):
 
     order_C: Tensor  # the columns in the order in which they are coded
     dead_C: Tensor  # columns whose input is always 0
-    feedback_CC: (
-        Tensor  # what an error in a column moves the columns after it by, so that they make up for it; diagonal 1
+    spread_CC: (
+        Tensor  # by rows, up to a factor: what an error in a column moves those after it by, to make up for it; fp64
     )
     weight_C: Tensor  # what a squared error in a column then still costs, on average 1
     gain: float  # that average, relative to what errors cost if no column makes up for them
@@ -4917,12 +4917,17 @@ class GptqFactors(NamedTuple):
         """The same on another device."""
         return GptqFactors(*(part.to(device) for part in self[:4]), self.gain)
 
+    @property
+    def feedback_CC(self) -> Tensor:
+        """fp32 with a diagonal of 1: what an error in a column moves the others by."""
+        return (self.spread_CC / self.spread_CC.diagonal()[:, None]).float()
+
     def in_steps(self, columns_C: Tensor) -> GptqFactors:
         """The same for weights that are divided by the steps of their columns."""
         step_C = octave_eighths(columns_C)
         weight_C = self.weight_C * step_C.square()
-        mean, feedback_CC = weight_C.mean(), self.feedback_CC * step_C[:, None] / step_C
-        return self._replace(feedback_CC=feedback_CC, weight_C=weight_C / mean, gain=self.gain * float(mean))
+        mean, spread_CC = weight_C.mean(), self.feedback_CC * step_C[:, None] / step_C
+        return self._replace(spread_CC=spread_CC, weight_C=weight_C / mean, gain=self.gain * float(mean))
 
 
 def gptq_factors(h_CC: Tensor, damp: float, variant: str, order: str = "natural") -> GptqFactors:
@@ -4944,28 +4949,28 @@ def gptq_factors(h_CC: Tensor, damp: float, variant: str, order: str = "natural"
     u_CC = torch.linalg.solve_triangular(r_CC, torch.eye(len(r_CC)).to(r_CC), upper=True)
     weight_C = u_CC.diagonal().square().reciprocal()[back_C]
     weight_C = torch.where(dead_C, 1e-3 * weight_C[~dead_C].mean().nan_to_num(1.0), weight_C)
-    moves_CC = u_CC if variant == "cholesky" else u_CC.T @ u_CC
-    feedback_CC = (moves_CC / moves_CC.diagonal()[:, None])[back_C][:, back_C]
+    spread_CC = (u_CC if variant == "cholesky" else u_CC.T @ u_CC)[back_C][:, back_C]
     mean = weight_C.mean()
-    return GptqFactors(order_C, dead_C, feedback_CC.float(), (weight_C / mean).float(), float(mean / diagonal_C.mean()))
+    return GptqFactors(order_C, dead_C, spread_CC, (weight_C / mean).float(), float(mean / diagonal_C.mean()))
 
 
-def gptq(x_NRC: Tensor, factors: list[GptqFactors], top: int, block: int = 128) -> Tensor:
-    """Codes (N, R, C) int8 of N equal shapes in steps that minimise tr(E H E^T) greedily: each column's rounding error is spread
-    over the columns not yet rounded (arXiv 2210.17323)."""
+def gptq(w_NRC: Tensor, scale_NR: Tensor, factors: list[GptqFactors], top: int, block: int = 128) -> Tensor:
+    """Codes (N, R, C) int8 of N equal shapes that minimise tr(E H E^T) greedily: each column's rounding error is spread over the
+    columns not yet rounded (arXiv 2210.17323)."""
     order_NC, dead_NC = (torch.stack(part) for part in list(zip(*factors, strict=True))[:2])
-    feedback_NCC = torch.stack([f.feedback_CC[f.order_C][:, f.order_C] for f in factors])
-    as_rows = order_NC[:, None, :].expand_as(x_NRC)
-    x_NRC = x_NRC.masked_fill(dead_NC[:, None, :], 0.0).gather(2, as_rows)
-    codes_NRC = torch.empty_like(x_NRC)
-    for lo in range(0, x_NRC.shape[2], block):
-        hi = min(lo + block, x_NRC.shape[2])
-        error_NRB = torch.empty_like(x_NRC[:, :, lo:hi])
+    u_NCC = torch.stack([f.spread_CC[f.order_C][:, f.order_C].float() for f in factors])
+    as_rows = order_NC[:, None, :].expand_as(w_NRC)
+    w_NRC = w_NRC.masked_fill(dead_NC[:, None, :], 0.0).gather(2, as_rows)
+    codes_NRC = torch.empty_like(w_NRC)
+    for lo in range(0, w_NRC.shape[2], block):
+        hi = min(lo + block, w_NRC.shape[2])
+        error_NRB = torch.empty_like(w_NRC[:, :, lo:hi])
         for j in range(lo, hi):
-            codes_NRC[:, :, j] = x_NRC[:, :, j].round().clamp(-top, top)
-            error_NR1 = error_NRB[:, :, j - lo : j - lo + 1] = (x_NRC[:, :, j] - codes_NRC[:, :, j])[:, :, None]
-            x_NRC[:, :, j + 1 : hi].baddbmm_(error_NR1, feedback_NCC[:, j, None, j + 1 : hi], alpha=-1)
-        x_NRC[:, :, hi:].baddbmm_(error_NRB, feedback_NCC[:, lo:hi, hi:], alpha=-1)
+            codes_NRC[:, :, j] = (w_NRC[:, :, j] / scale_NR).round().clamp(-top, top)
+            error_NR = (w_NRC[:, :, j] - codes_NRC[:, :, j] * scale_NR) / u_NCC[:, j, j, None]
+            w_NRC[:, :, j + 1 : hi].baddbmm_(error_NR[:, :, None], u_NCC[:, j, None, j + 1 : hi], alpha=-1)
+            error_NRB[:, :, j - lo] = error_NR
+        w_NRC[:, :, hi:].baddbmm_(error_NRB, u_NCC[:, lo:hi, hi:], alpha=-1)
     return torch.empty_like(codes_NRC).scatter_(2, as_rows, codes_NRC).to(torch.int8)
 
 
@@ -5270,7 +5275,7 @@ def share_out(run: Run | None, jobs: Sequence[tuple[float, Callable[[], Any]]], 
 class TensorToCode(NamedTuple):
     """A tensor that is to be coded."""
 
-    x_RC: Tensor  # in steps
+    w_RC: Tensor  # divided by the steps of its columns
     stored: QuantizedTensor  # but for its codes
     factors: GptqFactors | None  # None: its inputs were not looked at
 
@@ -5295,26 +5300,28 @@ def round_all(cfg: Config, items: list[TensorToCode], run: Run | None) -> list[T
     def code(members: list[int], rows: slice) -> Tensor:
         group = [items[i] for i in members]
         (_, stored, factors), top = group[0], largest_code(group[0].stored.bits)
-        x_NRC = torch.stack([item.x_RC for item in group])
+        w_NRC = torch.stack([item.w_RC for item in group])
+        scale_NR = torch.stack([item.stored.scale for item in group]).to(w_NRC)
         factors = factors and [item.factors for item in group]
+        if factors and not stored.trellis:
+            return gptq(w_NRC[:, rows], scale_NR[:, rows], factors, top, cfg.gptq_block_size).cpu()
+        x_NRC = w_NRC / scale_NR[:, :, None]
         if stored.trellis:
             return trellis_codes(x_NRC[:, rows], factors, stored.trellis, x_NRC.square().mean(dim=1)).cpu()
-        if factors:
-            return gptq(x_NRC[:, rows], factors, top, cfg.gptq_block_size).cpu()
         return nearest_codes(x_NRC[:, rows], top).cpu()
 
     groups: dict[tuple, list[int]] = {}
-    for i, (x_RC, stored, factors) in enumerate(items):
-        groups.setdefault((x_RC.shape, stored.trellis, stored.bits, factors is None), []).append(i)
+    for i, (w_RC, stored, factors) in enumerate(items):
+        groups.setdefault((w_RC.shape, stored.trellis, stored.bits, factors is None), []).append(i)
     parts, jobs = [], []
     for ((rows, columns), states, _, _), members in groups.items():
-        most = SURVIVORS_AT_ONCE[items[members[0]].x_RC.device.type] // max(states, 1)
+        most = SURVIVORS_AT_ONCE[items[members[0]].w_RC.device.type] // max(states, 1)
         together = max(1, most // rows)
         for at, row in itertools.product(range(0, len(members), together), range(0, rows, most)):
             parts.append((members[at : at + together], slice(row, min(row + most, rows))))
             cost = len(parts[-1][0]) * min(most, rows - row) * columns * max(states, 1)
             jobs.append((cost, functools.partial(code, *parts[-1])))
-    codes = [torch.empty(x_RC.shape, dtype=torch.int16 if stored.trellis else torch.int8) for x_RC, stored, _ in items]
+    codes = [torch.empty(w_RC.shape, dtype=torch.int16 if stored.trellis else torch.int8) for w_RC, stored, _ in items]
     threads = torch.get_num_threads() if cfg.quant_trellis else 1
     for (members, rows), found in zip(parts, share_out(run, jobs, threads), strict=True):
         for i, codes_RC in zip(members, found, strict=True):
@@ -5395,7 +5402,7 @@ def to_code(policy: Policy, inputs: InputStats, name: str, chosen: Tensor | None
             chosen = steps_by_row(w_RC, 0.5, chosen.float(), states)
     stored = QuantizedTensor(policy.store[name], bits, tuple(w.shape), scale=chosen.cpu(),
                              columns=None if columns_C is None else columns_C.cpu(), trellis=states)  # fmt: skip
-    return TensorToCode(w_RC / chosen.to(w.device).float()[:, None], stored, factors)
+    return TensorToCode(w_RC, stored, factors)
 
 
 def correct_residuals(cfg: Config, named: dict[str, Tensor], stored: dict[str, QuantizedTensor],
@@ -5633,8 +5640,8 @@ def stream_plan(entries: list[TensorEntry]) -> dict[tuple[str, str], list[tuple[
 # ---- streams of small integers
 #
 # A stream is a list of fields, packed by LZMA, and the words of a range coder. Fields are tables and whatever is rare; words
-# are symbols, each under a table. A writer's methods take values and return them; a reader's ignore what they are given and
-# return what was written. So one function codes in both directions, and the two cannot differ.
+# are symbols, each under a table. A coder that writes takes values and returns them; one that reads ignores what it is given and
+# returns what was written. So one function codes in both directions, and the two cannot differ.
 
 # 2**(-i/8) for i in 0..254, by square roots and products alone: IEEE gives the same everywhere.
 OCTAVE_EIGHTHS = np.cumprod(np.r_[1.0, np.full(254, math.sqrt(math.sqrt(math.sqrt(0.5))))])
@@ -5683,10 +5690,48 @@ def unzigzag(values: np.ndarray) -> np.ndarray:
 
 
 class StreamCoder:
-    """What writer and reader share: tables, and numbers under the tables of their contexts."""
+    """Writes a stream; reads the one that is given, never past its end. Raises ArtifactError."""
+
+    def __init__(self, stream: bytes | None = None) -> None:
+        import constriction
+
+        self.reading, self.stored, self.at = stream is not None, [], 0
+        if not self.reading:
+            self.coder = constriction.stream.queue.RangeEncoder()
+            return
+        count, packed = struct.unpack_from("<II", stream) if len(stream) >= 8 else (0, 1)
+        if packed > len(stream) - 8 or count > 1 << 20 or (len(stream) - packed) % 4:
+            raise ArtifactError("a stream has impossible sizes")
+        (stored,) = from_bytes(lzma_unpack(stream[8 : 8 + packed], 4 * count), torch.int32, [(count,)])
+        self.stored = unzigzag(stored.numpy().astype(np.int64))
+        words = np.frombuffer(stream, "<u4", offset=8 + packed).astype(np.uint32)
+        self.coder = constriction.stream.queue.RangeDecoder(words)
+
+    def fields(self, values: Any, count: int, low: int, high: int) -> Any:
+        """`count` fields, each within low..high."""
+        if not self.reading:
+            assert count == len(values) and all(low <= value <= high for value in values), f"{values} are no fields"
+            self.stored += map(int, values)
+            return values
+        part = self.stored[self.at : self.at + count]
+        self.at += count
+        if len(part) != count or (count and not low <= part.min() <= part.max() <= high):
+            raise ArtifactError("a stream has impossible fields")
+        return part
+
+    def symbols(self, model: Any, count: int, values: np.ndarray | None) -> np.ndarray:
+        """`count` symbols, int32."""
+        if self.reading:
+            try:
+                return self.coder.decode(model, count)
+            except AssertionError:  # what the decoder raises on words that no encoder writes
+                raise ArtifactError("a stream does not decode") from None
+        if count:
+            self.coder.encode(values.astype(np.int32), model)
+        return values
 
     def table(self, counts: np.ndarray | None, most: int) -> np.ndarray:
-        """(n,) int16 logs of n symbols, 2 <= n <= most; a writer makes them from their `counts`."""
+        """(n,) int16 logs of n symbols, 2 <= n <= most, from their `counts`."""
         logs = [] if counts is None else log_table(counts)
         size = int(self.fields([len(logs)], 1, 2, most)[0])
         logs = np.cumsum(self.fields(np.diff(logs, prepend=0), size, -254, 254)).astype(np.int16)
@@ -5699,84 +5744,28 @@ class StreamCoder:
         import constriction
 
         symbol, _, rest = (None, None, None) if values is None else split_ints(values)
+        part = lambda of, at: None if of is None else of[at]  # noqa: E731
         found = np.empty(len(context), np.int64)
         for c in np.unique(context):
             at = np.flatnonzero(context == c)
-            part = None if symbol is None else symbol[at]
-            model = symbol_model(
-                table_weights(self.table(part if part is None else np.bincount(part, minlength=2), MAX_SYMBOL + 1))
-            )
-            found[at] = self.symbols(model, len(at), part)
+            counts = None if symbol is None else np.bincount(symbol[at], minlength=2)
+            model = symbol_model(table_weights(self.table(counts, MAX_SYMBOL + 1)))
+            found[at] = self.symbols(model, len(at), part(symbol, at))
         number, width = join_symbols(found)
         for w in np.unique(width[width > 0]):
             at = np.flatnonzero(width == w)
-            number[at] += self.symbols(
-                constriction.stream.model.Uniform(1 << int(w)), len(at), rest if rest is None else rest[at]
-            )
+            number[at] += self.symbols(constriction.stream.model.Uniform(1 << int(w)), len(at), part(rest, at))
         return number
 
-
-class StreamWriter(StreamCoder):
-    """Writes a stream."""
-
-    def __init__(self) -> None:
-        import constriction
-
-        self.stored: list[int] = []
-        self.coder = constriction.stream.queue.RangeEncoder()
-
-    def fields(self, values: Any, count: int, low: int, high: int) -> Any:
-        """Append fields, each within low..high."""
-        assert count == len(values) and all(low <= value <= high for value in values), f"{values} are no fields"
-        self.stored += map(int, values)
-        return values
-
-    def symbols(self, model: Any, count: int, values: np.ndarray) -> np.ndarray:
-        """Append symbols."""
-        if count:
-            self.coder.encode(values.astype(np.int32), model)
-        return values
-
     def finish(self) -> bytes:
-        """The stream."""
+        """The stream that was written; ArtifactError if one that was read has more."""
+        if self.reading:
+            if not self.coder.maybe_exhausted() or self.at != len(self.stored):
+                raise ArtifactError("a stream is longer than what it holds")
+            return b""
         packed = lzma_pack(to_bytes([torch.from_numpy(zigzag(np.array(self.stored, np.int32)))]))
         words = self.coder.get_compressed().astype("<u4").tobytes()
         return struct.pack("<II", len(self.stored), len(packed)) + packed + words
-
-
-class StreamReader(StreamCoder):
-    """Reads what a writer wrote, never past its end. Raises ArtifactError."""
-
-    def __init__(self, stream: bytes) -> None:
-        import constriction
-
-        count, packed = struct.unpack_from("<II", stream) if len(stream) >= 8 else (0, 1)
-        if packed > len(stream) - 8 or count > 1 << 20 or (len(stream) - packed) % 4:
-            raise ArtifactError("a stream has impossible sizes")
-        (stored,) = from_bytes(lzma_unpack(stream[8 : 8 + packed], 4 * count), torch.int32, [(count,)])
-        self.stored, self.at = unzigzag(stored.numpy().astype(np.int64)), 0
-        words = np.frombuffer(stream, "<u4", offset=8 + packed).astype(np.uint32)
-        self.coder = constriction.stream.queue.RangeDecoder(words)
-
-    def fields(self, _values: Any, count: int, low: int, high: int) -> np.ndarray:
-        """The next `count` fields, all within low..high."""
-        part = self.stored[self.at : self.at + count]
-        self.at += count
-        if len(part) != count or (count and not low <= part.min() <= part.max() <= high):
-            raise ArtifactError("a stream has impossible fields")
-        return part
-
-    def symbols(self, model: Any, count: int, _values: Any = None) -> np.ndarray:
-        """The next `count` symbols, int32."""
-        try:
-            return self.coder.decode(model, count)
-        except AssertionError:  # what the decoder raises on words that no encoder writes
-            raise ArtifactError("a stream does not decode") from None
-
-    def finish(self) -> None:
-        """Refuse what is left."""
-        if not self.coder.maybe_exhausted() or self.at != len(self.stored):
-            raise ArtifactError("a stream is longer than what it holds")
 
 
 # ---- entropy coding of codes
@@ -6048,95 +6037,49 @@ def code_levels(
     return [CodeLevels(parts[2 * i], parts[2 * i + 1], bool(flag)) for i, flag in enumerate(predicted)]
 
 
-def table_index(starts: list[list[int]]) -> np.ndarray:
-    """(parities, levels) uint8: which of all tables is that of a level and parity, from each parity's first levels."""
-    levels, before = np.arange(LEVEL_BOUNDS[0], LEVEL_BOUNDS[1] + 1), np.cumsum([0, *map(len, starts)])
-    rows = [
-        first + np.searchsorted(mine, levels, side="right") - 1 for first, mine in zip(before, starts, strict=False)
-    ]
-    return np.stack(rows).astype(np.uint8)
-
-
 def by_table(table_N: np.ndarray, tables: int) -> tuple[np.ndarray, np.ndarray]:
     """(order that sorts codes by table and keeps each table's as they come, (tables,) how many each has)."""
     return np.argsort(table_N, kind="stable"), np.bincount(table_N, minlength=tables)
 
 
-def code_table(
-    coder: StreamCoder,
-    odd: int,
-    starts: list[int],
-    most: int,
-    table: CodeTable | None = None,
-    symbols: np.ndarray | None = None,
-) -> np.ndarray:
-    """Write a table and its symbols, at most `most`, or read them (None); `starts` of the tables before it gets its own."""
-    low = starts[-1] + 1 if starts else LEVEL_BOUNDS[0]
-    starts += map(int, coder.fields(table and [table.start], 1, low, LEVEL_BOUNDS[1] if starts else low))
-    mirrored = coder.fields(table and [table.mirrored], 1, 0, 1)[0]
-    count = int(coder.fields(table and [len(symbols)], 1, 0, most)[0])
-    weights = table_weights(coder.table(table and table.counts, 2 * MAX_TABLE + 2))
-    weights = mirror(weights, odd) if mirrored else weights
-    least = -(len(weights) // 2)
-    return coder.symbols(symbol_model(weights), count, None if symbols is None else symbols - least) + least
+def code_tables(
+    coder: StreamCoder, states: int, total: int, levels: np.ndarray | None = None, values: np.ndarray | None = None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Write all tables and under them `total` codes with their levels, in the order of their walk, or read them (None): (parities,
+    levels) which table is that of a level and parity, and each table's codes, int16."""
+    halved, tables, counts, symbols = int(states > 0), None, None, itertools.repeat(None)
+    sizes = fitted = None
+    if values is not None:
+        fitted = [[table for table, _ in fit_tables(joint)] for joint in count_levels(levels, values, states)]
+        tables, sizes = sum(fitted, []), [len(part) for part in fitted]
+    sizes = coder.fields(sizes, 1 + halved, 1, 99)
+    starts = coder.fields(tables and [table.start for table in tables], sum(sizes), *LEVEL_BOUNDS)
+    index, before, every = [], 0, np.arange(LEVEL_BOUNDS[0], LEVEL_BOUNDS[1] + 1)
+    for mine in np.split(np.asarray(starts), np.cumsum(sizes)[:-1]):
+        if mine[0] != LEVEL_BOUNDS[0] or (np.diff(mine) < 1).any():
+            raise ArtifactError("a stream of codes has tables of impossible levels")
+        index.append(before + np.searchsorted(mine, every, side="right") - 1)
+        before += len(mine)
+    index = np.stack(index).astype(np.uint8)
+    if values is not None:
+        order, counts = by_table(index[values & halved, levels.astype(np.int16) - LEVEL_BOUNDS[0]], before)
+        symbols = np.split((values >> halved)[order], np.cumsum(counts)[:-1])
+    mirrored = coder.fields(tables and [table.mirrored for table in tables], before, 0, 1)
+    counts = coder.fields(counts, before, 0, total)
+    if sum(map(int, counts)) != total:
+        raise ArtifactError("a stream of codes holds other counts than its tensors")
+    found = []
+    for i, (odd, mine) in enumerate(zip(np.repeat(range(len(sizes)), sizes), symbols, strict=False)):
+        weights = table_weights(coder.table(tables and tables[i].counts, 2 * MAX_TABLE + 2))
+        weights = mirror(weights, odd) if mirrored[i] else weights
+        least = -(len(weights) // 2)
+        mine = coder.symbols(symbol_model(weights), int(counts[i]), None if mine is None else mine - least) + least
+        found.append(((mine << halved) + odd).astype(np.int16))
+    return index, found
 
 
-class CodeWriter:
-    """Records (level, value) of codes in the order of a walk, and writes them table by table."""
-
-    def __init__(self, states: int) -> None:
-        self.halved = int(states > 0)
-        self.levels: list[np.ndarray] = []
-        self.values: list[np.ndarray] = []
-
-    def code(self, levels: np.ndarray, odd: Any, values: np.ndarray) -> np.ndarray:
-        """Append values."""
-        assert not self.halved or np.array_equal(odd, values & 1), "codes leave the trellis"
-        self.levels.append(levels.astype(np.int8).ravel())
-        self.values.append(values.astype(np.int16).ravel())
-        return values
-
-    def finish(self, coder: StreamWriter) -> None:
-        """Write all values."""
-        levels, values = np.concatenate(self.levels), np.concatenate(self.values)
-        fitted = [[table for table, _ in fit_tables(joint)] for joint in count_levels(levels, values, self.halved)]
-        index = table_index([[table.start for table in tables] for tables in fitted])
-        order, counts = by_table(
-            index[values & self.halved, levels.astype(np.int16) - LEVEL_BOUNDS[0]], sum(map(len, fitted))
-        )
-        symbols = iter(np.split((values >> self.halved)[order], np.cumsum(counts)[:-1]))
-        for odd, tables in enumerate(fitted):
-            coder.fields([len(tables)], 1, 1, 99)
-            starts: list[int] = []
-            for table in tables:
-                code_table(coder, odd, starts, len(values), table, next(symbols))
-
-
-class CodeReader:
-    """Hands out the `total` values that CodeWriter wrote, in the order of the same walk. Raises ArtifactError."""
-
-    def __init__(self, coder: StreamReader, total: int, states: int) -> None:
-        self.values: list[np.ndarray] = []
-        starts: list[list[int]] = []
-        for odd in range(1 + (states > 0)):
-            starts.append([])
-            for _ in range(coder.fields(None, 1, 1, 99)[0]):
-                symbols = code_table(coder, odd, starts[-1], total - sum(map(len, self.values)))
-                self.values.append((2 * symbols + odd if states else symbols).astype(np.int16))
-        self.index, self.at = table_index(starts), np.zeros(len(self.values), np.int64)
-        self.ends = np.array([len(values) for values in self.values])
-        if self.ends.sum() != total:
-            raise ArtifactError("a stream of codes holds other counts than its tensors")
-
-    def code(self, levels: np.ndarray, odd: Any, _values: np.ndarray | None = None) -> np.ndarray:
-        """The next values of the tables of these levels and parities, int16."""
-        order, counts = by_table(self.index[odd, levels - LEVEL_BOUNDS[0]].ravel(), len(self.values))
-        first, self.at = self.at, self.at + counts
-        if (self.at > self.ends).any():
-            raise ArtifactError("a stream of codes lacks codes of some table")
-        found = np.empty(len(order), np.int16)
-        found[order] = np.concatenate([v[lo:hi] for v, lo, hi in zip(self.values, first, self.at, strict=True)])
-        return found.reshape(levels.shape)
+# What a walk calls at each step, in both directions: (levels, parities, the codes to write or None) -> the codes.
+CodeStep = Callable[[np.ndarray, Any, np.ndarray | None], np.ndarray]
 
 
 def refuse_beyond(most: int, codes: np.ndarray) -> None:
@@ -6145,8 +6088,9 @@ def refuse_beyond(most: int, codes: np.ndarray) -> None:
         raise ArtifactError(f"a stream of codes holds values beyond +-{most}")
 
 
-def walk_plain(spreads: list[CodeLevels], states: int, coder: CodeWriter | CodeReader,
-               known: list[np.ndarray] | None = None) -> list[np.ndarray]:  # fmt: skip
+def walk_plain(
+    spreads: list[CodeLevels], states: int, code: CodeStep, known: list[np.ndarray] | None
+) -> list[np.ndarray]:
     """Codes (R, C) int16 of tensors without prediction; `known` are the codes to write.
 
     Independent codes are one step a tensor, cut into regions. Paths are walked column by column, over the rows of all tensors
@@ -6154,7 +6098,7 @@ def walk_plain(spreads: list[CodeLevels], states: int, coder: CodeWriter | CodeR
     """
     if not states:
         shapes = [(len(spread.rows), len(spread.columns)) for spread in spreads]
-        return [np.concatenate([coder.code(spread.levels(rows), 0, known and known[i][rows]) for rows, _ in regions(shape, False)])
+        return [np.concatenate([code(spread.levels(rows), 0, known and known[i][rows]) for rows, _ in regions(shape, False)])
                 for i, (spread, shape) in enumerate(zip(spreads, shapes, strict=True))]  # fmt: skip
     order = sorted(range(len(spreads)), key=lambda i: -len(spreads[i].columns))
     found_CR = {i: np.empty((len(spreads[i].columns), len(spreads[i].rows)), np.int16) for i in order}
@@ -6167,69 +6111,86 @@ def walk_plain(spreads: list[CodeLevels], states: int, coder: CodeWriter | CodeR
         n = ends[len(live) - 1]
         levels = row_levels[:n] + np.repeat([spreads[i].columns[j] for i in live], [len(spreads[i].rows) for i in live])
         values = known and np.concatenate([given_CR[i][j] for i in live])
-        values = coder.code(levels.clip(*LEVEL_BOUNDS), odd_S[state[:n]], values)
+        values = code(levels.clip(*LEVEL_BOUNDS), odd_S[state[:n]], values)
         state[:n] = next_state(state[:n], values, states)
         for i, part in zip(live, np.split(values, ends[: len(live) - 1]), strict=True):
             found_CR[i][j] = part
     return [found_CR[i].T for i in range(len(spreads))]
 
 
-def walk_predicted(
-    spread: CodeLevels, states: int, coder: CodeWriter | CodeReader, known: np.ndarray | None = None
-) -> np.ndarray:
+def walk_predicted(spread: CodeLevels, states: int, code: CodeStep, known: np.ndarray | None) -> np.ndarray:
     """Codes (R, C) int16 of a tensor with prediction: a value is a code less its mean. Along a trellis both parities are known,
     from one column to the next; independent codes of a chunk are one step."""
     state, odd_S = np.zeros(len(spread.rows), np.uint8), trellis_bits(states)[0] if states else None
 
-    def code(rows: slice, chunk: slice, mean: np.ndarray) -> np.ndarray:
+    def code_part(rows: slice, chunk: slice, mean: np.ndarray) -> np.ndarray:
         refuse_beyond(2 * MAX_TABLE, mean)
         codes, levels = mean.astype(np.int16), spread.levels(rows, chunk)
         for at in (np.s_[i : i + 1] for i in range(codes.shape[1])) if states else (np.s_[:],):
             values = None if known is None else known[rows, chunk][:, at] - codes[:, at]
             odd = (odd_S[state[rows], None] ^ codes[:, at]) & 1 if states else 0
-            codes[:, at] += coder.code(levels[:, at], odd, values)
+            codes[:, at] += code(levels[:, at], odd, values)
             if states:
                 state[rows] = next_state(state[rows], codes[:, at.start], states)
         refuse_beyond(largest_code(PATH_BITS if states else 8), codes)
         return codes
 
-    return predict_codes(len(spread.rows), len(spread.columns), code)
+    return predict_codes(len(spread.rows), len(spread.columns), code_part)
 
 
-def walk_codes(spreads: list[CodeLevels], states: int, coder: CodeWriter | CodeReader,
-               known: list[np.ndarray] | None = None) -> list[np.ndarray]:  # fmt: skip
+def walk_codes(
+    spreads: list[CodeLevels], states: int, code: CodeStep, known: list[np.ndarray] | None = None
+) -> list[np.ndarray]:
     """Codes of all tensors of a stream: those without prediction together, then the others one by one."""
     plain = [i for i, spread in enumerate(spreads) if not spread.predicted]
     found = {}
     if plain:
-        walked = walk_plain([spreads[i] for i in plain], states, coder, known and [known[i] for i in plain])
+        walked = walk_plain([spreads[i] for i in plain], states, code, known and [known[i] for i in plain])
         found = dict(zip(plain, walked, strict=True))
-    return [
-        found[i] if i in found else walk_predicted(spread, states, coder, known and known[i])
-        for i, spread in enumerate(spreads)
-    ]
+    for i in sorted({*range(len(spreads))} - {*plain}):
+        found[i] = walk_predicted(spreads[i], states, code, known and known[i])
+    return [found[i] for i in range(len(spreads))]
 
 
 def encode_codes(arrays: list[np.ndarray], predictable: bool = False, states: int = 0) -> bytes:
     """Codes of several tensors, each (R, C), as one stream: levels, tables, and the codes under them. With `states`, rows are
     paths through a trellis."""
     spreads = [plan_codes(codes_RC, predictable, states)[0] for codes_RC in arrays]
-    coder, writer = StreamWriter(), CodeWriter(states)
+    coder, noted = StreamCoder(), []
     code_levels(coder, [codes_RC.shape for codes_RC in arrays], spreads)
-    walk_codes(spreads, states, writer, arrays)
-    writer.finish(coder)
+
+    def note(levels: np.ndarray, odd: Any, values: np.ndarray) -> np.ndarray:
+        assert not states or np.array_equal(odd, values & 1), "codes leave the trellis"
+        noted.append((levels.astype(np.int8).ravel(), values.astype(np.int16).ravel()))
+        return values
+
+    walk_codes(spreads, states, note, arrays)
+    levels, values = (np.concatenate(part) for part in zip(*noted, strict=True))
+    code_tables(coder, states, len(values), levels, values)
     return coder.finish()
 
 
 def decode_codes(stream: bytes, shapes: list[tuple[int, int]], states: int = 0) -> list[np.ndarray]:
     """Inverse of encode_codes: arrays of `shapes`, int8, or int16 along a trellis. Raises ArtifactError."""
-    coder = StreamReader(stream)
+    coder = StreamCoder(stream)
     spreads = code_levels(coder, shapes)
     if any(spread.predicted and len(spread.columns) > MAX_PREDICTED_COLUMNS for spread in spreads):
         raise ArtifactError(f"a stream of codes predicts more than {MAX_PREDICTED_COLUMNS} columns")
-    reader = CodeReader(coder, sum(rows * columns for rows, columns in shapes), states)
+    index, tables = code_tables(coder, states, sum(rows * columns for rows, columns in shapes))
     coder.finish()
-    found = walk_codes(spreads, states, reader)
+    ends, at = np.array([len(codes) for codes in tables]), np.zeros(len(tables), np.int64)
+
+    def take(levels: np.ndarray, odd: Any, _values: np.ndarray | None) -> np.ndarray:
+        order, counts = by_table(index[odd, levels - LEVEL_BOUNDS[0]].ravel(), len(tables))
+        first = at.copy()
+        at[:] += counts
+        if (at > ends).any():
+            raise ArtifactError("a stream of codes lacks codes of some table")
+        found = np.empty(len(order), np.int16)
+        found[order] = np.concatenate([codes[lo:hi] for codes, lo, hi in zip(tables, first, at, strict=True)])
+        return found.reshape(levels.shape)
+
+    found = walk_codes(spreads, states, take)
     for codes_RC in found:
         refuse_beyond(largest_code(PATH_BITS if states else 8), codes_RC)
     return [np.ascontiguousarray(codes_RC, np.int16 if states else np.int8) for codes_RC in found]
@@ -6952,7 +6913,7 @@ def code_level(
 
 def pack_trie(levels: list[TrieLevel], vocab_size: int) -> bytes:
     """Levels 1, 2 .. of a trie as one section."""
-    coder = StreamWriter()
+    coder = StreamCoder()
     coder.numbers(np.zeros(1, int), np.array([len(levels)]))
     for n, level in enumerate(levels):
         code_level(coder, [ROOT, *levels[:n]], vocab_size, level, len(level.token))
@@ -6961,7 +6922,7 @@ def pack_trie(levels: list[TrieLevel], vocab_size: int) -> bytes:
 
 def unpack_trie(packed: bytes, vocab_size: int) -> list[TrieLevel]:
     """Inverse of pack_trie. Raises ArtifactError."""
-    coder, levels, left = StreamReader(packed), [ROOT], (1 << 16) + 16 * len(packed)
+    coder, levels, left = StreamCoder(packed), [ROOT], (1 << 16) + 16 * len(packed)
     depth = int(coder.numbers(np.zeros(1, int))[0])
     if depth > MAX_GRAM:
         raise ArtifactError(f"a table of n-grams of up to {depth} tokens, {MAX_GRAM} at most")

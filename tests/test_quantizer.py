@@ -44,7 +44,7 @@ def brute_force_gptq(w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, top:
 def gptq_codes(w, h, scale, top: int, block: int = 128, variant: str = "cholesky", order: str = "descending"):
     """tg.gptq of weights (N, R, C), second moments (N, C, C) and steps (N, R)."""
     factors = [tg.gptq_factors(h_CC, 0.01, variant, order) for h_CC in h]
-    return tg.gptq(w / scale.float()[:, :, None], factors, top, block)
+    return tg.gptq(w, scale.float(), factors, top, block)
 
 
 @pytest.mark.parametrize("block", [3, 16, 128])

@@ -118,7 +118,7 @@ def test_counted_grams_are_all_that_repeat(n, vocab, order):
 
 
 def test_a_small_section_cannot_ask_for_many_levels():
-    coder = tg.StreamWriter()
+    coder = tg.StreamCoder()
     coder.numbers(np.zeros(1, int), np.array([10**6]))
     with pytest.raises(tg.ArtifactError, match="n-grams of up to 1000000 tokens, 8 at most"):
         tg.unpack_trie(coder.finish(), 50)
@@ -172,10 +172,10 @@ def test_numbers_split_and_join():
     least, again = tg.join_symbols(symbol)
     assert np.array_equal(least + rest, x) and np.array_equal(width, again) and symbol.max() <= tg.MAX_SYMBOL
     assert (np.diff(symbol) >= 0).all()
-    coder, context = tg.StreamWriter(), np.arange(len(x)) % 3
+    coder, context = tg.StreamCoder(), np.arange(len(x)) % 3
     coder.fields(edges := [2**30 - 1, -(2**30), 65_536, 32_768, 32_767, 0, -1], len(edges), -(2**31), 2**31)
     coder.numbers(context, x)
-    reader = tg.StreamReader(coder.finish())
+    reader = tg.StreamCoder(coder.finish())
     assert reader.fields(None, len(edges), -(2**31), 2**31).tolist() == edges
     assert np.array_equal(reader.numbers(context), x)
     reader.finish()

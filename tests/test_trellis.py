@@ -294,10 +294,10 @@ def test_mutated_files_with_paths_raise_artifact_errors_only():
 def test_mutated_streams_raise_artifact_errors_only(states):
     """Edits of fields and words below the container: most are refused, and whatever loads is a path, or fits 8 bits."""
     rng, codes = random.Random(5), tg.trellis_codes(torch.randn(1, 60, 24) * 3, None, 8)[0].numpy()
-    reader = tg.StreamReader(stream := tg.encode_codes([codes], True, states))
+    reader = tg.StreamCoder(stream := tg.encode_codes([codes], True, states))
     words, outcomes = stream[8 + int.from_bytes(stream[4:8], "little") :], Counter()
     for _ in range(600):
-        edited, flipped = tg.StreamWriter(), bytearray(words)
+        edited, flipped = tg.StreamCoder(), bytearray(words)
         edited.stored = reader.stored.tolist()
         if rng.random() < 0.7:
             edited.stored[rng.randrange(len(edited.stored))] = rng.randrange(-300, 300) << rng.choice([0, 0, 8, 20])
