@@ -4768,37 +4768,35 @@ def row_quantiles(w_RC: Tensor, quantiles: tuple[float, ...]) -> Tensor:
     return torch.lerp(sorted_RC[:, low_Q.to(w_RC.device)], sorted_RC[:, high_Q.to(w_RC.device)], share_Q).T
 
 
-def searched_clip(w_RC: Tensor, top: int, quantiles: tuple[float, ...], whole: bool) -> Tensor:
-    """The quantile with the least squared error: each row its own (GPTQ-lite, PR #414), or one for the `whole` tensor (PR #187)."""
-    clips_QR, errors = row_quantiles(w_RC, quantiles), []
+def row_clip(w_RC: Tensor, top: int, clip: ClipRule) -> Tensor:
+    """(R,) the weight that a row's largest code stands for.
+
+    `row` and `tensor` take the quantile with the least squared error, each row its own (GPTQ-lite, PR #414) or one for all (PR #187).
+    `sigma`: so many sample standard deviations of the row about its mean (PR #1394), at least its root mean square, which only rows of
+    nearly equal weights meet. At 11 to 14 deviations nothing is clipped: sigmas / top is the step, and an entropy coder makes it a rate.
+    """
+    if clip.rule == "max":
+        return w_RC.abs().amax(dim=1)
+    if clip.rule == "sigma":
+        deviation_R = w_RC.std(dim=1) if w_RC.shape[1] > 1 else torch.zeros_like(w_RC[:, 0])
+        return torch.maximum(clip.sigmas * deviation_R, w_RC.square().mean(dim=1).sqrt())
+    clips_QR, errors = row_quantiles(w_RC, clip.quantiles), []
+    if clip.rule == "quantile":
+        return clips_QR[-1]
     for clip_R in clips_QR:
         step_R1 = row_scale(clip_R, top).float()[:, None]
         errors.append((nearest_codes(w_RC / step_R1, top) * step_R1 - w_RC).square().sum(dim=1))
     errors_QR = torch.stack(errors)
-    return clips_QR[errors_QR.sum(1).argmin()] if whole else clips_QR.gather(0, errors_QR.argmin(0)[None])[0]
-
-
-def deviation_clip(w_RC: Tensor, sigmas: float) -> Tensor:
-    """`sigmas` sample standard deviations of each row about its mean, as published (PR #1394); at least its root mean square, which
-    only rows of nearly equal weights meet: their deviation would clip all of them."""
-    deviation_R = w_RC.std(dim=1) if w_RC.shape[1] > 1 else torch.zeros_like(w_RC[:, 0])
-    return torch.maximum(sigmas * deviation_R, w_RC.square().mean(dim=1).sqrt())
-
-
-# At 11 to 14 deviations nothing is clipped: sigmas / top is the step, and an entropy coder makes it a rate (PR #1394).
-CLIP_RULES: dict[str, Callable[[Tensor, int, ClipRule], Tensor]] = {
-    "max": lambda w_RC, _top, _clip: w_RC.abs().amax(dim=1),
-    "quantile": lambda w_RC, _top, clip: row_quantiles(w_RC, clip.quantiles[-1:])[0],
-    "row": lambda w_RC, top, clip: searched_clip(w_RC, top, clip.quantiles, whole=False),
-    "tensor": lambda w_RC, top, clip: searched_clip(w_RC, top, clip.quantiles, whole=True),
-    "sigma": lambda w_RC, _top, clip: deviation_clip(w_RC, clip.sigmas),
-}
+    return (
+        clips_QR[errors_QR.sum(1).argmin()]
+        if clip.rule == "tensor"
+        else clips_QR.gather(0, errors_QR.argmin(0)[None])[0]
+    )
 
 
 def clipped_scale(w_RC: Tensor, bits: int, clip: ClipRule) -> Tensor:
     """Step of each row (R,) fp16 under a clip rule."""
-    top = largest_code(bits)
-    return row_scale(CLIP_RULES[clip.rule](w_RC, top, clip), top)
+    return row_scale(row_clip(w_RC, largest_code(bits), clip), largest_code(bits))
 
 
 def quantize_rows(w_RC: Tensor, bits: int, clip: ClipRule) -> tuple[Tensor, Tensor]:
@@ -4860,13 +4858,14 @@ class Policy:
         return ClipRule(self.cfg.quant_clip, self.cfg.quantiles, sigmas)
 
 
-def pass_through(name: str, w: Tensor, role: str, bits: int) -> QuantizedTensor:
+def pass_through(policy: Policy, name: str) -> QuantizedTensor:
     """Keep a tensor as fp16 or fp32; a value that fp16 cannot hold is an error, not an infinity."""
+    w, bits = policy.named[name], policy.bits(name)
     values = w.to(torch.float16 if bits == 16 else torch.float32).cpu()
     if not torch.isfinite(values).all():
         site = name.removesuffix(".weight")
         raise ConfigError(f"{name} has values that fp16 cannot hold: store it with QUANT_OVERRIDES={site}=32")
-    return QuantizedTensor(role, bits, tuple(w.shape), values=values.contiguous())
+    return QuantizedTensor(policy.store[name], bits, tuple(w.shape), values=values.contiguous())
 
 
 # ---- GPTQ
@@ -5355,11 +5354,10 @@ def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
 class InputStats:
     """What is known of the inputs of every tensor: second moments, what they mean to GPTQ, and steps of columns."""
 
-    def __init__(
-        self, cfg: Config, named: Mapping[str, Tensor], hessians: Mapping[str, Tensor] | None, run: Run | None = None
-    ):
-        self.states = {name: trellis_states(cfg, w.shape) for name, w in named.items()}
-        self.moments = {name: input_moments(name, named, hessians or {}) for name in named}
+    def __init__(self, policy: Policy, hessians: Mapping[str, Tensor], run: Run | None):
+        self.policy, cfg = policy, policy.cfg
+        self.states = {name: trellis_states(cfg, w.shape) for name, w in policy.named.items()}
+        self.moments = {name: input_moments(name, policy.named, hessians) for name in policy.named}
         order = "natural" if cfg.quant_trellis else cfg.gptq_order
         found = {id(h): h for h in self.moments.values() if h is not None}
         jobs = [(len(h) ** 3, lambda h=h: gptq_factors(h, cfg.gptq_percdamp, cfg.gptq_variant, order).to("cpu"))
@@ -5372,8 +5370,11 @@ class InputStats:
         factors = self.factors[name] if self.states[name] else None
         return None if factors is None else column_steps(factors.weight_C)
 
-    def in_column_steps(self, name: str, w_RC: Tensor) -> tuple[Tensor, GptqFactors | None]:
-        """A tensor divided by the steps of its columns, and what its inputs then mean to GPTQ."""
+    def to_round(self, name: str) -> tuple[Tensor, GptqFactors | None]:
+        """The weights (R, C) that are coded, divided by the steps of their columns, and what their inputs then mean to GPTQ."""
+        cfg, w_RC = self.policy.cfg, matrix_of(self.policy.named[name])
+        if cfg.prune_scope == "tensor" and (count := int(cfg.prune_frac * w_RC.numel())):  # the smallest (PR #850)
+            w_RC = w_RC.masked_fill(w_RC.abs() <= w_RC.abs().flatten().kthvalue(count).values, 0.0)
         factors, columns_C = self.factors[name], self.columns(name)
         if columns_C is None:
             return w_RC, factors
@@ -5386,34 +5387,49 @@ def steps_by_row(w_RC: Tensor, step: float, row_factor_R: Tensor, states: int = 
     return row_scale(torch.maximum(step * row_factor_R.to(w_RC.device) * top, w_RC.abs().amax(dim=1)), top)
 
 
-def to_code(policy: Policy, inputs: InputStats, name: str, chosen: Tensor | None) -> TensorToCode:
+def to_code(inputs: InputStats, name: str, chosen: Tensor | None) -> TensorToCode:
     """How a tensor is to be coded; `chosen` are the steps of its rows, where the byte budget has set them."""
-    cfg, w, bits, states = policy.cfg, policy.named[name], policy.bits(name), inputs.states[name]
-    w_RC = matrix_of(w)
-    if cfg.prune_scope == "tensor" and (count := int(cfg.prune_frac * w_RC.numel())):  # the smallest weights (PR #850)
-        w_RC = w_RC.masked_fill(w_RC.abs() <= w_RC.abs().flatten().kthvalue(count).values, 0.0)
-    columns_C = inputs.columns(name)
-    w_RC, factors = inputs.in_column_steps(name, w_RC)
-    if chosen is not None or states:
-        bits = 8
+    policy, states, columns_C = inputs.policy, inputs.states[name], inputs.columns(name)
+    w_RC, factors = inputs.to_round(name)
+    bits = policy.bits(name) if chosen is None and not states else 8
     if chosen is None:
         chosen = clipped_scale(w_RC, policy.bits(name), policy.clip(name))
         if states:  # each of which sees every second code
             chosen = steps_by_row(w_RC, 0.5, chosen.float(), states)
-    stored = QuantizedTensor(policy.store[name], bits, tuple(w.shape), scale=chosen.cpu(),
+    stored = QuantizedTensor(policy.store[name], bits, tuple(policy.named[name].shape), scale=chosen.cpu(),
                              columns=None if columns_C is None else columns_C.cpu(), trellis=states)  # fmt: skip
     return TensorToCode(w_RC, stored, factors)
 
 
-def correct_residuals(cfg: Config, named: dict[str, Tensor], stored: dict[str, QuantizedTensor],
-                      worth: Callable[[str, LowRank, Tensor], bool] | None) -> None:  # fmt: skip
+def store_tensors(
+    inputs: InputStats, names: Iterable[str], scales: Mapping[str, Tensor], run: Run | None
+) -> dict[str, QuantizedTensor]:
+    """The tensors `names` as the artifact keeps them, before corrections; `scales` (R,) fp16 by name are steps already chosen, coded in
+    8 bits whatever the role's width."""
+    policy, items, stored = inputs.policy, {}, {}
+    for name in names:
+        if not torch.isfinite(policy.named[name]).all():
+            raise ConfigError(f"{name} holds NaN or Inf: the training diverged; lower the learning rates")
+        if policy.bits(name) > 8:
+            stored[name] = pass_through(policy, name)
+        else:
+            items[name] = to_code(inputs, name, scales.get(name))
+    for (name, item), codes_RC in zip(items.items(), round_all(policy.cfg, list(items.values()), run), strict=True):
+        stored[name] = dataclasses.replace(item.stored, codes=codes_RC)
+    if policy.cfg.prune_scope == "global":
+        prune_codes_([stored[name] for name in items], policy.cfg.prune_frac)
+    return {name: stored[name] for name in names}
+
+
+def correct_residuals_(policy: Policy, stored: dict[str, QuantizedTensor],
+                      worth: Callable[[str, LowRank, Tensor], bool] | None = None) -> None:  # fmt: skip
     """Give the LQER_TOP_K tensors with the largest residual a low-rank correction, where it is `worth` its bytes, or lowers the
     error (None)."""
-    coded = [name for name, item in stored.items() if item.codes is not None]
-    residuals = {name: matrix_of(named[name]).cpu() - matrix_of(dequantize(stored[name])) for name in coded}
-    for name in sorted(residuals, key=lambda name: -float(residuals[name].norm()))[: cfg.lqer_top_k]:
-        rank = min(cfg.lqer_rank, *residuals[name].shape)
-        low_rank = low_rank_codes(residuals[name], rank, cfg.lqer_factor_bits, cfg.lqer_asym_group)
+    coded = [name for name, item in stored.items() if item.codes is not None] if policy.cfg.lqer_top_k else []
+    residuals = {name: matrix_of(policy.named[name]).cpu() - matrix_of(dequantize(stored[name])) for name in coded}
+    for name in sorted(residuals, key=lambda name: -float(residuals[name].norm()))[: policy.cfg.lqer_top_k]:
+        rank = min(policy.cfg.lqer_rank, *residuals[name].shape)
+        low_rank = low_rank_codes(residuals[name], rank, policy.cfg.lqer_factor_bits, policy.cfg.lqer_asym_group)
         lowers = float((residuals[name] - low_rank.product()).norm()) < float(residuals[name].norm())
         if worth(name, low_rank, residuals[name]) if worth else lowers:
             stored[name] = dataclasses.replace(stored[name], low_rank=low_rank)
@@ -5421,45 +5437,17 @@ def correct_residuals(cfg: Config, named: dict[str, Tensor], stored: dict[str, Q
 
 @torch.no_grad()
 @exact_products()
-def quantize(
-    cfg: Config,
-    named: dict[str, Tensor],
-    store: dict[str, str],
-    hessians: dict[str, Tensor] | None = None,
-    scales: dict[str, Tensor] | None = None,
-    *,
-    inputs: InputStats | None = None,
-    run: Run | None = None,
-    kept: Mapping[str, QuantizedTensor] = MappingProxyType({}),
-    worth: Callable[[str, LowRank, Tensor], bool] | None = None,
-) -> dict[str, QuantizedTensor]:
+def quantize(cfg: Config, named: dict[str, Tensor], store: dict[str, str], hessians: Mapping[str, Tensor] = MappingProxyType({}),
+             run: Run | None = None) -> dict[str, QuantizedTensor]:  # fmt: skip
     """Store every tensor of `named` at the width its role in `store` and QUANT_OVERRIDES ask for.
 
-    `hessians` (C, C) by site turn rounding into GPTQ, and `inputs` is what follows from them, if it is known already. The ranks of
-    `run` share the work, and each has all of the result; None: this process alone.
-    `scales` (R,) fp16 by name are steps already chosen, coded in 8 bits whatever the role's width; `kept` are tensors
-    already stored. `worth` decides on low-rank corrections. Raises ConfigError where a weight is not finite, does not fit
-    fp16, or an override names nothing.
+    `hessians` (C, C) by site turn rounding into GPTQ. The ranks of `run` share the work, and each has all of the result; None: this
+    process alone. Raises ConfigError where a weight is not finite, does not fit fp16, or an override names nothing.
     """
-    policy, scales = Policy(cfg, named, store), scales or {}
-    inputs = inputs or InputStats(cfg, named, hessians, run)
-    stored, items = dict(kept), {}
-    for name, w in named.items():
-        if name in kept:
-            continue
-        if not torch.isfinite(w).all():
-            raise ConfigError(f"{name} holds NaN or Inf: the training diverged; lower the learning rates")
-        if policy.bits(name) > 8:
-            stored[name] = pass_through(name, w, store[name], policy.bits(name))
-        else:
-            items[name] = to_code(policy, inputs, name, scales.get(name))
-    for (name, item), codes_RC in zip(items.items(), round_all(cfg, list(items.values()), run), strict=True):
-        stored[name] = dataclasses.replace(item.stored, codes=codes_RC)
-    if cfg.prune_scope == "global":
-        prune_codes_([stored[name] for name in items], cfg.prune_frac)
-    if cfg.lqer_top_k and not kept:
-        correct_residuals(cfg, named, stored, worth)
-    return {name: stored[name] for name in named}
+    policy = Policy(cfg, named, store)
+    stored = store_tensors(InputStats(policy, hessians, run), named, {}, run)
+    correct_residuals_(policy, stored)
+    return stored
 
 
 def quant_report(named: dict[str, Tensor], stored: dict[str, QuantizedTensor]) -> dict[str, dict[str, float]]:
@@ -6438,7 +6426,6 @@ PREDICTION_COST = (
 class RateDistortion(NamedTuple):
     """What a tensor costs over `STEP_GRID`: bits of its codes, and expected added loss in nats a token."""
 
-    name: str
     unit: float  # the rms weight, along a trellis half of it
     row_factor_R: Tensor  # steps of rows relative to the tensor's
     bits: np.ndarray
@@ -6469,7 +6456,7 @@ def row_factors(fisher_R: Tensor) -> Tensor:
     return torch.exp2((2 * octaves_R).round().clamp(-4, 4) / 2)
 
 
-def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states: int = 0) -> RateDistortion:
+def measure_curve(w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states: int = 0) -> RateDistortion:
     """Code a sample of rows at every step of the grid; `gain` is GPTQ's share of the error without it, `states` the trellis'."""
     unit = float(w_RC.square().mean().sqrt().clamp_min(1e-8)) / (2 if states else 1)
     by_row = role in PREDICTED_ROLES and w_RC.shape[0] > 1
@@ -6499,15 +6486,15 @@ def measure_curve(name: str, w_RC: Tensor, role: str, fisher_R: Tensor, gain: fl
         codes_RC = nearest_codes(w_RC / step_R1, largest_code(8)).cpu().numpy()
         saved = plan_codes(codes_RC, predictable=False)[2] - plan_codes(codes_RC, predictable=True)[2]
     bits = np.maximum.accumulate(np.array(bits)[::-1])[::-1]  # of a coarser step never more: interpolation needs it
-    return RateDistortion(name, unit, factor_R, np.maximum(bits - saved, LEAST_BITS * w_RC.numel()), np.array(loss))
+    return RateDistortion(unit, factor_R, np.maximum(bits - saved, LEAST_BITS * w_RC.numel()), np.array(loss))
 
 
-def choose_steps(curves: list[RateDistortion], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:
+def choose_steps(curves: dict[str, RateDistortion], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:
     """Steps (in units) and predicted bits by name with the least added loss within `budget_bits`."""
     fine = np.arange(-352, 129) / 64  # octaves, between the measured half octaves
     grid = np.log2(STEP_GRID)
-    bits = np.stack([np.interp(fine, grid, c.bits) for c in curves])
-    loss = np.exp(np.stack([np.interp(fine, grid, np.log(c.loss)) for c in curves]))
+    bits = np.stack([np.interp(fine, grid, c.bits) for c in curves.values()])
+    loss = np.exp(np.stack([np.interp(fine, grid, np.log(c.loss)) for c in curves.values()]))
     index = np.arange(len(curves))
     low, high = -80.0, 40.0  # log2 of the price of a bit in nats
     for _ in range(60):
@@ -6520,11 +6507,9 @@ def choose_steps(curves: list[RateDistortion], budget_bits: float) -> tuple[dict
         finer = np.where(bits[i] <= bits[i, chosen[i]] + left, loss[i], np.inf).argmin() if left > 0 else chosen[i]
         left += bits[i, chosen[i]] - bits[i, finer]
         chosen[i] = finer
-    names = [c.name for c in curves]
-    return (
-        dict(zip(names, np.exp2(fine[chosen]).tolist(), strict=True)),
-        dict(zip(names, bits[index, chosen].tolist(), strict=True)),
-    )
+    chosen_bits = bits[index, chosen]
+    return (dict(zip(curves, np.exp2(fine[chosen]).tolist(), strict=True)),
+            dict(zip(curves, chosen_bits.tolist(), strict=True)))  # fmt: skip
 
 
 class Budget(NamedTuple):
@@ -6541,60 +6526,29 @@ class Budget(NamedTuple):
         return role_bytes(self.blob, {n: (s.shape, s.role) for n, s in self.stored.items()})
 
 
-@exact_products()
-def fill_budget(cfg: Config, header: dict[str, Any], named: dict[str, Tensor], store: dict[str, str], calibration: Calibration,
-                code_bytes: int, sections: Mapping[str, bytes] = MappingProxyType({}), run: Run | None = None) -> Budget:  # fmt: skip
-    """Quantise and pack so that artifact + code fill TARGET_BYTES up to the last LEFT_BYTES or 0.5 %, never more.
-
-    A model too small to fill it is packed at the finest steps. Raises ConfigError if the coarsest steps are too large. All ranks of
-    `run` call this with equal weights, share curves and searches, and go on in step with what the first of them packs.
-    """
-    search = BudgetSearch(cfg, header, named, store, calibration, code_bytes, sections, run)
-    room, slope, best, before = BUDGET_AIM * cfg.target_bytes - search.fixed, 1.0, None, None
-    for attempt in range(MAX_PACKS):
-        room = max(room, search.coarsest)
-        found = search.pack_at(room)
-        fits = found.spent <= cfg.target_bytes
-        if fits and (best is None or found.spent > best.spent):
-            best = found
-        full = found.spent >= BUDGET_FLOOR * cfg.target_bytes or room >= search.finest
-        if full if fits else room <= search.coarsest:
-            break
-        if attempt >= 3 and best is not None:
-            break
-        if before is not None and room != before[0]:
-            slope = min(max((found.spent - before[1]) / (room - before[0]), 0.3), 2.0)
-        before = room, found.spent
-        room += (BUDGET_AIM * cfg.target_bytes - found.spent) / slope
-    if best is None:
-        sizes = ", ".join(f"{r} {s['bytes']:,}" for r, s in found.role_bytes().items())
-        raise ConfigError(f"TARGET_BYTES={cfg.target_bytes} cannot be met: the smallest total is {found.spent:,} bytes (code {code_bytes:,}, {sizes}); "
-                          "a smaller model or fewer high-precision tensors would do")  # fmt: skip
-    return search.spend_rest(best)
-
-
 class BudgetSearch:
-    """What `fill_budget` tries: curves of all tensors that are coded, and files made from them."""
+    """Fills TARGET_BYTES: curves of all tensors that are coded, and files made from them.
 
-    def __init__(self, cfg: Config, header: dict[str, Any], named: dict[str, Tensor], store: dict[str, str],
-                 calibration: Calibration, code_bytes: int, sections: Mapping[str, bytes], run: Run | None = None):  # fmt: skip
+    All ranks of `run` do this with equal weights, share curves and searches, and go on in step with what the first of them packs.
+    """
+
+    @exact_products()
+    def __init__(self, cfg: Config, header: dict[str, Any], named: dict[str, Tensor], store: dict[str, str], calibration: Calibration,
+                 code_bytes: int, sections: Mapping[str, bytes] = MappingProxyType({}), run: Run | None = None):  # fmt: skip
         self.cfg, self.header, self.named, self.store, self.sections = cfg, header, named, store, sections
-        self.fisher, self.code_bytes = calibration.fisher, code_bytes
-        self.policy, self.run = Policy(cfg, named, store), run
-        self.inputs = InputStats(cfg, named, calibration.hessians, self.run)
+        self.fisher, self.code_bytes, self.run = calibration.fisher, code_bytes, run
+        self.policy = Policy(cfg, named, store)
+        self.inputs = InputStats(self.policy, calibration.hessians, run)
         coded = [name for name in named if self.policy.bits(name) <= 8]  # QUANT_OVERRIDES and small tensors keep floats
         jobs = [(self.curve_cost(name), functools.partial(self.curve, name)) for name in coded]
         self.curves = dict(zip(coded, share_out(run, jobs), strict=True))
-        self.finest, self.coarsest = (sum(c.bits[i] for c in self.curves.values()) / 8 for i in (0, -1))
-        passed = sum(2 * named[n].numel() for n in named.keys() - self.curves.keys())
-        self.fixed = code_bytes + sum(map(len, sections.values())) + 2000 + passed
         self.coded: dict = {}  # streams of the last file
 
     def curve(self, name: str) -> RateDistortion:
         """The curve of a tensor as it will be coded."""
-        w_RC, factors = self.inputs.in_column_steps(name, matrix_of(self.named[name]))
+        w_RC, factors = self.inputs.to_round(name)
         gain = 1.0 if factors is None else factors.gain
-        return measure_curve(name, w_RC, self.store[name], self.fisher[name], gain, self.inputs.states[name])
+        return measure_curve(w_RC, self.store[name], self.fisher[name], gain, self.inputs.states[name])
 
     def curve_cost(self, name: str) -> float:
         """About the seconds of `curve`, relative to others'."""
@@ -6602,29 +6556,51 @@ class BudgetSearch:
         sample = min(rows, CURVE_ROWS) * min(columns, PATH_COLUMNS) * (2 + self.inputs.states[name])
         return sample + (PREDICTION_COST * rows * columns if self.store[name] in PREDICTED_ROLES else 0)
 
+    @exact_products()
+    def fill(self) -> Budget:
+        """Quantise and pack so that artifact + code fill TARGET_BYTES up to the last LEFT_BYTES or 0.5 %, never more.
+
+        A model too small to fill it is packed at the finest steps. Raises ConfigError if the coarsest steps are too large.
+        """
+        target, slope, best, before = self.cfg.target_bytes, 1.0, None, None
+        finest, coarsest = (sum(c.bits[i] for c in self.curves.values()) / 8 for i in (0, -1))
+        floats = sum(2 * self.named[n].numel() for n in self.named.keys() - self.curves.keys())
+        room = BUDGET_AIM * target - self.code_bytes - sum(map(len, self.sections.values())) - 2000 - floats
+        for attempt in range(MAX_PACKS):
+            room = max(room, coarsest)
+            found = self.pack_at(room)
+            fits = found.spent <= target
+            if fits and (best is None or found.spent > best.spent):
+                best = found
+            full = found.spent >= BUDGET_FLOOR * target or room >= finest
+            if (full if fits else room <= coarsest) or (attempt >= 3 and best is not None):
+                break
+            if before is not None and room != before[0]:
+                slope = min(max((found.spent - before[1]) / (room - before[0]), 0.3), 2.0)
+            before = room, found.spent
+            room += (BUDGET_AIM * target - found.spent) / slope
+        if best is None:
+            sizes = ", ".join(f"{r} {s['bytes']:,}" for r, s in found.role_bytes().items())
+            raise ConfigError(f"TARGET_BYTES={target} cannot be met: the smallest total is {found.spent:,} bytes (code {self.code_bytes:,}, {sizes}); "
+                              "a smaller model or fewer high-precision tensors would do")  # fmt: skip
+        return self.spend_rest(best)
+
     def pack_at(self, room: float) -> Budget:
         """The file whose codes are predicted to take `room` bytes."""
-        steps, bits = choose_steps(list(self.curves.values()), 8 * room)
+        steps, bits = choose_steps(self.curves, 8 * room)
         roles = sorted(set(self.store.values()))
         predicted = {role: sum(b for n, b in bits.items() if self.store[n] == role) / 8 for role in roles}
-        return self.pack_stored(steps, self.quantize_at(steps), predicted)
+        stored = self.quantize_at(steps, self.named)
+        correct_residuals_(self.policy, stored, lambda name, *found: self.correction_pays(name, *found, steps[name]))
+        return self.pack_stored(steps, stored, predicted)
 
-    def quantize_at(
-        self, steps: dict[str, float], kept: Mapping[str, QuantizedTensor] = MappingProxyType({})
-    ) -> dict[str, QuantizedTensor]:
-        """All tensors at `steps`, but those that are `kept`."""
-        scales = {
-            n: steps_by_row(self.inputs.in_column_steps(n, matrix_of(self.named[n]))[0], steps[n] * c.unit, c.row_factor_R,
-                            self.inputs.states[n])
-            for n, c in self.curves.items() if n not in kept
-        }  # fmt: skip
-
-        def worth(name: str, low_rank: LowRank, residual_RC: Tensor) -> bool:
-            return self.correction_pays(name, low_rank, residual_RC, steps[name])
-
-        return quantize(
-            self.cfg, self.named, self.store, scales=scales, inputs=self.inputs, run=self.run, kept=kept, worth=worth
-        )
+    def quantize_at(self, steps: dict[str, float], names: Iterable[str]) -> dict[str, QuantizedTensor]:
+        """These tensors at `steps`."""
+        scales = {}
+        for name in self.curves.keys() & {*names}:
+            curve, w_RC = self.curves[name], self.inputs.to_round(name)[0]
+            scales[name] = steps_by_row(w_RC, steps[name] * curve.unit, curve.row_factor_R, self.inputs.states[name])
+        return store_tensors(self.inputs, names, scales, self.run)
 
     def pack_stored(
         self, steps: dict[str, float], stored: dict[str, QuantizedTensor], predicted: dict[str, float]
@@ -6636,20 +6612,16 @@ class BudgetSearch:
 
     def correction_pays(self, name: str, low_rank: LowRank, residual_RC: Tensor, step: float) -> bool:
         """Whether a low-rank correction saves more than its bytes would as finer steps."""
-        if name not in self.curves:
-            return False
-        h_CC, fisher_R = self.inputs.moments[name], self.fisher[name].cpu()
+        h_CC, fisher_R, curve = self.inputs.moments[name], self.fisher[name].cpu(), self.curves[name]
 
         def loss(error_RC: Tensor) -> float:
             moved_RC = error_RC if h_CC is None else error_RC @ h_CC.cpu()
             return float(fisher_R @ (moved_RC * error_RC).sum(dim=1))
 
         saved = 1 - loss(residual_RC - low_rank.product()) / max(loss(residual_RC), 1e-30)
-        codes = [part.numpy() for part in (low_rank.left, low_rank.right)]
-        bits = sum(plan_codes(part, False)[2] for part in codes) + 16 * (
-            low_rank.left_scale.numel() + low_rank.right_scale.numel()
-        )
-        return saved * self.curves[name].at(step)[1] > self.curves[name].price(step) * bits
+        bits = sum(plan_codes(part.numpy(), False)[2] for part in (low_rank.left, low_rank.right))
+        bits += 16 * (low_rank.left_scale.numel() + low_rank.right_scale.numel())
+        return saved * curve.at(step)[1] > curve.price(step) * bits
 
     def spend_rest(self, best: Budget) -> Budget:
         """Give what is left to one tensor after the other, until LEFT_BYTES or less are left or LAST_TRIES are over."""
@@ -6679,12 +6651,10 @@ class BudgetSearch:
         if not gains:
             return None
         name = max(gains, key=gains.get)
-        curve, before = self.curves[name], best.stored[name]
-        kept = {n: stored for n, stored in best.stored.items() if n != name}
-        aim, size = 8 * wanted, self.code_bits(before)
+        curve, aim, size = self.curves[name], 8 * wanted, self.code_bits(best.stored[name])
         for _ in range(3):  # until the codes take what they should, within 5 %
             steps = {**best.steps, name: curve.step_at(curve.at(best.steps[name])[0] + aim)}
-            stored = self.quantize_at(steps, kept)
+            stored = {**best.stored, **self.quantize_at(steps, [name])}
             more = self.code_bits(stored[name]) - size
             if more > 0 and abs(more / (8 * wanted) - 1) < 0.05:
                 break
@@ -9157,11 +9127,11 @@ def pack_model(
     header = artifact_header(cfg, opened.tokenizer, model.looped)
     started = time.perf_counter()
     if cfg.target_bytes:
-        budget = fill_budget(cfg, header, named, store, calibration, opened.code_bytes, sections, run)
+        budget = BudgetSearch(cfg, header, named, store, calibration, opened.code_bytes, sections, run).fill()
         stored, blob = budget.stored, budget.blob
         run.log(budget_table(budget, cfg.target_bytes))
     else:
-        stored = quantize(cfg, named, store, calibration.hessians if calibration else None, run=run)
+        stored = quantize(cfg, named, store, calibration.hessians if calibration else {}, run)
         blob = run.on_first(lambda: pack(cfg, header, stored, sections))
     seconds = time.perf_counter() - started
 

@@ -160,10 +160,10 @@ def compare_bytes(subject: Subject) -> None:
 
 
 def timed_budget(cfg: tg.Config, named: dict, store: dict, calibration: tg.Calibration) -> tuple[tg.Budget, float, int]:
-    """fill_budget without code bytes, its seconds and how often it packed."""
+    """Fill TARGET_BYTES without code bytes, its seconds and how often it packed."""
     packs, pack, started = [], tg.pack, time.perf_counter()
     tg.pack = lambda *given: packs.append(0) or pack(*given)
-    budget = tg.fill_budget(cfg, {}, named, store, calibration, 0)
+    budget = tg.BudgetSearch(cfg, {}, named, store, calibration, 0).fill()
     tg.pack = pack
     return budget, time.perf_counter() - started, len(packs)
 
@@ -256,8 +256,8 @@ def compare_errors(subject: Subject, rates: list[float], trellises: list[int]) -
     and of each trellis."""
     cfg = dataclasses.replace(subject.cfg, gptq_enabled=True, target_bytes=1)
     calibration = tg.calibrate(cfg, RUN, subject.model, tg.calibration_inputs(cfg, RUN, subject.stream))
-    moments, inputs = tg.InputStats(cfg, subject.named, calibration.hessians).moments, tg.InputStats
     policy = tg.Policy(cfg, subject.named, subject.store)
+    moments, inputs = tg.InputStats(policy, calibration.hessians, None).moments, tg.InputStats
     before = subject.bpb(subject.named), log_probabilities(subject, subject.named)
     coded = sum(w.numel() for n, w in subject.named.items() if policy.bits(n) <= 8)
     print(f"{before[0]:.4f} bpb before, {coded:,} coded weights")
@@ -396,7 +396,7 @@ def time_encode(run: tg.Run, shapes: dict[str, torch.Size], store: dict[str, str
              "last bytes": (tg.BudgetSearch, "spend_rest"), "unpack": (tg, "unpack")}  # fmt: skip
     started = time.perf_counter()
     with timed(spans, parts):
-        budget = tg.fill_budget(cfg, {}, named, store, tg.Calibration(hessians, fisher), 0, run=run)
+        budget = tg.BudgetSearch(cfg, {}, named, store, tg.Calibration(hessians, fisher), 0, run=run).fill()
         seconds = time.perf_counter() - started
         tg.unpack(budget.blob, {n: (s.shape, s.role) for n, s in budget.stored.items()})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -381,7 +381,7 @@ class Subject:
             aim = dataclasses.replace(cfg, target_bytes=int(coded * bits / 8) + 6000, **knobs)
             tg.InputStats.columns = columns_of_all if even_columns else even
             started = time.process_time()
-            budget = tg.fill_budget(aim, {}, named, store, calibration, 0)
+            budget = tg.BudgetSearch(aim, {}, named, store, calibration, 0).fill()
             seconds = round(time.process_time() - started, 2)
             tg.InputStats.columns = even
             self.model.load_state_dict(named)

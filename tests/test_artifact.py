@@ -265,7 +265,7 @@ def test_budget_is_filled_to_the_last_half_percent_and_never_exceeded(share, wit
     monkeypatch.setattr(tg, "pack", lambda *given: packs.append(0) or pack(*given))
     target = code + 2000 + int(share * sum(w.numel() for w in named.values()))
     cfg = tg.Config(target_bytes=target, quant_min_numel=100, compressor=compressor)
-    budget = tg.fill_budget(cfg, {"config": {}}, named, store, calibration, code)
+    budget = tg.BudgetSearch(cfg, {"config": {}}, named, store, calibration, code).fill()
     assert budget.spent == len(budget.blob) + code
     assert 0.995 * target <= budget.spent <= target
     assert len(packs) <= 4
@@ -278,7 +278,7 @@ def test_budget_is_filled_to_the_last_half_percent_and_never_exceeded(share, wit
 def test_bits_go_where_they_count():
     named, store, calibration = trained_stand_in()
     cfg = tg.Config(target_bytes=1000 + sum(w.numel() for w in named.values()) // 2, quant_min_numel=100)
-    stored = tg.fill_budget(cfg, {}, named, store, calibration, 1000).stored
+    stored = tg.BudgetSearch(cfg, {}, named, store, calibration, 1000).fill().stored
     step = {n: float(s.scale.float().mean() / named[n].std()) for n, s in stored.items() if s.codes is not None}
     assert step["blocks.1.mlp.up.weight"] < 0.25 * step["blocks.0.mlp.up.weight"]
 
@@ -291,7 +291,9 @@ def test_rare_rows_of_an_embedding_get_wider_steps():
 
 def test_a_model_too_small_for_the_budget_is_stored_at_the_finest_steps():
     named, store, calibration = trained_stand_in()
-    budget = tg.fill_budget(tg.Config(target_bytes=10**6, quant_min_numel=100), {}, named, store, calibration, 0)
+    budget = tg.BudgetSearch(
+        tg.Config(target_bytes=10**6, quant_min_numel=100), {}, named, store, calibration, 0
+    ).fill()
     assert budget.spent < 10**6
     assert all(int(s.codes.abs().max()) > 60 for s in budget.stored.values() if s.codes is not None)
 
@@ -301,4 +303,4 @@ def test_an_impossible_budget_says_what_takes_the_bytes():
     with pytest.raises(
         tg.ConfigError, match=r"TARGET_BYTES=900 cannot be met: the smallest total is [\d,]+ bytes.*embed"
     ):
-        tg.fill_budget(tg.Config(target_bytes=900, quant_min_numel=100), {}, named, store, calibration, 500)
+        tg.BudgetSearch(tg.Config(target_bytes=900, quant_min_numel=100), {}, named, store, calibration, 500).fill()

@@ -339,7 +339,6 @@ def test_choices_are_the_keys_of_the_strategy_tables():
     choices = {name: f.metadata["choices"] for name, f in tg.FIELDS.items()}
     assert choices["ATTN_GATE"] == tuple(tg.ATTN_GATES)
     assert choices["VALUE_RESIDUAL"] == tuple(tg.VALUE_RESIDUALS)
-    assert choices["QUANT_CLIP"] == tuple(tg.CLIP_RULES)
 
 
 # ---- views

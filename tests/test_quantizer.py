@@ -97,7 +97,7 @@ def test_hessians_add_all_uses_of_a_site_and_share_equal_inputs():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-@pytest.mark.parametrize("rule", list(tg.CLIP_RULES))
+@pytest.mark.parametrize("rule", tg.FIELDS["QUANT_CLIP"].metadata["choices"])
 def test_error_is_at_most_half_a_step_where_nothing_is_clipped(bits, rule):
     w = torch.randn(20, 65, generator=torch.Generator().manual_seed(bits)) * torch.logspace(-5, 1, 20)[:, None]
     codes, scale = tg.quantize_rows(w, bits, tg.ClipRule(rule, (0.9, 0.99, 1.0), 8.0))

@@ -196,7 +196,8 @@ def test_whatever_quantize_returns_comes_back_at_its_entropy(shape, content, bit
     w = CONTENTS[content](torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])))
     cfg = tg.Config(**{f"{role}_bits": bits}, quant_trellis=states, quant_min_numel=0)
     steps = octave and {"w": tg.steps_by_row(w, 2.0**octave, torch.ones(len(w)), tg.trellis_states(cfg, shape))}
-    stored = tg.quantize(cfg, {"w": w}, {"w": role}, scales=steps)
+    inputs = tg.InputStats(tg.Policy(cfg, {"w": w}, {"w": role}), {}, None)
+    stored = tg.store_tensors(inputs, ["w"], steps or {}, None)
     found = tg.unpack(tg.pack(cfg, {}, stored), layout(stored))[1]["w"]
     assert torch.equal(found.codes, stored["w"].codes) and torch.equal(found.scale, stored["w"].scale)
     stream = tg.encode_codes([found.codes.numpy()], role in tg.PREDICTED_ROLES, found.trellis)
@@ -226,7 +227,7 @@ def test_a_trellis_saves_error_at_equal_bytes_in_the_whole_quantizer():
 
     def error(states: int) -> float:
         cfg = tg.Config(target_bytes=2 * 256 * 96 * 7 // 16, quant_trellis=states, gptq_enabled=True)
-        budget = tg.fill_budget(cfg, {}, named, store, tg.Calibration(hessians, fisher), 0)
+        budget = tg.BudgetSearch(cfg, {}, named, store, tg.Calibration(hessians, fisher), 0).fill()
         assert 0.995 * cfg.target_bytes <= budget.spent <= cfg.target_bytes
         _, stored = tg.unpack(budget.blob, layout(budget.stored))
         assert all(s.trellis == states for s in stored.values())
@@ -245,7 +246,7 @@ def test_fine_steps_of_rows_columns_and_trellis_multiply():
 
     def loss(states: int) -> float:
         cfg = tg.Config(target_bytes=1200 * 48 * 6 // 8, quant_trellis=states, gptq_enabled=True)
-        budget = tg.fill_budget(cfg, {}, named, {"tok_emb.weight": "embed"}, calibration, 0)
+        budget = tg.BudgetSearch(cfg, {}, named, {"tok_emb.weight": "embed"}, calibration, 0).fill()
         item = tg.unpack(budget.blob, layout(budget.stored))[1]["tok_emb.weight"]
         error = tg.dequantize(item) - named["tok_emb.weight"]
         assert (item.codes.abs().max() > 127) == (states > 0)
@@ -388,7 +389,7 @@ def test_the_last_bytes_are_spent_and_none_that_the_code_takes(states, code, wan
         tg.BudgetSearch, "refine", lambda *given: asked.append(given) or refine(*given[:-1], wants * given[-1])
     )
     cfg = tg.Config(target_bytes=60_000 + code, quant_trellis=states)
-    budget = tg.fill_budget(cfg, {}, named, store, tg.Calibration({}, fisher), code)
+    budget = tg.BudgetSearch(cfg, {}, named, store, tg.Calibration({}, fisher), code).fill()
     assert 0 <= cfg.target_bytes - budget.spent <= (300 if wants == 1 else 3000) and 1 <= len(asked) <= tg.LAST_TRIES
     assert len(tg.pack(cfg, {}, budget.stored)) == len(budget.blob) == budget.spent - code
     asked.clear()
@@ -414,7 +415,7 @@ def fill_with(run: tg.Run | None) -> list[str]:
     digests = []
     for states in (0, 8):
         cfg = tg.Config(target_bytes=9000, quant_min_numel=100, gptq_enabled=True, quant_trellis=states, lqer_top_k=1)
-        budget = tg.fill_budget(cfg, {}, named, store, calibration, 500, run=run)
+        budget = tg.BudgetSearch(cfg, {}, named, store, calibration, 500, run=run).fill()
         digests.append(hashlib.sha256(budget.blob).hexdigest())
         assert (
             tg.unpack(budget.blob, layout(budget.stored))[1].keys() == budget.stored.keys()
