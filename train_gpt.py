@@ -1068,6 +1068,7 @@ def one_edit_apart(a: str, b: str) -> bool:
     return a != b and (rest_b in (rest_a[1:], swapped) or rest_b[1:] in (rest_a, rest_a[1:]))
 
 
+@functools.cache
 def nearest_knob(name: str) -> tuple[str | None, bool]:
     """(the knob or published name that `name` may stand for, or None; whether it is misspelt rather than merely alike)."""
     if name in ELSEWHERE:
@@ -2686,9 +2687,12 @@ def rope_base(cfg: Config) -> float:
 
 def rope_table(cfg: Config, positions: int = 0) -> Tensor:
     """(2, positions, rotated dims / 2) fp32: cosines and sines; as many as the longest window if not told otherwise."""
-    dims = cfg.rope_dims or cfg.head_dim
+    dims, positions = cfg.rope_dims or cfg.head_dim, max(cfg.longest_seq, positions)
+    table = torch.empty(2, positions, dims // 2)
+    if table.is_meta:  # a shape; arithmetic there would import torch's compiler, a second of start-up
+        return table
     freqs = rope_base(cfg) ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
-    angles = torch.arange(max(cfg.longest_seq, positions), dtype=torch.float32)[:, None] * freqs
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * freqs
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -3696,17 +3700,17 @@ class SmallParameters(Collective):
     """AdamW for every parameter that is not a matrix: one flat fp32 buffer of gradients is reduced; all ranks step alike."""
 
     def __init__(self, named: dict[str, nn.Parameter], rates: dict[str, float], cfg: Config, run: Run):
-        self.names, self.params, self.run = list(named), list(named.values()), run
+        self.names, self.params, self.run, self.cfg = list(named), list(named.values()), run, cfg
         sizes = [p.numel() for p in self.params]
         self.flat = torch.zeros(sum(sizes), device=run.device)
         self.grads = [g.view_as(p) for g, p in zip(self.flat.split(sizes), self.params, strict=True)]
         embed_wd = cfg.adam_wd if cfg.embed_wd < 0 else cfg.embed_wd
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for p in self.params:
+        self.groups: dict[tuple[float, float], list[int]] = {}  # (rate, decay) -> places of its parameters
+        for i, p in enumerate(self.params):
             decay = cfg.adam_wd if p.role == "scalar" else embed_wd
-            groups.setdefault((rates[p.role] * p.lr_mult, decay), []).append(p)
-        adam_groups = [{"params": ps, "rate": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
-        self.adam = torch.optim.AdamW(adam_groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+            self.groups.setdefault((rates[p.role] * p.lr_mult, decay), []).append(i)
+        self.moments = [[torch.zeros_like(p) for p in self.params] for _ in ("exp_avg", "exp_avg_sq")]
+        self.steps = [torch.zeros((), device=run.device) for _ in self.params]
 
     def reduce(self) -> None:
         """Starts summing the gradients over the ranks."""
@@ -3717,23 +3721,27 @@ class SmallParameters(Collective):
     def step(self, lr_scale: float) -> None:
         """One AdamW step on the reduced gradients."""
         self.wait()
-        for p, grad in zip(self.params, self.grads, strict=True):
-            p.grad = grad
-        for group in self.adam.param_groups:
-            group["lr"] = group["rate"] * lr_scale
-        self.adam.step()
+        for (rate, decay), at in self.groups.items():
+            columns = ([rows[i] for i in at] for rows in (self.params, self.grads, *self.moments))
+            adamw(*columns, [], [self.steps[i] for i in at], lr=rate * lr_scale, weight_decay=decay, beta1=self.cfg.beta1,
+                  beta2=self.cfg.beta2, eps=self.cfg.adam_eps, fused=True, amsgrad=False, maximize=False)  # fmt: skip
+
+    @property
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Adam's buffers by parameter name."""
+        rows = zip(self.names, self.steps, *self.moments, strict=True)
+        return {name: {"step": step, "exp_avg": mean, "exp_avg_sq": square} for name, step, mean, square in rows}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Adam's buffers by parameter name; empty before the first step."""
-        states = {name: self.adam.state[p] for name, p in zip(self.names, self.params, strict=True)}
-        return {name: {key: value.clone() for key, value in state.items()} for name, state in states.items() if state}
+        """A copy of `state`."""
+        return copy.deepcopy(self.state)
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Takes over what state_dict gave."""
-        self.adam.state.clear()
-        for name, p in zip(self.names, self.params, strict=True):
-            if name in state:
-                self.adam.state[p] = {key: value.to(p.device, copy=True) for key, value in state[name].items()}
+        own = self.state
+        for name, buffers in state.items():
+            for key, buffer in buffers.items():
+                own[name][key].copy_(buffer)
 
 
 class Optimizers:
@@ -3801,9 +3809,9 @@ class Optimizers:
 
     def reset(self) -> None:
         """Back to the state of a new object, bit for bit: undoes priming steps (the weights are restored elsewhere)."""
-        self.small.adam.state.clear()
-        for bank in self.banks:
-            bank.momentum.zero_()
+        for buffers in (self.small.steps, *self.small.moments, [bank.momentum for bank in self.banks]):
+            for buffer in buffers:
+                buffer.zero_()
         self.zero_grad()
 
     def state_dict(self) -> dict[str, dict]:

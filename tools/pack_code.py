@@ -215,11 +215,11 @@ def minify(source: str) -> str:
 def packer_of(source: str) -> Callable[[str], bytes]:
     """The script's own `self_extracting`, compiled without the rest, which would import torch; ValueError if it has none."""
     names = ("as_literal", "self_extracting")
-    mine = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name in names]
-    if len(mine) < len(names):
+    mine = [re.search(rf"^def {name}\(.*?^(?=\S)", source, re.M | re.S) for name in names]
+    if None in mine:
         raise ValueError(f"it does not define {' and '.join(names)}; a packed script cannot be packed again")
     space = {"bz2": bz2, "lzma": lzma, "re": re}
-    exec(compile(ast.Module(mine, []), "self_extracting", "exec"), space)
+    exec("".join(m[0] for m in mine), space)
     return space["self_extracting"]
 
 
