@@ -100,33 +100,27 @@ def cost(work: Callable[[], object], repeats: int = 1) -> Cost:
     return Cost(*map(min, zip(*costs, strict=True)))
 
 
-def count_all(tokens: torch.Tensor, order: int) -> None:
-    """Run the engine and drop its results."""
-    for _ in tg.ngram_stats(tokens, VOCAB, order):
-        pass
-
-
-def speed(tokens: np.ndarray, device: str) -> None:
+def speed(tokens: np.ndarray) -> None:
     """Engine against both caches."""
     n = len(tokens)
     caches = {
         "#850 style, orders 9-2": NumpyCache(tokens, range(9, 1, -1), tg.MULTIPLIERS_850, 65536),
         "#740 style, orders 7-2": NumpyCache(tokens, range(7, 1, -1), tg.MULTIPLIERS_740, 128),
     }
-    stream = torch.from_numpy(tokens).to(device)
-    engine = cost(lambda: count_all(stream, 9), 3)
+    stream = torch.from_numpy(tokens)
+    engine = cost(lambda: tg.ngram_stats(stream, VOCAB, 9), 3)
     print(f"  {n:,} tokens, {torch.get_num_threads()} threads")
     for name, c in {"engine, orders 1-9": engine, **{name: cost(cache.run) for name, cache in caches.items()}}.items():
         print(f"  {name:<24} wall {c.wall:7.2f} s {n / c.wall / 1e6:6.2f} M tokens/s (engine {c.wall / engine.wall:4.1f}x)   "
               f"cpu {c.cpu:7.2f} s (engine {c.cpu / engine.cpu:4.1f}x)")  # fmt: skip
 
 
-def growth(tokens: np.ndarray, device: str) -> None:
+def growth(tokens: np.ndarray) -> None:
     """Time a token from 1 M tokens to all of them."""
     for n in sorted({1_000_000, 5_000_000, len(tokens)}):
         if n <= len(tokens):
-            stream = torch.from_numpy(tokens[:n]).to(device)
-            c = cost(lambda stream=stream: count_all(stream, 9), 2)
+            stream = torch.from_numpy(tokens[:n])
+            c = cost(lambda stream=stream: tg.ngram_stats(stream, VOCAB, 9), 2)
             print(
                 f"  {n:>12,} tokens  wall {c.wall:7.2f} s {c.wall / n * 1e9:6.0f} ns a token   cpu {c.cpu / n * 1e9:6.0f} ns a token"
             )
@@ -172,7 +166,7 @@ def main() -> None:
     parser.add_argument("--mix-tokens", type=int, default=1_000_000)
     parser.add_argument("--parts", default="speed,growth,mix")
     parser.add_argument(
-        "--device", default="cpu", help="where the engine and the combiners run; the NumPy caches stay on the CPU"
+        "--device", default="cpu", help="where the combiners run; the engine and the caches stay on the CPU"
     )
     args = parser.parse_args()
     tokens, bytes_per_token = read_tokens(args.text, args.tokens)
@@ -181,7 +175,7 @@ def main() -> None:
         if part == "mix":
             mix(tokens[: args.mix_tokens], bytes_per_token, args.device)
         else:
-            {"speed": speed, "growth": growth}[part](tokens, args.device)
+            {"speed": speed, "growth": growth}[part](tokens)
 
 
 if __name__ == "__main__":

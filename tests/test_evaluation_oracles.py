@@ -102,7 +102,7 @@ def test_the_cascade_is_its_definition_over_counters_fed_token_by_token(span, ra
     tokens, replay, known = make_text(500), tg.Replay(ORDER), {}
     for t, x in enumerate(tokens.tolist()):
         for k in range(1, ORDER):
-            c, last = dict(replay.counter(k)), replay.last(k)
+            c, last = replay.counter(k)
             age = min(int(math.log2(t - last)) // 2, 9) if c else 0
             known[t, k] = sum(c.values()), c, int(tokens[last]), age
         replay.add(x)
@@ -185,7 +185,7 @@ def test_the_tilt_is_its_formula_and_learns_beta_after_the_span(order, beta, thr
     tokens, span, expected = make_text(500), 60, []
     x, base, replay, hints = tokens.tolist(), ToyNetwork(tokens), tg.Replay(order), []
     for token in x:
-        c, last = dict(replay.counter(order - 1)), replay.last(order - 1)
+        c, last = replay.counter(order - 1)
         fires = bool(c) and c[x[last]] >= threshold * sum(c.values())
         hints.append((x[last], fires))
         replay.add(token)
