@@ -58,24 +58,16 @@ BAR = "=" * 100
 SEEDS = {1: 1.1003, 2: 1.1010, 3: 1.1002}
 
 
+PARTS = {
+    "head": f"{SCRIPT}\n{BAR}\n", "named": "", "shards": 80, "tokens": f"tokens:{VAL_TOKENS}", "gates": "", "stop": "599950", "steps": "",
+    "code": f"Code size: {len(SCRIPT)} bytes", "total": 15_900_000, "artifact": 0, "stage": "final_int6_roundtrip_exact", "adapted": "",
+    "eval": " eval_time:90000ms", "device": "NVIDIA H100 80GB HBM3", "config": "",
+}  # fmt: skip
+
+
 def log_text(seed: int, bpb: float, **change) -> str:
-    """One run as the challenge's scripts print it; `change` replaces what a key stands for."""
-    part = {
-        "head": f"{SCRIPT}\n{BAR}\n",
-        "named": f"seed:{seed}",
-        "shards": 80,
-        "tokens": f"tokens:{VAL_TOKENS}",
-        "gates": "",
-    }
-    part |= {"stop": "599950", "steps": "", "code": f"Code size: {len(SCRIPT)} bytes", "total": 15_900_000}
-    part |= {
-        "stage": "final_int6_roundtrip_exact",
-        "adapted": "",
-        "eval": " eval_time:90000ms",
-        "loss": bpb * NATS_PER_BPB,
-    }
-    part |= {"device": "NVIDIA H100 80GB HBM3", "config": ""} | change
-    part.setdefault("artifact", part["total"] - len(SCRIPT))
+    """One run as the challenge's scripts print it; `change` replaces what a key of PARTS stands for."""
+    part = {**PARTS, "named": f"seed:{seed}", "loss": bpb * NATS_PER_BPB, **change}
     return f"""{part["head"]}|   0  {part["device"]}          On  |   00000000:19:00.0 Off |
 {BAR}
 {part["config"]}train_loader:dataset:fineweb10B_sp8192 train_shards:{part["shards"]}
@@ -88,10 +80,25 @@ step:8000/20000 train_loss:2.{seed} train_time:560000ms step_avg:70.00ms
 stopping_early: wallclock_cap train_time:{part["stop"]}ms step:8570/20000
 Serialized model: 135418111 bytes
 {part["code"]}
-Serialized model int6+zstd: {part["artifact"]} bytes
+Serialized model int6+zstd: {part["artifact"] or part["total"] - len(SCRIPT)} bytes
 Total submission size int6+zstd: {part["total"]} bytes
 {part["adapted"]}{part["gates"]}{part["stage"]} val_loss:{part["loss"]:.8f} val_bpb:{bpb:.8f}{part["eval"]}
 """
+
+
+def write_logs(folder: Path, **change) -> None:
+    for seed, bpb in SEEDS.items():
+        (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, **change))
+
+
+META = {
+    "author": "A",
+    "github_id": "a",
+    "name": "Idea",
+    "date": "2026-04-10",
+    "track": "10min_16mb",
+    "seeds": [1, 2, 3],
+}
 
 
 @pytest.fixture
@@ -102,23 +109,10 @@ def folder(tmp_path: Path) -> Path:
     (made / "README.md").write_text("# Idea\n")
     (made / "requirements.txt").write_text("torch\n")
     (made / "train_gpt.py").write_text(SCRIPT)
-    meta = {
-        "author": "A",
-        "github_id": "a",
-        "name": "Idea",
-        "date": "2026-04-10",
-        "track": "10min_16mb",
-        "seeds": [1, 2, 3],
-    }
-    meta |= {"val_bpb": 1.1005, "seed_results": {str(s): {"val_bpb": b} for s, b in SEEDS.items()}}
+    meta = META | {"val_bpb": 1.1005, "seed_results": {str(s): {"val_bpb": b} for s, b in SEEDS.items()}}
     (made / "submission.json").write_text(json.dumps(meta))
     write_logs(made)
     return made
-
-
-def write_logs(folder: Path, **change) -> None:
-    for seed, bpb in SEEDS.items():
-        (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, **change))
 
 
 def edit(folder: Path, **fields) -> None:
@@ -130,19 +124,11 @@ def verdicts(folder: Path) -> dict[str, rules.Check]:
     return {c.rule: c for c in rules.checks(rules.read_entry(folder))}
 
 
-def failing(folder: Path) -> set[str]:
-    return {c.rule for c in verdicts(folder).values() if c.status == "FAIL"}
-
-
 def warned(folder: Path) -> set[str]:
     return {c.rule for c in verdicts(folder).values() if c.status == "WARN"}
 
 
 USUAL = {"validation documents in training", rules.AUDIT}  # what no folder shows
-
-
-def test_a_clean_record_has_only_the_warnings_that_no_folder_can_spare(folder):
-    assert failing(folder) == set() and warned(folder) == USUAL
 
 
 # ---- 1 newer Python, packed
@@ -168,25 +154,17 @@ except* ValueError as error:
 
 def latin1_packed(text: str, pack) -> bytes:
     """A source file declared latin-1 whose one literal holds the compressed bytes themselves."""
-    literal = pack(text.encode())
-    for raw, written in ((b"\\", b"\\\\"), (b"\0", b"\\0"), (b"\n", b"\\n"), (b"\r", b"\\r"), (b'"', b'\\"')):
+    literal, name = pack(text.encode()), pack.__module__.removeprefix("_").encode()
+    for raw, written in ((b"\\", rb"\\"), (b"\0", rb"\x00"), (b"\n", rb"\n"), (b"\r", rb"\r"), (b'"', rb"\"")):
         literal = literal.replace(raw, written)
-    literal = literal.replace(b"\\0", b"\\x00")  # a digit may follow
-    name = pack.__module__.removeprefix("_")
-    return (
-        b"# -*- coding: latin-1 -*-\nimport "
-        + name.encode()
-        + b"\nexec("
-        + name.encode()
-        + b'.decompress("'
-        + literal
-        + b'".encode("latin-1")))\n'
+    return b'# -*- coding: latin-1 -*-\nimport %s\nexec(%s.decompress("%s".encode("latin-1")))\n' % (
+        name,
+        name,
+        literal,
     )
 
 
 def packed(text: str) -> str:
-    import base64
-
     raw = base64.b85encode(lzma.compress(text.encode(), lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])).decode()
     return f'import lzma as L,base64 as B\nexec(L.decompress(B.b85decode("{raw}"),format=L.FORMAT_RAW,filters=[]))\n'
 
@@ -232,38 +210,7 @@ def test_bytes_in_a_latin_1_literal_are_opened(folder, pack):
 
 # ---- 2 gates
 
-HINTS = "ngram_tilt:hints total=40540160 gated=628130 token_gate={} within_gate={} word_gate={} agree2plus=0\n"
-
-
-@pytest.mark.parametrize("fired, status", [
-    ((628_130, 0, 0), "PASS"),
-    ((628_130, 31, 0), "FAIL"),
-    ((628_130, 0, 9), "FAIL"),
-    ((0, 0, 0), None),
-])  # fmt: skip
-def test_the_gates_that_fired_decide(folder, fired, status):
-    write_logs(folder, gates=HINTS.format(*fired))
-    assert getattr(verdicts(folder).get("n-gram gate"), "status", None) == status
-
-
-def test_a_gate_of_another_name_asks_for_a_look(folder):
-    write_logs(folder, gates=HINTS.format(5, 0, 0).replace("agree2plus", "doc_gate=7 agree2plus"))
-    assert verdicts(folder)["n-gram gate"].status == "WARN" and "doc_gate=7" in verdicts(folder)["n-gram gate"].detail
-
-
 # ---- 3 seconds
-
-
-@pytest.mark.parametrize(
-    "stop, status", [("600137", "WARN"), ("600038", "WARN"), ("600600", "FAIL"), ("601900", "FAIL")]
-)
-def test_a_stop_within_a_slow_step_has_one_verdict(folder, stop, status):
-    write_logs(folder, stop=stop)
-    flags = {"train_under_600s": False, "artifact_under_16mb": True}
-    edit(folder, compliance=flags)
-    got = verdicts(folder)
-    assert got["training time"].status == got["own compliance list"].status == status
-    assert {c.rule for c in got.values() if c.status == "FAIL"} <= {"training time", "own compliance list"}
 
 
 def test_a_broken_limit_of_our_own_logs_is_judged_by_its_rule_alone(tmp_path):
@@ -277,25 +224,7 @@ def test_a_broken_limit_of_our_own_logs_is_judged_by_its_rule_alone(tmp_path):
     assert [s for s, rule, _ in lines if "600.0 s" in _ or "limits of" in rule] == ["WARN"]
 
 
-def test_step_lines_after_the_stop_line_count(folder):
-    write_logs(folder, steps="step:8500/20000 train_loss:2.0 train_time:640000ms step_avg:75.00ms\n")
-    assert verdicts(folder)["training time"].status == "FAIL"
-
-
-def test_minutes_with_one_digit_are_no_overrun(folder):
-    write_logs(folder, steps="8500/20000 train_loss: 2.0 train_time: 10.0m tok/s: 6500000\n")
-    assert verdicts(folder)["training time"].status == "PASS"
-
-
 # ---- 4 copies, 5 forms of logs
-
-
-def test_the_same_run_in_two_files_is_one_seed(folder):
-    (folder / "train.log").write_text((folder / "train_seed1.log").read_text())
-    (folder / "train_seed3.log").unlink()
-    got = verdicts(folder)
-    assert got["seeds"].status == "FAIL" and got["seeds"].detail.startswith("2 (1, 2)")
-    assert "train.log is train_seed1.log" in got["copies of logs"].detail
 
 
 @pytest.mark.parametrize("line, stage", [
@@ -333,136 +262,15 @@ def test_a_hyperparameter_block_before_the_source_is_the_runs(folder):
         (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, head=head, named="warmup_step:1/20"))
     entry = rules.read_entry(folder)
     assert [r.seed for r in entry.scored] == [1, 2, 3] and entry.scored[0].config["MATRIX_LR"] == 0.026
-    assert failing(folder) == set() and verdicts(folder)["script that ran"].status == "PASS"
-
-
-def test_runs_appended_to_one_file_are_runs(folder):
-    for path in folder.glob("*.log"):
-        path.unlink()
-    (folder / "train.log").write_text("".join(log_text(s, b) for s, b in SEEDS.items()))
-    got = verdicts(folder)
-    assert got["seeds"].detail.startswith("3 (1, 2, 3)") and failing(folder) == set()
-
-
-def test_an_aborted_start_in_the_same_file_is_no_run(folder):
-    path = folder / "train_seed1.log"
-    aborted = log_text(1, 1.1).partition("step:8000")[0]
-    path.write_text(aborted + path.read_text())
-    assert failing(folder) == set() and verdicts(folder)["seeds"].detail.startswith("3 (")
-
-
-def test_an_original_and_a_rerun_count_once_as_submission_json_has_it(folder):
-    (folder / "train_seed1_rerun.log").write_text(log_text(1, 1.0912))
-    got = verdicts(folder)
-    assert failing(folder) == set() and got["seeds"].detail.startswith("3 (1, 2, 3)")
-    assert (
-        got["seeds differ"].status == "WARN"
-        and "1.10030 in train_seed1, 1.09120 in train_seed1_rerun" in got["seeds differ"].detail
-    )
-
-
-@pytest.mark.parametrize("place", ["logs", "runs/h100"])
-def test_logs_in_a_subfolder_are_read(folder, capsys, place):
-    (folder / place).mkdir(parents=True)
-    for path in folder.glob("*.log"):
-        path.rename(folder / place / path.name)
-    assert failing(folder) == set() and verdicts(folder)["seeds"].detail.startswith("3 (")
-    if place == "logs":
-        assert report.main(["table", str(folder)]) == 0
-        assert "train_seed1" in capsys.readouterr().out
-
-
-def test_a_score_in_a_log_of_its_own_is_its_seeds(folder):
-    for seed, bpb in SEEDS.items():
-        whole = log_text(seed, bpb)
-        head, _, stage = whole.rpartition("final_int6_roundtrip_exact")
-        (folder / f"train_seed{seed}.log").write_text(head + "diagnostic quantized val_loss:3.0 val_bpb:1.15\n")
-        (folder / f"eval_seed{seed}.log").write_text(f"seed:{seed}\nfinal_int6_ttt_exact{stage}")
-    assert failing(folder) == set() and verdicts(folder)["val_bpb"].status == "PASS"
+    assert {c.status for c in verdicts(folder).values()} == {"PASS", "WARN"} and verdicts(folder)[
+        "script that ran"
+    ].status == "PASS"
 
 
 # ---- 6 readable source, 7 helpers
 
 
-def test_readable_source_whose_packed_form_was_counted_is_a_warning_with_both_figures(folder):
-    write_logs(
-        folder,
-        code=f"Code size (uncompressed): {len(SCRIPT)} bytes\nCode size (compressed): 311 bytes",
-        total=15_999_990,
-    )
-    check = verdicts(folder)["code bytes"]
-    assert (
-        check.status == "WARN"
-        and f"{len(SCRIPT):,} bytes, the logs counted 311" in check.detail
-        and failing(folder) == set()
-    )
-    write_logs(
-        folder, code="Code size (uncompressed): 99999 bytes\nCode size (compressed): 411 bytes", total=15_999_990
-    )
-    check = verdicts(folder)["code bytes"]
-    assert check.status == "WARN" and "differs from the 99,999 uncompressed" in check.detail
-    write_logs(folder, code="Code size: 11 bytes", total=15_999_990 + len(SCRIPT))
-    assert {"bytes"} <= failing(folder)
-
-
-def test_a_packed_script_whose_source_the_logs_counted_is_within_the_limit(folder):
-    long = SCRIPT + "".join(f"x{n} = {n * 7919}\n" for n in range(2000))
-    (folder / "train_gpt.py").write_text(packed(long))
-    sizes = {"code": f"Code size: {len(long)} bytes", "total": 16_010_000, "artifact": 16_010_000 - len(long)}
-    write_logs(folder, head=f"{long}\n{BAR}\n", **sizes)
-    assert verdicts(folder)["bytes"].status == "WARN" and failing(folder) == set()
-
-
-def test_helpers_that_were_counted_are_not_added_again(folder):
-    (folder / "train_gpt.py").write_text("import kernels\n" + SCRIPT)
-    (folder / "kernels.py").write_text("#" * 200_000)
-    head, size = f"import kernels\n{SCRIPT}\n{BAR}\n", len("import kernels\n" + SCRIPT)
-    write_logs(folder, head=head, code=f"Code size: {size} bytes")
-    assert failing(folder) == {"helper files"}
-    write_logs(folder, head=head, code=f"Code size: {size + 200_000} bytes")
-    assert failing(folder) == set() and "counted already" in verdicts(folder)["helper files"].detail
-    assert warned(folder) == USUAL
-
-
-def test_a_payload_beside_the_script_is_a_helper_whatever_it_is_called(folder):
-    (folder / "train_gpt.py").write_text(SCRIPT + "blob = open('prefix.xz', 'rb').read()\n")
-    (folder / "prefix.xz").write_bytes(b"#" * 200_000)
-    assert "helper files" in failing(folder)
-
-
 # ---- script that ran
-
-
-def test_a_script_is_what_ran_but_for_comments_constants_or_packing(folder):
-    (folder / "train_gpt.py").write_text("# a comment\n" + SCRIPT.replace("        loss", "\n        loss"))
-    assert "comments and formatting aside" in verdicts(folder)["script that ran"].detail
-    (folder / "train_gpt.py").write_text(packed(SCRIPT))
-    assert verdicts(folder)["script that ran"].status == "PASS"
-    (folder / "train_gpt.py").write_text(SCRIPT.replace("0.02", "0.03"))
-    assert verdicts(folder)["script that ran"].status == "WARN"
-    (folder / "train_gpt.py").write_text(packed(SCRIPT.replace("val_loss = ", "")))
-    assert verdicts(folder)["script that ran"].status == "WARN"
-    (folder / "train_gpt.py").write_text(SCRIPT.replace("loss.backward()", "pass"))
-    assert verdicts(folder)["script that ran"].status == "FAIL"
-
-
-def test_sources_that_differ_in_a_constant_alone_are_one_script_to_look_at(folder):
-    for seed, bpb in SEEDS.items():
-        head = f"{SCRIPT.replace('0.02', f'0.0{seed}')}\n{BAR}\n"
-        (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, head=head))
-    assert verdicts(folder)["one script"].status == "WARN" and failing(folder) == set()
-    (folder / "train_seed1.log").write_text(log_text(1, 1.1003, head=f"{SCRIPT.replace('main()', 'other()')}\n{BAR}\n"))
-    assert "one script" in failing(folder)
-
-
-@pytest.mark.parametrize(
-    "bpb, status",
-    [(1.1005, "PASS"), (1.1004, "PASS"), (1.10, "PASS"), (1.101, "PASS"), (1.1007, "FAIL"), (1.098, "FAIL")],
-)
-def test_a_figure_may_be_rounded_or_cut(folder, bpb, status):
-    edit(folder, val_bpb=bpb, seed_results={})
-    got = verdicts(folder)["val_bpb"].status
-    assert (got == "FAIL") == (status == "FAIL")
 
 
 # ---- Missed: 1 training on validation text
@@ -490,116 +298,16 @@ def found(text: str) -> set[str]:
     return {f.pattern for f in patterns.find_patterns(syntax.parse(text.encode()), text)}
 
 
-def test_a_finding_fails_the_folder_and_names_the_function(folder):
-    text = TAUGHT
-    (folder / "train_gpt.py").write_text(text)
-    write_logs(folder, head=f"{text}\n{BAR}\n", code=f"Code size: {len(text)} bytes")
-    assert failing(folder) == {f"code: {patterns.TRAINED}"}
-    detail = verdicts(folder)[f"code: {patterns.TRAINED}"].detail
-    assert detail.startswith("ttt_adapt, line ") and "val_tokens (line " in detail and "-> stream (" in detail
-
-
-def test_validation_text_kept_for_the_artifact_is_found():
-    assert patterns.STORED in found(
-        "import zlib\ndef pack(val_tokens):\n    return zlib.compress(val_tokens.numpy().tobytes())\n"
-    )
-    assert found("def cache(val_tokens):\n    np.save('/tmp/val.npy', val_tokens.numpy())\n") == set()  # a scratch file
-    assert any("hidden in the artifact" in p for p in found("PAID_PREFIX = 1\npaid_prefix_blob = load('x')\n"))
-
-
 # ---- Missed: 2 the text's size
-
-
-@pytest.mark.parametrize("key", ["tokens:40540160", "Validation tokens: 40,540,160", "val_tokens: 40540160"])
-def test_spaces_counted_twice_show_in_the_texts_size(folder, key):
-    write_logs(folder, tokens=key)
-    assert verdicts(folder)["validation text"].status == "PASS"
-    for seed, bpb in SEEDS.items():
-        loss = bpb * NATS_PER_BPB * 177.8 / 151.075
-        (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, tokens=key, loss=loss))
-    check = verdicts(folder)["validation text"]
-    assert check.status == "FAIL" and "177,8" in check.detail and "counted twice" in check.detail
-
-
-def test_a_token_count_printed_after_training_is_read(folder):
-    write_logs(folder, tokens="", adapted="Validation tokens: 9,662,464\n")
-    assert verdicts(folder)["validation text"].status == "FAIL"
 
 
 # ---- Missed: 5 evaluation time
 
 
-@pytest.mark.parametrize("adapted, evaluated, status", [
-    ("ttt_adapt: done in 430.0s\n", "280000ms", "FAIL"),
-    ("adaptation time: 280000ms\n", "430000ms", "FAIL"),
-    ("TTT phase elapsed: 500.0s\n", "150000ms", "FAIL"),
-    ("ttt_adapt: done in 200.0s\n", "280000ms", "PASS"),
-    ("ttt_lora:compile warmup done (500.0s)\n", "280000ms", "PASS"),
-])  # fmt: skip
-def test_adaptation_and_scoring_printed_apart_are_one_time(folder, adapted, evaluated, status):
-    write_logs(folder, adapted=adapted, eval=f" eval_time:{evaluated}")
-    assert verdicts(folder)["evaluation time"].status == status
-
-
-def test_progress_inside_the_score_is_not_added_and_a_total_is_believed(folder):
-    progress = "ttt_chunk [1/99] bpb=1.2 time=5.1s\nttt_chunk [99/99] bpb=1.1 time=369.4s\n"
-    write_logs(folder, adapted=progress, stage="legal_ttt_exact", eval=" eval_time:370000ms")
-    assert verdicts(folder)["evaluation time"].status == "PASS"
-    write_logs(folder, adapted="ttt adaptation took 300.0s\n", stage="legal_ttt_exact", eval=" eval_time:370000ms")
-    assert verdicts(folder)["evaluation time"].status == "WARN"
-    write_logs(folder, adapted="adaptation took 300.0s\n", eval=" eval_time:370000ms\ntotal_eval_time:380.0s")
-    assert verdicts(folder)["evaluation time"].status == "PASS"
-
-
 # ---- Missed: 6 the script's file, 8 the score
 
 
-def test_an_empty_a_renamed_and_a_missing_script_are_three_findings(folder):
-    (folder / "train_gpt.py").write_bytes(b"")
-    assert failing(folder) == {"file train_gpt.py", "code readable"} and warned(folder) == USUAL
-    assert verdicts(folder)["file train_gpt.py"].detail == "empty (0 bytes)"
-    (folder / "train_gpt.py").unlink()
-    assert failing(folder) == {"file train_gpt.py", "code readable"}
-    (folder / "train_ours.py").write_text(SCRIPT + "key = (ctx_hash ^ target) % size\n")
-    got = verdicts(folder)
-    assert got["file train_gpt.py"].status == "WARN" and "train_ours.py" in got["file train_gpt.py"].detail
-    assert got[f"code: {patterns.TARGET_KEY}"].status == "FAIL"
-
-
-def below_the_best(folder: Path, text: str = SCRIPT, **change) -> rules.Check:
-    (folder / "train_gpt.py").write_text(text)
-    for seed in SEEDS:
-        (folder / f"train_seed{seed}.log").write_text(
-            log_text(seed, 1.05 + seed / 1e4, head=f"{text}\n{BAR}\n", **change)
-        )
-    edit(folder, val_bpb=1.0502, seed_results={})
-    return verdicts(folder)["plausible score"]
-
-
-def test_a_score_below_the_best_verified_one_says_where_to_look_first(folder):
-    assert "plausible score" not in verdicts(folder)
-    check = below_the_best(folder)
-    assert check.status == "WARN" and "1.0565" in check.detail and "validation documents in training" in check.detail
-    assert "1499 training shards" in below_the_best(folder, shards=1499).detail
-    assert (
-        "expert that is no distribution"
-        in below_the_best(
-            folder, SCRIPT + "def eval_mix(p_nn, entropy, a):\n    return a * p_nn + (1 - a) * entropy\n"
-        ).detail
-    )
-    assert patterns.TRAINED in below_the_best(folder, TAUGHT).detail
-
-
 # ---- Messages
-
-
-def test_a_log_that_holds_another_seed_is_named(folder):
-    (folder / "train_seed3.log").write_text(log_text(1337, 1.1002))
-    check = verdicts(folder)["a log for each seed"]
-    assert (check.status, check.detail) == ("FAIL", "none for seed 3: train_seed3.log holds seed 1337")
-    assert failing(folder) == {"a log for each seed"}
-    edit(folder, seeds=[], seed_results={})
-    assert verdicts(folder)["a log for each seed"].detail == "train_seed3.log holds seed 1337"
 
 
 KNOBS = """
@@ -609,36 +317,6 @@ class More:
     ppm_order = 5
     prequant_ttt_enabled = bool(int(os.environ.get("PREQUANT_TTT_ENABLED", "0")))
 """
-
-
-def test_a_ruled_out_method_that_every_log_shows_off_is_no_warning(folder):
-    text = SCRIPT + KNOBS
-    (folder / "train_gpt.py").write_text(text)
-    write_logs(folder, head=f"{text}\n{BAR}\n", config="")
-    methods = [r for r in warned(folder) if r.startswith("code: name of")]
-    assert len(methods) == 1 and "PPM" in methods[0]  # the others are off by default
-    off = "slot_enabled: False\nslot_steps: 8\nppm_order: 0\nprequant_ttt_enabled: False\n"
-    write_logs(folder, head=f"{text}\n{BAR}\n", config=off)
-    assert warned(folder) - {"code bytes"} == USUAL
-    assert "slot_enabled=False" in verdicts(folder)["code patterns"].detail
-    write_logs(folder, head=f"{text}\n{BAR}\n", config=off.replace("slot_enabled: False", "slot_enabled: True"))
-    assert [r for r in warned(folder) if r.startswith("code: name of")] == [
-        "code: name of a rejected method: SLOT (optimises on the positions it scores)"
-    ]
-
-
-def test_what_a_knob_keeps_from_running_follows_the_logs_and_then_the_default(folder):
-    call = "    if args.prequant_ttt_enabled:\n        refine(model, val_tokens, opt)\n"
-    text = with_call(call, ADAPT.format(name="refine")) + KNOBS
-    rule = f"code: {patterns.TRAINED}"
-    (folder / "train_gpt.py").write_text(text)
-    for config, status in (
-        ("prequant_ttt_enabled: True\n", "FAIL"),
-        ("prequant_ttt_enabled: False\n", None),
-        ("", "WARN"),
-    ):
-        write_logs(folder, head=f"{text}\n{BAR}\n", config=config)
-        assert getattr(verdicts(folder).get(rule), "status", None) == status, config
 
 
 def test_a_finding_in_a_one_line_program_shows_its_name():
@@ -671,16 +349,6 @@ def test_the_summary_stands_first_and_names_the_three_findings_that_matter_most(
     assert report.main(["check", str(folder), "--json"]) == 1
     listed = json.loads(capsys.readouterr().out)[str(folder)]
     assert (listed[0]["rule"], listed[0]["status"]) == ("summary", "FAIL")
-
-
-@pytest.mark.parametrize("lack, meta", [
-    ("val_bpb", {"val_bpb": None, "mean_val_bpb": 1.1005}),
-    ("val_bpb", {"val_bpb": None, "results": {"mean_val_bpb": 1.1005, "seeds": {"1": {"val_bpb": 1.1003}}}}),
-])  # fmt: skip
-def test_a_missing_val_bpb_fails_and_the_mean_is_shown(folder, lack, meta):
-    edit(folder, **meta)
-    check = verdicts(folder)["submission fields"]
-    assert check.status == "FAIL" and lack in check.detail and "mean_val_bpb is 1.10050" in check.detail
 
 
 def test_check_needs_neither_scipy_nor_matplotlib_nor_torch(folder):
@@ -721,56 +389,6 @@ def test_a_hundred_folders_take_seconds_each_fraction_of_one(folder):
 KEYED = "\ndef probability(self, ctx_hash, target):\n    return self.counts[(ctx_hash ^ target * 36313) % self.size]\n"
 TEXT = SCRIPT + KEYED + "".join(f"# {n * 7919 % 1009}\n" for n in range(200))
 BLOB = packed(TEXT).partition('"')[2].rpartition('"')[0]
-SPREAD = {  # what train_gpt.py holds, and whatever else stands beside it
-    "beside an executed literal": (TEXT + f"exec({'import os' + chr(10) + 'x = 1 #' * 99!r})\n", {}),
-    "in a second packed literal": (f"{packed(SCRIPT * 2)}{packed(TEXT)}", {}),
-    "packed for a function of another name": (f'import base64\nrun = exec\nrun(unpack(base64.b85decode("{BLOB}")))\n', {}),
-    "packed for a file that it writes": (f'import base64\nopen("a.py", "wb").write(base64.b85decode("{BLOB}"))\n', {}),
-    "in a module": ("import scorer\n" + SCRIPT, {"scorer.py": KEYED}),
-    "in a package": ("from lib.scorer import probability\n" + SCRIPT, {"lib/scorer.py": KEYED}),
-    "in a packed module": ("import scorer\n" + SCRIPT, {"scorer.py": packed(TEXT)}),
-    "in a file that it runs": ("import runpy\nrunpy.run_path('scorer.py')\n" + SCRIPT, {"scorer.py": KEYED}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", SPREAD)
-def test_code_is_searched_wherever_the_script_holds_it(folder, kind):
-    text, beside = SPREAD[kind]
-    for name, content in {"train_gpt.py": text, **beside}.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content)
-    check = verdicts(folder)[f"code: {patterns.TARGET_KEY}"]
-    assert check.status == "FAIL" and all(Path(name).name in check.detail for name in beside)
-
-
-def test_validation_tokens_are_followed_into_a_helper_file(folder):
-    (folder / "train_gpt.py").write_text(
-        "from refining import refine\n" + with_call("    refine(model, val_tokens, opt)\n", "")
-    )
-    (folder / "refining.py").write_text("import torch\n" + ADAPT.format(name="refine"))
-    assert "line 7 of refining.py" in verdicts(folder)[f"code: {patterns.TRAINED}"].detail
-
-
-def test_code_from_elsewhere_is_a_finding_and_a_folder_or_a_pipe_is_no_script(folder):
-    (folder / "train_gpt.py").write_text(SCRIPT + "exec(open('/tmp/more.py').read())\n")
-    assert verdicts(folder)["code: runs code that is not in the file"].status == "WARN"
-    (folder / "train_gpt.py").unlink()
-    (folder / "train_gpt.py").mkdir()
-    os.mkfifo(folder / "train_pipe.py")
-    assert verdicts(folder)["file train_gpt.py"].status == "FAIL"
-
-
-@pytest.mark.parametrize("text, there", [
-    ("PREFIX = " + repr("The quick brown fox jumps. " * 1000), True),
-    (f"FIRST = {list(range(20_000))}", True),
-    (f"PARTS = {['abcdefghijk' * 1000 + str(n) for n in range(3)]}", True),
-    ("KERNEL = " + repr("#include <cuda.h>\n" + "  x[i] = y[i] + z[i];\n" * 1500), False),
-])  # fmt: skip
-def test_text_and_tokens_in_literals_are_payloads_and_kernels_are_none(folder, text, there):
-    (folder / "train_gpt.py").write_text(SCRIPT + text + "\n")
-    assert ("code: large literal in the code" in warned(folder)) == there
-
-
 # ---- Scripts: whatever the names, the order and the structure, the verdict follows the text's way
 
 NAMED = {
@@ -797,118 +415,6 @@ def test_a_script_is_judged_by_the_way_of_the_text(name):
     assert found(whole(BODIES[name])) == wanted
 
 
-@pytest.mark.parametrize("line", [
-    "    calib = [val_tokens[i : i + 9] for i in range(9)]\n    quantize_gptq(model, calib)\n",
-    "    cal_seqs = val_tokens[:64].view(-1, 8)\n    for seq in cal_seqs:\n        model(seq)\n",
-    "    quantize(model, val_tokens.split(9))\n",
-    "    train_files = root / 'fineweb_val_*.bin'\n",
-    "    train_pattern = 'fineweb_*.bin'\n",
-])  # fmt: skip
-def test_validation_text_in_calibration_or_among_training_files_is_found(line):
-    assert patterns.IN_TRAINING in found(with_call(line, ""))
-
-
-@pytest.mark.parametrize("line, pattern", [
-    ("import httpx", "network module"),
-    ("r = __import__('requests')", "network module"),
-    ("subprocess.run(['curl', '-O', url])", "network access"),
-    ("os.system('wget ' + url)", "network access"),
-    ("subprocess.check_call([sys.executable, '-m', 'pip', 'install', 'brotli'])", "network access"),
-    ("m = torch.hub.load('a/b', 'c')", "network access"),
-    ("m = AutoModel.from_pretrained('gpt2')", "network access"),
-    ("subprocess.run(['nvidia-smi'])", None),
-    ("subprocess.run(['lrzip', '-q', 'weights'])", None),
-    ("subprocess.run(['git', 'rev-parse', 'HEAD'])", None),
-])  # fmt: skip
-def test_every_way_to_the_network_is_found(line, pattern):
-    assert found(line + "\n") == ({pattern} if pattern else set())
-
-
-def test_validation_text_put_into_the_state_is_found():
-    text = "def dump(model, val_tokens):\n    state = model.state_dict()\n    state['prefix'] = val_tokens[:99]\n    torch.save(state, f)\n"
-    assert found(text) == {patterns.SAVED}
-
-
-# ---- Logs and figures in other words
-
-
-def rewrite(folder: Path, change) -> None:
-    for path in folder.glob("*.log"):
-        path.write_text(change(path.read_text()))
-
-
-@pytest.mark.parametrize("words, status", [
-    ("\nEvaluation took 612.3 seconds", "FAIL"),
-    ("\nTotal eval time: 612.3s", "FAIL"),
-    ("\neval time: 10.3 min", "FAIL"),
-    ("\nEvaluation took 480 seconds", "PASS"),
-    (" eval_time:610000ms\nEvaluation took 4 seconds", "FAIL"),
-])  # fmt: skip
-def test_evaluation_time_is_read_in_any_words(folder, words, status):
-    write_logs(folder, eval=words)
-    assert verdicts(folder)["evaluation time"].status == status
-
-
-def test_calibration_after_the_training_counts_as_training(folder):
-    write_logs(folder, steps="GPTQ:collected 67 Hessians in 35.2s\n")
-    check = verdicts(folder)["training time"]
-    assert check.status == "WARN" and "635.2 s with the calibration" in check.detail
-    write_logs(folder, steps="GPTQ:collected 67 Hessians in 3.5s\n", stop="592000")
-    assert verdicts(folder)["training time"].status == "PASS"
-
-
-@pytest.mark.parametrize(
-    "size, status", [("16.10 MB", "FAIL"), ("15.93 MB", "PASS"), ("15.4 MiB", "FAIL"), ("15,900,000", "PASS")]
-)
-def test_a_total_may_stand_in_other_units(folder, size, status):
-    rewrite(folder, lambda text: text.replace("size int6+zstd: 15900000 bytes", f"size int6+zstd: {size}"))
-    assert verdicts(folder)["bytes"].status == status
-
-
-@pytest.mark.parametrize("code", ["Code size: 0 bytes", "", f"Code size: {len(SCRIPT)} bytes"])
-@pytest.mark.parametrize("total, status", [(15_999_900, "FAIL"), (15_000_000, "WARN")])
-def test_a_total_that_is_the_models_alone_is_found(folder, code, total, status):
-    write_logs(folder, code=code, total=total, artifact=total)
-    check = verdicts(folder)["bytes"]
-    assert check.status == status and "the code was not counted" in check.detail
-
-
-def test_colours_utf_16_and_slurms_names_are_read_and_a_hostile_line_costs_no_time(folder):
-    one, two, three = sorted(folder.glob("*.log"))
-    one.write_text(one.read_text().replace("final_int6", "\x1b[32mfinal_int6"))
-    two.write_bytes(two.read_text().encode("utf-16"))
-    three.rename(three.with_suffix(".out"))
-    (folder / "train_seed4.log").write_text("adapt " * 200_000 + "\n" + "val_loss:" * 100_000)
-    assert failing(folder) == set() and verdicts(folder)["seeds"].detail.startswith("3 (")
-
-
-def test_a_cut_log_is_named_with_the_step_it_ends_at(folder):
-    path = folder / "train_seed3.log"
-    path.write_text(path.read_text().partition("step:8570")[0])
-    got = verdicts(folder)
-    assert "train_seed3.log ends at step 8000 without a score" in got["a log for each seed"].detail
-    (folder / "train_seed4.log").write_text(path.read_text().replace("seed:3", "seed:4"))
-    assert "train_seed4.log (seed 4) at step 8000" in verdicts(folder)["logs without a score"].detail
-
-
-@pytest.mark.parametrize("fields, rule, status", [
-    ({"bytes_total": "16,100,000"}, "bytes", "FAIL"),
-    ({"artifact_bytes": {"1": 15_000_000, "2": 16_000_001}}, "bytes", "FAIL"),
-    ({"train_time_s": "605.2 s"}, "training time", "FAIL"),
-    ({"eval_time_s": [480, 700]}, "evaluation time", "FAIL"),
-    ({"bytes_total": "small"}, "submission fields", "WARN"),
-    ({"seeds": "1, 2, 3"}, "submission fields", "WARN"),
-    ({"seed_results": [1.1]}, "submission fields", "WARN"),
-    ({"seed_results": {"1": 1.2}}, "val_bpb of seed 1", "FAIL"),
-    ({"date": 20260410}, "submission fields", "WARN"),
-    ({"date": "April 10"}, "date", "WARN"),
-    ({"val_loss": 9.9}, "val_loss", "WARN"),
-])  # fmt: skip
-def test_a_field_of_another_form_is_read_or_named(folder, fields, rule, status):
-    edit(folder, **fields)
-    assert verdicts(folder)[rule].status == status
-
-
 def test_nesting_is_no_traceback_and_the_summary_has_the_rules_figures(folder, capsys):
     edit(folder, bytes_total=16_000_001)
     path = folder / "submission.json"
@@ -919,18 +425,19 @@ def test_nesting_is_no_traceback_and_the_summary_has_the_rules_figures(folder, c
     assert not out and "none, " in err and "README.md: no such folder" in err
 
 
-# ---- Verdicts on folders in one table: what is changed, the rule, its status, words of its detail
+# ---- Verdicts on folders in one table: what is changed, and for each rule its status ("": it says nothing) and words of its detail
 
 
-def put(text: str, **beside):
-    """The script, and files beside it (`_` for `.`), whose logs print what ran."""
+def put(text: str | bytes, quiet: bool = False, log: dict | None = None, **beside):
+    """The script, and files beside it (`__` for `.`, `_of_` for `/`); logs that print what ran unless `quiet`, with changes."""
 
     def change(folder: Path) -> None:
-        (folder / "train_gpt.py").write_text(text)
-        for name, content in beside.items():
-            data = content if isinstance(content, bytes) else content.encode()
-            (folder / name.replace("__", ".")).write_bytes(data)
-        write_logs(folder, head=f"{text}\n{BAR}\n", code=f"Code size: {len(text)} bytes")
+        for name, content in {"train_gpt__py": text, **beside}.items():
+            path = folder / name.replace("__", ".").replace("_of_", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        if not quiet:
+            write_logs(folder, **{"head": f"{text}\n{BAR}\n", "code": f"Code size: {len(text)} bytes", **(log or {})})
 
     return change
 
@@ -943,14 +450,82 @@ def both(*changes):
     return lambda folder: [change(folder) for change in changes]
 
 
-def implied(factor: float, **change):
+def meta(**fields):
+    return lambda folder: edit(folder, **fields)
+
+
+def each(**change):
+    """Logs whose parts depend on their seed: functions of (seed, bpb), or texts."""
+
     def write(folder: Path) -> None:
         for seed, bpb in SEEDS.items():
-            loss = bpb * NATS_PER_BPB * factor
-            more = {k: v.format(loss=loss) for k, v in change.items()}
-            (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, loss=loss, **more))
+            parts = {k: v(seed, bpb) if callable(v) else v for k, v in change.items()}
+            (folder / f"train_seed{seed}.log").write_text(log_text(seed, **{"bpb": bpb, **parts}))
 
     return write
+
+
+def one(seed: int, bpb: float = 0.0, name: str = "train_seed{}.log", **change):
+    return lambda folder: (folder / name.format(seed)).write_text(log_text(seed, bpb or SEEDS[seed], **change))
+
+
+def logs_as(change):
+    """The logs' texts rewritten: text -> text."""
+    return lambda folder: [path.write_text(change(path.read_text())) for path in folder.glob("*.log")]
+
+
+def moved(place: str):
+    def move(folder: Path) -> None:
+        (folder / place).mkdir(parents=True)
+        for path in folder.glob("*.log"):
+            path.rename(folder / place / path.name)
+
+    return move
+
+
+def gone(*names: str):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def implied(factor: float, **change):
+    def loss(_, bpb):
+        return bpb * NATS_PER_BPB * factor
+
+    return each(loss=loss, **{k: lambda seed, bpb, v=v: v.format(loss=loss(seed, bpb)) for k, v in change.items()})
+
+
+def appended(folder: Path) -> None:
+    gone(*(f"train_seed{seed}.log" for seed in SEEDS))(folder)
+    (folder / "train.log").write_text("".join(log_text(s, b) for s, b in SEEDS.items()))
+
+
+def scored_apart(folder: Path) -> None:
+    for seed, bpb in SEEDS.items():
+        head, _, stage = log_text(seed, bpb).rpartition("final_int6_roundtrip_exact")
+        (folder / f"train_seed{seed}.log").write_text(head + "diagnostic quantized val_loss:3.0 val_bpb:1.15\n")
+        (folder / f"eval_seed{seed}.log").write_text(f"seed:{seed}\nfinal_int6_ttt_exact{stage}")
+
+
+def odd_files(folder: Path) -> None:
+    """Colours, UTF-16, the name that Slurm gives, and lines that take a bad pattern hours."""
+    a, b, c = sorted(folder.glob("*.log"))
+    a.write_text(a.read_text().replace("final_int6", "\x1b[32mfinal_int6"))
+    b.write_bytes(b.read_text().encode("utf-16"))
+    c.rename(c.with_suffix(".out"))
+    (folder / "train_seed4.log").write_text("adapt " * 200_000 + "\n" + "val_loss:" * 100_000)
+
+
+def no_file(folder: Path) -> None:
+    (folder / "train_gpt.py").unlink()
+    (folder / "train_gpt.py").mkdir()
+    os.mkfifo(folder / "train_pipe.py")
+
+
+def below_the_best(text: str = SCRIPT, **change):
+    scores = each(
+        bpb=lambda seed, _: 1.05 + seed / 1e4, head=f"{text}\n{BAR}\n", code=f"Code size: {len(text)} bytes", **change
+    )
+    return both(put(text, quiet=True), scores, meta(val_bpb=1.0502, seed_results={}))
 
 
 GUARDED = """
@@ -965,10 +540,31 @@ if {test}:
     print("cache:start now")
     probability(1, 2)
 """
-KEY = f"code: {patterns.TARGET_KEY}"
+KEY, TRAINED = f"code: {patterns.TARGET_KEY}", f"code: {patterns.TRAINED}"
+NAME = "code: name of a rejected method: "
+PPM, SLOT = (
+    f"{NAME}byte-level PPM mixture (normalisation, denominator)",
+    f"{NAME}SLOT (optimises on the positions it scores)",
+)
 OTHER = SCRIPT.replace('"0.02"', '"0.05"').replace("import os\n", "'Trains.'\nimport os  # and more\n", 1)
 STUB = 'exec(open(__file__.replace("train_gpt", "core")).read())\n'
-FLIP = "import random\n" + SCRIPT
+LONG = SCRIPT + "".join(f"x{n} = {n * 7919}\n" for n in range(2000))
+HELPED, ITSELF = "import kernels\n" + SCRIPT, SCRIPT + "f = 'train_gpt.py.lzma'\n"
+HINTS = "ngram_tilt:hints total=40540160 gated=628130 token_gate={} within_gate={} word_gate={} agree2plus=0\n"
+SELF, STOP = (
+    {"train_under_600s": False, "artifact_under_16mb": True},
+    "step:8560/20000 val_loss:{loss:.8f} val_bpb:1.43 train_time:599000ms\n",
+)
+CHUNKS = "ttt_chunk [1/99] bpb=1.2 time=5.1s\nttt_chunk [99/99] bpb=1.1 time=369.4s\n"
+OFF = "slot_enabled: False\nslot_steps: 8\nppm_order: 0\nprequant_ttt_enabled: False\n"
+REFINED = (
+    with_call(
+        "    if args.prequant_ttt_enabled:\n        refine(model, val_tokens, opt)\n", ADAPT.format(name="refine")
+    )
+    + KNOBS
+)
+COUNTED, THREE = f"Code size: {len(SCRIPT)} bytes", "3 (1, 2, 3)"
+ONE_SEED = {"val_bpb": None, "results": {"mean_val_bpb": 1.1005, "seeds": {"1": {"val_bpb": 1.1003}}}}
 
 
 def guarded(test: str = "Hyperparameters.cache_on", default: str = "0") -> str:
@@ -976,39 +572,165 @@ def guarded(test: str = "Hyperparameters.cache_on", default: str = "0") -> str:
 
 
 FOLDERS = [
-    ("a switch that is off", put(guarded()), KEY, "WARN", "cache_on=0"),
-    ("in a condition of two", put(guarded("True and Hyperparameters.cache_on > 0")), KEY, "WARN", "cache_on=0"),
-    ("that the logs show off", both(put(guarded()), logged(config="cache_on: 0\n")), KEY, None, ""),
-    ("that the logs show on", both(put(guarded()), logged(config="cache_on: 1\n")), KEY, "FAIL", ""),
-    ("whose start a log prints", both(put(guarded()), logged(steps="cache:start now\n")), KEY, "FAIL", ""),
-    ("on by default", put(guarded(default="1")), KEY, "FAIL", ""),
-    ("of the launcher", put(guarded("int(os.environ.get('RANK', '0')) == 1")), KEY, "FAIL", ""),
-    ("declared twice", put(guarded() + "\nclass B:\n    cache_on = 1\n"), KEY, "FAIL", ""),
-    ("spaces counted twice", implied(1.177), "validation text", "FAIL", "spaces counted twice"),
-    ("bytes of no known kind", implied(1.06), "validation text", "WARN", "not of one scoring"),
-    ("a part of the text", implied(0.5), "validation text", "FAIL", "a part of the text"),
-    ("the network's loss", implied(1.3, adapted="quantized val_loss:{loss:.8f} val_bpb:1.43\n"), "validation text", "WARN", "is that of quantized"),
-    ("the loss of a step", implied(1.3, steps="step:8560/20000 val_loss:{loss:.8f} val_bpb:1.43 train_time:599000ms\n"), "validation text", "WARN", "is that of step"),
-    ("defaults that the logs replace", both(put(OTHER), logged(config="matrix_lr: 0.02\n")), "script that ran", "PASS", "environment"),
-    ("defaults that no log prints", both(put(OTHER), logged()), "script that ran", "WARN", "constants"),
-    ("a stub that runs a counted file", both(put(STUB, core__py=SCRIPT), logged(code=f"Code size: {len(SCRIPT)} bytes")), "code bytes", "PASS", ""),
-    ("the same is read", both(put(STUB, core__py=TAUGHT), logged()), f"code: {patterns.TRAINED}", "FAIL", "core.py"),
-    ("the script once more, packed", put("f = 'train_gpt.py.lzma'\n" + SCRIPT, train_gpt__py__lzma=lzma.compress(("f = 'train_gpt.py.lzma'\n" + SCRIPT).encode())), "helper files", "PASS", "no file"),
-    ("a source to compile", put(SCRIPT + "load(sources=[here + '/fused.cpp'])\n", fused__cpp="x" * 150_000), "helper files", "FAIL", "fused.cpp"),
-    ("a source in a command", put(SCRIPT + "os.system('g++ -O3 gram.cc -o gram.so')\n", gram__cc="x" * 150_000), "helper files", "FAIL", "gram.cc"),
-    ("a helper that fits packed", both(put(packed("import kernels\n" + SCRIPT), kernels__py="#" * 200_000), logged()), "helper files", "WARN", "packed as"),
-    ("one log of three on other hardware", lambda folder: (folder / "train_seed2.log").write_text(log_text(2, SEEDS[2], device="NVIDIA H200")), "hardware", "FAIL", "8 x NVIDIA H100 80GB HBM3, 8 x NVIDIA H200"),
-    ("a log that names no hardware", lambda folder: (folder / "train_seed2.log").write_text(log_text(2, SEEDS[2], device="")), "hardware", "PASS", "8 x NVIDIA H100 80GB HBM3; "),
-    ("a leak that nothing shows", logged(), "validation documents in training", "WARN", "not provable from this folder: ask for the training shards"),
+    ("nothing", logged(), {"*": "", "validation text": "PASS", "hardware": "PASS"}),
+    # ---- gates that fired
+    ("a gate of tokens", logged(gates=HINTS.format(628_130, 0, 0)), {"n-gram gate": "PASS"}),
+    ("a gate within words", logged(gates=HINTS.format(628_130, 31, 0)), {"n-gram gate": "FAIL"}),
+    ("a gate of words", logged(gates=HINTS.format(628_130, 0, 9)), {"n-gram gate": "FAIL"}),
+    ("no gate", logged(gates=HINTS.format(0, 0, 0)), {"n-gram gate": ""}),
+    ("a gate of another name", logged(gates=HINTS.format(5, 0, 0).replace("agree2plus", "doc_gate=7 agree2plus")), {"n-gram gate": "WARN doc_gate=7"}),
+    # ---- seconds of training and evaluation
+    *((f"a stop at {stop} ms", both(logged(stop=stop), meta(compliance=SELF)), {"training time": status, "own compliance list": status})
+      for stop, status in (("600137", "WARN"), ("600038", "WARN"), ("600600", "FAIL"), ("601900", "FAIL"))),
+    ("steps after the stop", logged(steps="step:8500/20000 train_loss:2.0 train_time:640000ms step_avg:75.00ms\n"), {"training time": "FAIL"}),
+    ("minutes with one digit", logged(steps="8500/20000 train_loss: 2.0 train_time: 10.0m tok/s: 6500000\n"), {"training time": "PASS"}),
+    ("calibration after the training", logged(steps="GPTQ:collected 67 Hessians in 35.2s\n"), {"training time": "WARN 635.2 s with the calibration"}),
+    ("calibration inside the limit", logged(steps="GPTQ:collected 67 Hessians in 3.5s\n", stop="592000"), {"training time": "PASS"}),
+    *((words.strip(), logged(eval=words), {"evaluation time": status}) for words, status in (
+        ("\nEvaluation took 612.3 seconds", "FAIL"), ("\nTotal eval time: 612.3s", "FAIL"), ("\neval time: 10.3 min", "FAIL"),
+        ("\nEvaluation took 480 seconds", "PASS"), (" eval_time:610000ms\nEvaluation took 4 seconds", "FAIL"))),
+    *((f"{words.strip()}, then {ms} ms", logged(adapted=words, eval=f" eval_time:{ms}ms"), {"evaluation time": status}) for words, ms, status in (
+        ("ttt_adapt: done in 430.0s\n", 280000, "FAIL"), ("adaptation time: 280000ms\n", 430000, "FAIL"), ("TTT phase elapsed: 500.0s\n", 150000, "FAIL"),
+        ("ttt_adapt: done in 200.0s\n", 280000, "PASS"), ("ttt_lora:compile warmup done (500.0s)\n", 280000, "PASS"))),
+    ("progress inside the score", logged(adapted=CHUNKS, stage="legal_ttt_exact", eval=" eval_time:370000ms"), {"evaluation time": "PASS"}),
+    ("adaptation of unknown place", logged(adapted="ttt adaptation took 300.0s\n", stage="legal_ttt_exact", eval=" eval_time:370000ms"), {"evaluation time": "WARN"}),
+    ("a total is believed", logged(adapted="adaptation took 300.0s\n", eval=" eval_time:370000ms\ntotal_eval_time:380.0s"), {"evaluation time": "PASS"}),
+    # ---- which logs are runs
+    ("the same run in two files", both(one(1, name="train.log"), gone("train_seed3.log")),
+     {"seeds": "FAIL 2 (1, 2)", "copies of logs": "PASS train.log is train_seed1.log", "a log for each seed": "FAIL", "val_bpb": "FAIL"}),
+    ("runs appended to one file", appended, {"seeds": f"PASS {THREE}"}),
+    ("an aborted start in the same file", logs_as(lambda text: text.partition("step:8000")[0] + text), {"seeds": f"PASS {THREE}"}),
+    ("an original and a rerun", one(1, 1.0912, "train_seed{}_rerun.log"),
+     {"seeds": f"PASS {THREE}", "seeds differ": "WARN 1.10030 in train_seed1, 1.09120 in train_seed1_rerun"}),
+    ("logs in a subfolder", moved("logs"), {"seeds": f"PASS {THREE}"}),
+    ("logs two folders down", moved("runs/h100"), {"seeds": f"PASS {THREE}"}),
+    ("scores in logs of their own", scored_apart, {"val_bpb": "PASS"}),
+    ("files of other forms", odd_files, {"seeds": f"PASS {THREE}"}),
+    ("a log of another seed", lambda folder: (folder / "train_seed3.log").write_text(log_text(1337, 1.1002)),
+     {"a log for each seed": "FAIL none for seed 3: train_seed3.log holds seed 1337"}),
+    ("the same, and no seeds told", both(lambda folder: (folder / "train_seed3.log").write_text(log_text(1337, 1.1002)), meta(seeds=[], seed_results={})),
+     {"a log for each seed": "WARN train_seed3.log holds seed 1337"}),
+    ("a cut log", lambda folder: (folder / "train_seed3.log").write_text(log_text(3, 1.1).partition("step:8570")[0]),
+     {"a log for each seed": "FAIL train_seed3.log ends at step 8000 without a score", "seeds": "FAIL", "val_bpb": "FAIL"}),
+    ("a cut log of a fourth seed", lambda folder: (folder / "train_seed4.log").write_text(log_text(4, 1.1).partition("step:8570")[0]),
+     {"logs without a score": "WARN train_seed4.log (seed 4) at step 8000"}),
+    ("one of three on other hardware", one(2, device="NVIDIA H200"), {"hardware": "FAIL 8 x NVIDIA H100 80GB HBM3, 8 x NVIDIA H200"}),
+    ("one that names no hardware", one(2, device=""), {"hardware": "PASS 8 x NVIDIA H100 80GB HBM3; "}),
+    # ---- bytes
+    ("readable source, packed counted", logged(code=f"Code size (uncompressed): {len(SCRIPT)} bytes\nCode size (compressed): 311 bytes", total=15_999_990),
+     {"code bytes": f"WARN {len(SCRIPT):,} bytes, the logs counted 311"}),
+    ("another source was counted", logged(code="Code size (uncompressed): 99999 bytes\nCode size (compressed): 411 bytes", total=15_999_990),
+     {"code bytes": "WARN differs from the 99,999 uncompressed"}),
+    ("too small a size of the code", logged(code="Code size: 11 bytes", total=15_999_990 + len(SCRIPT)), {"bytes": "FAIL", "code bytes": "FAIL"}),
+    ("packed, the source counted", both(put(LONG, log={"total": 16_010_000, "artifact": 16_010_000 - len(LONG)}), put(packed(LONG), quiet=True)), {"bytes": "WARN"}),
+    *((f"a total of {size}", logs_as(lambda text, size=size: text.replace("size int6+zstd: 15900000 bytes", f"size int6+zstd: {size}")), {"bytes": status})
+      for size, status in (("16.10 MB", "FAIL"), ("15.93 MB", "PASS"), ("15.4 MiB", "FAIL"), ("15,900,000", "PASS"))),
+    *((f"the model's {total}, {code}", logged(code=code, total=total, artifact=total), {"bytes": f"{status} the code was not counted"})
+      for code in ("Code size: 0 bytes", "", COUNTED) for total, status in ((15_999_900, "FAIL"), (15_000_000, "WARN"))),
+    ("a helper that was not counted", put(HELPED, kernels__py="#" * 200_000), {"helper files": "FAIL"}),
+    ("a helper that was counted", put(HELPED, kernels__py="#" * 200_000, log={"code": f"Code size: {len(HELPED) + 200_000} bytes"}),
+     {"helper files": "PASS counted already", "*": ""}),
+    ("a payload of any name", put(SCRIPT + "blob = open('prefix.xz', 'rb').read()\n", prefix__xz=b"#" * 200_000), {"helper files": "FAIL"}),
+    # ---- the script that ran
+    ("comments", put("# a comment\n" + SCRIPT.replace("        loss", "\n        loss"), quiet=True), {"script that ran": "PASS comments and formatting aside"}),
+    ("packed", put(packed(SCRIPT), quiet=True), {"script that ran": "PASS"}),
+    ("another constant", put(SCRIPT.replace("0.02", "0.03"), quiet=True), {"script that ran": "WARN"}),
+    ("packed, an assignment less", put(packed(SCRIPT.replace("val_loss = ", "")), quiet=True), {"script that ran": "WARN"}),
+    ("another statement", put(SCRIPT.replace("loss.backward()", "pass"), quiet=True), {"script that ran": "FAIL"}),
+    ("sources that differ in a constant", each(head=lambda seed, _: f"{SCRIPT.replace('0.02', f'0.0{seed}')}\n{BAR}\n"), {"one script": "WARN"}),
+    ("sources that differ", one(1, head=f"{SCRIPT.replace('main()', 'other()')}\n{BAR}\n"), {"one script": "FAIL"}),
+    ("an empty script", put(b"", quiet=True), {"file train_gpt.py": "FAIL empty (0 bytes)", "code readable": "FAIL", "*": ""}),
+    ("no script", gone("train_gpt.py"), {"file train_gpt.py": "FAIL", "code readable": "FAIL"}),
+    ("a script of another name", both(put(SCRIPT, quiet=True, train_ours__py=SCRIPT + "key = (ctx_hash ^ target) % size\n"), gone("train_gpt.py")),
+     {"file train_gpt.py": "WARN train_ours.py", KEY: "FAIL", "script that ran": "FAIL"}),
+    ("a folder and a pipe", no_file, {"file train_gpt.py": "FAIL", "code readable": "FAIL"}),
+    # ---- figures
+    *((f"val_bpb {bpb}", meta(val_bpb=bpb, seed_results={}), {"val_bpb": status})
+      for bpb, status in ((1.1005, "PASS"), (1.1004, "PASS"), (1.10, "PASS"), (1.101, "PASS"), (1.1007, "FAIL"), (1.098, "FAIL"))),
+    *((f"{fields}"[:60], meta(**fields), {rule: status, **more}) for fields, rule, status, more in (
+        ({"bytes_total": "16,100,000"}, "bytes", "FAIL", {}), ({"artifact_bytes": {"1": 15_000_000, "2": 16_000_001}}, "bytes", "FAIL", {}),
+        ({"train_time_s": "605.2 s"}, "training time", "FAIL", {}), ({"eval_time_s": [480, 700]}, "evaluation time", "FAIL", {}),
+        ({"bytes_total": "small"}, "submission fields", "WARN", {}), ({"seeds": "1, 2, 3"}, "submission fields", "WARN", {}),
+        ({"seed_results": [1.1]}, "submission fields", "WARN", {}), ({"seed_results": {"1": 1.2}}, "val_bpb of seed 1", "FAIL", {}),
+        ({"date": 20260410}, "submission fields", "WARN", {}), ({"date": "April 10"}, "date", "WARN", {}), ({"val_loss": 9.9}, "val_loss", "WARN", {}),
+        ({"val_bpb": None, "mean_val_bpb": 1.1005}, "submission fields", "FAIL val_bpb ... mean_val_bpb is 1.10050", {}),
+        (ONE_SEED, "submission fields", "FAIL val_bpb ... mean_val_bpb is 1.10050", {}))),
+    ("a score below the best", below_the_best(), {"plausible score": "WARN 1.0565 ... validation documents in training"}),
+    ("with other shards", below_the_best(shards=1499), {"plausible score": "WARN 1499 training shards"}),
+    ("with an expert", below_the_best(SCRIPT + "def eval_mix(p_nn, entropy, a):\n    return a * p_nn + (1 - a) * entropy\n"),
+     {"plausible score": "WARN expert that is no distribution"}),
+    ("with training on the text", below_the_best(TAUGHT), {"plausible score": f"WARN {patterns.TRAINED}", TRAINED: "FAIL"}),
+    # ---- the validation text
+    *((f"{key}, spaces twice", implied(177.8 / 151.075, tokens=key), {"validation text": "FAIL 177,8 ... counted twice"})
+      for key in ("tokens:40540160", "Validation tokens: 40,540,160", "val_tokens: 40540160")),
+    *((key, logged(tokens=key), {"validation text": "PASS"}) for key in ("Validation tokens: 40,540,160", "val_tokens: 40540160")),
+    ("a count printed after training", logged(tokens="", adapted="Validation tokens: 9,662,464\n"), {"validation text": "FAIL"}),
+    ("spaces counted twice", implied(1.177), {"validation text": "FAIL spaces counted twice"}),
+    ("bytes of no known kind", implied(1.06), {"validation text": "WARN not of one scoring"}),
+    ("a part of the text", implied(0.5), {"validation text": "FAIL a part of the text"}),
+    ("the network's loss", implied(1.3, adapted="quantized val_loss:{loss:.8f} val_bpb:1.43\n"), {"validation text": "WARN is that of quantized"}),
+    ("the loss of a step", implied(1.3, steps=STOP), {"validation text": "WARN is that of step"}),
+    ("a leak that nothing shows", logged(), {"validation documents in training": "WARN not provable from this folder: ask for the training shards"}),
+    # ---- code: training on the text, in a helper too, and what a knob keeps from running
+    ("training on the text", put(TAUGHT), {TRAINED: "FAIL ttt_adapt, line  ... val_tokens (line  ... -> stream ("}),
+    ("in a helper file", put("from refining import refine\n" + with_call("    refine(model, val_tokens, opt)\n", ""), refining__py="import torch\n" + ADAPT.format(name="refine")),
+     {TRAINED: "FAIL line 7 of refining.py"}),
+    *((f"a knob, {config!r}", put(REFINED, log={"config": config}), {TRAINED: status})
+      for config, status in (("prequant_ttt_enabled: True\n", "FAIL"), ("prequant_ttt_enabled: False\n", ""), ("", "WARN"))),
+    ("methods off by default", put(SCRIPT + KNOBS), {PPM: "WARN", SLOT: ""}),
+    ("methods that the logs show off", put(SCRIPT + KNOBS, log={"config": OFF}),
+     {PPM: "", SLOT: "", "code patterns": "PASS slot_enabled=False"}),
+    ("one that they show on", put(SCRIPT + KNOBS, log={"config": OFF.replace("slot_enabled: False", "slot_enabled: True")}),
+     {PPM: "", SLOT: "WARN"}),
+    ("a switch that is off", put(guarded()), {KEY: "WARN cache_on=0"}),
+    ("in a condition of two", put(guarded("True and Hyperparameters.cache_on > 0")), {KEY: "WARN cache_on=0"}),
+    ("that the logs show off", put(guarded(), log={"config": "cache_on: 0\n"}), {KEY: ""}),
+    ("that the logs show on", put(guarded(), log={"config": "cache_on: 1\n"}), {KEY: "FAIL"}),
+    ("whose start a log prints", put(guarded(), log={"steps": "cache:start now\n"}), {KEY: "FAIL"}),
+    ("on by default", put(guarded(default="1")), {KEY: "FAIL"}),
+    ("of the launcher", put(guarded("int(os.environ.get('RANK', '0')) == 1")), {KEY: "FAIL"}),
+    ("declared twice", put(guarded() + "\nclass B:\n    cache_on = 1\n"), {KEY: "FAIL"}),
+    # ---- code in several places
+    ("beside an executed literal", put(TEXT + f"exec({'import os' + chr(10) + 'x = 1 #' * 99!r})\n"), {KEY: "FAIL"}),
+    ("in a second packed literal", put(f"{packed(SCRIPT * 2)}{packed(TEXT)}"), {KEY: "FAIL"}),
+    ("packed for a function of another name", put(f'import base64\nrun = exec\nrun(unpack(base64.b85decode("{BLOB}")))\n'), {KEY: "FAIL"}),
+    ("packed for a file that it writes", put(f'import base64\nopen("a.py", "wb").write(base64.b85decode("{BLOB}"))\n'), {KEY: "FAIL"}),
+    ("in a module", put("import scorer\n" + SCRIPT, scorer__py=KEYED), {KEY: "FAIL scorer.py"}),
+    ("in a package", put("from lib.scorer import probability\n" + SCRIPT, lib_of_scorer__py=KEYED), {KEY: "FAIL scorer.py"}),
+    ("in a packed module", put("import scorer\n" + SCRIPT, scorer__py=packed(TEXT)), {KEY: "FAIL scorer.py"}),
+    ("in a file that it runs", put("import runpy\nrunpy.run_path('scorer.py')\n" + SCRIPT, scorer__py=KEYED), {KEY: "FAIL scorer.py"}),
+    ("code from elsewhere", put(SCRIPT + "exec(open('/tmp/more.py').read())\n"), {"code: runs code that is not in the file": "WARN"}),
+    *((text[:20], put(SCRIPT + text + "\n"), {"code: large literal in the code": status}) for text, status in (
+        ("PREFIX = " + repr("The quick brown fox jumps. " * 1000), "WARN"), (f"FIRST = {list(range(20_000))}", "WARN"),
+        (f"PARTS = {['abcdefghijk' * 1000 + str(n) for n in range(3)]}", "WARN"),
+        ("KERNEL = " + repr("#include <cuda.h>\n" + "  x[i] = y[i] + z[i];\n" * 1500), ""))),
+    ("defaults that the logs replace", both(put(OTHER), logged(config="matrix_lr: 0.02\n")), {"script that ran": "PASS environment"}),
+    ("defaults that no log prints", both(put(OTHER), logged()), {"script that ran": "WARN constants"}),
+    ("a stub that runs a counted file", both(put(STUB, core__py=SCRIPT), logged(code=COUNTED)), {"code bytes": "PASS"}),
+    ("the same is read", both(put(STUB, core__py=TAUGHT), logged()), {TRAINED: "FAIL core.py"}),
+    ("the script once more, packed", put(ITSELF, train_gpt__py__lzma=lzma.compress(ITSELF.encode())), {"helper files": "PASS no file"}),
+    ("a source to compile", put(SCRIPT + "load(sources=[here + '/fused.cpp'])\n", fused__cpp="x" * 150_000), {"helper files": "FAIL fused.cpp"}),
+    ("a source in a command", put(SCRIPT + "os.system('g++ -O3 gram.cc -o gram.so')\n", gram__cc="x" * 150_000), {"helper files": "FAIL gram.cc"}),
+    ("a helper that fits packed", both(put(packed(HELPED), kernels__py="#" * 200_000), logged()), {"helper files": "WARN packed as"}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change, rule, status, words", [c[1:] for c in FOLDERS], ids=[c[0] for c in FOLDERS])
-def test_a_folder_has_the_verdict(folder, change, rule, status, words):
+@pytest.mark.parametrize("change, told", [c[1:] for c in FOLDERS], ids=[c[0] for c in FOLDERS])
+def test_a_folder_has_these_verdicts_and_fails_by_no_other_rule(folder, change, told):
     change(folder)
-    check = verdicts(folder).get(rule)
-    assert getattr(check, "status", None) == status, check
-    assert check is None or words in check.detail
+    got = verdicts(folder)
+    if "*" in told:
+        assert {rule for rule, check in got.items() if check.status == "WARN"} == USUAL
+    for rule, text in told.items():
+        status, _, words = text.partition(" ")
+        check = got.get(rule, rules.Check("", "", ""))
+        assert rule == "*" or (check.status == status and all(w in check.detail for w in words.split(" ... "))), (
+            rule,
+            check,
+        )
+    assert {rule for rule, check in got.items() if check.status == "FAIL"} == {
+        r for r, t in told.items() if t.startswith("FAIL")
+    }
 
 
 def test_a_score_that_is_none_and_a_summary_of_nothing_found(folder):
@@ -1078,6 +800,43 @@ def test_no_text_makes_a_finder_fail():
             assert patterns.BROKEN not in found("\n".join(lines))
 
 
+TUNED = "def calibrate_hessians(args):\n    return load(args.val_files)"
+DUMPED = "def dump(model, val_tokens):\n    state = model.state_dict()\n    state['prefix'] = val_tokens[:99]\n    torch.save(state, f)\n"
+CODE = [  # (what is found, texts); in one without a newline at its end on the last line
+    ("target token in a cache key", ["full_key = (ctx_hash ^ (tgt_np * primes[4])) & mask", "pair = (h * 1000003 + target) % buckets"]),
+    ("pickle loading", ["import torch\nstate = torch.load(path)", "import pickle as p\nstate = p.loads(blob)", "import numpy as np\nnp.load(f, allow_pickle=True)"]),
+    ("per-token choice by the target", ["import torch\nbest = torch.minimum(nll_model, nll_ngram)"]),
+    ("name of a rejected method: pre-quantisation TTT on validation text", ["PREQUANT_TTT_ENABLED = 1"]),
+    ("n-gram gate that looks at the target", ["word_gate = starts_word[targets] & inside"]),
+    ("validation data in training code", [TUNED, *(with_call(f"    {line}\n", "") for line in (
+        "calib = [val_tokens[i : i + 9] for i in range(9)]\n    quantize_gptq(model, calib)",
+        "cal_seqs = val_tokens[:64].view(-1, 8)\n    for seq in cal_seqs:\n        model(seq)", "quantize(model, val_tokens.split(9))",
+        "train_files = root / 'fineweb_val_*.bin'", "train_pattern = 'fineweb_*.bin'"))]),
+    ("network module", ["import urllib.request", "import httpx", "r = __import__('requests')"]),
+    ("network access", ["subprocess.run(['curl', '-O', url])", "os.system('wget ' + url)", "m = torch.hub.load('a/b', 'c')", "m = AutoModel.from_pretrained('gpt2')",
+                        "subprocess.check_call([sys.executable, '-m', 'pip', 'install', 'brotli'])"]),
+    (patterns.STORED, ["import zlib\ndef pack(val_tokens):\n    return zlib.compress(val_tokens.numpy().tobytes())\n"]),
+    (patterns.SAVED, [DUMPED]),
+    ("hidden in the artifact", ["PAID_PREFIX = 1\npaid_prefix_blob = load('x')\n"]),
+    ("", [
+        "subprocess.run(['nvidia-smi'])", "subprocess.run(['lrzip', '-q', 'weights'])", "subprocess.run(['git', 'rev-parse', 'HEAD'])",
+        "def cache(val_tokens):\n    np.save('/tmp/val.npy', val_tokens.numpy())\n",  # a scratch file
+        "import torch\nstate = torch.load(path, weights_only=True)", "key = (prev * 31 + cur) % rows", "logits = F.cross_entropy(x, targets % vocab)",
+        "def train(args):\n    return eval_val(model, val_tokens)",  # validation while training is no training on it
+        "def train(args):\n    '''Never opens fineweb_val shards.'''", "def evaluate(val_tokens):\n    return val_tokens",
+        "alpha = self.alpha(entropy, confidence(query.target))",  # a position
+        "def ttt_train_chunk(val_tokens):\n    return val_tokens[:9]",  # learns what is scored already
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern, text", [(pattern, text) for pattern, texts in CODE for text in texts])
+def test_code_is_flagged_with_its_line_or_is_honest(pattern, text):
+    findings = patterns.find_patterns(syntax.parse(text.encode()), text)
+    assert len({f.pattern for f in findings}) == bool(pattern) and all(pattern in f.pattern for f in findings)
+    assert text.endswith("\n") or not pattern or findings[0].line == text.count("\n") + 1
+
+
 # ---- reading code without running it
 
 INNER = "import os\n\n\ndef main():\n    return os.getpid()\n\n\nmain()\n" + "# padding\n" * 60
@@ -1119,37 +878,3 @@ def test_layers_within_layers_and_bombs_are_bounded(tmp_path):
 def test_no_content_makes_the_reader_raise(tmp_path, content):
     (tmp_path / "train_gpt.py").write_bytes(content)
     source.read_script(tmp_path / "train_gpt.py")
-
-
-PATTERNS = [
-    ("full_key = (ctx_hash ^ (tgt_np * primes[4])) & mask", "target token in a cache key"),
-    ("pair = (h * 1000003 + target) % buckets", "target token in a cache key"),
-    ("import torch\nstate = torch.load(path)", "pickle loading"),
-    ("import pickle as p\nstate = p.loads(blob)", "pickle loading"),
-    ("import numpy as np\nnp.load(f, allow_pickle=True)", "pickle loading"),
-    ("def calibrate_hessians(args):\n    return load(args.val_files)", "validation data in training code"),
-    ("import torch\nbest = torch.minimum(nll_model, nll_ngram)", "per-token choice by the target"),
-    ("PREQUANT_TTT_ENABLED = 1", "name of a rejected method: pre-quantisation TTT on validation text"),
-    ("import urllib.request", "network module"),
-    ("word_gate = starts_word[targets] & inside", "n-gram gate that looks at the target"),
-]
-
-
-@pytest.mark.parametrize("text, pattern", PATTERNS)
-def test_rejected_patterns_are_flagged_with_their_line(text, pattern):
-    found = patterns.find_patterns(syntax.parse(text.encode()), text)
-    assert [f.pattern for f in found] == [pattern] and found[0].line == text.count("\n") + 1
-
-
-@pytest.mark.parametrize("text", [
-    "import torch\nstate = torch.load(path, weights_only=True)",
-    "def train(args):\n    return eval_val(model, val_tokens)",  # validation while training is no training on it
-    "def train(args):\n    '''Never opens fineweb_val shards.'''",
-    "key = (prev * 31 + cur) % rows",
-    "alpha = self.alpha(entropy, confidence(query.target))",  # a position
-    "logits = F.cross_entropy(x, targets % vocab)",
-    "def evaluate(val_tokens):\n    return val_tokens",
-    "def ttt_train_chunk(val_tokens):\n    return val_tokens[:9]",  # learns what is scored already
-])  # fmt: skip
-def test_honest_code_is_not_flagged(text):
-    assert patterns.find_patterns(syntax.parse(text.encode()), text) == []
