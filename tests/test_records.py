@@ -1,10 +1,8 @@
 """records/: logs to tables, tests, pictures, submissions and checks, on logs written as the trainer writes them."""
 
-import base64
 import hashlib
 import itertools
 import json
-import lzma
 import math
 import os
 import random
@@ -947,119 +945,40 @@ def test_knob_docs_are_read_from_the_source():
 # ---- check, on folders that other scripts made
 
 
-@pytest.fixture
-def foreign(tmp_path: Path) -> Path:
-    """A folder as the challenge's baseline left it."""
-    folder = tmp_path / "track_10min_16mb" / "2026-03-17_Baseline"
-    folder.mkdir(parents=True)
-    (folder / "README.md").write_text("# Baseline\n")
-    (folder / "train.log").write_text(BASELINE_LOG)
-    (folder / "train_gpt.py").write_text('import os\nprint("source")\n')
-    meta = {"author": "Baseline", "github_id": "x", "name": "Baseline", "date": "2026-03-18", "val_bpb": 1.2244}
-    (folder / "submission.json").write_text(json.dumps(meta | {"bytes_total": 15863489}))
-    return folder
-
-
 def verdicts(folder: Path) -> dict[str, rules.Check]:
     return {c.rule: c for c in rules.checks(rules.read_entry(folder))}
 
 
-def test_check_reads_a_foreign_folder_and_says_what_it_cannot_know(foreign):
-    got = verdicts(foreign)
-    assert got["val_bpb"].status == "PASS" and got["bytes"].status == "PASS" and got["script that ran"].status == "PASS"
-    assert got["training time"].status == "WARN"  # 600.038 s: the baseline's own overshoot
-    assert got["seeds"].status == "FAIL" and "1 (1337); a record shows 3" in got["seeds"].detail
-    assert got["validation text"].status == "PASS"  # 62,021,632 tokens imply 151 MB
-    assert "cannot be known" in got["validation documents in training"].detail
-    assert "cannot be known" in got["audit (C1-C4)"].detail
-
-
-def edit(folder: Path, **fields) -> None:
-    path = folder / "submission.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-HEIR = """import os, torch
-import torch.nn.functional as F
-class Hyperparameters:
-    val_files = os.path.join("data", "fineweb_val_*.bin")
-    prequant_label = "diagnostic pre-quantization post-ema"
-def hash_bigrams(ids, vocab):
-    return torch.bitwise_xor(36313 * ids[..., 1:], 27191 * ids[..., :-1]) % (vocab - 1)
-def nll(model, x, targets):
-    return F.cross_entropy(model(x), targets, reduction="none")
-def train_model(h, device, val_data):
-    log(f"val_tokens: {val_data.val_tokens.numel() - 1}")
-    val_loss, val_bpb = eval_val(h, device, val_data)
-def eval_val_ttt(h, val_data):
-    for chunk in val_data.val_tokens.split(65536):
-        loss = nll(h, chunk[:-1], chunk[1:])
-def load(path):
-    return torch.load(path, weights_only=True)
-if __name__ == "__main__":
-    train_model(Hyperparameters(), "cuda", None)
-"""
-
-
-def packed_source(text: str, form: str) -> str:
-    """`text` as the records' self-extracting scripts hold it."""
-    data = text.encode()
-    if form == "plain":
-        return text
-    if form == "lzma":
-        raw = base64.b85encode(lzma.compress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])).decode()
-        head, tail = "import lzma as L,base64 as B", ',format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}])'
-        return f'{head}\nexec(L.decompress(B.b85decode("{raw}"){tail})\n'
-    brotli = pytest.importorskip("brotli")
-    raw = base64.b85encode(brotli.compress(data)).decode()
-    return f'import brotli,base64\nexec(brotli.decompress(base64.b85decode("{raw}")))\n'
-
-
-SCORES = {42: 1.05803, 0: 1.05771, 1234: 1.05845}
-
-
-def record_folder(tmp_path: Path, form: str = "plain", source_text: str = HEIR) -> Path:
-    """A clean record of three seeds, as the challenge's last weeks left them."""
-    folder = tmp_path / "track_10min_16mb" / "2026-04-27_Stack_1.0581"
-    (folder / "tokenizers").mkdir(parents=True)
-    (folder / "tokenizers" / "sp8192.model").write_bytes(b"model")
-    script = packed_source(source_text, form)
-    for seed, bpb in SCORES.items():
-        log = FRONTIER_LOG.replace("seed: 42", f"seed: {seed}").replace("val_bpb:1.05803761", f"val_bpb:{bpb}")
-        log = log.replace("val_loss:2.31538446", f"val_loss:{bpb * 2.18839:.8f}")
-        smi = "| NVIDIA H100 80GB HBM3          On  |\nworld_size: 8\n"
-        (folder / f"train_seed{seed}.log").write_text(f"{source_text}{'=' * 100}\n{smi}{log}total_eval_time: 594.1s\n")
-    results = {str(s): {"val_bpb": b, "artifact_bytes": 15_989_499, "train_time_s": 596.1} for s, b in SCORES.items()}
-    meta = {"author": "A", "github_id": "a", "name": "Stack", "date": "2026-04-27", "track": "10min_16mb"}
-    meta |= {"val_bpb": 1.05806, "val_loss": 2.31545, "seeds": [42, 0, 1234], "seed_results": results}
-    meta |= {
-        "comparison_baseline_bpb": 1.0629,
-        "bytes_total": 15_989_499,
-        "technique_summary": "a stack",
-        "attribution": [],
+def test_check_reads_the_baselines_folder_and_says_what_it_cannot_know(tmp_path):
+    meta = {
+        "author": "Baseline",
+        "github_id": "x",
+        "name": "Baseline",
+        "date": "2026-03-18",
+        "val_bpb": 1.2244,
+        "bytes_total": 15863489,
     }
-    flags = dict.fromkeys(rules.RULED, True) | {"no_ngram_cache": False, "no_slot": True}
-    (folder / "submission.json").write_text(json.dumps(meta | {"compliance": flags}))
-    (folder / "README.md").write_text("# Stack\n")
-    (folder / "requirements.txt").write_text("torch\n")
-    (folder / "prepare_data.py").write_text("import urllib.request\nval = open('fineweb_val_000000.bin')\n")
-    (folder / "train_gpt.py").write_text(script)
-    return folder
+    folder = tmp_path / "track_10min_16mb" / "2026-03-17_Baseline"
+    files = {
+        "README.md": "# Baseline\n",
+        "train.log": BASELINE_LOG,
+        "train_gpt.py": 'import os\nprint("source")\n',
+        "submission.json": json.dumps(meta),
+    }
+    write_files(folder, files)
+    got = {rule: check.status for rule, check in verdicts(folder).items()}
+    assert [got[rule] for rule in ("val_bpb", "bytes", "script that ran", "validation text")] == [
+        "PASS"
+    ] * 4  # 62,021,632 tokens imply 151 MB
+    assert (got["training time"], got["seeds"]) == ("WARN", "FAIL")  # 600.038 s: the baseline's own overshoot; one seed
+    unknown = ("validation documents in training", "audit (C1-C4)")
+    assert all("cannot be known" in verdicts(folder)[rule].detail for rule in unknown)
 
 
-@pytest.mark.parametrize("form", ["plain", "lzma", "brotli"])
-def test_a_clean_record_of_another_script_raises_no_alarm(tmp_path, form):
-    folder = record_folder(tmp_path, form)
-    got = verdicts(folder)
-    assert {c.rule for c in got.values() if c.status == "FAIL"} == set()
-    warned = {c.rule for c in got.values() if c.status == "WARN"}
-    assert warned == {"validation documents in training", "audit (C1-C4)", "own compliance list"}, got
-    assert got["gain"].status == "PASS" and got["code patterns"].status == "PASS" and got["hardware"].status == "PASS"
-
-
-def told_log(folder: Path, name: str, text: str) -> None:
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_text(text)
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
 
 
 def run_text(
@@ -1083,8 +1002,7 @@ CHOICES = [  # (files, submission.json, {file of each run that counts: its seed}
 
 @pytest.mark.parametrize("files, meta, runs, reruns", CHOICES)
 def test_the_log_that_shows_the_submissions_figure_is_the_run(tmp_path, files, meta, runs, reruns):
-    for name, text in files.items():
-        told_log(tmp_path, name, text)
+    write_files(tmp_path, files)
     (tmp_path / "submission.json").write_text(json.dumps(meta))
     entry = rules.read_entry(tmp_path)
     assert {str(r.path.relative_to(tmp_path)): r.seed for r in entry.runs} == runs
@@ -1107,8 +1025,7 @@ FORMS = [
 @pytest.mark.parametrize("meta", FORMS)
 @pytest.mark.parametrize("key", ["val_bpb", "val_bpb_3seed_mean", "val_bpb_2_seed_mean", "3seed_mean_val_bpb"])
 def test_every_form_of_submission_json_says_the_same(tmp_path, meta, key):
-    for seed, bpb in ((1, 1.1), (2, 1.2)):
-        told_log(tmp_path, f"seed{seed}.log", run_text(seed, bpb))
+    write_files(tmp_path, {f"seed{seed}.log": run_text(seed, bpb) for seed, bpb in ((1, 1.1), (2, 1.2))})
     (tmp_path / "submission.json").write_text(json.dumps(meta | {key: 1.15}))
     entry = rules.read_entry(tmp_path)
     assert entry.told == {"1": 1.1, "2": 1.2} and entry.named_seeds == {"1", "2"} and entry.meta["val_bpb"] == 1.15
@@ -1117,95 +1034,6 @@ def test_every_form_of_submission_json_says_the_same(tmp_path, meta, key):
     (tmp_path / "submission.json").write_text(json.dumps(meta | {key: 0.9}))
     got = verdicts(tmp_path)
     assert got["val_bpb"].status == got["plausible score"].status == "FAIL"
-
-
-def edit_log(seed: int, old: str, new: str):
-    def change(folder: Path) -> None:
-        path = folder / f"train_seed{seed}.log"
-        assert old in path.read_text()
-        path.write_text(path.read_text().replace(old, new))
-
-    return change
-
-
-def edit_meta(**fields):
-    return lambda folder: edit(folder, **fields)
-
-
-def add_code(text: str):
-    return lambda folder: (folder / "train_gpt.py").write_text(HEIR + text)
-
-
-def only_seed(folder: Path) -> None:
-    for seed in (0, 1234):
-        (folder / f"train_seed{seed}.log").unlink()
-
-
-def uncounted_helper(folder: Path) -> None:
-    (folder / "train_gpt.py").write_text("import first\n" + HEIR)
-    (folder / "first.py").write_text("import second\n")  # a helper's helper counts too
-    (folder / "second.py").write_bytes(b"#" * 20_000)
-
-
-FAULTS = [  # what entries were rejected for
-    ("truncated validation", edit_log(42, "val_tokens: 47851520", "val_tokens: 9662464"), "validation text", "FAIL"),
-    ("bytes a token miscounted", edit_log(42, "val_loss:2.31538", "val_loss:2.01538"), "validation text", "FAIL"),
-    ("601.9 s of training", edit_log(0, "596137ms", "601937ms"), "training time", "FAIL"),
-    ("601.9 s by its own account", edit_meta(train_wallclock_ms_max=601_937), "training time", "FAIL"),
-    ("612 s of evaluation", edit_log(0, "total_eval_time: 594.1s", "total_eval_time: 612.0s"), "evaluation time", "FAIL"),
-    ("16 MiB", edit_meta(bytes_total=16_777_216), "bytes", "FAIL"),
-    ("one seed", only_seed, "seeds", "FAIL"),
-    ("seeds without logs", only_seed, "a log for each seed", "FAIL"),
-    ("a better seed in the logs than told", edit_meta(seeds=[42, 0], seed_results={}), "a log for each seed", "WARN"),
-    ("a figure no log shows", edit_meta(val_bpb=1.0412), "val_bpb", "FAIL"),
-    ("a seed's figure no log shows", edit_meta(seed_results={"0": {"val_bpb": 1.0512}}), "val_bpb of seed 0", "FAIL"),
-    ("gain within noise", edit_meta(comparison_baseline_bpb=1.0583), "gain", "WARN"),
-    ("too good", edit_meta(val_bpb=0.3212), "plausible score", "FAIL"),
-    ("late", edit_meta(date="2026-05-09"), "date", "WARN"),
-    ("mixed configurations", edit_log(0, "matrix_lr: 0.026", "matrix_lr: 0.024"), "one configuration", "WARN"),
-    ("self-made shards", edit_log(0, "train_shards: 80", "train_shards: 1499"), "training shards", "WARN"),
-    ("target-dependent gate", edit_log(0, "stopping", "ngram_tilt:hints 9 within_gate=31 word_gate=0\nstopping"), "n-gram gate", "FAIL"),
-    ("the same in code", add_code("within_gate = starts_word[targets]\n"), "code: n-gram gate that looks at the target", "WARN"),
-    ("hashed target", add_code("key = (ctx_hash ^ (tgt_np * 36313)) % buckets\n"), "code: target token in a cache key", "FAIL"),
-    ("validation in training", add_code("def tune(h):\n    for piece in load(h.val_files):\n        model(piece).backward()\n"), "code: training on validation text before it is scored", "FAIL"),
-    ("another script", add_code("x = 1\n"), "script that ran", "FAIL"),
-    ("pickle", add_code("import pickle\nw = pickle.load(f)\n"), "code: pickle loading", "WARN"),
-    ("pre-quant TTT", add_code("prequant_ttt_epochs = 21\n"), "code: name of a rejected method: pre-quantisation TTT on validation text", "WARN"),
-    ("byte mixture", add_code("ppm_order = 4\n"), "code: name of a rejected method: byte-level PPM mixture (normalisation, denominator)", "WARN"),
-    ("hints outside the timer", add_code("ngram_hint_precompute_outside = True\n"), "code: name of a rejected method: hints computed outside the timer", "WARN"),
-    ("uncounted helpers", uncounted_helper, "helper files", "FAIL"),
-    ("an honest no", edit_meta(compliance={"eval_under_600s": False}), "own compliance list", "FAIL"),
-    ("unreadable JSON", lambda f: (f / "submission.json").write_text('{"a":' * 50_000), "submission.json", "FAIL"),
-    ("a bomb", lambda f: (f / "train_gpt.py").write_text(packed_source("import os\n" * 2_000_000, "lzma")), "code readable", "FAIL"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("_, fault, rule, status", FAULTS, ids=[f[0] for f in FAULTS])
-def test_each_fault_that_got_entries_rejected_is_found(tmp_path, _, fault, rule, status):
-    folder = record_folder(tmp_path)
-    assert verdicts(folder).get(rule, rules.Check("PASS", "", "")).status != status
-    fault(folder)
-    assert verdicts(folder)[rule].status == status
-
-
-def test_check_never_runs_the_folders_code(foreign, tmp_path):
-    trap = tmp_path / "sprung"
-    (foreign / "train_gpt.py").write_text(f"open({str(trap)!r}, 'w').write('x')\n")
-    (foreign / "sitecustomize.py").write_text(f"open({str(trap)!r}, 'w').write('x')\n")
-    assert run_cli("check", foreign) == 1
-    text = packed_source(f"import os\nopen({str(trap)!r}, 'w').write('x')\n" + "# padding\n" * 60, "lzma")
-    (foreign / "train_gpt.py").write_text(text)
-    assert run_cli("check", foreign) == 1
-    assert not trap.exists()
-
-
-@pytest.mark.parametrize("content", ["{", "[1]", '{"val_bpb": "low"}', '{"val_bpb": NaN}', "{}"])
-def test_a_broken_submission_json_fails_with_one_line(foreign, content):
-    (foreign / "submission.json").write_text(content)
-    assert any(
-        c.status == "FAIL" and c.rule in ("submission.json", "val_bpb", "submission fields")
-        for c in verdicts(foreign).values()
-    )
 
 
 def test_check_of_an_empty_folder_fails_and_of_none_is_a_mistake(tmp_path, capsys):

@@ -563,6 +563,29 @@ REFINED = (
     )
     + KNOBS
 )
+HEIR = """import os, torch
+import torch.nn.functional as F
+class Hyperparameters:
+    val_files = os.path.join("data", "fineweb_val_*.bin")
+    prequant_label = "diagnostic pre-quantization post-ema"
+def hash_bigrams(ids, vocab):
+    return torch.bitwise_xor(36313 * ids[..., 1:], 27191 * ids[..., :-1]) % (vocab - 1)
+def nll(model, x, targets):
+    return F.cross_entropy(model(x), targets, reduction="none")
+def train_model(h, device, val_data):
+    log(f"val_tokens: {val_data.val_tokens.numel() - 1}")
+    val_loss, val_bpb = eval_val(h, device, val_data)
+def eval_val_ttt(h, val_data):
+    for chunk in val_data.val_tokens.split(65536):
+        loss = nll(h, chunk[:-1], chunk[1:])
+def load(path):
+    return torch.load(path, weights_only=True)
+if __name__ == "__main__":
+    train_model(Hyperparameters(), "cuda", None)
+"""
+PREPARE = "import urllib.request\nval = open('fineweb_val_000000.bin')\n"
+LAST_WEEKS = {"val_loss": 1.1005 * NATS_PER_BPB, "comparison_baseline_bpb": 1.2, "bytes_total": 15_900_000, "technique_summary": "a stack", "attribution": [],
+              "compliance": dict.fromkeys(rules.RULED, True) | {"no_ngram_cache": False, "no_slot": True}}  # fmt: skip
 COUNTED, THREE = f"Code size: {len(SCRIPT)} bytes", "3 (1, 2, 3)"
 ONE_SEED = {"val_bpb": None, "results": {"mean_val_bpb": 1.1005, "seeds": {"1": {"val_bpb": 1.1003}}}}
 
@@ -573,6 +596,27 @@ def guarded(test: str = "Hyperparameters.cache_on", default: str = "0") -> str:
 
 FOLDERS = [
     ("nothing", logged(), {"*": "", "validation text": "PASS", "hardware": "PASS"}),
+    *((f"of the last weeks, {form}", both(put(HEIR), put(pack(HEIR), True, prepare_data__py=PREPARE, tokenizers_of_a__model=b"model"), meta(**LAST_WEEKS)),
+       {"gain": "PASS", "code patterns": "PASS", "hardware": "PASS", "own compliance list": "WARN"}) for form, pack in (("plain", str), ("packed", packed))),
+    # ---- what entries were rejected for
+    ("one seed", gone("train_seed2.log", "train_seed3.log"), {"seeds": "FAIL 1 (1); a record shows 3", "a log for each seed": "FAIL", "val_bpb": "FAIL"}),
+    ("a seed that is not told", meta(seeds=[1, 2], seed_results={}), {"a log for each seed": "WARN", "val_bpb": "FAIL"}),
+    ("its own account of the seconds", meta(train_wallclock_ms_max=601_937), {"training time": "FAIL"}),
+    ("an honest no", meta(compliance={"eval_under_600s": False}), {"own compliance list": "FAIL"}),
+    ("gain within noise", meta(comparison_baseline_bpb=1.1008), {"gain": "WARN"}),
+    ("a late date", meta(date="2026-05-09"), {"date": "WARN"}),
+    ("too good", meta(val_bpb=0.3212), {"plausible score": "FAIL", "val_bpb": "FAIL"}),
+    ("mixed configurations", both(logged(config="matrix_lr: 0.02\n"), one(2, config="matrix_lr: 0.024\n")), {"one configuration": "WARN"}),
+    ("self-made shards", logged(shards=1499), {"training shards": "WARN"}),
+    ("a gate in code", put(SCRIPT + "within_gate = starts_word[targets]\n"), {f"code: {patterns.GATE}": "WARN"}),
+    ("pickle", put(SCRIPT + "import pickle\nw = pickle.load(f)\n"), {"code: pickle loading": "WARN"}),
+    *((text, put(f"{SCRIPT}{text}\n"), {NAME + method: "WARN"}) for text, method in (
+        ("prequant_ttt_epochs = 21", "pre-quantisation TTT on validation text"), ("ngram_hint_precompute_outside = True", "hints computed outside the timer"))),
+    ("a file opened and learned", put(SCRIPT + "def tune(h):\n    for piece in load(h.val_files):\n        model(piece).backward()\n"), {TRAINED: "FAIL"}),
+    ("a helper's helper", put("import first\n" + SCRIPT, first__py="import second\n", second__py="#" * 200_000), {"helper files": "FAIL"}),
+    *((content[:20], put(SCRIPT, submission__json=content), told) for content, told in (
+        ("{", {"submission.json": "FAIL"}), ("[1]", {"submission.json": "FAIL"}), ('{"a":' * 50_000, {"submission.json": "FAIL"}),
+        ('{"val_bpb": "low"}', {"val_bpb": "FAIL"}), ('{"val_bpb": NaN}', {"val_bpb": "FAIL"}), ("{}", {"submission fields": "FAIL"}))),
     # ---- gates that fired
     ("a gate of tokens", logged(gates=HINTS.format(628_130, 0, 0)), {"n-gram gate": "PASS"}),
     ("a gate within words", logged(gates=HINTS.format(628_130, 31, 0)), {"n-gram gate": "FAIL"}),
@@ -731,6 +775,14 @@ def test_a_folder_has_these_verdicts_and_fails_by_no_other_rule(folder, change, 
     assert {rule for rule, check in got.items() if check.status == "FAIL"} == {
         r for r, t in told.items() if t.startswith("FAIL")
     }
+
+
+def test_check_never_runs_the_folders_code(folder, tmp_path):
+    trap = f"open({str(tmp_path / 'sprung')!r}, 'w').write('x')\n"
+    for text in (trap, packed(f"import os\n{trap}" + "# padding\n" * 60)):
+        put(text, sitecustomize__py=trap)(folder)
+        report.main(["check", str(folder)])
+        assert not (tmp_path / "sprung").exists()
 
 
 def test_a_score_that_is_none_and_a_summary_of_nothing_found(folder):
