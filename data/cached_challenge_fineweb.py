@@ -434,13 +434,14 @@ def make_caseops(hub: HfApi, args: argparse.Namespace) -> None:
         print(f"{folder} is made already; delete it to make it again")
         make_shards.report(json.loads((folder / "manifest.json").read_text()), folder)
         return
+    train_shards = DEFAULT_TRAIN_SHARDS if args.train_shards is None else args.train_shards
+    words = ["--caseops", "--official-split", "--resume", "--vocab-size", str(args.vocab_size), "--out", str(folder)]
+    words += ["--train-shards", str(train_shards), str(args.out / DOCUMENTS)]
+    make_shards.parse_args(words)  # a mistake ends here, not after the documents have come
     repo, files = choose_documents(hub, args)
     fetched = fetch_all(hub, repo, name, files, args)
     print(f"{repo}: {fetched} file(s) fetched, {len(files) - fetched} were there and good", flush=True)
-    train_shards = DEFAULT_TRAIN_SHARDS if args.train_shards is None else args.train_shards
-    words = ["--caseops", "--official-split", "--resume", "--vocab-size", args.vocab_size, "--out", folder]
-    words += ["--train-shards", train_shards, args.out / DOCUMENTS]
-    make_shards.main([str(word) for word in words])
+    make_shards.main(words)
 
 
 def report(choice: Choice, files: dict[str, Remote], fetched: int, out: Path) -> None:

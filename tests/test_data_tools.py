@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -59,7 +58,9 @@ def run(tool, argv) -> int:
 
 
 def write_jsonl(path: Path, texts) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if not path.exists() or path.read_text() != content:  # a job that goes on knows its input by the time too
+        path.write_text(content)
     return path
 
 
@@ -94,26 +95,61 @@ def counted_bytes(model: sentencepiece.SentencePieceProcessor, documents) -> int
     return total
 
 
+MODEL = "tokenizer_400.model"
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """Shards of the nasty and the plain documents: the first 10 documents are validation."""
     folder = tmp_path_factory.mktemp("corpus")
     source = write_jsonl(folder / "text.jsonl", NASTY + PLAIN)
-    argv = [
-        source,
-        "--out",
-        folder / "out",
-        "--vocab-size",
-        400,
-        "--val-docs",
-        10,
-        "--shard-tokens",
-        700,
-        "--workers",
-        2,
-    ]
-    assert run(make_shards.main, argv) == 0
+    words = ["--vocab-size", 400, "--val-docs", 10, "--shard-tokens", 700, "--workers", 2]
+    assert run(make_shards.main, [source, "--out", folder / "out", *words]) == 0
     return folder
+
+
+class Made(NamedTuple):
+    """What a call of make_shards did."""
+
+    status: int
+    said: str
+    out: Path
+
+    @property
+    def manifest(self) -> dict:
+        return json.loads((self.out / "manifest.json").read_text())
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.out.iterdir()}
+
+    def texts(self, split: str) -> list[str]:
+        model = sentencepiece.SentencePieceProcessor(str(self.out / self.manifest["tokenizer"]["file"]))
+        return model.decode(split_documents(self.out, split))
+
+
+@pytest.fixture
+def make(tmp_path, corpus, capsys):
+    """make(documents or files, *words, out=...) -> Made, with the tokenizer of `corpus` unless the words say another."""
+
+    def call(source: list, *words, out: str = "out") -> Made:
+        files = source if isinstance(source[0], Path) else [write_jsonl(tmp_path / "a.jsonl", source)]
+        own = {"--tokenizer", "--vocab-size"} & {str(word) for word in words}
+        words = words if own else ("--tokenizer", corpus / "out" / MODEL, *words)
+        capsys.readouterr()
+        status = run(make_shards.main, [*files, "--out", tmp_path / out, *words])
+        return Made(status, "".join(capsys.readouterr()), tmp_path / out)
+
+    return call
+
+
+def trained(path: Path, texts=PLAIN, pieces: int = 350, **settings) -> Path:
+    """A tokenizer of make_shards' kind but for these settings."""
+    model = io.BytesIO()
+    words = {"vocab_size": pieces, "minloglevel": 2, **make_shards.TRAINER, **settings}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **words)
+    path.write_bytes(model.getvalue())
+    return path
 
 
 # ---- make_shards: what it writes
@@ -156,68 +192,37 @@ def test_shards_are_cut_at_the_exact_size_and_match_their_headers_and_hashes(cor
     assert head[:3].tolist() == [20240520, 1, manifest["val"]["shards"][0]["tokens"]] and not head[3:].any()
 
 
-def test_the_tokenizer_never_sees_validation(tmp_path, corpus):
+def test_the_tokenizer_never_sees_validation(make, corpus):
     changed = [text.replace("Document", "Zzyzx") if i < 10 else text for i, text in enumerate(NASTY + PLAIN)]
-    source = write_jsonl(tmp_path / "text.jsonl", changed)
-    argv = [source, "--out", tmp_path / "out", "--vocab-size", 400, "--val-docs", 10, "--workers", 1]
-    assert run(make_shards.main, argv) == 0
-    name = "tokenizer_400.model"
-    assert (tmp_path / "out" / name).read_bytes() == (corpus / "out" / name).read_bytes()
+    made = make(changed, "--vocab-size", 400, "--val-docs", 10, "--workers", 1)
+    assert made.files[MODEL] == (corpus / "out" / MODEL).read_bytes()
 
 
-def compressed_forms(folder: Path, texts) -> list[Path]:
-    """The same documents as .jsonl, .jsonl.gz, .jsonl.zst (two frames) and .txt with blank lines."""
-    plain = write_jsonl(folder / "a.jsonl", texts)
-    content = plain.read_bytes()
-    half = len(content) // 2
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(content))
-    frames = [zstandard.compress(part) for part in (content[:half], content[half:])]
-    (folder / "a.jsonl.zst").write_bytes(b"".join(frames))
-    (folder / "a.txt").write_text("\ufeff\n\n" + "\n \n".join(texts) + "\n\n\n")
-    return [folder / name for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt")]
+def test_every_input_form_and_any_number_of_workers_gives_the_same_shards(make, tmp_path):
+    content, half = write_jsonl(tmp_path / "a.jsonl", PLAIN).read_bytes(), 999
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "a.jsonl.zst").write_bytes(
+        b"".join(map(zstandard.compress, (content[:half], content[half:])))
+    )  # two frames
+    (tmp_path / "a.txt").write_text("\ufeff\n\n" + "\n \n".join(PLAIN) + "\n\n\n")
+    found = []
+    for i, name in enumerate(("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt")):
+        made = make([tmp_path / name], "--val-docs", 5, "--workers", 1 + i % 2, "--blank-line-docs", out=f"out{i}")
+        found.append({file: data for file, data in made.files.items() if file.endswith(".bin")})
+    assert all(len(files) == 2 and files == found[0] for files in found)
 
 
-def test_every_input_form_and_any_number_of_workers_gives_the_same_shards(tmp_path, corpus):
-    model = corpus / "out" / "tokenizer_400.model"
-    hashes = set()
-    for i, source in enumerate(compressed_forms(tmp_path, PLAIN)):
-        out = tmp_path / f"out{i}"
-        argv = [
-            source,
-            "--out",
-            out,
-            "--tokenizer",
-            model,
-            "--val-docs",
-            5,
-            "--workers",
-            1 + i % 2,
-            "--blank-line-docs",
-        ]
-        assert run(make_shards.main, argv) == 0
-        hashes.add(tuple(shards.sha256_of(path) for path in sorted(out.glob("*.bin"))))
-    assert len(hashes) == 1
-
-
-def test_a_text_file_is_one_document_and_files_follow_each_other(tmp_path, corpus):
+def test_a_text_file_is_one_document_and_files_follow_each_other(make, tmp_path):
     (tmp_path / "b.txt").write_text("first line\n\nsecond paragraph")
     (tmp_path / "a.txt").write_text("another document")
-    model = corpus / "out" / "tokenizer_400.model"
-    argv = [tmp_path / "b.txt", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", model, "--val-docs", 1]
-    assert run(make_shards.main, argv) == 0
-    decode = sentencepiece.SentencePieceProcessor(str(model)).decode
-    assert [decode(tokens) for tokens in split_documents(tmp_path / "out", "val")] == ["first line second paragraph"]
-    assert [decode(tokens) for tokens in split_documents(tmp_path / "out", "train")] == ["another document"]
+    made = make([tmp_path / "b.txt", tmp_path / "a.txt"], "--val-docs", 1)
+    assert (made.texts("val"), made.texts("train")) == (["first line second paragraph"], ["another document"])
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_tokenizers_that_keep_leading_space_are_counted_exactly_too(prefix):
-    settings = {**make_shards.TRAINER, "add_dummy_prefix": prefix, "remove_extra_whitespaces": False}
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(PLAIN), model_writer=model, vocab_size=350, minloglevel=2, **settings
-    )
-    encoder = make_shards.Encoder(model.getvalue(), "kept", case=False)
+def test_tokenizers_that_keep_leading_space_are_counted_exactly_too(tmp_path, prefix):
+    model = trained(tmp_path / "kept", add_dummy_prefix=prefix, remove_extra_whitespaces=False)
+    encoder = make_shards.Encoder(model.read_bytes(), "kept", case=False)
     for text in [*NASTY, *PLAIN]:
         tokens, counted, _ = encoder.encode(make_shards.Document(text, "here"))
         normal = encoder.tokenizer.normalize(text).replace("\u2581", " ").lstrip(" ")
@@ -225,140 +230,100 @@ def test_tokenizers_that_keep_leading_space_are_counted_exactly_too(prefix):
         assert encoder.tokenizer.decode(tokens[1:].tolist()) == normal
 
 
-def test_copies_of_validation_documents_are_reported_and_can_be_dropped(tmp_path, corpus, capsys):
-    source = write_jsonl(tmp_path / "a.jsonl", [PLAIN[0], PLAIN[3], PLAIN[1], "  " + PLAIN[0], PLAIN[2], PLAIN[3]])
-    argv = [source, "--out", tmp_path / "out", "--tokenizer", corpus / "out" / "tokenizer_400.model", "--val-docs", 2]
-    assert run(make_shards.main, argv) == 0
-    assert "2 training documents equal a validation document (kept" in capsys.readouterr().out
-    assert len(split_documents(tmp_path / "out", "train")) == 4
-    assert run(make_shards.main, [*argv, "--drop-copies", "--force"]) == 0
-    assert len(split_documents(tmp_path / "out", "train")) == 2
+def test_copies_of_validation_documents_are_reported_and_can_be_dropped(make):
+    texts = [PLAIN[0], PLAIN[3], PLAIN[1], "  " + PLAIN[0], PLAIN[2], PLAIN[3]]
+    made = make(texts, "--val-docs", 2)
+    assert "2 training documents equal a validation document (kept" in made.said and len(made.texts("train")) == 4
+    assert len(make(texts, "--val-docs", 2, "--drop-copies", "--force").texts("train")) == 2
 
 
-def test_the_official_split_is_the_default_and_is_named(tmp_path, corpus, capsys):
-    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", tmp_path / "out"]
-    argv += ["--tokenizer", corpus / "out" / "tokenizer_400.model"]
-    assert run(make_shards.main, argv) == 2
-    assert "--val-docs 50000" in capsys.readouterr().err
-    assert run(make_shards.main, [*argv, "--val-docs", "7"]) == 0
-    assert "the official split is 50,000" in capsys.readouterr().out
+def test_the_official_split_is_the_default_and_is_named(make):
+    refused = make(PLAIN)
+    assert refused.status == 2 and "--val-docs 50000" in refused.said
+    assert "the official split is 50,000" in make(PLAIN, "--val-docs", "7").said
 
 
 # ---- make_shards: what it refuses
 
-
-def bad_inputs(folder: Path) -> dict[str, list]:
-    """Arguments of a run that must fail, by a phrase its message must hold."""
-    good = write_jsonl(folder / "good.jsonl", PLAIN)
-    content = good.read_bytes()
-    files = {
-        "json.jsonl": b'{"text": "fine"}\n\n{"text": broken\n',
-        "field.jsonl": b'{"text": "fine"}\n{"body": "x"}\n',
-        "array.jsonl": b"[1, 2]\n",
-        "half.jsonl": b'{"text": "fine"}\n{"text": "half a pair \\ud800"}\n',
-        "latin.txt": "plain\ndéjà vu".encode("latin-1"),
-        "short.jsonl.zst": zstandard.compress(content)[:-5],
-        "short.jsonl.gz": gzip.compress(content)[:-12],
-        "notgz.jsonl.gz": content,
-        "notzst.jsonl.zst": content,
-        "empty.jsonl": b"",
-        "han.txt": "\n\n".join("".join(map(chr, range(i, i + 40))) * 3 for i in range(0x4E00, 0x5A00, 40)).encode(),
-        "mute.jsonl": b'{"text": "\\u0001\\u200b"}\n' + content,
-        "dumb.jsonl": b'{"text": "fine"}\n{"text": "\\u200b"}\n',
-        "blank.txt": b" \n \n",
-        "returns.txt": b"\r" * 4000,
-        "a.parquet": b"PAR1",
-        "fake.model": b"not a model",
-    }
-    for name, blob in files.items():
-        (folder / name).write_bytes(blob)
-    few = ["--val-docs", 1, "--vocab-size", 300]
-    return {
-        "json.jsonl:3: not JSON": [folder / "json.jsonl", *few],
-        'field.jsonl:2: no string under "text"': [folder / "field.jsonl", *few],
-        'array.jsonl:1: no string under "text"': [folder / "array.jsonl", *few],
-        "half.jsonl:2: the text holds half a surrogate pair": [good, folder / "half.jsonl", *few],
-        "latin.txt:2: not UTF-8 text (byte 0xe9 at offset 7": [folder / "latin.txt", *few],
-        "short.jsonl.zst: the zstd stream ends early": [folder / "short.jsonl.zst", *few],
-        "short.jsonl.gz: cannot be decompressed": [folder / "short.jsonl.gz", *few],
-        "notgz.jsonl.gz: cannot be decompressed": [folder / "notgz.jsonl.gz", *few],
-        "notzst.jsonl.zst: cannot be decompressed": [folder / "notzst.jsonl.zst", *few],
-        "the input has 0 documents": [folder / "empty.jsonl", *few],
-        "input has 0 documents, so none": [folder / "blank.txt", *few],
-        "the input has 0 documents, so": [folder / "returns.txt", "--blank-line-docs", *few],
-        "a.parquet: unknown ending": [folder / "a.parquet", *few],
-        "nowhere.jsonl: no such file": [folder / "nowhere.jsonl", *few],
-        "the input has 60 documents, so none is left": [good, "--val-docs", 60, "--vocab-size", 300],
-        "--vocab-size 20000: this text fills at most": [good, "--val-docs", 1, "--vocab-size", 20000],
-        "--vocab-size 100: the special pieces": [good, "--val-docs", 1, "--vocab-size", 100],
-        "already; give more, or fewer characters": [folder / "han.txt", "--val-docs", 1, "--blank-line-docs"],
-        "1 document, so none is left for training; a text file is one document; --blank-line-docs makes one": [
-            folder / "han.txt",
-            "--vocab-size",
-            300,
-        ],
-        "--val-docs 1: the val split has no byte of text": [folder / "mute.jsonl", *few],
-        "the training documents hold no character": [folder / "dumb.jsonl", *few],
-        "the train split has no byte of text": [
-            folder / "dumb.jsonl",
-            "--val-docs",
-            1,
-            "--tokenizer",
-            SAMPLE / "tokenizer_1024.model",
-        ],
-        "fake.model: not a SentencePiece model": [good, "--val-docs", 1, "--tokenizer", folder / "fake.model"],
-    }
+GOOD, FEW = (
+    "".join(json.dumps({"text": text}) + "\n" for text in PLAIN).encode(),
+    ("--val-docs", 1, "--vocab-size", 300),
+)
+HAN = "\n\n".join("".join(map(chr, range(i, i + 40))) * 3 for i in range(0x4E00, 0x5A00, 40)).encode()
+BAD = [  # (input, its bytes, words, the message)
+    ("json.jsonl", b'{"text": "fine"}\n\n{"text": broken\n', FEW, "json.jsonl:3: not JSON"),
+    ("field.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', FEW, 'field.jsonl:2: no string under "text"'),
+    ("array.jsonl", b"[1, 2]\n", FEW, 'array.jsonl:1: no string under "text"'),
+    ("half.jsonl", b'{"text": "fine"}\n{"text": "half a pair \\ud800"}\n', FEW, "half.jsonl:2: the text holds half a surrogate pair"),
+    ("latin.txt", "plain\ndéjà vu".encode("latin-1"), FEW, "latin.txt:2: not UTF-8 text (byte 0xe9 at offset 7"),
+    ("short.jsonl.zst", zstandard.compress(GOOD)[:-5], FEW, "short.jsonl.zst: the zstd stream ends early"),
+    ("short.jsonl.gz", gzip.compress(GOOD)[:-12], FEW, "short.jsonl.gz: cannot be decompressed"),
+    ("notgz.jsonl.gz", GOOD, FEW, "notgz.jsonl.gz: cannot be decompressed"),
+    ("notzst.jsonl.zst", GOOD, FEW, "notzst.jsonl.zst: cannot be decompressed"),
+    ("empty.jsonl", b"", FEW, "the input has 0 documents"),
+    ("blank.txt", b" \n \n", FEW, "input has 0 documents, so none"),
+    ("returns.txt", b"\r" * 4000, ("--blank-line-docs", *FEW), "the input has 0 documents, so"),
+    ("a.parquet", b"PAR1", FEW, "a.parquet: unknown ending"),
+    ("nowhere.jsonl", None, FEW, "nowhere.jsonl: no such file"),
+    ("good.jsonl", GOOD, ("--val-docs", 60, "--vocab-size", 300), "the input has 60 documents, so none is left"),
+    ("good.jsonl", GOOD, ("--val-docs", 1, "--vocab-size", 20000), "--vocab-size 20000: this text fills at most"),
+    ("good.jsonl", GOOD, ("--val-docs", 1, "--vocab-size", 100), "--vocab-size 100: the special pieces"),
+    ("han.txt", HAN, ("--val-docs", 1, "--blank-line-docs", "--vocab-size", 1024), "already; give more, or fewer characters"),
+    ("han.txt", HAN, ("--vocab-size", 300),
+     "1 document, so none is left for training; a text file is one document; --blank-line-docs makes one"),
+    ("mute.jsonl", b'{"text": "\\u0001\\u200b"}\n' + GOOD, FEW, "--val-docs 1: the val split has no byte of text"),
+    ("dumb.jsonl", b'{"text": "fine"}\n{"text": "\\u200b"}\n', FEW, "the training documents hold no character"),
+    ("dumb.jsonl", b'{"text": "fine"}\n{"text": "\\u200b"}\n', ("--val-docs", 1, "--tokenizer", SAMPLE / "tokenizer_1024.model"),
+     "the train split has no byte of text"),
+    ("good.jsonl", GOOD, ("--val-docs", 1, "--tokenizer", "fake.model"), "fake.model: not a SentencePiece model"),
+]  # fmt: skip
 
 
-def test_bad_input_gets_one_clear_message_and_leaves_nothing(tmp_path, capsys):
-    for phrase, argv in bad_inputs(tmp_path).items():
-        assert run(make_shards.main, [*argv, "--out", tmp_path / "out", "--workers", 1]) == 2, phrase
-        error = capsys.readouterr().err
-        assert phrase in error and error.count("\n") == 1, f"{phrase!r} is not in {error!r}"
-        assert not (tmp_path / "out").exists(), phrase
+def test_bad_input_gets_one_clear_message_and_leaves_nothing(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("fake.model").write_bytes(b"not a model")
+    for name, content, words, phrase in BAD:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        made = make([tmp_path / name], *words, "--workers", 1)
+        assert made.status == 2 and phrase in made.said and made.said.count("\n") == 1, (phrase, made.said)
+        assert not made.out.exists(), phrase
 
 
-def test_a_failure_in_a_worker_leaves_the_folder_as_it_was(tmp_path, corpus, capsys):
-    out = tmp_path / "out"
-    shutil.copytree(corpus / "out", out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    source = write_jsonl(tmp_path / "a.jsonl", PLAIN * 50 + ["half a pair \ud800"])
-    argv = [source, "--out", out, "--val-docs", 5, "--vocab-size", 300, "--workers", 2]
-    assert run(make_shards.main, argv) == 2
-    assert "--force to replace it" in capsys.readouterr().err
-    assert run(make_shards.main, [*argv, "--force"]) == 2
-    assert "a.jsonl:3001: the text holds half a surrogate pair" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+def test_a_failure_in_a_worker_leaves_the_folder_as_it_was(make, tmp_path, corpus):
+    before = shutil.copytree(corpus / "out", tmp_path / "out")
+    words = ("--val-docs", 5, "--vocab-size", 300, "--workers", 2)
+    for force, phrase in (
+        ((), "--force to replace it"),
+        (("--force",), "a.jsonl:3001: the text holds half a surrogate pair"),
+    ):
+        made = make(PLAIN * 50 + ["half a pair \ud800"], *words, *force)
+        assert made.status == 2 and phrase in made.said
+        assert made.files == {path.name: path.read_bytes() for path in (corpus / "out").iterdir()}, before
 
 
-def test_a_tokenizer_that_loses_text_is_refused_by_document(tmp_path, capsys):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(PLAIN), model_writer=model, vocab_size=100, minloglevel=2,
-        **{**make_shards.TRAINER, "byte_fallback": False},
-    )  # fmt: skip
-    (tmp_path / "lossy.model").write_bytes(model.getvalue())
-    source = write_jsonl(tmp_path / "a.jsonl", [PLAIN[0], PLAIN[1], "snowman \u2603"])
-    argv = [source, "--out", tmp_path / "out", "--tokenizer", tmp_path / "lossy.model", "--val-docs", 1]
-    assert run(make_shards.main, argv) == 2
-    assert "a.jsonl:3: the tokenizer lossy.model does not give this document back" in capsys.readouterr().err
+def test_a_tokenizer_that_loses_text_is_refused_by_document(make, tmp_path):
+    lossy = trained(tmp_path / "lossy.model", pieces=100, byte_fallback=False)
+    made = make([PLAIN[0], PLAIN[1], "snowman \u2603"], "--tokenizer", lossy, "--val-docs", 1)
+    assert made.status == 2 and "a.jsonl:3: the tokenizer lossy.model does not give this document back" in made.said
 
 
-def test_force_leaves_nothing_of_the_old_set(tmp_path, corpus):
+def test_force_leaves_nothing_of_the_old_set(make, tmp_path, corpus):
     """The trainer would take the first tokenizer by name: shards of another one would be scored wrongly."""
-    out, mine = tmp_path / "out", tmp_path / "my own.model"
-    shutil.copytree(corpus / "out", out)
+    out, mine = shutil.copytree(corpus / "out", tmp_path / "out"), tmp_path / "my own.model"
     (out / "fineweb_val_bytes_000000.bin").write_bytes(b"of an older set")
     (out / "notes.txt").write_text("the user's")
-    shutil.copy(corpus / "out" / "tokenizer_400.model", mine)
-    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", out, "--val-docs", 5, "--force"]
-    assert run(make_shards.main, [*argv, "--tokenizer", mine]) == 0
+    shutil.copy(corpus / "out" / MODEL, mine)
+    made = make(PLAIN, "--val-docs", 5, "--force", "--tokenizer", mine)
     names = {"fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json", "notes.txt", "my own.model"}
-    assert {path.name for path in out.iterdir()} == names
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["tokenizer"]["file"] == mine.name and manifest["tokenizer"]["sha256"] == shards.sha256_of(mine)
-    assert run(make_shards.main, [*argv, "--vocab-size", 300]) == 0
-    assert {path.name for path in out.iterdir()} == names - {mine.name} | {"tokenizer_300.model"}
+    assert made.files.keys() == names
+    assert made.manifest["tokenizer"] == {
+        **made.manifest["tokenizer"],
+        "file": mine.name,
+        "sha256": shards.sha256_of(mine),
+    }
+    made = make(PLAIN, "--val-docs", 5, "--force", "--vocab-size", 300)
+    assert made.files.keys() == names - {mine.name} | {"tokenizer_300.model"}
 
 
 def start_tool(script: Path, *argv) -> subprocess.Popen:
@@ -409,16 +374,14 @@ def test_a_lock_is_on_the_folder_ends_with_its_holder_and_can_be_held_twice(tmp_
 @pytest.mark.parametrize("number, status", [
     (errno.ENOSPC, 1), (errno.EIO, 1), (errno.EDQUOT, 1), (errno.EACCES, 2), (errno.ENOTDIR, 2), (errno.ENAMETOOLONG, 2),
 ])  # fmt: skip
-def test_exit_status_2_is_for_mistakes_and_1_for_a_full_disk(tmp_path, corpus, capsys, monkeypatch, number, status):
+def test_exit_status_2_is_for_mistakes_and_1_for_a_full_disk(make, monkeypatch, number, status):
     def fails(path: Path, _: bytes) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(make_shards, "write_synced", fails)
-    model = corpus / "out" / "tokenizer_400.model"
-    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", tmp_path / "out", "--tokenizer", model, "--val-docs", 5]
-    assert run(make_shards.main, [*argv, "--workers", 1]) == status
-    error = capsys.readouterr().err
-    assert os.strerror(number) in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    made = make(PLAIN, "--val-docs", 5, "--workers", 1)
+    assert made.status == status and os.strerror(number) in made.said
+    assert made.said.count("\n") == 1 and not made.out.exists()
 
 
 def test_a_full_disk_is_reported_with_the_file(tmp_path, capsys, monkeypatch):
@@ -441,35 +404,30 @@ def test_values_that_could_not_work_are_refused_before_any_work(tmp_path, capsys
     assert stop.value.code == 2 and words[0] in capsys.readouterr().err
 
 
-def test_coverage_at_the_bounds_that_are_allowed_trains(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", PLAIN)
+def test_coverage_at_the_bounds_that_are_allowed_trains(make):
     for coverage in ("0.98", "1"):
-        argv = [source, "--out", tmp_path / coverage, "--val-docs", 5, "--vocab-size", 300, "--workers", 1]
-        assert run(make_shards.main, [*argv, "--character-coverage", coverage]) == 0
+        words = ("--val-docs", 5, "--vocab-size", 300, "--workers", 1, "--character-coverage", coverage)
+        assert make(PLAIN, *words, out=coverage).status == 0
 
 
-def test_a_single_text_file_is_cut_by_bytes(tmp_path, corpus):
+def test_a_single_text_file_is_cut_by_bytes(make, tmp_path):
     text = "\n".join(PLAIN) + "\n" + " ".join(PLAIN)  # many lines, then one long one
     (tmp_path / "a.txt").write_text(text)
-    model, out = corpus / "out" / "tokenizer_400.model", tmp_path / "out"
-    argv = [tmp_path / "a.txt", "--out", out, "--tokenizer", model, "--val-docs", 3, "--doc-bytes", 200, "--workers", 1]
-    assert run(make_shards.main, argv) == 0
-    decode = sentencepiece.SentencePieceProcessor(str(model)).decode
-    documents = [decode(tokens) for split in ("val", "train") for tokens in split_documents(out, split)]
+    made = make([tmp_path / "a.txt"], "--val-docs", 3, "--doc-bytes", 200, "--workers", 1)
+    documents = made.texts("val") + made.texts("train")
     assert " ".join(documents) == text.replace("\n", " ")
     assert len(documents) > 30 and all(180 <= len(document) <= 420 for document in documents[:-1])
-    assert json.loads((out / "manifest.json").read_text())["settings"]["doc_bytes"] == 200
+    assert made.manifest["settings"]["doc_bytes"] == 200
 
 
 def die(_) -> None:
     os._exit(1)
 
 
-def test_a_worker_that_is_killed_is_named_instead_of_waited_for(tmp_path, corpus, capsys, monkeypatch):
+def test_a_worker_that_is_killed_is_named_instead_of_waited_for(make, monkeypatch):
     monkeypatch.setattr(make_shards, "encode_batch", die)
-    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", tmp_path / "out", "--val-docs", 5, "--workers", 2]
-    assert run(make_shards.main, [*argv, "--tokenizer", corpus / "out" / "tokenizer_400.model"]) == 1
-    assert "--workers 2: one was killed" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    made = make(PLAIN, "--val-docs", 5, "--workers", 2)
+    assert made.status == 1 and "--workers 2: one was killed" in made.said and not made.out.exists()
 
 
 def test_help_into_a_closed_pipe_ends_quietly():
@@ -560,43 +518,31 @@ def test_plain_shards_have_neither_sidecar_nor_transform(corpus):
     assert not list((corpus / "out").glob("*bytes*"))
 
 
-def test_a_tokenizer_for_case_factored_text_is_checked(tmp_path, corpus, capsys):
+def test_a_tokenizer_for_case_factored_text_is_checked(make, tmp_path):
     """A published one, which normalises by itself, serves for the documents that it leaves alone."""
-    model, path = io.BytesIO(), tmp_path / "published.model"
-    settings = {**make_shards.TRAINER, "user_defined_symbols": list(caseops.OPERATORS)}
-    stream = (caseops.encode(text) for text in PLAIN)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=stream, model_writer=model, vocab_size=350, minloglevel=2, **settings
+    path = trained(
+        tmp_path / "published.model", map(caseops.encode, PLAIN), user_defined_symbols=list(caseops.OPERATORS)
     )
-    path.write_bytes(model.getvalue())
-    source = write_jsonl(tmp_path / "a.jsonl", CASES[:1] + PLAIN)
-    argv = ["--out", tmp_path / "out", "--caseops", "--val-docs", 1, "--workers", 1]
-    assert run(make_shards.main, [source, *argv, "--tokenizer", path]) == 0
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["fused_markers"] is False and manifest["val"]["bytes"] == len(CASES[0].encode())
-    lost = write_jsonl(tmp_path / "b.jsonl", [PLAIN[0], "H\u0331"])
-    assert run(make_shards.main, [lost, *argv, "--force", "--tokenizer", path]) == 2
-    assert "b.jsonl:2: the tokenizer published.model does not give this document back" in capsys.readouterr().err
-    argv[1] = tmp_path / "other"
-    assert run(make_shards.main, [source, *argv, "--tokenizer", corpus / "out" / "tokenizer_400.model"]) == 2
-    assert "tokenizer_400.model: no tokenizer for --caseops" in capsys.readouterr().err
-    assert not (tmp_path / "other").exists()
+    words = ("--caseops", "--val-docs", 1, "--workers", 1)
+    made = make(CASES[:1] + PLAIN, *words, "--tokenizer", path)
+    assert made.manifest["fused_markers"] is False and made.manifest["val"]["bytes"] == len(CASES[0].encode())
+    lost = make([PLAIN[0], "H\u0331"], *words, "--force", "--tokenizer", path)
+    assert lost.status == 2 and "a.jsonl:2: the tokenizer published.model does not give this document back" in lost.said
+    other = make(CASES[:1] + PLAIN, *words, out="other")
+    assert other.status == 2 and f"{MODEL}: no tokenizer for --caseops" in other.said and not other.out.exists()
 
 
 # ---- make_shards: going on
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir()}
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("saves", [1, 2, 5])
-def test_an_interrupted_job_goes_on_to_the_same_bytes(tmp_path, monkeypatch, capsys, saves, workers):
-    source = write_jsonl(tmp_path / "a.jsonl", CASES + PLAIN + PLAIN[:5])
-    argv = [source, "--caseops", "--vocab-size", 420, "--val-docs", 8, "--shard-tokens", 300, "--workers", workers]
-    assert run(make_shards.main, [*argv, "--out", tmp_path / "whole"]) == 0
-    save, count = make_shards.Job.save, Counter()
+def test_an_interrupted_job_goes_on_to_the_same_bytes(make, monkeypatch, saves, workers):
+    texts, words = (
+        CASES + PLAIN + PLAIN[:5],
+        ("--caseops", "--vocab-size", 420, "--val-docs", 8, "--shard-tokens", 300, "--workers", workers),
+    )
+    whole, save, count = make(texts, *words, out="whole"), make_shards.Job.save, Counter()
 
     def interrupted(job) -> None:
         save(job)
@@ -605,25 +551,20 @@ def test_an_interrupted_job_goes_on_to_the_same_bytes(tmp_path, monkeypatch, cap
             raise KeyboardInterrupt
 
     monkeypatch.setattr(make_shards.Job, "save", interrupted)
-    argv += ["--out", tmp_path / "out", "--resume"]
-    assert run(make_shards.main, argv) == 130
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {make_shards.STAGING}
+    made = make(texts, *words, "--resume")
+    assert made.status == 130 and [path.name for path in made.out.iterdir()] == [make_shards.STAGING]
     monkeypatch.setattr(make_shards, "train_tokenizer", None)  # not again
-    capsys.readouterr()
-    assert run(make_shards.main, argv) == 0
-    assert ("going on after" in capsys.readouterr().out) is (saves > 1)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    made = make(texts, *words, "--resume")
+    assert (made.status, "going on after" in made.said, made.files) == (0, saves > 1, whole.files)
 
 
 @pytest.mark.parametrize("moves", [0, 4, 8, 99])
-def test_a_job_stopped_while_it_publishes_goes_on_to_the_same_bytes(tmp_path, monkeypatch, moves):
+def test_a_job_stopped_while_it_publishes_goes_on_to_the_same_bytes(make, tmp_path, monkeypatch, moves):
     """The set is whole, some of its 9 files are in their place; 99: all are, and the folder aside is still there."""
-    source = write_jsonl(tmp_path / "a.jsonl", PLAIN)
-    argv = [source, "--caseops", "--val-docs", 8, "--shard-tokens", 300, "--workers", 1, "--out"]
-    argv_new = [*argv, tmp_path / "out", "--tokenizer", SAMPLE / "caseops_2048" / "tokenizer_2048.model", "--resume"]
-    assert run(make_shards.main, [*argv, tmp_path / "whole", *argv_new[-3:]]) == 0
-    more_files = [*argv, tmp_path / "out", "--vocab-size", 300, "--shard-tokens", 100]
-    assert run(make_shards.main, more_files) == 0
+    model = SAMPLE / "caseops_2048" / "tokenizer_2048.model"
+    job = ("--caseops", "--val-docs", 8, "--shard-tokens", 300, "--workers", 1, "--tokenizer", model, "--resume")
+    whole = make(PLAIN, *job, out="whole")
+    assert make(PLAIN, *job[:5], "--workers", 1, "--vocab-size", 300, "--shard-tokens", 100).status == 0  # more files
     replace, remove, done = os.replace, shutil.rmtree, Counter()
 
     def interrupted(source: Path, target: Path) -> None:
@@ -641,79 +582,59 @@ def test_a_job_stopped_while_it_publishes_goes_on_to_the_same_bytes(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupted)
         patch.setattr(shutil, "rmtree", stopped)
-        assert run(make_shards.main, [*argv_new, "--force"]) == 130
-    again = [*argv_new, "--force"] if moves == 99 else argv_new  # the set there is whole
-    with monkeypatch.context() as patch:
-        if moves < 99:
-            patch.setattr(make_shards, "encode_all", None)  # nothing is done twice
-        assert run(make_shards.main, again) == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert make(PLAIN, *job, "--force").status == 130
+    if moves < 99:
+        monkeypatch.setattr(make_shards, "encode_all", None)  # nothing is done twice
+    made = make(PLAIN, *job, *["--force"] * (moves == 99))  # the set there is whole
+    assert made.status == 0 and made.files == whole.files
 
 
-def test_a_job_with_other_settings_starts_anew_and_one_without_resume_too(tmp_path, monkeypatch, capsys):
-    source = write_jsonl(tmp_path / "a.jsonl", PLAIN)
-    argv = [source, "--out", tmp_path / "out", "--val-docs", 8, "--vocab-size", 300, "--workers", 1]
-
+def test_a_job_with_other_settings_starts_anew_and_one_without_resume_too(make, monkeypatch):
     def stopped(*_) -> None:
         raise KeyboardInterrupt
 
+    words = ("--vocab-size", 300, "--workers", 1)
     with monkeypatch.context() as patch:
         patch.setattr(make_shards.Job, "add", stopped)
-        assert run(make_shards.main, [*argv, "--resume"]) == 130
-    argv[4] = 9
-    assert run(make_shards.main, [*argv, "--resume"]) == 0
-    assert "is of other inputs or settings: starting anew" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["val"]["documents"] == 9
-    with monkeypatch.context() as patch:
-        patch.setattr(make_shards.Job, "add", stopped)
-        assert run(make_shards.main, [*argv, "--resume", "--force"]) == 130
-        assert run(make_shards.main, [*argv, "--force"]) == 130
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "manifest.json", "tokenizer_300.model", "fineweb_val_000000.bin", "fineweb_train_000000.bin"}  # fmt: skip
+        assert make(PLAIN, *words, "--val-docs", 8, "--resume").status == 130
+    made = make(PLAIN, *words, "--val-docs", 9, "--resume")
+    assert "is of other inputs or settings: starting anew" in made.said and made.manifest["val"]["documents"] == 9
+    monkeypatch.setattr(make_shards.Job, "add", stopped)
+    assert make(PLAIN, *words, "--val-docs", 9, "--resume", "--force").status == 130
+    assert make(PLAIN, *words, "--val-docs", 9, "--force").status == 130
+    assert made.files.keys() == {
+        "manifest.json",
+        "tokenizer_300.model",
+        "fineweb_val_000000.bin",
+        "fineweb_train_000000.bin",
+    }
 
 
-def test_so_many_training_shards_and_no_more(tmp_path, corpus, capsys):
-    model = corpus / "out" / "tokenizer_400.model"
-    argv = [write_jsonl(tmp_path / "a.jsonl", PLAIN), "--out", tmp_path / "out", "--val-docs", 8, "--tokenizer", model]
-    assert run(make_shards.main, [*argv, "--shard-tokens", 300, "--train-shards", 2, "--resume"]) == 0
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    documents = split_documents(tmp_path / "out", "train")
-    decode = sentencepiece.SentencePieceProcessor(str(model)).decode
-    assert [decode(tokens) for tokens in documents] == PLAIN[8 : 8 + len(documents)]
-    assert len(manifest["train"]["shards"]) == 2 and 550 < manifest["train"]["tokens"] <= 600
-    assert manifest["train"]["bytes"] == sum(len(text) for text in PLAIN[8 : 8 + len(documents)])
-    assert re.search(
-        r"[\d.]+ MB/s of text on \d+ process.*80 shards of 100,000,000 tokens take", capsys.readouterr().out
-    )
+def test_so_many_training_shards_and_no_more(make):
+    made = make(PLAIN, "--val-docs", 8, "--shard-tokens", 300, "--train-shards", 2, "--resume")
+    texts, train = made.texts("train"), made.manifest["train"]
+    assert texts == PLAIN[8 : 8 + len(texts)] and train["bytes"] == sum(map(len, texts))
+    assert len(train["shards"]) == 2 and 550 < train["tokens"] <= 600
+    assert re.search(r"[\d.]+ MB/s of text on \d+ process.*80 shards of 100,000,000 tokens take", made.said)
 
 
-def test_a_document_longer_than_the_training_shards_is_refused_there_and_taken_in_validation(tmp_path, corpus, capsys):
-    long, model = " ".join(PLAIN), corpus / "out" / "tokenizer_400.model"
-    argv = ["--val-docs", 3, "--tokenizer", model, "--shard-tokens", 300, "--train-shards", 1, "--workers", 1]
-    source = write_jsonl(tmp_path / "a.jsonl", [PLAIN[0], long, *PLAIN[1:]])
-    assert run(make_shards.main, [source, *argv, "--out", tmp_path / "out"]) == 0
-    assert len(split_documents(tmp_path / "out", "val")) == 3 and len(split_documents(tmp_path / "out", "train")) > 3
-    source = write_jsonl(tmp_path / "b.jsonl", [*PLAIN[:3], long])
-    capsys.readouterr()
-    assert run(make_shards.main, [source, *argv, "--out", tmp_path / "other"]) == 2
-    error = capsys.readouterr().err
-    words = r"--train-shards 1: the first training document has [\d,]+ tokens, they hold 300; give more"
-    assert re.search(words, error)
-    assert not (tmp_path / "other").exists()
+def test_a_document_longer_than_the_training_shards_is_refused_there_and_taken_in_validation(make):
+    long, words = " ".join(PLAIN), ("--val-docs", 3, "--shard-tokens", 300, "--train-shards", 1, "--workers", 1)
+    made = make([PLAIN[0], long, *PLAIN[1:]], *words)
+    assert len(made.texts("val")) == 3 and len(made.texts("train")) > 3
+    made = make([*PLAIN[:3], long], *words, out="other")
+    phrase = r"--train-shards 1: the first training document has [\d,]+ tokens, they hold 300; give more"
+    assert made.status == 2 and re.search(phrase, made.said) and not made.out.exists()
 
 
-def test_the_official_split_is_50_000_lines(tmp_path, corpus, capsys, monkeypatch):
-    model = corpus / "out" / "tokenizer_400.model"
+def test_the_official_split_is_50_000_lines(make, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         make_shards.main(["a.jsonl", "--out", "x", "--official-split", "--val-docs", "10000"])
     assert "--val-docs 10000: the official split is 50000" in capsys.readouterr().err
     monkeypatch.setattr(make_shards, "OFFICIAL_VAL_DOCS", 5)
-    argv = ["--out", tmp_path / "out", "--official-split", "--tokenizer", model, "--workers", 1, "--val-docs", 5]
-    blank = write_jsonl(tmp_path / "a.jsonl", [*PLAIN[:3], " \n", *PLAIN[3:]])
-    assert run(make_shards.main, [blank, *argv]) == 2
-    assert "a.jsonl:4: an empty document, which the official split would count" in capsys.readouterr().err
-    assert run(make_shards.main, [write_jsonl(tmp_path / "b.jsonl", PLAIN), *argv]) == 0
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["val"]["documents"] == 5
+    made = make([*PLAIN[:3], " \n", *PLAIN[3:]], "--official-split", "--workers", 1, "--val-docs", 5)
+    assert made.status == 2 and "a.jsonl:4: an empty document, which the official split would count" in made.said
+    assert make(PLAIN, "--official-split", "--workers", 1).manifest["val"]["documents"] == 5
 
 
 # ---- the sample
@@ -856,11 +777,14 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         """Keep the test output clean."""
 
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def head(self, status: int, length: int, **headers: str) -> None:
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+        for key, value in {"Content-Length": str(length), **headers}.items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.head(status, len(body), **headers)
         if self.command == "GET":
             self.wfile.write(body)
 
@@ -872,11 +796,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/main/(.+)", self.path)
         repo = self.hub.repos.get((tree or file)[1])
         if fault := self.hub.faults.get("every answer"):
-            page = b"<html>please log in</html>"
-            self.answer(
-                *((200, page) if fault == ["page"] else (308, b"")),
-                Location=f"{self.hub.url}/api/datasets/a/b/tree/main",
-            )
+            elsewhere = f"{self.hub.url}/api/datasets/a/b/tree/main"
+            status, page = (200, b"<html>please log in</html>") if fault == ["page"] else (308, b"")
+            self.answer(status, page, Location=elsewhere)
         elif repo is None:
             self.answer(401, b"{}", X_Error_Code="RepoNotFound")
         elif tree:
@@ -898,27 +820,17 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             start = int(re.match(r"bytes=(\d+)-", asked)[1])
             headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         fault = self.hub.faults[path].pop(0) if self.hub.faults.get(path) else None
-        if fault == "short":
-            content = content[:-10]
-        if fault == "corrupt":
-            content = content[:-1] + bytes([content[-1] ^ 1])
-        if fault in ("cut", "stall"):
-            return self.send_part(content, headers, fault)
+        if fault in ("cut", "stall"):  # announces the whole file, sends half of it, then hangs up or says nothing more
+            self.head(200, len(content), **headers)
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            if fault == "stall":
+                self.hub.stalled.set()
+                time.sleep(20)
+            self.close_connection = True
+            return self.connection.close()
+        content = {"short": content[:-10], "corrupt": content[:-1] + bytes([content[-1] ^ 1])}.get(fault, content)
         return self.answer(206 if start else 200, content[start:], **headers)
-
-    def send_part(self, content: bytes, headers: dict[str, str], fault: str) -> None:
-        """Announce the whole file, send half of it, then hang up (cut) or say nothing more (stall)."""
-        self.send_response(200)
-        for key, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2])
-        self.wfile.flush()
-        if fault == "stall":
-            self.hub.stalled.set()
-            time.sleep(20)
-        self.close_connection = True
-        self.connection.close()
 
 
 def describe_file(path: str, content: bytes) -> dict:
@@ -936,14 +848,20 @@ def shard(seed: int, tokens: int = 4000) -> bytes:
 
 def nested(variant: str, vocab: str, train: int) -> dict[str, bytes]:
     """A repository in the challenge's own layout."""
-    folder = f"datasets/datasets/fineweb10B_{variant}"
+    folder, tokenizer = f"datasets/datasets/fineweb10B_{variant}", f"datasets/tokenizers/fineweb_{vocab}"
     files = {f"{folder}/fineweb_train_{i:06d}.bin": shard(i) for i in range(train)}
     files |= {f"{folder}/fineweb_val_00000{i}.bin": shard(100 + i) for i in range(2)}
-    files |= {
-        f"datasets/tokenizers/fineweb_{vocab}.model": b"model " * 50,
-        f"datasets/tokenizers/fineweb_{vocab}.vocab": b"v",
-    }
-    return files | {"datasets/manifest.json": b'{"datasets": [{"name": "fineweb10B_sp4096"}]}', "README.md": b"readme"}
+    files |= {f"{tokenizer}.model": b"model " * 50, f"{tokenizer}.vocab": b"v", "README.md": b"readme"}
+    return files | {"datasets/manifest.json": b'{"datasets": [{"name": "fineweb10B_sp4096"}]}'}
+
+
+OFFICIAL = "willdepueoai/parameter-golf"
+FOLDER = "datasets/fineweb10B_sp1024"
+
+
+def training(n: int) -> str:
+    """The path of a training shard in the official repository."""
+    return f"datasets/{FOLDER}/fineweb_train_{n:06d}.bin"
 
 
 @pytest.fixture
@@ -956,20 +874,18 @@ def hub(monkeypatch):
     flat = {"fineweb_byte260/fineweb_val_000000.bin": shard(7), "fineweb_byte260/fineweb_train_000000.bin": shard(8),
             "fineweb_sp8192/fineweb_val_000000.bin": shard(9), "fineweb_sp8192/fineweb_train_000000.bin": shard(10),
             "tokenizers/fineweb_8192_bpe.model": b"flat model"}  # fmt: skip
-    caps = "sp8192_lossless_caps_caseops_v1_reserved"
-    caseops = nested(caps, "8192_bpe_lossless_caps_caseops_v1_reserved", 1)
-    caseops[f"datasets/datasets/fineweb10B_{caps}/fineweb_val_bytes_000000.bin"] = shard(11)
+    caps = "lossless_caps_caseops_v1_reserved"
+    caseops = nested(f"sp8192_{caps}", f"8192_bpe_{caps}", 1)
+    caseops[f"datasets/datasets/fineweb10B_sp8192_{caps}/fineweb_val_bytes_000000.bin"] = shard(11)
+    tiny = {f"mine/tiny/shards/{k.split('/')[-1]}": v for k, v in flat.items() if "byte260" in k}
     repos = {
-        "willdepueoai/parameter-golf": nested("sp1024", "1024_bpe", 4)
-        | {"datasets/docs_selected.jsonl": b'{"text":1}'},
+        OFFICIAL: {**nested("sp1024", "1024_bpe", 4), "datasets/docs_selected.jsonl": b'{"text":1}'},
         "LightSpeedUp/parameter-golf-data": flat,
         "romeerp/parameter-golf-caseops-v1": caseops,
-        "someone/else": {f"exports/{k.split('/')[-1]}": v for k, v in flat.items()}
-        | {f"mine/tiny/shards/{k.split('/')[-1]}": v for k, v in flat.items() if "byte260" in k},
+        "someone/else": {**{f"exports/{k.split('/')[-1]}": v for k, v in flat.items()}, **tiny},
     }
     handler.hub = Hub(f"http://127.0.0.1:{server.server_port}", repos, {}, Counter(), [], threading.Event())
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield handler.hub
     server.shutdown()
     server.server_close()
@@ -980,6 +896,13 @@ def fetch(hub: Hub, out: Path, *argv) -> int:
     return run(lambda words: downloader.main(words, hub.api), ["--out", out, *argv])
 
 
+def fetching(hub: Hub, out: Path, *argv) -> subprocess.Popen:
+    """The downloader in a process of its own."""
+    command = [sys.executable, DATA / "cached_challenge_fineweb.py", "--jobs", "1", "--out", out, *argv]
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def local_files(out: Path) -> dict[str, bytes]:
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()
             and path.name != ".verified.json"}  # fmt: skip
@@ -987,19 +910,75 @@ def local_files(out: Path) -> dict[str, bytes]:
 
 def test_the_published_command_fills_the_published_folders(hub, tmp_path, capsys):
     assert fetch(hub, tmp_path, "--variant", "sp1024", "--train-shards", 2) == 0
-    remote = hub.repos["willdepueoai/parameter-golf"]
-    names = ["train_000000", "train_000001", "val_000000", "val_000001"]
-    expected = {f"datasets/fineweb10B_sp1024/fineweb_{name}.bin" for name in names}
-    expected |= {f"tokenizers/fineweb_1024_bpe.{ending}" for ending in ("model", "vocab")}
-    found = local_files(tmp_path)
-    assert set(found) == expected
-    assert all(content == remote[f"datasets/{name}"] for name, content in found.items())
+    names = [f"{FOLDER}/fineweb_{name}.bin" for name in ("train_000000", "train_000001", "val_000000", "val_000001")]
+    names += [f"tokenizers/fineweb_1024_bpe.{ending}" for ending in ("model", "vocab")]
+    assert local_files(tmp_path) == {name: hub.repos[OFFICIAL][f"datasets/{name}"] for name in names}
     out = capsys.readouterr().out
     assert "8,000 training tokens, 8,000 validation tokens" in out
-    assert (
-        f"DATA_PATH={tmp_path}/datasets/fineweb10B_sp1024 TOKENIZER_PATH={tmp_path}/tokenizers/fineweb_1024_bpe.model VOCAB_SIZE=1024"
-        in out
-    )
+    line = f"DATA_PATH={tmp_path}/{FOLDER} TOKENIZER_PATH={tmp_path}/tokenizers/fineweb_1024_bpe.model VOCAB_SIZE=1024"
+    assert line in out
+
+
+ANSWERS = [  # (words, status, what is said); with status 2 nothing was fetched
+    (["--variant", "sp4096"], 2, ["no variant sp4096 was found", "sp1024: 4 training and 2 validation shards", "fineweb_sp8192/",
+                                  "kevclark/parameter-golf: not found or not open to you"]),
+    (["--list"], 0, [f"{OFFICIAL}\n  sp1024: 4 training and 2 validation shards, 0.00 GB", "byte260: 1 training and 1 validation shards",
+                     "tokenizer not there"]),  # nor sp4096, which a manifest claims
+    (["--list", "--repo", "no/body"], 2, []),
+    (["--train-shards", 5], 2, [f"--train-shards 5: {OFFICIAL} holds 4 of sp1024"]),
+    (["--layout", "folder"], 2, ["--layout folder: expected nested, flat, or a folder"]),
+    (["--variant", "byte260", "--with-docs"], 2, ["LightSpeedUp/parameter-golf-data holds no docs_selected.jsonl"]),
+    (["--variant", "byte260"], 0, ["holds no tokenizer of byte260"]),
+    (["--make-caseops", "--repo", "someone/else"], 2, ["--make-caseops needs docs_selected.jsonl: someone/else holds none"]),
+    (["--make-caseops", "--train-shards", 0], 2, ["--train-shards: 0: expected 1 or more"]),
+    (["--make-caseops", "--vocab-size", 70_000], 2, ["--vocab-size"]),
+    (["--variant", "sp8192"], 0, []),  # kevclark is not there: the next export has it
+    (["--variant", "sp8192_caseops"], 0, []),
+    (["--repo", "someone/else", "--variant", "tiny", "--layout", "mine/{variant}/shards"], 0, []),
+    (["--repo", "someone/else", "--variant", "exports"], 0, []),
+    (["--train-shards", 0, "--with-docs"], 0, []),
+]  # fmt: skip
+CAPS = "lossless_caps_caseops_v1_reserved"
+FETCHED = {  # files by the words
+    "sp8192": {"datasets/fineweb10B_sp8192/fineweb_val_000000.bin": shard(9), "tokenizers/fineweb_8192_bpe.model": b"flat model"},
+    "sp8192_caseops": {f"datasets/fineweb10B_sp8192_{CAPS}/fineweb_val_bytes_000000.bin": shard(11),
+                       f"tokenizers/fineweb_8192_bpe_{CAPS}.model": b"model " * 50},
+    "mine/{variant}/shards": {"datasets/fineweb10B_tiny/fineweb_val_000000.bin": shard(7)},
+    "exports": {"datasets/fineweb10B_exports/fineweb_val_000000.bin": shard(9)},
+    "--with-docs": {"docs_selected.jsonl": b'{"text":1}'},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, status, told", ANSWERS, ids=lambda x: " ".join(map(str, x))[:50] if isinstance(x, list) else ""
+)
+def test_the_downloader_says_what_is_there_and_what_is_not(hub, tmp_path, capsys, words, status, told):
+    try:
+        assert fetch(hub, tmp_path, *words) == status
+    except SystemExit as stop:  # by argparse
+        assert stop.code == status
+    said = "".join(capsys.readouterr())
+    assert all(phrase in said for phrase in told) and (words != ["--list"] or "sp4096" not in said)
+    if status:
+        assert not hub.served and not (tmp_path / "datasets").exists()
+    else:
+        assert FETCHED.get(str(words[-1]), {}).items() <= local_files(tmp_path).items()
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_the_first_byte(hub, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(downloader.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 2
+    assert "GB are free" in capsys.readouterr().err and not hub.served
+
+
+def test_an_export_with_another_split_is_named(hub, tmp_path, capsys):
+    documents = shards.shard_header(60_000) + np.repeat([1, 5, 1, 1, 1, 1], 10_000).astype("<u2").tobytes()
+    for files in hub.repos.values():
+        files.update({path: documents for path in files if "fineweb_val_00000" in path})
+    for variant, named in (("sp8192", False), ("sp1024", True)):  # of one shard, of two
+        assert fetch(hub, tmp_path, "--variant", variant, "--train-shards", 0) == 0
+        assert ("validation holds 100,000 documents, the official split 50,000" in capsys.readouterr().out) is named
 
 
 def test_good_files_are_not_fetched_again_and_bad_ones_are(hub, tmp_path, capsys):
@@ -1041,75 +1020,50 @@ def test_a_connection_that_breaks_is_resumed_in_place(hub, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("fault, what", [("corrupt", "sha256 hash"), ("short", "length")])
 def test_a_damaged_file_is_fetched_again_once_and_then_reported(hub, tmp_path, capsys, fault, what):
-    path = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
-    hub.faults[path] = [fault]
-    assert fetch(hub, tmp_path / "once", "--train-shards", 1) == 0
-    assert (tmp_path / "once/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").read_bytes() == shard(0)
-    hub.faults[path] = [fault, fault]
-    capsys.readouterr()
-    assert fetch(hub, tmp_path / "twice", "--train-shards", 1) == 1
+    for times, status in ((1, 0), (2, 1)):
+        hub.faults[training(0)] = [fault] * times
+        assert fetch(hub, tmp_path / f"{times}", "--train-shards", 1) == status
+        assert local_files(tmp_path / f"{times}").get(f"{FOLDER}/fineweb_train_000000.bin") == (
+            None if status else shard(0)
+        )
     assert f"arrived damaged twice: its {what} is not the hub's" in capsys.readouterr().err
-    assert not (tmp_path / "twice/datasets/fineweb10B_sp1024/fineweb_train_000000.bin").exists()
 
 
-@pytest.mark.parametrize("fault", ["page", "redirect"])
-def test_a_network_that_answers_in_the_hubs_place_is_named(hub, tmp_path, capsys, fault):
-    files = downloader.list_files(hub.api, "willdepueoai/parameter-golf")
-    hub.faults["every answer"] = [fault]
-    assert fetch(hub, tmp_path) == 1  # neither the list of files ...
-    with pytest.raises(shards.Failure, match="what answered is no hub .*HF_ENDPOINT; start again"):  # ... nor a file
-        downloader.fetch(hub.api, "willdepueoai/parameter-golf", files[0], tmp_path / "file", tmp_path / "aside")
-    assert "what answered is no hub" in capsys.readouterr().err and not (tmp_path / "file").exists()
+def test_a_disk_that_fills_and_a_header_that_lies_are_reported_with_the_file(hub, tmp_path, capsys, monkeypatch):
+    hub.repos[OFFICIAL][training(0)] = shards.shard_header(5000) + bytes(8000)
+    assert fetch(hub, tmp_path, "--train-shards", 1) == 1
+    assert "header claims 5,000 tokens" in capsys.readouterr().err
 
-
-def test_a_disk_that_fills_while_fetching_is_reported_with_the_file(hub, tmp_path, capsys, monkeypatch):
     def full(*_, **__) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(HfApi, "hf_hub_download", full)
-    assert fetch(hub, tmp_path, "--train-shards", 1) == 1
-    assert re.search(rf"No space left on device: '{tmp_path}/(tokenizers|datasets)/.*'", capsys.readouterr().err)
-
-
-def test_a_shard_whose_header_lies_on_the_hub_is_refused(hub, tmp_path, capsys):
-    path = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
-    hub.repos["willdepueoai/parameter-golf"][path] = shards.shard_header(5000) + bytes(8000)
-    assert fetch(hub, tmp_path, "--train-shards", 1) == 1
-    assert "header claims 5,000 tokens" in capsys.readouterr().err
+    assert fetch(hub, tmp_path / "full", "--train-shards", 1) == 1
+    assert re.search(rf"No space left on device: '{tmp_path}/full/(tokenizers|datasets)/.*'", capsys.readouterr().err)
 
 
 def test_a_killed_download_leaves_only_whole_files_and_continues(hub, tmp_path):
-    stalled = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000002.bin"
-    hub.faults[stalled] = ["stall"]
-    words = ["--train-shards", "4", "--jobs", "1", "--out", str(tmp_path)]
-    command = [sys.executable, str(DATA / "cached_challenge_fineweb.py"), *words]
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert hub.stalled.wait(60)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    whole = {p.name: p.read_bytes() for p in (tmp_path / "datasets/fineweb10B_sp1024").iterdir()}
-    remote = {p.rsplit("/")[-1]: content for p, content in hub.repos["willdepueoai/parameter-golf"].items()}
+    hub.faults[training(2)] = ["stall"]
+    with fetching(hub, tmp_path, "--train-shards", 4) as process:
+        assert hub.stalled.wait(60)
+        process.kill()
+    whole = {p.name: p.read_bytes() for p in (tmp_path / FOLDER).iterdir()}
+    remote = {p.rsplit("/")[-1]: content for p, content in hub.repos[OFFICIAL].items()}
     assert whole and all(content == remote[name] for name, content in whole.items())
     assert "fineweb_train_000002.bin" not in whole
     hub.served.clear()
     assert fetch(hub, tmp_path, "--train-shards", 4) == 0
-    assert set(hub.served) == {stalled, stalled.replace("2.bin", "3.bin")}
-    assert not list(tmp_path.rglob("*.partial"))
+    assert set(hub.served) == {training(2), training(3)} and not list(tmp_path.rglob("*.partial"))
 
 
 def test_two_downloads_at_once_do_not_touch_each_others_files(hub, tmp_path, monkeypatch):
-    hub.faults["datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"] = ["stall"]
-    words = ["--train-shards", "1", "--jobs", "1", "--out", str(tmp_path)]
-    command = [sys.executable, str(DATA / "cached_challenge_fineweb.py"), *words]
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    hub.faults[training(0)] = ["stall"]
+    with fetching(hub, tmp_path, "--train-shards", 1) as process:
         assert hub.stalled.wait(60)
         assert fetch(hub, tmp_path, "--variant", "byte260") == 0
         halves = list(tmp_path.rglob("*.incomplete"))
         process.kill()
     assert halves  # of the other download, which goes on
-
     write = downloader.write_synced
 
     def interrupted(path: Path, content: bytes) -> None:
@@ -1122,91 +1076,35 @@ def test_two_downloads_at_once_do_not_touch_each_others_files(hub, tmp_path, mon
     downloader.Record(tmp_path / "record.json", tmp_path / "a").add("a", "1")
 
 
-def test_a_missing_variant_lists_what_is_really_there(hub, tmp_path, capsys):
-    assert fetch(hub, tmp_path, "--variant", "sp4096") == 2
-    error = capsys.readouterr().err
-    assert "no variant sp4096 was found" in error
-    assert "sp1024: 4 training and 2 validation shards" in error and "fineweb_sp8192/" in error
-    assert "kevclark/parameter-golf: not found or not open to you" in error
-    assert not (tmp_path / "datasets").exists()
-
-
-def test_other_layouts_are_known_or_found(hub, tmp_path, capsys):
-    assert fetch(hub, tmp_path, "--variant", "sp8192") == 0  # kevclark is not there: the next export has it
-    assert (tmp_path / "datasets/fineweb10B_sp8192/fineweb_val_000000.bin").read_bytes() == shard(9)
-    assert (tmp_path / "tokenizers/fineweb_8192_bpe.model").read_bytes() == b"flat model"
-    assert fetch(hub, tmp_path, "--variant", "sp8192_caseops") == 0
-    folder = tmp_path / "datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
-    assert (folder / "fineweb_val_bytes_000000.bin").read_bytes() == shard(11)
-    assert (tmp_path / "tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model").exists()
-    capsys.readouterr()
-    assert fetch(hub, tmp_path, "--variant", "byte260") == 0
-    assert "holds no tokenizer of byte260" in capsys.readouterr().out
-    argv = ["--repo", "someone/else", "--variant", "tiny", "--layout", "mine/{variant}/shards"]
-    assert fetch(hub, tmp_path, *argv) == 0
-    assert (tmp_path / "datasets/fineweb10B_tiny/fineweb_val_000000.bin").read_bytes() == shard(7)
-    assert fetch(hub, tmp_path, "--repo", "someone/else", "--variant", "exports") == 0
-    assert (tmp_path / "datasets/fineweb10B_exports/fineweb_val_000000.bin").exists()
-
-
 def test_the_environment_of_published_commands_is_read(hub, tmp_path, monkeypatch):
-    moved = {
-        path.replace("datasets/", "my_root/", 1): content for path, content in nested("sp512", "512_bpe", 1).items()
+    hub.repos["me/export"] = {
+        p.replace("datasets/", "my_root/", 1): data for p, data in nested("sp512", "512_bpe", 1).items()
     }
-    hub.repos["me/export"] = moved
     monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "me/export")
     monkeypatch.setenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "my_root")
     assert fetch(hub, tmp_path, "--variant", "sp512") == 0
-    assert (tmp_path / "datasets/fineweb10B_sp512/fineweb_train_000000.bin").read_bytes() == shard(0)
-    assert (tmp_path / "tokenizers/fineweb_512_bpe.model").exists()
+    found = local_files(tmp_path)
+    assert (
+        found["datasets/fineweb10B_sp512/fineweb_train_000000.bin"] == shard(0)
+        and "tokenizers/fineweb_512_bpe.model" in found
+    )
 
 
-def test_list_prints_what_each_repository_holds(hub, tmp_path, capsys):
-    assert fetch(hub, tmp_path, "--list") == 0
-    out = capsys.readouterr().out
-    assert "willdepueoai/parameter-golf\n  sp1024: 4 training and 2 validation shards, 0.00 GB" in out
-    assert "byte260: 1 training and 1 validation shards" in out and "tokenizer not there" in out
-    assert "sp4096" not in out  # the manifest claims it, the repository has no such shards
-    assert fetch(hub, tmp_path, "--list", "--repo", "no/body") == 2
-
-
-def test_documents_come_only_on_demand(hub, tmp_path, capsys):
-    assert fetch(hub, tmp_path, "--train-shards", 0, "--with-docs") == 0
-    assert (tmp_path / "docs_selected.jsonl").read_bytes() == b'{"text":1}'
-    assert fetch(hub, tmp_path, "--variant", "byte260", "--with-docs") == 2
-    assert "LightSpeedUp/parameter-golf-data holds no docs_selected.jsonl" in capsys.readouterr().err
-
-
-def test_wishes_that_cannot_be_met_are_refused_before_the_first_byte(hub, tmp_path, capsys, monkeypatch):
-    assert fetch(hub, tmp_path, "--train-shards", 5) == 2
-    assert "--train-shards 5: willdepueoai/parameter-golf holds 4 of sp1024" in capsys.readouterr().err
-    assert fetch(hub, tmp_path, "--layout", "folder") == 2
-    assert "--layout folder: expected nested, flat, or a folder" in capsys.readouterr().err
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(downloader.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    assert fetch(hub, tmp_path, "--train-shards", 1) == 2
-    assert "GB are free" in capsys.readouterr().err
-    assert not hub.served
-
-
-def test_an_export_with_another_split_is_named(hub, tmp_path, capsys):
-    for files in hub.repos.values():
-        for path in files:
-            if "fineweb_val_00000" in path:
-                files[path] = (
-                    shards.shard_header(60_000) + np.repeat([1, 5, 1, 1, 1, 1], 10_000).astype("<u2").tobytes()
-                )
-    assert fetch(hub, tmp_path, "--variant", "sp8192", "--train-shards", 0) == 0
-    assert "documents, the official split" not in capsys.readouterr().out
-    assert fetch(hub, tmp_path, "--variant", "sp1024", "--train-shards", 0) == 0
-    assert "validation holds 100,000 documents, the official split 50,000" in capsys.readouterr().out
+@pytest.mark.parametrize("fault", ["page", "redirect"])
+def test_a_network_that_answers_in_the_hubs_place_is_named(hub, tmp_path, capsys, fault):
+    files = downloader.list_files(hub.api, OFFICIAL)
+    hub.faults["every answer"] = [fault]
+    assert fetch(hub, tmp_path) == 1  # neither the list of files ...
+    with pytest.raises(shards.Failure, match="what answered is no hub .*HF_ENDPOINT; start again"):  # ... nor a file
+        downloader.fetch(hub.api, OFFICIAL, files[0], tmp_path / "file", tmp_path / "aside")
+    assert "what answered is no hub" in capsys.readouterr().err and not (tmp_path / "file").exists()
 
 
 @pytest.fixture
 def documents_hub(hub, monkeypatch) -> Hub:
     """The hub with documents of which the first five are validation."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in CASES + PLAIN)
-    hub.repos["willdepueoai/parameter-golf"][f"datasets/{downloader.DOCUMENTS}"] = lines.encode()
+    hub.repos[OFFICIAL][f"datasets/{downloader.DOCUMENTS}"] = lines.encode()
     monkeypatch.setattr(make_shards, "OFFICIAL_VAL_DOCS", 5)
     return hub
 
@@ -1238,14 +1136,6 @@ def test_one_command_leads_from_documents_to_fused_shards(documents_hub, tmp_pat
     assert manifest["val"]["documents"] == 5 and manifest["train"]["documents"] == len(CASES + PLAIN) - 5
     assert fetch(documents_hub, tmp_path, *argv) == 0
     assert "is made already" in capsys.readouterr().out
-
-
-def test_documents_that_are_not_there_or_too_few_are_named(documents_hub, tmp_path, capsys, monkeypatch):
-    assert fetch(documents_hub, tmp_path, "--make-caseops", "--repo", "someone/else") == 2
-    assert "--make-caseops needs docs_selected.jsonl: someone/else holds none" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        fetch(documents_hub, tmp_path, "--make-caseops", "--train-shards", 0)
-    assert "--train-shards: 0: expected 1 or more" in capsys.readouterr().err
     monkeypatch.setattr(make_shards, "OFFICIAL_VAL_DOCS", 50_000)
-    assert fetch(documents_hub, tmp_path, "--make-caseops") == 2
+    assert fetch(documents_hub, tmp_path / "new", "--make-caseops") == 2
     assert f"--val-docs 50000: the input has {len(CASES + PLAIN)} documents" in capsys.readouterr().err
