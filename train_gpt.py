@@ -3987,12 +3987,17 @@ HASHED_SIZES = {2: 2**20, 3: 2**21, 4: 2**21, 5: 2**20, 6: 2**19, 7: 2**19}  # o
 HASHED_MULTIPLIERS = (36313, 27191, 51647, 81929, 131071, 196613, 262147)
 
 
-def hash_sequence(tokens: Iterable[Tensor]) -> Tensor:
+def hash_sequence(tokens: Iterable[Tensor], multipliers: Iterable[int] = HASHED_MULTIPLIERS) -> Tensor:
     """h <- (h P_k + token_k) mod 2^32 over equally long columns of tokens, oldest first (#1095)."""
     h: Tensor | int = 0
-    for multiplier, column in zip(HASHED_MULTIPLIERS, tokens, strict=False):
+    for multiplier, column in zip(multipliers, tokens, strict=False):
         h = (h * multiplier + column) & 0xFFFFFFFF
     return h
+
+
+def count_cells(cells: Tensor, index: Tensor) -> None:
+    """Add one to the int32 cell at each index (n,)."""
+    cells.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
 
 
 class HashedNgrams:
@@ -4013,7 +4018,7 @@ class HashedNgrams:
         width = rows_BT.shape[1]
         for n, cells in self.cells.items():
             h = hash_sequence(rows_BT[:, k : width - n + 1 + k] for k in range(n)).flatten()
-            cells.index_add_(0, h & (len(cells) - 1), torch.ones_like(h, dtype=torch.int32))
+            count_cells(cells, h & (len(cells) - 1))
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """Count this rank's rows of the step: the inputs and the last target."""
@@ -8155,36 +8160,6 @@ def alpha_pr850(entropy: Tensor, order: Tensor, _confidence: Tensor) -> Tensor:
     return ((0.12 + 0.48 * torch.sigmoid(2.0 * (entropy - centre))) * factor).clamp(0, 0.95)
 
 
-class EnrichmentScale:
-    """Confidence of PR #187 in 0..1: how far the pre-enrichment moved an embedding (the base's `enrichment`), over the largest
-    such step among scored targets; 0.5 while there is none. The published form takes the largest of the batch that is being
-    scored, and so looks ahead."""
-
-    def __init__(self, base: Expert) -> None:
-        self.base, self.largest = base, 0.0
-
-    def confidence(self, target: Tensor) -> Tensor:
-        """(n,) in 0..1."""
-        steps = self.base.enrichment
-        if steps is None or self.largest == 0:
-            return torch.full_like(target, 0.5, dtype=torch.float64)
-        return (steps[target] / self.largest).clamp_max(1.0).double()
-
-    def of_batch(self, target: Tensor, rank: Tensor, ranks: int) -> Tensor:
-        """(n,) in the published form: over the largest step of the same rank's part of the batch `target`, later positions included."""
-        steps = self.base.enrichment
-        if steps is None:
-            return torch.full_like(target, 0.5, dtype=torch.float64)
-        steps = steps[target].double()
-        return steps / steps.new_zeros(ranks).scatter_reduce(0, rank, steps, "amax")[rank].clamp_min(1e-30)
-
-    def learn(self, target: Tensor) -> None:
-        """Learn from scored targets."""
-        steps = self.base.enrichment
-        if steps is not None:
-            self.largest = max(self.largest, steps[target].max().item())
-
-
 class Tilt(NgramExpert):
     """p(v) e^{s [v = hint]} / Z with Z = 1 + q (e^s - 1), q = p(hint), where the hint filled `threshold` of its context's successors.
 
@@ -8242,10 +8217,7 @@ def polynomial_hash(multiplier: int, target_multiplier: int) -> tuple[Callable, 
     """
 
     def context(context_nk: Tensor) -> Tensor:
-        h = torch.zeros_like(context_nk[:, 0])
-        for column in context_nk.unbind(1):
-            h = (h * multiplier + column) & 0xFFFFFFFF  # the low bits, all that a table index keeps, survive this
-        return h
+        return hash_sequence(context_nk.unbind(1), itertools.repeat(multiplier))
 
     return context, lambda h, _order, token: h * target_multiplier + token
 
@@ -8260,11 +8232,6 @@ class PublishedCache(NamedTuple):
     batch: int  # windows scored between two updates of a rank's tables
     layout: str  # "blocks": a rank owns a contiguous share of the text; "windows": every n-th; "shared": one table
     backs_off: bool = False  # an order counts the targets alone that no longer order has mixed
-
-    @property
-    def chunk(self) -> int:
-        """Targets between two updates of a rank's tables."""
-        return self.window * self.batch
 
 
 MULTIPLIERS_740 = (36313, 27191, 51647, 81929, 131071, 65537, 104729)
@@ -8283,26 +8250,54 @@ PUBLISHED = {
 }
 
 
-WHOLE_ROWS = 2048  # targets whose whole vocabulary is gathered at once
+class HashedScorer(ABC):
+    """A published scorer: the base's probabilities, mixed with counts of hashed n-grams that are looked up for the target alone.
+
+    As published (`normalize` False) these counts are no distribution, so the score is no code length; `normalize` divides by their
+    sum over the vocabulary. The driver updates it every `span` targets.
+    """
+
+    WHOLE_ROWS = 2048  # targets whose whole vocabulary is gathered at once
+    span = 2**16
+
+    def __init__(self, base: Expert, vocab_size: int, normalize: bool, least: int, device: torch.device | str) -> None:
+        self.base, self.normalize, self.least = base, normalize, least
+        self.every_1V = torch.arange(vocab_size, device=device)[None]
+
+    @abstractmethod
+    def mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor) -> Tensor:
+        """(n, m) float64: what becomes of the base's probabilities p of tokens `token` (n, m) at positions `target` (n,)."""
+
+    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
+        p, rows = self.base.score(tokens, lo, hi).exp(), self.WHOLE_ROWS if self.normalize else hi - lo
+        parts = zip(p.split(rows), torch.arange(lo, hi, device=tokens.device).split(rows), strict=True)
+        return torch.cat([self.mixed(tokens, t, q[:, None], tokens[t, None])[:, 0] for q, t in parts]).log()
+
+    def dist(self, tokens: Tensor, t: int) -> Tensor:
+        """(V,) float64: what score() gives every token at t; a distribution only with `normalize`."""
+        p = self.base.dist(tokens, t).to(tokens.device)
+        return self.mixed(tokens, torch.tensor([t], device=tokens.device), p[None], self.every_1V)[0]
+
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: B027 (a table of the training text is frozen)
+        """Learn from tokens[lo:hi], all of them scored."""
 
 
-class HashedCache:
+class HashedCache(HashedScorer):
     """A published cache: for each order a table of counts of contexts and one of contexts with their target, mixed with the base.
 
-    As published (`normalize` False) the count with the target over the count of the context is called a probability; collisions
-    make its sum over the vocabulary exceed 1, so the score is no code length. `normalize` divides by that sum. There are
-    `ranks` caches, each for its own part of the text, as on the published machines. The driver updates every `span` targets.
+    The count with the target over the count of the context is called a probability; collisions make its sum over the vocabulary
+    exceed 1. There are `ranks` caches, each for its own part of the text, as on the published machines; normalised there is one.
     """
 
     def __init__(self, name: str, base: Expert, vocab_size: int, *, normalize: bool, buckets: int = 2**22, ranks: int = 8,
                  least: int = 2, device: torch.device | str = "cpu") -> None:  # fmt: skip
-        self.spec, self.base, self.vocab_size, self.normalize = PUBLISHED[name], base, vocab_size, normalize
-        self.buckets, self.least = buckets, least
+        super().__init__(base, vocab_size, normalize, least, device)
+        self.spec, self.buckets = PUBLISHED[name], buckets
         self.ranks = 1 if normalize or self.spec.layout == "shared" else ranks
-        self.span = self.spec.chunk * (self.ranks if self.spec.layout == "windows" else 1)
+        self.span = self.spec.window * self.spec.batch * (self.ranks if self.spec.layout == "windows" else 1)
         shape = (len(self.spec.orders), 2, self.ranks * buckets)
         self.tables = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.scale, self.looks_ahead = EnrichmentScale(base), not normalize
+        self.largest = torch.zeros(self.ranks, dtype=torch.float64, device=device)  # step of the enrichment
 
     def _rank(self, target: Tensor, tokens: Tensor) -> Tensor:
         window = (target - 1) // self.spec.window
@@ -8310,85 +8305,83 @@ class HashedCache:
             return window % self.ranks
         return window * self.ranks // ((len(tokens) - 2) // self.spec.window + 1)
 
-    def _cells(self, tokens: Tensor, target: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        """(hash of each target's context, flat index of its count in `tables[i, 0]`)."""
+    def _context_cells(self, tokens: Tensor, target: Tensor, order: int) -> tuple[Tensor, Tensor]:
+        """(hash of each target's context, index of its count in `tables[i, 0]`)."""
         back = torch.arange(order - 1, 0, -1, device=tokens.device)
         h = self.spec.hash[0](tokens[(target[:, None] - back).clamp_min(0)])
         return h, self._rank(target, tokens) * self.buckets + (h & (self.buckets - 1))
 
-    def _ratio(self, row: int, order: int, h: Tensor, rank: Tensor, token: Tensor, C: Tensor) -> Tensor:
-        """Count of context and token over the count C of the context: what the authors call a probability."""
-        cell = rank * self.buckets + (self.spec.hash[1](h, order, token) & (self.buckets - 1))
-        return torch.minimum(self.tables[row, 1][cell], C) / C
+    def _cells(self, h: Tensor, order: int, rank: Tensor, token: Tensor) -> Tensor:
+        """Index in `tables[i, 1]` of the count of `token` after a context of hash h."""
+        return rank * self.buckets + (self.spec.hash[1](h, order, token) & (self.buckets - 1))
 
-    def _vocabulary_sum(self, row: int, order: int, h: Tensor, rank: Tensor, C: Tensor) -> Tensor:
-        """(n, 1) float64: sum of the ratios over the vocabulary, for WHOLE_ROWS targets at once."""
-        every = torch.arange(self.vocab_size, device=h.device)[None]
-        sums = [C.new_zeros(0, 1, dtype=torch.float64)]
-        for h_n, rank_n, C_n in zip(*(x.split(WHOLE_ROWS) for x in (h, rank, C)), strict=True):
-            sums.append(self._ratio(row, order, h_n, rank_n, every, C_n).double().sum(1, keepdim=True))
-        return torch.cat(sums)
+    def _largest_steps(self, tokens: Tensor, target: Tensor) -> Tensor:
+        """(ranks,) the largest step of the enrichment among each rank's targets, 0 without one."""
+        if self.base.enrichment is None:
+            return torch.zeros_like(self.largest)
+        steps, rank = self.base.enrichment[target].double(), self._rank(target, tokens)
+        return torch.zeros_like(self.largest).scatter_reduce(0, rank, steps, "amax")
 
-    def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor, entropy: Tensor) -> Tensor:
-        """(n, m) float64: what becomes of the base's probabilities p of tokens `token` (n, m) at positions `target` (n,)."""
-        confidence = self.batch[target - self.batch_start] if self.looks_ahead else self.scale.confidence(target)
+    def _confidence(self, tokens: Tensor, target: Tensor) -> Tensor:
+        """(n,) of PR #187 in 0..1: how far the pre-enrichment moved an embedding over the largest such step; 0.5 while there is none."""
+        largest = self.largest[self._rank(target, tokens)]
+        steps = largest if self.base.enrichment is None else self.base.enrichment[target].double()
+        return torch.where(largest > 0, (steps / largest).clamp_max(1.0), 0.5)
+
+    def mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor) -> Tensor:
+        entropy, confidence = self.base.entropy[target].double(), self._confidence(tokens, target)
         result, todo = p.clone(), torch.arange(len(target), device=tokens.device)
-        for row, order in enumerate(self.spec.orders):
-            h, cell = self._cells(tokens, target[todo], order)
-            total = self.tables[row, 0][cell]
+        for (contexts, pairs), order in zip(self.tables, self.spec.orders, strict=True):
+            h, cell = self._context_cells(tokens, target[todo], order)
+            total = contexts[cell]
             hit = (total >= self.least) & (target[todo] >= order - 1)
             at, h, C = todo[hit], h[hit, None], total[hit, None]
             todo = todo[~hit]
             rank = self._rank(target[at], tokens)[:, None]
-            ratio = self._ratio(row, order, h, rank, token[at], C).double()
+            ratio = (torch.minimum(pairs[self._cells(h, order, rank, token[at])], C) / C).double()
             alpha = self.spec.alpha(entropy[at], torch.full_like(at, order), confidence[at])[:, None]
             if self.normalize:
-                mass = self._vocabulary_sum(row, order, h, rank, C)
+                every = torch.minimum(pairs[self._cells(h, order, rank, self.every_1V)], C) / C
+                mass = every.double().sum(1, keepdim=True)
                 alpha = torch.where(mass > 0, alpha, 0.0)
                 ratio = ratio / mass.clamp_min(1e-300)
             result[at] = (1 - alpha) * p[at] + alpha * ratio
         return result
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
-        p, entropy = self.base.score(tokens, lo, hi).exp(), self.base.entropy[lo:hi].double()
-        target = torch.arange(lo, hi, device=tokens.device)
-        if self.looks_ahead:
-            self.batch, self.batch_start = self.scale.of_batch(target, self._rank(target, tokens), self.ranks), lo
-        return self._mixed(tokens, target, p[:, None], tokens[lo:hi, None], entropy)[:, 0].log()
-
-    def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """(V,) float64: what score() gives every token at t; a distribution only with `normalize`."""
-        p = self.base.dist(tokens, t).to(tokens.device)
-        target, every = torch.tensor([t], device=tokens.device), torch.arange(len(p), device=tokens.device)
-        return self._mixed(tokens, target, p[None], every[None], self.base.entropy[t : t + 1].double())[0]
+        if (
+            not self.normalize
+        ):  # the published form looks ahead: the largest step is that of the targets which it scores
+            self.largest = self._largest_steps(tokens, torch.arange(lo, hi, device=tokens.device))
+        return super().score(tokens, lo, hi)
 
     def update(self, tokens: Tensor, lo: int, hi: int) -> None:
         todo = torch.arange(lo, hi, device=tokens.device)
-        self.scale.learn(todo)
-        for row, order in enumerate(self.spec.orders):
+        if self.normalize:
+            self.largest = torch.maximum(self.largest, self._largest_steps(tokens, todo))
+        for (contexts, pairs), order in zip(self.tables, self.spec.orders, strict=True):
             target = todo[todo >= order - 1]
-            h, cell = self._cells(tokens, target, order)
+            h, cell = self._context_cells(tokens, target, order)
             if self.spec.backs_off:  # what this order mixed is none of the shorter ones'
-                unmixed = target[self.tables[row, 0][cell] < self.least]
-                todo = torch.cat([todo[: len(todo) - len(target)], unmixed])
-            full = self.spec.hash[1](h, order, tokens[target]) & (self.buckets - 1)
-            for table, index in ((0, cell), (1, self._rank(target, tokens) * self.buckets + full)):
-                self.tables[row, table].scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+                todo = torch.cat([todo[: len(todo) - len(target)], target[contexts[cell] < self.least]])
+            count_cells(contexts, cell)
+            count_cells(pairs, self._cells(h, order, self._rank(target, tokens), tokens[target]))
 
 
-class HashedTable:
+class HashedTable(HashedScorer):
     """The scorer of #1095: counts of hashed n-grams of the training text, fixed.
 
-    As published (`normalize` False): the first order from 7 down whose count c of context and target is 2 or more gives
-    alpha c / (c + 1024) + (1 - alpha) p, alpha = min(.95, ln(1 + c) / 10), never below 1e-10. No context is counted, so this is no
-    conditional probability, and alpha looks at the target. `normalize` divides by the sum over the vocabulary, C, and takes the
-    order and alpha from C. Contexts start anew every `length` targets.
+    The first order from 7 down whose count c of context and target is 2 or more gives alpha c / (c + 1024) + (1 - alpha) p,
+    alpha = min(.95, ln(1 + c) / 10), never below 1e-10. No context is counted, so this is no conditional probability, and alpha
+    looks at the target. `normalize` divides by the sum over the vocabulary, C, and takes the order and alpha from C. Contexts
+    start anew every `length` targets.
     """
 
     def __init__(self, cells: dict[int, np.ndarray], base: Expert, vocab_size: int, length: int, *, normalize: bool, least: int = 2,
                  device: torch.device | str = "cpu") -> None:  # fmt: skip
+        super().__init__(base, vocab_size, normalize, least, device)
         self.cells = {n: torch.from_numpy(cells[n].astype(np.int32)).to(device) for n in sorted(cells, reverse=True)}
-        self.base, self.vocab_size, self.length, self.normalize, self.least = base, vocab_size, length, normalize, least
+        self.length = length
 
     def _counts(self, tokens: Tensor, target: Tensor, token: Tensor, n: int) -> Tensor:
         """(n, m) float64: counts of the n-grams that end in each `token` at each `target`."""
@@ -8396,35 +8389,18 @@ class HashedTable:
         h = (before * HASHED_MULTIPLIERS[n - 1] + token) & 0xFFFFFFFF
         return self.cells[n][h & (len(self.cells[n]) - 1)].double()
 
-    def _mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor) -> Tensor:
-        """(n, m) float64: what becomes of the base's probabilities p of tokens `token` (n, m) at positions `target` (n,)."""
+    def mixed(self, tokens: Tensor, target: Tensor, p: Tensor, token: Tensor) -> Tensor:
         result, todo = p.clone(), torch.ones_like(token, dtype=torch.bool)
         room = (target - 1) % self.length + 1  # tokens before the target in its sequence
-        every = torch.arange(self.vocab_size, device=tokens.device)[None]
         for n in self.cells:
             c = self._counts(tokens, target, token, n)
-            C = self._counts(tokens, target, every, n).sum(1, keepdim=True) if self.normalize else c
+            C = self._counts(tokens, target, self.every_1V, n).sum(1, keepdim=True) if self.normalize else c
             hit = todo & (self.least <= C) & (room >= n - 1)[:, None]
             alpha = (torch.log1p(C) / 10).clamp_max(0.95)
             share = c / C.clamp_min(1) if self.normalize else c / (c + 1024)
             result = torch.where(hit, alpha * share + (1 - alpha) * p, result)
             todo = todo & ~hit
         return result if self.normalize else result.clamp_min(1e-10)
-
-    def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
-        p, target = self.base.score(tokens, lo, hi).exp(), torch.arange(lo, hi, device=tokens.device)
-        parts = zip(p.split(WHOLE_ROWS), target.split(WHOLE_ROWS), strict=True)
-        return torch.cat([self._mixed(tokens, t, q[:, None], tokens[t][:, None])[:, 0] for q, t in parts]).log()
-
-    def dist(self, tokens: Tensor, t: int) -> Tensor:
-        """(V,) float64: what score() gives every token at t; a distribution only with `normalize`."""
-        p = self.base.dist(tokens, t).to(tokens.device)
-        return self._mixed(
-            tokens, torch.tensor([t], device=tokens.device), p[None], torch.arange(len(p), device=tokens.device)[None]
-        )[0]
-
-    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
-        """Nothing to learn: the table is frozen."""
 
 
 class Tables(NamedTuple):
@@ -8550,23 +8526,21 @@ class Evaluation:
             self.networks[stage] = network
         return self.networks[stage]
 
-    def published(self, stage: str, network: NetworkExpert) -> tuple[Any, int]:
-        """(NGRAM_CLAIM's scorer, as it was published or normalised, targets between two updates)."""
+    def published(self, stage: str, network: NetworkExpert) -> HashedScorer:
+        """NGRAM_CLAIM's scorer, as it was published or normalised."""
         cfg, normalize = self.cfg, stage == "normalized"
         if cfg.ngram_claim == "pr1095":
-            table = HashedTable(self.tables.hashed, network, cfg.vocab_size, cfg.eval_len, normalize=normalize,
-                                least=cfg.ngram_min_count, device=self.device)  # fmt: skip
-            return table, 2**16
-        cache = HashedCache(cfg.ngram_claim, network, cfg.vocab_size, normalize=normalize, device=self.device,
-                            buckets=cfg.ngram_buckets, ranks=cfg.ngram_claim_ranks, least=cfg.ngram_min_count)  # fmt: skip
-        return cache, cache.span
+            return HashedTable(self.tables.hashed, network, cfg.vocab_size, cfg.eval_len, normalize=normalize,
+                               least=cfg.ngram_min_count, device=self.device)  # fmt: skip
+        return HashedCache(cfg.ngram_claim, network, cfg.vocab_size, normalize=normalize, device=self.device,
+                           buckets=cfg.ngram_buckets, ranks=cfg.ngram_claim_ranks, least=cfg.ngram_min_count)  # fmt: skip
 
     def scorer(self, stage: str) -> tuple[Any, list[Any], int]:
         """(the expert whose scores the stage reports, all that learn in the order they do, targets between two updates)."""
         network = self.network(stage)
         if stage in ("normalized", "claimed"):
-            scorer, span = self.published(stage, network)
-            return scorer, [network, scorer], span
+            scorer = self.published(stage, network)
+            return scorer, [network, scorer], scorer.span
         chain = expert_chain(self.cfg, stage, network, [self.table, self.tilt_table], self.packed)
         span = network.ahead if len(chain) == 1 else update_span(len(self.text.tokens))
         return chain[-1], chain, span
@@ -8616,10 +8590,11 @@ def claim(evaluation: Evaluation) -> None:
     never the score, so it runs once the score is reported, outside the evaluation's time."""
     cfg, run = evaluation.cfg, evaluation.run
     evaluation.model.eval()
-    if PUBLISHED.get(cfg.ngram_claim, PUBLISHED["pr850"]).chunk < SMALL_SPAN:
+    scorer, parts, span = evaluation.scorer("claimed")
+    if span < SMALL_SPAN:
         evaluation.score("network", *evaluation.scorer("network"), math.inf)  # scored already unless its stage is off
         evaluation.move_to_cpu()
-    scorer, parts, span = evaluation.scorer("claimed")
+        scorer, parts, span = evaluation.scorer("claimed")
     n = len(evaluation.text.tokens)
     recorded = RecordingScorer(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
     r = evaluation.score("claimed", recorded, parts, span, math.inf)
