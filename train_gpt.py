@@ -4781,52 +4781,26 @@ def row_quantiles(w_RC: Tensor, quantiles: tuple[float, ...]) -> Tensor:
     return torch.lerp(sorted_RC[:, low_Q.to(w_RC.device)], sorted_RC[:, high_Q.to(w_RC.device)], share_Q).T
 
 
-def row_clip(w_RC: Tensor, top: int, clip: ClipRule) -> Tensor:
-    """(R,) the weight that a row's largest code stands for.
+def clipped_scale(w_RC: Tensor, bits: int, clip: ClipRule) -> Tensor:
+    """Step of each row (R,) fp16, whose largest code then stands for the weight at which `clip` cuts the row.
 
     `row` and `tensor` take the quantile with the least squared error, each row its own (GPTQ-lite, PR #414) or one for all (PR #187).
     `sigma`: so many sample standard deviations of the row about its mean (PR #1394), at least its root mean square, which only rows of
     nearly equal weights meet. At 11 to 14 deviations nothing is clipped: sigmas / top is the step, and an entropy coder makes it a rate.
     """
+    top = largest_code(bits)
     if clip.rule == "max":
-        return w_RC.abs().amax(dim=1)
+        return row_scale(w_RC.abs().amax(dim=1), top)
     if clip.rule == "sigma":
         deviation_R = w_RC.std(dim=1) if w_RC.shape[1] > 1 else torch.zeros_like(w_RC[:, 0])
-        return torch.maximum(clip.sigmas * deviation_R, w_RC.square().mean(dim=1).sqrt())
-    clips_QR, errors = row_quantiles(w_RC, clip.quantiles), []
+        return row_scale(torch.maximum(clip.sigmas * deviation_R, w_RC.square().mean(dim=1).sqrt()), top)
+    scales_QR = row_scale(row_quantiles(w_RC, clip.quantiles), top)
     if clip.rule == "quantile":
-        return clips_QR[-1]
-    for clip_R in clips_QR:
-        step_R1 = row_scale(clip_R, top).float()[:, None]
-        errors.append((nearest_codes(w_RC / step_R1, top) * step_R1 - w_RC).square().sum(dim=1))
-    errors_QR = torch.stack(errors)
-    return (
-        clips_QR[errors_QR.sum(1).argmin()]
-        if clip.rule == "tensor"
-        else clips_QR.gather(0, errors_QR.argmin(0)[None])[0]
-    )
-
-
-def clipped_scale(w_RC: Tensor, bits: int, clip: ClipRule) -> Tensor:
-    """Step of each row (R,) fp16 under a clip rule."""
-    return row_scale(row_clip(w_RC, largest_code(bits), clip), largest_code(bits))
-
-
-def quantize_rows(w_RC: Tensor, bits: int, clip: ClipRule) -> tuple[Tensor, Tensor]:
-    """Round each row to signed `bits`-bit codes: codes (R, C) int8, scale (R,) fp16, w ~ codes * scale."""
-    scale_R = clipped_scale(w_RC, bits, clip)
-    return nearest_codes(w_RC / scale_R.float()[:, None], largest_code(bits)), scale_R
-
-
-def parse_overrides(text: str) -> list[tuple[str, int]]:
-    """'blocks.9.attn.k=16,*.up=5' -> [(pattern, bits)]; patterns are shell patterns over names without '.weight'."""
-    overrides = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        pattern, _, bits = item.partition("=")
-        if not bits.isdigit() or int(bits) not in WIDTHS:
-            raise ConfigError(f"QUANT_OVERRIDES item {item!r}: expected name=bits with bits one of {WIDTHS}")
-        overrides.append((pattern.strip(), int(bits)))
-    return overrides
+        return scales_QR[-1]
+    steps = [scale_R.float()[:, None] for scale_R in scales_QR]
+    errors_QR = torch.stack([(nearest_codes(w_RC / step, top) * step - w_RC).square().sum(dim=1) for step in steps])
+    best_1R = errors_QR.sum(1).argmin().expand(1, len(w_RC)) if clip.rule == "tensor" else errors_QR.argmin(0)[None]
+    return scales_QR.gather(0, best_1R)[0]
 
 
 class Policy:
@@ -4834,12 +4808,16 @@ class Policy:
 
     def __init__(self, cfg: Config, named: Mapping[str, Tensor], store: Mapping[str, str]):
         self.cfg, self.named, self.store = cfg, named, store
-        self.overrides = parse_overrides(cfg.quant_overrides)
+        self.overrides: list[tuple[str, int]] = []  # (shell pattern over names without ".weight", bits)
         sites = [name.removesuffix(".weight") for name in named]
-        for pattern, bits in self.overrides:
+        for item in filter(None, listed(cfg.quant_overrides)):
+            pattern, _, bits = (part.strip() for part in item.partition("="))
+            if not bits.isdigit() or int(bits) not in WIDTHS:
+                raise ConfigError(f"QUANT_OVERRIDES item {item!r}: expected name=bits with bits one of {WIDTHS}")
             if not fnmatch.filter(sites, pattern):
                 known = ", ".join(sorted(sites)[:3])
-                raise ConfigError(f"QUANT_OVERRIDES item {pattern}={bits} matches no parameter (they are {known}, ...)")
+                raise ConfigError(f"QUANT_OVERRIDES item {item} matches no parameter (they are {known}, ...)")
+            self.overrides.append((pattern, int(bits)))
 
     @classmethod
     def of(cls, cfg: Config, model: nn.Module) -> Policy:
@@ -4919,9 +4897,7 @@ class GptqFactors(NamedTuple):
 
     order_C: Tensor  # the columns in the order in which they are coded
     dead_C: Tensor  # columns whose input is always 0
-    spread_CC: (
-        Tensor  # by rows, up to a factor: what an error in a column moves those after it by, to make up for it; fp64
-    )
+    spread_CC: Tensor  # fp64, by rows up to a factor: what an error moves the columns after it by, to make up for it
     weight_C: Tensor  # what a squared error in a column then still costs, on average 1
     gain: float  # that average, relative to what errors cost if no column makes up for them
 
@@ -5004,6 +4980,12 @@ PATH_BITS = 12  # of a code: fine steps of rows, of columns and of a trellis mul
 TRELLISES = {4: (0b1, 0b10), 8: (0b1, 0b110), 64: (0b1010, 0b100001)}
 
 
+def trellis_states(states: int, shape: tuple[int, ...]) -> int:
+    """`states`, or 0 for the shape of a tensor whose codes stay independent."""
+    rows, columns = rows_and_columns(shape)
+    return states if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
+
+
 @functools.cache
 def trellis_bits(states: int) -> np.ndarray:
     """(2, S) uint8: whether each state allows odd codes, not even ones; whether it flips the bit that is shifted in."""
@@ -5027,21 +5009,27 @@ def column_steps(weight_C: Tensor) -> Tensor:
 
 
 class TrellisSearch:
-    """Viterbi search for the paths of N matrices of R rows through a trellis of S states, each survivor with its own weights.
+    """Viterbi search for the paths of N matrices (R, C) through a trellis of S states, each survivor with its own weights.
 
-    `x_NCR` are weights in steps, columns first. A column costs its squared error times `weight_NC`, and RATE_PRICE times the
-    bits of its code, taken from a Gaussian of the row's and the column's power (`power_NC`, of all rows). A code's error moves the columns after it
-    by `feedback_NCC` (None: not at all). Errors of the last DELAY columns are kept for every survivor. Those before are the
-    best survivor's, and survivors of another past are dropped. At 64 states that costs up to .03 dB, with a DELAY of 32 columns .17 dB.
+    `x_NRC` are weights in steps. A column costs its squared error times its weight in `factors`, and RATE_PRICE times the bits of its
+    code, taken from a Gaussian of the row's and the column's power (`power_NC`, where these rows are only a part). A code's error
+    moves the columns after it as `factors` say (None: not at all, and columns weigh the same). Errors of the last DELAY columns are
+    kept for every survivor. Those before are the best survivor's, and survivors of another past are dropped. At 64 states that
+    costs up to .03 dB, with a DELAY of 32 columns .17 dB.
     """
 
     BLOCK, DELAY = 32, 96  # columns
     DROPPED = 1e30  # cost of a path that is out
 
-    def __init__(self, x_NCR: Tensor, feedback_NCC: Tensor | None, weight_NC: Tensor, power_NC: Tensor, states: int):
-        self.x_NCR, self.feedback_NCC, self.states = x_NCR.clone(), feedback_NCC, states
+    @torch.no_grad()
+    def __init__(self, x_NRC: Tensor, factors: list[GptqFactors] | None, states: int, power_NC: Tensor | None = None):
+        self.x_NCR, self.feedback_NCC, self.states = x_NRC.transpose(1, 2).clone(), None, states
+        x_NCR, weight_NC = self.x_NCR, x_NRC.new_ones(x_NRC.shape[::2])
         n, columns, rows = x_NCR.shape
-        power_NC = power_NC + 0.1
+        if factors is not None:
+            self.feedback_NCC = torch.stack([f.feedback_CC for f in factors])
+            weight_NC = torch.stack([f.weight_C for f in factors])
+        power_NC = (x_NRC.square().mean(dim=1) if power_NC is None else power_NC) + 0.1
         power_NR = (x_NCR.square() / power_NC[:, :, None]).mean(dim=1) + 0.1
         bit_price = RATE_PRICE / (2 * math.log(2))
         self.price_NCR = ((bit_price / (power_NC * weight_NC))[:, :, None], power_NR.reciprocal()[:, None])
@@ -5056,8 +5044,9 @@ class TrellisSearch:
         self.upper_CNSR = torch.empty((columns, n, states, rows), dtype=torch.bool, device=x_NCR.device)
         self.error_ANSR, self.first = x_NCR.new_empty((0, n, states, rows)), 0  # undecided errors, from column `first`
 
+    @torch.no_grad()
     def codes(self) -> Tensor:
-        """(N, C, R) int16: the path of least cost of each row."""
+        """(N, R, C) int16: the path of least cost of each row."""
         n, columns, rows = self.x_NCR.shape
         for lo in range(0, columns, self.BLOCK):
             hi = min(lo + self.BLOCK, columns)
@@ -5070,7 +5059,7 @@ class TrellisSearch:
         for j in range(columns - 1, -1, -1):
             found_NCR[:, j] = self.codes_CNSR[j].gather(1, at_N1R)[:, 0]
             at_N1R = (at_N1R >> 1) + self.states // 2 * self.upper_CNSR[j].gather(1, at_N1R)
-        return found_NCR
+        return found_NCR.transpose(1, 2).contiguous()
 
     def advance(self, lo: int, hi: int) -> None:
         """Extend all survivors through columns lo..hi, each with what its own errors moved these columns by.
@@ -5131,24 +5120,6 @@ class TrellisSearch:
         feedback_NBC = self.feedback_NCC[:, self.first : self.first + old, hi:].transpose(1, 2)
         self.x_NCR[:, hi:].baddbmm_(feedback_NBC, decided[:, :, 0].transpose(0, 1), alpha=-1)
         self.error_ANSR, self.first = self.error_ANSR[old:], self.first + old
-
-
-@torch.no_grad()
-def trellis_codes(
-    x_NRC: Tensor, factors: list[GptqFactors] | None, states: int, power_NC: Tensor | None = None
-) -> Tensor:
-    """Codes (N, R, C) int16 of N equal shapes in steps, paths through a trellis; `factors` turn the search into GPTQ's.
-
-    `power_NC` are mean squares of columns, where these rows are only a part.
-    """
-    n, _, columns = x_NRC.shape
-    feedback, weights = None, x_NRC.new_ones(n, columns)
-    if factors is not None:
-        feedback, weights = torch.stack([f.feedback_CC for f in factors]), torch.stack([f.weight_C for f in factors])
-    power_NC = x_NRC.square().mean(dim=1) if power_NC is None else power_NC
-    return (
-        TrellisSearch(x_NRC.transpose(1, 2), feedback, weights, power_NC, states).codes().transpose(1, 2).contiguous()
-    )
 
 
 # ---- calibration
@@ -5319,7 +5290,7 @@ def round_all(cfg: Config, items: list[TensorToCode], run: Run | None) -> list[T
             return gptq(w_NRC[:, rows], scale_NR[:, rows], factors, top, cfg.gptq_block_size).cpu()
         x_NRC = w_NRC / scale_NR[:, :, None]
         if stored.trellis:
-            return trellis_codes(x_NRC[:, rows], factors, stored.trellis, x_NRC.square().mean(dim=1)).cpu()
+            return TrellisSearch(x_NRC[:, rows], factors, stored.trellis, x_NRC.square().mean(dim=1)).codes().cpu()
         return nearest_codes(x_NRC[:, rows], top).cpu()
 
     groups: dict[tuple, list[int]] = {}
@@ -5358,18 +5329,12 @@ def low_rank_codes(residual_RC: Tensor, rank: int, bits: int, group: int) -> Low
     )
 
 
-def trellis_states(cfg: Config, shape: tuple[int, ...]) -> int:
-    """States of a tensor's trellis; 0 for a shape with too few rows to be worth one."""
-    rows, columns = rows_and_columns(shape)
-    return cfg.quant_trellis if rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS else 0
-
-
 class InputStats:
     """What is known of the inputs of every tensor: second moments, what they mean to GPTQ, and steps of columns."""
 
     def __init__(self, policy: Policy, hessians: Mapping[str, Tensor], run: Run | None):
         self.policy, cfg = policy, policy.cfg
-        self.states = {name: trellis_states(cfg, w.shape) for name, w in policy.named.items()}
+        self.states = {name: trellis_states(cfg.quant_trellis, w.shape) for name, w in policy.named.items()}
         self.moments = {name: input_moments(name, policy.named, hessians) for name in policy.named}
         order = "natural" if cfg.quant_trellis else cfg.gptq_order
         found = {id(h): h for h in self.moments.values() if h is not None}
@@ -5465,17 +5430,14 @@ def quantize(cfg: Config, named: dict[str, Tensor], store: dict[str, str], hessi
 
 def quant_report(named: dict[str, Tensor], stored: dict[str, QuantizedTensor]) -> dict[str, dict[str, float]]:
     """By role: parameters, mean width and the rms error relative to the rms weight, for the `quant` event."""
-    report = {}
-    for role in dict.fromkeys(item.role for item in stored.values()):
-        params, bits, error, power = 0, 0, 0.0, 1e-30
-        for name, item in stored.items():
-            if item.role == role:
-                w = named[name].detach().float().cpu()
-                params, bits = params + w.numel(), bits + item.bits * w.numel()
-                error += float((dequantize(item) - w).square().sum(dtype=torch.float64))
-                power += float(w.square().sum(dtype=torch.float64))
-        report[role] = {"bits": round(bits / params, 3), "params": params, "rmse_rel": (error / power) ** 0.5}
-    return report
+    sums: dict[str, np.ndarray] = {}
+    for name, item in stored.items():
+        w = named[name].detach().float().cpu()
+        error, power = (float(x.square().sum(dtype=torch.float64)) for x in (dequantize(item) - w, w))
+        mine = sums.setdefault(item.role, np.array([0, 0, 0, 1e-30]))
+        mine += (w.numel(), item.bits * w.numel(), error, power)
+    return {role: {"bits": round(bits / params, 3), "params": int(params), "rmse_rel": (error / power) ** 0.5}
+            for role, (params, bits, error, power) in sums.items()}  # fmt: skip
 
 
 # ==== 8 ARTIFACT ======================================================================================================
@@ -5505,9 +5467,8 @@ class ArtifactError(ValueError):
 
 
 class TensorEntry(NamedTuple):
-    """A tensor in the file: what the layout says of it, then its record in the header, whose last zeros are left out."""
+    """How a tensor lies in the file: shape and role as the layout says, then its record in the header, whose last zeros are left out."""
 
-    name: str
     shape: tuple[int, ...]
     role: str
     bits: int
@@ -5518,21 +5479,40 @@ class TensorEntry(NamedTuple):
 
     def is_possible(self) -> bool:
         """Whether a tensor of this shape can be coded like this."""
-        rows, columns = rows_and_columns(self.shape)
-        walks = self.trellis in TRELLISES and rows >= MIN_TRELLIS_ROWS and columns <= MAX_TRELLIS_COLUMNS
+        _, columns = rows_and_columns(self.shape)
+        walks = self.trellis in (0, *TRELLISES) and trellis_states(self.trellis, self.shape) == self.trellis
         corrected = 1 <= self.rank <= MAX_LOW_RANK and 1 <= self.group <= columns if self.rank else self.group == 0
-        coded = (walks or self.trellis == 0) and self.columns in (0, 1) and corrected
-        return self.bits in WIDTHS and (coded if self.bits <= 8 else not any(self[4:]))
+        coded = walks and self.columns in (0, 1) and corrected
+        return self.bits in WIDTHS and (coded if self.bits <= 8 else not any(self[3:]))
+
+    def parts(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Kind and shape of each of the arrays that make up the tensor, in the order of `arrays_of`."""
+        if self.bits > 8:
+            return [("half" if self.bits == 16 else "single", self.shape)]
+        rows, columns = rows_and_columns(self.shape)
+        parts = [(f"trellis{self.trellis}" if self.trellis else "codes", (rows, columns)), ("scale", (rows,))]
+        if self.columns:
+            parts.append(("columns", (1, columns)))
+        if k := self.rank:
+            right_scale = (k, -(-columns // self.group))
+            parts += [("codes", (rows, k)), ("scale", (1,)), ("codes", (k, columns)), ("scale", right_scale)]
+        return parts
 
 
-class FileStream(NamedTuple):
-    """All parts of one kind of one role, in the model's order."""
+def entry_of(stored: QuantizedTensor) -> TensorEntry:
+    """How a tensor is written."""
+    correction = (stored.low_rank.left.shape[1], stored.low_rank.group) if stored.low_rank else ()
+    return TensorEntry(
+        stored.shape, stored.role, stored.bits, stored.trellis, int(stored.columns is not None), *correction
+    )
 
-    role: str
-    kind: str
-    coder: str
-    packed: bytes
-    members: list[tuple[int, int]]  # (tensor, part)
+
+def arrays_of(stored: QuantizedTensor) -> list[Tensor]:
+    """The arrays that make up a stored tensor."""
+    if stored.values is not None:
+        return [stored.values]
+    columns = [] if stored.columns is None else [stored.columns.reshape(1, -1)]
+    return [stored.codes, stored.scale, *columns, *(stored.low_rank or ())[:4]]
 
 
 # ---- byte coders: bytes -> bytes, with the size of the result known to the decoder
@@ -5582,7 +5562,7 @@ def zstd_unpack(packed: bytes, size: int) -> bytes:
     return raw
 
 
-# ---- parts: a tensor is one to two arrays, each of which goes to the stream (role, kind)
+# ---- streams: all arrays of one kind of one role, in the model's order
 
 KINDS: dict[str, torch.dtype] = {
     "codes": torch.int8,
@@ -5592,28 +5572,6 @@ KINDS: dict[str, torch.dtype] = {
     "half": torch.float16,
     "single": torch.float32,
 }
-
-
-def part_shapes(entry: TensorEntry) -> list[tuple[str, tuple[int, ...]]]:
-    """Kind and shape of each part of a tensor, in order, from its table line alone."""
-    if entry.bits > 8:
-        return [("half" if entry.bits == 16 else "single", entry.shape)]
-    rows, columns = rows_and_columns(entry.shape)
-    parts = [(f"trellis{entry.trellis}" if entry.trellis else "codes", (rows, columns)), ("scale", (rows,))]
-    if entry.columns:
-        parts.append(("columns", (1, columns)))
-    if entry.rank:
-        k, groups = entry.rank, -(-columns // entry.group)
-        parts += [("codes", (rows, k)), ("scale", (1,)), ("codes", (k, columns)), ("scale", (k, groups))]
-    return parts
-
-
-def parts_of(stored: QuantizedTensor) -> list[Tensor]:
-    """The arrays of a stored tensor in the order of part_shapes."""
-    if stored.values is not None:
-        return [stored.values]
-    columns = [] if stored.columns is None else [stored.columns.reshape(1, -1)]
-    return [stored.codes, stored.scale, *columns, *(stored.low_rank or ())[:4]]
 
 
 def to_bytes(arrays: list[Tensor]) -> bytes:
@@ -5629,12 +5587,12 @@ def from_bytes(raw: bytes, dtype: torch.dtype, shapes: list[tuple[int, ...]]) ->
     return [part.reshape(shape) for part, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)]
 
 
-def stream_plan(entries: list[TensorEntry]) -> dict[tuple[str, str], list[tuple[int, int]]]:
-    """(role, kind) -> (tensor, part) of each array in that stream; the order of streams and of arrays within them."""
-    plan: dict[tuple[str, str], list[tuple[int, int]]] = {}
+def stream_plan(entries: list[TensorEntry]) -> dict[tuple[str, str], dict[tuple[int, int], tuple[int, ...]]]:
+    """(role, kind) of each stream, in order -> (tensor, part) of each array in it, in order -> its shape."""
+    plan: dict[tuple[str, str], dict[tuple[int, int], tuple[int, ...]]] = {}
     for i, entry in enumerate(entries):
-        for j, (kind, _) in enumerate(part_shapes(entry)):
-            plan.setdefault((entry.role, kind), []).append((i, j))
+        for j, (kind, shape) in enumerate(entry.parts()):
+            plan.setdefault((entry.role, kind), {})[i, j] = shape
     return dict(sorted(plan.items()))
 
 
@@ -5779,9 +5737,7 @@ class StreamCoder:
 # codes in one call a table and hands them out in the order of the same walk. Everything a decoder derives is integer
 # arithmetic or single IEEE operations, so that every machine derives the same.
 
-LEVELS_PER_OCTAVE = 8
-LEVEL_BOUNDS = (-24, 95)  # spreads from 1/8 to 3756 steps
-LEVEL_GRIDS = (0, 4, 2, 1)  # coarseness of a tensor's row or column levels; 0 is one level for all
+LEVEL_BOUNDS = (-24, 95)  # 8 log2 of the spread: from 1/8 to 3756 steps
 CHUNK = 16  # columns predicted at once
 RIDGE_ROWS = 192  # rows of uncorrelated codes that a regression starts from: 1.3 % less than 32 on a trained embedding
 PREDICTED_ROLES = ("embed", "table")  # rows of one space: their columns are correlated
@@ -5813,13 +5769,6 @@ def level_bits(levels: np.ndarray) -> float:
     return entropy_bits(np.bincount(levels.astype(np.int32) - int(levels.min(initial=0)))) + 32 * (np.ptp(levels) > 0)
 
 
-def on_grid(levels: np.ndarray, grid: int) -> np.ndarray:
-    """Real levels to multiples of `grid`, or to their mean."""
-    if grid == 0:
-        return np.full(len(levels), round(levels.mean()), np.int16)
-    return (np.round(levels / grid) * grid).astype(np.int16)
-
-
 def fit_levels(codes_RC: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Row and column levels (R,), (C,) int16: one for all, and those with the shortest description, levels included.
 
@@ -5827,56 +5776,52 @@ def fit_levels(codes_RC: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     start); every pair of grids is priced in closed form. That price is a density's, which rates below a bit do not follow.
     """
     power_RC = np.square(codes_RC, dtype=np.float32)
-    column_C = np.ones(power_RC.shape[1], np.float32)
+    rows, columns = power_RC.shape
+    column_C = np.ones(columns, np.float32)
     for _ in range(2):
-        row_R = (power_RC @ (1 / column_C)) / len(column_C) + 1e-2
-        column_C = (1 / row_R) @ power_RC / len(row_R) + 1e-2
-    rows = [on_grid(np.log2(row_R) / 2 * LEVELS_PER_OCTAVE, grid) for grid in LEVEL_GRIDS]
-    columns = [on_grid(np.log2(column_C) / 2 * LEVELS_PER_OCTAVE, grid) for grid in LEVEL_GRIDS]
-    rows[0][:] = round(np.log2((power_RC @ (1 / column_C)).mean() / len(column_C) + 1e-4) / 2 * LEVELS_PER_OCTAVE)
-    columns[0][:] = round(np.log2(((1 / row_R) @ power_RC).mean() / len(row_R) + 1e-4) / 2 * LEVELS_PER_OCTAVE)
-    inverse = [
-        np.stack([np.exp2(-2.0 * x / LEVELS_PER_OCTAVE) for x in side]).astype(np.float32) for side in (rows, columns)
-    ]
-    energy = inverse[0] @ power_RC @ inverse[1].T
+        row_R = (power_RC @ (1 / column_C)) / columns + 1e-2
+        column_C = (1 / row_R) @ power_RC / rows + 1e-2
 
-    def costs(side: list[np.ndarray], other: int) -> np.ndarray:
-        logs = np.array([float(x.sum()) for x in side]) * other / LEVELS_PER_OCTAVE
-        return logs + [level_bits(x) for x in side]
+    def on_grids(spread_N: np.ndarray, flat: float, other: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(4, N) levels of a side: one for all, and multiples of 4, 2, 1; the bits of each and of its codes' scale; 1 / variance."""
+        one = np.full(len(spread_N), round(4 * np.log2(flat + 1e-4)))
+        levels_GN = np.stack([one, *(np.round(4 * np.log2(spread_N) / grid) * grid for grid in (4, 2, 1))])
+        price_G = np.array([x.sum() * other / 8 + level_bits(x) for x in levels_GN])
+        return levels_GN.astype(np.int16), price_G, np.exp2(-levels_GN / 4).astype(np.float32)
 
-    rows_by_columns = (
-        costs(rows, power_RC.shape[1])[:, None] + costs(columns, len(power_RC)) + energy / (2 * math.log(2))
-    )
-    i, j = np.unravel_index(rows_by_columns.argmin(), energy.shape)
-    return [(rows[0], columns[0]), (rows[i], columns[j])][: 1 if i == j == 0 else 2]
+    rows_GR, row_price_G, inverse_GR = on_grids(row_R, (power_RC @ (1 / column_C)).mean() / columns, columns)
+    columns_GC, column_price_G, inverse_GC = on_grids(column_C, ((1 / row_R) @ power_RC).mean() / rows, rows)
+    price_GG = row_price_G[:, None] + column_price_G + inverse_GR @ power_RC @ inverse_GC.T / (2 * math.log(2))
+    i, j = np.unravel_index(price_GG.argmin(), price_GG.shape)
+    return [(rows_GR[0], columns_GC[0]), (rows_GR[i], columns_GC[j])][: 1 if i == j == 0 else 2]
+
+
+def regions(shape: tuple[int, int], predicted: bool) -> list[tuple[slice, slice]]:
+    """Parts of a tensor in coding order: whole rows, or chunks of columns within blocks of rows that double up to REGION_ROWS."""
+    rows, columns = shape
+    if not predicted:
+        step = max(1, REGION_CODES // columns)
+        return [(slice(r, min(r + step, rows)), slice(0, columns)) for r in range(0, rows, step)]
+    bounds = [0, min(rows, 48)]
+    while bounds[-1] < rows:
+        bounds.append(min(rows, bounds[-1] + min(bounds[-1], REGION_ROWS)))
+    chunks = [slice(c, min(c + CHUNK, columns)) for c in range(0, columns, CHUNK)]
+    return [(slice(lo, hi), chunk) for lo, hi in itertools.pairwise(bounds) for chunk in chunks]
 
 
 # Elementwise steps only: a BLAS may sum in any order, and the decoder's machine must find the very same factor.
-def unit_factor(cov_CC: np.ndarray) -> np.ndarray:
-    """Unit lower factor L of cov = L D L^T in 1/4096, as integer-valued float64."""
-    work = cov_CC.astype(np.float64)
+def regression(moments_CC: np.ndarray, rows: int) -> np.ndarray:
+    """Unit lower factor L of X^T X + ridge = L D L^T in 1/4096, as integer-valued fp64, X the `rows` of codes seen so far; 0 before
+    the first."""
+    if rows == 0:
+        return np.zeros_like(moments_CC)
+    ridge = RIDGE_ROWS * (np.trace(moments_CC) // (rows * len(moments_CC)) + 1)
+    work = (moments_CC + ridge * np.eye(len(moments_CC))).astype(np.float64)
     for j in range(len(work)):
         column = work[j + 1 :, j] / work[j, j]
         work[j + 1 :, j + 1 :] -= column[:, None] * work[j, j + 1 :]
         work[j + 1 :, j] = column
     return np.round(np.tril(work, -1).clip(-8, 8) * 4096)
-
-
-def row_blocks(rows: int) -> list[slice]:
-    """Blocks that double up to REGION_ROWS."""
-    bounds = [0, min(rows, 48)]
-    while bounds[-1] < rows:
-        bounds.append(min(rows, bounds[-1] + min(bounds[-1], REGION_ROWS)))
-    return [slice(lo, hi) for lo, hi in itertools.pairwise(bounds)]
-
-
-def regions(shape: tuple[int, int], predicted: bool) -> list[tuple[slice, slice]]:
-    """Parts of a tensor in coding order: whole rows, or chunks of columns within blocks of rows."""
-    if not predicted:
-        step = max(1, REGION_CODES // shape[1])
-        return [(slice(r, min(r + step, shape[0])), slice(0, shape[1])) for r in range(0, shape[0], step)]
-    chunks = [slice(c, min(c + CHUNK, shape[1])) for c in range(0, shape[1], CHUNK)]
-    return [(rows, chunk) for rows in row_blocks(shape[0]) for chunk in chunks]
 
 
 def predict_codes(rows: int, columns: int, code: Callable[[slice, slice, np.ndarray], np.ndarray]) -> np.ndarray:
@@ -5904,14 +5849,6 @@ def predict_codes(rows: int, columns: int, code: Callable[[slice, slice, np.ndar
     return codes_RC
 
 
-def regression(moments_CC: np.ndarray, rows: int) -> np.ndarray:
-    """`unit_factor` of the codes seen so far, X^T X over `rows` of them; zero before the first."""
-    if rows == 0:
-        return np.zeros_like(moments_CC)
-    ridge = RIDGE_ROWS * (np.trace(moments_CC) // (rows * len(moments_CC)) + 1)
-    return unit_factor(moments_CC + ridge * np.eye(len(moments_CC)))
-
-
 class CodeTable(NamedTuple):
     """Frequencies of the symbols of all levels from `start` to the next table's. A symbol is a code; along a trellis, where its
     parity is known, half of it, rounded down."""
@@ -5919,11 +5856,12 @@ class CodeTable(NamedTuple):
     start: int
     counts: np.ndarray  # (n,) of symbols 0..n-1 and their mirror images, or of those from -(n // 2) on
     mirrored: bool
+    bits: float  # that its symbols take
 
     @property
-    def own_bits(self) -> int:
-        """About what the table itself takes."""
-        return 4 * (len(self.counts) + 2)
+    def price(self) -> float:
+        """Bits of symbols and table."""
+        return self.bits + 4 * (len(self.counts) + 2)
 
 
 def mirror(weights: np.ndarray, odd: int) -> np.ndarray:
@@ -5939,37 +5877,27 @@ def fold(joint: np.ndarray) -> np.ndarray:
     return folded
 
 
-def fit_tables(joint: np.ndarray) -> list[tuple[CodeTable, float]]:
-    """Tables from counts by (level, symbol), with the bits of their symbols: a level joins the table before it where that makes the
-    file smaller, and a table holds both signs where they differ by more than it costs."""
-
-    def cost(folded: np.ndarray) -> float:
-        return entropy_bits(folded) + 4 * (top_code(folded) + 3)
-
-    groups, price = [(LEVEL_BOUNDS[0], joint[0])], cost(fold(joint[0]))
-    for level in np.flatnonzero(joint[1:].any(axis=1)) + 1:
-        (start, before), alone = groups[-1], cost(fold(joint[level]))
-        if (together := cost(fold(before + joint[level]))) <= price + alone:
-            groups[-1], price = (start, before + joint[level]), together
-        else:
-            groups.append((int(level) + LEVEL_BOUNDS[0], joint[level]))
-            price = alone
-    return [choose_table(start, counts) for start, counts in groups]
-
-
-def top_code(counts: np.ndarray) -> int:
-    """Largest magnitude that occurs, at least 1: a table tells two apart."""
-    return max(counts.nonzero()[0].max(initial=0), 1)
-
-
-def choose_table(start: int, counts: np.ndarray) -> tuple[CodeTable, float]:
-    """The mirrored table or the whole one, whichever takes less with its symbols, and the bits of these."""
+def choose_table(start: int, counts: np.ndarray) -> CodeTable:
+    """The mirrored table or the whole one of these symbols, whichever takes less."""
     folded, half, odd = fold(counts), len(counts) // 2, 1 - len(counts) % 2
-    top = top_code(folded)
-    signs = counts.sum() - (0 if odd else counts[half])
-    mirrored = CodeTable(start, folded[: top + 1], True), entropy_bits(folded) + float(signs)
-    whole = CodeTable(start, counts[half - top - odd : half + top + 1], False), entropy_bits(counts)
-    return min(mirrored, whole, key=lambda found: found[1] + found[0].own_bits)
+    top = max(folded.nonzero()[0].max(initial=0), 1)  # a table tells two magnitudes apart
+    signs = float(counts.sum() - (0 if odd else counts[half]))
+    mirrored = CodeTable(start, folded[: top + 1], True, entropy_bits(folded) + signs)
+    whole = CodeTable(start, counts[half - top - odd : half + top + 1], False, entropy_bits(counts))
+    return min(mirrored, whole, key=lambda table: table.price)
+
+
+def fit_tables(joint: np.ndarray) -> list[CodeTable]:
+    """Tables from counts by (level, symbol): a level joins the table before it where that makes the file smaller."""
+    tables, counts = [choose_table(LEVEL_BOUNDS[0], joint[0])], joint[0]
+    for level in np.flatnonzero(joint[1:].any(axis=1)) + 1:
+        alone = choose_table(int(level) + LEVEL_BOUNDS[0], joint[level])
+        together = choose_table(tables[-1].start, counts + joint[level])
+        if together.price <= tables[-1].price + alone.price:
+            tables[-1], counts = together, counts + joint[level]
+        else:
+            tables, counts = [*tables, alone], joint[level]
+    return tables
 
 
 def count_levels(levels: np.ndarray, values: np.ndarray, states: int) -> list[np.ndarray]:
@@ -5988,11 +5916,10 @@ def count_levels(levels: np.ndarray, values: np.ndarray, states: int) -> list[np
 def described_bits(spread: CodeLevels, values: np.ndarray, states: int, rows: int = 0) -> float:
     """Bits of a tensor's values under the tables that fit them, of these and of the levels; if the values are a sample of its
     rows, of all `rows`."""
-    fitted = [found for joint in count_levels(spread.levels(), values, states) for found in fit_tables(joint)]
-    by_rows = sum(bits for _, bits in fitted) + level_bits(spread.rows)
-    return (
-        by_rows * (rows or len(values)) / len(values) + level_bits(spread.columns) + sum(t.own_bits for t, _ in fitted)
-    )
+    tables = [table for joint in count_levels(spread.levels(), values, states) for table in fit_tables(joint)]
+    by_rows, once = sum(table.bits for table in tables) + level_bits(spread.rows), level_bits(spread.columns)
+    once += sum(table.price - table.bits for table in tables)
+    return by_rows * (rows or len(values)) / len(values) + once
 
 
 def plan_codes(codes_RC: np.ndarray, predictable: bool, states: int = 0) -> tuple[CodeLevels, np.ndarray, float]:
@@ -6049,9 +5976,9 @@ def code_tables(
     """Write all tables and under them `total` codes with their levels, in the order of their walk, or read them (None): (parities,
     levels) which table is that of a level and parity, and each table's codes, int16."""
     halved, tables, counts, symbols = int(states > 0), None, None, itertools.repeat(None)
-    sizes = fitted = None
+    sizes = None
     if values is not None:
-        fitted = [[table for table, _ in fit_tables(joint)] for joint in count_levels(levels, values, states)]
+        fitted = [fit_tables(joint) for joint in count_levels(levels, values, states)]
         tables, sizes = sum(fitted, []), [len(part) for part in fitted]
     sizes = coder.fields(sizes, 1 + halved, 1, 99)
     starts = coder.fields(tables and [table.start for table in tables], sum(sizes), *LEVEL_BOUNDS)
@@ -6089,34 +6016,26 @@ def refuse_beyond(most: int, codes: np.ndarray) -> None:
         raise ArtifactError(f"a stream of codes holds values beyond +-{most}")
 
 
-def walk_plain(
+def walk_paths(
     spreads: list[CodeLevels], states: int, code: CodeStep, known: list[np.ndarray] | None
 ) -> list[np.ndarray]:
-    """Codes (R, C) int16 of tensors without prediction; `known` are the codes to write.
-
-    Independent codes are one step a tensor, cut into regions. Paths are walked column by column, over the rows of all tensors
-    that have the column, widest tensors first.
-    """
-    if not states:
-        shapes = [(len(spread.rows), len(spread.columns)) for spread in spreads]
-        return [np.concatenate([code(spread.levels(rows), 0, known and known[i][rows]) for rows, _ in regions(shape, False)])
-                for i, (spread, shape) in enumerate(zip(spreads, shapes, strict=True))]  # fmt: skip
-    order = sorted(range(len(spreads)), key=lambda i: -len(spreads[i].columns))
-    found_CR = {i: np.empty((len(spreads[i].columns), len(spreads[i].rows)), np.int16) for i in order}
-    given_CR = known and {i: np.ascontiguousarray(known[i].T) for i in order}
-    row_levels = np.concatenate([spreads[i].rows for i in order])
-    ends = np.cumsum([len(spreads[i].rows) for i in order])
+    """Codes (R, C) int16 of tensors without prediction, widest first, along a trellis: column by column, over the rows of all tensors
+    that have the column."""
+    rows = [len(spread.rows) for spread in spreads]
+    found_CR = [np.empty((len(spread.columns), len(spread.rows)), np.int16) for spread in spreads]
+    given_CR = known and [np.ascontiguousarray(codes_RC.T) for codes_RC in known]
+    row_levels, ends = np.concatenate([spread.rows for spread in spreads]), np.cumsum(rows)
     state, odd_S = np.zeros(ends[-1], np.uint8), trellis_bits(states)[0]
-    for j in range(len(spreads[order[0]].columns)):
-        live = [i for i in order if len(spreads[i].columns) > j]
-        n = ends[len(live) - 1]
-        levels = row_levels[:n] + np.repeat([spreads[i].columns[j] for i in live], [len(spreads[i].rows) for i in live])
-        values = known and np.concatenate([given_CR[i][j] for i in live])
+    for j in range(len(spreads[0].columns)):
+        live = sum(len(spread.columns) > j for spread in spreads)
+        n = ends[live - 1]
+        levels = row_levels[:n] + np.repeat([spread.columns[j] for spread in spreads[:live]], rows[:live])
+        values = known and np.concatenate([codes_CR[j] for codes_CR in given_CR[:live]])
         values = code(levels.clip(*LEVEL_BOUNDS), odd_S[state[:n]], values)
         state[:n] = next_state(state[:n], values, states)
-        for i, part in zip(live, np.split(values, ends[: len(live) - 1]), strict=True):
-            found_CR[i][j] = part
-    return [found_CR[i].T for i in range(len(spreads))]
+        for codes_CR, part in zip(found_CR, np.split(values, ends[: live - 1]), strict=False):
+            codes_CR[j] = part
+    return [codes_CR.T for codes_CR in found_CR]
 
 
 def walk_predicted(spread: CodeLevels, states: int, code: CodeStep, known: np.ndarray | None) -> np.ndarray:
@@ -6142,14 +6061,18 @@ def walk_predicted(spread: CodeLevels, states: int, code: CodeStep, known: np.nd
 def walk_codes(
     spreads: list[CodeLevels], states: int, code: CodeStep, known: list[np.ndarray] | None = None
 ) -> list[np.ndarray]:
-    """Codes of all tensors of a stream: those without prediction together, then the others one by one."""
-    plain = [i for i, spread in enumerate(spreads) if not spread.predicted]
-    found = {}
-    if plain:
-        walked = walk_plain([spreads[i] for i in plain], states, code, known and [known[i] for i in plain])
-        found = dict(zip(plain, walked, strict=True))
-    for i in sorted({*range(len(spreads))} - {*plain}):
-        found[i] = walk_predicted(spreads[i], states, code, known and known[i])
+    """Codes of all tensors of a stream: paths without prediction together, then one tensor after the other. Independent codes without
+    prediction are one step a tensor, cut into regions."""
+    order = sorted(range(len(spreads)), key=lambda i: -len(spreads[i].columns))
+    paths = [i for i in order if states and not spreads[i].predicted]
+    walked = paths and walk_paths([spreads[i] for i in paths], states, code, known and [known[i] for i in paths])
+    found = dict(zip(paths, walked, strict=True))
+    for i, spread in enumerate(spreads):
+        if spread.predicted:
+            found[i] = walk_predicted(spread, states, code, known and known[i])
+        elif not states:
+            parts = [rows for rows, _ in regions((len(spread.rows), len(spread.columns)), False)]
+            found[i] = np.concatenate([code(spread.levels(rows), 0, known and known[i][rows]) for rows in parts])
     return [found[i] for i in range(len(spreads))]
 
 
@@ -6213,15 +6136,20 @@ def encode_stream(cfg: Config, role: str, kind: str, arrays: list[Tensor]) -> tu
     return "lzma", lzma_pack(to_bytes(arrays), cfg.lzma_preset)
 
 
-def decode_stream(stream: FileStream, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+def decode_stream(kind: str, coder: str, packed: bytes, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     """Inverse of encode_stream."""
-    if stream.coder == "codes":
-        return [torch.from_numpy(a) for a in decode_codes(stream.packed, shapes, CODED_KINDS[stream.kind])]
-    raw = sum(map(math.prod, shapes)) * KINDS[stream.kind].itemsize
-    return from_bytes(BYTE_UNPACKERS[stream.coder](stream.packed, raw), KINDS[stream.kind], shapes)
+    if coder == "codes":
+        return [torch.from_numpy(a) for a in decode_codes(packed, shapes, CODED_KINDS[kind])]
+    raw = sum(map(math.prod, shapes)) * KINDS[kind].itemsize
+    return from_bytes(BYTE_UNPACKERS[coder](packed, raw), KINDS[kind], shapes)
 
 
 # ---- the container
+
+
+def layout_of(stored: Mapping[str, QuantizedTensor]) -> Layout:
+    """The layout of the model that these tensors are."""
+    return {name: (item.shape, item.role) for name, item in stored.items()}
 
 
 def layout_digest(layout: Layout) -> str:
@@ -6229,36 +6157,26 @@ def layout_digest(layout: Layout) -> str:
     return hashlib.sha256(json.dumps([[n, *layout[n]] for n in layout]).encode()).hexdigest()[:16]
 
 
-def pack(
-    cfg: Config,
-    header: dict[str, Any],
-    tensors: dict[str, QuantizedTensor],
-    sections: Mapping[str, bytes] = MappingProxyType({}),
-    coded: dict[tuple[str, str], tuple[list[Tensor], str, bytes]] | None = None,
-) -> bytes:
+def pack(cfg: Config, header: dict[str, Any], tensors: dict[str, QuantizedTensor], sections: Mapping[str, bytes] = MappingProxyType({}),
+         coded: dict[tuple[str, str], tuple[list[Tensor], str, bytes]] | None = None) -> bytes:  # fmt: skip
     """The artifact as bytes: `header` (JSON values; "layout", "tensors", "streams" and "sections" are ours), every tensor in the
     model's order, and every section, checksummed.
 
     `coded` keeps streams between calls: one whose arrays are the same objects is not coded again.
     """
-    coded = {} if coded is None else coded
-    entries = []
-    for n, s in tensors.items():
-        rank, group = (s.low_rank.left.shape[1], s.low_rank.group) if s.low_rank else (0, 0)
-        entries.append(TensorEntry(n, s.shape, s.role, s.bits, s.trellis, int(s.columns is not None), rank, group))
-    parts, streams, blobs = [parts_of(s) for s in tensors.values()], [], []
+    entries, parts = [entry_of(s) for s in tensors.values()], [arrays_of(s) for s in tensors.values()]
+    coded, streams = {} if coded is None else coded, []
     for (role, kind), members in stream_plan(entries).items():
         arrays = [parts[i][j] for i, j in members]
-        before, coder, packed = coded.get((role, kind), ([], "", b""))
+        before = coded.get((role, kind), [()])[0]
         if len(before) != len(arrays) or any(a is not b for a, b in zip(before, arrays, strict=True)):
-            coder, packed = encode_stream(cfg, role, kind, arrays)
-            coded[role, kind] = arrays, coder, packed
-        blobs.append(packed)
-        streams.append((coder, len(packed)))
-    records = [entry[3 : max(i for i, value in enumerate(entry) if i == 3 or value) + 1] for entry in entries]
-    fields = {**header, "layout": layout_digest({e.name: (e.shape, e.role) for e in entries}), "tensors": records, "streams": streams,
+            coded[role, kind] = arrays, *encode_stream(cfg, role, kind, arrays)
+        streams.append(coded[role, kind][1:])
+    records = [entry[2 : max(i for i, value in enumerate(entry) if i == 2 or value) + 1] for entry in entries]
+    fields = {**header, "layout": layout_digest(layout_of(tensors)), "tensors": records,
+              "streams": [(coder, len(packed)) for coder, packed in streams],
               "sections": [(name, len(section)) for name, section in sections.items()]}  # fmt: skip
-    return add_checksum(fields, b"".join([*blobs, *sections.values()]))
+    return add_checksum(fields, b"".join([*(packed for _, packed in streams), *sections.values()]))
 
 
 def add_checksum(header: dict[str, Any], body: bytes) -> bytes:
@@ -6334,8 +6252,8 @@ def read_header(blob: bytes) -> ParsedHeader:
     return ParsedHeader(fields, layout, records, streams, named, raw_limit(total))
 
 
-def open_streams(header: ParsedHeader, layout: Layout) -> tuple[list[TensorEntry], list[FileStream]]:
-    """The file's tensors and streams, which must be those that the model's layout and the records imply, before any is decoded."""
+def open_entries(header: ParsedHeader, layout: Layout) -> list[TensorEntry]:
+    """How the file's tensors lie in it. Records and streams must be those that the model's layout implies, before any is decoded."""
     if header.layout != layout_digest(layout) or len(header.records) != len(layout):
         raise ArtifactError(
             "its tensors are not those that this script makes of its configuration: use the script that wrote it"
@@ -6343,21 +6261,19 @@ def open_streams(header: ParsedHeader, layout: Layout) -> tuple[list[TensorEntry
     entries = []
     for (name, (shape, role)), record in zip(layout.items(), header.records, strict=True):
         good = 1 <= len(record) <= 5 and all(type(n) is int for n in record)
-        entries.append(TensorEntry(name, tuple(shape), role, *record if good else (0,)))
+        entries.append(TensorEntry(tuple(shape), role, *record if good else (0,)))
         if not entries[-1].is_possible():
             raise ArtifactError(f"tensor {name[:80]!r}: impossible record {str(record)[:80]}")
-    shapes, plan = [part_shapes(entry) for entry in entries], stream_plan(entries)
+    plan, size = stream_plan(entries), 0
     if len(plan) != len(header.streams):
         raise ArtifactError("the streams are not those of its tensors")
-    streams = [
-        FileStream(*key, *found, members) for (key, members), found in zip(plan.items(), header.streams, strict=True)
-    ]
-    for s in streams:
-        if s.coder not in BYTE_UNPACKERS and not (s.coder == "codes" and s.kind in CODED_KINDS):
-            raise ArtifactError(f"stream {s.role}.{s.kind}: unknown coder {s.coder[:20]!r}")
-    if sum(math.prod(shapes[i][j][1]) * KINDS[s.kind].itemsize for s in streams for i, j in s.members) > header.limit:
+    for ((role, kind), members), (coder, _) in zip(plan.items(), header.streams, strict=True):
+        if coder not in BYTE_UNPACKERS and not (coder == "codes" and kind in CODED_KINDS):
+            raise ArtifactError(f"stream {role}.{kind}: unknown coder {coder[:20]!r}")
+        size += sum(map(math.prod, members.values())) * KINDS[kind].itemsize
+    if size > header.limit:
         raise ArtifactError(f"the tensors would take more than {header.limit} bytes, too much for a file of this size")
-    return entries, streams
+    return entries
 
 
 def unpack(blob: bytes, layout: Layout) -> tuple[dict[str, Any], dict[str, QuantizedTensor]]:
@@ -6366,29 +6282,26 @@ def unpack(blob: bytes, layout: Layout) -> tuple[dict[str, Any], dict[str, Quant
     Raises ArtifactError, before any tensor is allocated where the file is not one of this layout.
     """
     header = read_header(blob)
-    entries, streams = open_streams(header, layout)
-    shapes, found = [part_shapes(entry) for entry in entries], {}
-    for stream in streams:
-        arrays = decode_stream(stream, [shapes[i][j][1] for i, j in stream.members])
-        found.update(zip(stream.members, arrays, strict=True))
-    parts = [[found[i, j] for j in range(len(kinds))] for i, kinds in enumerate(shapes)]
-    return header.fields, {entry.name: restore(entry, part) for entry, part in zip(entries, parts, strict=True)}
+    entries, found = open_entries(header, layout), {}
+    for ((_, kind), members), (coder, packed) in zip(stream_plan(entries).items(), header.streams, strict=True):
+        found.update(zip(members, decode_stream(kind, coder, packed, [*members.values()]), strict=True))
+    arrays = [[found[i, j] for j in range(len(entry.parts()))] for i, entry in enumerate(entries)]
+    return header.fields, {name: restore(name, *tensor) for name, *tensor in zip(layout, entries, arrays, strict=True)}
 
 
-def restore(entry: TensorEntry, parts: list[Tensor]) -> QuantizedTensor:
-    """Put a tensor's parts together again; codes beyond its width and numbers that are not finite are refused."""
-    if not all(torch.isfinite(part).all() for part in parts if part.is_floating_point()):
-        raise ArtifactError(f"tensor {entry.name[:80]!r} holds NaN or Inf")
+def restore(name: str, entry: TensorEntry, arrays: list[Tensor]) -> QuantizedTensor:
+    """A tensor from its arrays; codes beyond its width and numbers that are not finite are refused."""
+    if not all(torch.isfinite(part).all() for part in arrays if part.is_floating_point()):
+        raise ArtifactError(f"tensor {name[:80]!r} holds NaN or Inf")
     if entry.bits > 8:
-        return QuantizedTensor(entry.role, entry.bits, entry.shape, values=parts[0])
-    codes, scale, *correction = parts
+        return QuantizedTensor(entry.role, entry.bits, entry.shape, values=arrays[0])
+    codes, scale, *correction = arrays
     columns = correction.pop(0)[0] if entry.columns else None
     top = largest_code(PATH_BITS if entry.trellis else entry.bits)
     if codes.min() < -top or codes.max() > top:
-        raise ArtifactError(f"tensor {entry.name[:80]!r} holds codes beyond +-{top}")
+        raise ArtifactError(f"tensor {name[:80]!r} holds codes beyond +-{top}")
     low_rank = LowRank(*correction, entry.group) if correction else None
-    return QuantizedTensor(entry.role, entry.bits, entry.shape, codes=codes, scale=scale, columns=columns,
-                           trellis=entry.trellis, low_rank=low_rank)  # fmt: skip
+    return QuantizedTensor(entry.role, entry.bits, entry.shape, None, codes, scale, columns, entry.trellis, low_rank)
 
 
 # ---- the size account
@@ -6396,19 +6309,16 @@ def restore(entry: TensorEntry, parts: list[Tensor]) -> QuantizedTensor:
 
 def role_bytes(blob: bytes, layout: Layout) -> dict[str, dict[str, float]]:
     """By role: parameters, bytes in the file, bits per weight; "ngram" are sections, "container" preamble, header, checksum."""
-    header = read_header(blob)
-    _, streams = open_streams(header, layout)
-    roles: dict[str, dict[str, float]] = {}
-    for role in sorted({role for _, role in layout.values()}):
-        params = sum(math.prod(shape) for shape, mine in layout.values() if mine == role)
-        size = sum(len(stream.packed) for stream in streams if stream.role == role)
-        roles[role] = {"params": params, "bytes": size, "bits_per_weight": round(8 * size / params, 4)}
-    ngrams = sum(map(len, header.sections.values()))
-    if header.sections:
-        roles["ngram"] = {"params": 0, "bytes": ngrams, "bits_per_weight": 0.0}
-    rest = len(blob) - ngrams - sum(len(stream.packed) for stream in streams)
-    roles["container"] = {"params": 0, "bytes": rest, "bits_per_weight": 0.0}
-    return roles
+    header, params, sizes = read_header(blob), Counter(), Counter()
+    for shape, role in layout.values():
+        params[role] += math.prod(shape)
+    for (role, _), (_, packed) in zip(stream_plan(open_entries(header, layout)), header.streams, strict=True):
+        sizes[role] += len(packed)
+    roles = {role: {"params": n, "bytes": sizes[role], "bits_per_weight": round(8 * sizes[role] / n, 4)}
+             for role, n in sorted(params.items())}  # fmt: skip
+    rest = {"ngram": sum(map(len, header.sections.values()))} if header.sections else {}
+    rest["container"] = len(blob) - sum(sizes.values()) - sum(rest.values())
+    return roles | {role: {"params": 0, "bytes": size, "bits_per_weight": 0.0} for role, size in rest.items()}
 
 
 def size_table(roles: dict[str, dict[str, float]]) -> str:
@@ -6480,7 +6390,7 @@ def measure_curve(w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states
     scales = [scale[pick] for scale in all_scales]
     if states:
         w = w[:, torch.linspace(0, w.shape[1] - 1, min(w.shape[1], PATH_COLUMNS), device=w.device).long()]
-        found = trellis_codes(torch.stack([w / scale.float()[:, None] for scale in scales]), None, states)
+        found = TrellisSearch(torch.stack([w / scale.float()[:, None] for scale in scales]), None, states).codes()
     else:
         found = [nearest_codes(w / scale.float()[:, None], largest_code(8)) for scale in scales]
     bits, loss = [], []
@@ -6536,7 +6446,7 @@ class Budget(NamedTuple):
 
     def role_bytes(self) -> dict[str, dict[str, float]]:
         """The account of the file."""
-        return role_bytes(self.blob, {n: (s.shape, s.role) for n, s in self.stored.items()})
+        return role_bytes(self.blob, layout_of(self.stored))
 
 
 class BudgetSearch:
@@ -9031,7 +8941,7 @@ def pack_model(
         return run.artifact_path.read_bytes()
 
     blob = run.on_first(save)
-    sizes = size_table(role_bytes(blob, {n: (s.shape, s.role) for n, s in stored.items()}))
+    sizes = size_table(role_bytes(blob, layout_of(stored)))
     run.log(f"quantized and packed {run.artifact_path} in {time.perf_counter() - started:.1f}s after {calibration_s:.1f}s of "
             f"calibration\n{sizes}")  # fmt: skip
     return blob

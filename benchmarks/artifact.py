@@ -277,7 +277,7 @@ def compare_errors(subject: Subject, rates: list[float], trellises: list[int]) -
 def compare_at_equal_error(states: int, shape: tuple[int, int] = (1024, 512)) -> None:
     """Bytes of Gaussian weights without Hessians: paths in our stream, independent codes of the same error in all others."""
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.rand(shape[1]).add(0.5)
-    codes = tg.trellis_codes((w / 0.2)[None], None, states)[0]
+    codes = tg.TrellisSearch((w / 0.2)[None], None, states).codes()[0]
     goal, step = float((codes * 0.2 - w).square().mean()), 0.4
     for _ in range(6):
         uniform = (w / step).round().clamp(-127, 127).to(torch.int8)

@@ -41,6 +41,12 @@ def brute_force_gptq(w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, top:
     return codes.to(torch.int8)
 
 
+def quantize_rows(w: torch.Tensor, bits: int, clip: tg.ClipRule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest codes (R, C) and steps (R,)."""
+    scale = tg.clipped_scale(w, bits, clip)
+    return tg.nearest_codes(w / scale.float()[:, None], tg.largest_code(bits)), scale
+
+
 def gptq_codes(w, h, scale, top: int, block: int = 128, variant: str = "cholesky", order: str = "descending"):
     """tg.gptq of weights (N, R, C), second moments (N, C, C) and steps (N, R)."""
     factors = [tg.gptq_factors(h_CC, 0.01, variant, order) for h_CC in h]
@@ -100,7 +106,7 @@ def test_hessians_add_all_uses_of_a_site_and_share_equal_inputs():
 @pytest.mark.parametrize("rule", tg.FIELDS["QUANT_CLIP"].metadata["choices"])
 def test_error_is_at_most_half_a_step_where_nothing_is_clipped(bits, rule):
     w = torch.randn(20, 65, generator=torch.Generator().manual_seed(bits)) * torch.logspace(-5, 1, 20)[:, None]
-    codes, scale = tg.quantize_rows(w, bits, tg.ClipRule(rule, (0.9, 0.99, 1.0), 8.0))
+    codes, scale = quantize_rows(w, bits, tg.ClipRule(rule, (0.9, 0.99, 1.0), 8.0))
     step = scale.float()[:, None]
     top = tg.largest_code(bits)
     inside = w.abs() <= top * step
@@ -114,7 +120,7 @@ def test_search_never_loses_to_the_largest_weight():
     w = torch.randn(30, 200, generator=torch.Generator().manual_seed(0)) ** 3
 
     def error(rule: str) -> float:
-        codes, scale = tg.quantize_rows(w, 4, tg.ClipRule(rule, (0.9, 0.95, 0.99, 1.0)))
+        codes, scale = quantize_rows(w, 4, tg.ClipRule(rule, (0.9, 0.95, 0.99, 1.0)))
         return float((codes.float() * scale.float()[:, None] - w).square().sum())
 
     assert error("row") <= error("tensor") <= error("max")
@@ -126,20 +132,20 @@ def test_sdclip_is_the_published_statistic_and_keeps_rows_without_deviation():
         torch.randn(40, 128, generator=torch.Generator().manual_seed(1)) * 0.02
         + torch.linspace(-0.03, 0.03, 40)[:, None]
     )
-    codes, scale = tg.quantize_rows(w, 6, tg.ClipRule("sigma", sigmas=12.85))
+    codes, scale = quantize_rows(w, 6, tg.ClipRule("sigma", sigmas=12.85))
     expected = torch.tensor(
         [12.85 * math.sqrt(sum((x - sum(r) / 128) ** 2 for x in r) / 127) / 31 for r in w.double().tolist()]
     )
     torch.testing.assert_close(scale.float(), expected.half().float(), rtol=1e-3, atol=0)
     for equal in (torch.full((3, 128), 0.3), torch.tensor([[0.3], [-2.0]]), torch.full((1, 2), -5.0)):
-        codes, scale = tg.quantize_rows(equal, 6, tg.ClipRule("sigma", sigmas=12.85))
+        codes, scale = quantize_rows(equal, 6, tg.ClipRule("sigma", sigmas=12.85))
         torch.testing.assert_close(codes * scale.float()[:, None], equal, rtol=2e-3, atol=0)
 
 
 def test_small_rows_keep_their_resolution():
     """The published floor of 1/qmax on the scale would leave these rows with no code but zero."""
     w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 1e-3
-    codes, scale = tg.quantize_rows(w, 6, tg.ClipRule())
+    codes, scale = quantize_rows(w, 6, tg.ClipRule())
     assert codes.abs().amax(dim=1).tolist() == [31] * 4
     assert (codes.float() * scale.float()[:, None] - w).abs().max() < 1e-3 / 10
 

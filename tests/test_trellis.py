@@ -56,7 +56,7 @@ def test_the_state_machine_is_the_published_trellis(states):
 def test_the_search_finds_the_path_of_least_cost(states):
     """Without compensation nothing is dropped: the cost is that of the best of all paths."""
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(states)) * 2
-    codes = tg.trellis_codes(x[None], None, states)[0]
+    codes = tg.TrellisSearch(x[None], None, states).codes()[0]
     walk(codes.numpy(), states)
     power_C = x.square().mean(0) + 0.1
     power_R = (x.square() / power_C).mean(1) + 0.1
@@ -88,7 +88,7 @@ def rate_by_parity(codes: torch.Tensor) -> float:
 def test_a_gaussian_source_is_coded_near_its_bound(states, gap, spread):
     """In dB above the rate-distortion bound; independent codes lie 1.5 dB above it."""
     x = torch.randn(1, 300, 400, generator=torch.Generator().manual_seed(1)) * spread
-    codes = tg.trellis_codes(x, None, states)
+    codes = tg.TrellisSearch(x, None, states).codes()
     error = float((x - codes).square().mean()) / spread**2
     assert 10 * math.log10(error) + 20 * math.log10(2) * rate_by_parity(codes) < gap + (0.15 if spread == 1 else 0)
 
@@ -100,7 +100,7 @@ def test_compensation_inside_the_search_beats_gptq_at_equal_rate(states, gain):
     spread = tg.gptq_factors(h, 0.01, "cholesky")
     columns = tg.column_steps(spread.weight_C)
     step = tg.octave_eighths(columns) * 0.25
-    codes = tg.trellis_codes((w / step)[None], [spread.in_steps(columns)], states)[0]
+    codes = tg.TrellisSearch((w / step)[None], [spread.in_steps(columns)], states).codes()[0]
     walk(codes.numpy(), states)
     error = lambda codes, step: output_error(w, codes * step, torch.ones(192), h)  # noqa: E731
     at_rate = lambda e, rate: 10 * math.log10(e) + 20 * math.log10(2) * rate  # noqa: E731
@@ -108,7 +108,7 @@ def test_compensation_inside_the_search_beats_gptq_at_equal_rate(states, gain):
     rate = tg.entropy_bits(np.bincount(uniform.numpy().astype(int).ravel() + 128)) / uniform.numel()
     found = at_rate(error(codes, step), rate_by_parity(codes))
     assert found < at_rate(error(uniform, 0.5), rate) - gain
-    alone = tg.trellis_codes((w / 0.25)[None], None, states)[0]
+    alone = tg.TrellisSearch((w / 0.25)[None], None, states).codes()[0]
     assert found < at_rate(error(alone, torch.full((160,), 0.25)), rate_by_parity(alone)) - 1
 
 
@@ -129,7 +129,9 @@ def test_dead_inputs_do_not_disturb_the_others():
     alive = [j for j in range(40) if j not in (3, 17)]
     columns = tg.column_steps(spread.weight_C)
     step = tg.octave_eighths(columns) * 0.3
-    codes = tg.trellis_codes((w.index_fill(1, torch.tensor([3, 17]), 0) / step)[None], [spread.in_steps(columns)], 8)[0]
+    codes = tg.TrellisSearch(
+        (w.index_fill(1, torch.tensor([3, 17]), 0) / step)[None], [spread.in_steps(columns)], 8
+    ).codes()[0]
     walk(codes.numpy(), 8)
     assert output_error(w, codes * step, torch.ones(64), h) < 0.05
     assert output_error(w[:, alive], (codes * step)[:, alive], torch.ones(64), h[alive][:, alive]) < 0.05
@@ -152,7 +154,9 @@ def test_any_paths_survive_the_coder(states):
     arrays = [
         random_paths(s, states, spread, i) for i, (s, spread) in enumerate(zip(shapes, (1, 5, 0.3, 600), strict=True))
     ]
-    arrays.append(tg.trellis_codes((torch.randn(200, 4) @ torch.randn(4, 48) * 8)[None], None, states)[0].numpy())
+    arrays.append(
+        tg.TrellisSearch((torch.randn(200, 4) @ torch.randn(4, 48) * 8)[None], None, states).codes()[0].numpy()
+    )
     stream = tg.encode_codes(arrays, True, states)
     found = tg.decode_codes(stream, [a.shape for a in arrays], states)
     assert all(np.array_equal(a, b) and b.dtype == np.int16 for a, b in zip(arrays, found, strict=True))
@@ -195,7 +199,9 @@ def test_whatever_quantize_returns_comes_back_at_its_entropy(shape, content, bit
     width's own."""
     w = CONTENTS[content](torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])))
     cfg = tg.Config(**{f"{role}_bits": bits}, quant_trellis=states, quant_min_numel=0)
-    steps = octave and {"w": tg.steps_by_row(w, 2.0**octave, torch.ones(len(w)), tg.trellis_states(cfg, shape))}
+    steps = octave and {
+        "w": tg.steps_by_row(w, 2.0**octave, torch.ones(len(w)), tg.trellis_states(cfg.quant_trellis, shape))
+    }
     inputs = tg.InputStats(tg.Policy(cfg, {"w": w}, {"w": role}), {}, None)
     stored = tg.store_tensors(inputs, ["w"], steps or {}, None)
     found = tg.unpack(tg.pack(cfg, {}, stored), layout(stored))[1]["w"]
@@ -276,7 +282,7 @@ def test_everything_comes_back_bit_for_bit(states):
     for name, item in stored.items():
         assert torch.equal(tg.dequantize(item), tg.dequantize(found[name]))
         assert item.trellis == found[name].trellis
-        for a, b in zip(tg.parts_of(item), tg.parts_of(found[name]), strict=True):
+        for a, b in zip(tg.arrays_of(item), tg.arrays_of(found[name]), strict=True):
             assert torch.equal(a, b) and a.dtype == b.dtype
 
 
@@ -294,7 +300,7 @@ def test_mutated_files_with_paths_raise_artifact_errors_only():
 @pytest.mark.parametrize("states", [0, 8])
 def test_mutated_streams_raise_artifact_errors_only(states):
     """Edits of fields and words below the container: most are refused, and whatever loads is a path, or fits 8 bits."""
-    rng, codes = random.Random(5), tg.trellis_codes(torch.randn(1, 60, 24) * 3, None, 8)[0].numpy()
+    rng, codes = random.Random(5), tg.TrellisSearch(torch.randn(1, 60, 24) * 3, None, 8).codes()[0].numpy()
     reader = tg.StreamCoder(stream := tg.encode_codes([codes], True, states))
     words, outcomes = stream[8 + int.from_bytes(stream[4:8], "little") :], Counter()
     for _ in range(600):
@@ -315,11 +321,8 @@ def test_mutated_streams_raise_artifact_errors_only(states):
 
 def test_a_trellis_of_few_rows_or_many_columns_is_refused():
     for shape in ((8, 4096), (16, 1 << 17)):
-        assert (
-            not tg.TensorEntry("a", shape, "mlp", 8, 8).is_possible()
-            and tg.TensorEntry("a", shape, "mlp", 8).is_possible()
-        )
-        assert tg.trellis_states(tg.Config(quant_trellis=8), shape) == 0
+        assert not tg.TensorEntry(shape, "mlp", 8, 8).is_possible() and tg.TensorEntry(shape, "mlp", 8).is_possible()
+        assert tg.trellis_states(8, shape) == 0
 
 
 # ---- knobs, corrections, the last bytes

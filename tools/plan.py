@@ -111,7 +111,8 @@ def predicted_bytes(policy: tg.Policy, name: str, p: Tensor) -> float:
     if bits > 8:
         return p.numel() * bits / 8
     normal = torch.randn(min(rows, 64), columns, generator=torch.Generator().manual_seed(0))
-    codes = tg.quantize_rows(normal, bits, policy.clip(name))[0]
+    step_R1 = tg.clipped_scale(normal, bits, policy.clip(name)).float()[:, None]
+    codes = tg.nearest_codes(normal / step_R1, tg.largest_code(bits))
     bits_a_weight = tg.entropy_bits(codes.unique(return_counts=True)[1].numpy()) / codes.numel()
     return p.numel() * bits_a_weight / 8 + 2 * rows
 
