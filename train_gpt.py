@@ -5877,27 +5877,30 @@ def fold(joint: np.ndarray) -> np.ndarray:
     return folded
 
 
-def choose_table(start: int, counts: np.ndarray) -> CodeTable:
-    """The mirrored table or the whole one of these symbols, whichever takes less."""
+def code_table(start: int, counts: np.ndarray, mirrored: bool) -> CodeTable:
+    """The table of these occurrences of symbols, for both signs together or for each."""
     folded, half, odd = fold(counts), len(counts) // 2, 1 - len(counts) % 2
     top = max(folded.nonzero()[0].max(initial=0), 1)  # a table tells two magnitudes apart
-    signs = float(counts.sum() - (0 if odd else counts[half]))
-    mirrored = CodeTable(start, folded[: top + 1], True, entropy_bits(folded) + signs)
-    whole = CodeTable(start, counts[half - top - odd : half + top + 1], False, entropy_bits(counts))
-    return min(mirrored, whole, key=lambda table: table.price)
+    if not mirrored:
+        return CodeTable(start, counts[half - top - odd : half + top + 1], False, entropy_bits(counts))
+    signs = counts.sum() - (0 if odd else counts[half])
+    return CodeTable(start, folded[: top + 1], True, entropy_bits(folded) + float(signs))
 
 
 def fit_tables(joint: np.ndarray) -> list[CodeTable]:
-    """Tables from counts by (level, symbol): a level joins the table before it where that makes the file smaller."""
-    tables, counts = [choose_table(LEVEL_BOUNDS[0], joint[0])], joint[0]
+    """Tables from counts by (level, symbol): a level joins the table before it where that makes the file smaller, and a table holds
+    both signs where they differ by more than it costs."""
+    groups = [(LEVEL_BOUNDS[0], joint[0])]
+    price = code_table(*groups[0], True).price
     for level in np.flatnonzero(joint[1:].any(axis=1)) + 1:
-        alone = choose_table(int(level) + LEVEL_BOUNDS[0], joint[level])
-        together = choose_table(tables[-1].start, counts + joint[level])
-        if together.price <= tables[-1].price + alone.price:
-            tables[-1], counts = together, counts + joint[level]
+        (start, before), mine = groups[-1], joint[level]
+        alone, together = (code_table(start, counts, True).price for counts in (mine, before + mine))
+        if together <= price + alone:
+            groups[-1], price = (start, before + mine), together
         else:
-            tables, counts = [*tables, alone], joint[level]
-    return tables
+            groups.append((int(level) + LEVEL_BOUNDS[0], mine))
+            price = alone
+    return [min((code_table(*group, m) for m in (True, False)), key=lambda table: table.price) for group in groups]
 
 
 def count_levels(levels: np.ndarray, values: np.ndarray, states: int) -> list[np.ndarray]:
