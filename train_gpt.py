@@ -38,6 +38,7 @@ import ctypes
 import dataclasses
 import difflib
 import errno
+import filecmp
 import fnmatch
 import functools
 import hashlib
@@ -124,24 +125,18 @@ class ConfigError(ValueError):
     """A user's mistake: the message names the knob or file, the value and the remedy. Exit status 2."""
 
 
-def knob(default: Any, unit: str, doc: str, *, choices: tuple = (), several: str = "", lo: float = -math.inf,
-         hi: float = math.inf, shape: bool = False, needs: str = "") -> Any:  # fmt: skip
-    """Declare one knob; `shape` marks those that fix the model or its tokenizer, which an artifact's header binds.
+KNOB_DEFAULTS = {"choices": (), "several": "", "lo": -math.inf, "hi": math.inf, "shape": False, "needs": ""}
 
-    `several`: the default word; the knob also takes a comma-separated list of choices. `needs`: where the knob acts, as terms of which all
-    must hold: KNOB (it is on), !KNOB (off), KNOB=a/b (one of these values), a stage's name (it is scored), a|b (one of these terms).
+
+def knob(default: Any, unit: str, doc: str, **limits: Any) -> Any:
+    """Declare one knob; `limits` are those of KNOB_DEFAULTS that differ.
+
+    `shape` marks those that fix the model or its tokenizer, which an artifact's header binds. `several`: the default word; the knob
+    also takes a comma-separated list of choices. `needs`: where the knob acts, as terms of which all must hold: KNOB (it is on),
+    !KNOB (off), KNOB=a/b (one of these values), a stage's name (it is scored), a|b (one of these terms).
     """
-    meta = {
-        "unit": unit,
-        "doc": doc,
-        "choices": choices,
-        "several": several,
-        "lo": lo,
-        "hi": hi,
-        "shape": shape,
-        "needs": needs,
-    }
-    return field(default=default, metadata=meta)
+    assert limits.keys() <= KNOB_DEFAULTS.keys(), limits
+    return field(default=default, metadata={"unit": unit, "doc": doc, **KNOB_DEFAULTS, **limits})
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -190,11 +185,6 @@ def wrong(condition: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return met
 
 
-def reads_window(c: Any) -> bool:
-    """Whether a part reads the first GATE_WINDOW dims."""
-    return c.attn_gate == "sparse" or (c.smear and c.smear_form == "window")
-
-
 SHAPE_RULES: tuple[Rule, ...] = (
     (lambda c: c.model_dim % c.num_heads, "$MODEL_DIM is not a multiple of $NUM_HEADS"),
     (lambda c: c.num_heads % c.num_kv_heads, "$NUM_HEADS is not a multiple of $NUM_KV_HEADS"),
@@ -209,7 +199,7 @@ SHAPE_RULES: tuple[Rule, ...] = (
     (lambda c: c.bigram_vocab_size == 1, "$BIGRAM_VOCAB_SIZE: expected 0 (off) or at least 2 rows"),
     (lambda c: c.adapter_rank and c.out_init != "zero", "$OUT_INIT has no matrices to act on with $ADAPTER_RANK: unset one of them"),
     (lambda c: c.value_residual != "none" and c.num_layers < 2, "$VALUE_RESIDUAL needs at least 2 blocks, $NUM_LAYERS"),
-    (lambda c: reads_window(c) and c.gate_window > c.model_dim, "$GATE_WINDOW is wider than the model: $MODEL_DIM"),
+    (lambda c: c.gate_window > c.model_dim and (c.attn_gate == "sparse" or (c.smear and c.smear_form == "window")), "$GATE_WINDOW is wider than the model: $MODEL_DIM"),
     (lambda c: c.num_loops and not c.loop_start <= c.loop_end < c.num_layers,
      lambda c: f"$NUM_LOOPS through $LOOP_START to $LOOP_END: expected rising block numbers of 0 to {c.num_layers - 1} with $NUM_LAYERS"),
     (lambda c: c.num_loops and 0 < c.parallel_start_layer <= c.loop_end,
@@ -227,16 +217,11 @@ def uneven_length(c: Any) -> int:
     return next((t for _, t in c.seq_curriculum if c.train_batch_tokens % t), 0)
 
 
-def nearest_batch(c: Any) -> int:
-    """The multiple of that length nearest to TRAIN_BATCH_TOKENS."""
-    t = uneven_length(c)
-    return max(1, round(c.train_batch_tokens / t)) * t
-
-
 TRAINING_RULES: tuple[Rule, ...] = (
     (wrong(lambda c: not c.seq_curriculum), "$TRAIN_SEQ_SCHEDULE: expected LENGTH@SHARE,LENGTH@SHARE..., lengths of 8 tokens or more and rising "
      "shares between 0 and 1, as in 1024@0.1,2048@0.7,3072@1.0"),
-    (uneven_length, lambda c: f"$TRAIN_BATCH_TOKENS is not a multiple of the sequence length {uneven_length(c)}; nearest: {nearest_batch(c)}"),
+    (uneven_length, lambda c: f"$TRAIN_BATCH_TOKENS is not a multiple of the sequence length {(t := uneven_length(c))}; nearest: "
+                              f"{max(1, round(c.train_batch_tokens / t)) * t}"),
     (lambda c: c.complement_alpha and c.vocab_size > 16384,
      "$COMPLEMENT_ALPHA counts all pairs of tokens, too many at $VOCAB_SIZE: set it to 0"),
     (lambda c: c.swa_every and c.swa_source == "ema" and not c.ema_decay, "$SWA_SOURCE needs EMA_DECAY above 0"),
@@ -265,12 +250,6 @@ def by_document(c: Any) -> bool:
     return "ttt" in c.stages and c.ttt_reset == "document"
 
 
-def unordered_chunks(c: Any) -> bool:
-    """Whether the chunks at a document's start are not of rising positions and sizes of at least 1."""
-    below, sizes = zip(*c.ttt_chunk_steps, strict=True)
-    return min(sizes) < 1 or any(a >= b for a, b in zip((0, *below), below, strict=False))
-
-
 def longest_chunk(c: Any) -> int:
     """Targets of the longest chunk of a document."""
     return max(size for _, size in c.ttt_chunk_steps)
@@ -289,7 +268,7 @@ EVALUATION_RULES: tuple[Rule, ...] = (
      "$TTT_EPOCHS: a document's LoRA takes one step on each chunk (TTT_RESET=document)"),
     (lambda c: by_document(c) and c.phased_ttt_num_phases and not c.phased_ttt_prefix,
      "$PHASED_TTT_PREFIX leaves no text to train on before a phase: raise it, or PHASED_TTT_NUM_PHASES=0"),
-    (lambda c: by_document(c) and wrong(unordered_chunks)(c),
+    (wrong(lambda c: by_document(c) and not c.ttt_chunk_steps),
      "$TTT_SHORT_SCORE_FIRST_STEPS: expected POSITION:SIZE pairs of rising positions and sizes of at least 1, as in 256:8,2000:24"),
     (lambda c: by_document(c) and 0 < c.ttt_block_tokens < longest_chunk(c),
      lambda c: f"$TTT_BLOCK_TOKENS is shorter than a chunk of {longest_chunk(c)} targets: raise it, or 0 for a share of the text"),
@@ -585,9 +564,13 @@ class Config:
 
     @property
     def ttt_chunk_steps(self) -> list[tuple[float, int]]:
-        """[(position in its document below which a chunk starts, its targets)], rising; the last is without bound."""
-        steps = [step.split(":") for step in self.ttt_short_score_first_steps.split(",") if step.strip()]
-        return [*((float(int(below)), int(size)) for below, size in steps), (math.inf, self.ttt_chunk_size)]
+        """[(position in its document below which a chunk starts, its targets)], rising; the last is without bound. ValueError if not that."""
+        pairs = [step.split(":") for step in self.ttt_short_score_first_steps.split(",") if step.strip()]
+        steps = [*((float(int(below)), int(size)) for below, size in pairs), (math.inf, self.ttt_chunk_size)]
+        positions = [0.0, *(below for below, _ in steps)]
+        if positions != sorted(set(positions)) or any(size < 1 for _, size in steps):
+            raise ValueError
+        return steps
 
     @property
     def value_layers(self) -> tuple[int, ...]:
@@ -1021,13 +1004,10 @@ def check_value(name: str, value: Any) -> Any:
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ConfigError(f"{name}={str(value)[:80]!r}: expected {TYPE_WORDS[kind]}")
     words = listed(value) if meta["several"] else (value,)
-    fits = set(words) <= set(meta["choices"]) or value == (meta["several"] or None)
-    if meta["choices"] and not fits:
+    if meta["choices"] and not set(words) <= set(meta["choices"]) and value != (meta["several"] or None):
         which = f"{meta['several']} or a list" if meta["several"] else "one"
-        doc = f" ({meta['doc']})" if meta["doc"] else ""
-        raise ConfigError(
-            f"{name}={str(value)[:80]!r}: expected {which} of {', '.join(map(str, meta['choices']))}{doc}"
-        )
+        expected = f"expected {which} of {', '.join(map(str, meta['choices']))} ({meta['doc']})"
+        raise ConfigError(f"{name}={str(value)[:80]!r}: {expected}")
     if kind in (int, float) and not (math.isfinite(value) and meta["lo"] <= value <= meta["hi"]):
         raise ConfigError(f"{name}={value}: expected {bounds(name) or 'a finite number'}")
     return value
@@ -1145,9 +1125,9 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
     """Environment -> {knob: text}: published names become ours, dead ones are reported, misspelt ones are errors."""
     table = {**PUBLISHED_NAMES["*"], **PUBLISHED_NAMES.get(recipe, {})}
     base = {name: as_text(value) for name, value in RECIPES.get(recipe, {}).items()}
-    ours: dict[str, str] = {}
-    off: dict[str, str] = {}
-    changes: list[tuple[str, str, str]] = []
+    steps: list[
+        tuple[int, str, str, str]
+    ] = []  # (turn, knob, how, text): ours and those of a published 0, which wins, then changes of lists
     for name, text in env.items():
         fate = table.get(name)
         if isinstance(fate, Dead) and fate.unless and env.get(fate.unless.split("=")[0]) == fate.unless.split("=")[1]:
@@ -1155,21 +1135,17 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
         if isinstance(fate, Dead):
             notices.append(f"{name}={text} has no effect: {fate.why}")
         elif fate is not None:
+            turn = int(isinstance(fate, dict) and as_digit(text) == "0")
             try:
                 for knob_name, how, value in settings_of(name, text, fate, {**base, **env}):
                     parse_value(knob_name, value)
-                    if how != "=":
-                        changes.append((knob_name, how, value))
-                    elif isinstance(fate, dict) and as_digit(text) == "0":
-                        off[knob_name] = value
-                    elif (
-                        knob_name == name or knob_name not in env
-                    ):  # an explicit knob of ours wins over a published name
-                        ours[knob_name] = value
+                    # An explicit knob of ours wins over a published name.
+                    if turn or how != "=" or knob_name == name or knob_name not in env:
+                        steps.append((turn if how == "=" else 2, knob_name, how, value))
             except ConfigError as e:
                 errors.append(f"{name}={text!r}: {e}")
         elif name in FIELDS:
-            ours[name] = text
+            steps.append((0, name, "=", text))
         else:
             guess, misspelt = nearest_knob(name)
             if misspelt:
@@ -1178,14 +1154,13 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
                 notices.append(f"{name} is a name of another recipe and is ignored with RECIPE={recipe}")
             elif guess:
                 notices.append(f"{name} is no knob and is ignored (the nearest knob is {guess})")
-    ours.update(off)
-    for knob_name, how, value in changes:
-        items = [*filter(None, listed(ours.get(knob_name, base.get(knob_name, FIELDS[knob_name].default))))]
-        if how == "+=":
-            items += [item for item in listed(value) if item not in items]
-        else:
-            items = [item for item in items if item not in listed(value)]
-        ours[knob_name] = ",".join(items)
+    ours: dict[str, str] = {}
+    for _, name, how, text in sorted(steps, key=lambda step: step[0]):
+        if how != "=":
+            now = [*filter(None, listed(ours.get(name, base.get(name, FIELDS[name].default))))]
+            kept = [item for item in now if how == "+=" or item not in listed(text)]
+            text = ",".join(kept + [item for item in listed(text) if how == "+=" and item not in kept])
+        ours[name] = text
     return ours
 
 
@@ -1327,9 +1302,8 @@ def say(text: str, to_stderr: bool = False, end: str = "\n") -> OSError | None:
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream, flush=True)
     except (OSError, ValueError) as e:
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # else the interpreter's exit fails at what is left
+        # Else the interpreter's exit fails at what is left.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return e if isinstance(e, OSError) and e.errno not in (errno.EPIPE, errno.EIO) else None
     return None
@@ -1556,9 +1530,8 @@ def group_store(rank: int, world: int) -> dist.Store:
     return dist.PrefixStore(group[0], store)
 
 
-GROUP_TIMEOUT = timedelta(
-    minutes=30
-)  # of a collective: the slowest that a rank waits for is another's share of packing
+# Of a collective: the slowest that a rank waits for is another's share of packing.
+GROUP_TIMEOUT = timedelta(minutes=30)
 
 
 class Run:
@@ -1640,10 +1613,7 @@ class Run:
         return self.moved_artifact or Path(self.cfg.artifact or self.log_path.with_suffix(".pgz"))
 
     def open_logs(self, append: bool) -> None:
-        """Open both logs on rank 0; refuses to overwrite those of another run unless FORCE=1 or `append`."""
-        self.on_first(lambda: self._open_logs(append))
-
-    def _open_logs(self, append: bool) -> None:
+        """Open both logs; refuses to overwrite those of another run unless FORCE=1 or `append`."""
         paths = (self.log_path, self.log_path.with_suffix(".jsonl"))
         old = [p for p in paths if p.exists()]
         if old and not append and not self.cfg.force:
@@ -1762,17 +1732,17 @@ class Run:
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """What `action` returns on rank 0, on every rank; what it raises there ends all ranks, so that none waits for it."""
-        value, mistake, error = None, False, None
+        result = None
         if self.rank == 0:
             try:
-                value = action()
+                result = action(), ""
             except Exception as e:
-                self.broadcast((None, isinstance(e, ConfigError), str(e)))
+                self.broadcast((isinstance(e, ConfigError), str(e) or type(e).__name__))
                 raise
-        value, mistake, error = self.broadcast((value, mistake, error))
-        if error is not None:
-            raise (ConfigError if mistake else BrokenRun)(error)
-        return value
+        result, error = self.broadcast(result)
+        if error:
+            raise (ConfigError if result else BrokenRun)(error)
+        return result
 
     def is_first(self, task: str) -> bool:
         """True on exactly one rank, the first that calls this for `task`, which it does whether one rank calls or all do; before the
@@ -1865,13 +1835,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if not str(manifest.get("format")).startswith("parameter-golf shards"):
             return None  # of another tool
-        tokenizer = manifest["tokenizer"]
-        sound = isinstance(tokenizer["sha256"], str) and Path(tokenizer["file"]).name == tokenizer["file"]
-        for part in (manifest[split] for split in ("val", "train") if split in manifest):
-            for shard in (*part["shards"], *part.get("sidecars", [])):
-                sound &= [type(shard[key]) for key in ("file", "tokens", "sha256")] == [str, int, str]
+        tokenizer, splits = manifest["tokenizer"], [manifest[name] for name in ("val", "train") if name in manifest]
+        files = [shard for split in splits for shard in (*split["shards"], *split.get("sidecars", []))]
+        typed = all([type(f[key]) for key in ("file", "tokens", "sha256")] == [str, int, str] for f in files)
+        sound = typed and isinstance(tokenizer["sha256"], str) and Path(tokenizer["file"]).name == tokenizer["file"]
     except (ValueError, TypeError, KeyError, AttributeError):
-        manifest, sound = {}, False
+        sound = False
     if not sound or manifest["format"] != MANIFEST_FORMAT:
         raise ConfigError(f"{path}: not a manifest that this script reads ({MANIFEST_FORMAT}); make the shards again")
     check_transform(manifest.get("transform", ""), str(path))
@@ -2047,11 +2016,9 @@ def check_batch(cfg: Config, world: int) -> None:
 
 def upload(t: Tensor, device: torch.device) -> Tensor:
     """A copy of `t` on the device, for which nobody waits; a GPU waits for what comes from memory that is not pinned."""
-    return (
-        t.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda" and t.device.type == "cpu"
-        else t.to(device)
-    )
+    if device.type == "cuda" and t.device.type == "cpu":
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
 
 
 class Batcher:
@@ -2336,31 +2303,28 @@ def find_copies(hashes: np.ndarray, sizes: np.ndarray, pieces: bool) -> tuple[in
     copied = int(sizes[firsts(hashes) < np.arange(len(hashes))].sum())
     if not pieces:
         hashes, sizes = hashes[sizes >= ROW_TOKENS], np.full(np.count_nonzero(sizes >= ROW_TOKENS), ROW_TOKENS)
-    first = firsts(hashes)
+    first, row, longest = firsts(hashes), 0, 0
     again = first < np.arange(len(hashes))
-    begins = (
-        np.flatnonzero(again & ~np.concatenate([[False], again[:-1] & (np.diff(first) == 1)])) if len(first) else first
-    )
-    rows = np.add.reduceat(np.where(again, sizes, 0), begins) if len(begins) else np.zeros(1)
-    return copied, int(rows.max())
+    for i in np.flatnonzero(again):
+        row = sizes[i] + (row if again[i - 1] and first[i] == first[i - 1] + 1 else 0)
+        longest = max(longest, row)
+    return copied, int(longest)
 
 
-def compare_manifest(
-    folder: Path, listed: list[Any], kind: str, budget: float
-) -> tuple[list[str], list[str], list[str]]:
-    """(shards of `kind` that differ from what the manifest lists, missing ones, ones it does not list); contents are compared up to
+def compare_manifest(folder: Path, listed: list[Any], kind: str, budget: float) -> tuple[list[str], list[str]]:
+    """(shards of `kind` that differ from what the manifest lists, those that are missing or not listed); contents are compared up to
     `budget` tokens, counts always."""
     present, differ = {p.name: p for p in shard_paths(folder, kind)}, []
     for entry in listed:
-        path = present.get(entry["file"])
-        if path is None:
+        if (path := present.get(entry["file"])) is None:
             continue
         if (n := len(load_shard(path))) != entry["tokens"]:
             differ.append(f"{path.name} has {n} tokens, not {entry['tokens']}")
         elif (budget := budget - n) >= 0 and file_sha256(path) != entry["sha256"]:
             differ.append(f"{path.name} has other content")
     names = {entry["file"] for entry in listed}
-    return differ, sorted(names - set(present)), sorted(set(present) - names)
+    missing, extra = sorted(names - set(present)), sorted(set(present) - names)
+    return differ, [f"{name} is missing" for name in missing] + [f"{name} is not listed" for name in extra]
 
 
 def named_few(names: list[str]) -> str:
@@ -2379,46 +2343,28 @@ def check_shards(folder: Path, training: bool, everything: bool) -> tuple[list[s
     """(notices, whether a manifest vouches for the validation shards); ConfigError where shards are not those of the manifest, or where
     without one their numbers or equal contents show that one is missing or too many."""
     manifest, notices = read_manifest(folder) or {}, []
-    problem = (
-        f"DATA_PATH={folder}: its validation shards are not those of its manifest.json: {{}}; make the shards again"
-    )
-    if vouched := "val" in manifest:
-        for kind, part in (("val", "shards"), ("val_bytes", "sidecars")):
-            differ, missing, extra = compare_manifest(folder, manifest["val"].get(part, []), kind, math.inf)
-            if kind == "val":
-                differ += [f"{name} is missing" for name in missing] + [f"{name} is not listed" for name in extra]
+    for split, part, kind in (("val", "shards", "val"), ("val", "sidecars", "val_bytes"), ("train", "shards", "train")):
+        if split in manifest and (training or split == "val"):
+            budget = math.inf if everything or split == "val" else LEAK_TOKENS
+            differ, absent = compare_manifest(folder, manifest[split].get(part, []), kind, budget)
+            differ += absent if kind == "val" else []
+            what = f"its {'training' if split == 'train' else 'validation'} shards are not those of its manifest.json"
             if differ:
-                raise ConfigError(problem.format(named_few(differ)))
-        if training and "train" in manifest:
-            budget = math.inf if everything else LEAK_TOKENS
-            differ, missing, extra = compare_manifest(folder, manifest["train"]["shards"], "train", budget)
-            if differ:
-                raise ConfigError(problem.replace("validation", "training").format(named_few(differ)))
-            notices += (
-                [f"{folder}: training shards that its manifest.json lists are missing: {named_few(missing)}"]
-                if missing
-                else []
-            )
-            notices += (
-                [f"{folder}: training shards that its manifest.json does not list: {named_few(extra)}"] if extra else []
-            )
-        return notices, vouched
+                raise ConfigError(f"DATA_PATH={folder}: {what}: {named_few(differ)}; make the shards again")
+            notices += [f"{folder}: {what}: {named_few(absent)}"] if absent and split == "train" else []
+    if "val" in manifest:
+        return notices, True
     paths = shard_paths(folder, "val")
-    seen: dict[tuple[int, str], Path] = {}
-    sizes = [path.stat().st_size for path in paths]
-    for path, size in zip(paths, sizes, strict=True):
-        key = (size, file_sha256(path) if sizes.count(size) > 1 else "")
-        if seen.setdefault(key, path) is not path:
-            raise ConfigError(
-                f"DATA_PATH={folder}: {seen[key].name} and {path.name} have the same content; remove the copy"
-            )
+    for one, other in itertools.combinations(paths, 2):
+        if filecmp.cmp(one, other, shallow=False):
+            raise ConfigError(f"DATA_PATH={folder}: {one.name} and {other.name} have the same content; remove the copy")
     if gap := numbering_gap(paths):
         raise ConfigError(
             f"DATA_PATH={folder}: {gap}; a score needs the whole validation text: get all of its shards, numbered from 0"
         )
     if training and (gap := numbering_gap(shard_paths(folder, "train"))):
         notices.append(f"{folder}: {gap}; the training text lacks a part")
-    return notices, vouched
+    return notices, False
 
 
 def find_leaks(hashes: np.ndarray, train: list[np.ndarray], spacing: int, most: float) -> tuple[int, float]:
@@ -9130,7 +9076,7 @@ def run_train(loaded: LoadedConfig) -> int:
     checkpoints = Checkpoints(cfg, run, stream.identity)
     resumed = checkpoints.load()
     run.on_first(lambda: check_artifact_path(run, continuing=cfg.resume == "auto" and resumed is not None))
-    run.open_logs(append=cfg.resume != "")
+    run.on_first(lambda: run.open_logs(append=cfg.resume != ""))
     opened = log_start(opened, stream.total, len(shards))
     check_target(cfg, run, opened.code_bytes)
     model = build_model(cfg, run)
@@ -9172,7 +9118,7 @@ def open_scoring(loaded: LoadedConfig, header: dict[str, Any]) -> OpenRun:
     opened = open_run(loaded, header["tokenizer_sha256"])
     check_tokenizer(opened.tokenizer, header, loaded.cfg)
     choose_attention(loaded.cfg, opened.run.device)
-    opened.run.open_logs(append=False)
+    opened.run.on_first(lambda: opened.run.open_logs(append=False))
     return log_start(opened, 0, 0)
 
 
