@@ -1680,23 +1680,27 @@ class Run:
             unlock_file(self._locks.pop())
         end_process_group(broken=status not in ("ok", "limit broken", "incomplete"))
 
-    def save_artifact(self, blob: bytes) -> None:
-        """Write the artifact; where ARTIFACT cannot be written, under LOG_DIR or else in a new temporary folder."""
-        asked, errors = self.artifact_path, []
+    def write_somewhere(self, asked: Path, blob: bytes) -> tuple[Path, str]:
+        """Write a file where it is asked for, else under LOG_DIR, else in a new temporary folder: (its path, why it is no other)."""
+        errors: list[str] = []
         for folder in (asked.parent, self.log_path.parent, None):
             try:
                 path = Path(folder or tempfile.mkdtemp(prefix="train_gpt-")) / asked.name
                 if folder and path != asked and path.exists():
                     raise ConfigError(f"{path} exists")
                 atomic_write(path, blob)
+                return path, "".join(errors[:1])
             except (ConfigError, BrokenRun, OSError) as e:
                 errors.append(str(e))
-                continue
-            if path != asked:
-                self.moved_artifact = path
-                self.report_lost("artifact", f"{asked}; it is {path} ({errors[0]})")
-            return
         raise BrokenRun("; ".join(dict.fromkeys(errors)))
+
+    def save_artifact(self, blob: bytes) -> None:
+        """Write the artifact; where ARTIFACT cannot be written, elsewhere."""
+        asked = self.artifact_path
+        path, error = self.write_somewhere(asked, blob)
+        if path != asked:
+            self.moved_artifact = path
+            self.report_lost("artifact", f"{asked}; it is {path} ({error})")
 
     # ---- signals
 
@@ -2047,11 +2051,9 @@ def proto_field(message: bytes, wanted: int) -> bytes:
 
     def number() -> int:
         nonlocal at
-        value = shift = 0
-        while True:
-            at, value, shift = at + 1, value | (message[at] & 127) << shift, shift + 7
-            if message[at - 1] < 128:
-                return value
+        digits = re.compile(rb"[\x80-\xff]*[\0-\x7f]").match(message, at)[0]
+        at += len(digits)
+        return sum((digit & 127) << 7 * i for i, digit in enumerate(digits))
 
     while at < len(message):
         tag = number()
@@ -2107,12 +2109,6 @@ OPERATOR_BYTES = 3  # of an operator in UTF-8
 CASED = re.compile(f"{ESCAPE}([{OPERATORS}])|[{TITLE}{CAPNEXT}]([a-z])|{ALLCAPS}([A-Za-z]+)|[{OPERATORS}]")
 
 
-def restore_case(stream: str) -> tuple[str, int]:
-    """(the text that a CaseOps stream stands for, how many operators stand before nothing that they could act on)."""
-    strays = sum(match.lastindex is None for match in CASED.finditer(stream))
-    return CASED.sub(lambda m: m[1] or (m[2] or m[3] or "").upper(), stream), strays
-
-
 class Tokenizer:
     """The SentencePiece model of the data, and the bytes of text that each token stands for: of the original text, where it went
     through `transform` (None: through CaseOps, if the model has its operators as pieces)."""
@@ -2151,7 +2147,10 @@ class Tokenizer:
     def decode(self, tokens: np.ndarray) -> tuple[str, int]:
         """(the original text of one document's tokens, operators in it that nothing follows)."""
         text = self.sp.decode(tokens.tolist())
-        return restore_case(text) if self.transform else (text, 0)
+        if not self.transform:
+            return text, 0
+        strays = sum(match.lastindex is None for match in CASED.finditer(text))
+        return CASED.sub(lambda m: m[1] or (m[2] or m[3] or "").upper(), text), strays
 
 
 class ValidationText(NamedTuple):
@@ -2251,12 +2250,6 @@ PIECE = 64  # tokens that are compared where no BOS shows the documents
 LEAK_TOKENS = 60_000_000  # of the training text, in which the validation's documents are looked for
 
 
-def piece_spacing(tokens: np.ndarray) -> int:
-    """0 where a stream is cut into documents at BOS; else, where it has hardly any, the mean distance of pieces to compare."""
-    documents = np.count_nonzero(tokens == BOS)
-    return 0 if documents >= max(COPIED_ROW, len(tokens) >> 14) else max(16, len(tokens) >> 18)
-
-
 def unit_hashes(tokens: np.ndarray, spacing: int) -> tuple[np.ndarray, np.ndarray]:
     """`text_units` of one part."""
     tokens = np.ascontiguousarray(tokens, dtype="<u2")
@@ -2267,24 +2260,23 @@ def unit_hashes(tokens: np.ndarray, spacing: int) -> tuple[np.ndarray, np.ndarra
         digests = (hashlib.sha256(view[a:b]).digest()[:8] for a, b in zip((2 * starts).tolist(), ends, strict=True))
         hashes = np.frombuffer(b"".join(digests), dtype="<u8")
         return hashes[sizes > 1], sizes[sizes > 1]  # a lone BOS is no text
-    found = []
-    for lo in range(0, len(tokens) - PIECE + 1, step := 2**20):
-        t = tokens[lo : min(lo + step, len(tokens) - PIECE + 1) + 2].astype(np.uint32)
-        mixed = t[:-2] * 0x9E3779B1 + t[1:-1] * 0x85EBCA6B + t[2:] * 0xC2B2AE35
-        found.append(lo + np.flatnonzero(mixed >> 16 < 2**16 // spacing))
-    anchors = np.concatenate(found) if found else np.empty(0, dtype=np.int64)
-    pieces = np.lib.stride_tricks.sliding_window_view(tokens, PIECE)[anchors] if len(anchors) else np.empty((0, PIECE))
+    if len(tokens) < PIECE:
+        return np.empty(0, dtype="<u8"), np.empty(0, dtype=np.int64)
+    t = tokens[: len(tokens) - PIECE + 3].astype(np.uint32)
+    mixed = t[:-2] * 0x9E3779B1 + t[1:-1] * 0x85EBCA6B + t[2:] * 0xC2B2AE35
+    anchors = np.flatnonzero(mixed >> 16 < 2**16 // spacing)
+    pieces = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(tokens, PIECE)[anchors])
     odd = np.random.default_rng(0).integers(2**63, size=PIECE // 4, dtype=np.uint64) * 2 + 1
-    return np.ascontiguousarray(pieces, dtype="<u2").view("<u8") @ odd, np.diff(anchors, append=len(tokens))
+    return pieces.view("<u8") @ odd, np.diff(anchors, append=len(tokens))
 
 
 def text_units(shards: Iterable[np.ndarray], spacing: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(hashes (n,) uint64, tokens (n,) that each stands for) of the documents of consecutive shards, in parts and in order; documents
     run across shard ends. With a `spacing`: of pieces of 64 tokens behind anchors, which the three tokens there decide, so that a copy
     has the same ones wherever it begins."""
-    rest = np.empty(0, dtype="<u2")
-    for tokens in shards:
-        rest = np.concatenate([rest, tokens]) if len(rest) else tokens
+    rest, most = np.empty(0, dtype="<u2"), 2**22
+    for tokens in (shard[at : at + most] for shard in shards for at in range(0, len(shard), most)):
+        rest = np.concatenate([rest, tokens])
         last = len(rest) - PIECE if spacing else int(np.flatnonzero(rest == BOS)[-1:].sum())
         if last > 0:
             yield unit_hashes(rest[: last + PIECE - 1 if spacing else last], spacing)
@@ -2367,18 +2359,6 @@ def check_shards(folder: Path, training: bool, everything: bool) -> tuple[list[s
     return notices, False
 
 
-def find_leaks(hashes: np.ndarray, train: list[np.ndarray], spacing: int, most: float) -> tuple[int, float]:
-    """(how many of the validation's units (n,) stand in the first `most` training tokens, their share)."""
-    starts = np.cumsum([0, *map(len, train)])
-    parts = (
-        shard[: int(min(most - start, len(shard)))] for shard, start in zip(train, starts, strict=False) if start < most
-    )
-    seen = np.zeros(len(hashes), dtype=bool)
-    for found, _ in text_units(parts, spacing):
-        seen |= np.isin(hashes, found)
-    return int(seen.sum()), float(seen.mean()) if len(seen) else 0.0
-
-
 def check_data(folder: Path, training: bool, everything: bool = False) -> list[str]:
     """What a person should know of the shards in `folder`; ConfigError where the validation text is not what a score may be taken on.
 
@@ -2388,24 +2368,30 @@ def check_data(folder: Path, training: bool, everything: bool = False) -> list[s
     """
     notices, vouched = check_shards(folder, training, everything)
     val = load_split(folder, "val")
-    tokens = np.concatenate(val) if len(val) > 1 else np.asarray(val[0])
-    spacing, name = piece_spacing(tokens), ""
-    hashes, sizes = map(np.concatenate, zip(*text_units([tokens], spacing), strict=True))
+    n, documents = sum(map(len, val)), sum(np.count_nonzero(shard == BOS) for shard in val)
+    # Documents, or where hardly any BOS shows them pieces, at this mean distance.
+    spacing, name = 0 if documents >= max(COPIED_ROW, n >> 14) else max(16, n >> 18), ""
+    hashes, sizes = map(np.concatenate, zip(*text_units(val, spacing), strict=True))
     for export, (least, most) in CHALLENGE_COUNTS.items():
-        if least <= len(tokens) <= most:
+        if least <= n <= most:
             name = export
-            notices.append(f"the validation text has the token count of the challenge's {export} export ({len(tokens)}); its content "
+            notices.append(f"the validation text has the token count of the challenge's {export} export ({n}); its content "
                            "was compared with no copy of that")  # fmt: skip
     copied, row = find_copies(hashes, sizes, spacing > 0)
-    found = f"{copied} of {len(tokens)} validation tokens stand in text that occurs before ({copied / len(tokens):.2%}; {row} in order)"
-    if not vouched and (row >= COPIED_ROW * ROW_TOKENS or (not name and copied >= COPIED_SHARE * len(tokens))):
+    found = f"{copied} of {n} validation tokens stand in text that occurs before ({copied / n:.2%}; {row} in order)"
+    if not vouched and (row >= COPIED_ROW * ROW_TOKENS or (not name and copied >= COPIED_SHARE * n)):
         raise ConfigError(f"DATA_PATH={folder}: {found}, so the score would be of text that was seen; remove the copy from the "
                           "validation shards, or make them from documents without copies with data/make_shards.py")  # fmt: skip
     notices += [f"{found}: a score on them is of text that was seen"] if copied else []
     if training and shard_paths(folder, "train"):
-        leaked, share = find_leaks(
-            hashes, load_split(folder, "train"), spacing, math.inf if everything else LEAK_TOKENS
-        )
+        train = load_split(folder, "train")
+        before = np.cumsum([0, *map(len, train)])
+        most = before[-1] if everything else LEAK_TOKENS
+        parts = (shard[: max(0, most - start)] for shard, start in zip(train, before, strict=False))
+        seen = np.zeros(len(hashes), dtype=bool)
+        for part, _ in text_units(parts, spacing):
+            seen |= np.isin(hashes, part)
+        leaked, share = int(seen.sum()), float(seen.sum()) / max(1, len(seen))
         found = f"{leaked} of {len(hashes)} validation {'pieces' if spacing else 'documents'} stand in the training text ({share:.2%})"
         if share >= COPIED_SHARE:
             raise ConfigError(f"DATA_PATH={folder}: {found}, so the score would be of text that was trained on; make both splits from "
@@ -4052,25 +4038,24 @@ class Checkpoints:
         path: Path | None = self.folder / f"step_{step:06d}.pt"
         if self.run.rank == 0:
             try:
-                self.write(path, state)
+                atomic_write(path, self.packed(state))
                 saved = [p for p in self.saved() if not p.is_dir()]
-                kept = saved[: saved.index(path) + 1][-self.cfg.checkpoint_keep :]
                 # Later steps are of a run that was taken back, or that this one overwrites.
-                for old in set(saved) - set(kept):
+                for old in {*saved} - {*saved[: saved.index(path) + 1][-self.cfg.checkpoint_keep :]}:
                     old.unlink(missing_ok=True)
             except (ConfigError, BrokenRun, OSError) as e:
                 self.run.report_lost("checkpoint", f"of step {step} ({e})")
                 path = None
         return self.run.broadcast(path)
 
-    def write(self, path: Path, state: dict[str, Any]) -> None:
-        """Write `state` and the knobs that it binds."""
-        buffer = io.BytesIO()
-        torch.save({**state, "config": binding_values(self.cfg), "identity": self.identity}, buffer)
-        for stale in self.folder.glob(".*.pt.*.partial"):  # of a process killed while it wrote
+    def packed(self, state: dict[str, Any]) -> bytes:
+        """A file of `state` and the knobs that it binds; removes what a process that was killed while it wrote has left."""
+        for stale in self.folder.glob(".*.pt.*.partial"):
             if re.fullmatch(r"\.(step_[0-9]+|trained)\.pt\.[0-9]+\.partial", stale.name):
                 stale.unlink(missing_ok=True)
-        atomic_write(path, buffer.getvalue())
+        buffer = io.BytesIO()
+        torch.save({**state, "config": binding_values(self.cfg), "identity": self.identity}, buffer)
+        return buffer.getvalue()
 
     @contextlib.contextmanager
     def keep_weights(self, model: GPT, stream: TokenStream, result: TrainResult) -> Iterator[None]:
@@ -4084,12 +4069,7 @@ class Checkpoints:
                 cells = {n: torch.from_numpy(c.astype(np.int32)) for n, c in (result.cells or {}).items()}
                 state = {"model": model.state_dict(), "step": result.steps, "average": {}, "position": stream.position,
                          "elapsed": result.seconds, "looped": model.looped, "finished": {**result._asdict(), "cells": cells}}  # fmt: skip
-                path = self.folder / "trained.pt"
-                try:
-                    self.write(path, state)
-                except (ConfigError, BrokenRun, OSError):
-                    path = Path(tempfile.mkdtemp(prefix="train_gpt-")) / "trained.pt"
-                    self.write(path, state)
+                path, _ = self.run.write_somewhere(self.folder / "trained.pt", self.packed(state))
                 text = f"the trained weights are kept: RESUME={path} packs and scores them"
                 say(f"notice: {text}") if self.run.rank else self.run.notice(text)
             raise
@@ -4101,20 +4081,22 @@ class Checkpoints:
 
     def find(self) -> Path | None:
         """The checkpoint that RESUME names, the newest that is whole for `auto` (None if there is none yet)."""
-        if self.cfg.resume == "auto":
-            for path in reversed(self.saved()):
-                try:
-                    self.read(path)
-                    return path
-                except ConfigError as e:
-                    self.damaged.append(str(e))
-            if self.damaged:
-                last = f"RESUME=auto: no checkpoint is left; remove {self.folder} to start anew"
-                raise ConfigError("\n".join([*self.damaged, last]))
-            return None
-        if self.cfg.resume and not Path(self.cfg.resume).is_file():
-            raise ConfigError(f"RESUME={self.cfg.resume}: no such checkpoint; RESUME=auto takes the newest of RUN_ID")
-        return Path(self.cfg.resume) if self.cfg.resume else None
+        if self.cfg.resume != "auto":
+            if self.cfg.resume and not Path(self.cfg.resume).is_file():
+                raise ConfigError(
+                    f"RESUME={self.cfg.resume}: no such checkpoint; RESUME=auto takes the newest of RUN_ID"
+                )
+            return Path(self.cfg.resume) if self.cfg.resume else None
+        for path in reversed(self.saved()):
+            try:
+                self.read(path)
+                return path
+            except ConfigError as e:
+                self.damaged.append(str(e))
+        if self.damaged:
+            last = f"RESUME=auto: no checkpoint is left; remove {self.folder} to start anew"
+            raise ConfigError("\n".join([*self.damaged, last]))
+        return None
 
     def read(self, path: Path) -> dict[str, Any]:
         """The state in a file, data only, no code; ConfigError if it is damaged or none of ours."""
