@@ -38,8 +38,8 @@ def start(folder: Path, knobs: dict[str, str]) -> tuple[float, float]:
     """(seconds of the script, seconds of its children) of one start."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "seconds")
-        env = os.environ | dict(OMP_NUM_THREADS="1") | {"RECIPE": "cpu", "DEVICE": "cpu", "LOG_DIR": scratch} | knobs
-        command = [sys.executable, "-c", STARTER, str(folder / "train_gpt.py"), str(out)]
+        env = os.environ | {"RECIPE": "cpu", "DEVICE": "cpu", "LOG_DIR": scratch} | knobs
+        command = ["env", "OMP_NUM_THREADS=1", sys.executable, "-c", STARTER, str(folder / "train_gpt.py"), str(out)]
         run = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
         if not out.exists():
             sys.exit(f"error: {folder} did not reach its first priming step: {run.stderr[-300:]}")
