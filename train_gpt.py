@@ -2654,26 +2654,24 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @torch._disable_dynamo  # the segments differ from step to step; unlike torch.compiler.disable it imports the compiler when called
-def attend_segments(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segments) -> Tensor:
-    """SDPA one segment after the other; with a cache of earlier keys, by a mask."""
-    t, s, n = q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.shape[2] // k_BSGK.shape[2]
-    q, k, v = q_BTHK, k_BSGK.repeat_interleave(n, 2), v_BSGK.repeat_interleave(n, 2)
-    if t == s:
-        q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (q, k, v))
-        spans = [slice(lo, hi) for lo, hi in itertools.pairwise(segments.bounds_M.tolist()) if lo < hi]
-        parts = [F.scaled_dot_product_attention(q[:, x], k[:, x], v[:, x], is_causal=True) for x in spans]
-        return torch.cat(parts, dim=1).transpose(0, 1).reshape(q_BTHK.shape)
-    at_S = torch.arange(s, device=q.device)
-    seen = (at_S >= segments.start_BT[..., None]) & (at_S <= at_S[s - t :, None])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
+def attend_segments(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) -> Tensor:
+    """SDPA one segment after the other."""
+    n = q_BTHK.shape[2] // k_BTGK.shape[2]
+    rows = (q_BTHK, k_BTGK.repeat_interleave(n, 2), v_BTGK.repeat_interleave(n, 2))
+    q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in rows)
+    spans = [slice(lo, hi) for lo, hi in itertools.pairwise(segments.bounds_M.tolist()) if lo < hi]
+    parts = [F.scaled_dot_product_attention(q[:, x], k[:, x], v[:, x], is_causal=True) for x in spans]
+    return torch.cat(parts, dim=1).transpose(0, 1).reshape(q_BTHK.shape)
 
 
 def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segments | None = None) -> Tensor:
     """PyTorch's scaled_dot_product_attention. Key/value heads are expanded on the CPU, where enable_gqa is slower."""
-    if segments is not None:
+    t, s = q_BTHK.shape[1], k_BSGK.shape[1]
+    if segments is not None and t == s:
         return attend_segments(q_BTHK, k_BSGK, v_BSGK, segments)
-    if q_BTHK.shape[1] == 1:  # decoding: query heads that share keys stand as query positions, nothing is expanded
+    if (
+        segments is None and t == 1
+    ):  # decoding: query heads that share keys stand as query positions, nothing is expanded
         k, v = k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
         q_BGNK = q_BTHK.reshape(len(q_BTHK), k.shape[1], -1, q_BTHK.shape[3])
         return F.scaled_dot_product_attention(q_BGNK, k, v).reshape(q_BTHK.shape)
@@ -2681,12 +2679,14 @@ def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segmen
     if grouped and q_BTHK.device.type != "cuda":
         n = q_BTHK.shape[2] // k_BSGK.shape[2]
         k_BSGK, v_BSGK, grouped = k_BSGK.repeat_interleave(n, 2), v_BSGK.repeat_interleave(n, 2), False
-    t, s = q_BTHK.shape[1], k_BSGK.shape[1]
     mask = None
-    if 1 < t < s:  # several new positions after a cache: position i sees the first s - t + i + 1
-        mask = torch.ones(t, s, dtype=torch.bool, device=q_BTHK.device).tril(s - t)
+    if t < s:  # new positions after a cache: position i sees the first s - t + i + 1, of them its segment's
+        at_S = torch.arange(s, device=q_BTHK.device)
+        mask = at_S <= at_S[s - t :, None]
+        if segments is not None:
+            mask = (mask & (at_S >= segments.start_BT[..., None]))[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=t == s and t > 1, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
@@ -2766,7 +2766,7 @@ AttentionKernel = Callable[..., Tensor]  # (q, k, v, segments or None)
 def attend_packed(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """A kernel of packed sequences, (N, H, K) with bounds and the greatest length, over the segments of all rows."""
     if q.shape[1] != k.shape[1]:
-        return attend_segments(q, k, v, segments)
+        return attend_sdpa(q, k, v, segments)
     bounds, most = segments.bounds_M, segments.longest
     y = kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, bounds, most, most)
     return (y[0] if isinstance(y, tuple) else y).view(q.shape)
@@ -2900,50 +2900,23 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     return (y - along * unit).flatten(2, 3)
 
 
-class NoGate(nn.Module):
-    """Returns the heads' outputs unchanged."""
+class HeadGate(nn.Module):
+    """y_h *= sigmoid(c (W x + b))_h, x the block's normalised input; W = 0 at first.
 
-    def __init__(self, cfg: Config) -> None:  # noqa: ARG002
-        super().__init__()
-
-    def forward(self, y_BTHK: Tensor, x_BTD: Tensor) -> Tensor:  # noqa: ARG002
-        return y_BTHK
-
-
-class InputGate(nn.Module):
-    """y_h *= sigmoid(W x + b)_h, x the block's normalised input; W = 0 and b = 4 start near identity (#850)."""
+    ATTN_GATE=input reads all of x, and b = 4 starts near identity (#850); sparse reads x[:GATE_WINDOW], has no b and starts at 1/2 (#1787).
+    """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.weight_HD = vector(cfg.num_heads, cfg.model_dim)
-        self.bias_H = vector(cfg.num_heads, value=cfg.attn_gate_init)
-
-    def forward(self, y_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
-        g_BTH = torch.sigmoid(F.linear(x_BTD, self.weight_HD.to(x_BTD.dtype), self.bias_H.to(x_BTD.dtype)))
-        return y_BTHK * g_BTH[..., None]
-
-
-class SparseGate(nn.Module):
-    """y_h *= sigmoid(c W x[:GATE_WINDOW])_h, x the block's normalised input; W = 0 starts at 1/2 (#1787)."""
-
-    def __init__(self, cfg: Config) -> None:
-        super().__init__()
-        self.scale, self.window = cfg.sparse_attn_gate_scale, cfg.gate_window
+        sparse = cfg.attn_gate == "sparse"
+        self.scale, self.window = (cfg.sparse_attn_gate_scale, cfg.gate_window) if sparse else (1.0, cfg.model_dim)
         self.weight_HW = vector(cfg.num_heads, self.window)
+        self.bias_H = None if sparse else vector(cfg.num_heads, value=cfg.attn_gate_init)
 
     def forward(self, y_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
-        z_BTH = F.linear(x_BTD[..., : self.window], self.weight_HW.to(x_BTD.dtype))
+        bias = None if self.bias_H is None else self.bias_H.to(x_BTD.dtype)
+        z_BTH = F.linear(x_BTD[..., : self.window], self.weight_HW.to(x_BTD.dtype), bias)
         return y_BTHK * torch.sigmoid(self.scale * z_BTH)[..., None]
-
-
-ATTN_GATES = {"none": NoGate, "input": InputGate, "sparse": SparseGate}
-
-
-class NoValueResidual(nn.Module):
-    """Returns each block's own values unchanged."""
-
-    def forward(self, v: Tensor, v0: Tensor) -> Tensor:  # noqa: ARG002
-        return v
 
 
 class ValueResidual(nn.Module):
@@ -2956,9 +2929,6 @@ class ValueResidual(nn.Module):
     def forward(self, v: Tensor, v0: Tensor) -> Tensor:
         a, b = torch.softmax(self.logits, dim=0).to(v.dtype).unbind()
         return a * v0 + b * v
-
-
-VALUE_RESIDUALS = {"none": NoValueResidual, "softmax": ValueResidual}
 
 
 # ---- embeddings
@@ -3010,53 +2980,36 @@ class BigramHash(nn.Module):
         return y if self.scale is None else y * self.scale.to(dtype)
 
 
-def one_back(x_BTD: Tensor, before_B1D: Tensor, first_BT: Tensor | None) -> Tensor:
-    """(B, T, D): what stands one position earlier; `before_B1D` before the row, zeros before positions that are `first_BT`."""
-    shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
-    return shifted if first_BT is None else shifted.masked_fill(first_BT[..., None], 0)
-
-
 class Smear(nn.Module):
-    """SmearGate: y_t = (1 - s) x_t + s x_{t-1}, s = sigmoid(g) per channel, x_{-1} = 0. Neutral at g = -inf.
+    """SmearGate: part of the embedding before is taken in, x_{-1} = 0.
 
-    s = 0 where the current token is a BOS, so that no document sees the one before it (SMEAR_CROSS_DOC=1 restores the
-    published leak). #740 and #187 put sigmoid(g) on the current token: their init 3 is -3 here.
+    SMEAR_FORM=channel: y_t = (1 - s) x_t + s x_{t-1}, s = sigmoid(g) per channel; neutral at g = -inf. #740 and #187 put sigmoid(g) on the
+    current token: their init 3 is -3 here. window: y_t = x_t + s x_{t-1}, s = l sigmoid(w . x_t[:GATE_WINDOW]); neutral at l = 0,
+    its init (#1667). s = 0 where the current token is a BOS, so that no document sees the one before it (#1851; SMEAR_CROSS_DOC=1
+    restores the published leak).
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.gate = vector(cfg.model_dim, value=cfg.smear_init)
-        self.cross_doc = cfg.smear_cross_doc
+        self.cross_doc, self.scale = cfg.smear_cross_doc, None
+        if cfg.smear_form == "channel":
+            self.gate = vector(cfg.model_dim, value=cfg.smear_init)
+        else:
+            self.weight_W, self.scale = vector(cfg.gate_window), vector(1)
 
     def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor, first_BT: Tensor | None = None) -> Tensor:
-        shifted = one_back(x_BTD, before_B1D, first_BT)
-        s = torch.sigmoid(self.gate).to(x_BTD.dtype)
+        """`before_B1D` stands before the row, zeros before positions that are `first_BT`; the current token is a BOS at `starts_BT`."""
+        shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+        if first_BT is not None:
+            shifted = shifted.masked_fill(first_BT[..., None], 0)
+        if self.scale is None:
+            s, taken = torch.sigmoid(self.gate).to(x_BTD.dtype), shifted - x_BTD
+        else:
+            w, scale = self.weight_W.to(x_BTD.dtype), self.scale.to(x_BTD.dtype)
+            s, taken = scale * torch.sigmoid(F.linear(x_BTD[..., : len(w)], w[None])), shifted
         if not self.cross_doc:
             s = s * ~starts_BT[..., None]
-        return x_BTD + s * (shifted - x_BTD)
-
-
-class WindowSmear(nn.Module):
-    """SmearGate of few numbers: y_t = x_t + l sigmoid(w . x_t[:GATE_WINDOW]) x_{t-1}, x_{-1} = 0. Neutral at l = 0, its init.
-
-    Nothing is added where the current token is a BOS, as in `Smear` (#1667; the rule: #1851).
-    """
-
-    def __init__(self, cfg: Config) -> None:
-        super().__init__()
-        self.weight_W, self.scale = vector(cfg.gate_window), vector(1)
-        self.cross_doc = cfg.smear_cross_doc
-
-    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor, first_BT: Tensor | None = None) -> Tensor:
-        shifted = one_back(x_BTD, before_B1D, first_BT)
-        w, scale = self.weight_W.to(x_BTD.dtype), self.scale.to(x_BTD.dtype)
-        s = scale * torch.sigmoid(F.linear(x_BTD[..., : len(w)], w[None]))
-        if not self.cross_doc:
-            s = s * ~starts_BT[..., None]
-        return x_BTD + s * shifted
-
-
-SMEARS = {"channel": Smear, "window": WindowSmear}
+        return x_BTD + s * taken
 
 
 class PreEnrich(nn.Module):
@@ -3092,7 +3045,7 @@ class ValueEmbedding(nn.Module):
 # ---- blocks
 
 
-class Stream(NamedTuple):
+class BlockInputs(NamedTuple):
     """Inputs that are the same for every block of one forward pass."""
 
     x0_BTD: Tensor  # the embedding stream
@@ -3114,34 +3067,32 @@ class Attention(nn.Module):
         self.v = None if cfg.kv_fused else projection(cfg, layer, "attn", "v", d, kv)
         self.out = projection(cfg, layer, "attn", "out", d, d)
         self.q_gain_H = vector(cfg.num_heads, value=cfg.qk_gain_init)
-        self.gate = ATTN_GATES[cfg.attn_gate](cfg)
-        self.value_residual = VALUE_RESIDUALS[cfg.value_residual if layer else "none"]()
-        self.exclude_self = exclude_self if layer in cfg.xsa_layers else lambda y, v: y  # noqa: ARG005
+        self.gate = None if cfg.attn_gate == "none" else HeadGate(cfg)
+        self.value_residual = ValueResidual() if layer and cfg.value_residual == "softmax" else None
+        self.excludes_self = layer in cfg.xsa_layers
         self.attend = attend_sdpa
 
     def heads(self, x_BTD: Tensor) -> Tensor:
         """(B, T, n K) -> (B, T, n, K)."""
         return x_BTD.view(*x_BTD.shape[:2], -1, self.head_dim)
 
-    def keys_values(self, x_BTD: Tensor, s: Stream) -> tuple[Tensor, Tensor]:
-        """Raw keys and values (B, T, G K), value embedding added."""
-        if self.kv is not None:
-            k, v = self.kv(x_BTD, s.ctx).chunk(2, dim=-1)
-        else:
-            k, v = self.k(x_BTD, s.ctx), self.v(x_BTD, s.ctx)
-        return k, v + s.values[self.layer] if self.layer in s.values else v
-
-    def forward(self, x_BTD: Tensor, v0_BTGK: Tensor | None, s: Stream, slot: int) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, v0_BTGK: Tensor | None, s: BlockInputs) -> tuple[Tensor, Tensor]:
         """(what the block adds (B, T, D), the first block's values (B, T, G, K))."""
-        k, v = (self.heads(t) for t in self.keys_values(x_BTD, s))
+        ctx = s.ctx
+        k, v = (self.k(x_BTD, ctx), self.v(x_BTD, ctx)) if self.kv is None else self.kv(x_BTD, ctx).chunk(2, dim=-1)
+        v = v + s.values[self.layer] if self.layer in s.values else v
+        q, k, v = self.heads(self.q(x_BTD, ctx)), self.heads(k), self.heads(v)
         v0_BTGK = v if v0_BTGK is None else v0_BTGK
-        v = self.value_residual(v, v0_BTGK)
-        q = rotate(rms_norm(self.heads(self.q(x_BTD, s.ctx))), s.rope_2TC) * self.q_gain_H.to(x_BTD.dtype)[:, None]
+        if self.value_residual is not None:
+            v = self.value_residual(v, v0_BTGK)
+        q = rotate(rms_norm(q), s.rope_2TC) * self.q_gain_H.to(x_BTD.dtype)[:, None]
         k, all_v = rotate(rms_norm(k), s.rope_2TC), v
-        if s.ctx.cache is not None:
-            k, all_v = s.ctx.cache.extend(slot, k, v)
-        y = self.gate(self.exclude_self(self.attend(q, k, all_v, s.ctx.segments), v), x_BTD)
-        return adapted(self.out(y.reshape(x_BTD.shape), s.ctx), x_BTD, f"blocks.{self.layer}.attn", s.ctx), v0_BTGK
+        if ctx.cache is not None:
+            k, all_v = ctx.cache.extend(ctx.slot, k, v)
+        y = self.attend(q, k, all_v, ctx.segments)
+        y = exclude_self(y, v) if self.excludes_self else y
+        y = y if self.gate is None else self.gate(y, x_BTD)
+        return adapted(self.out(y.reshape(x_BTD.shape), ctx), x_BTD, f"blocks.{self.layer}.attn", ctx), v0_BTGK
 
 
 class MLP(nn.Module):
@@ -3173,8 +3124,8 @@ class Block(nn.Module):
         self.resid_mix = vector(2, cfg.model_dim)
         self.resid_mix.data[0] = 1.0
         if cfg.resid_mix_init == "phase":  # early blocks lean on x0 (#60)
-            share = 1 / (1 + math.exp(-3 * (layer / max(cfg.num_layers - 1, 1) - 0.5)))
-            self.resid_mix.data[0], self.resid_mix.data[1] = share, 1.0 - share
+            part = 1 / (1 + math.exp(-3 * (layer / max(cfg.num_layers - 1, 1) - 0.5)))
+            self.resid_mix.data[0], self.resid_mix.data[1] = part, 1.0 - part
         depth = 1 / math.sqrt(layer + 1)
         self.in_scale = depth if cfg.ln_scale == "in" else 1.0
         self.out_scale = depth if cfg.ln_scale == "out" else 1.0
@@ -3183,7 +3134,7 @@ class Block(nn.Module):
         n = rms_norm(u)
         return n if self.in_scale == 1.0 else n * self.in_scale
 
-    def mixed(self, x: Tensor, s: Stream) -> Tensor:
+    def mixed(self, x: Tensor, s: BlockInputs) -> Tensor:
         """m0 x + m1 x0."""
         mix = self.resid_mix.to(x.dtype)
         return mix[0] * x + mix[1] * s.x0_BTD
@@ -3193,17 +3144,13 @@ class Block(nn.Module):
         y = scale_D.to(y.dtype) * y
         return y if self.out_scale == 1.0 else y * self.out_scale
 
-    def forward(self, a: Tensor, m: Tensor, v0: Tensor | None, s: Stream, slot: int) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG002
+    def forward(self, a: Tensor, m: Tensor, v0: Tensor | None, s: BlockInputs) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG002
         """(attention's lane, the MLP's lane, the first block's values)."""
         u = self.mixed(a, s)
-        y, v0 = self.attn(self.norm(u), v0, s, slot)
+        y, v0 = self.attn(self.norm(u), v0, s)
         u = u + self.branch(y, self.attn_scale)
         u = u + self.branch(self.mlp(self.norm(u), s.ctx), self.mlp_scale)
         return u, u, v0
-
-    def join(self, a: Tensor, m: Tensor) -> Tensor:  # noqa: ARG002
-        """Two lanes after the last block -> the model's output."""
-        return a
 
 
 class ParallelBlock(Block):
@@ -3215,24 +3162,21 @@ class ParallelBlock(Block):
 
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__(cfg, layer)
-        self.lane_mix = vector(2, 3, value=1.0)  # (A, M) x (r, share of y, share of z)
+        self.lane_mix = vector(2, 3, value=1.0)  # (A, M) x (r, p of y, p of z)
         self.lane_mix.data[:, 0] = 1.1
 
-    def forward(self, a: Tensor, m: Tensor, v0: Tensor | None, s: Stream, slot: int) -> tuple[Tensor, Tensor, Tensor]:
-        y, v0 = self.attn(self.norm(self.mixed(a, s)), v0, s, slot)
+    def forward(self, a: Tensor, m: Tensor, v0: Tensor | None, s: BlockInputs) -> tuple[Tensor, Tensor, Tensor]:
+        y, v0 = self.attn(self.norm(self.mixed(a, s)), v0, s)
         y, z = self.branch(y, self.attn_scale), self.branch(self.mlp(self.norm(m), s.ctx), self.mlp_scale)
         mix = self.lane_mix.to(a.dtype)
         a, m = (r * lane + p * y + q * z for lane, (r, p, q) in ((a, mix[0]), (m, mix[1])))
         return a, m, v0
 
-    def join(self, a: Tensor, m: Tensor) -> Tensor:
-        return 0.5 * (a + m)
-
 
 # ---- the order of blocks
 
 
-class Step(NamedTuple):
+class BlockPass(NamedTuple):
     """One pass through a block."""
 
     block: int  # which weights
@@ -3241,7 +3185,7 @@ class Step(NamedTuple):
     skip: int | None  # which skip weight merges the popped output before the block
 
 
-def layer_plan(cfg: Config, looped: bool = True) -> list[Step]:
+def layer_plan(cfg: Config, looped: bool = True) -> list[BlockPass]:
     """The passes through blocks in their order: encoder, whose outputs are pushed, then decoder, which pops them as skips.
 
     NUM_LOOPS repeats blocks LOOP_START..LOOP_END and halves what results, once `looped`; 11 blocks with 3..5 three times:
@@ -3257,30 +3201,14 @@ def layer_plan(cfg: Config, looped: bool = True) -> list[Step]:
     half = len(order) - (cfg.num_layers - last) if cfg.encoder_recurrence else cfg.encoder_share(len(order))
     kept = range(half - last if cfg.encoder_recurrence else 0, half)
     skips = min(len(kept), len(order) - half)
-    return [Step(block, cfg.encoder_recurrence and block == 0 and i > 0, i in kept,
-                 i - half if 0 <= i - half < skips else None)
+    return [BlockPass(block, cfg.encoder_recurrence and block == 0 and i > 0, i in kept,
+                      i - half if 0 <= i - half < skips else None)
             for i, block in enumerate(order)]  # fmt: skip
 
 
-def merge_skip(x: Tensor, skip: Tensor, w_D: Tensor, gate_D: Tensor | None) -> Tensor:
-    """x + w skip; with a gate s x + (1 - s) w skip, s = sigmoid(gate)."""
-    skip = w_D.to(x.dtype) * skip
-    return x + skip if gate_D is None else torch.lerp(skip, x, torch.sigmoid(gate_D).to(x.dtype))
-
-
 class Softcap(nn.Module):
-    """c tanh(z / c), c = LOGIT_SOFTCAP."""
-
-    def __init__(self, cfg: Config) -> None:
-        super().__init__()
-        self.cap = cfg.logit_softcap
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.cap * torch.tanh(z / self.cap)
-
-
-class AsymSoftcap(Softcap):
-    """A cap of its own for logits above and below 0, `caps` = (c+, c-), both LOGIT_SOFTCAP at first (#1923).
+    """c tanh(z / c), c = LOGIT_SOFTCAP. ASYM_LOGIT_RESCALE=1: a cap of its own for logits above and below 0, `caps` = (c+, c-), both
+    LOGIT_SOFTCAP at first (#1923).
 
     Training leaves the pair alone (it is frozen) and equals the constant; only global test-time training may move it. It
     is stored with the weights. #2135's script switches it on, but its phase computes with the constant and never moves the pair:
@@ -3288,11 +3216,12 @@ class AsymSoftcap(Softcap):
     """
 
     def __init__(self, cfg: Config) -> None:
-        super().__init__(cfg)
-        self.caps = vector(2, value=cfg.logit_softcap).requires_grad_(False)
+        super().__init__()
+        self.cap = cfg.logit_softcap
+        self.caps = vector(2, value=self.cap).requires_grad_(False) if cfg.asym_logit_rescale else None
 
     def forward(self, z: Tensor) -> Tensor:
-        cap = torch.where(z >= 0, self.caps[0], self.caps[1])
+        cap = self.cap if self.caps is None else torch.where(z >= 0, self.caps[0], self.caps[1])
         return cap * torch.tanh(z / cap)
 
 
@@ -3334,7 +3263,7 @@ class GPT(nn.Module):
         if not cfg.tie_embeddings:
             self.head = Linear("head", cfg.model_dim, cfg.vocab_size, "embed", "zero", role="head")
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
-        self.smear = SMEARS[cfg.smear_form](cfg) if cfg.smear else None
+        self.smear = Smear(cfg) if cfg.smear else None
         self.pre_enrich = PreEnrich(cfg) if cfg.pre_enrich_dim else None
         self.ve = ValueEmbedding(cfg) if cfg.ve_dim else None
         parallel = range(cfg.parallel_start_layer or cfg.num_layers, cfg.num_layers)
@@ -3342,7 +3271,7 @@ class GPT(nn.Module):
         skips = max(sum(step.skip is not None for step in plan) for plan in self.plans.values())
         self.skip_weights = vector(skips, cfg.model_dim, value=1.0)
         self.skip_gates = vector(skips, cfg.model_dim) if cfg.skip_gates_enabled else None
-        self.softcap = AsymSoftcap(cfg) if cfg.asym_logit_rescale else Softcap(cfg)
+        self.softcap = Softcap(cfg)
         self.register_buffer("rope", rope_table(cfg), persistent=False)
 
     def set_looped(self, looped: bool) -> None:
@@ -3414,23 +3343,25 @@ class GPT(nn.Module):
         if ctx.segments is not None:  # positions in the segment, since all rows of a step may be one stream
             at_T = torch.arange(start, start + ids.shape[1], device=ids.device)
             rope = self.rope[:, at_T - ctx.segments.start_BT]
-        stream = Stream(x0, rope, values, ctx)
         v0: Tensor | None = None
         saved: list[Tensor] = []
         for slot, step in enumerate(self.plan):
             if step.norm:
                 a = rms_norm(a)
             if step.skip is not None:
-                gate = None if self.skip_gates is None else self.skip_gates[step.skip]
-                a = merge_skip(a, saved.pop(), self.skip_weights[step.skip], gate)
-            a, m, v0 = self.blocks[step.block](a, m, v0, stream._replace(ctx=ctx._replace(slot=slot)), slot)
+                skip = self.skip_weights[step.skip].to(a.dtype) * saved.pop()
+                if self.skip_gates is None:
+                    a = a + skip
+                else:  # s a + (1 - s) skip, s = sigmoid(gate)
+                    a = torch.lerp(skip, a, torch.sigmoid(self.skip_gates[step.skip]).to(a.dtype))
+            a, m, v0 = self.blocks[step.block](a, m, v0, BlockInputs(x0, rope, values, ctx._replace(slot=slot)))
             if step.save:
                 saved.append(a)
         if ctx.cache is not None:
             ctx.cache.length, ctx.cache.last_id = start + ids.shape[1], ids[:, -1]
             if ctx.segments is not None:
                 ctx.cache.start_B1 = ctx.segments.start_BT[:, -1:]
-        return rms_norm(self.blocks[-1].join(a, m))
+        return rms_norm(0.5 * (a + m) if self.cfg.parallel_start_layer else a)
 
     def logits(self, features: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
         """(..., D) -> softcapped logits (..., V) fp32."""
@@ -3481,7 +3412,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops_per_token(model: GPT, seq_len: int, plan: list[Step] | None = None) -> float:
+def flops_per_token(model: GPT, seq_len: int, plan: list[BlockPass] | None = None) -> float:
     """Training FLOPs a token: 6 a matrix weight and pass through it, 6 T D a pass for causal attention's two products."""
     weights = {site: shape.numel() for site, shape in model.sites().items()}
     passes = [step.block for step in plan or model.plan]
@@ -3562,7 +3493,7 @@ class Collective:
 
 
 class MatrixBank(Collective):
-    """Muon for all matrices of one shape (R, C), stacked; rank r owns the whole matrices in slots r*share .. (r+1)*share.
+    """Muon for all matrices of one shape (R, C), stacked; rank r owns the whole matrices in slots r n .. (r + 1) n, n = `owned`.
 
     The stack is padded with zero matrices to a multiple of the world size. The padding sits at the last ranks, so it
     never lengthens the step: the first rank is always full. Momentum lives on the owner alone.
@@ -3574,9 +3505,9 @@ class MatrixBank(Collective):
         self.cfg = cfg
         self.names, self.params, self.run, self.dtype = list(named), list(named.values()), run, dtype
         rows, cols = self.params[0].shape
-        self.share = -(-len(self.params) // run.world)
-        self.grads = torch.zeros(self.share * run.world, rows, cols, device=run.device)
-        self.shard = self.grads if run.world == 1 else torch.zeros(self.share, rows, cols, device=run.device)
+        self.owned = -(-len(self.params) // run.world)
+        self.grads = torch.zeros(self.owned * run.world, rows, cols, device=run.device)
+        self.shard = self.grads if run.world == 1 else torch.zeros(self.owned, rows, cols, device=run.device)
         self.momentum = torch.zeros_like(self.shard)
         aspect = math.sqrt(max(1.0, rows / cols))
         self.lr_mults = [p.lr_mult for p in self.params]
@@ -3623,7 +3554,7 @@ class MatrixBank(Collective):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Keeps the owned part of what state_dict gave, at this or any other world size."""
-        mine = self.names[self.run.rank * self.share : (self.run.rank + 1) * self.share]
+        mine = self.names[self.run.rank * self.owned : (self.run.rank + 1) * self.owned]
         for slot, name in zip(self.momentum, mine, strict=False):
             slot.copy_(state[name])
 
@@ -3739,13 +3670,6 @@ class Optimizers:
             for p in part.params:
                 p.grad = None
 
-    def reset(self) -> None:
-        """Back to the state of a new object, bit for bit: undoes priming steps (the weights are restored elsewhere)."""
-        for buffers in (self.small.steps, *self.small.moments, [bank.momentum for bank in self.banks]):
-            for buffer in buffers:
-                buffer.zero_()
-        self.zero_grad()
-
     def state_dict(self) -> dict[str, dict]:
         """Everything a step depends on besides weights and gradients, whole on every rank; all ranks must call it."""
         momentum = {name: m for bank in self.banks for name, m in bank.state_dict().items()}
@@ -3764,26 +3688,10 @@ class Optimizers:
 
 
 def budget_frac(cfg: Config, step: int, elapsed: float, budget: float) -> float:
-    """Share 0..1 of the training budget that is used: of the time or of the steps, whichever is further."""
+    """Fraction 0..1 of the training budget that is used: of the time or of the steps, whichever is further."""
     by_time = elapsed / budget if budget else 0.0
     by_steps = step / cfg.iterations if cfg.iterations else 0.0
     return min(max(by_time, by_steps), 1.0)
-
-
-def falling_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
-    """The learning-rate scale of `lr_scale` without its floor MIN_LR."""
-    frac = budget_frac(cfg, step, elapsed, budget)
-    if cfg.lr_schedule == "wsd":
-        p = (frac - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
-        return 0.5 * (1 + math.cos(math.pi * min(max(p, 0.0), 1.0)))
-    if cfg.warmdown_frac:
-        return min((1.0 - frac) / cfg.warmdown_frac, 1.0)
-    if not cfg.warmdown_iters:
-        return 1.0
-    left = (cfg.iterations - step) / cfg.warmdown_iters if cfg.iterations else 1.0
-    if budget and step and elapsed:
-        left = min(left, (budget - elapsed) / (cfg.warmdown_iters * elapsed / step))
-    return min(max(left, 0.0), 1.0)
 
 
 def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
@@ -3793,7 +3701,18 @@ def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
     or, with a time limit, over the time they take at the measured pace; whichever of the two limits is nearer counts.
     wsd: flat to WSD_STABLE_FRAC, then cosine to 0. Never below MIN_LR.
     """
-    return max(falling_scale(cfg, step, elapsed, budget), cfg.min_lr)
+    frac, scale = budget_frac(cfg, step, elapsed, budget), 1.0
+    if cfg.lr_schedule == "wsd":
+        p = (frac - cfg.wsd_stable_frac) / max(1 - cfg.wsd_stable_frac, 1e-9)
+        scale = 0.5 * (1 + math.cos(math.pi * min(max(p, 0.0), 1.0)))
+    elif cfg.warmdown_frac:
+        scale = (1.0 - frac) / cfg.warmdown_frac
+    elif cfg.warmdown_iters:
+        if cfg.iterations:
+            scale = (cfg.iterations - step) / cfg.warmdown_iters
+        if budget and step and elapsed:
+            scale = min(scale, (budget - elapsed) / (cfg.warmdown_iters * elapsed / step))
+    return min(max(scale, cfg.min_lr), 1.0)
 
 
 def seq_len_at(cfg: Config, frac: float) -> int:
@@ -3882,26 +3801,20 @@ class BigramCounts:
         self.cfg, self.run, self.vocab = cfg, run, cfg.vocab_size
         # Integers: an fp32 count stops growing at 2^24, which a frequent token passes within one run.
         self.pairs = torch.zeros(self.vocab * self.vocab, dtype=torch.int64, device=run.device)
-        self.totals = torch.zeros(self.vocab, dtype=torch.int64, device=run.device)
         self.mean_weight = torch.ones((), device=run.device)  # of the last weights, for the log
 
     def weights(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """(B, T) in [1 - alpha, 1]."""
-        share = self.pairs[inputs * self.vocab + targets] / (self.totals[inputs] + 1)
-        weights = (1 - self.cfg.complement_alpha * share).clamp_min(0.1)
+        totals = self.pairs.view(self.vocab, self.vocab).sum(1)
+        p = self.pairs[inputs * self.vocab + targets] / (totals[inputs] + 1)
+        weights = (1 - self.cfg.complement_alpha * p).clamp_min(0.1)
         self.mean_weight = weights.mean()
         return weights
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """Count this step's pairs."""
         keys = (inputs * self.vocab + targets).flatten()
-        ones = torch.ones_like(keys)
-        if self.run.world > 1:
-            self.pairs += self.run.all_reduce(torch.zeros_like(self.pairs).index_add_(0, keys, ones))
-            self.totals = self.pairs.view(self.vocab, self.vocab).sum(1)
-        else:
-            self.pairs.index_add_(0, keys, ones)
-            self.totals.index_add_(0, inputs.flatten(), ones)
+        self.pairs += self.run.all_reduce(torch.zeros_like(self.pairs).index_add_(0, keys, torch.ones_like(keys)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The counts (V V), the same on every rank."""
@@ -3910,7 +3823,6 @@ class BigramCounts:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from these counts, at any world size."""
         self.pairs.copy_(state["pairs"])
-        self.totals = self.pairs.view(self.vocab, self.vocab).sum(1)
 
 
 # ---- n-grams of the training text, counted while training
@@ -3940,7 +3852,7 @@ class HashedNgrams:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.steps, self.seconds = run, 0, 0.0
+        self.run, self.steps, self.seconds = run, 0, 0.0  # of counting since the start or the state that was loaded
         self.cells = {n: torch.zeros(size, dtype=torch.int32, device=run.device) for n, size in HASHED_SIZES.items()}
         self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         self.timers: list[tuple[Any, Any]] = []
@@ -3988,6 +3900,7 @@ class HashedNgrams:
 
     def load_state_dict(self, state: dict[int, Tensor]) -> None:
         """Rank 0 goes on from all counts so far, the others from none: the sum is the same."""
+        self.steps, self.seconds, self.timers = 0, 0.0, []
         for n, cells in self.cells.items():
             cells.copy_(state[n] if self.run.rank == 0 else torch.zeros_like(cells))
 
@@ -4163,8 +4076,6 @@ def wants_compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
         return cfg.compile == "1", f"COMPILE={cfg.compile}"
     if device.type == "cuda":
         return True, "a GPU"
-    if device.type != "cpu":
-        return False, f"no compiler for {device.type}"
     if not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
         return False, "no C++ compiler was found"
     if not cfg.max_wallclock_seconds:
@@ -4196,13 +4107,16 @@ class Trainer:
         self.average = WeightAverage(cfg, model)
         self.counts = BigramCounts(cfg, run) if cfg.complement_alpha else None
         self.ngrams = HashedNgrams(run) if "pr1095" in cfg.ngram_tables else None
+        counters = (("counts", self.counts), ("ngrams", self.ngrams))  # by their name in a checkpoint
+        self.counters = {name: counter for name, counter in counters if counter is not None}
         self.fake_quant = FakeQuant(cfg.qat, cfg.qat_bits).to(run.device) if cfg.qat != "none" else None
         for p in model.parameters() if run.world > 1 else ():  # an initial QR or SVD may differ between machines
             dist.broadcast(p.data, src=0)
         self.forward: Callable[..., Tensor] = model
-        self.start_curriculum()
         self.micro_tokens = first_micro_batch(cfg, run.device)
         self.step = 0
+        self.seq_len, self.changed_at = cfg.seq_curriculum[0][1], -cfg.seq_change_warmup_steps
+        self.rewarm = 1.0  # factor on the learning rates after a change of length
 
     def compile(self) -> None:
         """Switch to the compiled forward, or say why not."""
@@ -4218,20 +4132,11 @@ class Trainer:
         return Ctx(fake_quant=self.fake_quant)
 
     def accumulate(self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None) -> Tensor:
-        """Gradient and value of sum(weights * nll) / TRAIN_BATCH_TOKENS, one micro-batch after the other."""
-        loss = torch.zeros((), device=self.run.device)
-        for at, nll in self.micro_batches(inputs, targets, ctx):
-            part = (nll if weights is None else nll * weights[at].view_as(nll)).sum() / self.cfg.train_batch_tokens
-            part.backward()
-            loss += part.detach()
-        return loss
+        """Gradient and value of sum(weights * nll) / TRAIN_BATCH_TOKENS, one micro-batch after the other.
 
-    def micro_batches(self, inputs: Tensor, targets: Tensor, ctx: Ctx) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their nll) of one micro-batch of what the batcher gave last after the other.
-
-        Under DOC_MASK the rows are laid end to end, (1, B T), with segments of at most T tokens.
+        Under DOC_MASK its rows are laid end to end, (1, B T), with segments of at most T tokens.
         """
-        longest, device = inputs.shape[1], inputs.device
+        loss, longest = torch.zeros((), device=self.run.device), inputs.shape[1]
         rows = max(1, self.micro_tokens // longest)
         for i in range(0, len(inputs), rows):
             at = slice(i, i + rows)
@@ -4239,12 +4144,16 @@ class Trainer:
             if self.cfg.doc_mask:
                 # Found where the ids came from: asking a GPU how many there are would wait for it.
                 expected = len(ids) * (1 + longest * self.batcher.bos_share)
-                host = ids if device.type == "cpu" else self.batcher.host[at]
+                host = ids if ids.device.type == "cpu" else self.batcher.host[at]
                 segments = find_segments(host.reshape(1, -1), longest, 1 << int(2 * expected).bit_length())
-                moved = (upload(x, device) for x in segments[:3])
+                moved = (upload(x, ids.device) for x in segments[:3])
                 ids, following = ids.reshape(1, -1), following.reshape(1, -1)
                 ctx = ctx._replace(segments=Segments(*moved, longest))
-            yield at, self.forward(ids, following, ctx)
+            nll = self.forward(ids, following, ctx)
+            part = (nll if weights is None else nll * weights[at].view_as(nll)).sum() / self.cfg.train_batch_tokens
+            part.backward()
+            loss += part.detach()
+        return loss
 
     def backward(self, inputs: Tensor, targets: Tensor, ctx: Ctx) -> Tensor:
         """Gradient of the step's mean loss over this rank's sequences; returns their part of that mean.
@@ -4265,21 +4174,15 @@ class Trainer:
                 continue
             self.halve_micro_batch()  # out here, where the exception no longer holds the memory of the failed pass
 
-    def start_curriculum(self) -> None:
-        """As before the first step: no length has changed."""
-        self.seq_len, self.changed_at = self.cfg.seq_curriculum[0][1], -self.cfg.seq_change_warmup_steps
-        self.rewarm = 1.0  # share of the learning rates
+    def train_step(self, frac: float, scale: float) -> Tensor:
+        """One optimizer step on the next batch; returns this rank's part of the mean loss (0-dim, on the device).
 
-    def follow_curriculum(self, seq_len: int) -> None:
-        """Take the sequence length of this step; after a change the rates rise over SEQ_CHANGE_WARMUP_STEPS steps (#2014)."""
+        After a change of the sequence length the rates rise over SEQ_CHANGE_WARMUP_STEPS steps (#2014).
+        """
+        seq_len, steps = seq_len_at(self.cfg, frac), self.cfg.seq_change_warmup_steps
         if seq_len != self.seq_len:
             self.seq_len, self.changed_at = seq_len, self.step
-        steps = self.cfg.seq_change_warmup_steps
         self.rewarm = min(1.0, (self.step - self.changed_at + 1) / steps) if steps else 1.0
-
-    def train_step(self, frac: float, scale: float) -> Tensor:
-        """One optimizer step on the next batch; returns this rank's part of the mean loss (0-dim, on the device)."""
-        self.follow_curriculum(seq_len_at(self.cfg, frac))
         inputs, targets = self.batcher.next(self.seq_len)
         if self.cfg.num_loops:
             self.model.set_looped(frac >= self.cfg.enable_looping_at)
@@ -4290,11 +4193,6 @@ class Trainer:
             counts.update(inputs, targets)
         self.step += 1
         return loss
-
-    @property
-    def counters(self) -> dict[str, BigramCounts | HashedNgrams]:
-        """What counts the tokens of each step, by its name in a checkpoint."""
-        return {name: c for name, c in (("counts", self.counts), ("ngrams", self.ngrams)) if c is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs; every rank must call it."""
@@ -4309,7 +4207,7 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         self.average.load_state_dict(state["average"])
         self.step, self.batcher.stream.position = state["step"], state["position"]
-        self.seq_len, self.changed_at = state.get("curriculum", (self.seq_len, self.changed_at))
+        self.seq_len, self.changed_at = state["curriculum"]
         for name, counts in self.counters.items():
             counts.load_state_dict(state[name])
 
@@ -4318,7 +4216,8 @@ class Trainer:
 
         Compiles, allocates, and finds the micro-batch: halved on out-of-memory (the step stays the same).
         """
-        weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        state = self.state_dict()
+        state["model"] = {name: w.clone() for name, w in state["model"].items()}
         qat_start = self.cfg.qat_start_frac if self.fake_quant is not None else 0.0
         loop_start = self.cfg.enable_looping_at if self.cfg.num_loops else 0.0
         fracs = sorted({0.0, qat_start, loop_start, *(end for end, _ in self.cfg.seq_curriculum[:-1])})
@@ -4326,13 +4225,7 @@ class Trainer:
         for i in range(steps):
             self.train_step(fracs[i % len(fracs)], 1.0)
         self.run.sync()
-        self.model.load_state_dict(weights)
-        self.optimizers.reset()
-        self.average = WeightAverage(self.cfg, self.model)
-        self.counts = self.counts and BigramCounts(self.cfg, self.run)
-        self.ngrams = self.ngrams and HashedNgrams(self.run)
-        self.step, self.batcher.stream.position = 0, 0
-        self.start_curriculum()
+        self.load_state_dict(state)
         if steps:
             seconds = time.perf_counter() - started
             self.run.log(f"primed: {steps} steps undone, {seconds:.1f}s, micro-batch {self.micro_tokens} tokens")
@@ -4511,7 +4404,7 @@ class TrainingLoop:
         epoch = self.trainer.batcher.stream.position // self.trainer.batcher.stream.total
         if epoch > self.epoch:
             self.epoch = epoch
-            self.run.notice(f"the training data are used for the {epoch + 1}. time from step {self.trainer.step} on")
+            self.run.notice(f"epoch {epoch + 1} of the training data begins at step {self.trainer.step}")
 
     def report_validation(self, train_s: float) -> None:
         """Validate the current weights and log it."""

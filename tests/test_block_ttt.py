@@ -329,7 +329,7 @@ def test_other_stages_see_no_trace(tiny, model, text):
 
 def test_the_two_caps_move_in_the_global_phase_alone(tiny, double, text, monkeypatch):
     knobs = {**PHASES, "ASYM_LOGIT_RESCALE": 1, "LOGIT_SOFTCAP": 3}
-    double.softcap = tg.AsymSoftcap(config(tiny, **knobs)).double()
+    double.softcap = tg.Softcap(config(tiny, **knobs)).double()
     packed, moved, learn = copy.deepcopy(double.state_dict()), {}, tg.DocumentLoraNetwork.learn
 
     def watched(self, tokens, lo, hi):

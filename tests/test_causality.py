@@ -32,10 +32,10 @@ PAST, HERE, SUM, SAME = (
 AHEAD = {
     "the network reads a token more": ("roundtrip", {}, tg.NetworkExpert.score_rows,
         "self.model, ids[:, :-1], ids[:, 1:]", "self.model, ids[:, 1:], ids[:, 1:]", {SAME}),
-    "attention without a mask": ("sliding", {}, tg.attend_sdpa, "is_causal=t == s and t > 1", "is_causal=False", {PAST}),
+    "attention without a mask": ("sliding", {}, tg.attend_sdpa, "is_causal=mask is None", "is_causal=False", {PAST}),
     "a window is scaled by all its logits": ("sliding", {}, tg.score_windows,
         "/ temperature", "\n    z = z / (temperature + z.std(dim=(1, 2), keepdim=True))", {PAST}),
-    "the smear blends with the token after": ("sliding", {"SMEAR": 1, "SMEAR_INIT": 0}, tg.one_back,
+    "the smear blends with the token after": ("sliding", {"SMEAR": 1, "SMEAR_INIT": 0}, tg.Smear.forward,
         "torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)", "torch.cat([x_BTD[:, 1:], before_B1D], dim=1)", {SAME}),
     "a LoRA learns a target more": ("ttt", SHARED, tg.TestTimeNetwork.update,
         "self.learn(tokens, self.learned, end)", "self.learn(tokens, self.learned, end + 1)", {HERE}),

@@ -335,12 +335,6 @@ def test_every_knob_has_a_text_and_a_default_within_its_bounds():
         assert f.type in tg.TYPES, name
 
 
-def test_choices_are_the_keys_of_the_strategy_tables():
-    choices = {name: f.metadata["choices"] for name, f in tg.FIELDS.items()}
-    assert choices["ATTN_GATE"] == tuple(tg.ATTN_GATES)
-    assert choices["VALUE_RESIDUAL"] == tuple(tg.VALUE_RESIDUALS)
-
-
 # ---- views
 
 

@@ -283,7 +283,7 @@ def test_the_plan_predicts_the_peak_of_a_step(recipe, monkeypatch):
 
 MUTANTS = {
     "the batch stays on the host": ("t.pin_memory().to(device, non_blocking=True)", "t.pin_memory()"),
-    "the loss is summed on the host": ("loss = torch.zeros((), device=self.run.device)", "loss = torch.zeros(())"),
+    "the loss is summed on the host": ("torch.zeros((), device=self.run.device), inputs.shape[1]", "torch.zeros(()), inputs.shape[1]"),
     "flags are read before their copy is complete": ("copied.synchronize()", "pass"),
     "n-grams are counted without waiting for the batch": ("self.stream.wait_stream(torch.cuda.current_stream())", "pass"),
     "a batch is freed while n-grams are counted": ("rows.record_stream(self.stream)", "pass"),
@@ -293,8 +293,8 @@ MUTANTS = {
     "windows are scored on the host": ("ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints))",
                                        "ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).cpu() for x in (tokens, self.hints))"),
     "statistics lie on the host": ("total[0] = torch.arange(lo, hi, device=tokens.device)\n            total[1:", "total = total.cpu()\n            total[1:"),
-    "momentum lies on the host": ("self.grads = torch.zeros(self.share * run.world, rows, cols, device=run.device)",
-                                  "self.grads = torch.zeros(self.share * run.world, rows, cols)"),
+    "momentum lies on the host": ("self.grads = torch.zeros(self.owned * run.world, rows, cols, device=run.device)",
+                                  "self.grads = torch.zeros(self.owned * run.world, rows, cols)"),
 }  # fmt: skip
 
 

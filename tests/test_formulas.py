@@ -135,7 +135,7 @@ class Oracle:
                 y = y - (y * unit).sum(-1, keepdim=True) * unit
             gate = torch.ones(T, dtype=torch.float64)
             if cfg.attn_gate == "input":
-                gate = (x @ P[f"{name}.gate.weight_HD"][h] + P[f"{name}.gate.bias_H"][h]).sigmoid()
+                gate = (x @ P[f"{name}.gate.weight_HW"][h] + P[f"{name}.gate.bias_H"][h]).sigmoid()
             elif cfg.attn_gate == "sparse":
                 gate = (cfg.sparse_attn_gate_scale * x[:, : cfg.gate_window] @ P[f"{name}.gate.weight_HW"][h]).sigmoid()
             outs.append(y * gate[:, None])
@@ -261,7 +261,7 @@ def test_a_prefix_and_a_cache_have_the_features_of_the_whole_text(name, mask):
 
 INITIAL = {  # what each control parameter is at birth, by the end of its name
     "q_gain_H": 1.5, "attn_scale": 1, "mlp_scale": 1, "skip_weights": 1, "skip_gates": 0, "smear.gate": -3, "smear.weight_W": 0,
-    "smear.scale": 0, "bigram.scale": 0.05, "ve.scale": 0.1, "ve.layer_scales": 1, "gate.weight_HD": 0, "gate.bias_H": 4, "gate.weight_HW": 0,
+    "smear.scale": 0, "bigram.scale": 0.05, "ve.scale": 0.1, "ve.layer_scales": 1, "gate.weight_HW": 0, "gate.bias_H": 4,
     "value_residual.logits": 0.5, "softcap.caps": 30, "bigram.table.weight": 0, "attn.out.weight": 0,
     "mlp.down.weight": 0, "lane_mix": [[1.1, 1, 1], [1.1, 1, 1]], "resid_mix": [[1.0], [0.0]],
 }  # fmt: skip

@@ -162,7 +162,7 @@ def test_the_softcap_of_two_sides_equals_one_until_its_scalars_move():
 
 
 def test_the_gradient_of_the_two_sided_cap():
-    softcap = tg.AsymSoftcap(model_config()).double()
+    softcap = tg.Softcap(model_config(asym_logit_rescale=True)).double()
     z = torch.randn(6, dtype=torch.float64, requires_grad=True)
     caps = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
     call = torch.func.functional_call

@@ -149,7 +149,7 @@ def logits(S, P, ids: list[int], looped: bool = True, sharpness: float = 0.0):
             unit = v / v.norm(dim=-1, keepdim=True)
             y = y - (y * unit).sum(-1, keepdim=True) * unit
         if S.gate == "input":
-            y = y * (n @ P[f"{at}.gate.weight_HD"].T + P[f"{at}.gate.bias_H"]).sigmoid()[..., None]
+            y = y * (n @ P[f"{at}.gate.weight_HW"].T + P[f"{at}.gate.bias_H"]).sigmoid()[..., None]
         if S.gate == "sparse":
             y = y * (0.5 * n[:, :6] @ P[f"{at}.gate.weight_HW"].T).sigmoid()[..., None]
         return y.reshape(len(n), D) @ matrix(f"{at}.out").T

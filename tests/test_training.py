@@ -333,7 +333,7 @@ def test_a_resumed_run_tells_the_time_that_is_left(tiny, data, monkeypatch):
 def test_a_second_pass_over_the_data_is_announced(tiny, data):
     batch = 64 * SEQ
     _, lines = train(make(tiny, data, TRAIN_BATCH_TOKENS=batch, ITERATIONS=len(data.train) // batch + 3))
-    assert [line for line in lines if "used for the 2. time" in line]
+    assert [line for line in lines if line.startswith("notice: epoch 2 of the training data begins at step")]
 
 
 def test_what_turns_on_is_logged_with_its_step(tiny, data):
