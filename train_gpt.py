@@ -2468,9 +2468,8 @@ class UnitRMS(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        squares = torch.linalg.vector_norm(
-            x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
-        ).square_()
+        widest = torch.promote_types(x.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=widest).square_()
         inverse = squares.div_(x.shape[-1]).add_(torch.finfo(squares.dtype).eps).rsqrt_().to(x.dtype)
         y = x * inverse
         ctx.save_for_backward(y, inverse)
@@ -2669,9 +2668,7 @@ def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segmen
     t, s = q_BTHK.shape[1], k_BSGK.shape[1]
     if segments is not None and t == s:
         return attend_segments(q_BTHK, k_BSGK, v_BSGK, segments)
-    if (
-        segments is None and t == 1
-    ):  # decoding: query heads that share keys stand as query positions, nothing is expanded
+    if segments is None and t == 1:  # decoding: query heads that share keys stand as query positions
         k, v = k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
         q_BGNK = q_BTHK.reshape(len(q_BTHK), k.shape[1], -1, q_BTHK.shape[3])
         return F.scaled_dot_product_attention(q_BGNK, k, v).reshape(q_BTHK.shape)
@@ -2690,20 +2687,21 @@ def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segmen
     return y.transpose(1, 2)
 
 
+Blocks = tuple[tuple[int, int, int], ...]  # of queries: (first key, first query, end of both)
+
+
 class BlockedAttention(torch.autograd.Function):
     """Causal softmax(q k^T / sqrt K) v by blocks of queries, products only up to the diagonal: 2.7x SDPA on a CPU.
 
     q (N, T, H, K), k and v (N, T, G, K). Query heads that share keys are rows of one product, so keys are never expanded.
-    Keeps the probabilities for the backward pass, about N H T T / 2 numbers. Each of `blocks` is (first key, first query, end of
-    both): causal inside, all of the T queries in order.
+    Keeps the probabilities for the backward pass, about N H T T / 2 numbers. The blocks are causal inside and have all of the T
+    queries in order.
     """
 
     ROWS = 128  # queries a block: smaller wastes less above the diagonal, larger makes better products
 
     @staticmethod
-    def forward(
-        ctx: Any, q_NTHK: Tensor, k_NTGK: Tensor, v_NTGK: Tensor, blocks: tuple[tuple[int, int, int], ...]
-    ) -> Tensor:
+    def forward(ctx: Any, q_NTHK: Tensor, k_NTGK: Tensor, v_NTGK: Tensor, blocks: Blocks) -> Tensor:
         (N, T, H, K), G = q_NTHK.shape, k_NTGK.shape[2]
         q = (q_NTHK * K**-0.5).transpose(1, 2).reshape(N * G, H // G, T, K)
         k, v = (x.transpose(1, 2).reshape(N * G, T, K) for x in (k_NTGK, v_NTGK))
@@ -2736,19 +2734,17 @@ class BlockedAttention(torch.autograd.Function):
         return dq.mul_(K**-0.5).view(N, H, T, K).transpose(1, 2), dk, dv, None
 
 
-def blocks_of(first: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """BlockedAttention's blocks of one causal segment [first, end)."""
-    for lo in range(first, end, BlockedAttention.ROWS):
-        yield first, lo, min(lo + BlockedAttention.ROWS, end)
+def blocks_of(edges: list[int]) -> Blocks:
+    """BlockedAttention's blocks of the causal segments between these edges."""
+    rows, segments = BlockedAttention.ROWS, itertools.pairwise(edges)
+    return tuple((first, lo, min(lo + rows, end)) for first, end in segments for lo in range(first, end, rows))
 
 
 @torch._disable_dynamo  # the blocks differ from step to step
 def attend_segment_blocks(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) -> Tensor:
     """BlockedAttention over the segments of all rows: no product reaches into another document."""
-    edges = itertools.pairwise(segments.bounds_M.tolist())
-    blocks = tuple(block for first, end in edges for block in blocks_of(first, end))
     q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q_BTHK, k_BTGK, v_BTGK))
-    return BlockedAttention.apply(q, k, v, blocks).reshape(q_BTHK.shape)
+    return BlockedAttention.apply(q, k, v, blocks_of(segments.bounds_M.tolist())).reshape(q_BTHK.shape)
 
 
 def attend_blocks(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segments | None = None) -> Tensor:
@@ -2757,7 +2753,7 @@ def attend_blocks(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segm
         return attend_sdpa(q_BTHK, k_BSGK, v_BSGK, segments)
     if segments is not None:
         return attend_segment_blocks(q_BTHK, k_BSGK, v_BSGK, segments)
-    return BlockedAttention.apply(q_BTHK, k_BSGK, v_BSGK, tuple(blocks_of(0, q_BTHK.shape[1])))
+    return BlockedAttention.apply(q_BTHK, k_BSGK, v_BSGK, blocks_of([0, q_BTHK.shape[1]]))
 
 
 AttentionKernel = Callable[..., Tensor]  # (q, k, v, segments or None)
@@ -2821,15 +2817,11 @@ def check_kernel(attend: AttentionKernel, cfg: Config, device: torch.device) -> 
     q, k, v, dy = (torch.randn(2, 48, n, cfg.head_dim, generator=random).to(device, torch.bfloat16).requires_grad_()
                    for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads))  # fmt: skip
     for segments in (None, find_segments(torch.zeros(2, 48, dtype=torch.long, device=device), 20)):
-        ours, theirs = (
-            [y, *torch.autograd.grad(y, (q, k, v), dy)]
-            for y in (kernel(q, k, v, segments) for kernel in (attend, attend_sdpa))
-        )
-        error = float(
-            torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, theirs, strict=True)]).detach().max()
-        )
-        if not error <= 0.03:  # bf16 keeps 8 bits: .004 for a sum, NaN for garbage
-            raise RuntimeError(f"its results on a small input differ from PyTorch's by {error:.0%}")
+        found = [kernel(q, k, v, segments) for kernel in (attend, attend_sdpa)]
+        ours, theirs = ([y, *torch.autograd.grad(y, (q, k, v), dy)] for y in found)
+        errors = [float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(ours, theirs, strict=True)]
+        if not all(error <= 0.03 for error in errors):  # bf16 keeps 8 bits: .004 for a sum, NaN for garbage
+            raise RuntimeError(f"its results on a small input differ from PyTorch's by {max(errors):.0%}")
 
 
 def find_kernel(name: str, cfg: Config, device: torch.device) -> tuple[AttentionKernel | None, str]:
@@ -2873,9 +2865,8 @@ def choose_attention(cfg: Config, device: torch.device) -> ChosenKernel:
         else:
             kernel, reason = find_kernel(candidate, cfg, device)
             if kernel is None and reason and name == "auto":
-                notices.append(
-                    f"{module or 'torch ' + torch.__version__} is there and of no use for attention ({reason})"
-                )
+                installed = module or f"torch {torch.__version__}"
+                notices.append(f"{installed} is there and of no use for attention ({reason})")
         if kernel is not None:
             return ChosenKernel(candidate, kernel, tuple(notices))
         if name != "auto":
@@ -3464,11 +3455,6 @@ def orthogonalize(G: Tensor, steps: int, dtype: torch.dtype, coefficients: str =
     return X
 
 
-def normalize_rows_(G: Tensor) -> Tensor:
-    """Brings every row of G (n, R, C) to length 1 in place (MuonEq-R, #1285); rows of zeros stay zeros."""
-    return G.div_(torch.linalg.vector_norm(G, dim=2, keepdim=True, dtype=torch.float32).clamp_min_(1e-7))
-
-
 def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
     """Momentum at `step` (from 0): linear from `start` to `end` over `warmup_steps`; with 0 of them `end` at once."""
     frac = min(step / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
@@ -3525,8 +3511,8 @@ class MatrixBank(Collective):
         self.wait()
         self.momentum.mul_(momentum).add_(self.shard)
         self.shard.add_(self.momentum, alpha=momentum)
-        if self.cfg.muon_row_normalize:
-            normalize_rows_(self.shard)
+        if self.cfg.muon_row_normalize:  # MuonEq-R (#1285): rows of length 1; rows of zeros stay zeros
+            self.shard.div_(torch.linalg.vector_norm(self.shard, dim=2, keepdim=True).clamp_min_(1e-7))
         self.updates = orthogonalize(self.shard, self.cfg.muon_backend_steps, self.dtype, self.cfg.newton_schulz)
         if self.run.world > 1:
             owned, self.updates = self.updates, self.updates.new_empty(self.grads.shape)
@@ -3748,15 +3734,14 @@ class WeightAverage:
         """Take in the weights after optimizer step `step` (0-based)."""
         cfg = self.cfg
         if cfg.ema_decay and frac >= cfg.ema_start_frac:
-            self.ema = self.joined(self.ema, self.params, 1 - cfg.ema_decay)
+            self.ema = self.moved(self.ema, self.params, 1 - cfg.ema_decay)
         if cfg.swa_every and scale < cfg.swa_start_scale and (step + 1) % cfg.swa_every == 0:
             self.swa_n += 1
-            self.swa = self.joined(
-                self.swa, self.ema or self.params if cfg.swa_source == "ema" else self.params, 1 / self.swa_n
-            )
+            source = self.ema or self.params if cfg.swa_source == "ema" else self.params
+            self.swa = self.moved(self.swa, source, 1 / self.swa_n)
 
-    def joined(self, mean: list[Tensor], new: list[Tensor], part: float) -> list[Tensor]:
-        """The mean, moved in place to `new` by that part of the way; a copy of `new` where there is none yet."""
+    def moved(self, mean: list[Tensor], new: list[Tensor], part: float) -> list[Tensor]:
+        """The mean, moved in place by that part of the way to `new`; a copy of `new` where there is none yet."""
         if not mean:
             return [t.detach().clone() for t in new]
         torch._foreach_lerp_(mean, new, part)
@@ -3765,16 +3750,11 @@ class WeightAverage:
     @torch.no_grad()
     def apply(self) -> str:
         """Put the average in the model: EMA or weights, blended with SWA. Returns what it was, for the log."""
-        base, name, blend = (
-            self.ema or self.params,
-            f"ema({self.cfg.ema_decay})" if self.ema else "last",
-            self.cfg.swa_blend,
-        )
+        base, blend = self.ema or self.params, self.cfg.swa_blend
+        name = f"ema({self.cfg.ema_decay})" if self.ema else "last"
         if self.swa:
-            base, name = (
-                torch._foreach_lerp(base, self.swa, blend),
-                f"{1 - blend:g} {name} + {blend:g} swa({self.swa_n})",
-            )
+            base = torch._foreach_lerp(base, self.swa, blend)
+            name = f"{1 - blend:g} {name} + {blend:g} swa({self.swa_n})"
         torch._foreach_copy_(self.params, base)
         return name
 
@@ -4319,8 +4299,11 @@ class TrainingLoop:
             scale = lr_scale(cfg, trainer.step, now, self.budget)
             self.announce_switches(frac)
             loss = trainer.train_step(frac, scale)
-            stop = self.out_of_time() or run.signal is not None
-            stop = self.stop.exchange(trainer.step, stop, loss, self.last_elapsed)
+            now = self.clock.seconds()
+            self.recent.append(now - self.last_elapsed)
+            self.last_elapsed = now
+            stop = self.past_limit(now, max(self.recent)) or run.signal is not None
+            stop = self.stop.exchange(trainer.step, stop, loss, now)
             self.after_step(loss, scale * trainer.rewarm)
             if stop:
                 reason = "signal" if run.signal is not None else "wallclock"
@@ -4329,25 +4312,17 @@ class TrainingLoop:
         seconds = self.clock.seconds()
         while self.stop.pending:
             self.stop.read()
-        if self.profiler:
-            self.stop_profiler()
+        self.stop_profiler()
         self.stop_for_signal(seconds)
         run.end_graceful()
         return TrainResult(trainer.step, seconds, reason, trainer.micro_tokens)
 
-    def out_of_time(self) -> bool:
-        """True if the next step could pass the time limit, taking as long as the slowest of the recent steps.
+    def past_limit(self, now: float, step_s: float) -> bool:
+        """True if the next step could pass the time limit, at so many seconds a step: those of the slowest recent one.
 
         On a CPU not to stop means one step more. Where flags are read a step late, the device has two steps to finish
         now, and a stop asked for after the next step comes after another two.
         """
-        now = self.clock.seconds()
-        self.recent.append(now - self.last_elapsed)
-        self.last_elapsed = now
-        return self.past_limit(now, max(self.recent))
-
-    def past_limit(self, now: float, step_s: float) -> bool:
-        """True if what is still to come after `now` passes the time limit, at so many seconds a step."""
         return 0 < self.budget < now + step_s * (4 if self.stop.late else 1)
 
     def after_step(self, loss: Tensor, scale: float) -> None:
@@ -4414,9 +4389,8 @@ class TrainingLoop:
 
     def save(self, elapsed: float) -> Path | None:
         """Write a checkpoint of this moment; None where it cannot be written."""
-        path = self.checkpoints.save(
-            self.trainer.step, {**self.trainer.state_dict(), "elapsed": elapsed, "slowest": max(self.recent)}
-        )
+        state = {**self.trainer.state_dict(), "elapsed": elapsed, "slowest": max(self.recent)}
+        path = self.checkpoints.save(self.trainer.step, state)
         if path is not None:
             self.run.event("checkpoint", step=self.trainer.step, path=str(path))
         return path
@@ -4444,6 +4418,8 @@ class TrainingLoop:
 
     def stop_profiler(self) -> None:
         """Write the trace beside the log."""
+        if self.profiler is None:
+            return
         self.profiler.stop()
         if self.profiler.profiler is None:
             self.run.notice(f"PROFILE=1: {self.trainer.step} steps are too few for a trace")

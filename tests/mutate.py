@@ -78,7 +78,7 @@ MUTANTS = {
         ("model-mix", "formulas.py", ("return mix[0] * x + mix[1] * s.x0_BTD", "return mix[0] * x + mix[1] * x")),
         ("model-lanes", "formulas.py", ("r * lane + p * y + q * z for lane", "r * lane + q * y + p * z for lane")),
         ("model-first-values", "formulas.py", ("v0_BTGK = v if v0_BTGK is None else v0_BTGK", "v0_BTGK = v")),
-        ("model-norm-dtype", "trainer_oracle.py -k rounded_once", ("x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)", "x, dim=-1, keepdim=True, dtype=x.dtype")),
+        ("model-norm-dtype", "trainer_oracle.py -k rounded_once", ("widest = torch.promote_types(x.dtype, torch.float32)", "widest = x.dtype")),
         ("model-cache-last", "formulas.py -k prefix", ("ctx.cache.last_embedding = x[:, -1:]", "ctx.cache.last_embedding = x[:, :1]")),
     ],
     "optimizer": [
