@@ -2759,27 +2759,27 @@ def attend_blocks(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segm
 AttentionKernel = Callable[..., Tensor]  # (q, k, v, segments or None)
 
 
-def attend_packed(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """A kernel of packed sequences, (N, H, K) with bounds and the greatest length, over the segments of all rows."""
-    if q.shape[1] != k.shape[1]:
-        return attend_sdpa(q, k, v, segments)
-    bounds, most = segments.bounds_M, segments.longest
-    y = kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, bounds, most, most)
-    return (y[0] if isinstance(y, tuple) else y).view(q.shape)
+def attend_with(rows: Callable[..., Any], packed: Callable[..., Any]) -> AttentionKernel:
+    """A kernel of rows, and one of packed sequences, (N, H, K) with bounds and the greatest length, over the segments of all rows."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
+        if segments is None:
+            y = rows(q, k, v)
+        elif q.shape[1] != k.shape[1]:
+            y = attend_sdpa(q, k, v, segments)
+        else:
+            bounds, most = segments.bounds_M, segments.longest
+            y = packed(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, bounds, most, most)
+        return (y[0] if isinstance(y, tuple) else y).view(q.shape)
+
+    return attend
 
 
 def attend_flash(module: str) -> AttentionKernel:
     """FlashAttention from `module` (flash_attn_interface is version 3, flash_attn version 2)."""
-    kernels = __import__(module, fromlist=["flash_attn_func", "flash_attn_varlen_func"])
-    rows, packed = kernels.flash_attn_func, functools.partial(kernels.flash_attn_varlen_func, causal=True)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
-        if segments is not None:
-            return attend_packed(packed, q, k, v, segments)
-        y = rows(q, k, v, causal=True)
-        return y[0] if isinstance(y, tuple) else y
-
-    return attend
+    functions = ("flash_attn_func", "flash_attn_varlen_func")
+    kernels = __import__(module, fromlist=functions)
+    return attend_with(*(functools.partial(getattr(kernels, name), causal=True) for name in functions))
 
 
 def attend_varlen() -> AttentionKernel:
@@ -2790,15 +2790,13 @@ def attend_varlen() -> AttentionKernel:
     known = inspect.signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
-        if segments is None:
-            return attend_sdpa(q, k, v)
-        grouped = {"enable_gqa": q.shape[2] != k.shape[2]} if "enable_gqa" in known else {}
-        if not grouped:
-            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
-        return attend_packed(functools.partial(varlen_attn, **causal, **grouped), q, k, v, segments)
+    def packed(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, *bounds: Any) -> Any:
+        n = q_NHK.shape[1] // k_NGK.shape[1]
+        if "enable_gqa" in known:
+            return varlen_attn(q_NHK, k_NGK, v_NGK, *bounds, **causal, enable_gqa=n > 1)
+        return varlen_attn(q_NHK, k_NGK.repeat_interleave(n, 1), v_NGK.repeat_interleave(n, 1), *bounds, **causal)
 
-    return attend
+    return attend_with(attend_sdpa, packed)
 
 
 PLAIN_ATTENTION = {"sdpa": attend_sdpa, "blocks": attend_blocks}  # run wherever PyTorch does
@@ -4366,7 +4364,7 @@ class TrainingLoop:
                        step_ms=1000 * pace, tokens_per_s=rate, mfu=mfu, eta_s=eta, **extra)  # fmt: skip
 
     def announce_switches(self, frac: float) -> None:
-        """Log each change of sequence length, QAT, EMA and loops at this share of the budget, and each new pass over the data."""
+        """Log each change of sequence length, QAT, EMA and loops at this fraction of the budget, and each new pass over the data."""
         cfg = self.cfg
         qat = self.trainer.fake_quant is not None and frac >= cfg.qat_start_frac
         now = (seq_len_at(cfg, frac), qat, cfg.ema_decay > 0 and frac >= cfg.ema_start_frac,

@@ -110,7 +110,7 @@ def varlen_2_10(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
 def fakes(monkeypatch) -> dict[str, tg.AttentionKernel]:
     """Every kernel; those of a GPU with their packages replaced by what they promise."""
     monkeypatch.setitem(sys.modules, "fake_flash", SimpleNamespace(
-        flash_attn_func=None, flash_attn_varlen_func=lambda *args, causal: (varlen(*args, causal=causal), None)))  # fmt: skip
+        flash_attn_func=varlen, flash_attn_varlen_func=lambda *args, causal: (varlen(*args, causal=causal), None)))  # fmt: skip
     packed = {}
     for name, kernel in (("varlen", varlen), ("varlen of 2.11", varlen_2_11), ("varlen of 2.10", varlen_2_10)):
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
