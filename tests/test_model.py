@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -152,25 +151,7 @@ def test_switched_off_is_the_plain_model_bit_for_bit(knobs):
     assert torch.equal(plain.nll(ids[:, :-1], ids[:, 1:]), off.nll(ids[:, :-1], ids[:, 1:]))
 
 
-# ---- causality
-
-
 # ---- embeddings
-
-
-def test_bigram_rows_are_those_of_the_published_hashes():
-    rng = random.Random(0)
-    pairs = [(rng.randrange(1024), rng.randrange(1024)) for _ in range(200)]
-    prev, cur = torch.tensor(pairs).T
-    published = {
-        "pr164": lambda p, c: ((36313 * c) ^ (27191 * p)) % 4095,
-        "pr740": lambda p, c: (2654435761 * c + 40503 * p) % 4096,
-        "pr187": lambda p, c: (92821 * p + c) % 4096,
-    }
-    for form, rule in published.items():
-        assert tg.hash_bigram(form, prev, cur, 4096).tolist() == [rule(p, c) for p, c in pairs]
-        first = tg.hash_bigram(form, torch.tensor([-1]), torch.tensor([77]), 4096).item()
-        assert first == (4095 if form == "pr164" else rule(0, 77))
 
 
 def test_overtone_keeps_directions_and_sets_the_spectrum():
@@ -204,27 +185,6 @@ def test_a_zero_value_neither_changes_nor_poisons_exclusive_attention():
 
 
 # ---- blocks
-
-
-def steps(**knobs) -> list[tuple[int, bool, int | None]]:
-    return [(s.block, s.save, s.skip) for s in tg.layer_plan(config(**knobs))]
-
-
-def test_the_plan_of_the_u_net():
-    """(block, output kept, skip merged before): what was pushed last is merged first, with weight 0."""
-    assert steps(num_layers=5) == [(0, True, None), (1, True, None), (2, False, 0), (3, False, 1), (4, False, None)]
-    assert steps(num_layers=5, skip_split="ceil") == [
-        (0, True, None), (1, True, None), (2, True, None), (3, False, 0), (4, False, 1)]  # fmt: skip
-    assert steps(num_layers=1) == [(0, False, None)]
-    assert [s for *_, s in steps(num_layers=11)][5:] == [0, 1, 2, 3, 4, None]
-
-
-def test_the_plan_of_encoder_recurrence():
-    plan = tg.layer_plan(config(num_layers=4, encoder_recurrence=True))
-    assert [s.block for s in plan] == [0, 1, 0, 1, 2, 3]
-    assert [i for i, s in enumerate(plan) if s.norm] == [2]
-    assert [i for i, s in enumerate(plan) if s.save] == [2, 3] and [s.skip for s in plan][4:] == [0, 1]
-    assert tg.count_parameters(build(encoder_recurrence=True)) == tg.count_parameters(build())
 
 
 def test_init_of_projections():
@@ -298,13 +258,6 @@ def test_an_adapter_starts_at_its_base_and_the_base_is_never_stored():
     assert not torch.equal(q.base, kv.base) and not torch.equal(q.base, model.blocks[1].attn.q.base)
     assert not any("base" in name for name in model.state_dict())
     assert not any(b.requires_grad for b in model.buffers())
-
-
-def test_bases_and_adapters_rebuild_the_model_exactly():
-    model = build(seed=1, noise=0.1, adapter_rank=3)
-    again = build(seed=2, adapter_rank=3)
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(model.features(tokens()), again.features(tokens()))
 
 
 # ---- what a context adds

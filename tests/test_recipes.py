@@ -115,14 +115,6 @@ def test_the_bases_of_rope_at_full_size():
     assert bases == pytest.approx([20452.2, 10000, 10000, 22081.8, 10000], abs=0.05)
 
 
-def test_roles_of_the_bigram_branch_and_rates_of_the_halves():
-    models = {recipe: on_meta(load(recipe).cfg) for recipe in SYSTEMS}
-    roles = [(models[r].bigram.table.weight.role, models[r].bigram.proj.weight.role) for r in SYSTEMS]
-    table = [("embed", "matrix"), ("scalar", "scalar"), ("matrix", "matrix"), ("embed", "matrix"), ("embed", "matrix")]
-    assert roles == table
-    assert [b.mlp.up.weight.lr_mult for b in models["pr850"].blocks] == [1.0] * 5 + [2.0] * 6
-
-
 # ---- the published command lines
 
 PUBLISHED = {

@@ -222,16 +222,6 @@ def test_late_quantisation_starts_at_its_share_of_the_budget_and_sharpens_to_the
     assert [tg.qat_sharpness(t.cfg, f) for f in (0.0, 0.85, 0.925, 1.0)] == pytest.approx([1, 1, 8.5, 16])
 
 
-def test_quantisation_from_the_first_step_changes_what_is_learned():
-    losses = {kind: [trainer_loss(kind, step) for step in (1, 5)] for kind in ("none", "ste")}
-    assert losses["none"] != losses["ste"]
-
-
-def trainer_loss(kind: str, steps: int) -> float:
-    t = trainer(qat=kind, qat_bits=3, embed_init_std=0.5)
-    return [t.train_step(0.0, 1.0).item() for _ in range(steps)][-1]
-
-
 # ---- complementary training
 
 
@@ -245,11 +235,6 @@ def counts_of(inputs, targets, **knobs) -> tg.BigramCounts:
 def pairs(seed: int = 0, n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(2, 6, (n, T + 1), generator=torch.Generator().manual_seed(seed))
     return ids[:, :-1], ids[:, 1:]
-
-
-def test_complementary_weights_are_one_before_anything_is_counted():
-    counts = counts_of(*pairs(n=0))
-    assert torch.equal(counts.weights(*pairs()), torch.ones(4, T))
 
 
 def test_a_token_that_always_follows_is_weighted_down_to_a_tenth_at_most():
