@@ -227,7 +227,15 @@ def test_a_run_of_the_recipe_from_end_to_end(data, tmp_path, script):
     }
     run_ranks({**fresh, "MODE": "eval", "ARTIFACT": str(tmp_path / "f.pgz")}, 1)
     assert score_of(fresh) == pytest.approx(score_of(env), abs=1e-6)
-    audit = script(env, MODE="audit", ARTIFACT=tmp_path / "f.pgz", RUN_ID="audit", VAL_TOKENS=200, EVAL_STAGES="ngram")
+    audit = script(
+        env,
+        MODE="audit",
+        ARTIFACT=tmp_path / "f.pgz",
+        RUN_ID="audit",
+        VAL_TOKENS=100,
+        PHASED_TTT_NUM_PHASES=0,
+        EVAL_STAGES="ngram",
+    )
     assert audit.status == 0, audit.out + audit.err
 
 
