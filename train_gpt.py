@@ -2822,20 +2822,6 @@ def check_kernel(attend: AttentionKernel, cfg: Config, device: torch.device) -> 
             raise RuntimeError(f"its results on a small input differ from PyTorch's by {max(errors):.0%}")
 
 
-def find_kernel(name: str, cfg: Config, device: torch.device) -> tuple[AttentionKernel | None, str]:
-    """(kernel, "") of GPU_ATTENTION, made and checked; (None, why) where it is there and of no use; (None, "") where it
-    is not installed."""
-    make, module, _ = GPU_ATTENTION[name]
-    try:
-        attend = make()
-        with torch.enable_grad():
-            check_kernel(attend, cfg, device)
-    except Exception as e:  # whatever an extension raises on import or on its first call
-        missing = isinstance(e, ModuleNotFoundError) and e.name == module
-        return None, "" if missing else f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
-    return attend, ""
-
-
 class ChosenKernel(NamedTuple):
     """A kernel, its name, and a notice for each better one that is there and of no use."""
 
@@ -2852,24 +2838,30 @@ def choose_attention(cfg: Config, device: torch.device) -> ChosenKernel:
     name, notices = "blocks" if cfg.attention == "auto" and device.type == "cpu" else cfg.attention, []
     if name in PLAIN_ATTENTION:
         return ChosenKernel(name, PLAIN_ATTENTION[name])
+    auto = name == "auto"
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    for candidate in ("fa3", "fa2", *(["varlen"] if cfg.doc_mask else [])) if name == "auto" else (name,):
-        _, module, capabilities = GPU_ATTENTION[candidate]
-        kernel = None
+    for candidate in ("fa3", "fa2", *(["varlen"] if cfg.doc_mask else [])) if auto else (name,):
+        make, module, capabilities = GPU_ATTENTION[candidate]
         if major not in capabilities:
             reason = f"it needs a CUDA device of compute capability {capabilities[0]}.0, this is {device.type}"
         elif cfg.head_dim > 256 or compute_dtype(cfg.train_dtype, device) == torch.float32:
             reason = "it computes in bf16 on heads of up to 256 dims"
         else:
-            kernel, reason = find_kernel(candidate, cfg, device)
-            if kernel is None and reason and name == "auto":
+            try:
+                kernel = make()
+                with torch.enable_grad():
+                    check_kernel(kernel, cfg, device)
+                return ChosenKernel(candidate, kernel, tuple(notices))
+            except Exception as e:  # whatever an extension raises on import or on its first call
+                missing = isinstance(e, ModuleNotFoundError) and e.name == module
+                reason = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
+            if missing:
+                reason = f"{module} is not installed"
+            elif auto:
                 installed = module or f"torch {torch.__version__}"
                 notices.append(f"{installed} is there and of no use for attention ({reason})")
-        if kernel is not None:
-            return ChosenKernel(candidate, kernel, tuple(notices))
-        if name != "auto":
-            why = reason or f"{module} is not installed"
-            raise ConfigError(f"ATTENTION={name}: {why}; use ATTENTION=auto or ATTENTION=sdpa")
+        if not auto:
+            raise ConfigError(f"ATTENTION={name}: {reason}; use ATTENTION=auto or ATTENTION=sdpa")
     return ChosenKernel("sdpa", attend_sdpa, tuple(notices))
 
 
@@ -3699,9 +3691,12 @@ def lr_scale(cfg: Config, step: int, elapsed: float, budget: float) -> float:
     return min(max(scale, cfg.min_lr), 1.0)
 
 
-def seq_len_at(cfg: Config, frac: float) -> int:
-    """Sequence length of the curriculum at `frac` of the budget."""
-    return next(t for end, t in cfg.seq_curriculum if frac < end or end >= 1.0)
+def switches_at(cfg: Config, frac: float) -> dict[str, int]:
+    """What changes in the course of the training, as it is at `frac` of the budget: the sequence length, and whether fake
+    quantisation, the EMA and the loops are on."""
+    return {"seq_len": next(t for end, t in cfg.seq_curriculum if frac < end or end >= 1.0),
+            "qat": cfg.qat != "none" and frac >= cfg.qat_start_frac, "ema": cfg.ema_decay > 0 and frac >= cfg.ema_start_frac,
+            "loop": cfg.num_loops > 0 and frac >= cfg.enable_looping_at}  # fmt: skip
 
 
 def qat_sharpness(cfg: Config, frac: float) -> float:
@@ -3731,7 +3726,7 @@ class WeightAverage:
     def update(self, step: int, frac: float, scale: float) -> None:
         """Take in the weights after optimizer step `step` (0-based)."""
         cfg = self.cfg
-        if cfg.ema_decay and frac >= cfg.ema_start_frac:
+        if switches_at(cfg, frac)["ema"]:
             self.ema = self.moved(self.ema, self.params, 1 - cfg.ema_decay)
         if cfg.swa_every and scale < cfg.swa_start_scale and (step + 1) % cfg.swa_every == 0:
             self.swa_n += 1
@@ -4104,7 +4099,7 @@ class Trainer:
 
     def context(self, frac: float) -> Ctx:
         """Context of a training forward at `frac` of the budget: fake quantisation once QAT has started."""
-        if self.fake_quant is None or frac < self.cfg.qat_start_frac:
+        if not switches_at(self.cfg, frac)["qat"]:
             return Ctx()
         self.fake_quant.sharpness.fill_(qat_sharpness(self.cfg, frac))
         return Ctx(fake_quant=self.fake_quant)
@@ -4157,13 +4152,13 @@ class Trainer:
 
         After a change of the sequence length the rates rise over SEQ_CHANGE_WARMUP_STEPS steps (#2014).
         """
-        seq_len, steps = seq_len_at(self.cfg, frac), self.cfg.seq_change_warmup_steps
-        if seq_len != self.seq_len:
-            self.seq_len, self.changed_at = seq_len, self.step
+        now, steps = switches_at(self.cfg, frac), self.cfg.seq_change_warmup_steps
+        if now["seq_len"] != self.seq_len:
+            self.seq_len, self.changed_at = now["seq_len"], self.step
         self.rewarm = min(1.0, (self.step - self.changed_at + 1) / steps) if steps else 1.0
         inputs, targets = self.batcher.next(self.seq_len)
         if self.cfg.num_loops:
-            self.model.set_looped(frac >= self.cfg.enable_looping_at)
+            self.model.set_looped(now["loop"])
         loss = self.backward(inputs, targets, self.context(frac))
         self.optimizers.step(self.step, scale * self.rewarm)
         self.average.update(self.step, frac, scale)
@@ -4273,7 +4268,7 @@ class TrainingLoop:
         self.trained_flops = 0.0
         name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
-        self.was = (cfg.seq_curriculum[0][1], False, False, False)
+        self.was = {"seq_len": cfg.seq_curriculum[0][1], "qat": False, "ema": False, "loop": False}
         self.epoch = 0
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds of the last steps
 
@@ -4365,12 +4360,9 @@ class TrainingLoop:
 
     def announce_switches(self, frac: float) -> None:
         """Log each change of sequence length, QAT, EMA and loops at this fraction of the budget, and each new pass over the data."""
-        cfg = self.cfg
-        qat = self.trainer.fake_quant is not None and frac >= cfg.qat_start_frac
-        now = (seq_len_at(cfg, frac), qat, cfg.ema_decay > 0 and frac >= cfg.ema_start_frac,
-               cfg.num_loops > 0 and frac >= cfg.enable_looping_at)  # fmt: skip
-        for name, old, new in zip(("seq_len", "qat", "ema", "loop"), self.was, now, strict=True):
-            if old != new:
+        now = switches_at(self.cfg, frac)
+        for name, new in now.items():
+            if self.was[name] != new:
                 self.run.log(f"switch:{name} step:{self.trainer.step} frac:{frac:.3f} value:{new}")
                 self.run.event("switch", step=self.trainer.step, frac=frac, name=name, value=new)
         self.was = now

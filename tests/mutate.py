@@ -90,7 +90,7 @@ MUTANTS = {
         ("optim-nesterov", "trainer_oracle.py -k ten_steps", ("self.shard.add_(self.momentum, alpha=momentum)", "self.shard.copy_(self.momentum)")),
         ("optim-aspect", "trainer_oracle.py -k ten_steps", ("aspect = math.sqrt(max(1.0, rows / cols))", "aspect = math.sqrt(max(rows / cols, cols / rows))")),
         ("train-swa-step", "trainer_oracle.py -k ten_steps", ("(step + 1) % cfg.swa_every == 0", "step % cfg.swa_every == 0")),
-        ("train-loop-edge", "trainer_oracle.py -k ten_steps", ("self.model.set_looped(frac >= self.cfg.enable_looping_at)", "self.model.set_looped(frac > self.cfg.enable_looping_at)")),
+        ("train-loop-edge", "trainer_oracle.py -k ten_steps", ("frac >= cfg.enable_looping_at}", "frac > cfg.enable_looping_at}")),
         ("train-rewarm", "trainer_oracle.py -k ten_steps", ("(self.step - self.changed_at + 1) / steps", "(self.step - self.changed_at) / steps")),
         ("train-reserve", "trainer_oracle.py -k reserve", ("return cfg.max_wallclock_seconds - cfg.reserved_seconds", "return cfg.max_wallclock_seconds")),
     ],

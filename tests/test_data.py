@@ -360,7 +360,7 @@ def test_ranks_partition_every_step_of_one_stream(data, tiny, world):
 
 def test_the_curriculum_changes_rows_not_tokens(data, tiny):
     cfg = config(tiny, TRAIN_SEQ_SCHEDULE="8@0.3,16@0.6")
-    assert [tg.seq_len_at(cfg, f) for f in (0.0, 0.29, 0.3, 0.59, 0.6, 1.0)] == [8, 8, 16, 16, 32, 32]
+    assert [tg.switches_at(cfg, f)["seq_len"] for f in (0.0, 0.29, 0.3, 0.59, 0.6, 1.0)] == [8, 8, 16, 16, 32, 32]
     ranks = batchers(cfg, data, 3)
     flat = []
     for seq_len in (8, 16, 32):

@@ -88,10 +88,10 @@ def test_the_share_of_the_budget_is_that_of_the_nearer_limit():
 
 def test_the_sequence_length_rises_with_the_budget():
     cfg = config(train_seq_schedule="8@0.33,16@0.55", train_seq_len=32)
-    assert [tg.seq_len_at(cfg, f) for f in (0.0, 0.32, 0.33, 0.54, 0.55, 1.0)] == [8, 8, 16, 16, 32, 32]
-    assert tg.seq_len_at(config(), 1.0) == T
+    assert [tg.switches_at(cfg, f)["seq_len"] for f in (0.0, 0.32, 0.33, 0.54, 0.55, 1.0)] == [8, 8, 16, 16, 32, 32]
+    assert tg.switches_at(config(), 1.0)["seq_len"] == T
     t = trainer(train_seq_schedule="8@0.3")
-    shapes = [t.batcher.next(tg.seq_len_at(t.cfg, f))[0].shape for f in (0.0, 0.9)]
+    shapes = [t.batcher.next(tg.switches_at(t.cfg, f)["seq_len"])[0].shape for f in (0.0, 0.9)]
     assert shapes == [(8, 8), (4, T)] and t.batcher.stream.position == 2 * 4 * T  # the same tokens a step
 
 
