@@ -5110,10 +5110,8 @@ def low_rank_codes(residual_RC: Tensor, rank: int, bits: int, group: int) -> Low
     right_scale = row_scale(padded.abs().amax(dim=2), half - 0.5)
     right = (padded / right_scale.float()[:, :, None]).round().clamp(-half, half - 1).flatten(1)[:, :width]
     left = (left / left_scale.float()).round().clamp(-2, 1)
-    return LowRank(
-        *(part.contiguous().cpu() for part in (left.to(torch.int8), left_scale, right.to(torch.int8), right_scale)),
-        group,
-    )
+    parts = (left.to(torch.int8), left_scale, right.to(torch.int8), right_scale)
+    return LowRank(*(part.contiguous().cpu() for part in parts), group)
 
 
 class InputStats:
@@ -5235,8 +5233,8 @@ def quant_report(named: dict[str, Tensor], stored: dict[str, QuantizedTensor]) -
 # Streams are cut by storage role, so the account of bytes by role is exact. A section is whatever else a model needs,
 # under a name, with a coder of its own: n-grams of the training text.
 
-MAGIC, VERSION = b"PGLM", 4
-OLDER_READER = "92a44cb"  # the commit whose script reads versions 2 and 3
+MAGIC, VERSION = b"PGLM", 5
+OLDER_READERS = {2: "92a44cb", 3: "92a44cb", 4: "c21dca8"}  # the commit whose script reads an older version
 PREAMBLE = struct.Struct("<4sHQII")  # magic, version, bytes of the file, bytes of the header packed and unpacked
 CHECKSUM_BYTES = 32
 MAX_HEADER_BYTES = 1 << 24
@@ -5796,6 +5794,7 @@ def code_tables(
     return index, found
 
 
+Codes = list[np.ndarray]  # of several tensors, (R, C) each
 # What a walk calls at each step, in both directions: (levels, parities, the codes to write or None) -> the codes.
 CodeStep = Callable[[np.ndarray, Any, np.ndarray | None], np.ndarray]
 
@@ -5806,9 +5805,7 @@ def refuse_beyond(most: int, codes: np.ndarray) -> None:
         raise ArtifactError(f"a stream of codes holds values beyond +-{most}")
 
 
-def walk_paths(
-    spreads: list[CodeLevels], states: int, code: CodeStep, known: list[np.ndarray] | None
-) -> list[np.ndarray]:
+def walk_paths(spreads: list[CodeLevels], states: int, code: CodeStep, known: Codes | None) -> Codes:
     """Codes (R, C) int16 of tensors without prediction, widest first, along a trellis: column by column, over the rows of all tensors
     that have the column."""
     rows = [len(spread.rows) for spread in spreads]
@@ -5848,9 +5845,7 @@ def walk_predicted(spread: CodeLevels, states: int, code: CodeStep, known: np.nd
     return predict_codes(len(spread.rows), len(spread.columns), code_part)
 
 
-def walk_codes(
-    spreads: list[CodeLevels], states: int, code: CodeStep, known: list[np.ndarray] | None = None
-) -> list[np.ndarray]:
+def walk_codes(spreads: list[CodeLevels], states: int, code: CodeStep, known: Codes | None = None) -> Codes:
     """Codes of all tensors of a stream: paths without prediction together, then one tensor after the other. Independent codes without
     prediction are one step a tensor, cut into regions."""
     order = sorted(range(len(spreads)), key=lambda i: -len(spreads[i].columns))
@@ -5866,7 +5861,7 @@ def walk_codes(
     return [found[i] for i in range(len(spreads))]
 
 
-def encode_codes(arrays: list[np.ndarray], predictable: bool = False, states: int = 0) -> bytes:
+def encode_codes(arrays: Codes, predictable: bool = False, states: int = 0) -> bytes:
     """Codes of several tensors, each (R, C), as one stream: levels, tables, and the codes under them. With `states`, rows are
     paths through a trellis."""
     spreads = [plan_codes(codes_RC, predictable, states)[0] for codes_RC in arrays]
@@ -5884,7 +5879,7 @@ def encode_codes(arrays: list[np.ndarray], predictable: bool = False, states: in
     return coder.finish()
 
 
-def decode_codes(stream: bytes, shapes: list[tuple[int, int]], states: int = 0) -> list[np.ndarray]:
+def decode_codes(stream: bytes, shapes: list[tuple[int, int]], states: int = 0) -> Codes:
     """Inverse of encode_codes: arrays of `shapes`, int8, or int16 along a trellis. Raises ArtifactError."""
     coder = StreamCoder(stream)
     spreads = code_levels(coder, shapes)
@@ -6006,7 +6001,8 @@ def read_header(blob: bytes) -> ParsedHeader:
         raise ArtifactError(f"the file is truncated: {len(blob)} bytes are less than an empty artifact; copy it again")
     _, version, total, packed, raw = PREAMBLE.unpack_from(blob)
     if version != VERSION:
-        script = f"train_gpt.py as of commit {OLDER_READER}" if version in (2, 3) else "the script that wrote it"
+        commit = OLDER_READERS.get(version)
+        script = f"train_gpt.py as of commit {commit}" if commit else "the script that wrote it"
         raise ArtifactError(f"format version {version}, this script reads version {VERSION}: use {script}")
     if len(blob) != total:
         what = "is truncated" if len(blob) < total else "has bytes appended"
@@ -6023,11 +6019,7 @@ def read_header(blob: bytes) -> ParsedHeader:
     if not isinstance(fields, dict):
         raise ArtifactError("the header is not a JSON object")
     layout, records, sizes, sections = (fields.pop(name, None) for name in ("layout", "tensors", "streams", "sections"))
-    if (
-        not isinstance(layout, str)
-        or not isinstance(records, list)
-        or not all(isinstance(row, list) for row in records)
-    ):
+    if not (isinstance(layout, str) and isinstance(records, list) and all(isinstance(row, list) for row in records)):
         raise ArtifactError("the header does not say how its tensors are coded")
     if not is_list_of(sizes, str, int) or not is_list_of(sections, str, int):
         raise ArtifactError("the header does not list its streams and sections")
@@ -6045,9 +6037,8 @@ def read_header(blob: bytes) -> ParsedHeader:
 def open_entries(header: ParsedHeader, layout: Layout) -> list[TensorEntry]:
     """How the file's tensors lie in it. Records and streams must be those that the model's layout implies, before any is decoded."""
     if header.layout != layout_digest(layout) or len(header.records) != len(layout):
-        raise ArtifactError(
-            "its tensors are not those that this script makes of its configuration: use the script that wrote it"
-        )
+        raise ArtifactError("its tensors are not those that this script makes of its configuration: use the script that "
+                            "wrote it")  # fmt: skip
     entries = []
     for (name, (shape, role)), record in zip(layout.items(), header.records, strict=True):
         good = 1 <= len(record) <= 5 and all(type(n) is int for n in record)
@@ -6131,9 +6122,8 @@ MAX_PACKS = 8  # four, unless none of those fits
 CURVE_ROWS = 256  # rows that a curve is measured on; paths are searched in half of them
 PATH_COLUMNS = 128  # and in as many columns: nothing is compensated there, so any columns will do
 LEFT_BYTES, LAST_TRIES = 2000, 8  # what may be left of TARGET_BYTES, and how often less is tried
-PREDICTION_COST = (
-    20  # seconds to try a code's prediction over those to search it once in one state: shares curves out evenly
-)
+# Seconds to try a code's prediction, over those to search it once in one state: by these the ranks share curves out evenly.
+PREDICTION_COST = 20
 
 
 class RateDistortion(NamedTuple):
@@ -6187,9 +6177,8 @@ def measure_curve(w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states
     for everywhere, scale, codes in zip(all_scales, scales, found, strict=True):
         error = (codes.float() * scale.float()[:, None] - w).square().mean(dim=1)
         # An error goes with its step: what sampled rows are off by is scaled by the steps and importance of all rows.
-        share = float(fisher_R @ everywhere.float().square()) / max(
-            float(fisher_R[pick] @ scale.float().square()), 1e-30
-        )
+        sampled = float(fisher_R[pick] @ scale.float().square())
+        share = float(fisher_R @ everywhere.float().square()) / max(sampled, 1e-30)
         spread, values, _ = plan_codes(codes.cpu().numpy(), False, states)
         bits.append(described_bits(spread, values, states, len(w_RC)) * w_RC.shape[1] / w.shape[1])
         loss.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
@@ -6233,10 +6222,6 @@ class Budget(NamedTuple):
     predicted: dict[str, float]  # role -> bytes of codes
     spent: int  # artifact and code
     steps: dict[str, float]  # in units of the curves
-
-    def role_bytes(self) -> dict[str, dict[str, float]]:
-        """The account of the file."""
-        return role_bytes(self.blob, layout_of(self.stored))
 
 
 class BudgetSearch:
@@ -6293,7 +6278,7 @@ class BudgetSearch:
             before = room, found.spent
             room += (BUDGET_AIM * target - found.spent) / slope
         if best is None:
-            sizes = ", ".join(f"{r} {s['bytes']:,}" for r, s in found.role_bytes().items())
+            sizes = ", ".join(f"{r} {s['bytes']:,}" for r, s in role_bytes(found.blob, layout_of(found.stored)).items())
             raise ConfigError(f"TARGET_BYTES={target} cannot be met: the smallest total is {found.spent:,} bytes (code {self.code_bytes:,}, {sizes}); "
                               "a smaller model or fewer high-precision tensors would do")  # fmt: skip
         return self.spend_rest(best)
@@ -6338,18 +6323,16 @@ class BudgetSearch:
 
     def spend_rest(self, best: Budget) -> Budget:
         """Give what is left to one tensor after the other, until LEFT_BYTES or less are left or LAST_TRIES are over."""
-        share = 1.0
+        share = 1.0  # of what is left that a curve is asked for, so that the file takes about all of it
         for _ in range(LAST_TRIES):
             left = self.cfg.target_bytes - best.spent
             refined = self.refine(best, share * (left - LEFT_BYTES / 2)) if left > LEFT_BYTES else None
             if refined is None:
                 break
             found = self.pack_stored(*refined, best.predicted)
-            if found.spent <= self.cfg.target_bytes:
-                share = 1.0 if found.spent > best.spent else 2 * share
-                best = max(best, found, key=lambda budget: budget.spent)
-            else:
-                share *= 0.7
+            share *= min(max((left - LEFT_BYTES / 2) / max(found.spent - best.spent, 1.0), 0.25), 4.0)
+            if best.spent < found.spent <= self.cfg.target_bytes:
+                best = found
         return best
 
     def refine(self, best: Budget, wanted: float) -> tuple[dict[str, float], dict[str, QuantizedTensor]] | None:
@@ -6360,28 +6343,18 @@ class BudgetSearch:
             bits, loss = curve.at(best.steps[name])
             room = bits + 8 * wanted < curve.bits[0] and best.stored[name].low_rank is None
             if room and self.named[name].numel() <= most:
-                gains[name] = loss - curve.at(curve.step_at(bits + 8 * wanted))[1]
+                finer = curve.step_at(bits + 8 * wanted)
+                gains[loss - curve.at(finer)[1]] = name, finer
         if not gains:
             return None
-        name = max(gains, key=gains.get)
-        curve, aim, size = self.curves[name], 8 * wanted, self.code_bits(best.stored[name])
-        for _ in range(3):  # until the codes take what they should, within 5 %
-            steps = {**best.steps, name: curve.step_at(curve.at(best.steps[name])[0] + aim)}
-            stored = {**best.stored, **self.quantize_at(steps, [name])}
-            more = self.code_bits(stored[name]) - size
-            if more > 0 and abs(more / (8 * wanted) - 1) < 0.05:
-                break
-            aim *= min(max(8 * wanted / max(more, 1.0), 0.25), 4.0)
-        return steps, stored
-
-    def code_bits(self, stored: QuantizedTensor) -> float:
-        """Estimated bits of a tensor's codes."""
-        return plan_codes(stored.codes.numpy(), stored.role in PREDICTED_ROLES, stored.trellis)[2]
+        name, finer = gains[max(gains)]
+        steps = {**best.steps, name: finer}
+        return steps, {**best.stored, **self.quantize_at(steps, [name])}
 
 
 def budget_table(budget: Budget, target: int) -> str:
     """Predicted against real bytes by role, and what was left."""
-    real = budget.role_bytes()
+    real = role_bytes(budget.blob, layout_of(budget.stored))
     lines = [
         f"budget {role:<10} predicted:{size:>12,.0f} real:{real[role]['bytes']:>12,} bits/weight:{real[role]['bits_per_weight']:.3f}"
         for role, size in sorted(budget.predicted.items())
@@ -6440,10 +6413,8 @@ def counted_code(cfg: Config) -> tuple[bytes, str]:
     if not PACKED:
         if cfg.code_form == "packed" and Run.packing is None:
             packed = self_extracting(source_text())
-            return (
-                packed,
-                f"the code counts {len(packed)} bytes with its comments: tools/pack_code.py, which takes them out, is not beside it",
-            )
+            return packed, (f"the code counts {len(packed)} bytes with its comments: tools/pack_code.py, which takes them out, "
+                            "is not beside it")  # fmt: skip
         if cfg.code_form == "packed":
             packed, errors = Run.packing.communicate()
             if Run.packing.returncode:
@@ -6560,9 +6531,8 @@ def code_level(
     if not first:
         order, start = parents.siblings(len(levels[-2].token))
     room = np.diff(start)[parents.suffix]
-    kids = coder.numbers(
-        parents.size.clip(max=40), None if level is None else np.bincount(level.parent, minlength=len(room))
-    )
+    kids = None if level is None else np.bincount(level.parent, minlength=len(room))
+    kids = coder.numbers(parents.size.clip(max=40), kids)
     if kids.sum() > limit or (kids > room).any():
         raise ArtifactError("a table of n-grams holds more than it can")
     owner = np.repeat(np.arange(len(kids)), kids)

@@ -98,7 +98,7 @@ MUTANTS = {
         ("Q1: GPTQ codes gathered, not scattered, back into column order", "quantizer.py -k gptq", ("return torch.empty_like(codes_NRC).scatter_(2, as_rows, codes_NRC).to(torch.int8)", "return codes_NRC.gather(2, as_rows).to(torch.int8)")),
         ("Q2: trellis search: survivors of another past are not dropped", "trellis.py -k 'search or compensation'", ("        self.cost_NSR.masked_fill_((errors != decided).any(dim=0), self.DROPPED)\n", "")),
         ("Q3: the upper bits of a large count are lost (the study's path reader is gone)", "table.py -k numbers", ("(2 + (symbol & 1)) << width), width", "(2 + (symbol & 1)) << np.minimum(width, 13)), width")),
-        ("Q4: byte budget: the code is forgotten in the final fill", "trellis.py -k last_bytes", ("            if found.spent <= self.cfg.target_bytes:\n                share", "            if len(found.blob) <= self.cfg.target_bytes:\n                share")),
+        ("Q4: byte budget: the code is forgotten in the final fill", "trellis.py -k last_bytes", ("if best.spent < found.spent <= self.cfg.target_bytes:", "if best.spent < found.spent and len(found.blob) <= self.cfg.target_bytes:")),
         ("Q5: pack reuses a coded stream if the number of arrays is the same", "artifact.py trellis.py -k 'budget or last_bytes'", ("if len(before) != len(arrays) or any(a is not b for a, b in zip(before, arrays, strict=True)):", "if len(before) != len(arrays):")),
         ("Q6: calibration: gradients of batches add up", "quantizer.py -k fisher", ("                        p.grad = None\n        tokens += inputs.numel()", "        tokens += inputs.numel()")),
         ("quant-damp", "quantizer.py -k gptq", ("(damp * diagonal_C.mean()).clamp_min", "(damp * diagonal_C.amax()).clamp_min")),
