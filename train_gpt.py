@@ -6650,10 +6650,7 @@ class BpbMeter:
 
 
 class Expert(Protocol):
-    """Gives a distribution of the next token; score() may use what update() learned from tokens before lo, nothing else.
-
-    All that an evaluation scores with or learns by; a scorer that learns nothing by itself needs no update().
-    """
+    """Gives a distribution of the next token; score() may use what update() learned from tokens before lo, nothing else."""
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         """Natural log of the probabilities of tokens[lo:hi], (hi-lo,) float64."""
@@ -6666,16 +6663,16 @@ class Expert(Protocol):
 
 
 def score_then_learn(
-    tokens: Tensor, n: int, edge: Callable[[int], int], scorer: Expert, parts: list[Expert]
+    tokens: Tensor, n: int, edge: Callable[[int], int], chain: Sequence[Expert]
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """The one loop of the evaluation. Yields (lo, hi, scores) of one span of the targets 1 .. n-1 after the other: each is scored,
-    and handed to the caller, before any of `parts` learns it. A span that begins at lo ends at edge(lo)."""
+    """The one loop of the evaluation. Yields (lo, hi, scores) of one span of the targets 1 .. n-1 after the other: the last expert of
+    the chain scores it, the caller takes it, and only then all experts learn it. A span that begins at lo ends at edge(lo)."""
     lo = 1
     while lo < n:
         hi = edge(lo)
-        yield lo, hi, scorer.score(tokens, lo, hi)
-        for part in parts:
-            part.update(tokens, lo, hi)
+        yield lo, hi, chain[-1].score(tokens, lo, hi)
+        for expert in chain:
+            expert.update(tokens, lo, hi)
         lo = hi
 
 
@@ -6733,8 +6730,8 @@ def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
 
 
 class NetworkExpert:
-    """The network over sliding windows. `score` runs ahead in large batches shared by the ranks, up to the next point at
-    which the network learns (the end, without test-time training): so far a score is a function of the prefix alone.
+    """The network over sliding windows. `score` runs ahead in large batches shared by the ranks, up to the next of the targets
+    `edges` at which the network learns (the end alone, without test-time training): so far a score is a function of the prefix.
 
     After `score(lo, hi)`, `entropy[lo:hi]` holds a prefix-only feature of its distributions, and `hint_prob[lo:hi]` what it gave
     to the tokens in `hints`, which a caller may fill with guesses from the prefix.
@@ -6749,9 +6746,11 @@ class NetworkExpert:
         # How many targets to score ahead: all ranks agree on it, whatever memory each of them has left.
         self.ahead = 16 * self.rows * run.world * self.stride
         device, dtype = text.tokens.device, torch.promote_types(model.compute_dtype, torch.float32)
-        self.logp, self.entropy, self.hint_prob = torch.zeros(3, self.n_tokens, device=device, dtype=dtype)
+        self.scored = torch.zeros(3, self.n_tokens, device=device, dtype=dtype)
+        self.logp, self.entropy, self.hint_prob = self.scored
         self.hints = torch.zeros(self.n_tokens, dtype=torch.int64, device=device)
-        self.done = 1  # targets below are scored
+        self.done = self.learned = 1  # targets below are scored, are learned
+        self.edges = [self.n_tokens]  # rising, the end of the text last
         self.room = self.room_for(text.tokens)
         wanted = run.device.type == "cuda" and cfg.compile != "0"
         self.compiled = torch.compile(score_windows, dynamic=False) if wanted else None
@@ -6810,12 +6809,12 @@ class NetworkExpert:
         return steps
 
     def next_update(self, t: int) -> int:
-        """The first position after target `t` at which the network may have changed; the end if it never does."""
-        return max(t, self.n_tokens)
+        """The first edge after target `t`; at the last one nothing is learned."""
+        return self.edges[min(bisect_right(self.edges, t), len(self.edges) - 1)]
 
-    def last_learned(self, t: int) -> int:  # noqa: ARG002
-        """The first target that was scored by the network as it is at target `t`."""
-        return 1
+    def last_learned(self, t: int) -> int:
+        """The first target that was scored by the network as it is at target `t`: the last edge up to it."""
+        return self.edges[i - 1] if (i := bisect_right(self.edges, t)) else 1
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
         """(hi - lo,) float64 natural log-probabilities of tokens[lo:hi]."""
@@ -6823,8 +6822,15 @@ class NetworkExpert:
             self.score_ahead(tokens, max(hi, self.done + self.ahead))
         return self.logp[lo:hi].double()
 
-    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
-        """A network without test-time training learns nothing."""
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
+        """Targets below `hi` are scored: learn up to every edge among them, but nothing after the last one."""
+        while self.learned < hi and (end := self.next_update(self.learned)) <= hi < self.n_tokens:
+            self.learn(tokens, self.learned, end)
+            self.learned = end
+
+    def learn(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """Learn from the targets [lo, hi), all of them scored."""
+        raise NotImplementedError("without test-time training there is no edge before the end")
 
     @torch.no_grad()
     def dist(self, tokens: Tensor, t: int) -> Tensor:
@@ -6855,13 +6861,7 @@ class NetworkExpert:
         for _, equal in itertools.groupby(mine, lambda w: (w.hi - w.start, w.hi - w.lo)):
             while batch := list(itertools.islice(equal, self.rows)):
                 self.score_batch(tokens, batch, fresh)
-        self.keep(self.run.all_reduce(fresh), end)
-
-    def keep(self, fresh: Tensor, end: int) -> None:
-        """Put the scores (3, n) of the targets up to `end` into the buffers."""
-        for buffer, values in zip((self.logp, self.entropy, self.hint_prob), fresh.to(self.logp.device), strict=True):
-            buffer[self.done : end] = values
-        self.done = end
+        self.scored[:, self.done : end], self.done = self.run.all_reduce(fresh), end
 
     def score_rows(self, ids: Tensor, hints: Tensor, n: int) -> Tensor | None:
         """`score_windows` of the last n targets of each row; None where memory runs out.
@@ -6931,15 +6931,13 @@ def lora_sites(cfg: Config, model: GPT) -> dict[tuple[int, str], tuple[int, int]
 
 
 class TestTimeNetwork(NetworkExpert):
-    """The network with LoRA that learn from scored text, at the targets in `edges` alone.
+    """The network with LoRA that learn from scored text.
 
-    A subclass has `learn(tokens, lo, hi)`, which learns from the targets [lo, hi), all of them scored.
     It computes with a copy of the model, so that no other stage sees what was learned here. Ranks share the work and sum
     gradients, so that all of them learn the same.
     """
 
     __test__ = False  # the name begins with Test, but it is none
-    edges: list[int]  # rising, the end of the text last
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
         super().__init__(cfg, run, copy.deepcopy(model).requires_grad_(False), text, stride)
@@ -6947,7 +6945,6 @@ class TestTimeNetwork(NetworkExpert):
         self.weights = weights.to(self.logp.dtype)
         self.temperature, self.scale = cfg.ttt_temperature, cfg.ttt_lora_alpha / cfg.ttt_lora_rank or 1.0
         self.lr = cfg.ttt_lr * cfg.ttt_local_lr_mult
-        self.learned = 1  # targets below are learned
         self.learning_rows = max(1, self.rows // 4)  # sequences of full length that a backward pass takes at once
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "ttt"))  # the same on every rank
         self.shapes, rank = lora_sites(cfg, self.model), cfg.ttt_lora_rank
@@ -6968,20 +6965,6 @@ class TestTimeNetwork(NetworkExpert):
         views = [p.unflatten(-1, shape) for p, shape in zip(flat, factors, strict=True)]
         pairs = zip(self.shapes, views[: len(shapes)], views[len(shapes) :], strict=True)
         return Ctx(lora={site: Lora(a, b, self.scale) for site, a, b in pairs})
-
-    def next_update(self, t: int) -> int:
-        """The first edge after target `t`."""
-        return self.edges[min(bisect_right(self.edges, t), len(self.edges) - 1)]
-
-    def last_learned(self, t: int) -> int:
-        """The last edge up to target `t`."""
-        return self.edges[i - 1] if (i := bisect_right(self.edges, t)) else 1
-
-    def update(self, tokens: Tensor, lo: int, hi: int) -> None:  # noqa: ARG002
-        """Targets below `hi` are scored: learn up to every edge among them, but nothing after the last one."""
-        while self.learned < hi and (end := self.next_update(self.learned)) <= hi < self.n_tokens:
-            self.learn(tokens, self.learned, end)
-            self.learned = end
 
     def descend(self, tokens: Tensor, spans: list[tuple[int, int]], params: list[Tensor], ctx: Ctx, clip: float,
                 optimizer: torch.optim.Optimizer, share: float = 1.0) -> None:  # fmt: skip
@@ -7308,7 +7291,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
             self.run_block(tokens, batch, fresh, lo)
         for total in (fresh, self.steps, self.sum_a):
             self.run.all_reduce(total)
-        self.keep(fresh, end)
+        self.scored[:, lo:end], self.done = fresh, end
 
     def run_block(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> None:
         """Score documents into `fresh`, whose entry 0 is target `first`, and add up their A; halves the batches for good when
@@ -7331,7 +7314,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         """A batch that is scored and learned to its end; None where memory runs out."""
         try:
             batch = DocumentBatch(self, documents)
-            for lo, hi, values in score_then_learn(tokens, batch.n, self.chunk_end, batch, [batch]):
+            for lo, hi, values in score_then_learn(tokens, batch.n, self.chunk_end, [batch]):
                 offset = torch.arange(lo, hi, device=tokens.device)
                 inside = offset <= batch.targets_R[: values.shape[1], None]
                 at = (batch.start_R[: values.shape[1], None] + offset - first)[inside]
@@ -7345,7 +7328,7 @@ class DocumentLoraNetwork(TestTimeNetwork):
         i = bisect_right(self.documents, t - 1, key=lambda d: d.start) - 1
         start = self.documents[i].start
         batch = DocumentBatch(self, [Document(start, t - start)])
-        for lo, _, _ in score_then_learn(tokens[: t + 1], batch.n, self.chunk_end, batch, [batch]):
+        for lo, _, _ in score_then_learn(tokens[: t + 1], batch.n, self.chunk_end, [batch]):
             chunk = lo
         return batch.z[0, t - start - chunk].cpu().double().softmax(-1)
 
@@ -8100,17 +8083,20 @@ def span_end(network: NetworkExpert, chunk: int, lo: int) -> int:
 
 
 def score_first(
-    network: NetworkExpert, text: ValidationText, scorer: Expert, parts: list[Expert], chunk: int, deadline: float
+    chain: Sequence[Expert], text: ValidationText, span: int, deadline: float = math.inf, end: float = math.inf
 ) -> BpbMeter:
-    """The driver of every stage: the account of what `scorer` scores, chunk by chunk, before every part may learn it.
+    """The driver of every stage: the account of what the last of the chain scores, span by span, before all of them learn it; the
+    first is the network. It stops behind the span of target `end`.
 
     `deadline` is a reading of time.perf_counter(), rank 0's counts;
     BrokenRun if it passes or clearly will, since a score of a part is no score.
     """
-    run, meter, new = network.run, BpbMeter(), network.done < len(text.tokens)
-    n, since, edge = len(text.tokens), time.perf_counter(), functools.partial(span_end, network, chunk)
-    for lo, hi, logp in score_then_learn(text.tokens, n, edge, scorer, parts):
+    network, meter, n, since = chain[0], BpbMeter(), len(text.tokens), time.perf_counter()
+    run, new = network.run, network.done < n
+    for lo, hi, logp in score_then_learn(text.tokens, n, functools.partial(span_end, network, span), chain):
         meter.add(logp, text.bytes[lo:hi])
+        if hi > end:
+            break
         run.progress("evaluating", hi, n, since)
         due = 256 * lo // n < 256 * hi // n < 256 and deadline < math.inf  # now and then, since the ranks must agree
         if due and (late := run.broadcast(overtime(run.cfg, since, deadline, max(hi, network.done * new), n))):
@@ -8205,15 +8191,14 @@ class Evaluation:
         return HashedCache(cfg.ngram_claim, network, cfg.vocab_size, normalize=normalize, device=self.device,
                            buckets=cfg.ngram_buckets, ranks=cfg.ngram_claim_ranks, least=cfg.ngram_min_count)  # fmt: skip
 
-    def scorer(self, stage: str) -> tuple[Any, list[Any], int]:
-        """(the expert whose scores the stage reports, all that learn in the order they do, targets between two updates)."""
+    def experts(self, stage: str) -> tuple[list[Expert], int]:
+        """(the experts of the stage, the network first, of which the last one's scores are the stage's; targets between two updates)."""
         network = self.network(stage)
         if stage in ("normalized", "claimed"):
             scorer = self.published(stage, network)
-            return scorer, [network, scorer], scorer.span
+            return [network, scorer], scorer.span
         chain = expert_chain(self.cfg, stage, network, [self.table, self.tilt_table], self.packed)
-        span = network.ahead if len(chain) == 1 else update_span(len(self.text.tokens))
-        return chain[-1], chain, span
+        return chain, network.ahead if len(chain) == 1 else update_span(len(self.text.tokens))
 
     def move_to_cpu(self) -> None:
         """Continue on the CPU with what is scored: small spans there cost less than launches on a GPU."""
@@ -8224,20 +8209,17 @@ class Evaluation:
                 value = getattr(network, name)
                 setattr(network, name, value.cpu() if value is not None else None)
 
-    def score(self, stage: str, scorer: Expert, parts: list[Expert], span: int, deadline: float) -> StageResult:
-        """Score the whole text with one expert."""
-        started = time.perf_counter()
-        meter = score_first(self.network(stage), self.text, scorer, parts, span, deadline)
+    def score(self, stage: str, deadline: float = math.inf) -> StageResult:
+        """Score the whole text in one stage."""
+        started, (chain, span) = time.perf_counter(), self.experts(stage)
+        meter = score_first(chain, self.text, span, deadline)
         self.run.sync()
         seconds = time.perf_counter() - started
         return StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds)
 
 
 class RecordingScorer:
-    """A scorer whose scores are kept, and at targets `at` the whole distribution as it stands before the target is learned.
-
-    It does not learn: what it watches is a part of its own.
-    """
+    """Behind the last expert of a chain: keeps its scores, and at targets `at` the whole distribution before the target is learned."""
 
     def __init__(self, scorer: Expert, at: Iterable[int]) -> None:
         self.scorer, self.at = scorer, sorted(at)
@@ -8250,6 +8232,9 @@ class RecordingScorer:
             self.dists[t] = self.scorer.dist(tokens, t)
         return self.scores[-1]
 
+    def update(self, tokens: Tensor, lo: int, hi: int) -> None:
+        """What it watches learns by itself."""
+
 
 CLAIM_SAMPLES = 64  # targets at which Z is measured
 SMALL_SPAN = 4096  # targets between two updates below which a claim is run on the CPU
@@ -8260,18 +8245,18 @@ def claim(evaluation: Evaluation) -> None:
     never the score, so it runs once the score is reported, outside the evaluation's time."""
     cfg, run = evaluation.cfg, evaluation.run
     evaluation.model.eval()
-    scorer, parts, span = evaluation.scorer("claimed")
+    chain, span = evaluation.experts("claimed")
     if span < SMALL_SPAN:
-        evaluation.score("network", *evaluation.scorer("network"), math.inf)  # scored already unless its stage is off
+        evaluation.score("network")  # scored already unless its stage is off
         evaluation.move_to_cpu()
-        scorer, parts, span = evaluation.scorer("claimed")
-    n = len(evaluation.text.tokens)
-    recorded = RecordingScorer(scorer, range(1, n, max(1, n // CLAIM_SAMPLES)))
-    r = evaluation.score("claimed", recorded, parts, span, math.inf)
+        chain, span = evaluation.experts("claimed")
+    n, started = len(evaluation.text.tokens), time.perf_counter()
+    recorded = RecordingScorer(chain[-1], range(1, n, max(1, n // CLAIM_SAMPLES)))
+    r = score_first([*chain, recorded], evaluation.text, span)
     sums = [p.sum().item() for p in recorded.dists.values()]
     z_mean, z_max = sum(sums) / len(sums), max(sums)
     run.log(f"{cfg.ngram_claim} claimed_bpb:{r.val_bpb:.8f} z_mean:{z_mean:.3f} z_max:{z_max:.3f} (not a code length)")
-    run.event("claim", name=cfg.ngram_claim, claimed_bpb=r.val_bpb, z_mean=z_mean, z_max=z_max, seconds=r.seconds,
+    run.event("claim", name=cfg.ngram_claim, claimed_bpb=r.val_bpb, z_mean=z_mean, z_max=z_max, seconds=time.perf_counter() - started,
               note="not a code length")  # fmt: skip
 
 
@@ -8293,8 +8278,7 @@ def order_claim(evaluation: Evaluation) -> None:
     """Stage ttt as published, on the longest documents first, and the bits of order that its figure leaves out. Never the score."""
     cfg, run = evaluation.cfg, evaluation.run
     text, order_bits = longest_first(evaluation.text)
-    other = Evaluation(cfg, run, evaluation.model, text)
-    r = other.score("ttt", *other.scorer("ttt"), math.inf)
+    r = Evaluation(cfg, run, evaluation.model, text).score("ttt")
     order_bpb = order_bits / max(r.bytes, 1)
     run.log(f"ttt_order:length claimed_bpb:{r.val_bpb:.8f} order_bits:{order_bits:.0f} order_bpb:{order_bpb:.8f} "
             f"with_order_bpb:{r.val_bpb + order_bpb:.8f} (not a code length of the text: its documents are reordered)")  # fmt: skip
@@ -8302,31 +8286,13 @@ def order_claim(evaluation: Evaluation) -> None:
               seconds=r.seconds, note="not a code length of the text")  # fmt: skip
 
 
-class StageLog:
-    """The table of stages, a line as each is scored: bits a byte, gain over the stage before, seconds."""
-
-    def __init__(self, run: Run, complete: bool, dtype: str) -> None:
-        self.run, self.complete, self.dtype, self.before = run, complete, dtype, None
-
-    def __call__(self, r: StageResult) -> None:
-        gain = "" if self.before is None else f" gain:{self.before - r.val_bpb:.6f}"
-        self.run.log(
-            f"final_{r.stage}_exact val_loss:{r.val_loss:.8f} val_bpb:{r.val_bpb:.8f}{gain} eval_time:{1000 * r.seconds:.0f}ms"
-        )
-        self.run.event("stage", **r._asdict(), complete=self.complete, dtype=self.dtype)
-        self.before = r.val_bpb
-
-
-def evaluate(evaluation: Evaluation, stages: tuple[str, ...],
-             report: Callable[[StageResult], None] = lambda r: None) -> list[StageResult]:  # noqa: ARG005  # fmt: skip
-    """Score the validation text in `stages`, in order; all ranks get the results. `report` is called with each at once."""
+def evaluate(evaluation: Evaluation, stages: tuple[str, ...]) -> Iterator[StageResult]:
+    """Score the validation text in `stages`, in order; all ranks get each result as soon as there is one."""
     evaluation.model.eval()
-    deadline, results = time.perf_counter() + (evaluation.cfg.eval_wallclock_seconds or math.inf), []
+    deadline = time.perf_counter() + (evaluation.cfg.eval_wallclock_seconds or math.inf)
     for stage in stages:
-        results.append(evaluation.score(stage, *evaluation.scorer(stage), deadline))
-        report(results[-1])
+        yield evaluation.score(stage, deadline)
     evaluation.model.train()
-    return results
 
 
 def rehearsal_text(cfg: Config, gpu: bool) -> ValidationText:
@@ -8400,18 +8366,19 @@ class Audit:
         self.cuts = sorted({1, n // 4, n // 2, 3 * n // 4, n - 1, *self.edges()} & {*range(1, n)})
         self.at = sorted({1, *self.cuts, *range(1, n, max(1, n // AUDIT_SAMPLES)), *after_bos.tolist()})
 
-    def experts(self, tokens: Tensor) -> tuple[Evaluation, NetworkExpert, Any, list[Any], int]:
-        """Fresh experts of a stream in the text's place: (evaluation, network, scorer, parts, targets between two updates)."""
-        evaluation = Evaluation(self.cfg, self.run, self.model, self.text._replace(tokens=tokens), self.tables)
-        scorer, parts, span = evaluation.scorer(self.stage)
-        return evaluation, evaluation.network(self.stage), scorer, parts, min(span, self.often)
+    def experts(self, tokens: Tensor) -> tuple[ValidationText, list[Expert], int]:
+        """(a stream in the text's place, fresh experts of it, targets between two updates)."""
+        text = self.text._replace(tokens=tokens)
+        evaluation = Evaluation(self.cfg, self.run, self.model, text, self.tables)
+        chain, span = evaluation.experts(self.stage)
+        return evaluation.text, chain, min(span, self.often)
 
     def edges(self) -> list[int]:
-        """The first targets behind what is learned, up to AUDIT_EDGES of each kind: by all parts, by the network alone, and by the
+        """The first targets behind what is learned, up to AUDIT_EDGES of each kind: by all experts, by the network alone, and by the
         longest document."""
-        _, network, _, parts, span = self.experts(self.text.tokens)
-        found, n = [], len(self.text.tokens)
-        for ends in (functools.partial(span_end, network, span), network.next_update)[len(parts) == 1 :]:
+        _, chain, span = self.experts(self.text.tokens)
+        found, n, network = [], len(self.text.tokens), chain[0]
+        for ends in (functools.partial(span_end, network, span), network.next_update)[len(chain) == 1 :]:
             found.append([1])
             while found[-1][-1] < n:
                 found[-1].append(ends(found[-1][-1]))
@@ -8420,21 +8387,14 @@ class Audit:
             found.append([longest.start + start for start in network.chunks if start <= longest.targets])
         return [t for edges in found for t in edges[1 :: max(1, -(-(len(edges) - 1) // AUDIT_EDGES))]]
 
-    def walk(self, tokens: Tensor, at: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor], BpbMeter]:
-        """Scores of targets 1 .. n-1, distributions, and the driver's account, of a stream in the text's place."""
-        evaluation, network, scorer, parts, span = self.experts(tokens)
-        watched = RecordingScorer(scorer, at)
-        meter = score_first(network, evaluation.text, watched, parts, span, math.inf)
+    def walk(
+        self, tokens: Tensor, at: Iterable[int] = (), end: float = math.inf
+    ) -> tuple[Tensor, dict[int, Tensor], BpbMeter]:
+        """Scores from target 1 to the span of target `end`, distributions, and the driver's account, of a stream in the text's place."""
+        text, chain, span = self.experts(tokens)
+        watched = RecordingScorer(chain[-1], at)
+        meter = score_first([*chain, watched], text, span, end=end)
         return torch.cat(watched.scores).cpu(), {t: p.cpu() for t, p in watched.dists.items()}, meter
-
-    def walk_to(self, tokens: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """(scores of the targets before t, distribution at t): a walk that ends with the span of t."""
-        evaluation, network, scorer, parts, span = self.experts(tokens)
-        watched, edge = RecordingScorer(scorer, [t]), functools.partial(span_end, network, span)
-        for _, hi, _ in score_then_learn(evaluation.text.tokens, len(tokens), edge, watched, parts):
-            if hi > t:
-                break
-        return torch.cat(watched.scores)[: t - 1].cpu(), watched.dists[t].cpu()
 
     def checks(self) -> Iterator[AuditCheck]:
         """All checks of this stage; the first walk serves three of them."""
@@ -8470,9 +8430,9 @@ class Audit:
         other = (self.text.tokens + 1 + self.noise % (vocab - 1)) % vocab  # another token at every place
         past, here = {}, {}
         for t in self.cuts:
-            before, dist = self.walk_to(torch.cat([self.text.tokens[:t], other[t:]]), t)
-            past[t] = (before - scores[: t - 1]).abs().max().item() if t > 1 else 0.0
-            here[t] = (dist - dists[t]).abs().max().item()
+            before, dist, _ = self.walk(torch.cat([self.text.tokens[:t], other[t:]]), [t], t)
+            past[t] = (before[: t - 1] - scores[: t - 1]).abs().max().item() if t > 1 else 0.0
+            here[t] = (dist[t] - dists[t]).abs().max().item()
         for name, gaps in (("future", past), ("target", here)):
             t, cuts = max(gaps, key=gaps.__getitem__), f"{len(gaps)} cuts"
             where = f"up to target {t - 1}" if name == "future" else f"at target {t}"
@@ -8830,7 +8790,13 @@ def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
             rehearse(cfg, run, model, opened.text)
     sizes = account_bytes(opened, blob)
     evaluation = Evaluation(cfg, run, model, opened.text, load_tables(cfg, blob))
-    results = evaluate(evaluation, cfg.stages, StageLog(run, opened.text.complete, dtype))
+    results = []
+    for r in evaluate(evaluation, cfg.stages):
+        gain = f" gain:{results[-1].val_bpb - r.val_bpb:.6f}" if results else ""  # over the stage before
+        exact = f"val_loss:{r.val_loss:.8f} val_bpb:{r.val_bpb:.8f}{gain}"
+        run.log(f"final_{r.stage}_exact {exact} eval_time:{1000 * r.seconds:.0f}ms")
+        run.event("stage", **r._asdict(), complete=opened.text.complete, dtype=dtype)
+        results.append(r)
     held = report_score(opened, results, sizes, train_s, clock.seconds())
     if cfg.ttt_order == "length":
         order_claim(evaluation)
@@ -8896,7 +8862,7 @@ def run_train(loaded: LoadedConfig) -> int:
     unlimited = dataclasses.replace(cfg, eval_wallclock_seconds=0.0)  # which is the limit of the evaluation afterwards
 
     def validate(model: GPT) -> tuple[float, float]:
-        result = evaluate(Evaluation(unlimited, run, model, opened.text), ("roundtrip",))[0]
+        (result,) = evaluate(Evaluation(unlimited, run, model, opened.text), ("roundtrip",))
         return result.val_loss, result.val_bpb
 
     result = train(cfg, run, model, stream, checkpoints, resumed, validate)

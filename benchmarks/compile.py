@@ -157,7 +157,7 @@ def scoring(env: dict[str, str], backend: str) -> Iterator[Outcome]:
 
     def score(stage: str) -> None:
         for text in texts:
-            tg.evaluate(Compiled(cfg, run, loaded, text), (stage,))
+            Compiled(cfg, run, loaded, text).score(stage)
 
     for stage in (s for s in cfg.stages if s in tg.STAGES[: 2 + (cfg.ttt_reset != "document")]):
         loaded = model if cfg.mode == "eval" else copy.deepcopy(model)

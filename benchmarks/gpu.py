@@ -181,7 +181,7 @@ def evaluation(tiny: bool) -> dict[str, float]:
     run, paths = quiet_run(cfg), tg.find_data(cfg, vocab_size=cfg.vocab_size)
     model = tg.build_model(cfg, run)
     text = tg.load_validation(cfg, paths.folder, tg.Tokenizer(paths.tokenizer, cfg.vocab_size))
-    results = tg.evaluate(tg.Evaluation(cfg, run, model, text), ("roundtrip", "sliding"))
+    results = list(tg.evaluate(tg.Evaluation(cfg, run, model, text), ("roundtrip", "sliding")))
     return {f"{r.stage}, targets a second": r.tokens / r.seconds for r in results}
 
 

@@ -163,17 +163,6 @@ QUANT: dict[str, dict[str, Any]] = {  # the slowest last
 BITS = ("independent", "8 states", "64 states")  # at 3 and 4 bits too, the others at 3.5 alone
 
 
-class Keep:
-    """A scorer whose scores are kept."""
-
-    def __init__(self, scorer: Any) -> None:
-        self.scorer, self.scores = scorer, []
-
-    def score(self, tokens: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
-        self.scores.append(self.scorer.score(tokens, lo, hi))
-        return self.scores[-1]
-
-
 def whole_documents(text: tg.ValidationText, n: int) -> tg.ValidationText:
     """The first documents of at most LONGEST targets that together have at most n; longer ones are left out, or two would decide."""
     pieces, total = [], 0
@@ -265,9 +254,9 @@ class Subject:
 
     def score(self, evaluation: tg.Evaluation, stage: str) -> dict[str, Any]:
         """Nats, bytes of each document; CPU seconds of this stage alone."""
-        scorer, parts, span = evaluation.scorer(stage)
-        kept, started = Keep(scorer), time.process_time()
-        tg.score_first(evaluation.network(stage), evaluation.text, kept, parts, span, math.inf)
+        chain, span = evaluation.experts(stage)
+        kept, started = tg.RecordingScorer(chain[-1], ()), time.process_time()
+        tg.score_first([*chain, kept], evaluation.text, span)
         seconds = round(time.process_time() - started, 2)
         return {"nats": by_document(evaluation.text, -torch.cat(kept.scores)), "seconds": seconds,
                 "bytes": by_document(evaluation.text, evaluation.text.bytes[1:])}  # fmt: skip

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import sys
 import time
 from pathlib import Path
@@ -49,7 +48,7 @@ def main() -> None:
     model = tg.load_model(cfg, run, blob).eval()
 
     def score(evaluation: tg.Evaluation, stage: str) -> tg.StageResult:
-        return evaluation.score(stage, *evaluation.scorer(stage), math.inf)
+        return evaluation.score(stage)
 
     bare = tg.Evaluation(cfg, run, model, text)
     network, online = score(bare, "sliding" if cfg.eval_stride else "roundtrip"), score(bare, "ngram")

@@ -84,7 +84,7 @@ class Bench:
         key = (stage, id(text), *sorted(knobs.items()))
         if key not in self.scored:
             evaluation = tg.Evaluation(self.config(**knobs), self.run, self.model, text)
-            self.scored[key] = evaluation.score(stage, *evaluation.scorer(stage), math.inf)
+            self.scored[key] = evaluation.score(stage)
         return self.scored[key]
 
     def line(self, name: str, r: tg.StageResult, than: tg.StageResult | None = None) -> tg.StageResult:
@@ -145,7 +145,7 @@ class Bench:
         def score(stage: str, **knobs: str) -> tg.StageResult:
             evaluation = tg.Evaluation(self.config(**{**on, **knobs}), self.run, self.model, self.text)
             evaluation.networks = networks
-            return evaluation.score(stage, *evaluation.scorer(stage), math.inf)
+            return evaluation.score(stage)
 
         for stage, base in (("tilt", "sliding"), ("ngram", "ngram")):
             than = self.line(f"{base} without", score(base, NGRAM_TILT_ENABLED="1" if base == "sliding" else "0"))

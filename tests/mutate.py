@@ -54,7 +54,7 @@ MUTANTS = {
         ("E7: padded targets of short TTT sequences keep their weight", "ttt.py block_ttt.py -k 'definition or fit or any_order'", ("weights = torch.where(inside, self.weights[at], 0.0)[:, 1:].to(self.run.device)", "weights = self.weights[at][:, 1:].to(self.run.device)")),
         ("E8: packed table: longest context cut at the start of each span", "evaluation_oracles.py", ("start = max(0, lo - self.order)\n", "start = max(0, lo - self.order + 2)\n")),
         ("E9: table counted on text after the position (not the trained text)", "evaluation_oracles.py -k trained_on", ("tokens = stream.read(-stream.position, n)", "tokens = stream.read(0, n)")),
-        ("eval-driver", "evaluator.py -k driver", ("        yield lo, hi, scorer.score(tokens, lo, hi)\n        for part in parts:\n            part.update(tokens, lo, hi)\n", "        for part in parts:\n            part.update(tokens, lo, hi)\n        yield lo, hi, scorer.score(tokens, lo, hi)\n")),
+        ("eval-driver", "evaluator.py -k driver", ("        yield lo, hi, chain[-1].score(tokens, lo, hi)\n        for expert in chain:\n            expert.update(tokens, lo, hi)\n", "        for expert in chain:\n            expert.update(tokens, lo, hi)\n        yield lo, hi, chain[-1].score(tokens, lo, hi)\n")),
         ("eval-chain", "evaluation_oracles.py -k corrects", ("chain.append(PackedCascade(packed, chain[-1], cfg.ngram_rate))", "chain.append(PackedCascade(packed, chain[0], cfg.ngram_rate))")),
         ("eval-bucket", "evaluation_oracles.py -k kept_apart", ("log2_floor(total).clamp_max(15) * 8", "log2_floor(total).clamp_max(14) * 8")),
         ("eval-own-copy", "block_ttt.py -k trace", ("super().__init__(cfg, run, copy.deepcopy(model).requires_grad_(False), text, stride)", "super().__init__(cfg, run, model.requires_grad_(False), text, stride)")),
@@ -135,7 +135,7 @@ MUTANTS = {
         ("D4: the shared clock is the sum over the ranks", "training.py -k 'rank_that_wants or late'", ("flags[0], flags[1], flags[2] = float(stop), loss, 0.0 if self.run.rank else seconds", "flags[0], flags[1], flags[2] = float(stop), loss, seconds")),
         ("ranks-descend", "block_ttt.py -k number_of_ranks", ("            p.grad = self.run.all_reduce(g)\n", "            p.grad = g\n")),
         ("ranks-momentum", "trainer_oracle.py -k ranks", ("mine = self.names[self.run.rank * self.owned : (self.run.rank + 1) * self.owned]", "mine = self.names[: self.owned]")),
-        ("ranks-fresh", "block_ttt.py -k number_of_ranks", ("self.keep(self.run.all_reduce(fresh), end)", "self.keep(fresh, end)")),
+        ("ranks-fresh", "block_ttt.py -k number_of_ranks", ("self.done = self.run.all_reduce(fresh), end", "self.done = fresh, end")),
         ("ranks-shared-mistake", "trainer_oracle.py -k mistake", ("raise (ConfigError if mistake else BrokenRun)(error)", "raise BrokenRun(error)")),
     ],
     "CUDA": [

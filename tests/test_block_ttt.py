@@ -50,7 +50,7 @@ def learner(tiny, model, text, run=None, **knobs) -> tg.DocumentLoraNetwork:
 
 def walk(network: tg.NetworkExpert, text: tg.ValidationText, chunk: int | None = None) -> torch.Tensor:
     """Log-probabilities of targets 1 .. N-1 under the driver."""
-    tg.score_first(network, text, network, [network], chunk or len(text.tokens), math.inf)
+    tg.score_first([network], text, chunk or len(text.tokens))
     return network.logp[1:].clone()
 
 
@@ -306,7 +306,7 @@ def test_the_future_cannot_change_the_past_over_block_ends(tiny, double, text, b
 def test_a_target_is_scored_by_the_distribution_of_its_moment(tiny, double, text):
     network = learner(tiny, double, text, **PHASES)
     recorded = tg.RecordingScorer(network, [1, 5, 61, 100, 150, 203, len(text.tokens) - 1])
-    tg.score_first(network, text, recorded, [network], 40, math.inf)
+    tg.score_first([network, recorded], text, 40)
     for t, p in recorded.dists.items():
         assert float(p.sum()) == pytest.approx(1) and float(p[text.tokens[t]].log()) == pytest.approx(
             float(network.logp[t])
@@ -317,7 +317,7 @@ def test_other_stages_see_no_trace(tiny, model, text):
     cfg = config(tiny, **{**TTT, **PHASES, "NGRAM_SCORE": "off"})
     before = copy.deepcopy(model.state_dict())
     run = tg.Run(cfg, 0, 0, 1, 1)
-    alone = tg.evaluate(tg.Evaluation(cfg, run, model, text), ("sliding",))[0]
+    alone = tg.Evaluation(cfg, run, model, text).score("sliding")
     evaluation = tg.Evaluation(cfg, run, model, text)
     ttt, after = tg.evaluate(evaluation, ("ttt", "sliding"))
     assert after.val_loss == alone.val_loss != ttt.val_loss
@@ -412,7 +412,7 @@ def test_passes_through_one_block_learn_different_things(tiny, text):
     model = tg.GPT(cfg).place(torch.device("cpu"), tg.attend_sdpa).eval()
     network = tg.DocumentLoraNetwork(cfg, tg.Run(cfg, 0, 0, 1, 1), model, text, 8)
     batch = tg.DocumentBatch(network, network.documents[:3])
-    for _ in tg.score_then_learn(text.tokens, batch.n, network.chunk_end, batch, [batch]):
+    for _ in tg.score_then_learn(text.tokens, batch.n, network.chunk_end, [batch]):
         pass
     first, second = (network.adapters(batch.params).lora[slot, "blocks.0.mlp"].b for slot in (0, 1))
     assert first.abs().max() > 0 and not torch.allclose(first, second)

@@ -37,7 +37,7 @@ AHEAD = {
         "/ temperature", "\n    z = z / (temperature + z.std(dim=(1, 2), keepdim=True))", {PAST}),
     "the smear blends with the token after": ("sliding", {"SMEAR": 1, "SMEAR_INIT": 0}, tg.Smear.forward,
         "torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)", "torch.cat([x_BTD[:, 1:], before_B1D], dim=1)", {SAME}),
-    "a LoRA learns a target more": ("ttt", SHARED, tg.TestTimeNetwork.update,
+    "a LoRA learns a target more": ("ttt", SHARED, tg.NetworkExpert.update,
         "self.learn(tokens, self.learned, end)", "self.learn(tokens, self.learned, end + 1)", {HERE}),
     "a document learns its chunk before its score": ("ttt", DOCUMENTS, tg.DocumentBatch.score,
         "self.z =", "slope = torch.autograd.grad(self.loss, self.live, retain_graph=True)[0]\n    z = last_logits(network.model, ids[:, :-1], hi - lo, network.adapters(self.live - slope))\n    self.z =", {PAST}),
@@ -61,8 +61,8 @@ AHEAD = {
         "p, rows =", "self.update(tokens, lo, hi)\n    p, rows =", {PAST}),
     "a hash over the target": ("normalized", CACHE, tg.HashedCache._context_cells, "(target[:, None] - back)", "(target[:, None] - back + 1)", {HERE}),
     "the driver learns before it scores": ("normalized", CACHE, tg.score_then_learn,
-        "        yield lo, hi, scorer.score(tokens, lo, hi)\n        for part in parts:\n            part.update(tokens, lo, hi)\n",
-        "        for part in parts:\n            part.update(tokens, lo, hi)\n        yield lo, hi, scorer.score(tokens, lo, hi)\n", {PAST}),
+        "        yield lo, hi, chain[-1].score(tokens, lo, hi)\n        for expert in chain:\n            expert.update(tokens, lo, hi)\n",
+        "        for expert in chain:\n            expert.update(tokens, lo, hi)\n        yield lo, hi, chain[-1].score(tokens, lo, hi)\n", {PAST}),
 }  # fmt: skip
 
 
@@ -111,11 +111,12 @@ def test_each_tolerance_of_the_audit_has_two_sides(sign, monkeypatch):
         assert same.passed is passed
         for moved in (0, 1):  # the last score before a cut, an entry of the distribution at it
 
-            def walk(_, t, step=step, moved=moved):
-                entry, last = (torch.arange(n) == at for n, at in ((8, 5), (t - 1, 1)))
-                return scores[: t - 1] + (1 - moved) * step * 1e-6 * last, flat + moved * step * 1e-6 * entry * (t == 3)
+            def walk(_, at, t, step=step, moved=moved):
+                entry, last = (torch.arange(n) == i for n, i in ((8, 5), (t - 1, 1)))
+                dist = flat + moved * step * 1e-6 * entry * (t == 3)
+                return scores[: t - 1] + (1 - moved) * step * 1e-6 * last, {at[0]: dist}, None
 
-            monkeypatch.setattr(audit, "walk_to", walk)
+            monkeypatch.setattr(audit, "walk", walk)
             found = [check.passed for check in audit.rest_is_unseen(scores, {2: flat, 3: flat})]
             assert found == [passed or moved == 1, passed or moved == 0]
     assert not audit.sums_to_one({1: torch.cat([flat, torch.tensor([0.1, -0.1])])}).passed

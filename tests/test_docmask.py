@@ -254,7 +254,7 @@ def test_the_first_stage_scores_each_document_of_a_window_alone(tiny, data):
     run, model = tg.Run(cfg, 0, 0, 1, 1), model_of(tiny).eval()
     text = tg.load_validation(cfg, data.folder, tg.Tokenizer(data.tokenizer, VOCAB))
     evaluation = tg.Evaluation(cfg, run, model, text)
-    result = evaluation.score("roundtrip", *evaluation.scorer("roundtrip"), float("inf"))
+    result = evaluation.score("roundtrip")
     nats, ids = 0.0, text.tokens
     with torch.no_grad():
         for at in range(0, len(ids) - 1, SEQ):

@@ -25,7 +25,7 @@ def one_thread():
 def under_the_driver(scorer, tokens, span: int) -> list[float]:
     """Scores of targets 1 .. N-1, learned in spans."""
     edge = lambda lo: min(lo + span, len(tokens))  # noqa: E731
-    spans = tg.score_then_learn(tokens, len(tokens), edge, scorer, [scorer])
+    spans = tg.score_then_learn(tokens, len(tokens), edge, [scorer])
     return torch.cat([scores for *_, scores in spans]).tolist()
 
 

@@ -203,7 +203,7 @@ def test_a_text_of_a_few_tokens_is_audited(tiny, model, text, n):
 def test_the_driver_scores_each_chunk_once_before_anything_learns_it(tiny, model, text):
     network, recorder = expert(config(tiny), model, text, SEQ), Recorder()
     n = len(text.tokens)
-    meter = tg.score_first(network, text, recorder, [recorder], 64, math.inf)
+    meter = tg.score_first([network, recorder], text, 64)
     bounds = [(lo, min(lo + 64, n)) for lo in range(1, n, 64)]
     assert recorder.calls == [(what, *span) for span in bounds for what in ("score", "update")]
     assert (meter.tokens, meter.bytes) == (n - 1, int(text.bytes.sum()))
@@ -212,8 +212,8 @@ def test_the_driver_scores_each_chunk_once_before_anything_learns_it(tiny, model
 def test_a_part_of_a_score_is_no_score(tiny, model, text):
     network, recorder = expert(config(tiny, EVAL_WALLCLOCK_SECONDS=1), model, text, SEQ), Recorder()
     with pytest.raises(tg.BrokenRun, match=r"EVAL_WALLCLOCK_SECONDS=1 passed after 65 of 300 tokens"):
-        tg.score_first(network, text, recorder, [recorder], 64, -math.inf)
-    tg.score_first(network, text, recorder, [recorder], 10**6, -math.inf)  # all is scored: the account tells
+        tg.score_first([network, recorder], text, 64, -math.inf)
+    tg.score_first([network, recorder], text, 10**6, -math.inf)  # all is scored: the account tells
 
 
 @pytest.mark.parametrize(
@@ -226,10 +226,10 @@ def test_an_evaluation_that_clearly_will_miss_its_limit_ends(tiny, model, text, 
     monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
     recorder.score = lambda _tokens, lo, hi: now.__setitem__(0, now[0] + seconds * (hi - lo)) or torch.zeros(hi - lo)
     if ended is None:
-        tg.score_first(network, text, recorder, [recorder], 64, 33.0)
+        tg.score_first([network, recorder], text, 64, 33.0)
     else:
         with pytest.raises(tg.BrokenRun, match=f"EVAL_WALLCLOCK_SECONDS=30 {ended}"):
-            tg.score_first(network, text, recorder, [recorder], 64, 30.0)
+            tg.score_first([network, recorder], text, 64, 30.0)
     now[0] = 20.0
     assert [tg.overtime(network.cfg, 0.0, 30.0, done, 300) for done in (29, 30)] == ["", "will pass"]
 
@@ -286,7 +286,7 @@ def test_the_evaluation_is_projected_before_the_training_on_tokens_of_its_own(ti
 def test_evaluation_leaves_the_model_in_training_as_it_was(tiny, model, text):
     cfg, before = config(tiny), {k: v.clone() for k, v in model.state_dict().items()}
     run = tg.Run(cfg, 0, 0, 1, 1)
-    results = tg.evaluate(tg.Evaluation(cfg, run, model.train(), text), cfg.stages)
+    results = list(tg.evaluate(tg.Evaluation(cfg, run, model.train(), text), cfg.stages))
     assert [r.stage for r in results] == ["roundtrip", "sliding"] and model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all((r.tokens, r.bytes) == (len(text.tokens) - 1, int(text.bytes.sum())) for r in results)

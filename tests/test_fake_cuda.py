@@ -251,7 +251,7 @@ def test_statistics_that_do_not_fit_on_the_gpu_stay_on_the_cpu(tiny):
             model = tg.GPT(cfg).place(run.device, tg.attend_sdpa)
             evaluation = tg.Evaluation(cfg, run, model, text_of(tg, 3000, cfg.vocab_size))
             devices.append(evaluation.device.type)
-            scores.append(tg.evaluate(evaluation, ("ngram",))[0].val_bpb)
+            scores.append(evaluation.score("ngram").val_bpb)
             assert gpu.launches > 500 and not gpu.faults
     assert devices == ["cuda", "cpu"]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
@@ -327,7 +327,7 @@ def exercise(module: types.ModuleType) -> list[str]:
         )
         module.pack(cfg, {}, module.quantize(cfg, named, store, found.hessians))
         evaluation = module.Evaluation(cfg, run, model, text_of(module, 60, cfg.vocab_size))
-        module.evaluate(evaluation, ("sliding", "ngram"))
+        list(module.evaluate(evaluation, ("sliding", "ngram")))
     return gpu.faults
 
 

@@ -250,7 +250,7 @@ def test_a_document_of_its_own_needs_no_mask(data, tmp_path):
         cfg = config(env)
         torch.manual_seed(0)
         model, run = tg.GPT(cfg), tg.Run(cfg, 0, 0, 1, 1)
-        scores.append(tg.evaluate(tg.Evaluation(cfg, run, model, text), ("ttt",))[0].val_loss)
+        scores.append(tg.Evaluation(cfg, run, model, text).score("ttt").val_loss)
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 

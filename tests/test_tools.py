@@ -159,9 +159,7 @@ def evaluator_bits(of: ta.Predictor, tokens: np.ndarray, lanes: int) -> float:
     for lane in np.array_split(tokens, lanes):
         stream = torch.from_numpy(np.concatenate([[1], lane]))
         evaluation = tg.Evaluation(of.cfg, of.run, of.model, tg.ValidationText(stream, stream, True), of.tables)
-        nats += evaluation.score(of.cfg.final_stage, *evaluation.scorer(of.cfg.final_stage), math.inf).val_loss * len(
-            lane
-        )
+        nats += evaluation.score(of.cfg.final_stage).val_loss * len(lane)
     return nats / math.log(2)
 
 
