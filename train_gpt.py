@@ -7691,72 +7691,62 @@ class PackedTable:
     """Statistics like NgramTable's from the artifact's n-grams of the training text; nothing depends on the scored text.
 
     C counts the followers that were packed alone, so that c / C is a distribution. `last` is no position but the token that
-    followed most often.
+    followed most often. All is looked up on the host: the tools ask for one target at a time.
     """
+
+    NO_TOKEN = -(2**40)  # gives a key below 0 with any parent
 
     def __init__(self, levels: list[TrieLevel], vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.vocab_size, self.order, self.device = vocab_size, len(levels), device
-        put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
-        # NumPy arrays serve one target at a time, tensors many.
-        self.search_keys = [level.parent * vocab_size + level.token for level in levels]
-        self.follower_tokens, self.follower_counts, self.context_stats = [level.token for level in levels], [], []
-        self.keys = [put(keys) for keys in self.search_keys]
-        self.tokens = [put(level.token) for level in levels]
+        self.keys = [np.append(level.parent * vocab_size + level.token, 2**62) for level in levels]
+        self.tokens = [level.token for level in levels]
         occurrences = np.array([(math.isqrt(4 << size) + 1) // 2 for size in range(82)])  # round(2^(size / 2)), exactly
-        counts = [np.append(occurrences[level.size], 0) for level in levels]  # what is found nowhere has row -1
-        self.counts = [put(c.astype(np.int32)) for c in counts]
-        self.totals, self.kinds, self.likeliest, self.starts = [], [], [], []
-        for level, count, parents in zip(levels, counts, [1, *(len(level.token) for level in levels)], strict=False):
+        # What is found nowhere has row -1: the last one, of zeros.
+        self.counts = [np.append(occurrences[level.size], 0).astype(np.int32) for level in levels]
+        self.context_stats, self.starts = [], []  # (4, contexts + 1) of each length: C, no c, U, likeliest
+        for level, count, parents in zip(levels, self.counts, [1, *map(len, self.tokens)], strict=False):
             order, start = level.siblings(parents)
             first = np.append(level.token[order], 0)[start[:-1]]
-            columns = (np.bincount(level.parent, count[:-1], parents), np.diff(start), first)
-            C, U, likeliest = (np.append(column, 0).astype(np.int32) for column in columns)
-            for rows, values in ((self.totals, C), (self.kinds, U), (self.likeliest, likeliest)):
-                rows.append(put(values))
+            columns = (np.bincount(level.parent, count[:-1], parents), np.zeros(parents), np.diff(start), first)
+            self.context_stats.append(np.stack([np.append(column, 0) for column in columns]).astype(np.int32))
             self.starts.append(start)
-            self.follower_counts.append(count[:-1].astype(np.int32))
-            self.context_stats.append(np.stack([C, np.zeros_like(C), U, likeliest]))
 
-    def rows(self, tokens: Tensor) -> list[Tensor]:
-        """[k] -> (n,) row of the n-gram of k tokens that ends at each position, -1 where it is not packed or starts before."""
-        rows = [torch.zeros_like(tokens)]
-        for keys in self.keys:
-            before = torch.cat([rows[-1].new_full((1,), -1 if len(rows) > 1 else 0), rows[-1][:-1]])
-            rows.append(self.find(keys, before, tokens))
+    def rows(self, tokens: Tensor, lo: int, hi: int) -> list[np.ndarray]:
+        """[k] -> rows of the n-grams of k tokens that begin at lo - order or later and end before hi, in order; -1 where one is not
+        packed or begins before the stream."""
+        inside = tokens[max(0, lo - self.order) : hi].cpu().numpy()
+        token = np.append(np.full(max(0, self.order - lo), self.NO_TOKEN), inside)
+        rows = [np.zeros(len(token) + 1, np.int64)]
+        for k, keys in enumerate(self.keys):
+            rows.append(self.find(keys, rows[-1][:-1], token[k:]))
         return rows
 
-    def find(self, keys: Tensor, parent: Tensor, token: Tensor) -> Tensor:
+    def find(self, keys: np.ndarray, parent: np.ndarray, token: np.ndarray) -> np.ndarray:
         """(n,) row of each (parent, token), -1 where there is none."""
-        key = torch.where(parent >= 0, parent * self.vocab_size + token, -1)
-        at = torch.searchsorted(keys, key).clamp_max(max(len(keys) - 1, 0))
-        return torch.where(keys[at] == key, at, -1) if len(keys) else torch.full_like(key, -1)
+        key = parent * self.vocab_size + token
+        at = keys.searchsorted(key)
+        return np.where(keys[at] == key, at, -1)
 
-    def stats(self, contexts: list[Tensor], ngrams: list[Tensor]) -> NgramStats:
+    def stats(self, contexts: list[np.ndarray], ngrams: list[np.ndarray]) -> NgramStats:
         """Statistics from the rows of contexts by length, and from the rows of the same with their target."""
-        parts = zip(contexts, ngrams, self.totals, self.counts, self.kinds, self.likeliest, strict=True)
-        columns = zip(*((C[row], c[gram], U[row], best[row]) for row, gram, C, c, U, best in parts), strict=True)
-        return NgramStats(*(torch.stack(column) for column in columns))
+        stats = np.empty((4, self.order, len(ngrams[0])), np.int32)
+        for k, (context, ngram) in enumerate(zip(contexts, ngrams, strict=True)):
+            stats[:, k] = self.context_stats[k][:, context]
+            stats[1, k] = self.counts[k][ngram]
+        return NgramStats(*torch.from_numpy(stats).to(self.device))
 
     def span(self, tokens: Tensor, lo: int, hi: int) -> NgramStats:
         """Statistics of targets lo .. hi-1, (order, hi-lo) each."""
-        start = max(0, lo - self.order)
-        rows = self.rows(tokens[start:hi].to(self.device))
-        cut = lambda x, shift: x[lo - start - shift : hi - start - shift]  # noqa: E731
-        return self.stats([cut(x, 1) for x in rows[:-1]], [cut(x, 0) for x in rows[1:]])
+        rows, begins = (
+            self.rows(tokens, lo, hi),
+            [slice(self.order - k, self.order - k + hi - lo) for k in range(self.order)],
+        )
+        contexts, ngrams = ([x[at] for x, at in zip(part, begins, strict=True)] for part in (rows[:-1], rows[1:]))
+        return self.stats(contexts, ngrams)
 
     def contexts(self, tokens: Tensor, t: int) -> list[int]:
         """[k] -> row of the context of k tokens before target t, -1 where it is not packed: then no longer one is."""
-        recent, rows = tokens[max(0, t - self.order + 1) : t].tolist(), [0]
-        while len(rows) < self.order and len(rows) <= len(recent) and rows[-1] >= 0:
-            row = 0
-            for keys, token in zip(self.search_keys, recent[-len(rows) :], strict=False):
-                key = row * self.vocab_size + token
-                row = int(keys.searchsorted(key))
-                if row == len(keys) or keys[row] != key:
-                    row = -1
-                    break
-            rows.append(row)
-        return rows + [-1] * (self.order - len(rows))
+        return [int(rows[-1]) for rows in self.rows(tokens, t, t)[:-1]]
 
     def follower_rows(self, k: int, row: int) -> slice:
         """Rows, in the next level, of the tokens that followed a context of k tokens."""
@@ -7764,16 +7754,9 @@ class PackedTable:
 
     def stats_of(self, contexts: list[int], tokens: Tensor) -> NgramStats:
         """Statistics of one target for each of `tokens`, (order, n); -1 stands for a token that never followed."""
-        wanted = tokens.cpu().numpy()
-        stats = np.zeros((4, self.order, len(wanted)), np.int32)
-        slot = np.full(self.vocab_size, len(wanted))
-        slot[wanted[wanted >= 0]] = np.flatnonzero(wanted >= 0)
-        for k, row in enumerate(contexts):
-            span, found = self.follower_rows(k, row), np.zeros(len(wanted) + 1, np.int32)
-            found[slot[self.follower_tokens[k][span]]] = self.follower_counts[k][span]
-            stats[:, k] = self.context_stats[k][:, row, None]
-            stats[1, k] = found[:-1]
-        return NgramStats(*torch.from_numpy(stats).to(self.device))
+        token = np.where(tokens.cpu() < 0, self.NO_TOKEN, tokens.cpu())
+        rows = [np.array([row]) for row in contexts]
+        return self.stats(rows, [self.find(keys, row, token) for keys, row in zip(self.keys, rows, strict=True)])
 
     def candidates(self, tokens: Tensor, t: int) -> NgramStats:
         """Statistics of target t for every token of the vocabulary, (order, V) each."""

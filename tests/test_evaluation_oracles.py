@@ -152,7 +152,7 @@ def test_the_packed_cascade_is_the_same_over_the_artifacts_counts():
     tokens, table = make_text(400), packed_table()
     spelled, before = {}, [()]
     for keys, tokens_k, counts in zip(table.keys, table.tokens, table.counts, strict=True):
-        names = [(*before[key // VOCAB], t) for key, t in zip(keys.tolist(), tokens_k.tolist(), strict=True)]
+        names = [(*before[key // VOCAB], t) for key, t in zip(keys[:-1].tolist(), tokens_k.tolist(), strict=True)]
         for gram, count in zip(names, counts.tolist(), strict=False):
             spelled.setdefault(gram[:-1], {})[gram[-1]] = count
         before = names

@@ -222,7 +222,7 @@ def test_statistics_are_those_of_the_kept_grams(seed):
     kept: dict[tuple[int, ...], dict[int, int]] = {}
     before = [()]
     for keys, tokens, counts in zip(table.keys, table.tokens, table.counts, strict=True):
-        names = [(*before[key // SMALL], t) for key, t in zip(keys.tolist(), tokens.tolist(), strict=True)]
+        names = [(*before[key // SMALL], t) for key, t in zip(keys[:-1].tolist(), tokens.tolist(), strict=True)]
         for g, c in zip(names, counts.tolist(), strict=False):
             kept.setdefault(g[:-1], {})[g[-1]] = c
         before = names

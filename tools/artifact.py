@@ -349,7 +349,8 @@ class LaneTable(tg.PackedTable):
 
     def followers(self, contexts: list[int]) -> Tensor:
         """Tokens that were packed after the last token: those packed after a longer context are among them."""
-        return self.tokens[1][self.follower_rows(1, contexts[1])] if self.order > 1 else self.tokens[0][:0]
+        rows = self.follower_rows(1, contexts[1]) if self.order > 1 else slice(0)
+        return torch.from_numpy(self.tokens[min(1, self.order - 1)][rows])
 
 
 class LaneExpert(NamedTuple):
