@@ -6703,6 +6703,24 @@ def score_logits(z_BTV: Tensor, targets_BT: Tensor, hints_BT: Tensor) -> Tensor:
     return torch.stack([logp, lse - (p * z_BTV).sum(-1), hint_prob])
 
 
+def in_parts(items: list[Any], rows: int, work: Callable[[list[Any]], None], what: str) -> int:
+    """work(part) on parts of `items` of at most `rows`, halved for good once memory runs out, when the part starts again; returns how
+    many fit. ConfigError with `what`, a knob and one item, where not even that does."""
+    while items:
+        part, fits = items[:rows], False
+        with contextlib.suppress(torch.OutOfMemoryError):
+            work(part)
+            fits = True
+        if fits:
+            items = items[len(part) :]
+        elif len(part) == 1:
+            raise ConfigError(f"{what} does not fit in memory; use a shorter one")
+        else:
+            rows = len(part) // 2
+            torch.cuda.empty_cache()
+    return rows
+
+
 def last_logits(model: GPT, inputs: Tensor, n: int, ctx: Ctx) -> Tensor:
     """Logits of the last n targets of each row, (B, n, V)."""
     return model.logits(model.features(inputs, ctx)[:, -n:], ctx)
@@ -6762,23 +6780,20 @@ class NetworkExpert:
             return 0
         begun = F.pad((tokens == BOS).cumsum(0), (1, 0))
         start = torch.arange(0, max(1, len(tokens) - self.seq_len), self.stride, device=tokens.device)
-        inside = (
-            begun[(start + self.seq_len).clamp_max(len(tokens))] - begun[start + 1]
-        )  # a row begins a segment anyway
-        sums = F.pad((inside + 1).cumsum(0), (1, 0))
+        ends = (start + self.seq_len).clamp_max(len(tokens))
+        sums = F.pad((begun[ends] - begun[start + 1] + 1).cumsum(0), (1, 0))  # a row begins a segment anyway
         most = int((sums[self.rows :] - sums[: -self.rows]).max()) if len(start) > self.rows else int(sums[-1])
         return 1 << max(most, 2 * self.rows).bit_length()
 
     def timed(self, action: Callable[[], Any]) -> float:
         """Seconds of a second call, which finds graphs compiled and memory allocated; of the only one where a CPU needs a second for it."""
         seconds = 0.0
-        for again in (False, True):
-            if again and self.run.device.type == "cpu" and seconds > 1:
-                break
-            started = time.perf_counter()
-            action()
-            self.run.sync()
-            seconds = time.perf_counter() - started
+        for _ in range(2):
+            if seconds <= 1 or self.run.device.type == "cuda":
+                started = time.perf_counter()
+                action()
+                self.run.sync()
+                seconds = time.perf_counter() - started
         return seconds
 
     @torch.no_grad()
@@ -6859,45 +6874,36 @@ class NetworkExpert:
         fresh = torch.zeros(3, end - self.done, device=self.run.device, dtype=self.logp.dtype)
         mine = (plan[i] for i in self.run.share(len(plan)))
         for _, equal in itertools.groupby(mine, lambda w: (w.hi - w.start, w.hi - w.lo)):
-            while batch := list(itertools.islice(equal, self.rows)):
-                self.score_batch(tokens, batch, fresh)
+            self.score_batch(tokens, list(equal), fresh)
         self.scored[:, self.done : end], self.done = self.run.all_reduce(fresh), end
 
-    def score_rows(self, ids: Tensor, hints: Tensor, n: int) -> Tensor | None:
-        """`score_windows` of the last n targets of each row; None where memory runs out.
+    def score_rows(self, ids: Tensor, hints: Tensor, n: int) -> Tensor:
+        """`score_windows` of the last n targets of each row.
 
         Compiled for full batches of full windows alone: each odd shape, at the end of a chunk, would compile anew.
         """
         usual = n == self.stride and ids.shape == (self.rows, self.seq_len + 1)
         ctx = self.model.with_segments(ids[:, :-1], self.ctx, self.room if usual else 0)
         args = (self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, ctx, self.temperature)
-        try:
-            if usual and self.compiled is not None:
-                try:
-                    return self.compiled(*args)
-                except torch._dynamo.exc.TorchDynamoException as e:
-                    notice_failed_compile(self.run, e)
-                    self.compiled = None
-            return score_windows(*args)
-        except torch.OutOfMemoryError:
-            return None
+        if usual and self.compiled is not None:
+            try:
+                return self.compiled(*args)
+            except torch._dynamo.exc.TorchDynamoException as e:
+                notice_failed_compile(self.run, e)
+                self.compiled = None
+        return score_windows(*args)
 
     def score_batch(self, tokens: Tensor, batch: list[Window], fresh: Tensor) -> None:
-        """Score windows of equal shape; halves the batch for good when memory runs out."""
-        if len(batch) > (rows := self.rows):  # a name for it: self.rows may shrink on the way
-            for i in range(0, len(batch), rows):
-                self.score_batch(tokens, batch[i : i + rows], fresh)
-            return
-        ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints))
-        values = self.score_rows(ids, hints, batch[0].hi - batch[0].lo)
-        if values is None:
-            if len(batch) == 1:
-                raise ConfigError(f"EVAL_SEQ_LEN={self.seq_len}: one window does not fit in memory; use a shorter one")
-            self.rows = len(batch) // 2
-            torch.cuda.empty_cache()
-            return self.score_batch(tokens, batch, fresh)
-        # The windows follow each other, so their targets are one run of positions.
-        fresh[:, batch[0].lo - self.done : batch[-1].hi - self.done] = values.flatten(1)
+        """Score windows of equal shape, one after the other, into `fresh`, whose entry 0 is the first target not scored yet."""
+
+        def score(part: list[Window]) -> None:
+            ids, hints = (
+                torch.stack([x[w.start : w.hi] for w in part]).to(self.run.device) for x in (tokens, self.hints)
+            )
+            values = self.score_rows(ids, hints, part[0].hi - part[0].lo)
+            fresh[:, part[0].lo - self.done : part[-1].hi - self.done] = values.flatten(1)
+
+        self.rows = in_parts(batch, self.rows, score, f"EVAL_SEQ_LEN={self.seq_len}: one window")
 
 
 class Lora(NamedTuple):
@@ -6913,16 +6919,14 @@ class Lora(NamedTuple):
         return torch.baddbmm(y_BTD, low_BTR, self.b.mT.expand(len(low_BTR), -1, -1), alpha=self.scale)
 
 
-SITE_NAMES = {"o": "attn", "mlp": "mlp"}  # sites that are a whole branch; all others end in their projection's name
-
-
 def lora_sites(cfg: Config, model: GPT) -> dict[tuple[int, str], tuple[int, int]]:
     """(pass through a block, site) -> (out, in) of every LoRA that the knobs choose; the head's pass is -1."""
     projections, chosen = model.sites(), {}
     first, width = cfg.num_layers - cfg.ttt_lora_blocks if cfg.ttt_lora_blocks else 0, cfg.model_dim
     for slot, step in enumerate(model.plan):
         block = f"blocks.{step.block}."
-        branches = {block + part: (width, width) for kind, part in SITE_NAMES.items() if kind in cfg.ttt_sites}
+        kinds = cfg.ttt_sites & {"o", "mlp"}  # a whole branch; all others end in their projection's name
+        branches = {block + {"o": "attn"}.get(kind, kind): (width, width) for kind in sorted(kinds, reverse=True)}
         inner = {site: tuple(shape) for site, shape in projections.items()
                  if site.startswith(block) and site.rsplit(".", 1)[-1] in cfg.ttt_sites}  # fmt: skip
         if step.block >= first:
@@ -6978,23 +6982,19 @@ class TestTimeNetwork(NetworkExpert):
         optimizer.zero_grad(set_to_none=True)
 
     def gradient(self, tokens: Tensor, spans: list[tuple[int, int]], params: list[Tensor], ctx: Ctx) -> list[Tensor]:
-        """This rank's part of it; where memory runs out it starts again with half as many sequences at once."""
+        """This rank's part of it."""
         total = sum(float(self.weights[lo:hi].sum()) for lo, hi in spans)
         mine = sorted((spans[i] for i in self.run.share(len(spans))), key=lambda span: span[0] - span[1])
-        while True:
-            grads = [torch.zeros_like(p) for p in params]
-            try:
-                for batch in self.like_lengths(mine):
-                    loss = self.weighted_nll(tokens, batch, ctx) / total
-                    torch._foreach_add_(grads, torch.autograd.grad(loss, params, materialize_grads=True))
-                return grads
-            except torch.OutOfMemoryError:
-                if self.learning_rows == 1:
-                    raise ConfigError(
-                        f"EVAL_SEQ_LEN={self.seq_len}: memory runs out learning one sequence; use a shorter one"
-                    ) from None
-            self.learning_rows //= 2
-            torch.cuda.empty_cache()
+        grads = [torch.zeros_like(p) for p in params]
+
+        def add(part: list[tuple[int, int]]) -> None:
+            loss = self.weighted_nll(tokens, part, ctx) / total
+            torch._foreach_add_(grads, torch.autograd.grad(loss, params, materialize_grads=True))
+
+        for batch in self.like_lengths(mine):
+            rows = in_parts(batch, len(batch), add, f"EVAL_SEQ_LEN={self.seq_len}: learning one sequence")
+            self.learning_rows = max(1, self.learning_rows * rows // len(batch))
+        return grads
 
     def like_lengths(self, spans: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """Batches of spans, longest first, that are padded to `learning_rows` sequences of full length at most."""
@@ -7294,34 +7294,24 @@ class DocumentLoraNetwork(TestTimeNetwork):
         self.scored[:, lo:end], self.done = fresh, end
 
     def run_block(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> None:
-        """Score documents into `fresh`, whose entry 0 is target `first`, and add up their A; halves the batches for good when
-        memory runs out, and starts the batch at hand again."""
-        for i in range(0, len(documents), rows := self.rows):
-            part = documents[i : i + rows]
-            if (batch := self.run_batch(tokens, part, fresh, first)) is not None:
-                self.sum_a += batch.steps_R @ batch.params[:, : self.size_a]
-                self.steps += batch.steps_R.sum()
-            elif len(part) == 1:
-                raise ConfigError(
-                    f"TTT_EVAL_SEQ_LEN={self.seq_len}: one document does not fit in memory; use a shorter one"
-                )
-            else:
-                self.rows = len(part) // 2
-                torch.cuda.empty_cache()
-                self.run_block(tokens, part, fresh, first)
+        """Score documents into `fresh`, whose entry 0 is target `first`, and add up their A."""
 
-    def run_batch(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> DocumentBatch | None:
-        """A batch that is scored and learned to its end; None where memory runs out."""
-        try:
-            batch = DocumentBatch(self, documents)
-            for lo, hi, values in score_then_learn(tokens, batch.n, self.chunk_end, [batch]):
-                offset = torch.arange(lo, hi, device=tokens.device)
-                inside = offset <= batch.targets_R[: values.shape[1], None]
-                at = (batch.start_R[: values.shape[1], None] + offset - first)[inside]
-                fresh[:, at.to(fresh.device)] = values[:, inside.to(values.device)]
-            return batch
-        except torch.OutOfMemoryError:
-            return None
+        def score(part: list[Document]) -> None:
+            batch = self.run_batch(tokens, part, fresh, first)
+            self.sum_a += batch.steps_R @ batch.params[:, : self.size_a]
+            self.steps += batch.steps_R.sum()
+
+        self.rows = in_parts(documents, self.rows, score, f"TTT_EVAL_SEQ_LEN={self.seq_len}: one document")
+
+    def run_batch(self, tokens: Tensor, documents: list[Document], fresh: Tensor, first: int) -> DocumentBatch:
+        """A batch that is scored and learned to its end."""
+        batch = DocumentBatch(self, documents)
+        for lo, hi, values in score_then_learn(tokens, batch.n, self.chunk_end, [batch]):
+            offset = torch.arange(lo, hi, device=tokens.device)
+            inside = offset <= batch.targets_R[: values.shape[1], None]
+            at = (batch.start_R[: values.shape[1], None] + offset - first)[inside]
+            fresh[:, at.to(fresh.device)] = values[:, inside.to(values.device)]
+        return batch
 
     def dist(self, tokens: Tensor, t: int) -> Tensor:
         """(V,) float64: walks the document of target t up to it once more, from the block's state."""
@@ -7747,10 +7737,6 @@ class PackedTable:
     def contexts(self, tokens: Tensor, t: int) -> list[int]:
         """[k] -> row of the context of k tokens before target t, -1 where it is not packed: then no longer one is."""
         return [int(rows[-1]) for rows in self.rows(tokens, t, t)[:-1]]
-
-    def follower_rows(self, k: int, row: int) -> slice:
-        """Rows, in the next level, of the tokens that followed a context of k tokens."""
-        return slice(*self.starts[k][row : row + 2].tolist()) if row >= 0 else slice(0, 0)
 
     def stats_of(self, contexts: list[int], tokens: Tensor) -> NgramStats:
         """Statistics of one target for each of `tokens`, (order, n); -1 stands for a token that never followed."""
@@ -8220,7 +8206,6 @@ class RecordingScorer:
 
 
 CLAIM_SAMPLES = 64  # targets at which Z is measured
-SMALL_SPAN = 4096  # targets between two updates below which a claim is run on the CPU
 
 
 def claim(evaluation: Evaluation) -> None:
@@ -8228,11 +8213,10 @@ def claim(evaluation: Evaluation) -> None:
     never the score, so it runs once the score is reported, outside the evaluation's time."""
     cfg, run = evaluation.cfg, evaluation.run
     evaluation.model.eval()
+    network = evaluation.network("claimed")
+    score_first([network], evaluation.text, network.ahead)  # scored already unless its stage is off
+    evaluation.move_to_cpu()
     chain, span = evaluation.experts("claimed")
-    if span < SMALL_SPAN:
-        evaluation.score("network")  # scored already unless its stage is off
-        evaluation.move_to_cpu()
-        chain, span = evaluation.experts("claimed")
     n, started = len(evaluation.text.tokens), time.perf_counter()
     recorded = RecordingScorer(chain[-1], range(1, n, max(1, n // CLAIM_SAMPLES)))
     r = score_first([*chain, recorded], evaluation.text, span)
@@ -8281,11 +8265,9 @@ def evaluate(evaluation: Evaluation, stages: tuple[str, ...]) -> Iterator[StageR
 def rehearsal_text(cfg: Config, gpu: bool) -> ValidationText:
     """Documents of random tokens, longer than any window: as many as a batch has on a GPU, on a CPU two."""
     rows = max(cfg.ttt_batch_size * cfg.ttt_enabled, (cfg.val_batch_tokens or 2**17) // cfg.eval_len + 1) if gpu else 1
-    generator, longest = (
-        torch.Generator().manual_seed(derive_seed(cfg.seed, "rehearsal")),
-        max(cfg.eval_len, cfg.ttt_eval_len) + 1,
-    )
-    ids = torch.randint(min(2, cfg.vocab_size - 1), cfg.vocab_size, (rows + 1, longest), generator=generator)
+    generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "rehearsal"))
+    shape = (rows + 1, max(cfg.eval_len, cfg.ttt_eval_len) + 1)
+    ids = torch.randint(min(2, cfg.vocab_size - 1), cfg.vocab_size, shape, generator=generator)
     ids[:, 0] = BOS
     return ValidationText(ids.flatten(), torch.ones(ids.numel(), dtype=torch.int64), complete=True)
 
@@ -8318,11 +8300,8 @@ class AuditCheck(NamedTuple):
     detail: str
 
 
-AUDIT_TOKENS, AUDIT_SAMPLES, AUDIT_EDGES = (
-    8192,
-    24,
-    8,
-)  # length of the audited prefix, targets whose whole distribution is looked at
+AUDIT_TOKENS = 8192  # length of the audited prefix
+AUDIT_SAMPLES, AUDIT_EDGES = 24, 8  # targets whose whole distribution is looked at
 
 
 class Audit:
@@ -8760,7 +8739,7 @@ def report_score(
     return not broken
 
 
-def score_artifact(opened: OpenRun, blob: bytes, train_s: float) -> int:
+def score_artifact(opened: OpenRun, blob: bytes, train_s: float = 0.0) -> int:
     """Load the model from the artifact's bytes, score it in every stage and log the score; returns the exit status."""
     cfg, run, clock = opened.cfg, opened.run, Clock(opened.run)
     model = load_model(cfg, run, blob)
@@ -8873,28 +8852,22 @@ def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -
                           f"through {tokenizer.transform or 'nothing'}; name the data it was trained for in DATA_PATH")  # fmt: skip
 
 
-def open_scoring(loaded: LoadedConfig, header: dict[str, Any]) -> OpenRun:
-    """Start a run that scores an artifact, and open its logs."""
-    opened = open_run(loaded, header["tokenizer_sha256"])
-    check_tokenizer(opened.tokenizer, header, loaded.cfg)
-    choose_attention(loaded.cfg, opened.run.device)
-    opened.run.on_first(lambda: opened.run.open_logs(append=False))
-    return log_start(opened, 0, 0)
-
-
-def run_eval(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
-    """MODE=eval: score an existing artifact with no training state and no training data."""
-    return score_artifact(open_scoring(loaded, header), blob, 0.0)
-
-
-def run_audit(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
+def run_audit(opened: OpenRun, blob: bytes) -> int:
     """MODE=audit: is the score of this artifact a code length?"""
-    opened = open_scoring(loaded, header)
     model, tables = load_model(opened.cfg, opened.run, blob), load_tables(opened.cfg, blob)
     exact = opened.text.bytes_from == "tokenizer" or opened.paths.transform is not None
     text_check = bytes_check(opened.text, opened.tokenizer, exact)
     artifact = hashlib.sha256(blob).hexdigest()
     return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, text_check, artifact) else 1
+
+
+def run_scoring(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
+    """MODE=eval: score an existing artifact with no training state and no training data; MODE=audit."""
+    opened = open_run(loaded, header["tokenizer_sha256"])
+    check_tokenizer(opened.tokenizer, header, loaded.cfg)
+    choose_attention(loaded.cfg, opened.run.device)
+    opened.run.on_first(lambda: opened.run.open_logs(append=False))
+    return (run_audit if loaded.cfg.mode == "audit" else score_artifact)(log_start(opened, 0, 0), blob)
 
 
 def read_named(name: str, path: str, purpose: str) -> bytes:
@@ -8924,12 +8897,12 @@ def open_artifact(named: str, path: str) -> tuple[bytes, dict[str, Any]]:
 def dispatch(env: Mapping[str, str]) -> int:
     """Run what MODE names; returns the exit status."""
     mode = translate(env, env.get("RECIPE", ""), [], []).get("MODE")  # EVAL_ONLY=1 means MODE=eval
-    scoring = {"eval": run_eval, "audit": run_audit}.get(mode)
+    scoring = mode in ("eval", "audit")
     blob, header = open_artifact("ARTIFACT", env.get("ARTIFACT", "")) if scoring else (b"", {})
     loaded = load_config(env, header.get("config"))
     if read_ranks(env).rank == 0:
         start_packing(loaded.cfg)
-    return scoring(loaded, blob, header) if scoring else run_train(loaded)
+    return run_scoring(loaded, blob, header) if scoring else run_train(loaded)
 
 
 def show_toc() -> str:

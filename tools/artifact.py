@@ -349,8 +349,9 @@ class LaneTable(tg.PackedTable):
 
     def followers(self, contexts: list[int]) -> Tensor:
         """Tokens that were packed after the last token: those packed after a longer context are among them."""
-        rows = self.follower_rows(1, contexts[1]) if self.order > 1 else slice(0)
-        return torch.from_numpy(self.tokens[min(1, self.order - 1)][rows])
+        if self.order == 1 or contexts[1] < 0:
+            return torch.zeros(0, dtype=torch.int64)
+        return torch.from_numpy(self.tokens[1][slice(*self.starts[1][contexts[1] : contexts[1] + 2])])
 
 
 class LaneExpert(NamedTuple):
