@@ -2418,10 +2418,9 @@ class Ctx(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Which positions see each other: those of one segment, a document or a part of one. Positions count from the row's start."""
+    """Which positions see each other: those of one segment, a document or a part of one."""
 
-    start_BT: Tensor  # int64: where the segment of each position begins
-    first_BT: Tensor  # bool: the position begins a segment
+    offset_BT: Tensor  # int64: how many positions of its segment stand before each position
     bounds_M: Tensor  # int32: where segments begin in all rows laid end to end, padded with B T
     longest: int  # no segment is longer
 
@@ -2435,16 +2434,16 @@ def find_segments(ids_BT: Tensor, longest: int, room: int = 0, cache: KVCache | 
     length, begun = (0, ids_BT.new_zeros(len(ids_BT), 1)) if cache is None else (cache.length, cache.start_B1)
     at_T = torch.arange(length, length + ids_BT.shape[1], device=ids_BT.device)
     start = torch.where(ids_BT == BOS, at_T, begun).cummax(dim=1).values
-    start = start + (at_T - start) // longest * longest
-    first = start == at_T
-    found = first.flatten().cumsum(0)
+    offset = (at_T - start) % longest
+    first = offset.flatten() == 0
+    found = first.cumsum(0)
     if not room or ids_BT.device.type == "cpu":
         room = max(room, 1 << int(found[-1]).bit_length())  # at least one more than were found
     torch._assert_async(found[-1] < room)
-    slot = torch.where(first.flatten(), found - 1, room)  # the last one takes what begins no segment
+    slot = torch.where(first, found - 1, room)  # the last one takes what begins no segment
     bounds = torch.full((room + 1,), ids_BT.numel(), dtype=torch.int32, device=ids_BT.device)
     bounds.scatter_(0, slot, torch.arange(ids_BT.numel(), dtype=torch.int32, device=ids_BT.device))
-    return Segments(start, first, bounds[:room], longest)
+    return Segments(offset, bounds[:room], longest)
 
 
 def adapted(y: Tensor, x: Tensor, site: str, ctx: Ctx) -> Tensor:
@@ -2681,7 +2680,7 @@ def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Segmen
         at_S = torch.arange(s, device=q_BTHK.device)
         mask = at_S <= at_S[s - t :, None]
         if segments is not None:
-            mask = (mask & (at_S >= segments.start_BT[..., None]))[:, None]
+            mask = (mask & (at_S >= (at_S[s - t :] - segments.offset_BT)[..., None]))[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
@@ -3276,7 +3275,7 @@ class GPT(nn.Module):
         if ctx.cache is not None and ctx.cache.last_id is not None:
             first = ctx.cache.last_id[:, None]
         before = torch.cat([first, ids_BT[:, :-1]], dim=1)
-        return before if ctx.segments is None else before.masked_fill(ctx.segments.first_BT, -1)
+        return before if ctx.segments is None else before.masked_fill(ctx.segments.offset_BT == 0, -1)
 
     def smeared(self, x: Tensor, ids: Tensor, ctx: Ctx) -> Tensor:
         """SmearGate over this call's positions, with the embedding before them from the cache."""
@@ -3284,7 +3283,7 @@ class GPT(nn.Module):
         if ctx.cache is not None:
             before = before if ctx.cache.last_embedding is None else ctx.cache.last_embedding
             ctx.cache.last_embedding = x[:, -1:]
-        return self.smear(x, before, ids == BOS, None if ctx.segments is None else ctx.segments.first_BT)
+        return self.smear(x, before, ids == BOS, None if ctx.segments is None else ctx.segments.offset_BT == 0)
 
     def embed_plain(self, ids: Tensor, ctx: Ctx) -> Tensor:
         """ids (B, T) -> (B, T, D): token (+ bigram), smeared where that comes before the norm."""
@@ -3320,10 +3319,9 @@ class GPT(nn.Module):
         ctx, start = self.with_segments(ids, ctx), 0 if ctx.cache is None else ctx.cache.length
         a = m = x0 = self.embed(ids, ctx)
         values = {} if self.ve is None else self.ve(ids, self.compute_dtype, ctx)
-        rope = self.rope[:, start : start + ids.shape[1]]
-        if ctx.segments is not None:  # positions in the segment, since all rows of a step may be one stream
-            at_T = torch.arange(start, start + ids.shape[1], device=ids.device)
-            rope = self.rope[:, at_T - ctx.segments.start_BT]
+        # Positions in the segment, since all rows of a step may be one stream.
+        at = slice(start, start + ids.shape[1]) if ctx.segments is None else ctx.segments.offset_BT
+        rope = self.rope[:, at]
         v0: Tensor | None = None
         saved: list[Tensor] = []
         for slot, step in enumerate(self.plan):
@@ -3341,7 +3339,7 @@ class GPT(nn.Module):
         if ctx.cache is not None:
             ctx.cache.length, ctx.cache.last_id = start + ids.shape[1], ids[:, -1]
             if ctx.segments is not None:
-                ctx.cache.start_B1 = ctx.segments.start_BT[:, -1:]
+                ctx.cache.start_B1 = ctx.cache.length - 1 - ctx.segments.offset_BT[:, -1:]
         return rms_norm(0.5 * (a + m) if self.cfg.parallel_start_layer else a)
 
     def logits(self, features: Tensor, ctx: Ctx = Ctx()) -> Tensor:  # noqa: B008
@@ -4119,7 +4117,7 @@ class Trainer:
                 expected = len(ids) * (1 + longest * self.batcher.bos_share)
                 host = ids if ids.device.type == "cpu" else self.batcher.host[at]
                 segments = find_segments(host.reshape(1, -1), longest, 1 << int(2 * expected).bit_length())
-                moved = (upload(x, ids.device) for x in segments[:3])
+                moved = (upload(x, ids.device) for x in segments[:2])
                 ids, following = ids.reshape(1, -1), following.reshape(1, -1)
                 ctx = ctx._replace(segments=Segments(*moved, longest))
             nll = self.forward(ids, following, ctx)
@@ -4271,6 +4269,10 @@ class TrainingLoop:
         self.was = {"seq_len": cfg.seq_curriculum[0][1], "qat": False, "ema": False, "loop": False}
         self.epoch = 0
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds of the last steps
+        self.profiler = None
+        if cfg.profile and not run.rank:  # of four steps after a few have passed
+            schedule = torch.profiler.schedule(wait=2, warmup=1, active=4, repeat=1)
+            self.profiler = torch.profiler.profile(schedule=schedule, record_shapes=False)
 
     def run_until_done(self, elapsed: float, slowest: float = 0.0) -> TrainResult:
         """Train until the time or the steps are used up or a signal arrives; returns what the rest of the run needs.
@@ -4285,7 +4287,8 @@ class TrainingLoop:
         self.recent.append(slowest)
         over = self.past_limit(elapsed, slowest)  # a checkpoint of the last step leaves no time for another
         self.run.graceful, self.run.training_began, reason = True, True, "wallclock" if over else "iterations"
-        self.profiler = self.start_profiler()
+        if self.profiler:
+            self.profiler.start()
         while not over and (not cfg.iterations or trainer.step < cfg.iterations):
             now = self.clock.seconds() if run.world == 1 else self.stop.seconds
             frac = budget_frac(cfg, trainer.step, now, self.budget)
@@ -4396,15 +4399,6 @@ class TrainingLoop:
             path = self.save(elapsed)
             where = f"; saved {path}, go on with RESUME=auto" if path else "; its checkpoint could not be written"
         raise Interrupted(f"stopped by {signal.Signals(int(asked)).name} at step {self.trainer.step}{where}")
-
-    def start_profiler(self) -> Any:
-        """torch.profiler over four steps after a few have passed, on rank 0."""
-        if not self.cfg.profile or self.run.rank:
-            return None
-        schedule = torch.profiler.schedule(wait=2, warmup=1, active=4, repeat=1)
-        profiler = torch.profiler.profile(schedule=schedule, record_shapes=False)
-        profiler.start()
-        return profiler
 
     def stop_profiler(self) -> None:
         """Write the trace beside the log."""

@@ -77,7 +77,7 @@ def attend_gpu(q: Tensor, k: Tensor, v: Tensor, segments: tg.Segments | None = N
     if segments is not None:
         at_T = torch.arange(q.shape[1], device=q.device)
         near = at_T[:, None] - at_T < segments.longest  # it always is; a packed kernel is made for this number
-        seen = (near & (at_T >= segments.start_BT[..., None]) & (at_T <= at_T[:, None]))[:, None]
+        seen = (near & (at_T >= (at_T - segments.offset_BT)[..., None]) & (at_T <= at_T[:, None]))[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped)

@@ -71,7 +71,7 @@ MUTANTS = {
         ("T3: skips are merged in the order they were saved (the carry is gone)", "formulas.py", ("* saved.pop()\n", "* saved.pop(0)\n")),
         ("T4: partial RoPE: frequencies divided by head_dim", "formulas.py", ("freqs = rope_base(cfg) ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)", "freqs = rope_base(cfg) ** (-torch.arange(0, dims, 2, dtype=torch.float32) / cfg.head_dim)")),
         ("T5: softcap in the compute dtype (bf16), cast to fp32 afterwards", "trainer_oracle.py -k logits", ("return self.softcap(z.to(torch.promote_types(z.dtype, torch.float32)))", "return self.softcap(z).to(torch.promote_types(z.dtype, torch.float32))")),
-        ("T6: DOC_MASK: cuts at fixed positions, not since the segment's start", "docmask.py -k segments_begin", ("    start = start + (at_T - start) // longest * longest\n", "    start = torch.maximum(start, at_T // longest * longest)\n")),
+        ("T6: DOC_MASK: cuts at fixed positions, not since the segment's start", "docmask.py -k segments_begin", ("offset = (at_T - start) % longest", "offset = torch.minimum(at_T - start, at_T % longest)")),
         ("T7: looped plan: encoder half of the blocks, not of the passes", "formulas.py", ("half = len(order) - (cfg.num_layers - last) if cfg.encoder_recurrence else cfg.encoder_share(len(order))", "half = len(order) - (cfg.num_layers - last) if cfg.encoder_recurrence else cfg.encoder_share(cfg.num_layers) + (len(order) - cfg.num_layers) // 2")),
         ("model-ntk", "formulas.py", ("** (dims / (dims - 2))", "** ((dims - 2) / dims)")),
         ("model-gqa", "formulas.py", ("y = y_BTHK.view(b, t, g, h // g, k)", "y = y_BTHK.view(b, t, h // g, g, k).transpose(2, 3)")),

@@ -75,9 +75,9 @@ def test_segments_begin_with_rows_documents_and_every_so_many_tokens(longest):
     assert found.longest == longest and len(found.bounds_M) & (len(found.bounds_M) - 1) == 0
     expected = [[(lo, hi) for lo, hi in spans(row, longest)] for row in ids]
     for row, rows_spans in enumerate(expected):
-        assert [t for t in range(100) if found.first_BT[row, t]] == [lo for lo, _ in rows_spans]
+        assert [t for t in range(100) if found.offset_BT[row, t] == 0] == [lo for lo, _ in rows_spans]
         for lo, hi in rows_spans:
-            assert (found.start_BT[row, lo:hi] == lo).all()
+            assert torch.equal(found.offset_BT[row, lo:hi], torch.arange(hi - lo))
     edges = sorted({lo + 100 * row for row, s in enumerate(expected) for lo, _ in s})
     bounds = found.bounds_M.tolist()
     assert bounds[: len(edges)] == edges and set(bounds[len(edges) :]) == {300}
@@ -130,8 +130,8 @@ def test_every_kernel_equals_a_dense_mask(monkeypatch):
     ids = torch.stack([stream(T, 12, seed) for seed in (1, 2)])
     q, k, v = (torch.randn(B, T, n, K, requires_grad=True) for n in (H, G, G))
     segments = tg.find_segments(ids, 33)
-    at = torch.arange(T)
-    seen = (at[None, :] <= at[:, None]) & (segments.start_BT[:, None, :] == segments.start_BT[:, :, None])
+    at, starts = torch.arange(T), torch.arange(T) - segments.offset_BT
+    seen = (at[None, :] <= at[:, None]) & (starts[:, None, :] == starts[:, :, None])
     heads = (x.transpose(1, 2) for x in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)))
     dense = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen[:, None]).transpose(1, 2)
     weight = torch.randn_like(dense)
