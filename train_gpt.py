@@ -2896,7 +2896,8 @@ class HeadGate(nn.Module):
     def forward(self, y_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
         bias = None if self.bias_H is None else self.bias_H.to(x_BTD.dtype)
         z_BTH = F.linear(x_BTD[..., : self.window], self.weight_HW.to(x_BTD.dtype), bias)
-        return y_BTHK * torch.sigmoid(self.scale * z_BTH)[..., None]
+        z_BTH = z_BTH if self.scale == 1.0 else self.scale * z_BTH
+        return y_BTHK * torch.sigmoid(z_BTH)[..., None]
 
 
 class ValueResidual(nn.Module):
