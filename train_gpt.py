@@ -792,12 +792,8 @@ def same_width(text: str, env: Mapping[str, str]) -> dict[str, str]:
     raise ConfigError(f"expected 0 or MLP_MULT={width}: no published run gave each half a width of its own")
 
 
-def curriculum(text: str, env: Mapping[str, str]) -> dict[str, str]:
+def curriculum(env: Mapping[str, str]) -> dict[str, str]:
     """PROG_SEQ_ENABLED=1 of #850 with its two lists as a TRAIN_SEQ_SCHEDULE."""
-    if as_digit(text) not in ("0", "1"):
-        raise ConfigError("expected 0 or 1")
-    if as_digit(text) == "0":
-        return {}
     lens, fracs = env.get("PROG_SEQ_LENS", "512,1024"), env.get("PROG_SEQ_FRACS", "0.33,0.55")
     try:
         schedule = ",".join(f"{n}@{f}" for n, f in zip(lens.split(","), fracs.split(","), strict=True))
@@ -810,7 +806,7 @@ def curriculum(text: str, env: Mapping[str, str]) -> dict[str, str]:
 
 # What becomes of a published name. Text: the knobs that take its value. A table: settings of ours for each value; those of 0 win even over
 # explicit settings; KNOB+=a and KNOB-=a,b change a list. A function: settings of its value and the environment.
-Fate = str | dict[str, str] | Only | Dead | Callable[[str, Mapping[str, str]], dict[str, str]]
+Fate = str | dict[str, Any] | Only | Dead | Callable[[str, Mapping[str, str]], dict[str, str]]
 
 KEPT = "the published scorer is kept as it was"
 ONE_GATE = "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"
@@ -873,7 +869,7 @@ PUBLISHED_NAMES: dict[str, dict[str, Fate]] = {
         "TOKEN_THRESHOLD": "NGRAM_TILT_THRESHOLD",
         "TOKEN_BOOST": "NGRAM_TILT_BETA",
         "ADAPTIVE_BOOST_GAMMA": "NGRAM_TILT_GAMMA",
-        "PROG_SEQ_ENABLED": curriculum, "PROG_SEQ_LENS": "", "PROG_SEQ_FRACS": "",
+        "PROG_SEQ_ENABLED": {"0": "", "1": curriculum}, "PROG_SEQ_LENS": "", "PROG_SEQ_FRACS": "",
         "MUON_BETA2": Dead("read by no published update rule"),
         "MTP_NUM_HEADS": Dead("off in every published run; left out because it needs heads and a loss that no artifact holds"),
         "MTP_LOSS_WEIGHT": Dead("belongs to MTP_NUM_HEADS"),
@@ -1058,12 +1054,9 @@ def nearest_knob(name: str) -> tuple[str | None, bool]:
     known = [*FIELDS, *(name for table in PUBLISHED_NAMES.values() for name in table)]
     if misspelt := next((k for k in known if one_edit_apart(name, k)), None):
         return misspelt, True
-    if alike := difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8):
-        return alike[0], False
-    first, *rest = name.split("_")
-    shared = {k: 1 + len({*rest} & {*k.split("_")}) for k in FIELDS if k.split("_")[0] == first}
-    best = max(shared, key=shared.__getitem__, default="")  # with its first word and at least half of all words
-    return (best if rest and best and 2 * shared[best] > len(rest) else None), False
+    beginning = [k for k in FIELDS if "_" in name and k.startswith(name.split("_")[0] + "_")]
+    alike = difflib.get_close_matches(name.upper(), known, 1, 0.8) or difflib.get_close_matches(name, beginning, 1, 0.6)
+    return (alike[0] if alike else None), False
 
 
 class LoadedConfig(NamedTuple):
@@ -1113,6 +1106,8 @@ def settings_of(name: str, text: str, fate: Fate, env: Mapping[str, str]) -> lis
         return []
     if isinstance(fate, dict):
         word = as_digit(text)
+        if callable(fate.get(word)):
+            return [(knob_name, "=", value) for knob_name, value in fate[word](env).items()]
         if word in fate:
             return [re.fullmatch(r"(\w+)([+-]?=)(.*)", pair).groups() for pair in fate[word].split()]
         if name not in FIELDS:  # our own name takes our own words too
@@ -1164,11 +1159,12 @@ def translate(env: Mapping[str, str], recipe: str, errors: list[str], notices: l
     return ours
 
 
-def choose_recipe(env: Mapping[str, str], has_gpu: Callable[[], bool]) -> tuple[str, str]:
+def choose_recipe(env: Mapping[str, str], has_gpu: Callable[[], bool], errors: list[str]) -> tuple[str, str]:
     """(recipe, why). Without RECIPE: GPU_RECIPE on a GPU, `cpu` without one."""
     asked = env.get("RECIPE", "auto")
     if asked not in (*RECIPES, "auto"):
-        raise ConfigError(f"RECIPE={asked!r}: expected one of {', '.join(RECIPES)}")
+        errors.append(f"RECIPE={asked!r}: expected one of {', '.join(RECIPES)}")
+        return "baseline", ""
     if asked != "auto":
         return asked, "RECIPE is set"
     if env.get("DEVICE", "auto") in ("cuda", "auto") and has_gpu():
@@ -1206,11 +1202,7 @@ def load_config(env: Mapping[str, str], header: Mapping[str, Any] | None = None,
     """
     errors: list[str] = []
     notices: list[str] = []
-    try:
-        recipe, why = choose_recipe(env, has_gpu)
-    except ConfigError as e:
-        errors.append(str(e))
-        recipe, why = "baseline", ""
+    recipe, why = choose_recipe(env, has_gpu, errors)
     values = dict(base_values(recipe, header, errors))
     if header is not None:
         recipe, why = values.get("RECIPE", recipe), "the artifact names it"
@@ -1424,13 +1416,13 @@ def is_first_on_node() -> bool:
 
 def pick_device(name: str, local_rank: int) -> torch.device:
     """DEVICE -> torch.device of this rank; raises ConfigError if the device is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu or DEVICE=auto")
-    if name == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= (count := torch.cuda.device_count()):
         raise ConfigError(f"rank {local_rank} finds {count} GPUs; lower --nproc_per_node to as many")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    return torch.device("cuda", local_rank)
 
 
 def cpu_info(name: str) -> str:
@@ -3910,8 +3902,8 @@ def binding_values(cfg: Config) -> dict[str, Any]:
 class Checkpoints:
     """Files logs/RUN_ID.ckpt/step_NNNNNN.pt, written whole by rank 0, the last CHECKPOINT_KEEP of them kept."""
 
-    def __init__(self, cfg: Config, run: Run, identity: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.cfg, self.run, self.identity = cfg, run, dict(identity)  # of the training stream
+    def __init__(self, cfg: Config, run: Run, identity: Mapping[str, str] | None = None) -> None:
+        self.cfg, self.run, self.identity = cfg, run, dict(identity or {})  # of the training stream
         self.folder = run.log_path.with_suffix(".ckpt")
         self.damaged: list[str] = []  # newer ones that RESUME=auto could not read
 
