@@ -158,11 +158,11 @@ def setting(f: dataclasses.Field, value: Any) -> str:
 
 
 def parse_schedule(text: str) -> list[tuple[float, int]]:
-    """ "1024@0.1,2048@0.7" -> [(0.1, 1024), (0.7, 2048)]: lengths of 8 tokens or more up to rising shares. ValueError if not that."""
+    """ "1024@0.1,2048@0.7" -> [(0.1, 1024), (0.7, 2048)]: lengths of 8 tokens or more up to rising fractions. ValueError if not that."""
     pairs = [part.split("@") for part in text.split(",")] if text.strip() else []
-    steps = [(float(share), int(length)) for length, share in pairs]
-    shares = [share for share, _ in steps]
-    if shares != sorted(set(shares)) or not all(0 < share <= 1 and length >= 8 for share, length in steps):
+    steps = [(float(end), int(length)) for length, end in pairs]
+    ends = [end for end, _ in steps]
+    if ends != sorted(set(ends)) or not all(0 < end <= 1 and length >= 8 for end, length in steps):
         raise ValueError
     return steps
 
@@ -218,8 +218,8 @@ def uneven_length(c: Any) -> int:
 
 
 TRAINING_RULES: tuple[Rule, ...] = (
-    (wrong(lambda c: not c.seq_curriculum), "$TRAIN_SEQ_SCHEDULE: expected LENGTH@SHARE,LENGTH@SHARE..., lengths of 8 tokens or more and rising "
-     "shares between 0 and 1, as in 1024@0.1,2048@0.7,3072@1.0"),
+    (wrong(lambda c: not c.seq_curriculum), "$TRAIN_SEQ_SCHEDULE: expected LENGTH@FRACTION,LENGTH@FRACTION..., lengths of 8 tokens or more and rising "
+     "fractions between 0 and 1, as in 1024@0.1,2048@0.7,3072@1.0"),
     (uneven_length, lambda c: f"$TRAIN_BATCH_TOKENS is not a multiple of the sequence length {(t := uneven_length(c))}; nearest: "
                               f"{max(1, round(c.train_batch_tokens / t)) * t}"),
     (lambda c: c.complement_alpha and c.vocab_size > 16384,
@@ -271,7 +271,7 @@ EVALUATION_RULES: tuple[Rule, ...] = (
     (wrong(lambda c: by_document(c) and not c.ttt_chunk_steps),
      "$TTT_SHORT_SCORE_FIRST_STEPS: expected POSITION:SIZE pairs of rising positions and sizes of at least 1, as in 256:8,2000:24"),
     (lambda c: by_document(c) and 0 < c.ttt_block_tokens < longest_chunk(c),
-     lambda c: f"$TTT_BLOCK_TOKENS is shorter than a chunk of {longest_chunk(c)} targets: raise it, or 0 for a share of the text"),
+     lambda c: f"$TTT_BLOCK_TOKENS is shorter than a chunk of {longest_chunk(c)} targets: raise it, or 0 for a fraction of the text"),
     (lambda c: by_document(c) and longest_chunk(c) > c.ttt_eval_len,
      lambda c: f"TTT_CHUNK_SIZE={longest_chunk(c)} exceeds the context of {c.ttt_eval_len}: some targets would never be scored; raise TTT_EVAL_SEQ_LEN"),
     (lambda c: c.ttt_order != "text" and not (c.ttt_enabled and c.ttt_reset == "document"),
@@ -341,8 +341,8 @@ class Config:
     ve_dim: int = knob(0, "", "width of the shared value embedding; 0: none", lo=0, hi=4096, shape=True)
     ve_layers: str = knob("", "block numbers", "blocks that add the value embedding, e.g. 9,10", shape=True, needs="VE_DIM")
     smear: bool = knob(False, "", "SmearGate: blend each embedding with the one before it", shape=True)
-    smear_form: str = knob("channel", "", "share of the previous token: learned a channel, or from GATE_WINDOW dims of the token", choices=("channel", "window"), shape=True, needs="SMEAR")
-    smear_init: float = knob(0.0, "", "SMEAR_FORM=channel: initial logit g of the previous token's share sigmoid(g)", lo=-20, hi=20, shape=True, needs="SMEAR SMEAR_FORM=channel")
+    smear_form: str = knob("channel", "", "weight of the previous token: learned a channel, or from GATE_WINDOW dims of the token", choices=("channel", "window"), shape=True, needs="SMEAR")
+    smear_init: float = knob(0.0, "", "SMEAR_FORM=channel: initial logit g of the previous token's weight sigmoid(g)", lo=-20, hi=20, shape=True, needs="SMEAR SMEAR_FORM=channel")
     smear_before_norm: bool = knob(False, "", "smear before the embedding's RMSNorm instead of after it", shape=True, needs="SMEAR")
     smear_cross_doc: bool = knob(False, "", "published leak: blend across a BOS", shape=True, needs="SMEAR !DOC_MASK")
     bigram_vocab_size: int = knob(0, "rows", "hashed bigram embedding; 0: none", lo=0, hi=2**24, shape=True)
@@ -358,7 +358,7 @@ class Config:
     num_loops: int = knob(0, "passes", "depth recurrence: further passes through blocks LOOP_START to LOOP_END; 0: none", lo=0, hi=16, shape=True)
     loop_start: int = knob(3, "", "first looped block", lo=0, hi=255, shape=True, needs="NUM_LOOPS")
     loop_end: int = knob(5, "", "last looped block", lo=0, hi=255, shape=True, needs="NUM_LOOPS")
-    enable_looping_at: float = knob(0.35, "", "share of the training budget at which the loops start", lo=0, hi=1, needs="NUM_LOOPS")
+    enable_looping_at: float = knob(0.35, "", "fraction of the training budget at which the loops start", lo=0, hi=1, needs="NUM_LOOPS")
     parallel_start_layer: int = knob(0, "", "first block with attention and MLP on two parallel lanes; 0: none", lo=0, hi=255, shape=True)
     encoder_recurrence: bool = knob(False, "", "run the encoder blocks twice", shape=True)
     resid_mix_init: str = knob("plain", "", "initial mix with the embedding: (1, 0), or by depth", choices=("plain", "phase"), shape=True)
@@ -403,22 +403,22 @@ class Config:
     warmup_steps: int = knob(20, "steps", "priming steps that compile kernels and are undone completely, before the clock", lo=0, hi=10000)
     lr_schedule: str = knob("warmdown", "", "flat then linear down, or flat then cosine down (wsd)", choices=("warmdown", "wsd"))
     warmdown_iters: int = knob(1200, "steps", "length of the linear warmdown, in steps or their measured time", lo=0, needs="LR_SCHEDULE=warmdown !WARMDOWN_FRAC")
-    warmdown_frac: float = knob(0.0, "", "length of the linear warmdown as a share of the budget; 0: WARMDOWN_ITERS", lo=0, hi=1, needs="LR_SCHEDULE=warmdown")
+    warmdown_frac: float = knob(0.0, "", "length of the linear warmdown as a fraction of the budget; 0: WARMDOWN_ITERS", lo=0, hi=1, needs="LR_SCHEDULE=warmdown")
     min_lr: float = knob(0.0, "", "least learning-rate scale of both schedules", lo=0, hi=1)
-    wsd_stable_frac: float = knob(0.75, "", "share of the budget before the cosine of wsd", lo=0, hi=1, needs="LR_SCHEDULE=wsd")
-    train_seq_schedule: str = knob("", "", "lengths instead of TRAIN_SEQ_LEN, each up to a share of the budget: 1024@0.1,2048@0.7,3072@1.0; what is left has TRAIN_SEQ_LEN", shape=True)
+    wsd_stable_frac: float = knob(0.75, "", "fraction of the budget before the cosine of wsd", lo=0, hi=1, needs="LR_SCHEDULE=wsd")
+    train_seq_schedule: str = knob("", "", "lengths instead of TRAIN_SEQ_LEN, each up to a fraction of the budget: 1024@0.1,2048@0.7,3072@1.0; what is left has TRAIN_SEQ_LEN", shape=True)
     seq_change_warmup_steps: int = knob(0, "steps", "after each change of length the learning rates rise from nearly nothing over so many steps", lo=0, needs="TRAIN_SEQ_SCHEDULE")
     val_loss_every: int = knob(1000, "steps", "validate during training; 0: only at the end", lo=0)
     train_log_every: int = knob(200, "steps", "step lines in the log", lo=1)
     ema_decay: float = knob(0.0, "", "exponential moving average of the weights; 0: off", lo=0, hi=0.999999)
-    ema_start_frac: float = knob(0.0, "", "share of the budget before the EMA starts", lo=0, hi=1, needs="EMA_DECAY")
+    ema_start_frac: float = knob(0.0, "", "fraction of the budget before the EMA starts", lo=0, hi=1, needs="EMA_DECAY")
     swa_every: int = knob(0, "steps", "stochastic weight averaging; 0: off", lo=0)
     swa_start_scale: float = knob(0.2, "", "SWA collects while the learning-rate scale is below this", lo=0, hi=2, needs="SWA_EVERY")
     swa_source: str = knob("weights", "", "what SWA averages", choices=("weights", "ema"), needs="SWA_EVERY")
     swa_blend: float = knob(0.5, "", "final = (1 - b) (EMA or weights) + b SWA", lo=0, hi=1, needs="SWA_EVERY")
     qat: str = knob("none", "", "fake quantisation of projections while training", choices=("none", "ste", "soft_round", "soft_round_pr850"))
     qat_bits: int = knob(6, "bits", "width of the fake quantisation", lo=2, hi=8, needs="QAT")
-    qat_start_frac: float = knob(0.0, "", "share of the budget at which QAT starts", lo=0, hi=1, needs="QAT")
+    qat_start_frac: float = knob(0.0, "", "fraction of the budget at which QAT starts", lo=0, hi=1, needs="QAT")
     complement_alpha: float = knob(0.0, "", "complementary training: weight 1 - alpha p_bigram on each token (#803); 0: off", lo=0, hi=1)
     checkpoint_every: int = knob(0, "steps", "save a checkpoint, and one when a signal stops the training (TERM INT HUP USR1 USR2 XCPU; torchrun passes on only those in TORCHELASTIC_SIGNALS_TO_HANDLE); 0: never", lo=0)
     checkpoint_keep: int = knob(2, "files", "how many checkpoints stay", lo=1, needs="CHECKPOINT_EVERY")
@@ -439,7 +439,7 @@ class Config:
     mlp_clip_sigmas: float = knob(11.5, "std", "QUANT_CLIP=sigma: clip of MLP rows", lo=0.1, needs="!ADAPTER_RANK !TARGET_BYTES QUANT_CLIP=sigma")
     embed_clip_sigmas: float = knob(14.0, "std", "QUANT_CLIP=sigma: clip of token embedding rows", lo=0.1, needs="!TARGET_BYTES QUANT_CLIP=sigma")
     matrix_clip_sigmas: float = knob(12.85, "std", "QUANT_CLIP=sigma: clip of all other rows", lo=0.1, needs="!TARGET_BYTES QUANT_CLIP=sigma")
-    prune_frac: float = knob(0.0, "", "share of coded weights set to zero, smallest first; 0: none", lo=0, hi=0.99)
+    prune_frac: float = knob(0.0, "", "fraction of coded weights set to zero, smallest first; 0: none", lo=0, hi=0.99)
     prune_scope: str = knob("tensor", "", "smallest weights of each tensor before rounding, or smallest codes over all tensors after it", choices=("tensor", "global"), needs="PRUNE_FRAC")
     gptq_enabled: bool = knob(False, "", "round with error compensation from the inputs' second moments (GPTQ)")
     gptq_variant: str = knob("cholesky", "", "cholesky: the algorithm; pr850: the published full-inverse sweep", choices=("cholesky", "pr850"), needs="GPTQ_ENABLED")
@@ -481,7 +481,7 @@ class Config:
     ngram_min_count: int = knob(2, "", "occurrences a context needs in the published scorers", lo=1, needs="NGRAM_SCORE=normalized/claimed")
     ngram_tilt_enabled: bool = knob(False, "", "stage tilt: raise the logit of the token that followed the same context before; table and ngram build on it")
     ngram_tilt_order: int = knob(12, "tokens", "length of its n-gram, the target included; above NGRAM_ORDER it costs statistics of its own", lo=2, hi=64, needs="NGRAM_TILT_ENABLED")
-    ngram_tilt_threshold: float = knob(0.8, "", "share of its context's successors a hint needs", lo=0, hi=1, needs="NGRAM_TILT_ENABLED")
+    ngram_tilt_threshold: float = knob(0.8, "", "fraction of its context's successors a hint needs", lo=0, hi=1, needs="NGRAM_TILT_ENABLED")
     ngram_tilt_beta: float = knob(2.625, "nats", "what is added to the hint's logit", lo=0, hi=20, needs="NGRAM_TILT_ENABLED")
     ngram_tilt_gamma: float = knob(0.0, "", "that times (1 - q)^gamma, q the network's probability of the hint", lo=0, hi=20, needs="NGRAM_TILT_ENABLED")
     ngram_tilt_rate: float = knob(0.0, "", "step at which NGRAM_TILT_BETA is learned from scored text; 0: it stays", lo=0, hi=2, needs="NGRAM_TILT_ENABLED")
@@ -514,7 +514,7 @@ class Config:
     ttt_warm_start_a: bool = knob(True, "", "TTT_RESET=document: A starts as the mean of the A that the block before learned, not as it was drawn", needs="ttt TTT_RESET=document")
     ttt_order: str = knob("text", "", "length: also run the published order, longest document first, as a claim", choices=("text", "length"))
     phased_ttt_num_phases: int = knob(0, "phases", "TTT_RESET=document: how often all weights are trained on all scored text; 0: never", lo=0, hi=100, needs="ttt TTT_RESET=document")
-    phased_ttt_prefix: float = knob(0.3, "", "share of the text after which the last phase comes, the others at equal steps before", lo=0, hi=1, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
+    phased_ttt_prefix: float = knob(0.3, "", "fraction of the text after which the last phase comes, the others at equal steps before", lo=0, hi=1, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
     global_ttt_lr: float = knob(0.001, "", "phases: learning rate, falling to 0 as a cosine", lo=0, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
     global_ttt_momentum: float = knob(0.9, "", "phases: momentum", lo=0, hi=1, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
     global_ttt_epochs: int = knob(1, "epochs", "phases: passes over the scored text", lo=1, hi=100, needs="ttt TTT_RESET=document PHASED_TTT_NUM_PHASES")
@@ -579,7 +579,7 @@ class Config:
 
     @property
     def seq_curriculum(self) -> list[tuple[float, int]]:
-        """[(share of the budget at which this sequence length ends, length)], rising; the last ends at 1."""
+        """[(fraction of the budget at which this sequence length ends, length)], rising; the last ends at 1."""
         steps = parse_schedule(self.train_seq_schedule)
         return steps if steps and steps[-1][0] == 1 else [*steps, (1.0, self.train_seq_len)]
 
@@ -799,7 +799,7 @@ def curriculum(env: Mapping[str, str]) -> dict[str, str]:
         schedule = ",".join(f"{n}@{f}" for n, f in zip(lens.split(","), fracs.split(","), strict=True))
         parse_schedule(schedule)
     except ValueError:
-        raise ConfigError(f"with PROG_SEQ_LENS={lens!r} and PROG_SEQ_FRACS={fracs!r}: expected as many lengths (8 or more) as rising shares "
+        raise ConfigError(f"with PROG_SEQ_LENS={lens!r} and PROG_SEQ_FRACS={fracs!r}: expected as many lengths (8 or more) as rising fractions "
                           "between 0 and 1") from None  # fmt: skip
     return {"TRAIN_SEQ_SCHEDULE": schedule}
 
@@ -809,7 +809,6 @@ def curriculum(env: Mapping[str, str]) -> dict[str, str]:
 Fate = str | dict[str, Any] | Only | Dead | Callable[[str, Mapping[str, str]], dict[str, str]]
 
 KEPT = "the published scorer is kept as it was"
-ONE_GATE = "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one"
 ENTIRE = "VAL_TOKENS scores a prefix of the text"
 PEEKS = "hints that look at the target's own word or pieces are no prediction"
 CLAIMS = {"0": "NGRAM_SCORE=off", "1": "NGRAM_SCORE=exact,claimed"}
@@ -851,7 +850,7 @@ PUBLISHED_NAMES: dict[str, dict[str, Fate]] = {
         "COMPLEMENT_NORMALIZED": Only("0", "the weighted loss is divided by the number of tokens"),
         "GRAD_CLIP_LOCAL": Only("0", "the norm is that of the reduced gradient, whatever the number of ranks"),
         "ADAPTER_B_INIT": Only("zero", "B starts at 0, so that training starts from the base; the published start is much larger than the base"),
-        "XSA_GATED": Only("0", "a learned share of XSA a head gained nothing"),
+        "XSA_GATED": Only("0", "a learned weight of XSA a head gained nothing"),
         "LOOP_CARRY": Only("", "the frozen carry lost in every comparison"),
         "TTT_KV_CACHE": Only("1", "windows computed anew scored alike, at two to three times the cost"),
         "NGRAM_UPDATE_TOKENS": Only("0", "the mixing weights are updated every 1,024 targets, or 1/4096 of the text if more"),
@@ -921,8 +920,8 @@ PUBLISHED_NAMES: dict[str, dict[str, Fate]] = {
         "SMEAR_GATE_ENABLED": "SMEAR",
         "SPARSE_ATTN_GATE_ENABLED": {"0": "ATTN_GATE=none", "1": "ATTN_GATE=sparse"},
         "SPARSE_ATTN_GATE_INIT_STD": Only("0", "the gate starts at zero"),
-        "GATED_ATTN_ENABLED": Only("0", ONE_GATE),
-        "ATTN_OUT_GATE_ENABLED": Only("0", ONE_GATE),
+        **dict.fromkeys(("GATED_ATTN_ENABLED", "ATTN_OUT_GATE_ENABLED"),
+                        Only("0", "ATTN_GATE=sparse took this gate's place; ATTN_GATE=input is the dense one")),
         "LEAKY_RELU_SQ_SLOPE": "LEAKY_SLOPE",
         "QK_GAIN_INIT_SCHEDULE": Only("", "a gain by block showed no gain; QK_GAIN_INIT is that of all blocks"),
         "PARALLEL_FINAL_LANE": Only("mean", "the output is the mean of both lanes"),
@@ -955,7 +954,7 @@ PUBLISHED_NAMES: dict[str, dict[str, Fate]] = {
         "PERGROUP_ROUNDTRIP_CHECK": Dead("every artifact is read back before it is scored"),
         "TTT_SHORT_DOC_LEN": Dead("TTT_SHORT_SCORE_FIRST_STEPS holds the lengths"),
         "TTT_SHORT_CHUNK_SIZE": Dead("TTT_SHORT_SCORE_FIRST_STEPS holds the chunks"),
-        "TRAIN_SEQ_SCHEDULE_MODE": Dead("the schedule always follows the share of the budget"),
+        "TRAIN_SEQ_SCHEDULE_MODE": Dead("the schedule always follows the fraction of the budget"),
         "COMPILE_SHAPE_WARMUP": Dead("priming always runs every shape of the training, before the clock"),
     },
 }  # fmt: skip
@@ -1250,15 +1249,11 @@ def describe_knobs() -> str:
     return "\n".join([*lines, "", f"recipes: {', '.join(RECIPES)}"])
 
 
-def dump_config(loaded: LoadedConfig) -> str:
-    """One `NAME=value  # source` line a knob."""
-    return "\n".join(f"{n}={as_text(getattr(loaded.cfg, n.lower()))}  # {loaded.source[n]}" for n in FIELDS)
-
-
-def show_config(env: Mapping[str, str]) -> str:
-    """The text of --dump-config: the notices that a run would give of its knobs, as comments, and `dump_config`."""
-    loaded = load_config(env)
-    return "\n".join([*(f"# notice: {text}" for text in loaded.notices), dump_config(loaded)])
+def dump_config(loaded: LoadedConfig, with_notices: bool = False) -> str:
+    """One `NAME=value  # source` line a knob, below the notices that a run would give of its knobs, as comments."""
+    notices = [f"# notice: {text}" for text in loaded.notices if with_notices]
+    values = [f"{n}={as_text(getattr(loaded.cfg, n.lower()))}  # {loaded.source[n]}" for n in FIELDS]
+    return "\n".join(notices + values)
 
 
 # ==== 2 RUNTIME =======================================================================================================
@@ -1577,7 +1572,7 @@ class Run:
         torch.manual_seed(derive_seed(cfg.seed, "init"))
         return run
 
-    def claim_name(self) -> str:
+    def reserve_run_id(self) -> str:
         """Name the run, on rank 0; no other process can run under this name until it is closed."""
         asked, default = self.cfg.run_id, f"{time.strftime('%Y%m%d-%H%M%S')}-{self.cfg.recipe}-{self.cfg.seed}"
         for name in [asked] if asked else (default, *(f"{default}-{n}" for n in range(2, 1000))):
@@ -8506,7 +8501,7 @@ def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     text = load_validation(cfg, paths.folder, tokenizer)
     check_phases(cfg, text.tokens)
     run = Run.start(cfg)
-    run.run_id = run.on_first(run.claim_name)
+    run.run_id = run.on_first(run.reserve_run_id)
     run.on_first(lambda: check_paths(run, paths))
     found = run.on_first(lambda: check_data(paths.folder, training=cfg.mode != "eval"))
     loaded = loaded._replace(notices=[*loaded.notices, *found])
@@ -8918,7 +8913,7 @@ def finish(outcome: str, message: str, reported: bool) -> None:
 def main(argv: list[str], env: Mapping[str, str]) -> int:
     """Exit status: 0 all that was asked for was done and every limit held; 2 a user's mistake; 1 a failure."""
     views = {"--help": describe_knobs, "-h": describe_knobs, "--toc": show_toc,
-             "--dump-config": lambda: show_config(env)}  # fmt: skip
+             "--dump-config": lambda: dump_config(load_config(env), with_notices=True)}  # fmt: skip
     status, outcome, message, reported = 1, "failed", "", False
     Run.current = None
     try:

@@ -500,7 +500,7 @@ def test_a_checkpoint_of_the_last_steps_leaves_no_time_for_another(tiny, script)
 
 def test_two_processes_cannot_run_under_one_name(tiny, script):
     first = named_run(tiny)
-    first.claim_name()
+    first.reserve_run_id()
     for changes in ({}, {"RESUME": "auto"}, {"FORCE": 1}, {"MODE": "eval", "ARTIFACT": SCRIPT}):
         result = script(tiny, **changes)
         assert result.status == 2 and not list(Path(tiny["LOG_DIR"]).glob("tiny*"))
@@ -538,7 +538,7 @@ def test_runs_without_a_name_that_start_in_one_second_get_names_of_their_own(tin
     monkeypatch.setattr(tg.time, "strftime", lambda *_: "20260101-120000")
     env = {**tiny, "RUN_ID": "", "ITERATIONS": "1", "EVAL_STRIDE": "0", "NGRAM_SCORE": "off"}
     running = tg.Run(config(env), 0, 0, 1, 1)
-    running.claim_name()
+    running.reserve_run_id()
     assert running.run_id == "20260101-120000-baseline-1337"
     assert [script(env).status for _ in range(2)] == [0, 0]
     running.close("ok")
