@@ -282,16 +282,17 @@ def test_the_plan_predicts_the_peak_of_a_step(recipe, monkeypatch):
 # ---- mistakes put in by hand: a harness that lets them pass proves nothing
 
 MUTANTS = {
-    "the batch stays on the host": ("t.pin_memory().to(device, non_blocking=True)", "t.pin_memory()"),
+    "the batch stays on the host": ("    return t.to(device, non_blocking=True)", "    return t"),
     "the loss is summed on the host": ("torch.zeros((), device=self.run.device), inputs.shape[1]", "torch.zeros(()), inputs.shape[1]"),
     "flags are read before their copy is complete": ("copied.synchronize()", "pass"),
     "n-grams are counted without waiting for the batch": ("self.stream.wait_stream(torch.cuda.current_stream())", "pass"),
     "a batch is freed while n-grams are counted": ("rows.record_stream(self.stream)", "pass"),
     "a generator of the host draws on the GPU": ("generator = torch.Generator(run.device).manual_seed(derive_seed(cfg.seed, \"fisher\", run.rank))",
                                                 "generator = torch.Generator().manual_seed(derive_seed(cfg.seed, \"fisher\", run.rank))"),
-    "codes are packed from the GPU": ("None if x is None else x.cpu() for part, x in parts.items()", "x for part, x in parts.items()"),
-    "windows are scored on the host": ("ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).to(self.run.device) for x in (tokens, self.hints))",
-                                       "ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).cpu() for x in (tokens, self.hints))"),
+    "codes are packed from the GPU": ("scale=chosen.cpu(),", "scale=chosen,"),
+    "windows are scored on the host": ("torch.stack([x[w.start : w.hi] for w in part]).to(self.run.device)",
+                                       "torch.stack([x[w.start : w.hi] for w in part]).cpu()"),
+    "ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).cpu() for x in (tokens, self.hints))"),
     "statistics lie on the host": ("total[0] = torch.arange(lo, hi, device=tokens.device)\n            total[1:", "total = total.cpu()\n            total[1:"),
     "momentum lies on the host": ("self.grads = torch.zeros(self.owned * run.world, rows, cols, device=run.device)",
                                   "self.grads = torch.zeros(self.owned * run.world, rows, cols)"),
