@@ -292,7 +292,6 @@ MUTANTS = {
     "codes are packed from the GPU": ("scale=chosen.cpu(),", "scale=chosen,"),
     "windows are scored on the host": ("torch.stack([x[w.start : w.hi] for w in part]).to(self.run.device)",
                                        "torch.stack([x[w.start : w.hi] for w in part]).cpu()"),
-    "ids, hints = (torch.stack([x[w.start : w.hi] for w in batch]).cpu() for x in (tokens, self.hints))"),
     "statistics lie on the host": ("total[0] = torch.arange(lo, hi, device=tokens.device)\n            total[1:", "total = total.cpu()\n            total[1:"),
     "momentum lies on the host": ("self.grads = torch.zeros(self.owned * run.world, rows, cols, device=run.device)",
                                   "self.grads = torch.zeros(self.owned * run.world, rows, cols)"),
