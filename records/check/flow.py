@@ -12,6 +12,7 @@ Every answer carries the path by which the text reaches it.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -1237,10 +1238,11 @@ def _key(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else dotted(node) if isinstance(node, ast.Attribute) else ""
 
 
-def _keys(node: ast.AST) -> set[str]:
+@functools.lru_cache(maxsize=2**17)  # asked again and again while names are followed
+def _keys(node: ast.AST) -> frozenset[str]:
     """Names and dotted attributes that an expression asks."""
     found = (n for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute)))
-    return {_key(n) for n in found} - {""}
+    return frozenset(_key(n) for n in found) - {""}
 
 
 def _tables_of(scope: Scope) -> set[str]:

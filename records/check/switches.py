@@ -8,6 +8,7 @@ that it ran.
 from __future__ import annotations
 
 import ast
+import functools
 import operator
 import re
 from collections.abc import Callable
@@ -364,6 +365,7 @@ class Switches:
         return any(w in printed for w in words - elsewhere)
 
 
+@functools.lru_cache(maxsize=2**17)
 def _printed_words(node: ast.AST) -> str:
     """What a call with a text prints first: `ttt:start` of `log(f"ttt:start lr:{lr}")`; "" of anything else."""
     if not isinstance(node, ast.Call) or not node.args:
