@@ -28,6 +28,7 @@ from conftest import (
     finished,
     free_port,
     losses,
+    run_ranks,
     score_of,
     spawn,
     tiny_env,
@@ -346,8 +347,7 @@ def assert_agree(env: dict[str, str], single: dict[str, str]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_any_number_of_ranks_trains_the_same_and_scores_the_same(tmp_path, data, single, script, ranks):
     env = base_env(tmp_path, data)
-    result = torchrun(env, ranks)
-    assert result.status == 0, result.err[-3000:]
+    run_ranks(env, ranks)
     assert events(env, "run")[0]["world_size"] == ranks
     assert_agree(env, single)
     # its own artifact, scored by one process: the number of ranks that share the scoring does not matter
@@ -384,10 +384,10 @@ def test_a_mistake_that_one_rank_finds_is_told_once_by_torchrun_too(tmp_path, da
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(tmp_path, data, script):
-    env = {**base_env(tmp_path, data), "ITERATIONS": "40", "CHECKPOINT_EVERY": "1", "VAL_LOSS_EVERY": "0", "EVAL_STRIDE": "0",
+    env = {**base_env(tmp_path, data), "ITERATIONS": "24", "CHECKPOINT_EVERY": "1", "VAL_LOSS_EVERY": "0", "EVAL_STRIDE": "0",
            "RESUME": "auto"}  # fmt: skip
     agent = spawn(env, "--standalone", "--nproc_per_node=2", "--max-restarts=2")
-    log, wanted = tmp_path / "tiny.jsonl", random.Random(os.getpid()).uniform(1, 30)
+    log, wanted = tmp_path / "tiny.jsonl", random.Random(os.getpid()).uniform(1, 17)
     while agent.poll() is None and (not log.exists() or log.read_text().count('"event": "step"') < wanted):
         time.sleep(0.005)
     os.kill(random.choice(children(agent.pid)), signal.SIGKILL)

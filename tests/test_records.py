@@ -850,7 +850,9 @@ def test_what_the_readmes_commands_write_is_ignored_by_git():
 
 
 def test_the_counted_form_is_packed_anew_and_must_have_the_logged_hash(world, capsys):
-    world["script"].write_text("def as_literal(x):\n    pass\n\n\ndef self_extracting(text):\n    return b'packed'\n\n\nX = 1\n")
+    world["script"].write_text(
+        "def as_literal(x):\n    pass\n\n\ndef self_extracting(text):\n    return b'packed'\n\n\nX = 1\n"
+    )
     write_run(world, "s1", pack={"code_form": "packed", "code_bytes": 6})
     folder = folder_of(world)
     assert (folder / "train_gpt.py").read_bytes() == b"packed"
