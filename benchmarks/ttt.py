@@ -21,11 +21,9 @@ step on, which fit other sizes: part lr chooses the rates, --lr sets that of the
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 import time
-from bisect import bisect_left
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as tg
+from tools.plan import EvaluationPlan, deal_blocks, synthetic_lengths
 
 PUBLISHED = {
     "TTT_ENABLED": "1", "TTT_RESET": "document", "TTT_LORA_RANK": "80", "TTT_LORA_ALPHA": "144", "TTT_LORA_BLOCKS": "0",
@@ -156,12 +155,6 @@ class Bench:
 # ---- the plan at full size
 
 
-def synthetic_lengths(seed: int = 0, n: int = 50_000, total: int = 47_851_520) -> np.ndarray:
-    """Targets of n documents, lognormal, scaled to `total`; sigma 1.1 gives the 2,500 longest their published 30 %."""
-    lengths = np.random.default_rng(seed).lognormal(0.0, 1.1, n)
-    return np.maximum(1, (lengths * total / lengths.sum()).astype(np.int64))
-
-
 class Plan(NamedTuple):
     """What test-time training document by document takes."""
 
@@ -174,19 +167,13 @@ class Plan(NamedTuple):
 def plan_documents(cfg: tg.Config, model: tg.GPT, lengths: np.ndarray, ranks: int) -> Plan:
     """The plan for documents of so many targets, from the evaluator's own blocks, chunks and batches."""
     sites, context = tg.lora_sites(cfg, model), cfg.ttt_eval_len
-    starts, n = np.cumsum([0, *lengths]), int(lengths.sum()) + 1
-    documents = [tg.Document(int(s), int(t)) for s, t in zip(starts, lengths, strict=False)]
-    edges = tg.block_edges(documents, tg.block_size(cfg, n))
-    chunks = list(tg.chunk_starts(cfg.ttt_chunk_steps, int(lengths.max())))
-    sent = np.array(chunks) - 1  # tokens of a document's first chunks
-    done = dict(zip(documents, np.searchsorted(chunks, lengths, side="right").tolist(), strict=True))
+    sent = np.array(list(tg.chunk_starts(cfg.ttt_chunk_steps, int(lengths.max())))) - 1  # tokens of the first chunks
+    done = np.searchsorted(sent + 1, np.arange(lengths.max() + 1), side="right")  # chunks by a document's targets
     steps, slowest = 0, 0.0
-    for lo, hi in itertools.pairwise([1, *edges]):
-        block = documents[bisect_left(starts, lo - 1) : bisect_left(starts, hi - 1)]
-        dealt = tg.deal_documents(block, ranks, cfg.ttt_batch_size, chunks)
-        steps += sum(done[batch[0]] - 1 for batches in dealt for batch in batches)
-        slowest += max(sum(float(sent[done[d]]) for batch in batches for d in batch) for batches in dealt)
-    total, learned = (float(sum(sent[k - last] for k in done.values())) for last in (0, 1))
+    for dealt in deal_blocks(cfg, lengths, ranks):
+        steps += sum(int(done[batch[0].targets]) - 1 for batches in dealt for batch in batches)
+        slowest += max(sum(float(sent[done[d.targets]]) for batch in batches for d in batch) for batches in dealt)
+    total, learned = (float(sent[done[lengths] - last].sum()) for last in (0, 1))
     # A forward without the head; new tokens see all of the context. Backward through frozen weights costs a forward, through LoRA two.
     plain = tg.flops_per_token(model, 2 * context) / 3 - 2 * cfg.vocab_size * cfg.model_dim
     lora = 2.0 * cfg.ttt_lora_rank * sum(d_out + d_in for (slot, _), (d_out, d_in) in sites.items() if slot >= 0)
@@ -216,11 +203,9 @@ def estimate(ranks: int = 8, peak: float = 989e12, share: float = 0.11) -> None:
     print(f"  seconds at {share:.0%} of peak: {' + '.join(f'{name} {s:.0f}' for name, s in parts.items())} = {sum(parts.values()):.0f}"
           f" of EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}")  # fmt: skip
     numbers, rows = cfg.ttt_lora_rank * sum(map(sum, tg.lora_sites(cfg, model).values())), cfg.ttt_batch_size
-    # Kept for backward, bf16: inputs of norms, projections, attention, both halves of the MLP.
-    kept = rows * cfg.ttt_chunk_size * len(model.plan) * cfg.model_dim * (14 + 2 * cfg.mlp_mult) * 2
-    keys = rows * context * len(model.plan) * 2 * cfg.num_kv_heads * cfg.head_dim * 2
-    print(f"  memory: LoRA of {rows} documents {numbers:,} numbers each, {rows * numbers * 16 / 2**30:.1f} GiB with gradients and moments; "
-          f"activations about {kept / 2**30:.1f} GiB; keys and values {keys / 2**30:.1f} GiB; two models in fp32 {8 * tg.count_parameters(model) / 2**30:.1f} GiB")  # fmt: skip
+    peaks = EvaluationPlan(cfg, lengths, ranks).peaks
+    print(f"  GiB of memory, at most, on each GPU: {', '.join(f'{part} {size / 2**30:.1f}' for part, size in peaks.items())}; of them LoRA of "
+          f"{rows} documents, {numbers:,} numbers each: {rows * numbers * 12 / 2**30:.1f} with moments")  # fmt: skip
 
 
 def main() -> None:

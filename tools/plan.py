@@ -9,10 +9,15 @@ Exit status: 0 done, 2 a mistake (one message).
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import itertools
+import math
 import os
 import sys
 import weakref
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg  # before torch, since it sets how torch's threads wait
 
 # isort: split
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +39,7 @@ class FlashFootprint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, _segments: None = None) -> Tensor:
-        y = torch.empty_like(q_BTHK)
+        y = torch.zeros_like(q_BTHK)
         ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGK, y, q_BTHK.new_empty(q_BTHK.shape[:3], dtype=torch.float32))
         return y
 
@@ -43,7 +49,7 @@ class FlashFootprint(torch.autograd.Function):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations made and that are still alive; `peak` is the most at once."""
+    """Counts the bytes of tensors on meta that operations made and that are still alive; `peak` is the most at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = {t.untyped_storage() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
-        for storage in {t.untyped_storage() for t in tree_iter(out) if isinstance(t, Tensor)} - given:
+        for storage in {t.untyped_storage() for t in tree_iter(out) if isinstance(t, Tensor) and t.is_meta} - given:
             if storage not in self.known:
                 self.known[storage] = storage.nbytes()
                 weakref.finalize(storage, self.release, storage.nbytes())
@@ -64,6 +70,12 @@ class LiveBytes(TorchDispatchMode):
     def release(self, size: int) -> None:
         """A storage of `size` bytes is gone."""
         self.live -= size
+
+    def most(self, action: Callable[[], Any]) -> int:
+        """The most bytes at once while `action` runs."""
+        self.peak = self.live
+        action()
+        return self.peak
 
 
 def activation_bytes(cfg: tg.Config, model: tg.GPT, device: torch.device, tokens: int) -> tuple[int, int]:
@@ -102,7 +114,148 @@ def state_bytes(cfg: tg.Config, model: tg.GPT) -> int:
     averages = (cfg.ema_decay > 0) + (cfg.swa_every > 0)
     # Weights, their gradients and these once more where they are reduced; then momentum, or Adam's two moments.
     floats = (3 + averages) * (matrices + small) + matrices + 2 * small + sum(b.numel() for b in model.buffers())
-    return 4 * floats + (8 * cfg.vocab_size**2 if cfg.complement_alpha else 0)
+    hashed = sum(tg.HASHED_SIZES.values()) if "pr1095" in cfg.ngram_tables else 0
+    return 4 * (floats + hashed) + (8 * cfg.vocab_size**2 if cfg.complement_alpha else 0)
+
+
+# ---- memory of the evaluation on GPUs, part by part
+
+
+def synthetic_lengths(seed: int = 0, n: int = 50_000, total: int = 47_851_520) -> np.ndarray:
+    """Targets of n documents, lognormal, scaled to `total`; sigma 1.1 gives the 2,500 longest their published 30 %."""
+    lengths = np.random.default_rng(seed).lognormal(0.0, 1.1, n)
+    return np.maximum(1, (lengths * total / lengths.sum()).astype(np.int64))
+
+
+def deal_blocks(cfg: tg.Config, lengths: np.ndarray, ranks: int) -> Iterator[list[list[list[tg.Document]]]]:
+    """For each block of documents of so many targets the batches of each rank, as the evaluator deals them."""
+    starts = np.cumsum([0, *lengths])
+    documents = [tg.Document(int(s), int(t)) for s, t in zip(starts, lengths, strict=False)]
+    chunks = list(tg.chunk_starts(cfg.ttt_chunk_steps, int(lengths.max())))
+    edges = tg.block_edges(documents, tg.block_size(cfg, int(starts[-1]) + 1))
+    for lo, hi in itertools.pairwise([1, *edges]):
+        block = documents[bisect_left(starts, lo - 1) : bisect_left(starts, hi - 1)]
+        yield tg.deal_documents(block, ranks, cfg.ttt_batch_size, chunks)
+
+
+def largest_steps(batches: Iterable[list[tg.Document]], context: int) -> list[tuple[int, int, int]]:
+    """(documents of a batch, those that go on, tokens that they see) of the steps that no other one exceeds in all three."""
+    steps: list[tuple[int, int, int]] = []
+    every = {(len(batch), i + 1, min(d.targets, context)) for batch in batches for i, d in enumerate(batch)}
+    for step in sorted(every, reverse=True):
+        if not any(step[1] <= other[1] and step[2] <= other[2] for other in steps):
+            steps.append(step)
+    return steps
+
+
+# Bytes of n-gram stages: of statistics, a token and order; as measured, of a span, a target and level while it is mixed, and until
+# it is learned; of a target that is tilted.
+STATS_BYTES, MIXED_BYTES, PENDING_BYTES, TILTED_BYTES = 12, 290, 88, 160
+
+
+class EvaluationPlan:
+    """`peaks`: the most bytes at once in each part of an evaluation on one of `ranks` GPUs, of documents of so many targets.
+
+    The network's passes and steps are counted: in the order of the evaluation they run without data or memory, one rank's share
+    each. What has an entry a token of the text is added up. `packed`: how many n-grams the artifact carries. The published
+    caches and tables of claims are left out.
+    """
+
+    def __init__(self, cfg: tg.Config, lengths: np.ndarray, ranks: int = 1, packed: int = 0) -> None:
+        self.cfg = dataclasses.replace(cfg, device="cpu", val_batch_tokens=cfg.val_batch_tokens or 2**17)
+        self.lengths, self.ranks, self.n = lengths, ranks, int(lengths.sum()) + 1
+        self.run, self.memory = tg.Run(self.cfg, 0, 0, 1, 1), LiveBytes()
+        self.run.device, self.peaks = torch.device("meta"), dict[str, int]()
+        self.networks: dict[str, tg.NetworkExpert] = {}
+        self.read: set[int] = set()  # orders of statistics that lie on the GPU
+        self.streams = 16 * self.n + 32 * packed  # ids and counts of bytes
+        with self.memory:
+            with self.run.device:
+                model = tg.GPT(cfg)
+            self.model = model.place(self.run.device, FlashFootprint.apply)
+            model.compute_dtype = tg.compute_dtype(cfg.train_dtype, torch.device("cuda"))
+            best = "ttt" if cfg.ttt_enabled else "sliding" if cfg.eval_stride else "roundtrip"
+            for stage in (s for s in cfg.stages if s != "normalized"):
+                network = stage if stage in ("roundtrip", "sliding", "ttt") else best
+                if network not in self.networks:
+                    self.plan_network(network, hinted=cfg.ngram_tilt_enabled and network == best)
+                if network != stage:
+                    self.plan_ngrams(stage)
+
+    def note(self, part: str, action: Callable[[], Any] = lambda: None, more: int = 0) -> None:
+        """The peak of a part: what is there, what `action` makes, and `more`."""
+        self.peaks[part] = max(self.peaks.get(part, 0), self.memory.most(action) + self.streams + more)
+
+    def plan_network(self, stage: str, hinted: bool) -> None:
+        """Roundtrip, sliding windows, test-time training."""
+        cfg, learns = self.cfg, stage == "ttt"
+        tokens = torch.full((1 + max(int(self.lengths.max()), cfg.eval_len, cfg.ttt_eval_len) + cfg.ttt_chunk_size,), 2)
+        text = tg.ValidationText(tokens, torch.ones_like(tokens), complete=True)
+        make = tg.TEST_TIME[cfg.ttt_reset] if learns else tg.NetworkExpert
+        network = self.networks[stage] = make(cfg, self.run, self.model, text, tg.stage_stride(cfg, stage))
+        self.streams += (20 + 4 * learns) * self.n  # scores, entropies, chances of hints, hints; weights
+        if hinted:
+            self.note("hints", more=12 * self.n)  # positions; the hints beside the empty ones
+        if isinstance(network, tg.DocumentLoraNetwork):
+            self.plan_documents(network)
+            if cfg.phased_ttt_num_phases:
+                self.plan_phase(network)
+        else:
+            self.plan_windows(network, stage)
+
+    def plan_windows(self, network: tg.NetworkExpert, stage: str) -> None:
+        """A batch of windows; where one LoRA learns, a step of it."""
+        rows = min(network.rows, math.ceil(self.n / network.stride / self.ranks))
+        ids = [torch.zeros(rows, network.seq_len + 1, dtype=torch.int64, device="meta") for _ in range(2)]
+        with torch.no_grad():
+            fresh = 12 * min(self.n, network.ahead * self.ranks)
+            self.note(stage, lambda: network.score_rows(*ids, network.stride), fresh)
+        if isinstance(network, tg.SharedLoraNetwork):
+            learned = self.cfg.ttt_chunk_tokens // self.ranks
+            network.tokens, network.weights = (torch.ones(learned + 1, dtype=t) for t in (torch.int64, torch.float32))
+            self.note(stage, lambda: network.learn(network.tokens, 1, 1 + learned))
+
+    def plan_documents(self, network: tg.DocumentLoraNetwork) -> None:
+        """The largest steps of batches of documents, the second of two so that what the first one leaves is there."""
+        cfg, blocks = self.cfg, list(deal_blocks(self.cfg, self.lengths, self.ranks))
+        fresh = 12 * max(sum(d.targets for batch in itertools.chain(*dealt) for d in batch) for dealt in blocks)
+        batches = (batch for dealt in blocks for batch in itertools.chain(*dealt))
+        for rows, going_on, context in largest_steps(batches, cfg.ttt_eval_len):
+            documents = [tg.Document(0, context + 1 if i < going_on else 1) for i in range(rows)]
+            batch, last = tg.DocumentBatch(network, documents), max(1, context + 1 - cfg.ttt_chunk_size)
+            for lo, hi in itertools.pairwise(sorted({1, max(1, last - cfg.ttt_chunk_size), last, context + 1})):
+                step = lambda: (batch.score(network.tokens, lo, hi), batch.update(network.tokens, lo, hi))  # noqa: B023, E731
+                if hi == context + 1:
+                    self.note("ttt", step, fresh)
+                else:
+                    step()
+
+    def plan_phase(self, network: tg.DocumentLoraNetwork) -> None:
+        """The second step of SGD on all weights."""
+        cfg = self.cfg
+        most = min(cfg.global_ttt_batch_seqs * network.seq_len or self.n, cfg.global_ttt_chunk_tokens)
+        length = min(network.seq_len, most, int(self.lengths.max()))
+        rows = max(1, network.learning_rows * network.seq_len // length)  # those of one backward pass
+        spans = [(1, 1 + length)] * min(rows, math.ceil(most / length / self.ranks))
+        params = list(network.model.requires_grad_().parameters())
+        optimizer = torch.optim.SGD(params, cfg.global_ttt_lr, cfg.global_ttt_momentum)
+        step = functools.partial(network.descend, network.tokens, spans, params, tg.Ctx(), cfg.global_ttt_grad_clip)
+        for _ in range(2):
+            self.note("phase", lambda: step(optimizer))
+        network.model.requires_grad_(False)
+
+    def plan_ngrams(self, stage: str) -> None:
+        """Statistics, which come to the GPU with the first stage that reads them, and the span that is mixed at once."""
+        cfg, tilted, levels = self.cfg, self.cfg.ngram_tilt_enabled, []
+        if "exact" in cfg.ngram_tables and stage != "tilt":
+            levels.append(cfg.ngram_table_order - 1)
+        if stage == "ngram":
+            levels.append(cfg.ngram_order - 1)
+        for order in {*cfg.counted_orders[-1:] * tilted, *cfg.counted_orders[:1] * (stage == "ngram")} - self.read:
+            self.streams += STATS_BYTES * order * self.n
+            self.read.add(order)
+        mixed = MIXED_BYTES * levels[-1] + PENDING_BYTES * sum(levels[:-1]) if levels else 0
+        self.note(stage, more=(mixed + TILTED_BYTES * tilted) * tg.update_span(self.n))
 
 
 def predicted_bytes(policy: tg.Policy, name: str, p: Tensor) -> float:
@@ -170,6 +323,12 @@ def plan(args: argparse.Namespace) -> None:
         f"  {(state + kept) / 2**20:>10,.0f} MiB with what a compiled pass holds (three published peaks are within 10 %)"
     )
     print(f"  {(state + peak) / 2**20:>10,.0f} MiB at the peak of an eager pass")
+    if device.type == "cuda":
+        peaks = EvaluationPlan(cfg, synthetic_lengths(), ranks=8).peaks
+        print(
+            "memory of the evaluation on each of 8, for a text of 50,000 documents and 47.8 M tokens, at the most (eager):"
+        )
+        print(f"  {', '.join(f'{part} {size / 2**20:,.0f}' for part, size in peaks.items())} MiB")
     flops = tg.flops_per_token(model, cfg.train_seq_len)
     print(
         f"FLOPs: {flops:.3g} a token, {flops * cfg.train_batch_tokens:.3g} a step of {cfg.train_batch_tokens:,} tokens"
