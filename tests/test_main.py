@@ -389,7 +389,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(tmp_path, data, scr
     agent = spawn(env, "--standalone", "--nproc_per_node=2", "--max-restarts=2")
     log, wanted = tmp_path / "tiny.jsonl", random.Random(os.getpid()).uniform(1, 17)
     while agent.poll() is None and (not log.exists() or log.read_text().count('"event": "step"') < wanted):
-        time.sleep(0.005)
+        time.sleep(0.03)
     os.kill(random.choice(children(agent.pid)), signal.SIGKILL)
     result = finished(agent, 90)
     assert result.status == 0, result.err[:6000]

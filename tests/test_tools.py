@@ -88,15 +88,15 @@ def texts(sample: str) -> dict[str, bytes]:
         "empty": b"",
         "one byte": b"a",
         "one newline": b"\n",
-        "prose": sample[:900].encode(),
-        "code": (HERE / "test_tools.py").read_bytes()[:1200],
-        "crlf and tabs": b"  one\r\n\ttwo \r\n\r\n three\t\t\n" * 9,
+        "prose": sample[:500].encode(),
+        "code": (HERE / "test_tools.py").read_bytes()[:600],
+        "crlf and tabs": b"  one\r\n\ttwo \r\n\r\n three\t\t\n" * 6,
         "other scripts": "Привет, мир. 你好，世界。 ＡＢＣ ｶﾞ 한국어 مرحبا Ελληνικά ½ ﬁne… ´ ¨ e\u0301 \u3000\ufeff\u200b▁ <s>".encode(),
         "emoji": "👩\u200d👩\u200d👧 🙂🙃 ❤️ 🇫🇷 e".encode() * 3,
         "NULs": b"\0a\0\0 b\0\n\x01\x7f\x02\x03" * 5,
         "broken UTF-8": b"Hello \xff\xfe world \xc3 and \xe2\x82 more \xed\xa0\x80.\n" * 4,
         "latin-1": "Il était déjà trop tard".encode("latin-1") * 3,
-        "random bytes": rng.randbytes(300),
+        "random bytes": rng.randbytes(150),
     }
 
 
@@ -106,7 +106,7 @@ def test_every_kind_of_bytes_comes_back(codec, sample_text):
         assert text is None or codec.decompress(text.blob) == data, name
         plain = codec.compress_bytes(data)
         assert codec.decompress(plain.blob) == data, name
-        assert text is None or len(data) > 200 or codec.compress(data) == min(text, plain, key=lambda p: len(p.blob))
+        assert text is None or len(data) > 80 or codec.compress(data) == min(text, plain, key=lambda p: len(p.blob))
 
 
 def test_any_tokenizer_will_do(data):
@@ -165,9 +165,10 @@ def evaluator_bits(of: ta.Predictor, tokens: np.ndarray, lanes: int) -> float:
 
 def test_actual_size_is_the_evaluators_score_of_the_same_segmentation(tokenizer, sample_text):
     codec = tc.Codec(open_tiny(load(EVAL_STAGES="sliding"), tokenizer), 64)
-    packed = codec.compress_text(sample_text.encode())
+    text = sample_text[:60_000].rsplit(" ", 1)[0]
+    packed = codec.compress_text(text.encode())
     assert packed.restoration_bits == 0, "normalisation leaves this text alone"
-    tokens = np.array(tokenizer.sp.encode(sample_text), np.int64)
+    tokens = np.array(tokenizer.sp.encode(text), np.int64)
     score = evaluator_bits(codec.predictor, tokens, 64)
     assert packed.ideal == pytest.approx(score, rel=1e-3)
     assert packed.token_bits == pytest.approx(score, rel=1e-3)
@@ -450,7 +451,7 @@ def tool(artifact, capfd, monkeypatch):
 
 
 def test_files_go_through_the_command_line_and_back(tool, tmp_path, sample_text):
-    data = b"def f(x):\n    return x\n\n" + sample_text[:2500].encode()
+    data = b"def f(x):\n    return x\n\n" + sample_text[:1000].encode()
     source, packed, back = tmp_path / "a.txt", tmp_path / "a.txt.pgz", tmp_path / "b.txt"
     source.write_bytes(data)
     status, text = tool("compress", source, EVAL_STRIDE=16)
