@@ -1401,14 +1401,6 @@ def launched_apart() -> str:
     return ""
 
 
-def is_first_on_node() -> bool:
-    """True on one rank of each machine, which reports a mistake found before the ranks have met."""
-    try:
-        return read_ranks(os.environ).local_rank == 0
-    except ConfigError:
-        return True
-
-
 def pick_device(name: str, local_rank: int) -> torch.device:
     """DEVICE -> torch.device of this rank; raises ConfigError if the device is not there."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -1525,6 +1517,7 @@ class Run:
     """This process in its run: rank, device, logs, the stop signal, collectives. Made once, by `Run.start`."""
 
     current: Run | None = None  # for main, which closes the logs whatever happens
+    first_on_node = True  # whether this rank reports a mistake that is found before the ranks have met
     packing: subprocess.Popen | None = None  # `start_packing`'s child, which no process leaves behind
 
     def __init__(self, cfg: Config, rank: int, local_rank: int, world: int, local_world: int) -> None:
@@ -2375,9 +2368,7 @@ def check_data(folder: Path, training: bool, everything: bool = False) -> list[s
         before = np.cumsum([0, *map(len, train)])
         most = before[-1] if everything else LEAK_TOKENS
         parts = (shard[: max(0, most - start)] for shard, start in zip(train, before, strict=False))
-        seen = np.zeros(len(hashes), dtype=bool)
-        for part, _ in text_units(parts, spacing):
-            seen |= np.isin(hashes, part)
+        seen = np.isin(hashes, np.concatenate([part for part, _ in text_units(parts, spacing)]))
         leaked, share = int(seen.sum()), float(seen.sum()) / max(1, len(seen))
         found = f"{leaked} of {len(hashes)} validation {'pieces' if spacing else 'documents'} stand in the training text ({share:.2%})"
         if share >= COPIED_SHARE:
@@ -8900,7 +8891,7 @@ def finish(outcome: str, message: str, reported: bool) -> None:
         Run.packing.kill()
     if run is not None:
         run.graceful = True  # a signal that arrives now must not cut this short
-    if message and not reported and (is_first_on_node() if run is None else run.is_first("said")):
+    if message and not reported and (Run.first_on_node if run is None else run.is_first("said")):
         say("\n".join(f"error: {line}" for line in message.splitlines()), to_stderr=True)
     if run is not None:
         for text in filter(None, (message, *run.lost.values())):
@@ -8915,7 +8906,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     views = {"--help": describe_knobs, "-h": describe_knobs, "--toc": show_toc,
              "--dump-config": lambda: dump_config(load_config(env), with_notices=True)}  # fmt: skip
     status, outcome, message, reported = 1, "failed", "", False
-    Run.current = None
+    Run.current, Run.first_on_node = None, True
     try:
         if argv and argv[0] not in views:
             raise ConfigError(f"unknown argument {argv[0]!r}; knobs are environment variables; try {', '.join(views)}")
@@ -8923,7 +8914,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
             error = say(views[argv[0]]())
             return 0 if error is None else 1
         script_bytes()
-        read_ranks(env)
+        Run.first_on_node = read_ranks(env).local_rank == 0
         status = dispatch(env)
         outcome = "ok" if status == 0 else "limit broken"
         # Ranks that end differently keep torchrun waiting, and only the first has logs to lose.
