@@ -6599,11 +6599,15 @@ def build_trie(tokens: np.ndarray, vocab_size: int, order: int, limit: int) -> b
 #   stage         one pass over the validation text with one expert; the last valid one is the score
 
 
-class BpbMeter:
-    """Sums nats, tokens and bytes of scored targets, in float64 and integers."""
+@dataclass
+class StageResult:
+    """What a stage has scored so far: nats in float64, tokens, bytes of text, and seconds of the whole."""
 
-    def __init__(self) -> None:
-        self.nats, self.tokens, self.bytes = 0.0, 0, 0
+    stage: str = ""
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
 
     def add(self, logp: Tensor, byte_counts: Tensor) -> None:
         """Count targets with natural log-probabilities `logp` (n,) that add `byte_counts` (n,) bytes of text."""
@@ -6870,10 +6874,8 @@ class NetworkExpert:
         """Score windows of equal shape, one after the other, into `fresh`, whose entry 0 is the first target not scored yet."""
 
         def score(part: list[Window]) -> None:
-            ids, hints = (
-                torch.stack([x[w.start : w.hi] for w in part]).to(self.run.device) for x in (tokens, self.hints)
-            )
-            values = self.score_rows(ids, hints, part[0].hi - part[0].lo)
+            rows = torch.stack([torch.stack([x[w.start : w.hi] for w in part]) for x in (tokens, self.hints)])
+            values = self.score_rows(*rows.to(self.run.device), part[0].hi - part[0].lo)
             fresh[:, part[0].lo - self.done : part[-1].hi - self.done] = values.flatten(1)
 
         self.rows = in_parts(batch, self.rows, score, f"EVAL_SEQ_LEN={self.seq_len}: one window")
@@ -7420,28 +7422,6 @@ def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> list[Tensor]:
     return [torch.from_numpy(column)[:, :n] for column in columns]
 
 
-class Replay:
-    """The same statistics from a dictionary, one token at a time: slow and plain, what the fast code is tested against."""
-
-    def __init__(self, order: int) -> None:
-        self.order = order
-        self.history: list[int] = []
-        self.followers: dict[tuple[int, ...], list[int]] = {}  # context -> positions of the tokens that followed it
-
-    def counter(self, k: int) -> tuple[Counter[int], int]:
-        """(token -> occurrences after the current context of k tokens, position of the latest one or -1)."""
-        start = len(self.history) - k
-        positions = self.followers.get(tuple(self.history[start:]), []) if start >= 0 else []
-        return Counter(self.history[t] for t in positions), positions[-1] if positions else -1
-
-    def add(self, token: int) -> None:
-        """Learn the next token under every context length."""
-        position = len(self.history)
-        for k in range(min(self.order, position + 1)):
-            self.followers.setdefault(tuple(self.history[position - k :]), []).append(position)
-        self.history.append(token)
-
-
 # ---- n-gram experts: each corrects a distribution by counts
 
 
@@ -7499,13 +7479,6 @@ class NgramTable:
             for column, values in zip(stats, (len(follower), count, (count > 0).sum(), follower[-1]), strict=True):
                 column[k] = values
         return stats
-
-
-def bucket_sums(bucket_M: Tensor, values_JM: Tensor, size: int) -> Tensor:
-    """Sum each row's values by bucket, (J, size)."""
-    if values_JM.is_cuda:  # where a bincount waits for the device
-        return values_JM.new_zeros(len(values_JM), size).index_add_(1, bucket_M, values_JM)
-    return torch.stack([torch.bincount(bucket_M, row, size) for row in values_JM])
 
 
 def log2_floor(x: Tensor) -> Tensor:
@@ -7594,8 +7567,9 @@ class LearnedWeights:
         gradient = posterior_JM - weights_JM
         squared = gradient.square()
         for table, square, bucket in zip(self.tables, self.squares, buckets, strict=True):
-            square += bucket_sums(bucket, squared, table.shape[1])
-            table += self.rate * bucket_sums(bucket, gradient, table.shape[1]) / (square + self.caution)
+            square += torch.zeros_like(square).index_add_(1, bucket, squared)
+            step = torch.zeros_like(table).index_add_(1, bucket, gradient) / (square + self.caution)
+            table += self.rate * step
 
 
 class Cascade(NgramExpert):
@@ -8026,17 +8000,17 @@ def span_end(network: NetworkExpert, chunk: int, lo: int) -> int:
 
 def score_first(
     chain: Sequence[Expert], text: ValidationText, span: int, deadline: float = math.inf, end: float = math.inf
-) -> BpbMeter:
+) -> StageResult:
     """The driver of every stage: the account of what the last of the chain scores, span by span, before all of them learn it; the
     first is the network. It stops behind the span of target `end`.
 
     `deadline` is a reading of time.perf_counter(), rank 0's counts;
     BrokenRun if it passes or clearly will, since a score of a part is no score.
     """
-    network, meter, n, since = chain[0], BpbMeter(), len(text.tokens), time.perf_counter()
+    network, account, n, since = chain[0], StageResult(), len(text.tokens), time.perf_counter()
     run, new = network.run, network.done < n
     for lo, hi, logp in score_then_learn(text.tokens, n, functools.partial(span_end, network, span), chain):
-        meter.add(logp, text.bytes[lo:hi])
+        account.add(logp, text.bytes[lo:hi])
         if hi > end:
             break
         run.progress("evaluating", hi, n, since)
@@ -8044,18 +8018,9 @@ def score_first(
         if due and (late := run.broadcast(overtime(run.cfg, since, deadline, max(hi, network.done * new), n))):
             raise BrokenRun(f"EVAL_WALLCLOCK_SECONDS={run.cfg.eval_wallclock_seconds:g} {late} after {hi} of {n} tokens; "
                             "raise EVAL_STRIDE or switch a stage off: a score of a part is no score")  # fmt: skip
-    return meter
-
-
-class StageResult(NamedTuple):
-    """One row of the table of stages."""
-
-    stage: str
-    val_loss: float
-    val_bpb: float
-    tokens: int
-    bytes: int
-    seconds: float
+    run.sync()
+    account.seconds = time.perf_counter() - since
+    return account
 
 
 # What a stage is, for the evaluator and for the tools that code with its distributions.
@@ -8153,11 +8118,8 @@ class Evaluation:
 
     def score(self, stage: str, deadline: float = math.inf) -> StageResult:
         """Score the whole text in one stage."""
-        started, (chain, span) = time.perf_counter(), self.experts(stage)
-        meter = score_first(chain, self.text, span, deadline)
-        self.run.sync()
-        seconds = time.perf_counter() - started
-        return StageResult(stage, meter.val_loss, meter.val_bpb, meter.tokens, meter.bytes, seconds)
+        chain, span = self.experts(stage)
+        return dataclasses.replace(score_first(chain, self.text, span, deadline), stage=stage)
 
 
 class RecordingScorer:
@@ -8190,13 +8152,13 @@ def claim(evaluation: Evaluation) -> None:
     score_first([network], evaluation.text, network.ahead)  # scored already unless its stage is off
     evaluation.move_to_cpu()
     chain, span = evaluation.experts("claimed")
-    n, started = len(evaluation.text.tokens), time.perf_counter()
+    n = len(evaluation.text.tokens)
     recorded = RecordingScorer(chain[-1], range(1, n, max(1, n // CLAIM_SAMPLES)))
     r = score_first([*chain, recorded], evaluation.text, span)
     sums = [p.sum().item() for p in recorded.dists.values()]
     z_mean, z_max = sum(sums) / len(sums), max(sums)
     run.log(f"{cfg.ngram_claim} claimed_bpb:{r.val_bpb:.8f} z_mean:{z_mean:.3f} z_max:{z_max:.3f} (not a code length)")
-    run.event("claim", name=cfg.ngram_claim, claimed_bpb=r.val_bpb, z_mean=z_mean, z_max=z_max, seconds=time.perf_counter() - started,
+    run.event("claim", name=cfg.ngram_claim, claimed_bpb=r.val_bpb, z_mean=z_mean, z_max=z_max, seconds=r.seconds,
               note="not a code length")  # fmt: skip
 
 
@@ -8324,21 +8286,21 @@ class Audit:
 
     def walk(
         self, tokens: Tensor, at: Iterable[int] = (), end: float = math.inf
-    ) -> tuple[Tensor, dict[int, Tensor], BpbMeter]:
+    ) -> tuple[Tensor, dict[int, Tensor], StageResult]:
         """Scores from target 1 to the span of target `end`, distributions, and the driver's account, of a stream in the text's place."""
         text, chain, span = self.experts(tokens)
         watched = RecordingScorer(chain[-1], at)
-        meter = score_first([*chain, watched], text, span, end=end)
-        return torch.cat(watched.scores).cpu(), {t: p.cpu() for t, p in watched.dists.items()}, meter
+        account = score_first([*chain, watched], text, span, end=end)
+        return torch.cat(watched.scores).cpu(), {t: p.cpu() for t, p in watched.dists.items()}, account
 
     def checks(self) -> Iterator[AuditCheck]:
         """All checks of this stage; the first walk serves three of them."""
         tokens = self.text.tokens
-        scores, dists, meter = self.walk(tokens, self.at)
+        scores, dists, account = self.walk(tokens, self.at)
         yield self.sums_to_one(dists)
         yield self.scores_are_of_the_distribution(scores, dists)
-        counted = (meter.tokens, meter.bytes) == (len(tokens) - 1, int(self.text.bytes[1:].sum()))
-        yield AuditCheck("every target once", counted, f"{meter.tokens} targets, {meter.bytes} bytes")
+        counted = (account.tokens, account.bytes) == (len(tokens) - 1, int(self.text.bytes[1:].sum()))
+        yield AuditCheck("every target once", counted, f"{account.tokens} targets, {account.bytes} bytes")
         yield from self.rest_is_unseen(scores, dists)
         cost = -self.walk(self.noise)[0].mean().item() / math.log(2)
         floor = math.log2(self.cfg.vocab_size)
@@ -8376,17 +8338,18 @@ class Audit:
 
 
 def replay_check(text: ValidationText, table: NgramTable, n: int = 2000) -> AuditCheck:
-    """The engine's statistics against dictionaries fed one token at a time."""
-    tokens = text.tokens[:n]
+    """The engine's statistics against a dictionary fed one token at a time."""
+    tokens = text.tokens[:n].tolist()
     stats = [x.tolist() for x in table.span(text.tokens, 0, len(tokens))]  # of the whole stream, cut after counting
-    replay = Replay(table.order)
-    for t, x in enumerate(tokens.tolist()):
+    followers: dict[tuple[int, ...], list[int]] = {}  # context -> positions of the tokens that followed it
+    for t, x in enumerate(tokens):
         for k in range(table.order):
-            counter, last = replay.counter(k)
-            expected = (counter.total(), counter[x], len(counter), last)
+            at = followers.setdefault(tuple(tokens[t - k : t]), []) if k <= t else []
+            came = [tokens[i] for i in at]
+            expected = (len(at), came.count(x), len({*came}), at[-1] if at else -1)
             if tuple(column[k][t] for column in stats) != expected:
                 return AuditCheck("replay", False, f"target {t}, context of {k} tokens: expected {expected}")
-        replay.add(x)
+            at.append(t)
     return AuditCheck("replay", True, f"{len(tokens)} targets, contexts of 0 to {table.order - 1} tokens")
 
 
@@ -8730,7 +8693,8 @@ def score_artifact(opened: OpenRun, blob: bytes, train_s: float = 0.0) -> int:
         gain = f" gain:{results[-1].val_bpb - r.val_bpb:.6f}" if results else ""  # over the stage before
         exact = f"val_loss:{r.val_loss:.8f} val_bpb:{r.val_bpb:.8f}{gain}"
         run.log(f"final_{r.stage}_exact {exact} eval_time:{1000 * r.seconds:.0f}ms")
-        run.event("stage", **r._asdict(), complete=opened.text.complete, dtype=dtype)
+        run.event("stage", stage=r.stage, val_loss=r.val_loss, val_bpb=r.val_bpb, tokens=r.tokens, bytes=r.bytes,
+                  seconds=r.seconds, complete=opened.text.complete, dtype=dtype)  # fmt: skip
         results.append(r)
     held = report_score(opened, results, sizes, train_s, clock.seconds())
     if cfg.ttt_order == "length":

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SEQ, config
 from fake_cuda import FakeCuda
-from test_ngram import VOCAB, ToyNetwork, make_text
+from test_ngram import VOCAB, Replay, ToyNetwork, make_text
 from test_table import packed_table
 
 import train_gpt as tg
@@ -99,7 +99,7 @@ def cascade_by_hand(tokens, span: int, rate: float, counts) -> list[float]:
 
 @pytest.mark.parametrize(("span", "rate"), [(64, 0.8), (17, 0.3)])
 def test_the_cascade_is_its_definition_over_counters_fed_token_by_token(span, rate):
-    tokens, replay, known = make_text(500), tg.Replay(ORDER), {}
+    tokens, replay, known = make_text(500), Replay(ORDER), {}
     for t, x in enumerate(tokens.tolist()):
         for k in range(1, ORDER):
             c, last = replay.counter(k)
@@ -183,7 +183,7 @@ def test_a_span_of_the_packed_table_is_a_part_of_the_whole_wherever_it_begins():
     (3, 2.625, 0.8, 0.0, 0.0), (2, 1.0, 0.31, 1.0, 0.5), (4, 0.7, 0.5, 0.5, 2.0), (3, 0.1, 0.0, 2.0, 5.0)])  # fmt: skip
 def test_the_tilt_is_its_formula_and_learns_beta_after_the_span(order, beta, threshold, gamma, rate):
     tokens, span, expected = make_text(500), 60, []
-    x, base, replay, hints = tokens.tolist(), ToyNetwork(tokens), tg.Replay(order), []
+    x, base, replay, hints = tokens.tolist(), ToyNetwork(tokens), Replay(order), []
     for token in x:
         c, last = replay.counter(order - 1)
         fires = bool(c) and c[x[last]] >= threshold * sum(c.values())

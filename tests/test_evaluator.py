@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ def expert(cfg: tg.Config, model: tg.GPT, text: tg.ValidationText, stride: int) 
 
 
 def test_the_meter_adds_nats_tokens_and_bytes():
-    meter = tg.BpbMeter()
+    meter = tg.StageResult()
     meter.add(torch.tensor([-1.0, -2.0]), torch.tensor([3, 0]))
     meter.add(torch.tensor([-3.0]), torch.tensor([1]))
     assert (meter.tokens, meter.bytes) == (3, 4)
@@ -45,7 +46,7 @@ def test_the_meter_adds_nats_tokens_and_bytes():
 
 
 def test_the_meter_sums_in_double_precision():
-    meter = tg.BpbMeter()
+    meter = tg.StageResult()
     for _ in range(100):
         meter.add(torch.full((10_000,), -0.1), torch.ones(10_000, dtype=torch.int64))
     assert meter.nats == pytest.approx(1e6 * float(torch.tensor(0.1)), rel=1e-12)
@@ -291,7 +292,7 @@ def test_evaluation_leaves_the_model_in_training_as_it_was(tiny, model, text):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all((r.tokens, r.bytes) == (len(text.tokens) - 1, int(text.bytes.sum())) for r in results)
     assert results == [
-        r._replace(seconds=s.seconds)
+        dataclasses.replace(r, seconds=s.seconds)
         for r, s in zip(tg.evaluate(tg.Evaluation(cfg, run, model, text), cfg.stages), results, strict=True)
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -35,6 +36,26 @@ def make_text(n: int, seed: int = 0) -> Tensor:
         else:
             x.append(int(follow[x[-2], x[-1]] if rng.random() < 0.7 else rng.integers(2, VOCAB)))
     return torch.tensor(x[:n])
+
+
+class Replay:
+    """Statistics from a dictionary, one token at a time: slow and plain, what the fast code is tested against."""
+
+    def __init__(self, order: int) -> None:
+        self.order, self.history, self.followers = order, [], {}  # context -> positions of the tokens that followed it
+
+    def counter(self, k: int) -> tuple[Counter[int], int]:
+        """(token -> occurrences after the current context of k tokens, position of the latest one or -1)."""
+        start = len(self.history) - k
+        positions = self.followers.get(tuple(self.history[start:]), []) if start >= 0 else []
+        return Counter(self.history[t] for t in positions), positions[-1] if positions else -1
+
+    def add(self, token: int) -> None:
+        """Learn the next token under every context length."""
+        position = len(self.history)
+        for k in range(min(self.order, position + 1)):
+            self.followers.setdefault(tuple(self.history[position - k :]), []).append(position)
+        self.history.append(token)
 
 
 class ToyNetwork:
@@ -97,7 +118,7 @@ def walk(expert, tokens: Tensor, chunk: int = 128, at: tuple[int, ...] = ()) -> 
 
 def replayed(tokens: Tensor, order: int) -> np.ndarray:
     """(4, order, N): total, count, kinds, last of every target, from dictionaries fed one token at a time."""
-    replay = tg.Replay(order)
+    replay = Replay(order)
     out = np.zeros((4, order, len(tokens)), dtype=np.int64)
     for t, x in enumerate(tokens.tolist()):
         for k in range(order):
@@ -139,7 +160,7 @@ def test_spans_join_to_the_replay(chunk):
 
 def test_counts_of_every_candidate_equal_the_replay():
     tokens = make_text(300)
-    table, replay = tg.NgramTable(VOCAB, 5), tg.Replay(5)
+    table, replay = tg.NgramTable(VOCAB, 5), Replay(5)
     for t, x in enumerate(tokens.tolist()):
         if t % 17 == 1:
             stats = table.candidates(tokens, t)
