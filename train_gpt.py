@@ -6703,12 +6703,10 @@ def last_logits(model: GPT, inputs: Tensor, n: int, ctx: Ctx) -> Tensor:
     return model.logits(model.features(inputs, ctx)[:, -n:], ctx)
 
 
-def score_windows(
-    model: GPT, inputs: Tensor, targets: Tensor, hints: Tensor, n: int, ctx: Ctx, temperature: float
-) -> Tensor:
-    """`score_logits` of the last n targets of each row, (3, B, n)."""
-    z = last_logits(model, inputs, n, ctx) / temperature
-    return score_logits(z, targets[:, -n:], hints[:, -n:])
+def score_windows(model: GPT, ids: Tensor, hints: Tensor, n: int, ctx: Ctx, temperature: float) -> Tensor:
+    """`score_logits` of the last n of the targets ids[:, 1:] of each row, (3, B, n)."""
+    z = last_logits(model, ids[:, :-1], n, ctx) / temperature
+    return score_logits(z, ids[:, -n:], hints[:, -n:])
 
 
 def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
@@ -6861,7 +6859,7 @@ class NetworkExpert:
         """
         usual = n == self.stride and ids.shape == (self.rows, self.seq_len + 1)
         ctx = self.model.with_segments(ids[:, :-1], self.ctx, self.room if usual else 0)
-        args = (self.model, ids[:, :-1], ids[:, 1:], hints[:, 1:], n, ctx, self.temperature)
+        args = (self.model, ids, hints, n, ctx, self.temperature)
         if usual and self.compiled is not None:
             try:
                 return self.compiled(*args)
@@ -6927,14 +6925,16 @@ class TestTimeNetwork(NetworkExpert):
         self.learning_rows = max(1, self.rows // 4)  # sequences of full length that a backward pass takes at once
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "ttt"))  # the same on every rank
         self.shapes, rank = lora_sites(cfg, self.model), cfg.ttt_lora_rank
-        drawn = [self.draw(torch.empty(rank, d_in), generator).flatten() for _, d_in in self.shapes.values()]
+        drawn = [torch.empty(rank * d_in) for _, d_in in self.shapes.values()]
+        for a, (_, d_in) in zip(
+            drawn, self.shapes.values(), strict=True
+        ):  # N(0, 1 / in), or U(-1, 1) / sqrt(in) by document
+            if cfg.ttt_reset == "none":
+                a.normal_(std=d_in**-0.5, generator=generator)
+            else:
+                a.uniform_(-1, 1, generator=generator).div_(d_in**0.5)
         self.size_a, size_b = sum(map(len, drawn)), rank * sum(d_out for d_out, _ in self.shapes.values())
         self.drawn = torch.cat([*drawn, torch.zeros(size_b)]).to(run.device, self.logp.dtype)
-
-    @staticmethod
-    def draw(a: Tensor, generator: torch.Generator) -> Tensor:
-        """Fill an A (r, in) with N(0, 1/in)."""
-        return a.normal_(std=a.shape[1] ** -0.5, generator=generator)
 
     def adapters(self, params: Tensor) -> Ctx:
         """The context of a forward with the LoRA that are one row of numbers, A of all sites and then B; (R, P): a row a sequence."""
@@ -6999,10 +6999,9 @@ class SharedLoraNetwork(TestTimeNetwork):
         self.edges = [*range(1 + cfg.ttt_chunk_tokens, self.n_tokens, cfg.ttt_chunk_tokens), self.n_tokens]
         self.params, self.mean = self.drawn.clone().requires_grad_(), self.drawn
         self.ctx = self.adapters(self.mean)
+        betas = cfg.ttt_beta1, cfg.ttt_beta2
         if cfg.ttt_optimizer == "adamw":
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                [self.params], self.lr, (cfg.ttt_beta1, cfg.ttt_beta2), cfg.ttt_adam_eps, cfg.ttt_wd
-            )
+            self.optimizer = torch.optim.AdamW([self.params], self.lr, betas, cfg.ttt_adam_eps, cfg.ttt_wd)
         else:
             self.optimizer = torch.optim.SGD([self.params], self.lr, cfg.ttt_momentum)
 
@@ -7213,15 +7212,8 @@ class DocumentLoraNetwork(TestTimeNetwork):
         self.chunks = list(chunk_starts(cfg.ttt_chunk_steps, longest))
         # Positions count from the document's start, however long it is.
         self.model.rope = rope_table(cfg, self.chunks[-1]).to(self.model.rope)
-        self.sum_a, self.steps = (
-            torch.zeros_like(self.drawn[: self.size_a]),
-            self.drawn.new_zeros(1),
-        )  # what the documents of the block leave behind
-
-    @staticmethod
-    def draw(a: Tensor, generator: torch.Generator) -> Tensor:
-        """Fill an A (r, in) with U(-1, 1) / sqrt(in)."""
-        return a.uniform_(-1, 1, generator=generator).div_(a.shape[1] ** 0.5)
+        # What the documents of the block leave behind.
+        self.sum_a, self.steps = torch.zeros_like(self.drawn[: self.size_a]), self.drawn.new_zeros(1)
 
     def chunk_end(self, position: int) -> int:
         """The first target position after the chunk that holds `position`."""
@@ -7366,9 +7358,7 @@ def split_between_groups(ngrams: RepeatedNgrams, size: int = 1 << 17) -> list[Re
     return [RepeatedNgrams(ngrams.end[lo:hi], ngrams.rank[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def lengthen(
-    context: RepeatedNgrams, symbol: np.ndarray, symbol_bits: int, columns: list[np.ndarray]
-) -> RepeatedNgrams:
+def lengthen(context: RepeatedNgrams, symbol: np.ndarray, width: int, columns: list[np.ndarray]) -> RepeatedNgrams:
     """Occurrences one token longer than those of `context`. Writes into `columns` (N + 1,) the statistics of the contexts at each
     target (c, U, last) and the next `symbol`: the token, or -1 where the n-gram that it ends occurs once, as then all longer ones do.
 
@@ -7379,9 +7369,7 @@ def lengthen(
     x, bits = symbol[target], max(len(target) - 1, 1).bit_length()
     live = np.flatnonzero(x >= 0)
     key = np.cumsum(context.rank == 0)[live]
-    for width, part in ((symbol_bits, x[live]), (bits, live)):
-        key <<= width
-        key |= part
+    key = ((key << width) | x[live]) << bits | live
     key.sort()
     head = np.ones(len(key) + 1, bool)
     np.not_equal(key[1:] >> bits, key[:-1] >> bits, out=head[1 : len(key)])
@@ -7409,14 +7397,14 @@ def ngram_stats(tokens_N: Tensor, vocab_size: int, order: int) -> list[Tensor]:
     Equal n-grams are sorted by time, so the rank inside their group is the number of earlier occurrences: no hash and no
     collision. Computed on the host: .54 us a token on one core at order 12.
     """
-    n, symbol_bits = len(tokens_N), max(vocab_size - 1, 1).bit_length()
+    n, width = len(tokens_N), max(vocab_size - 1, 1).bit_length()
     columns = [np.full((order, n + 1), fill, np.int32) for fill in (0, 0, -1)]  # entry n belongs to no token
     symbol = np.append(tokens_N.cpu().numpy(), -1).astype(np.int32)
     ngrams = RepeatedNgrams(np.arange(-1, n - 1, dtype=np.int32), np.arange(n, dtype=np.int32))  # the empty one
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for level in zip(*columns, strict=True):
             longer = np.full(n + 1, -1, np.int32)
-            extend = functools.partial(lengthen, symbol=symbol, symbol_bits=symbol_bits, columns=[*level, longer])
+            extend = functools.partial(lengthen, symbol=symbol, width=width, columns=[*level, longer])
             parts = pool.map(extend, split_between_groups(ngrams))
             ngrams, symbol = RepeatedNgrams(*(np.concatenate(column) for column in zip(*parts, strict=True))), longer
     return [torch.from_numpy(column)[:, :n] for column in columns]
@@ -7464,10 +7452,8 @@ class NgramTable:
 
     def candidates(self, tokens: Tensor, t: int) -> NgramStats:
         """Statistics of target t for every token of the vocabulary, (order, V) each, counted again from x_0 .. x_{t-1}."""
-        shape = (self.order, self.vocab_size)
-        stats = NgramStats(
-            *(torch.full(shape, fill, dtype=torch.int32, device=tokens.device) for fill in (0, 0, 0, -1))
-        )
+        stats = NgramStats(*torch.zeros(4, self.order, self.vocab_size, dtype=torch.int32, device=tokens.device))
+        stats.last.fill_(-1)
         follower = torch.arange(t, device=tokens.device)
         for k in range(min(self.order, t + 1)):
             if k > 0:
@@ -7546,16 +7532,16 @@ class LearnedWeights:
     """Weights of J parts: softmax of a prior and of one learned vector for the bucket of each feature, learned after scoring.
 
     A step is the summed gradient over all squared gradients so far, a diagonal Newton step for log loss whose rate needs no
-    schedule; `caution` is added to the squares, so that buckets with little data move little.
+    schedule; CAUTION is added to the squares, so that buckets with little data move little.
     """
 
-    def __init__(
-        self, prior: list[float], sizes: list[int], rate: float, caution: float, device: torch.device | str
-    ) -> None:
+    CAUTION = 3.0
+
+    def __init__(self, prior: list[float], sizes: list[int], rate: float, device: torch.device | str) -> None:
         self.prior_J1 = torch.tensor(prior, dtype=torch.float64, device=device).log()[:, None]
         make = lambda: [torch.zeros(len(prior), size, dtype=torch.float64, device=device) for size in sizes]  # noqa: E731
         self.tables, self.squares = make(), make()
-        self.rate, self.caution = rate, caution
+        self.rate = rate
 
     def weights(self, buckets: list[Tensor]) -> Tensor:
         """(J, M) weights of M items, given the bucket (M,) of each in every feature."""
@@ -7568,7 +7554,7 @@ class LearnedWeights:
         squared = gradient.square()
         for table, square, bucket in zip(self.tables, self.squares, buckets, strict=True):
             square += torch.zeros_like(square).index_add_(1, bucket, squared)
-            step = torch.zeros_like(table).index_add_(1, bucket, gradient) / (square + self.caution)
+            step = torch.zeros_like(table).index_add_(1, bucket, gradient) / (square + self.CAUTION)
             table += self.rate * step
 
 
@@ -7584,10 +7570,10 @@ class Cascade(NgramExpert):
     # Favours the shorter context, so that young weights do no harm to a strong network.
     PRIOR = [0.05, 0.15, 0.8, 0.02]  # fmt: skip
 
-    def __init__(self, table: NgramTable, base: Expert, rate: float = 0.8, caution: float = 3.0) -> None:
+    def __init__(self, table: NgramTable, base: Expert, rate: float = 0.8) -> None:
         super().__init__(table, base)
         self.levels = table.order - 1
-        self.mixing = LearnedWeights(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, caution, table.device)
+        self.mixing = LearnedWeights(self.PRIOR, [self.levels * n for n in (128, 10, 24)], rate, table.device)
 
     def buckets(self, level: Tensor, total: Tensor, kinds: Tensor, trust: Tensor, entropy: Tensor) -> list[Tensor]:
         """The bucket (M,) of each item in each of the three features; extreme values share one."""
@@ -7674,10 +7660,8 @@ class PackedTable:
 
     def span(self, tokens: Tensor, lo: int, hi: int) -> NgramStats:
         """Statistics of targets lo .. hi-1, (order, hi-lo) each."""
-        rows, begins = (
-            self.rows(tokens, lo, hi),
-            [slice(self.order - k, self.order - k + hi - lo) for k in range(self.order)],
-        )
+        rows = self.rows(tokens, lo, hi)
+        begins = [slice(self.order - k, self.order - k + hi - lo) for k in range(self.order)]
         contexts, ngrams = ([x[at] for x, at in zip(part, begins, strict=True)] for part in (rows[:-1], rows[1:]))
         return self.stats(contexts, ngrams)
 
@@ -7794,7 +7778,7 @@ def polynomial_hash(multiplier: int, target_multiplier: int) -> tuple[Callable, 
 class PublishedCache(NamedTuple):
     """Constants of one published cache."""
 
-    orders: tuple[int, ...]  # tried in this order; the first whose context cell holds 2 or more wins
+    orders: Sequence[int]  # tried in this order; the first whose context cell holds 2 or more wins
     hash: tuple[Callable, Callable]
     alpha: Callable[[Tensor, Tensor, Tensor], Tensor]
     window: int  # targets a window scores
@@ -7810,12 +7794,10 @@ MULTIPLIERS_850 = (36313, 27191, 51647, 81929, 131071, 174763, 233021, 283721, 3
 PUBLISHED = {
     "pr740": PublishedCache((5,), xor_hash(*MULTIPLIERS_740), alpha_fixed(0.2), 128, 1, "blocks"),
     "pr740b": PublishedCache(
-        (7, 6, 5, 4, 3, 2), xor_hash(*MULTIPLIERS_740), alpha_pr740, 128, 1, "blocks", backs_off=True
+        range(7, 1, -1), xor_hash(*MULTIPLIERS_740), alpha_pr740, 128, 1, "blocks", backs_off=True
     ),
-    "pr187": PublishedCache(
-        tuple(range(11, 1, -1)), polynomial_hash(265443576, 1000003), alpha_pr187, 64, 256, "windows"
-    ),
-    "pr850": PublishedCache(tuple(range(9, 1, -1)), xor_hash(*MULTIPLIERS_850), alpha_pr850, 64, 1024, "shared"),
+    "pr187": PublishedCache(range(11, 1, -1), polynomial_hash(265443576, 1000003), alpha_pr187, 64, 256, "windows"),
+    "pr850": PublishedCache(range(9, 1, -1), xor_hash(*MULTIPLIERS_850), alpha_pr850, 64, 1024, "shared"),
 }
 
 
@@ -7918,9 +7900,8 @@ class HashedCache(HashedScorer):
         return result
 
     def score(self, tokens: Tensor, lo: int, hi: int) -> Tensor:
-        if (
-            not self.normalize
-        ):  # the published form looks ahead: the largest step is that of the targets which it scores
+        # The published form looks ahead: the largest step is that of the targets which it scores.
+        if not self.normalize:
             self.largest = self._largest_steps(tokens, torch.arange(lo, hi, device=tokens.device))
         return super().score(tokens, lo, hi)
 
@@ -8079,9 +8060,8 @@ class Evaluation:
         if stage not in ("roundtrip", "sliding", "ttt"):
             stage = self.best_network
         if stage not in self.networks:
-            network = (TEST_TIME[cfg.ttt_reset] if stage == "ttt" else NetworkExpert)(
-                cfg, self.run, self.model, self.text, stage_stride(cfg, stage)
-            )
+            form = TEST_TIME[cfg.ttt_reset] if stage == "ttt" else NetworkExpert
+            network = form(cfg, self.run, self.model, self.text, stage_stride(cfg, stage))
             if cfg.ngram_tilt_enabled and stage == self.best_network:
                 self.tilt_table.load(self.text.tokens)  # a hint depends on its prefix alone
                 hinted = self.tilt_table.columns[2][cfg.ngram_tilt_order - 1].to(self.device)
@@ -8248,17 +8228,15 @@ class Audit:
         n = min(len(text.tokens), max(AUDIT_TOKENS, cfg.eval_len + 2))
         self.often = max(1, n // 8)  # learning comes within the prefix, or nothing would be seen of it
         block = min(cfg.ttt_block_tokens, max(self.often, *(size for _, size in cfg.ttt_chunk_steps)))
-        self.cfg = dataclasses.replace(
-            cfg, ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, self.often), ttt_block_tokens=block
-        )
+        chunk = min(cfg.ttt_chunk_tokens, self.often)
+        self.cfg = dataclasses.replace(cfg, ttt_chunk_tokens=chunk, ttt_block_tokens=block)
         self.run, self.model, self.stage, self.tables = run, model, stage, tables
         # Learning on a GPU sums in no fixed order, and documents learn in batches of other shapes where the text differs.
         inexact = run.device.type == "cuda" or cfg.ttt_reset == "document"
         self.tolerance = 1e-3 if cfg.ttt_enabled and inexact else 1e-6
         self.text = text._replace(tokens=text.tokens[:n], bytes=text.bytes[:n])
-        self.noise = torch.randint(
-            cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "audit"))
-        )
+        generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "audit"))
+        self.noise = torch.randint(cfg.vocab_size, (n,), generator=generator)
         after_bos = (self.text.tokens[: n - 1] == BOS).nonzero().flatten()[: AUDIT_SAMPLES // 4] + 1
         self.cuts = sorted({1, n // 4, n // 2, 3 * n // 4, n - 1, *self.edges()} & {*range(1, n)})
         self.at = sorted({1, *self.cuts, *range(1, n, max(1, n // AUDIT_SAMPLES)), *after_bos.tolist()})
@@ -8284,9 +8262,7 @@ class Audit:
             found.append([longest.start + start for start in network.chunks if start <= longest.targets])
         return [t for edges in found for t in edges[1 :: max(1, -(-(len(edges) - 1) // AUDIT_EDGES))]]
 
-    def walk(
-        self, tokens: Tensor, at: Iterable[int] = (), end: float = math.inf
-    ) -> tuple[Tensor, dict[int, Tensor], StageResult]:
+    def walk(self, tokens: Tensor, at: Iterable[int] = (), end: float = math.inf) -> tuple[Tensor, dict, StageResult]:
         """Scores from target 1 to the span of target `end`, distributions, and the driver's account, of a stream in the text's place."""
         text, chain, span = self.experts(tokens)
         watched = RecordingScorer(chain[-1], at)
@@ -8316,10 +8292,11 @@ class Audit:
         t, mean = max(gaps, key=gaps.get), sum(gaps.values()) / len(gaps)
         # Another batch shape rounds differently: logits above 16 are an eighth apart in bf16.
         largest, on_average = (1e-4, 1e-4) if self.model.compute_dtype == torch.float32 else (0.3, 0.03)
-        passed = gaps[t] <= largest and mean <= on_average
-        return AuditCheck(
-            "the score is the distribution's", passed, f"gap at target {t}: {gaps[t]:.2e} nats, mean {mean:.1e}"
+        passed, detail = (
+            gaps[t] <= largest and mean <= on_average,
+            f"gap at target {t}: {gaps[t]:.2e} nats, mean {mean:.1e}",
         )
+        return AuditCheck("the score is the distribution's", passed, detail)
 
     def rest_is_unseen(self, scores: Tensor, dists: dict[int, Tensor]) -> Iterator[AuditCheck]:
         """Every token from a cut on is replaced: neither the scores before it nor the distribution at it may change."""
@@ -8379,26 +8356,6 @@ def bytes_check(text: ValidationText, tokenizer: Tokenizer, exact: bool) -> Audi
     return AuditCheck(name, abs(total - counted) <= SIDECAR_TOLERANCE * total, detail)
 
 
-def audit(
-    cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables, text_check: AuditCheck, artifact: str
-) -> bool:
-    """Audit every stage that is switched on, with NGRAM_SCORE=claimed also the claim, and log each check, `text_check` too; False
-    if one failed. `artifact` is its SHA-256."""
-    model.eval()
-    evaluation = Evaluation(cfg, run, model, text, tables)
-    named = [("text", text_check), ("counts", replay_check(evaluation.text, evaluation.table))]
-    if cfg.ngram_score != "claimed" and "claimed" in cfg.ngram_scores:
-        run.notice(f"the claim {cfg.ngram_claim} is no stage and not audited here: NGRAM_SCORE=claimed audits it")
-    for stage in (*cfg.stages, *(["claimed"] if cfg.ngram_score == "claimed" else [])):
-        named += [(stage, check) for check in Audit(cfg, run, model, text, stage, tables).checks()]
-    for part, check in named:
-        run.log(f"audit {part}: {check.name}: {'passed' if check.passed else 'FAILED'} ({check.detail})")
-    passed = all(check.passed for _, check in named)
-    rows = [{"name": f"{part}: {c.name}", "passed": c.passed, "detail": c.detail} for part, c in named]
-    run.event("audit", passed=passed, artifact_sha256=artifact, checks=rows)
-    return passed
-
-
 # ==== 10 MAIN =========================================================================================================
 
 
@@ -8439,12 +8396,10 @@ def check_paths(run: Run, paths: DataPaths) -> None:
         uses |= dict.fromkeys(paths.folder.glob("fineweb_*.bin"), "the data")
         uses |= {Path(run.cfg.resume): "the checkpoint of RESUME"} if run.cfg.resume not in ("", "auto") else {}
     for path, use in uses.items():
-        if path.resolve() in (artifact, *artifact.parents) or (
-            path.is_file() and artifact.is_file() and path.samefile(artifact)
-        ):
-            raise ConfigError(
-                f"ARTIFACT={run.artifact_path}: {path} is {use}; choose another ARTIFACT, or another RUN_ID"
-            )
+        same = path.is_file() and artifact.is_file() and path.samefile(artifact)
+        if same or path.resolve() in (artifact, *artifact.parents):
+            named = f"ARTIFACT={run.artifact_path}"
+            raise ConfigError(f"{named}: {path} is {use}; choose another ARTIFACT, or another RUN_ID")
 
 
 def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
@@ -8646,12 +8601,9 @@ def account_bytes(opened: OpenRun, blob: bytes) -> dict[str, int]:
     return sizes
 
 
-def report_score(
-    opened: OpenRun, results: list[StageResult], sizes: dict[str, int], train_s: float, eval_s: float
-) -> bool:
+def report_score(opened: OpenRun, r: StageResult, sizes: dict[str, int], train_s: float, eval_s: float) -> bool:
     """Log the score, and before it each limit that was broken; returns whether all held."""
     cfg, run = opened.cfg, opened.run
-    r = next(r for r in results if r.stage == cfg.final_stage)
     broken = []
     if not math.isfinite(r.val_bpb):
         broken.append(f"stage {r.stage} scored {r.val_bpb}")
@@ -8680,9 +8632,8 @@ def score_artifact(opened: OpenRun, blob: bytes, train_s: float = 0.0) -> int:
     cfg, run, clock = opened.cfg, opened.run, Clock(opened.run)
     model = load_model(cfg, run, blob)
     dtype = str(model.compute_dtype).removeprefix("torch.")
-    run.log(
-        f"loaded the artifact load_time:{clock.seconds():.2f}s dtype:{dtype} peak_memory:{run.peak_memory_mib():.0f}MiB"
-    )
+    memory = f"peak_memory:{run.peak_memory_mib():.0f}MiB"
+    run.log(f"loaded the artifact load_time:{clock.seconds():.2f}s dtype:{dtype} {memory}")
     if cfg.mode == "eval":  # a training has done it
         with clock.paused():
             rehearse(cfg, run, model, opened.text)
@@ -8696,7 +8647,8 @@ def score_artifact(opened: OpenRun, blob: bytes, train_s: float = 0.0) -> int:
         run.event("stage", stage=r.stage, val_loss=r.val_loss, val_bpb=r.val_bpb, tokens=r.tokens, bytes=r.bytes,
                   seconds=r.seconds, complete=opened.text.complete, dtype=dtype)  # fmt: skip
         results.append(r)
-    held = report_score(opened, results, sizes, train_s, clock.seconds())
+    final = next(r for r in results if r.stage == cfg.final_stage)
+    held = report_score(opened, final, sizes, train_s, clock.seconds())
     if cfg.ttt_order == "length":
         order_claim(evaluation)
     if "claimed" in cfg.ngram_scores:
@@ -8790,12 +8742,26 @@ def check_tokenizer(tokenizer: Tokenizer, header: dict[str, Any], cfg: Config) -
 
 
 def run_audit(opened: OpenRun, blob: bytes) -> int:
-    """MODE=audit: is the score of this artifact a code length?"""
-    model, tables = load_model(opened.cfg, opened.run, blob), load_tables(opened.cfg, blob)
-    exact = opened.text.bytes_from == "tokenizer" or opened.paths.transform is not None
-    text_check = bytes_check(opened.text, opened.tokenizer, exact)
-    artifact = hashlib.sha256(blob).hexdigest()
-    return 0 if audit(opened.cfg, opened.run, model, opened.text, tables, text_check, artifact) else 1
+    """MODE=audit: are the scores of every stage that is switched on, with NGRAM_SCORE=claimed also the claim's, a code length? Logs each
+    check; exit status 1 if one failed."""
+    cfg, run, text = opened.cfg, opened.run, opened.text
+    model, tables = load_model(cfg, run, blob).eval(), load_tables(cfg, blob)
+    exact = text.bytes_from == "tokenizer" or opened.paths.transform is not None
+    evaluation = Evaluation(cfg, run, model, text, tables)
+    named = [
+        ("text", bytes_check(text, opened.tokenizer, exact)),
+        ("counts", replay_check(evaluation.text, evaluation.table)),
+    ]
+    if cfg.ngram_score != "claimed" and "claimed" in cfg.ngram_scores:
+        run.notice(f"the claim {cfg.ngram_claim} is no stage and not audited here: NGRAM_SCORE=claimed audits it")
+    for stage in (*cfg.stages, *(["claimed"] if cfg.ngram_score == "claimed" else [])):
+        named += [(stage, check) for check in Audit(cfg, run, model, text, stage, tables).checks()]
+    for part, check in named:
+        run.log(f"audit {part}: {check.name}: {'passed' if check.passed else 'FAILED'} ({check.detail})")
+    passed = all(check.passed for _, check in named)
+    rows = [{"name": f"{part}: {c.name}", "passed": c.passed, "detail": c.detail} for part, c in named]
+    run.event("audit", passed=passed, artifact_sha256=hashlib.sha256(blob).hexdigest(), checks=rows)
+    return 0 if passed else 1
 
 
 def run_scoring(loaded: LoadedConfig, blob: bytes, header: dict[str, Any]) -> int:
@@ -8892,9 +8858,8 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     except (Interrupted, BrokenRun, KeyboardInterrupt) as e:
         status, outcome, message = 1, "stopped", str(e) or "stopped by SIGINT"
     except Exception as e:
-        if not isinstance(e, MemoryError) and "can't allocate memory" not in str(
-            e
-        ):  # what torch's allocator says on a CPU
+        # What torch's allocator says on a CPU.
+        if not isinstance(e, MemoryError) and "can't allocate memory" not in str(e):
             message, reported = f"{type(e).__name__}: {e}", True  # by its traceback
             raise
         message = f"out of memory ({str(e)[-160:] or 'MemoryError'}); raise the limit (ulimit -v), or take a smaller model or TRAIN_BATCH_TOKENS"

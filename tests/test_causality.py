@@ -30,8 +30,7 @@ PAST, HERE, SUM, SAME = (
 )
 # (stage, knobs, function, what stands in it, what looks ahead in its place, the checks that fail)
 AHEAD = {
-    "the network reads a token more": ("roundtrip", {}, tg.NetworkExpert.score_rows,
-        "self.model, ids[:, :-1], ids[:, 1:]", "self.model, ids[:, 1:], ids[:, 1:]", {SAME}),
+    "the network reads a token more": ("roundtrip", {}, tg.score_windows, "ids[:, :-1]", "ids[:, 1:]", {SAME}),
     "attention without a mask": ("sliding", {}, tg.attend_sdpa, "is_causal=mask is None", "is_causal=False", {PAST}),
     "a window is scaled by all its logits": ("sliding", {}, tg.score_windows,
         "/ temperature", "\n    z = z / (temperature + z.std(dim=(1, 2), keepdim=True))", {PAST}),

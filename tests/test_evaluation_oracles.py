@@ -35,7 +35,8 @@ def under_the_driver(scorer, tokens, span: int) -> list[float]:
 @pytest.mark.parametrize(("sizes", "rate", "caution"), [([5, 3], 0.8, 3.0), ([4], 0.02, 0.5), ([2, 3, 6], 1.7, 0.1)])
 def test_weights_are_a_softmax_and_learn_by_the_gradient_over_all_squares_so_far(sizes, rate, caution):
     rng, prior = np.random.default_rng(0), [0.05, 0.15, 0.8, 0.02]
-    ours = tg.LearnedWeights(prior, sizes, rate, caution, "cpu")
+    ours = tg.LearnedWeights(prior, sizes, rate, "cpu")
+    ours.CAUTION = caution
     tables, squares = ([np.zeros((4, size)) for size in sizes] for _ in range(2))
     for n in (7, 1, 20):
         buckets = [rng.integers(0, size, n) for size in sizes]
@@ -56,7 +57,7 @@ def test_weights_are_a_softmax_and_learn_by_the_gradient_over_all_squares_so_far
 
 def test_learning_waits_for_nothing_on_a_gpu():
     with FakeCuda() as gpu:
-        mixing = tg.LearnedWeights([0.3, 0.7], [5, 4], 0.8, 3.0, "cuda")
+        mixing = tg.LearnedWeights([0.3, 0.7], [5, 4], 0.8, "cuda")
         buckets = [torch.randint(n, (9,)).to("cuda") for n in (5, 4)]
         weights, posterior = mixing.weights(buckets), torch.rand(2, 9, dtype=torch.float64).to("cuda")
         gpu.syncs.clear()
@@ -310,7 +311,8 @@ def test_scores_entropies_and_hints_are_those_of_the_softmax_of_the_last_targets
         logits = staticmethod(lambda features, _: z[:, -features.shape[1] :])
 
     for n, temperature in ((7, 1.0), (4, 0.7), (1, 2.5)):
-        logp, entropy, hint = tg.score_windows(Model, torch.zeros(3, 7), targets, hints, n, tg.Ctx(), temperature)
+        ids = torch.cat([torch.zeros(3, 1, dtype=torch.int64), targets], 1)
+        logp, entropy, hint = tg.score_windows(Model, ids, hints, n, tg.Ctx(), temperature)
         p = (z[:, -n:].double() / temperature).softmax(-1)
         for mine, theirs in (
             (logp, p.gather(-1, targets[:, -n:, None])[..., 0].log()),
