@@ -6907,14 +6907,12 @@ def lora_sites(cfg: Config, model: GPT) -> dict[tuple[int, str], tuple[int, int]
     return {**chosen, (-1, "head"): (cfg.vocab_size, width)} if "head" in cfg.ttt_sites else chosen
 
 
-class TestTimeNetwork(NetworkExpert):
+class LoraNetwork(NetworkExpert):
     """The network with LoRA that learn from scored text.
 
     It computes with a copy of the model, so that no other stage sees what was learned here. Ranks share the work and sum
     gradients, so that all of them learn the same.
     """
-
-    __test__ = False  # the name begins with Test, but it is none
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, stride: int) -> None:
         super().__init__(cfg, run, copy.deepcopy(model).requires_grad_(False), text, stride)
@@ -6988,7 +6986,7 @@ class TestTimeNetwork(NetworkExpert):
         return (self.model.nll(ids[:, :-1], ids[:, 1:], ctx) * weights).sum()
 
 
-class SharedLoraNetwork(TestTimeNetwork):
+class SharedLoraNetwork(LoraNetwork):
     """One LoRA that learns each chunk of TTT_CHUNK_TOKENS targets once it is scored (#850; arXiv 2411.07279's family).
 
     Scores use the Polyak average of the LoRA, P <- d P + (1 - d) W after each chunk.
@@ -7190,7 +7188,7 @@ class DocumentBatch:
         self.steps_R[:rows] += 1
 
 
-class DocumentLoraNetwork(TestTimeNetwork):
+class DocumentLoraNetwork(LoraNetwork):
     """Every document has LoRA of its own, trained on its own scored chunks; what all start from changes at the ends of blocks (#1530).
 
     A block ends with the first document that brings it to TTT_BLOCK_TOKENS targets. Inside it all documents start from its state
@@ -7227,7 +7225,8 @@ class DocumentLoraNetwork(TestTimeNetwork):
         """Seconds of the slowest rank of each block: a step is a constant and a share for each of its tokens, which the first
         document of this network's own text and a whole batch tell. Finds how many documents there is memory for."""
         cfg, documents, longest = self.cfg, documents_of(text.tokens), self.documents[0].targets
-        rows, fresh = self.rehearsed(min(self.rows, len(self.documents))), self.logp.new_zeros(3, self.n_tokens)
+        rows = self.rehearsed(min(self.rows, len(self.documents)))
+        fresh = torch.zeros(3, self.n_tokens, device=self.run.device, dtype=self.logp.dtype)
         whole = self.timed(lambda: self.run_block(self.tokens, self.documents[:rows], fresh, 0))
         one = self.timed(lambda: self.run_block(self.tokens, self.documents[:1], fresh, 0))
         at_once = min(rows, self.rows)
@@ -8043,8 +8042,9 @@ class Evaluation:
         self.device = stream_device(cfg, run, len(text.tokens))
         self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
         self.networks: dict[str, NetworkExpert] = {}
-        counted = [NgramTable(cfg.vocab_size, order, self.device) for order in cfg.counted_orders]
-        self.table, self.tilt_table = counted[0], counted[-1]
+        self.counted = [
+            NgramTable(cfg.vocab_size, order, self.device) for order in cfg.counted_orders
+        ]  # the tilt's last
         self.packed = PackedTable(tables.trie, cfg.vocab_size, self.device) if tables.trie else None
 
     @property
@@ -8063,29 +8063,25 @@ class Evaluation:
             form = TEST_TIME[cfg.ttt_reset] if stage == "ttt" else NetworkExpert
             network = form(cfg, self.run, self.model, self.text, stage_stride(cfg, stage))
             if cfg.ngram_tilt_enabled and stage == self.best_network:
-                self.tilt_table.load(self.text.tokens)  # a hint depends on its prefix alone
-                hinted = self.tilt_table.columns[2][cfg.ngram_tilt_order - 1].to(self.device)
+                self.counted[-1].load(self.text.tokens)  # a hint depends on its prefix alone
+                hinted = self.counted[-1].columns[2][cfg.ngram_tilt_order - 1].to(self.device)
                 network.hints = self.text.tokens[hinted]
             self.networks[stage] = network
         return self.networks[stage]
 
-    def published(self, stage: str, network: NetworkExpert) -> HashedScorer:
-        """NGRAM_CLAIM's scorer, as it was published or normalised."""
-        cfg, normalize = self.cfg, stage == "normalized"
-        if cfg.ngram_claim == "pr1095":
-            return HashedTable(self.tables.hashed, network, cfg.vocab_size, cfg.eval_len, normalize=normalize,
-                               least=cfg.ngram_min_count, device=self.device)  # fmt: skip
-        return HashedCache(cfg.ngram_claim, network, cfg.vocab_size, normalize=normalize, device=self.device,
-                           buckets=cfg.ngram_buckets, ranks=cfg.ngram_claim_ranks, least=cfg.ngram_min_count)  # fmt: skip
-
     def experts(self, stage: str) -> tuple[list[Expert], int]:
         """(the experts of the stage, the network first, of which the last one's scores are the stage's; targets between two updates)."""
-        network = self.network(stage)
-        if stage in ("normalized", "claimed"):
-            scorer = self.published(stage, network)
-            return [network, scorer], scorer.span
-        chain = expert_chain(self.cfg, stage, network, [self.table, self.tilt_table], self.packed)
-        return chain, network.ahead if len(chain) == 1 else update_span(len(self.text.tokens))
+        cfg, network, normalize = self.cfg, self.network(stage), stage == "normalized"
+        if stage not in ("normalized", "claimed"):
+            chain = expert_chain(cfg, stage, network, self.counted, self.packed)
+            return chain, network.ahead if len(chain) == 1 else update_span(len(self.text.tokens))
+        if cfg.ngram_claim == "pr1095":
+            scorer = HashedTable(self.tables.hashed, network, cfg.vocab_size, cfg.eval_len, normalize=normalize,
+                                 least=cfg.ngram_min_count, device=self.device)  # fmt: skip
+        else:
+            scorer = HashedCache(cfg.ngram_claim, network, cfg.vocab_size, normalize=normalize, device=self.device,
+                                 buckets=cfg.ngram_buckets, ranks=cfg.ngram_claim_ranks, least=cfg.ngram_min_count)  # fmt: skip
+        return [network, scorer], scorer.span
 
     def move_to_cpu(self) -> None:
         """Continue on the CPU with what is scored: small spans there cost less than launches on a GPU."""
@@ -8252,11 +8248,10 @@ class Audit:
         """The first targets behind what is learned, up to AUDIT_EDGES of each kind: by all experts, by the network alone, and by the
         longest document."""
         _, chain, span = self.experts(self.text.tokens)
-        found, n, network = [], len(self.text.tokens), chain[0]
-        for ends in (functools.partial(span_end, network, span), network.next_update)[len(chain) == 1 :]:
-            found.append([1])
-            while found[-1][-1] < n:
-                found[-1].append(ends(found[-1][-1]))
+        network, ends = chain[0], [1]
+        while ends[-1] < len(self.text.tokens):
+            ends.append(span_end(network, span, ends[-1]))
+        found = [[1, *network.edges], ends][: len(chain)]
         if isinstance(network, DocumentLoraNetwork):
             longest = max(network.documents, key=lambda document: document.targets)
             found.append([longest.start + start for start in network.chunks if start <= longest.targets])
@@ -8292,10 +8287,8 @@ class Audit:
         t, mean = max(gaps, key=gaps.get), sum(gaps.values()) / len(gaps)
         # Another batch shape rounds differently: logits above 16 are an eighth apart in bf16.
         largest, on_average = (1e-4, 1e-4) if self.model.compute_dtype == torch.float32 else (0.3, 0.03)
-        passed, detail = (
-            gaps[t] <= largest and mean <= on_average,
-            f"gap at target {t}: {gaps[t]:.2e} nats, mean {mean:.1e}",
-        )
+        passed = gaps[t] <= largest and mean <= on_average
+        detail = f"gap at target {t}: {gaps[t]:.2e} nats, mean {mean:.1e}"
         return AuditCheck("the score is the distribution's", passed, detail)
 
     def rest_is_unseen(self, scores: Tensor, dists: dict[int, Tensor]) -> Iterator[AuditCheck]:
@@ -8748,10 +8741,8 @@ def run_audit(opened: OpenRun, blob: bytes) -> int:
     model, tables = load_model(cfg, run, blob).eval(), load_tables(cfg, blob)
     exact = text.bytes_from == "tokenizer" or opened.paths.transform is not None
     evaluation = Evaluation(cfg, run, model, text, tables)
-    named = [
-        ("text", bytes_check(text, opened.tokenizer, exact)),
-        ("counts", replay_check(evaluation.text, evaluation.table)),
-    ]
+    named = [("text", bytes_check(text, opened.tokenizer, exact))]
+    named += [("counts", replay_check(evaluation.text, evaluation.counted[0]))]
     if cfg.ngram_score != "claimed" and "claimed" in cfg.ngram_scores:
         run.notice(f"the claim {cfg.ngram_claim} is no stage and not audited here: NGRAM_SCORE=claimed audits it")
     for stage in (*cfg.stages, *(["claimed"] if cfg.ngram_score == "claimed" else [])):

@@ -66,7 +66,7 @@ def main() -> None:
         evaluation = tg.Evaluation(
             dataclasses.replace(cfg, ngram_table="exact"), run, model, text, tg.Tables(trie=levels)
         )
-        evaluation.networks, evaluation.table = bare.networks, bare.table  # scored and counted once
+        evaluation.networks, evaluation.counted = bare.networks, bare.counted  # scored and counted once
         alone, both = score(evaluation, "table"), score(evaluation, "ngram")
         print(f"{len(packed):9,} {sum(len(level.token) for level in levels):11,} {times[1] - times[0]:8.1f} {times[2] - times[1]:7.2f}"
               f"   {alone.val_bpb:11.4f} {network.val_bpb - alone.val_bpb:7.4f}   {both.val_bpb:19.4f} {online.val_bpb - both.val_bpb:6.4f}",
