@@ -2934,8 +2934,14 @@ class BigramHash(nn.Module):
         self.proj = Linear("bigram.proj", cfg.bigram_dim, cfg.model_dim, "proj", how, gain, role)
         self.scale = vector(1, value=cfg.bigram_scale) if cfg.bigram_scale else None
 
-    def forward(self, prev: Tensor, cur: Tensor, dtype: torch.dtype, ctx: Ctx) -> Tensor:
-        y = self.proj(self.table(hash_bigram(self.form, prev, cur, self.rows), dtype), ctx)
+    def forward(self, ids_BT: Tensor, dtype: torch.dtype, ctx: Ctx) -> Tensor:
+        first = torch.full_like(ids_BT[:, :1], -1)
+        if ctx.cache is not None and ctx.cache.last_id is not None:
+            first = ctx.cache.last_id[:, None]
+        prev = torch.cat([first, ids_BT[:, :-1]], dim=1)
+        if ctx.segments is not None:
+            prev = prev.masked_fill(ctx.segments.offset_BT == 0, -1)
+        y = self.proj(self.table(hash_bigram(self.form, prev, ids_BT, self.rows), dtype), ctx)
         return y if self.scale is None else y * self.scale.to(dtype)
 
 
@@ -2956,18 +2962,21 @@ class Smear(nn.Module):
         else:
             self.weight_W, self.scale = vector(cfg.gate_window), vector(1)
 
-    def forward(self, x_BTD: Tensor, before_B1D: Tensor, starts_BT: Tensor, first_BT: Tensor | None = None) -> Tensor:
-        """`before_B1D` stands before the row, zeros before positions that are `first_BT`; the current token is a BOS at `starts_BT`."""
+    def forward(self, x_BTD: Tensor, ids_BT: Tensor, ctx: Ctx) -> Tensor:
+        before_B1D = torch.zeros_like(x_BTD[:, :1])
+        if ctx.cache is not None:
+            before_B1D = before_B1D if ctx.cache.last_embedding is None else ctx.cache.last_embedding
+            ctx.cache.last_embedding = x_BTD[:, -1:]
         shifted = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
-        if first_BT is not None:
-            shifted = shifted.masked_fill(first_BT[..., None], 0)
+        if ctx.segments is not None:
+            shifted = shifted.masked_fill((ctx.segments.offset_BT == 0)[..., None], 0)
         if self.scale is None:
             s, taken = torch.sigmoid(self.gate).to(x_BTD.dtype), shifted - x_BTD
         else:
             w, scale = self.weight_W.to(x_BTD.dtype), self.scale.to(x_BTD.dtype)
             s, taken = scale * torch.sigmoid(F.linear(x_BTD[..., : len(w)], w[None])), shifted
         if not self.cross_doc:
-            s = s * ~starts_BT[..., None]
+            s = s * (ids_BT != BOS)[..., None]
         return x_BTD + s * taken
 
 
@@ -3248,28 +3257,12 @@ class GPT(nn.Module):
             block.attn.attend = attend
         return self.to(device)
 
-    def previous_ids(self, ids_BT: Tensor, ctx: Ctx) -> Tensor:
-        """The token before each position, -1 where there is none."""
-        first = torch.full_like(ids_BT[:, :1], -1)
-        if ctx.cache is not None and ctx.cache.last_id is not None:
-            first = ctx.cache.last_id[:, None]
-        before = torch.cat([first, ids_BT[:, :-1]], dim=1)
-        return before if ctx.segments is None else before.masked_fill(ctx.segments.offset_BT == 0, -1)
-
-    def smeared(self, x: Tensor, ids: Tensor, ctx: Ctx) -> Tensor:
-        """SmearGate over this call's positions, with the embedding before them from the cache."""
-        before = torch.zeros_like(x[:, :1])
-        if ctx.cache is not None:
-            before = before if ctx.cache.last_embedding is None else ctx.cache.last_embedding
-            ctx.cache.last_embedding = x[:, -1:]
-        return self.smear(x, before, ids == BOS, None if ctx.segments is None else ctx.segments.offset_BT == 0)
-
     def embed_plain(self, ids: Tensor, ctx: Ctx) -> Tensor:
         """ids (B, T) -> (B, T, D): token (+ bigram), smeared where that comes before the norm."""
         x = self.tok_emb(ids, self.compute_dtype)
         if self.bigram is not None:
-            x = x + self.bigram(self.previous_ids(ids, ctx), ids, self.compute_dtype, ctx)
-        return self.smeared(x, ids, ctx) if self.smear is not None and self.cfg.smear_before_norm else x
+            x = x + self.bigram(ids, self.compute_dtype, ctx)
+        return self.smear(x, ids, ctx) if self.smear is not None and self.cfg.smear_before_norm else x
 
     def embed(self, ids: Tensor, ctx: Ctx) -> Tensor:
         """ids (B, T) -> x0 (B, T, D): `embed_plain`, then enrichment, RMSNorm and smear as configured."""
@@ -3277,7 +3270,7 @@ class GPT(nn.Module):
         if self.pre_enrich is not None:
             x = self.pre_enrich(x, ctx)
         x = rms_norm(x)
-        return self.smeared(x, ids, ctx) if self.smear is not None and not self.cfg.smear_before_norm else x
+        return self.smear(x, ids, ctx) if self.smear is not None and not self.cfg.smear_before_norm else x
 
     @torch.no_grad()
     def enrichment(self, ids: Tensor) -> Tensor:

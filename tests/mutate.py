@@ -66,7 +66,7 @@ MUTANTS = {
         ("eval-polyak", "ttt.py -k definition", ("self.mean.lerp_(self.params, 1 - self.cfg.ttt_polyak_decay)", "self.mean.lerp_(self.params, self.cfg.ttt_polyak_decay)")),
     ],
     "techniques": [
-        ("T1: Smear: BOS zeroes the neighbour, not the share", "formulas.py", ("        if self.scale is None:\n", "        shifted = shifted * ~starts_BT[..., None]\n        if self.scale is None:\n"), ("            s = s * ~starts_BT[..., None]\n", "            pass\n")),
+        ("T1: Smear: BOS zeroes the neighbour, not the share", "formulas.py", ("        if self.scale is None:\n", "        shifted = shifted * (ids_BT != BOS)[..., None]\n        if self.scale is None:\n"), ("            s = s * (ids_BT != BOS)[..., None]\n", "            pass\n")),
         ("T2: XSA: values of the groups in the wrong order (the gated form is gone)", "formulas.py", ("along = (y * unit).sum(-1, keepdim=True)", "along = (y * unit.flip(2)).sum(-1, keepdim=True)")),
         ("T3: skips are merged in the order they were saved (the carry is gone)", "formulas.py", ("* saved.pop()\n", "* saved.pop(0)\n")),
         ("T4: partial RoPE: frequencies divided by head_dim", "formulas.py", ("freqs = rope_base(cfg) ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)", "freqs = rope_base(cfg) ** (-torch.arange(0, dims, 2, dtype=torch.float32) / cfg.head_dim)")),
@@ -79,7 +79,7 @@ MUTANTS = {
         ("model-lanes", "formulas.py", ("r * lane + p * y + q * z for lane", "r * lane + q * y + p * z for lane")),
         ("model-first-values", "formulas.py", ("v0_BTGK = v if v0_BTGK is None else v0_BTGK", "v0_BTGK = v")),
         ("model-norm-dtype", "trainer_oracle.py -k rounded_once", ("widest = torch.promote_types(x.dtype, torch.float32)", "widest = x.dtype")),
-        ("model-cache-last", "formulas.py -k prefix", ("ctx.cache.last_embedding = x[:, -1:]", "ctx.cache.last_embedding = x[:, :1]")),
+        ("model-cache-last", "formulas.py -k prefix", ("ctx.cache.last_embedding = x_BTD[:, -1:]", "ctx.cache.last_embedding = x_BTD[:, :1]")),
     ],
     "optimizer": [
         ("O1: Muon decay forgets the learning-rate multiplier", "trainer_oracle.py -k ten_steps", ("keep = [1.0 - lr * mult * weight_decay for mult in self.lr_mults]", "keep = [1.0 - lr * weight_decay for _ in self.lr_mults]")),
