@@ -3358,11 +3358,6 @@ class FakeQuant(nn.Module):
         return w_RC + (scale * r.clamp(-self.top, self.top) - w)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Elements of all parameters; frozen random bases are none."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def flops_per_token(model: GPT, seq_len: int, plan: list[BlockPass] | None = None) -> float:
     """Training FLOPs a token: 6 a matrix weight and pass through it, 6 T D a pass for causal attention's two products."""
     weights = {site: shape.numel() for site, shape in model.sites().items()}
@@ -3667,11 +3662,6 @@ def switches_at(cfg: Config, frac: float) -> dict[str, int]:
     return {"seq_len": next(t for end, t in cfg.seq_curriculum if frac < end or end >= 1.0),
             "qat": cfg.qat != "none" and frac >= cfg.qat_start_frac, "ema": cfg.ema_decay > 0 and frac >= cfg.ema_start_frac,
             "loop": cfg.num_loops > 0 and frac >= cfg.enable_looping_at}  # fmt: skip
-
-
-def qat_sharpness(cfg: Config, frac: float) -> float:
-    """Sharpness a of the soft rounding: 1 when QAT starts, 16 at the end of the budget."""
-    return 1.0 + 15.0 * min(max((frac - cfg.qat_start_frac) / max(1.0 - cfg.qat_start_frac, 1e-9), 0.0), 1.0)
 
 
 # ---- averaging
@@ -4068,10 +4058,11 @@ class Trainer:
         self.forward = torch.compile(self.model, dynamic=False) if on else self.model
 
     def context(self, frac: float) -> Ctx:
-        """Context of a training forward at `frac` of the budget: fake quantisation once QAT has started."""
+        """Context of a training forward at `frac` of the budget: fake quantisation once QAT has started, of sharpness 1 then, 16 at the end."""
         if not switches_at(self.cfg, frac)["qat"]:
             return Ctx()
-        self.fake_quant.sharpness.fill_(qat_sharpness(self.cfg, frac))
+        start = self.cfg.qat_start_frac
+        self.fake_quant.sharpness.fill_(1.0 + 15.0 * ((frac - start) / max(1.0 - start, 1e-9)))
         return Ctx(fake_quant=self.fake_quant)
 
     def accumulate(self, inputs: Tensor, targets: Tensor, ctx: Ctx, weights: Tensor | None) -> Tensor:
@@ -8421,7 +8412,7 @@ def log_head(opened: OpenRun, train_tokens: int, train_shards: int) -> int:
     of the code."""
     cfg, run, source = opened.cfg, opened.run, source_text()
     with torch.device("meta"):
-        params = count_parameters(GPT(cfg))
+        params = sum(p.numel() for p in GPT(cfg).parameters())
     packed, notice = counted_code(cfg)
     source_sha256, packed_sha256 = (hashlib.sha256(code).hexdigest() for code in (source.encode(), packed))
     run.log(source, to_terminal=False)

@@ -100,7 +100,7 @@ def test_parameters_of_the_full_size():
     for on in (1, 0):
         with torch.device("meta"):
             model = tg.GPT(load(ASYM_LOGIT_RESCALE=on).cfg)
-        counts.append(tg.count_parameters(model))
+        counts.append(sum(p.numel() for p in model.parameters()))
     lanes = [p.numel() for name, p in model.named_parameters() if name.endswith("lane_mix")]
     assert counts == [35_945_673 - 48, 35_945_671 - 48] and lanes == [6, 6, 6]
     assert sum(p.numel() for n, p in model.named_parameters() if ".gate." in n) == 1056

@@ -110,7 +110,7 @@ def activation_bytes(cfg: tg.Config, model: tg.GPT, device: torch.device, tokens
 def state_bytes(cfg: tg.Config, model: tg.GPT) -> int:
     """Bytes that training holds between steps in a world of one rank: weights, gradients, optimizers, averages, counts."""
     matrices = sum(p.numel() for p in model.parameters() if p.role == "matrix")
-    small = tg.count_parameters(model) - matrices
+    small = sum(p.numel() for p in model.parameters()) - matrices
     averages = (cfg.ema_decay > 0) + (cfg.swa_every > 0)
     # Weights, their gradients and these once more where they are reduced; then momentum, or Adam's two moments.
     floats = (3 + averages) * (matrices + small) + matrices + 2 * small + sum(b.numel() for b in model.buffers())
@@ -310,7 +310,7 @@ def plan(args: argparse.Namespace) -> None:
         model = tg.GPT(cfg)
     for text in loaded.notices:
         print(f"notice: {text}")
-    print(f"recipe {cfg.recipe}: {tg.count_parameters(model):,} trainable parameters")
+    print(f"recipe {cfg.recipe}: {sum(p.numel() for p in model.parameters()):,} trainable parameters")
     plan_bytes(cfg, model)
     tokens = tg.first_micro_batch(cfg, device)
     state, (kept, peak) = state_bytes(cfg, model), activation_bytes(cfg, model, device, tokens)
