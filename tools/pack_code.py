@@ -124,20 +124,21 @@ def shorter_names(function: ast.FunctionDef, nodes: list[ast.AST], taken: set[st
     given by keyword in some call), global or nonlocal, defined inside, imported, caught, or read in an f-string, whose positions
     Python < 3.12 does not know.
     """
-    if any(
-        isinstance(n, (ast.ClassDef, ast.Match)) or getattr(n, "id", "") in ("locals", "vars", "eval", "exec")
-        for n in nodes
-    ):
+    words = [n for n in nodes if isinstance(n, (ast.Name, ast.arg))]
+    others = [n for n in nodes if isinstance(n, (ast.stmt, ast.excepthandler, ast.alias))]
+    uses = Counter(getattr(n, "id", getattr(n, "arg", None)) for n in words)
+    if any(isinstance(n, (ast.ClassDef, ast.Match)) for n in others) or {"locals", "vars", "eval", "exec"} & {*uses}:
         return {}
-    uses = Counter(getattr(n, "id", getattr(n, "arg", None)) for n in nodes if isinstance(n, (ast.Name, ast.arg)))
     kept = taken | {n.id for f in nodes if isinstance(f, ast.JoinedStr) for n in ast.walk(f) if isinstance(n, ast.Name)}
-    kept |= {
-        name for n in nodes for name in (*getattr(n, "names", ()), getattr(n, "name", None), getattr(n, "asname", None))
-    }
+    for n in others:
+        kept |= {*getattr(n, "names", ()), getattr(n, "name", None), getattr(n, "asname", None)}
     if function.decorator_list:  # a decorator may read the signature
         kept |= {n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg)}
-    bound = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    bound = {
+        n.arg if isinstance(n, ast.arg) else n.id
+        for n in words
+        if not isinstance(getattr(n, "ctx", None), (ast.Load, ast.Del))
+    }
     names = sorted((n for n in bound - kept if len(n) > 2), key=lambda name: (-uses[name], name))
     letters = [*string.ascii_lowercase, *string.ascii_uppercase]
     closed = kept | {*uses, *keyword.kwlist}
@@ -145,19 +146,18 @@ def shorter_names(function: ast.FunctionDef, nodes: list[ast.AST], taken: set[st
     return dict(zip(names, free, strict=False))
 
 
-def module_names(tree: ast.Module, nodes: list[ast.AST]) -> set[str]:
+def module_names(parts: dict[ast.stmt, list[ast.AST]]) -> set[str]:
     """Functions, classes and constants of the script that may have another name: bound at the top of the script alone, not read
     in an f-string, printed by no message (exceptions) and sought by no text (Config)."""
-    top = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))} - {"Config"}
-    top |= {t.id for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in ast.walk(n)
+    top = {n.name for n in parts if isinstance(n, (ast.FunctionDef, ast.ClassDef))} - {"Config"}
+    top |= {t.id for n, within in parts.items() if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in within
             if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)}  # fmt: skip
-    inner = [m for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) for m in ast.walk(n) if m is not n]
+    inner = [m for n, within in parts.items() if isinstance(n, (ast.FunctionDef, ast.ClassDef)) for m in within[1:]]
     bound = {getattr(m, "arg", getattr(m, "name", getattr(m, "id", None))) for m in inner
              if not isinstance(m, (ast.Name, ast.keyword)) or isinstance(getattr(m, "ctx", None), ast.Store)}  # fmt: skip
+    nodes = itertools.chain(*parts.values())
     texts = {m.id for f in nodes if isinstance(f, ast.JoinedStr) for m in ast.walk(f) if isinstance(m, ast.Name)}
-    raised = {
-        n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith(("Error", "Run", "Interrupted"))
-    }
+    raised = {n.name for n in parts if isinstance(n, ast.ClassDef) and n.name.endswith(("Error", "Run", "Interrupted"))}
     return {n for n in top - bound - texts - raised if len(n) > 4 and not n.startswith("__")}
 
 
@@ -167,14 +167,15 @@ def shorten_names(source: str) -> str:
     Attributes, fields and whatever some call gives by keyword keep theirs, and parameters of what is called with `**`.
     """
     tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
-    nodes = list(ast.walk(tree))
+    parts = {n: list(ast.walk(n)) for n in tree.body}
+    nodes = list(itertools.chain(*parts.values()))
     taken = {*dir(builtins), *(n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))}
-    taken |= {t.id for n in tree.body if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) for t in ast.walk(n)
+    taken |= {t.id for n, within in parts.items() if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) for t in within
               if isinstance(t, ast.Name)}  # fmt: skip
     imported = [a for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
     taken |= {(a.asname or a.name).split(".")[0] for a in imported}
     uses = Counter(n.id for n in nodes if isinstance(n, ast.Name))
-    ranked = sorted(module_names(tree, nodes), key=lambda name: (-uses[name], name))
+    ranked = sorted(module_names(parts), key=lambda name: (-uses[name], name))
     used = {*uses, *(n.arg for n in nodes if isinstance(n, ast.arg))}
     short = (
         w
@@ -194,7 +195,7 @@ def shorten_names(source: str) -> str:
     }
     methods = ((n, f) for n in tree.body for f in ([n] if isinstance(n, ast.FunctionDef) else getattr(n, "body", ())))
     for owner, function in ((n, f) for n, f in methods if isinstance(f, ast.FunctionDef)):
-        within = list(ast.walk(function))
+        within = parts[owner] if owner is function else list(ast.walk(function))
         inside = [n for n in within if isinstance(n, (ast.Name, ast.arg))]
         named = {getattr(n, "name", "") for n in (owner, *within)} & unpacked
         names = shorter_names(function, within, taken | {n.arg for n in inside if named and isinstance(n, ast.arg)})
