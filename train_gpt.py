@@ -4521,8 +4521,8 @@ def row_quantiles(w_RC: Tensor, quantiles: tuple[float, ...]) -> Tensor:
     at_Q = torch.tensor(quantiles, dtype=torch.float64) * (w_RC.shape[1] - 1)
     low_Q = at_Q.floor().long()
     high_Q = at_Q.ceil().long()
-    share_Q = (at_Q - low_Q).to(w_RC)
-    return torch.lerp(sorted_RC[:, low_Q.to(w_RC.device)], sorted_RC[:, high_Q.to(w_RC.device)], share_Q).T
+    part_Q = (at_Q - low_Q).to(w_RC)
+    return torch.lerp(sorted_RC[:, low_Q.to(w_RC.device)], sorted_RC[:, high_Q.to(w_RC.device)], part_Q).T
 
 
 def clipped_scale(w_RC: Tensor, bits: int, clip: ClipRule) -> Tensor:
@@ -4743,7 +4743,7 @@ def next_state(state: Any, code: Any, states: int) -> Any:
 
 
 def column_steps(weight_C: Tensor) -> Tensor:
-    """(C,) int8 eighths of an octave: steps with which an error of one step costs the same in every column.
+    """(C,) int8, log2 in eighths: steps with which an error of one step costs the same in every column.
 
     Equal steps cost the arithmetic mean of the columns' weights, these their geometric mean, at the same rate: reverse
     water-filling. The product of the weights is det H, whatever the order of columns.
@@ -4885,7 +4885,7 @@ def sample_text(model: GPT, length: int, seed: int, temperature: float = 0.8) ->
 def calibration_inputs(cfg: Config, run: Run, stream: TokenStream, most_tokens: int = 2**16) -> Iterator[Tensor]:
     """This rank's part of GPTQ_N_SAMPLES sequences (B, TRAIN_SEQ_LEN): even windows of the training data.
 
-    A batch has at most `most_tokens` tokens or one sequence; a rank without a share takes the first sequence.
+    A batch has at most `most_tokens` tokens or one sequence; a rank without any takes the first sequence.
     """
     length, mine = cfg.train_seq_len, run.share(cfg.gptq_n_samples) or range(1)
     rows = max(1, min(most_tokens, 2**16 if run.device.type == "cuda" else 2**12) // length)
@@ -5007,11 +5007,11 @@ class TensorToCode(NamedTuple):
     factors: GptqFactors | None  # None: its inputs were not looked at
 
 
-def prune_codes_(coded: list[QuantizedTensor], share: float) -> None:
-    """Zero the `share` of all non-zero codes that stand for the smallest weights, over all tensors, in place (PR #740)."""
+def prune_codes_(coded: list[QuantizedTensor], fraction: float) -> None:
+    """Zero the `fraction` of all non-zero codes that stand for the smallest weights, over all tensors, in place (PR #740)."""
     sizes = [matrix_of(dequantize(item)).abs() for item in coded]
     alive = torch.cat([size[size > 0] for size in sizes])
-    if count := int(share * alive.numel()):
+    if count := int(fraction * alive.numel()):
         threshold = alive.kthvalue(count).values
         for item, size in zip(coded, sizes, strict=True):
             item.codes[size <= threshold] = 0
@@ -5241,14 +5241,6 @@ class TensorEntry(NamedTuple):
         return parts
 
 
-def entry_of(stored: QuantizedTensor) -> TensorEntry:
-    """How a tensor is written."""
-    correction = (stored.low_rank.left.shape[1], stored.low_rank.group) if stored.low_rank else ()
-    return TensorEntry(
-        stored.shape, stored.role, stored.bits, stored.trellis, int(stored.columns is not None), *correction
-    )
-
-
 def arrays_of(stored: QuantizedTensor) -> list[Tensor]:
     """The arrays that make up a stored tensor."""
     if stored.values is not None:
@@ -5361,13 +5353,8 @@ def symbol_model(weights: np.ndarray) -> Any:
     return constriction.stream.model.Categorical(weights / weights.sum(), perfect=False)
 
 
-def log_table(counts: np.ndarray) -> np.ndarray:
-    """Counts as -8 log2 of their fraction, int16 in 0..254; what never occurred gets a quarter of a count."""
-    return np.round(8 * np.log2(max(counts.sum(), 1) / np.maximum(counts, 0.25))).clip(0, 254).astype(np.int16)
-
-
 def split_ints(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(symbol, width, rest): 0..15 are symbols of their own, larger numbers one a half octave and `width` bits of rest."""
+    """(symbol, width, rest): 0..15 are symbols of their own, larger ones have two symbols for each power of 2 and `width` bits of rest."""
     length = np.frexp(values.astype(np.float64))[1].astype(np.int64)
     width = np.where(values < 16, 0, length - 2)
     symbol = np.where(values < 16, values, 6 + 2 * length + (values >> width & 1))
@@ -5432,8 +5419,11 @@ class StreamCoder:
         return values
 
     def table(self, counts: np.ndarray | None, most: int) -> np.ndarray:
-        """(n,) int16 logs of n symbols, 2 <= n <= most, from their `counts`."""
-        logs = [] if counts is None else log_table(counts)
+        """(n,) int16 in 0..254: -8 log2 of the fractions of n symbols, 2 <= n <= most, from their `counts`; what never occurred gets a
+        quarter of a count."""
+        logs = []
+        if counts is not None:
+            logs = np.round(8 * np.log2(max(counts.sum(), 1) / np.maximum(counts, 0.25))).clip(0, 254).astype(np.int16)
         size = int(self.fields([len(logs)], 1, 2, most)[0])
         logs = np.cumsum(self.fields(np.diff(logs, prepend=0), size, -254, 254)).astype(np.int16)
         if not 0 <= logs.min() <= logs.max() <= 254:
@@ -5906,8 +5896,11 @@ def pack(cfg: Config, header: dict[str, Any], tensors: dict[str, QuantizedTensor
 
     `coded` keeps streams between calls: one whose arrays are the same objects is not coded again.
     """
-    entries, parts = [entry_of(s) for s in tensors.values()], [arrays_of(s) for s in tensors.values()]
-    coded, streams = {} if coded is None else coded, []
+    entries, parts, streams = [], [arrays_of(s) for s in tensors.values()], []
+    for s in tensors.values():
+        correction = (s.low_rank.left.shape[1], s.low_rank.group) if s.low_rank else ()
+        entries.append(TensorEntry(s.shape, s.role, s.bits, s.trellis, int(s.columns is not None), *correction))
+    coded = {} if coded is None else coded
     for (role, kind), members in stream_plan(entries).items():
         arrays = [parts[i][j] for i, j in members]
         before = coded.get((role, kind), [()])[0]
@@ -6074,7 +6067,7 @@ def size_table(roles: dict[str, dict[str, float]]) -> str:
 
 STEP_GRID = np.exp2(np.arange(-11, 5) / 2)  # steps tried, in rms weights; along a trellis in halves of these
 LEAST_BITS = 0.02  # a weight, at the coarsest steps of a tensor that has some entropy
-BUDGET_FLOOR, BUDGET_AIM = 0.995, 0.9975  # shares of TARGET_BYTES: accepted from, aimed at
+BUDGET_FLOOR, BUDGET_AIM = 0.995, 0.9975  # fractions of TARGET_BYTES: accepted from, aimed at
 MAX_PACKS = 8  # four, unless none of those fits
 CURVE_ROWS = 256  # rows that a curve is measured on; paths are searched in half of them
 PATH_COLUMNS = 128  # and in as many columns: nothing is compensated there, so any columns will do
@@ -6091,10 +6084,10 @@ class RateDistortion(NamedTuple):
     bits: np.ndarray
     loss: np.ndarray
 
-    def at(self, step: float) -> tuple[float, float]:
-        """Bits and added loss at a step in units."""
-        octave, grid = math.log2(step), np.log2(STEP_GRID)
-        return float(np.interp(octave, grid, self.bits)), math.exp(np.interp(octave, grid, np.log(self.loss)))
+    def at(self, step: Any) -> tuple[Any, Any]:
+        """Bits and added loss at a step, or at several, in units."""
+        octave, grid = np.log2(step), np.log2(STEP_GRID)
+        return np.interp(octave, grid, self.bits), np.exp(np.interp(octave, grid, np.log(self.loss)))
 
     def step_at(self, bits: float) -> float:
         """The step, in units, at which the codes take `bits`."""
@@ -6107,7 +6100,7 @@ class RateDistortion(NamedTuple):
 
 
 def row_factors(fisher_R: Tensor) -> Tensor:
-    """Steps of an embedding's rows: step ~ 1 / sqrt(Fisher information), in half octaves, within 1/4..4.
+    """Steps of an embedding's rows: step ~ 1 / sqrt(Fisher information), rounded to powers of sqrt(2), within 1/4..4.
 
     Rare tokens' rows matter less in proportion to their frequency, and the equal split of the added loss is the optimal one.
     """
@@ -6117,7 +6110,7 @@ def row_factors(fisher_R: Tensor) -> Tensor:
 
 
 def measure_curve(w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states: int = 0) -> RateDistortion:
-    """Code a sample of rows at every step of the grid; `gain` is GPTQ's share of the error without it, `states` the trellis'."""
+    """Code a sample of rows at every step of the grid; `gain` is the fraction of the error that GPTQ leaves, `states` the trellis'."""
     unit = float(w_RC.square().mean().sqrt().clamp_min(1e-8)) / (2 if states else 1)
     by_row = role in PREDICTED_ROLES and w_RC.shape[0] > 1
     factor_R = row_factors(fisher_R) if by_row else torch.ones_like(fisher_R)
@@ -6135,10 +6128,10 @@ def measure_curve(w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states
         error = (codes.float() * scale.float()[:, None] - w).square().mean(dim=1)
         # An error goes with its step: what sampled rows are off by is scaled by the steps and importance of all rows.
         sampled = float(fisher_R[pick] @ scale.float().square())
-        share = float(fisher_R @ everywhere.float().square()) / max(sampled, 1e-30)
+        factor = float(fisher_R @ everywhere.float().square()) / max(sampled, 1e-30)
         spread, values, _ = plan_codes(codes.cpu().numpy(), False, states)
         bits.append(described_bits(spread, values, states, len(w_RC)) * w_RC.shape[1] / w.shape[1])
-        loss.append(0.5 * gain * float(fisher_R[pick] @ error) * share + 1e-30)
+        loss.append(0.5 * gain * float(fisher_R[pick] @ error) * factor + 1e-30)
     saved = 0.0
     if by_row:  # by predicting columns, nearly the same for all fine steps
         step_R1 = steps_by_row(w_RC, 0.25 * unit, factor_R).float()[:, None]
@@ -6150,10 +6143,8 @@ def measure_curve(w_RC: Tensor, role: str, fisher_R: Tensor, gain: float, states
 
 def choose_steps(curves: dict[str, RateDistortion], budget_bits: float) -> tuple[dict[str, float], dict[str, float]]:
     """Steps (in units) and predicted bits by name with the least added loss within `budget_bits`."""
-    fine = np.arange(-352, 129) / 64  # octaves, between the measured half octaves
-    grid = np.log2(STEP_GRID)
-    bits = np.stack([np.interp(fine, grid, c.bits) for c in curves.values()])
-    loss = np.exp(np.stack([np.interp(fine, grid, np.log(c.loss)) for c in curves.values()]))
+    steps = np.exp2(np.arange(-352, 129) / 64)
+    bits, loss = (np.stack(part) for part in zip(*(curve.at(steps) for curve in curves.values()), strict=True))
     index = np.arange(len(curves))
     low, high = -80.0, 40.0  # log2 of the price of a bit in nats
     for _ in range(60):
@@ -6166,9 +6157,8 @@ def choose_steps(curves: dict[str, RateDistortion], budget_bits: float) -> tuple
         finer = np.where(bits[i] <= bits[i, chosen[i]] + left, loss[i], np.inf).argmin() if left > 0 else chosen[i]
         left += bits[i, chosen[i]] - bits[i, finer]
         chosen[i] = finer
-    chosen_bits = bits[index, chosen]
-    return (dict(zip(curves, np.exp2(fine[chosen]).tolist(), strict=True)),
-            dict(zip(curves, chosen_bits.tolist(), strict=True)))  # fmt: skip
+    found = steps[chosen].tolist(), bits[index, chosen].tolist()
+    return tuple(dict(zip(curves, part, strict=True)) for part in found)
 
 
 class Budget(NamedTuple):
@@ -6280,14 +6270,14 @@ class BudgetSearch:
 
     def spend_rest(self, best: Budget) -> Budget:
         """Give what is left to one tensor after the other, until LEFT_BYTES or less are left or LAST_TRIES are over."""
-        share = 1.0  # of what is left that a curve is asked for, so that the file takes about all of it
+        fraction = 1.0  # of what is left that a curve is asked for, so that the file takes about all of it
         for _ in range(LAST_TRIES):
             left = self.cfg.target_bytes - best.spent
-            refined = self.refine(best, share * (left - LEFT_BYTES / 2)) if left > LEFT_BYTES else None
+            refined = self.refine(best, fraction * (left - LEFT_BYTES / 2)) if left > LEFT_BYTES else None
             if refined is None:
                 break
             found = self.pack_stored(*refined, best.predicted)
-            share *= min(max((left - LEFT_BYTES / 2) / max(found.spent - best.spent, 1.0), 0.25), 4.0)
+            fraction *= min(max((left - LEFT_BYTES / 2) / max(found.spent - best.spent, 1.0), 0.25), 4.0)
             if best.spent < found.spent <= self.cfg.target_bytes:
                 best = found
         return best
@@ -6402,7 +6392,7 @@ class TrieLevel(NamedTuple):
 
     parent: np.ndarray  # row, in the level before, of the gram without its last token
     token: np.ndarray  # its last token
-    size: np.ndarray  # half octaves of its count: about 2^(size/2) occurrences
+    size: np.ndarray  # 2 log2 of its count, rounded
     suffix: np.ndarray  # row, in the level before, of the gram without its first token
 
     def siblings(self, parents: int) -> tuple[np.ndarray, np.ndarray]:
