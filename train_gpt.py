@@ -4897,17 +4897,15 @@ def calibration_inputs(cfg: Config, run: Run, stream: TokenStream, most_tokens: 
 
 def while_time(batches: Iterable[Tensor], seconds: float, run: Run) -> Iterator[Tensor]:
     """`batches` until one more, as slow as the slowest so far, would end after `seconds`; the first always comes."""
-    started, slowest, source = time.perf_counter(), 0.0, iter(batches)
-    while True:
-        used = time.perf_counter() - started
-        if slowest and used + slowest > seconds:
-            return
-        batch = next(source, None)
-        if batch is None:
-            return
+    started = before = time.perf_counter()
+    slowest = 0.0
+    for batch in batches:
         yield batch
         run.sync()
-        slowest = max(slowest, time.perf_counter() - started - used)
+        now = time.perf_counter()
+        slowest, before = max(slowest, now - before), now
+        if now - started + slowest > seconds:
+            return
 
 
 class Calibration(NamedTuple):
