@@ -6896,9 +6896,8 @@ class LoraNetwork(NetworkExpert):
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "ttt"))  # the same on every rank
         self.shapes, rank = lora_sites(cfg, self.model), cfg.ttt_lora_rank
         drawn = [torch.empty(rank * d_in) for _, d_in in self.shapes.values()]
-        for a, (_, d_in) in zip(
-            drawn, self.shapes.values(), strict=True
-        ):  # N(0, 1 / in), or U(-1, 1) / sqrt(in) by document
+        # N(0, 1 / in), or U(-1, 1) / sqrt(in) by document.
+        for a, (_, d_in) in zip(drawn, self.shapes.values(), strict=True):
             if cfg.ttt_reset == "none":
                 a.normal_(std=d_in**-0.5, generator=generator)
             else:
@@ -6916,13 +6915,13 @@ class LoraNetwork(NetworkExpert):
         return Ctx(lora={site: Lora(a, b, self.scale) for site, a, b in pairs})
 
     def descend(self, tokens: Tensor, spans: list[tuple[int, int]], params: list[Tensor], ctx: Ctx, clip: float,
-                optimizer: torch.optim.Optimizer, share: float = 1.0) -> None:  # fmt: skip
-        """One step of the optimizer on `share` of the weighted mean nll of the targets in `spans`, whose sequences the ranks share."""
+                optimizer: torch.optim.Optimizer, fraction: float = 1.0) -> None:  # fmt: skip
+        """One step of the optimizer on `fraction` of the weighted mean nll of the targets in `spans`, whose sequences the ranks share."""
         for p, g in zip(params, self.gradient(tokens, spans, params, ctx), strict=True):
             p.grad = self.run.all_reduce(g)
         if clip:
             nn.utils.clip_grad_norm_(params, clip)
-        torch._foreach_mul_([p.grad for p in params], share)
+        torch._foreach_mul_([p.grad for p in params], fraction)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -7025,7 +7024,7 @@ def block_edges(documents: list[Document], size: int) -> list[int]:
 
 
 def phase_edges(edges: list[int], prefix: float, phases: int) -> list[int]:
-    """The block ends at which the weights are trained: the first past i / phases of the share `prefix` of the text, i = 1 .. phases."""
+    """The block ends at which the weights are trained: the first past i / phases of the fraction `prefix` of the text, i = 1 .. phases."""
     total = edges[-1] - 1
     due = (bisect_left(edges, 1 + prefix * total * i / phases) for i in range(1, phases + 1))
     return sorted({edges[i] for i in due if i < len(edges) - 1})
@@ -7033,8 +7032,8 @@ def phase_edges(edges: list[int], prefix: float, phases: int) -> list[int]:
 
 def block_size(cfg: Config, n_tokens: int) -> int:
     """TTT_BLOCK_TOKENS; or the text between two phases, since all ranks wait for a block's longest document; without phases 1/24."""
-    share = cfg.phased_ttt_prefix / cfg.phased_ttt_num_phases if cfg.phased_ttt_num_phases else 1 / 24
-    return cfg.ttt_block_tokens or math.ceil((n_tokens - 1) * share)
+    fraction = cfg.phased_ttt_prefix / cfg.phased_ttt_num_phases if cfg.phased_ttt_num_phases else 1 / 24
+    return cfg.ttt_block_tokens or math.ceil((n_tokens - 1) * fraction)
 
 
 def check_phases(cfg: Config, tokens: Tensor) -> None:
@@ -7194,7 +7193,7 @@ class DocumentLoraNetwork(LoraNetwork):
         return deal_documents(documents, self.run.world, self.cfg.ttt_batch_size, self.chunks)[self.run.rank]
 
     def expected_seconds(self, text: ValidationText) -> float:
-        """Seconds of the slowest rank of each block: a step is a constant and a share for each of its tokens, which the first
+        """Seconds of the slowest rank of each block: a step is a constant and a time for each of its tokens, which the first
         document of this network's own text and a whole batch tell. Finds how many documents there is memory for."""
         cfg, documents, longest = self.cfg, documents_of(text.tokens), self.documents[0].targets
         rows = self.rehearsed(min(self.rows, len(self.documents)))
@@ -7281,11 +7280,9 @@ class DocumentLoraNetwork(LoraNetwork):
             optimizer.param_groups[0]["lr"] = cfg.global_ttt_lr * cosine * warmup
             hi = min(lo + cfg.global_ttt_chunk_tokens, end)
             for first in range(lo, hi, most):
-                last = min(first + most, hi)
-                share = (last - first) / most  # a short step moves the weights less
-                self.descend(
-                    tokens, self.sequences(first, last), params, Ctx(), cfg.global_ttt_grad_clip, optimizer, share
-                )
+                spans = self.sequences(first, min(first + most, hi))
+                fraction = sum(e - s for s, e in spans) / most  # a short step moves the weights less
+                self.descend(tokens, spans, params, Ctx(), cfg.global_ttt_grad_clip, optimizer, fraction)
         self.model.requires_grad_(False)
         self.run.sync()
         self.run.log(f"ttt: trained all weights on {end - 1} scored tokens, {time.perf_counter() - started:.1f}s")
@@ -7659,7 +7656,7 @@ class PackedCascade(Cascade):
 
 
 def alpha_fixed(alpha: float) -> Callable[..., Tensor]:
-    """A constant share where a context matched. PR #740's first form: 0.20."""
+    """A constant weight where a context matched. PR #740's first form: 0.20."""
     return lambda entropy, _order, _confidence: torch.full_like(entropy, alpha)
 
 
@@ -7918,8 +7915,8 @@ class HashedTable(HashedScorer):
             C = self._counts(tokens, target, self.every_1V, n).sum(1, keepdim=True) if self.normalize else c
             hit = todo & (self.least <= C) & (room >= n - 1)[:, None]
             alpha = (torch.log1p(C) / 10).clamp_max(0.95)
-            share = c / C.clamp_min(1) if self.normalize else c / (c + 1024)
-            result = torch.where(hit, alpha * share + (1 - alpha) * p, result)
+            ratio = c / C.clamp_min(1) if self.normalize else c / (c + 1024)
+            result = torch.where(hit, alpha * ratio + (1 - alpha) * p, result)
             todo = todo & ~hit
         return result if self.normalize else result.clamp_min(1e-10)
 
@@ -8014,9 +8011,7 @@ class Evaluation:
         self.device = stream_device(cfg, run, len(text.tokens))
         self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
         self.networks: dict[str, NetworkExpert] = {}
-        self.counted = [
-            NgramTable(cfg.vocab_size, order, self.device) for order in cfg.counted_orders
-        ]  # the tilt's last
+        self.counted = [NgramTable(cfg.vocab_size, order, self.device) for order in cfg.counted_orders]
         self.packed = PackedTable(tables.trie, cfg.vocab_size, self.device) if tables.trie else None
 
     @property
@@ -8485,15 +8480,11 @@ def pack_model(
     return blob
 
 
-def calibrate_in_time(
-    opened: OpenRun, model: GPT, stream: TokenStream, result: TrainResult, counted: float
-) -> Calibration:
-    """Calibrate with what the training loop and counting n-grams left of MAX_WALLCLOCK_SECONDS, a tenth of it kept to sum over
-    the ranks."""
+def calibrate_in_time(opened: OpenRun, model: GPT, stream: TokenStream, micro_tokens: int, left: float) -> Calibration:
+    """Calibrate with the `left` seconds of MAX_WALLCLOCK_SECONDS, a tenth of them kept to sum over the ranks."""
     cfg, run = opened.cfg, opened.run
-    left = cfg.max_wallclock_seconds - result.seconds - counted if cfg.max_wallclock_seconds else math.inf
     # An eager backward pass keeps up to twice what the compiled one of training kept.
-    batches = calibration_inputs(cfg, run, stream, result.micro_tokens // 2)
+    batches = calibration_inputs(cfg, run, stream, micro_tokens // 2)
     calibration = calibrate(cfg, run, model, while_time(batches, 0.9 * left, run))
     done = calibration.tokens // cfg.train_seq_len
     if done < cfg.gptq_n_samples:
@@ -8511,7 +8502,8 @@ def make_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: Trai
         tokens = stream.read(-stream.position, n)
         sections["exact"] = build_trie(tokens, cfg.vocab_size, cfg.ngram_table_order, cfg.ngram_table_bytes)
     counted = run.broadcast(time.perf_counter() - started)
-    calibration = calibrate_in_time(opened, model, stream, result, counted) if cfg.calibrates else None
+    left = cfg.max_wallclock_seconds - result.seconds - counted if cfg.max_wallclock_seconds else math.inf
+    calibration = calibrate_in_time(opened, model, stream, result.micro_tokens, left) if cfg.calibrates else None
     run.sync()
     calibration_s = run.broadcast(time.perf_counter() - started)
     if result.cells is not None and run.rank == 0:
