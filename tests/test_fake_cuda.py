@@ -315,8 +315,8 @@ def test_the_plan_predicts_the_peak_of_each_part_of_an_evaluation(name, monkeypa
         tg.rehearse(cfg, run, model, text)
         evaluation = tg.Evaluation(cfg, run, model, text, tg.Tables(trie=trie))
         for stage in cfg.stages:
-            scorer = note("hints" if stage == "ttt" else stage, lambda: evaluation.scorer(stage))  # noqa: B023
-            note(stage, lambda: evaluation.score(stage, *scorer, math.inf))  # noqa: B023
+            note("hints" if stage == "ttt" else stage, lambda: evaluation.experts(stage))  # noqa: B023
+            note(stage, lambda: evaluation.score(stage))  # noqa: B023
     assert not gpu.out_of_memory and not gpu.faults
     assert set(plan) == {*cfg.stages, "hints", "phase"}
     assert measured == pytest.approx(plan, rel=0.1)

@@ -20,9 +20,6 @@ SHAPES = {
     "e": (32, 32),
 }  # no world of 2 or 3 divides all banks
 STEPS = 4
-ADAM_RATES = {"table": 0.03, "head": 0.03, "gain": 0.02, "mix": 0.01}  # of TIED_EMBED_LR .03 and SCALAR_LR .02
-
-
 @pytest.fixture(autouse=True)
 def one_thread():
     """Toy matrices gain nothing from threads, and lose much on a busy machine."""

@@ -124,10 +124,6 @@ def verdicts(folder: Path) -> dict[str, rules.Check]:
     return {c.rule: c for c in rules.checks(rules.read_entry(folder))}
 
 
-def warned(folder: Path) -> set[str]:
-    return {c.rule for c in verdicts(folder).values() if c.status == "WARN"}
-
-
 USUAL = {"validation documents in training", rules.AUDIT}  # what no folder shows
 
 

@@ -150,7 +150,7 @@ def largest_steps(batches: Iterable[list[tg.Document]], context: int) -> list[tu
 
 # Bytes of n-gram stages: of statistics, a token and order; as measured, of a span, a target and level while it is mixed, and until
 # it is learned; of a target that is tilted.
-STATS_BYTES, MIXED_BYTES, PENDING_BYTES, TILTED_BYTES = 12, 290, 88, 160
+STATS_BYTES, MIXED_BYTES, PENDING_BYTES, TILTED_BYTES = 12, 240, 88, 160
 
 
 class EvaluationPlan:
