@@ -146,7 +146,7 @@ MUTANTS = {
         ("C5: QAT sharpness is a Python float: a new graph each step", "techniques.py -k 'rounding or quantisation or late or pr850'", ("self.fake_quant.sharpness.fill_(1.0 + 15.0 * ((frac - start) / max(1.0 - start, 1e-9)))", "self.fake_quant.sharpness = 1.0 + 15.0 * ((frac - start) / max(1.0 - start, 1e-9))"), ('        self.register_buffer("sharpness", torch.ones(()), persistent=False)  # a tensor: changing it recompiles nothing\n', "        self.sharpness = 1.0\n"), ("            r = u.floor() + 0.5 + torch.tanh(a * (u - u.floor() - 0.5)) / (2 * torch.tanh(a / 2))", "            r = u.floor() + 0.5 + torch.tanh(a * (u - u.floor() - 0.5)) / (2 * math.tanh(a / 2))")),
         ("X1: hashed counts read without waiting for their stream", "fake_cuda.py -k exercise", ("        self.run.sync()\n        return {n: self.run.all_reduce(cells.long())", "        return {n: self.run.all_reduce(cells.long())")),
         ("cuda-flags", "fake_cuda.py -k neither_for_itself", ('host = self.run.all_reduce(flags).to("cpu", non_blocking=True)', "host = self.run.all_reduce(flags).cpu()")),
-        ("cuda-bincount", "evaluation_oracles.py -k waits", ("    if values_JM.is_cuda:  # where a bincount waits for the device\n", "    if False:\n")),
+        ("cuda-bincount", "evaluation_oracles.py fake_cuda.py -k 'waits or rules'", ("square += torch.zeros_like(square).index_add_(1, bucket, squared)", "square += torch.stack([torch.bincount(bucket, row, square.shape[1]) for row in squared])")),
         ("cuda-pin", "fake_cuda.py -k neither_for_itself", ("        t = t.pin_memory()\n", "        pass\n")),
     ],
     "tools": [

@@ -20,6 +20,8 @@ SHAPES = {
     "e": (32, 32),
 }  # no world of 2 or 3 divides all banks
 STEPS = 4
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Toy matrices gain nothing from threads, and lose much on a busy machine."""
