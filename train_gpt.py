@@ -5296,10 +5296,9 @@ def zstd_unpack(packed: bytes, size: int) -> bytes:
 
 # ---- streams: all arrays of one kind of one role, in the model's order
 
-KINDS: dict[str, torch.dtype] = {
-    "codes": torch.int8,
-    **{f"trellis{states}": torch.int8 for states in TRELLISES},  # as the header counts it: in memory paths are int16
-    "columns": torch.int8,
+# States by kind of small integers. In the account paths count as int8, in memory they are int16.
+CODED_KINDS = {"codes": 0, "columns": 0, **{f"trellis{states}": states for states in TRELLISES}}
+KINDS = dict.fromkeys(CODED_KINDS, torch.int8) | {
     "scale": torch.float16,
     "half": torch.float16,
     "single": torch.float32,
@@ -5677,13 +5676,11 @@ def code_levels(
 ) -> list[CodeLevels]:
     """Write the levels of tensors of `shapes`, or read them (None). A side is a middle, a grid and, unless that is 0, how many
     grids each level lies above the middle (2n) or below it (2n - 1)."""
-    lengths, sides = [n for shape in shapes for n in shape], None
+    lengths, sides, middles, grids = [n for shape in shapes for n in shape], None, None, None
     if spreads is not None:
         sides = [side.astype(np.int64) for spread in spreads for side in (spread.rows, spread.columns)]
         middles = [int(np.median(side)) for side in sides]
         grids = [int(np.gcd.reduce(side - middle)) for side, middle in zip(sides, middles, strict=True)]
-    else:
-        middles = grids = None
     middles = coder.fields(middles, len(lengths), -999, 999)
     grids = coder.fields(grids, len(lengths), 0, 999)
     predicted = coder.fields(spreads and [int(spread.predicted) for spread in spreads], len(shapes), 0, 1)
@@ -5853,7 +5850,6 @@ def decode_codes(stream: bytes, shapes: list[tuple[int, int]], states: int = 0) 
 # ---- coders of streams
 
 BYTE_UNPACKERS: dict[str, Callable[[bytes, int], bytes]] = {"zstd": zstd_unpack, "lzma": lzma_unpack}
-CODED_KINDS = {"codes": 0, "columns": 0, **{f"trellis{states}": states for states in TRELLISES}}  # states, by kind
 
 
 def encode_stream(cfg: Config, role: str, kind: str, arrays: list[Tensor]) -> tuple[str, bytes]:
