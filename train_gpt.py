@@ -1912,10 +1912,8 @@ def find_data(cfg: Config, tokenizer_sha256: str = "", vocab_size: int = 0) -> D
             tokenizer_sha256 = file_sha256(Path(cfg.tokenizer_path))
         folder = next(downloads(tokenizer_sha256, vocab_size))
     manifest = read_manifest(folder)
-    transform = None if manifest is None else manifest.get("transform", "")
-    return DataPaths(
-        folder, find_tokenizer(cfg, folder, manifest), folder.resolve() in (SAMPLE_CASEOPS, SAMPLE_DIR), transform
-    )
+    tokenizer, sample = find_tokenizer(cfg, folder, manifest), folder.resolve() in (SAMPLE_CASEOPS, SAMPLE_DIR)
+    return DataPaths(folder, tokenizer, sample, None if manifest is None else manifest.get("transform", ""))
 
 
 def load_shard(path: Path) -> np.ndarray:

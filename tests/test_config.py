@@ -136,6 +136,8 @@ def test_every_recipe_sets_only_known_knobs_to_values_in_bounds():
     ({"RESUME": "auto"}, ["RESUME=auto needs RUN_ID"]),
     ({"EVAL_STRIDE": "2048"}, ["EVAL_STRIDE=2048 exceeds", "1024"]),
     ({"EVAL_STAGES": "roundtrip,slding"}, ["EVAL_STAGES='roundtrip,slding'", "expected auto or a list of roundtrip"]),
+    ({"EVAL_STAGES": "auto,roundtrip"}, ["EVAL_STAGES='auto,roundtrip'", "expected auto or a list"]),
+    ({"PROG_SEQ_ENABLED": "2"}, ["PROG_SEQ_ENABLED='2'", "expected 0 or 1"]),
     ({"SCORE_STAGE": "sliding"}, ["SCORE_STAGE=sliding", "switched on: roundtrip"]),
     ({"GATED_ATTN_BIAS_INIT": "x"}, ["GATED_ATTN_BIAS_INIT='x': ATTN_GATE_INIT='x'", "a number"]),
     ({"TARGET_BYTES": "1", "MAX_WALLCLOCK_SECONDS": "8"}, ["GPTQ_RESERVE_SECONDS=8", "MAX_WALLCLOCK_SECONDS=8", "lower"]),

@@ -7,12 +7,14 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 import types
 
 import pytest
 import torch
-from conftest import config
+from conftest import SCRIPT, config, process_env
 
 import train_gpt as tg
 from tools.artifact import run_tool, tool_parser
@@ -317,3 +319,11 @@ def test_no_progress_bar_in_a_log(run, capsys):
     run.on_terminal = True
     run.progress("training", 1, 2, time.perf_counter())
     assert "[############            ] 50% eta" in capsys.readouterr().err
+
+
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler(tiny):
+    """It costs a second of CPU time at the start."""
+    code = "import os, sys, train_gpt as tg; print(tg.main([], os.environ), 'torch._dynamo' in sys.modules)"
+    env = process_env({**tiny, "PYTHONPATH": str(SCRIPT.parent), "ITERATIONS": "2", "COMPILE": "0", "DEVICE": "cpu"})
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.endswith("0 False\n"), done.stderr[-500:]

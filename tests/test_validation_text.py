@@ -217,3 +217,14 @@ def test_the_script_refuses_once_on_all_ranks(data, tiny, script, tmp_path):
         run_ranks(process_env({**tiny, "RUN_ID": "two", "DATA_PATH": str(folder)}), 2)
     assert str(two.value).count("have the same content") == 1 and "Traceback" not in str(two.value)
     assert not [p for p in Path(tiny["LOG_DIR"]).iterdir() if not p.name.startswith("tiny")]
+
+
+@pytest.mark.parametrize("spacing", [0, 16])
+def test_units_do_not_depend_on_where_shards_end(spacing):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 300, 4000).astype("<u2")
+    tokens[rng.choice(4000, 30)] = tg.BOS
+    whole = [*tg.text_units([tokens], spacing)]
+    for cuts in ([1], [63, 64, 65, 200], sorted(rng.choice(4000, 20)), np.flatnonzero(tokens == tg.BOS)):
+        parts = [*tg.text_units(np.split(tokens, cuts), spacing)]
+        assert np.array_equal(*(np.concatenate([hashes for hashes, _ in found]) for found in (whole, parts)))
