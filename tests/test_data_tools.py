@@ -602,12 +602,8 @@ def test_a_job_with_other_settings_starts_anew_and_one_without_resume_too(make, 
     monkeypatch.setattr(make_shards.Job, "add", stopped)
     assert make(PLAIN, *words, "--val-docs", 9, "--resume", "--force").status == 130
     assert make(PLAIN, *words, "--val-docs", 9, "--force").status == 130
-    assert made.files.keys() == {
-        "manifest.json",
-        "tokenizer_300.model",
-        "fineweb_val_000000.bin",
-        "fineweb_train_000000.bin",
-    }
+    names = {"manifest.json", "tokenizer_300.model", "fineweb_val_000000.bin", "fineweb_train_000000.bin"}
+    assert made.files.keys() == names
 
 
 def test_so_many_training_shards_and_no_more(make):

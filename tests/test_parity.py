@@ -15,16 +15,8 @@ import torch
 
 import train_gpt as tg
 
-BOS, V, D, H, G, T, LONG = (
-    1,
-    40,
-    32,
-    4,
-    2,
-    20,
-    28,
-)  # ids, width, query and value heads, positions in training and evaluation
-K = D // H
+BOS, V, D, H, G, K = 1, 40, 32, 4, 2, 8  # ids, width, query and value heads, their width
+T, LONG = 20, 28  # positions in training and evaluation
 ENV = {
     "VOCAB_SIZE": V, "MODEL_DIM": D, "NUM_HEADS": H, "NUM_KV_HEADS": G, "NUM_LAYERS": 5, "TRAIN_SEQ_LEN": T, "TRAIN_BATCH_TOKENS": 6 * T,
     "EVAL_STRIDE": 0, "DEVICE": "cpu", "TRAIN_DTYPE": "fp32",

@@ -558,13 +558,17 @@ def test_pictures_are_drawn_and_never_replaced_unasked(world, capsys):
 
 def submit(world, *words, runs=("s1", "s2", "s3")) -> int:
     places = [world["logs"] / f"{r}.jsonl" for r in runs]
-    more = {
-        "--name": "idea",
-        "--script": world["script"],
-        "--records": world["root"] / "records",
-        "--date": "2026-04-02",
-    }
-    return run_cli("submit", *places, *itertools.chain(*more.items()), *words)
+    more = (
+        "--name",
+        "idea",
+        "--script",
+        world["script"],
+        "--records",
+        world["root"] / "records",
+        "--date",
+        "2026-04-02",
+    )
+    return run_cli("submit", *places, *more, *words)
 
 
 def folder_of(world, *words, runs=("s1",)) -> Path:
@@ -599,9 +603,7 @@ def test_a_record_folder_is_complete_passes_its_own_check_and_is_never_overwritt
     assert {"train_seed1.log", "train_seed3.jsonl", "audit_seed2.jsonl", "curves.png"} <= names
     meta = json.loads((folder / "submission.json").read_text())
     assert meta["val_bpb"] == pytest.approx(1.902) and meta["seeds"] == [1, 2, 3] and meta["github_id"] == "aperson"
-    assert meta["compliance"] == dict.fromkeys(meta["compliance"], True) and meta["runs_left_out"] == {
-        "s4 (seed 4)": 1.95
-    }
+    assert all(meta["compliance"].values()) and meta["runs_left_out"] == {"s4 (seed 4)": 1.95}
     readme = (folder / "README.md").read_text()
     for words in (
         "## Result",
@@ -953,7 +955,7 @@ def verdicts(folder: Path) -> dict[str, rules.Check]:
 
 def test_check_reads_the_baselines_folder_and_says_what_it_cannot_know(tmp_path):
     meta = {
-        "author": "Baseline",
+        "author": "A",
         "github_id": "x",
         "name": "Baseline",
         "date": "2026-03-18",
@@ -963,15 +965,13 @@ def test_check_reads_the_baselines_folder_and_says_what_it_cannot_know(tmp_path)
     folder = tmp_path / "track_10min_16mb" / "2026-03-17_Baseline"
     files = {
         "README.md": "# Baseline\n",
-        "train.log": BASELINE_LOG,
         "train_gpt.py": 'import os\nprint("source")\n',
         "submission.json": json.dumps(meta),
     }
-    write_files(folder, files)
+    write_files(folder, {**files, "train.log": BASELINE_LOG})
     got = {rule: check.status for rule, check in verdicts(folder).items()}
-    assert [got[rule] for rule in ("val_bpb", "bytes", "script that ran", "validation text")] == [
-        "PASS"
-    ] * 4  # 62,021,632 tokens imply 151 MB
+    sure = ("val_bpb", "bytes", "script that ran", "validation text")  # 62,021,632 tokens imply 151 MB
+    assert {got[rule] for rule in sure} == {"PASS"}
     assert (got["training time"], got["seeds"]) == ("WARN", "FAIL")  # 600.038 s: the baseline's own overshoot; one seed
     unknown = ("validation documents in training", "audit (C1-C4)")
     assert all("cannot be known" in verdicts(folder)[rule].detail for rule in unknown)
@@ -1222,14 +1222,9 @@ def test_without_locks_the_process_that_wrote_it_tells(sweep_of, monkeypatch):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     here = sweep.platform.node()
-    owners = {
-        "process 1 on elsewhere": 1,
-        f"process {os.getppid()} on {here}": 1,
-        f"process {dead.pid} on {here}": 0,
-        "": 1,
-    }
+    owners = ("process 1 on elsewhere", f"process {os.getppid()} on {here}", f"process {dead.pid} on {here}", "")
     assert sweep_of("SEED=1\n")[0] == 0
-    for owner, status in owners.items():
+    for owner, status in zip(owners, (1, 1, 0, 1), strict=True):
         Path("logs/seed-1.jsonl").write_text('{"v": 1, "event": "run", "run_id": "x"}\n')
         os.utime("logs/seed-1.jsonl", (0, 0))
         Path("logs/seed-1.lock").write_text(owner + "\n" * bool(owner))

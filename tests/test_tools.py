@@ -318,14 +318,8 @@ def test_frequencies_lose_less_than_a_thousandth():
 
 def test_damage_and_strangers_are_refused(codec, sample_text):
     blob = codec.compress_text(sample_text[:2000].encode()).blob
-    for bad in (
-        b"",
-        b"PK\3\4" + blob,
-        blob[:-1],
-        blob[:30],
-        blob + b"x",
-        blob[:60] + bytes([blob[60] ^ 1]) + blob[61:],
-    ):
+    flipped = blob[:60] + bytes([blob[60] ^ 1]) + blob[61:]
+    for bad in (b"", b"PK\3\4" + blob, blob[:-1], blob[:30], blob + b"x", flipped):
         with pytest.raises(tg.ArtifactError):
             codec.decompress(bad)
     other = tc.Codec(dataclasses.replace(codec.predictor, name="f" * 16))
@@ -396,17 +390,8 @@ def test_a_number_without_end_is_refused_at_once():
 def test_settings_of_a_file_are_checked():
     loaded = tg.load_config({"MODE": "eval", "ARTIFACT": "x"}, {})
     assert tc.adopt_settings(loaded, '{"EVAL_STRIDE":16}').cfg.eval_stride == 16
-    for bad in (
-        "[1]",
-        "{",
-        "[" * 100_000,
-        '{"EVAL_STRIDE":"x"}',
-        '{"EVAL_STRIDE":[]}',
-        '{"NGRAM_ORDER":1e99}',
-        "7",
-        '{"SEED":2}',
-        '{"GONE":1}',
-    ):
+    values = ('"EVAL_STRIDE":"x"', '"EVAL_STRIDE":[]', '"NGRAM_ORDER":1e99', '"SEED":2', '"GONE":1')
+    for bad in ("[1]", "{", "[" * 100_000, "7", *(f"{{{value}}}" for value in values)):
         with pytest.raises(tg.ArtifactError, match="inconsistent"):
             tc.adopt_settings(loaded, bad)
 
@@ -620,16 +605,8 @@ def test_rank_variables_of_another_job_are_one_message(tool, ranks):
 def test_what_is_no_utf8_is_refused_or_escaped_and_a_full_disk_is_no_mistake(tool, artifact, tmp_path, monkeypatch):
     status, text = tool("sample", "--prompt", "a\udcff")
     assert status == 2 and "not UTF-8 at character 2" in text
-    command = [
-        sys.executable,
-        Path(ta.__file__).with_name("sample.py"),
-        "--artifact",
-        artifact,
-        "--prompt",
-        "\xe9",
-        "--tokens",
-        1,
-    ]
+    program = Path(ta.__file__).with_name("sample.py")
+    command = [sys.executable, program, "--artifact", artifact, "--prompt", "\xe9", "--tokens", 1]
     environment = {"PATH": os.environ["PATH"], "PYTHONIOENCODING": "ascii", "DEVICE": "cpu"}
     done = subprocess.run([*map(str, command)], capture_output=True, env=environment)
     assert (done.returncode, done.stdout[:4]) == (0, rb"\xe9"), done.stderr
