@@ -1733,7 +1733,10 @@ class Run:
         ranks have met, on one of each machine."""
         if not dist.is_initialized():
             return self.local_rank == 0
-        return dist.distributed_c10d._get_default_store().add(task, 1) == 1
+        try:
+            return dist.distributed_c10d._get_default_store().add(task, 1) == 1
+        except dist.DistError:  # rank 0, which has the store, is gone
+            return True
 
     def share(self, n: int) -> range:
         """This rank's contiguous part of range(n); the parts differ by at most one."""
@@ -8809,8 +8812,10 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     except Exception as e:
         # What torch's allocator says on a CPU.
         if not isinstance(e, MemoryError) and "can't allocate memory" not in str(e):
-            message, reported = f"{type(e).__name__}: {e}", True  # by its traceback
-            raise
+            message, reported = f"{type(e).__name__}: {e}", True
+            if Run.current is None or Run.current.is_first("said"):
+                raise  # with a traceback; on other ranks it is what comes of the failure that was told
+            return 1
         message = f"out of memory ({str(e)[-160:] or 'MemoryError'}); raise the limit (ulimit -v), or take a smaller model or TRAIN_BATCH_TOKENS"
     finally:
         finish(outcome, message, reported)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, VOCAB, config, events, losses, process_env, score_of, tiny_env
+from conftest import SCRIPT, VOCAB, config, events, losses, process_env, run_ranks, score_of, tiny_env
 
 import train_gpt as tg
 
@@ -294,6 +295,42 @@ def test_the_first_rank_that_fails_keeps_the_weights(tiny, data, capsys, monkeyp
         kept.exists() == first
         and (f"notice: the trained weights are kept: RESUME={kept}" in capsys.readouterr().out) == first
     )
+
+
+# Place -> the call that fails on one rank, and what is kept.
+FAILING_RANKS = {"Trainer.train_step": (5, "step_*3.pt"), "calibrate": (1, "trained.pt"), "quantize": (1, "trained.pt"),
+                 "score_first": (2, "../tiny.pgz")}  # fmt: skip
+
+
+def main() -> int:
+    """A rank of the test below: the script, in which a call fails on rank 1."""
+    place, mistake, rank = os.environ.pop("TEST_PLACE"), os.environ.pop("TEST_MISTAKE"), os.environ["RANK"]
+    owner, name = (getattr(tg, place.split(".")[0]), place.split(".")[1]) if "." in place else (tg, place)
+    calls, real = itertools.count(1), getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        if next(calls) == FAILING_RANKS[place][0]:
+            raise tg.ConfigError("KNOB=1: no") if mistake else ZeroDivisionError("KNOB=1: no")
+        return real(*args, **kwargs)
+
+    if rank == "1":
+        setattr(owner, name, failing)
+    try:
+        status = tg.main([], os.environ)
+    except Exception as e:
+        status = f"1\nerror: {type(e).__name__}: {e}"
+    print(f"rank {rank} ended with {status}", flush=True)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("place", "mistake"), zip(FAILING_RANKS, ["", "1"] * 2, strict=True))
+def test_a_rank_that_fails_ends_all_with_one_message_and_nothing_is_thrown_away(data, tmp_path, place, mistake):
+    env = tiny_env(data, tmp_path, TEST_PLACE=place, TEST_MISTAKE=mistake, CHECKPOINT_EVERY=3, GPTQ_ENABLED=1, GPTQ_N_SAMPLES=2,
+                   NGRAM_SCORE="off")  # fmt: skip
+    text = run_ranks(env, 2, "test_lost_runs", seconds=120)
+    said = [line for line in text.splitlines() if "error: " in line]
+    assert text.count("ended with 1") == 2 and len(said) == 1 and "KNOB=1: no" in said[0], text
+    assert list((tmp_path / "tiny.ckpt").glob(FAILING_RANKS[place][1])), text
 
 
 def test_a_score_that_fails_leaves_the_artifact_and_says_how_to_score_it(tiny, script, monkeypatch):
