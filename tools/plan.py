@@ -157,18 +157,18 @@ class EvaluationPlan:
     """`peaks`: the most bytes at once in each part of an evaluation on one of `ranks` GPUs, of documents of so many targets.
 
     The network's passes and steps are counted: in the order of the evaluation they run without data or memory, one rank's share
-    each. What has an entry a token of the text is added up. `packed`: how many n-grams the artifact carries. The published
-    caches and tables of claims are left out.
+    each. What has an entry a token of the text is added up. The published caches and tables of claims are
+    left out; n-grams that the artifact carries lie on the host.
     """
 
-    def __init__(self, cfg: tg.Config, lengths: np.ndarray, ranks: int = 1, packed: int = 0) -> None:
+    def __init__(self, cfg: tg.Config, lengths: np.ndarray, ranks: int = 1) -> None:
         self.cfg = dataclasses.replace(cfg, device="cpu", val_batch_tokens=cfg.val_batch_tokens or 2**17)
         self.lengths, self.ranks, self.n = lengths, ranks, int(lengths.sum()) + 1
         self.run, self.memory = tg.Run(self.cfg, 0, 0, 1, 1), LiveBytes()
         self.run.device, self.peaks = torch.device("meta"), dict[str, int]()
         self.networks: dict[str, tg.NetworkExpert] = {}
         self.read: set[int] = set()  # orders of statistics that lie on the GPU
-        self.streams = 16 * self.n + 32 * packed  # ids and counts of bytes
+        self.streams = 16 * self.n  # ids and counts of bytes
         with self.memory:
             with self.run.device:
                 model = tg.GPT(cfg)
