@@ -1301,9 +1301,8 @@ def cannot_write(path: Path, error: OSError) -> ConfigError | BrokenRun:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
     remedy = "free space or choose another disk" if full else "choose a folder that can be written"
     remedy = "choose a shorter name" if error.errno == errno.ENAMETOOLONG else remedy
-    return (BrokenRun if full else ConfigError)(
-        f"cannot write {path}: {error.strerror}; {remedy} (RUN_ID, LOG_DIR, ARTIFACT)"
-    )
+    text = f"cannot write {path}: {error.strerror}; {remedy} (RUN_ID, LOG_DIR, ARTIFACT)"
+    return BrokenRun(text) if full else ConfigError(text)
 
 
 def atomic_write(path: Path, blob: bytes) -> None:
@@ -1324,7 +1323,10 @@ def atomic_write(path: Path, blob: bytes) -> None:
 
 
 def lock_file(path: Path) -> Any:
-    """An open file `.NAME.lock` beside `path` that no other process can lock until it is closed; None if one has it now."""
+    """An open file `.NAME.lock` beside `path` that no other process can lock until it is closed; None if one has it now.
+
+    Not filelock's: that leaves its files behind, and ends with an error where a file system has no locks.
+    """
     aside = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2205,7 +2207,7 @@ def validation_bytes(cfg: Config, folder: Path, tokens: np.ndarray, tokenizer: T
 def load_validation(cfg: Config, folder: Path, tokenizer: Tokenizer) -> ValidationText:
     """All validation shards as one stream, cut only by VAL_TOKENS and VAL_DROP_TAIL."""
     shards = [check_ids(s, cfg.vocab_size, str(s.filename)) for s in load_split(folder, "val")]
-    tokens = np.concatenate([np.asarray(s) for s in shards]).astype(np.int64)
+    tokens = np.concatenate(shards).astype(np.int64)
     if len(at := np.flatnonzero(tokenizer.lost[tokens])):
         raise ConfigError(f"DATA_PATH={folder}: validation token {at[0]} is {tokenizer.sp.id_to_piece(int(tokens[at[0]]))!r}, whose "
                           "text is lost, so it cannot be scored; take a tokenizer with byte fallback")  # fmt: skip
