@@ -6680,19 +6680,6 @@ def score_windows(model: GPT, ids: Tensor, hints: Tensor, n: int, ctx: Ctx, temp
     return score_logits(z, ids[:, -n:], hints[:, -n:])
 
 
-def stream_device(cfg: Config, run: Run, n_tokens: int) -> torch.device:
-    """Where the stream of `n_tokens` and what is known by position live: the GPU if the n-gram statistics fit on all of them.
-
-    The statistics keep 12 bytes a token and order; float64 wants a CUDA device or the CPU.
-    """
-    host = torch.device("cpu")
-    if run.device.type != "cuda":
-        return host
-    free = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    fits = torch.tensor(float(n_tokens * 12 * sum(cfg.counted_orders) < 0.8 * free), device=run.device)
-    return run.device if run.all_reduce(fits, dist.ReduceOp.MIN) else host  # on every rank alike
-
-
 class NetworkExpert:
     """The network over sliding windows. `score` runs ahead in large batches shared by the ranks, up to the next of the targets
     `edges` at which the network learns (the end alone, without test-time training): so far a score is a function of the prefix.
@@ -7384,7 +7371,7 @@ class NgramTable:
     """Statistics of contexts of 0 .. order-1 tokens of one stream, 12 bytes a token and length.
 
     They are computed for the whole stream at once, which is no look ahead: entry t depends on x_0 .. x_t alone. They lie on
-    the host until a stage reads them: test-time training, which comes before, needs the GPU's memory.
+    the host, and a span of them goes to the stream's device when it is scored: no GPU need have room for all.
     """
 
     def __init__(self, vocab_size: int, order: int, device: torch.device | str = "cpu") -> None:
@@ -7401,20 +7388,19 @@ class NgramTable:
     def span(self, tokens: Tensor, lo: int, hi: int) -> NgramStats:
         """Statistics of targets lo .. hi-1, (order, hi-lo) each."""
         self.load(tokens)
-        if self.columns[0].device != tokens.device:
-            self.columns = [column.to(tokens.device) for column in self.columns]
         if self.latest_span[:2] != (lo, hi):
             count, kinds, last = (column[:, lo:hi] for column in self.columns)
             total = torch.empty_like(count)
-            total[0] = torch.arange(lo, hi, device=tokens.device)
+            total[0] = torch.arange(lo, hi)
             total[1:, 1 if lo == 0 else 0 :] = self.columns[0][:-1, max(lo - 1, 0) : hi - 1]
             if lo == 0:
                 total[:, 0] = 0
-            self.latest_span = (lo, hi, NgramStats(total, count, kinds, last))
+            stats = NgramStats(*(column.to(tokens.device) for column in (total, count, kinds, last)))
+            self.latest_span = (lo, hi, stats)
         return self.latest_span[2]
 
     def counts(self, k: int) -> Tensor:
-        """(N,) c of contexts of k tokens, over the stream that was loaded."""
+        """(N,) c of contexts of k tokens, over the stream that was loaded; on the host."""
         return self.columns[0][k]
 
     def candidates(self, tokens: Tensor, t: int) -> NgramStats:
@@ -7697,7 +7683,9 @@ class Tilt(NgramExpert):
     def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
         total, last = query.stats.total[self.k], query.stats.last[self.k]
         hint = query.tokens[last]
-        seen = self.table.counts(self.k)[last] + 1  # how often the hint had followed, last time included
+        seen = (
+            self.table.counts(self.k)[last.cpu()].to(last.device) + 1
+        )  # how often the hint had followed, last time included
         fires = (total > 0) & (seen >= self.threshold * total)
         q = query.p[hint] if query.whole else self.base.hint_prob[query.target].double()
         room = torch.where(fires, (1 - q).clamp_min(0) ** self.gamma, 0.0)
@@ -7750,7 +7738,7 @@ class PublishedCache(NamedTuple):
     alpha: Callable[[Tensor, Tensor, Tensor], Tensor]
     window: int  # targets a window scores
     batch: int  # windows scored between two updates of a rank's tables
-    layout: str  # "blocks": a rank owns a contiguous share of the text; "windows": every n-th; "shared": one table
+    layout: str  # "blocks": a rank owns a contiguous part of the text; "windows": every n-th; "shared": one table
     backs_off: bool = False  # an order counts the targets alone that no longer order has mixed
 
 
@@ -8007,7 +7995,7 @@ class Evaluation:
 
     def __init__(self, cfg: Config, run: Run, model: GPT, text: ValidationText, tables: Tables = NO_TABLES) -> None:
         self.cfg, self.run, self.model, self.tables = cfg, run, model, tables
-        self.device = stream_device(cfg, run, len(text.tokens))
+        self.device = run.device  # of the stream and of what is known by position
         self.text = text._replace(tokens=text.tokens.to(self.device), bytes=text.bytes.to(self.device))
         self.networks: dict[str, NetworkExpert] = {}
         self.counted = [NgramTable(cfg.vocab_size, order, self.device) for order in cfg.counted_orders]

@@ -186,11 +186,11 @@ def evaluation(tiny: bool) -> dict[str, float]:
 
 
 def statistics_and_mixing(tiny: bool) -> dict[str, float]:
-    """Exact statistics of orders 1 to 12 and their cascade over 62 M tokens of a power law, on the GPU if they fit."""
+    """Exact statistics of orders 1 to 12 and their cascade over 62 M tokens of a power law."""
     n, vocab = 5_000 if tiny else 62_000_000, 1024
     cfg = knobs("cpu", tiny, NGRAM_ORDER=12)
     run = quiet_run(cfg)
-    device = tg.stream_device(cfg, run, n)
+    device = run.device
     generator = torch.Generator(device).manual_seed(0)
     tokens = (vocab ** torch.rand(n, generator=generator, device=device)).long().clamp_(max=vocab - 1)
     table, base = tg.NgramTable(vocab, 12, device), Uniform(n, device)

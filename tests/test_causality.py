@@ -47,7 +47,7 @@ AHEAD = {
     "a phase trains on a target more": ("ttt", PHASES, tg.DocumentLoraNetwork.train_weights,
         "global_ttt_chunk_tokens, end)", "global_ttt_chunk_tokens, end + 1)", {HERE}),
     "a hint that its target confirms": ("tilt", TILT, tg.Tilt.transform,
-        "[last] + 1", "[last] + 1 + (hint == query.tokens[query.target])", {HERE}),
+        ".to(last.device) + 1", ".to(last.device) + 1 + (hint == query.tokens[query.target])", {HERE}),
     "a tilt that learns before its score": ("tilt", TILT, tg.NgramExpert.score,
         "return p.log()", "self.learn(self.pending)\n    return self.transform(self.query(self.base.score(tokens, lo, hi).exp(), entropy, tokens, lo, hi))[0].log()", {PAST}),
     "packed contexts that hold the target": ("table", TABLE, tg.PackedTable.span, "in (rows[:-1], rows[1:])", "in ([np.append(x[1:], -1) for x in rows[:-1]], rows[1:])", {SAME}),

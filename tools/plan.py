@@ -148,17 +148,17 @@ def largest_steps(batches: Iterable[list[tg.Document]], context: int) -> list[tu
     return steps
 
 
-# Bytes of n-gram stages: of statistics, a token and order; as measured, of a span, a target and level while it is mixed, and until
-# it is learned; of a target that is tilted.
-STATS_BYTES, MIXED_BYTES, PENDING_BYTES, TILTED_BYTES = 12, 240, 88, 160
+# Bytes of n-gram stages: of a span's statistics, a target and order; as measured, of a target and level while a span is mixed with the
+# text's n-grams, with those that the artifact carries, and until it is learned; of a target that is tilted.
+STATS_BYTES, MIXED_BYTES, PACKED_BYTES, PENDING_BYTES, TILTED_BYTES = 12, 290, 200, 88, 160
 
 
 class EvaluationPlan:
     """`peaks`: the most bytes at once in each part of an evaluation on one of `ranks` GPUs, of documents of so many targets.
 
     The network's passes and steps are counted: in the order of the evaluation they run without data or memory, one rank's share
-    each. What has an entry a token of the text is added up. The published caches and tables of claims are
-    left out; n-grams that the artifact carries lie on the host.
+    each. What has an entry a token of the text is added up. N-grams lie on the host. The published caches and tables of claims
+    are left out.
     """
 
     def __init__(self, cfg: tg.Config, lengths: np.ndarray, ranks: int = 1) -> None:
@@ -167,7 +167,6 @@ class EvaluationPlan:
         self.run, self.memory = tg.Run(self.cfg, 0, 0, 1, 1), LiveBytes()
         self.run.device, self.peaks = torch.device("meta"), dict[str, int]()
         self.networks: dict[str, tg.NetworkExpert] = {}
-        self.read: set[int] = set()  # orders of statistics that lie on the GPU
         self.streams = 16 * self.n  # ids and counts of bytes
         with self.memory:
             with self.run.device:
@@ -245,17 +244,17 @@ class EvaluationPlan:
         network.model.requires_grad_(False)
 
     def plan_ngrams(self, stage: str) -> None:
-        """Statistics, which come to the GPU with the first stage that reads them, and the span that is mixed at once."""
+        """The span that is mixed at once, and its statistics."""
         cfg, tilted, levels = self.cfg, self.cfg.ngram_tilt_enabled, []
         if "exact" in cfg.ngram_tables and stage != "tilt":
-            levels.append(cfg.ngram_table_order - 1)
+            levels.append(cfg.ngram_table_order - 1)  # whose rows are found on the host
         if stage == "ngram":
             levels.append(cfg.ngram_order - 1)
-        for order in {*cfg.counted_orders[-1:] * tilted, *cfg.counted_orders[:1] * (stage == "ngram")} - self.read:
-            self.streams += STATS_BYTES * order * self.n
-            self.read.add(order)
-        mixed = MIXED_BYTES * levels[-1] + PENDING_BYTES * sum(levels[:-1]) if levels else 0
-        self.note(stage, more=(mixed + TILTED_BYTES * tilted) * tg.update_span(self.n))
+        orders = {*cfg.counted_orders[-1:] * tilted, *cfg.counted_orders[:1] * (stage == "ngram")}
+        stats = STATS_BYTES * sum(orders)
+        last = MIXED_BYTES if stage == "ngram" else PACKED_BYTES
+        mixed = last * levels[-1] + PENDING_BYTES * sum(levels[:-1]) if levels else 0
+        self.note(stage, more=(stats + mixed + TILTED_BYTES * tilted) * tg.update_span(self.n))
 
 
 def predicted_bytes(policy: tg.Policy, name: str, p: Tensor) -> float:
