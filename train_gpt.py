@@ -7669,9 +7669,10 @@ def alpha_pr850(entropy: Tensor, order: Tensor, _confidence: Tensor) -> Tensor:
 class Tilt(NgramExpert):
     """p(v) e^{s [v = hint]} / Z with Z = 1 + q (e^s - 1), q = p(hint), where the hint filled `threshold` of its context's successors.
 
-    The hint is the token that followed the context of order-1 tokens last time. Token-only form of PRs #1514 and #2018. The
-    strength is s = beta (1 - q)^gamma (#2129), with beta fixed, or learned from scored targets: steps of `rate` times the summed
-    gradient over the summed squared gradient. Neutral at beta 0.
+    The hint is the token that followed the context of order-1 tokens last time; the most frequent one, as published, would fire at
+    6 more of 2,659 targets and save .00005 bpb. Token-only form of PRs #1514 and #2018. The strength is s = beta (1 - q)^gamma (#2129),
+    with beta fixed, or learned from scored targets: steps of `rate` times the summed gradient over the summed squared gradient.
+    Neutral at beta 0.
     """
 
     def __init__(self, table: NgramTable, base: Expert, order: int, beta: float = 2.625, threshold: float = 0.8,

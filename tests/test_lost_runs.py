@@ -323,7 +323,7 @@ def main() -> int:
     os._exit(0)
 
 
-@pytest.mark.parametrize(("place", "mistake"), zip(FAILING_RANKS, ["", "1"] * 2, strict=True))
+@pytest.mark.parametrize(("place", "mistake"), list(zip(FAILING_RANKS, ["", "1"] * 2, strict=True)))
 def test_a_rank_that_fails_ends_all_with_one_message_and_nothing_is_thrown_away(data, tmp_path, place, mistake):
     env = tiny_env(data, tmp_path, TEST_PLACE=place, TEST_MISTAKE=mistake, CHECKPOINT_EVERY=3, GPTQ_ENABLED=1, GPTQ_N_SAMPLES=2,
                    NGRAM_SCORE="off")  # fmt: skip
