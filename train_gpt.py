@@ -75,7 +75,7 @@ from typing import Any, NamedTuple, Protocol
 
 # OpenMP reads these once, when torch is imported. Threads that spin long at a barrier keep each other from a core that another program uses.
 os.environ.update({} if {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"} & {*os.environ} else
-                  {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"})  # GNU's: rounds; Intel's and LLVM's: ms  # fmt: skip
+                  {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "1"})  # GNU's: rounds; Intel's and LLVM's: ms  # fmt: skip
 
 
 def bound_cpus() -> set[int]:
@@ -6239,7 +6239,7 @@ class BudgetSearch:
     def quantize_at(self, steps: dict[str, float], names: Iterable[str]) -> dict[str, QuantizedTensor]:
         """These tensors at `steps`."""
         scales = {}
-        for name in self.curves.keys() & {*names}:
+        for name in filter(self.curves.__contains__, names):
             curve, w_RC = self.curves[name], self.inputs.to_round(name)[0]
             scales[name] = steps_by_row(w_RC, steps[name] * curve.unit, curve.row_factor_R, self.inputs.states[name])
         return store_tensors(self.inputs, names, scales, self.run)
@@ -7941,8 +7941,8 @@ def score_first(
     """The driver of every stage: the account of what the last of the chain scores, span by span, before all of them learn it; the
     first is the network. It stops behind the span of target `end`.
 
-    `deadline` is a reading of time.perf_counter(), rank 0's counts;
-    BrokenRun if it passes or clearly will, since a score of a part is no score.
+    `deadline` is a reading of time.perf_counter(), rank 0's counts; BrokenRun if it passes or clearly will, since a score of a part
+    is no score.
     """
     network, account, n, since = chain[0], StageResult(), len(text.tokens), time.perf_counter()
     run, new = network.run, network.done < n

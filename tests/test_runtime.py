@@ -190,7 +190,7 @@ def test_torchs_threads_wait_as_the_user_says_or_shortly(users):
         head[head.index("\nos.environ.update(") : head.index("\n\ndef ")],
         {"os": types.SimpleNamespace(environ=env)},
     )
-    assert env == {"PATH": "/bin", **(users or {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"})}
+    assert env == {"PATH": "/bin", **(users or {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "1"})}
 
 
 def test_more_ranks_than_gpus_is_a_mistake_with_a_remedy(monkeypatch):
