@@ -475,7 +475,7 @@ class Config:
     ngram_table: str = knob("none", "", "n-grams of the training text that the artifact carries: pr1095 (hashed, counted while training, for its claim), exact (an expert)", choices=("pr1095", "exact"), several="none")
     ngram_table_bytes: int = knob(1_000_000, "bytes", "NGRAM_TABLE=exact: size of the packed n-grams, the most useful ones and all single tokens", lo=1000, hi=2**28, needs="NGRAM_TABLE=exact")
     ngram_table_order: int = knob(5, "tokens", "NGRAM_TABLE=exact: longest n-gram, the target included", lo=2, hi=8, needs="NGRAM_TABLE=exact")
-    ngram_table_tokens: int = knob(2**23, "tokens", "NGRAM_TABLE=exact: most training tokens that are counted, those trained on first", lo=1, needs="NGRAM_TABLE=exact")
+    ngram_table_tokens: int = knob(2**23, "tokens", "NGRAM_TABLE=exact: how much of the training text is counted, from its start, trained on or not", lo=1, needs="NGRAM_TABLE=exact")
     ngram_order: int = knob(12, "tokens", "longest n-gram, the target included", lo=2, hi=64, needs="ngram")
     ngram_rate: float = knob(0.8, "", "step of the mixing weights", lo=0, hi=2, needs="ngram|table")
     ngram_min_count: int = knob(2, "", "occurrences a context needs in the published scorers", lo=1, needs="NGRAM_SCORE=normalized/claimed")
@@ -8485,8 +8485,8 @@ def make_artifact(opened: OpenRun, model: GPT, stream: TokenStream, result: Trai
     """Calibrate, quantise, pack and write the artifact: its bytes on every rank, as read back from the file, and
     the seconds of calibration and of counting the training text's n-grams."""
     cfg, run, started, sections = opened.cfg, opened.run, time.perf_counter(), {}
-    if "exact" in cfg.ngram_tables and run.rank == 0:  # of the tokens that were trained on
-        n = min(stream.position or stream.total, stream.total, cfg.ngram_table_tokens)
+    if "exact" in cfg.ngram_tables and run.rank == 0:
+        n = min(stream.total, cfg.ngram_table_tokens)
         tokens = stream.read(-stream.position, n)
         sections["exact"] = build_trie(tokens, cfg.vocab_size, cfg.ngram_table_order, cfg.ngram_table_bytes)
     counted = run.broadcast(time.perf_counter() - started)

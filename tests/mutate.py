@@ -53,7 +53,7 @@ MUTANTS = {
         ("E6: global TTT phase trains past the scored text", "causality.py -k phase", ("            hi = min(lo + cfg.global_ttt_chunk_tokens, end)\n", "            hi = min(lo + cfg.global_ttt_chunk_tokens, len(tokens))\n")),
         ("E7: padded targets of short TTT sequences keep their weight", "ttt.py block_ttt.py -k 'definition or fit or any_order'", ("weights = torch.where(inside, self.weights[at], 0.0)[:, 1:].to(self.run.device)", "weights = self.weights[at][:, 1:].to(self.run.device)")),
         ("E8: packed table: longest context cut at the start of each span", "evaluation_oracles.py", ("inside = tokens[max(0, lo - self.order) : hi]", "inside = tokens[max(0, lo - self.order + 2) : hi]")),
-        ("E9: table counted on text after the position (not the trained text)", "evaluation_oracles.py -k trained_on", ("tokens = stream.read(-stream.position, n)", "tokens = stream.read(0, n)")),
+        ("E9: table counted on text after the position, not on the start", "evaluation_oracles.py -k start_of_the_training", ("tokens = stream.read(-stream.position, n)", "tokens = stream.read(0, n)")),
         ("eval-driver", "evaluator.py -k driver", ("        yield lo, hi, chain[-1].score(tokens, lo, hi)\n        for expert in chain:\n            expert.update(tokens, lo, hi)\n", "        for expert in chain:\n            expert.update(tokens, lo, hi)\n        yield lo, hi, chain[-1].score(tokens, lo, hi)\n")),
         ("eval-chain", "evaluation_oracles.py -k corrects", ("chain.append(PackedCascade(packed, chain[-1], cfg.ngram_rate))", "chain.append(PackedCascade(packed, chain[0], cfg.ngram_rate))")),
         ("eval-bucket", "evaluation_oracles.py -k kept_apart", ("log2_floor(total).clamp_max(15) * 8", "log2_floor(total).clamp_max(14) * 8")),
