@@ -109,7 +109,7 @@ MUTANTS = {
         ("quant-small", "quantizer.py -k policy", ("return max(bits, 16) if self.named[name].numel() <= self.cfg.quant_min_numel else bits", "return max(bits, 16) if self.named[name].numel() < self.cfg.quant_min_numel else bits")),
         ("quant-spread", "trellis.py -k 'compensation or columns or gain'", ("weight_C = self.weight_C * step_C.square()", "weight_C = self.weight_C * step_C")),
         ("coder-floor", "trellis.py -k whatever", ("top = max(folded.nonzero()[0].max(initial=0), 1)", "top = folded.nonzero()[0].max(initial=0)")),
-        ("coder-flat-levels", "trellis.py -k whatever", ("    return [(rows_GR[0], columns_GC[0]), (rows_GR[i], columns_GC[j])][: 1 if i == j == 0 else 2]", "    return [(rows_GR[i], columns_GC[j])]")),
+        ("coder-flat-levels", "artifact.py -k sparse_codes", ("    return [(rows_GR[0], columns_GC[0]), (rows_GR[i], columns_GC[j])][: 1 if i == j == 0 else 2]", "    return [(rows_GR[i], columns_GC[j])]")),
         ("coder-layout", "artifact.py -k another_model", ("json.dumps([[n, *layout[n]] for n in layout])", "json.dumps([[n, layout[n][0]] for n in layout])")),
         ("quant-prune", "quantizer.py -k pruning", ("    sizes = [matrix_of(dequantize(item)).abs() for item in coded]", "    sizes = [item.codes.abs().float() for item in coded]")),
         ("quant-sdclip", "quantizer.py -k sdclip", ("    deviation_R = w_RC.std(dim=1) if", "    deviation_R = w_RC.square().mean(dim=1).sqrt() if")),
@@ -151,7 +151,7 @@ MUTANTS = {
     ],
     "tools": [
         ("codec-crc", "tools.py -k forged", ("if len(data) != header.size or zlib.crc32(data) != header.check:", "if len(data) != header.size:"), "tools/codec.py"),
-        ("codec-lanes", "tools.py -k 'lanes_give or every_kind'", ("return n // lanes + (np.arange(lanes) < n % lanes)", "return n // lanes + (np.arange(lanes) > lanes - 1 - n % lanes)"), "tools/codec.py"),
+        ("codec-lanes", "tools.py -k 'lanes_give or every_kind'", ("return n // lanes + (np.arange(lanes) < n % lanes)", "return n // lanes + (np.arange(lanes) <= n % lanes)"), "tools/codec.py"),
         ("codec-artifact", "tools.py -k damage", ("if header.artifact != self.predictor.name:", "if False:"), "tools/codec.py"),
         ("codec-end", "tools.py -k every_kind", ('return text[len(START) : -1].encode("utf-8", "surrogateescape")', 'return text[len(START) : -1].encode("utf-8", "replace")'), "tools/codec.py"),
         ("shards-tokenizer", "data_tools.py -k never_sees", ("        if count <= args.val_docs:\n            continue", "        if count < args.val_docs:\n            continue"), "data/make_shards.py"),

@@ -115,6 +115,14 @@ def test_stream_is_within_a_third_of_a_percent_of_the_model_s_entropy():
     assert 8 * len(tg.encode_codes([codes])) < 1.004 * entropy
 
 
+@pytest.mark.parametrize("share", [0.003, 0.03, 0.1])
+def test_sparse_codes_cost_their_entropy(share):
+    """Below a bit a code the levels that fit a Gaussian cost more than one level for all does."""
+    rng = np.random.default_rng(2)
+    codes = np.where(rng.random((256, 64)) < share, rng.choice([-1, 1], (256, 64)), 0).astype(np.int16)
+    assert 8 * len(tg.encode_codes([codes])) < tg.entropy_bits(np.unique(codes, return_counts=True)[1]) + 8 * 64
+
+
 def test_code_tables_are_the_same_numbers_on_every_machine():
     """Only square roots, products and floors: pin the result so that a change of arithmetic is noticed."""
     weights = tg.table_weights(np.arange(255))
