@@ -3515,7 +3515,7 @@ class SmallParameters(Collective):
         self.groups: dict[tuple[float, float], list[int]] = {}  # (rate, decay) -> places of its parameters
         for i, p in enumerate(self.params):
             decay = cfg.adam_wd if p.role == "scalar" else embed_wd
-            self.groups.setdefault((rates[p.role] * p.lr_mult, decay), []).append(i)
+            self.groups.setdefault((rates[p.role], decay), []).append(i)
         self.moments = [[torch.zeros_like(p) for p in self.params] for _ in ("exp_avg", "exp_avg_sq")]
         self.steps = [torch.zeros((), device=run.device) for _ in self.params]
 

@@ -43,7 +43,7 @@ class Toy(nn.Module):
         self.table = parameter("embed", 11, 8)
         self.head = parameter(head_role, 11, 8)
         self.gain = parameter("scalar", 7)
-        self.mix = parameter("scalar", 2, 5, lr_mult=0.5)
+        self.mix = parameter("scalar", 2, 5)
 
 
 def config(**knobs) -> tg.Config:

@@ -89,6 +89,8 @@ def test_dead_inputs_get_zero_codes_and_leave_the_others_alone():
     alone = gptq_codes(w[None, :, keep], h[None][:, keep][:, :, keep], scale[None], 31)[0]
     assert (codes[:, 5] == 0).all()
     assert (codes[:, keep] != alone).float().mean() < 0.02  # the mean diagonal, hence the damping, differs a little
+    weight = tg.gptq_factors(1e-6 * h, 0.01, "cholesky").weight_C
+    assert weight[5] == pytest.approx(1e-3 * float(weight[keep].mean()), rel=1e-4)
 
 
 def test_hessians_add_all_uses_of_a_site_and_share_equal_inputs():
@@ -234,6 +236,11 @@ def test_pruning_zeroes_the_smallest_of_each_tensor_or_of_all():
         kept = torch.cat([tg.dequantize(pruned[n]).abs().flatten() for n in coded])
         lost = torch.cat([tg.dequantize(plain[n])[tg.dequantize(pruned[n]) == 0].abs() for n in coded])
         assert scope == "tensor" or lost.max() <= kept[kept > 0].min() + 1e-9
+    inputs = tg.InputStats(tg.Policy(tg.dataclasses.replace(cfg, prune_scope="tensor"), named, store), {}, None)
+    for n in coded:
+        size = named[n].abs().flatten()
+        smallest = size <= size.sort().values[int(0.3 * len(size)) - 1]
+        assert torch.equal(inputs.to_round(n)[0].flatten() == 0, smallest | (size == 0))
 
 
 def test_low_rank_correction_lowers_the_error_of_the_worst_tensors():
@@ -248,6 +255,9 @@ def test_low_rank_correction_lowers_the_error_of_the_worst_tensors():
     for n in touched:
         error = lambda s, n=n: float((tg.dequantize(s[n]) - named[n]).norm())  # noqa: E731
         assert error(corrected) < error(plain)
+    right = torch.cat([torch.randn(8, generator=torch.Generator().manual_seed(0)) * 0.01**i for i in range(3)])
+    found = tg.low_rank_codes(torch.arange(1.0, 9.0)[:, None] * right, 1, 4, 8)
+    assert (found.right.unflatten(1, (3, 8)).abs().amax(2) >= 7).all()  # each group of columns has a step of its own
 
 
 def alone(device: str = "cpu") -> types.SimpleNamespace:

@@ -96,7 +96,7 @@ def test_a_few_repeats_are_a_notice(tmp_path):
 
 
 def test_a_set_of_the_challenge_s_size_is_not_refused_for_scattered_repeats(tmp_path, monkeypatch):
-    val = spread(DOCS, 12)
+    val = spread(DOCS, 12) + DOCS[60:40:-1]  # twenty in another order are scattered too
     monkeypatch.setitem(tg.CHALLENGE_COUNTS, "sp1024", (len(flat(val)),) * 2)
     size, repeats = tg.check_data(folder_of(tmp_path / "d", [val]), True)
     assert "has the token count of the challenge's sp1024 export" in size and "occurs before" in repeats
