@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import types
 
@@ -304,13 +305,14 @@ def test_seeds_differ_by_purpose_and_rank_and_repeat():
     assert tg.derive_seed(1, "init") == seeds[0]
 
 
-def test_what_the_first_rank_may_not_do_no_rank_does(run):
-    def refuse():
-        raise tg.ConfigError("no")
-
-    assert run.on_first(lambda: 3) == 3
-    with pytest.raises(tg.ConfigError, match="no"):
-        run.on_first(refuse)
+def test_what_is_written_elsewhere_takes_no_other_file_s_place(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    other, no_folder = run.log_path.parent / "x.pgz", tmp_path / "file"
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("old")
+    no_folder.write_text("")
+    path, why = run.write_somewhere(no_folder / "x.pgz", b"new")
+    assert other.read_text() == "old" and path.read_bytes() == b"new" and path.parent.parent == tmp_path and why
 
 
 def test_no_progress_bar_in_a_log(run, capsys):
