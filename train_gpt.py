@@ -8624,7 +8624,9 @@ def check_target(cfg: Config, run: Run, code_bytes: int) -> None:
 def check_artifact_path(run: Run, continuing: bool) -> None:
     """Raises ConfigError before the training, not after it, if the artifact may not or cannot be written."""
     path = run.artifact_path
-    if path.is_dir() or (path.exists() and not (run.cfg.force or continuing)):
+    if path.is_dir():
+        raise ConfigError(f"ARTIFACT={path}: expected a file, and this is a folder")
+    if path.exists() and not (run.cfg.force or continuing):
         raise ConfigError(f"{path} exists: choose another RUN_ID or ARTIFACT, or FORCE=1 to overwrite it")
     if not run.lock(path):
         raise ConfigError(f"ARTIFACT={path}: a process that still runs will write it; choose another ARTIFACT")

@@ -290,7 +290,7 @@ def bad_inputs(data, tmp: Path) -> list[tuple[dict, str]]:
         ({"LOG_DIR": tmp / "file" / "logs"}, "cannot write"),
         ({"ARTIFACT": tmp / "file" / "a.pgz"}, "cannot write"),
         ({"ARTIFACT": tmp / "file"}, "file exists: choose another RUN_ID or ARTIFACT, or FORCE=1"),
-        ({"ARTIFACT": tmp / "empty", "FORCE": 1}, "empty exists"),
+        ({"ARTIFACT": tmp / "empty", "FORCE": 1}, "empty: expected a file, and this is a folder"),
         ({"MODE": "eval", "ARTIFACT": tmp / "absent.pgz"}, "no such file"),
         ({"RESUME": tmp / "absent.pt"}, "no such checkpoint"),
         ({"RESUME": tmp / "file"}, "not a checkpoint"),
