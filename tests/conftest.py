@@ -127,6 +127,12 @@ def undisturbed():
     tg.Run.current = None
 
 
+@pytest.fixture
+def one_thread():
+    """Small tensors gain nothing from threads that wait for each other on a busy machine; `undisturbed` sets the number back."""
+    torch.set_num_threads(1)
+
+
 class Uniform:
     """A base of the n-grams that takes every token for as likely as any other: log V nats each, whatever the prefix."""
 
@@ -151,6 +157,22 @@ class NoCompiler(torch._dynamo.exc.BackendCompilerFailed):
 
     def __init__(self) -> None:
         RuntimeError.__init__(self, "no compiler\nand a long tail")
+
+
+def assert_same(a, b) -> None:
+    """Equal bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
 
 
 # ---- running the script

@@ -133,7 +133,7 @@ MUTANTS = {
     ],
     "ranks": [
         ("D1: pairs of this rank alone are counted (the normalised weights are gone)", "trainer_oracle.py -k ranks", ("self.pairs += self.run.all_reduce(torch.zeros_like(self.pairs).index_add_(0, keys, torch.ones_like(keys)))", "self.pairs.index_add_(0, keys, torch.ones_like(keys))")),
-        ("D2: clip by each rank's own matrices", "optimizer.py -k several_processes", ("        if self.run.world > 1:\n            dist.all_reduce(squares)\n", "")),
+        ("D2: clip by each rank's own matrices", "trainer_oracle.py -k ranks", ("        if self.run.world > 1:\n            dist.all_reduce(squares)\n", "")),
         ("D3: after a resume every rank begins with all hashed counts", "trainer_oracle.py -k ranks", ("cells.copy_(state[n] if self.run.rank == 0 else torch.zeros_like(cells))", "cells.copy_(state[n])")),
         ("D4: the shared clock is the sum over the ranks", "training.py -k 'rank_that_wants or late'", ("flags[0], flags[1], flags[2] = float(stop), loss, 0.0 if self.run.rank else seconds", "flags[0], flags[1], flags[2] = float(stop), loss, seconds")),
         ("ranks-descend", "block_ttt.py -k number_of_ranks", ("            p.grad = self.run.all_reduce(g)\n", "            p.grad = g\n")),

@@ -17,9 +17,7 @@ import train_gpt as tg
 ORDER = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def under_the_driver(scorer, tokens, span: int) -> list[float]:

@@ -108,49 +108,6 @@ def test_a_head_of_its_own_starts_at_zero_and_is_not_the_table():
     assert "head" in model.sites() and model.head.weight.role == "head"
 
 
-# ---- switched off, and at the neutral setting
-
-OFF = {
-    "smear": {"smear": False, "smear_init": 2.0, "smear_before_norm": True, "smear_cross_doc": True},
-    "bigram": {"bigram_vocab_size": 0, "bigram_dim": 7, "bigram_hash": "pr187", "bigram_scale": 1.0,
-               "bigram_table_std": 1.0, "bigram_table_role": "scalar", "bigram_proj_role": "scalar"},
-    "xsa": {"xsa_last_n": 0},
-    "gate": {"attn_gate": "none", "attn_gate_init": -1.0},
-    "value residual": {"value_residual": "none"},
-    "value embedding": {"ve_dim": 0, "ve_layers": "1,2"},
-    "branch scale without a branch": {"branch_proj_scaled": True},
-    "pre-enrichment": {"pre_enrich_dim": 0},
-    "recurrence": {"encoder_recurrence": False},
-    "random base": {"adapter_rank": 0, "adapter_seed": 7},
-    "leaky slope": {"leaky_slope": 0.0},
-    "LN scale": {"ln_scale": "none"},
-    "RoPE over all dims": {"rope_dims": 8},
-    "NTK at its own length": {"rope_train_len": T},
-    "split of an even number": {"skip_split": "ceil"},
-    "quantisation-aware training": {"qat": "none", "qat_bits": 3},
-    "loops": {"num_loops": 0, "loop_start": 1, "loop_end": 2, "enable_looping_at": 0.1},
-    "lanes": {"parallel_start_layer": 0},
-    "sparse gate": {"attn_gate": "none", "gate_window": 3, "sparse_attn_gate_scale": 0.5},
-    "window smear": {"smear": False, "smear_form": "window", "gate_window": 3},
-    "skip gates": {"skip_gates_enabled": False},
-    "softcap of two sides": {"asym_logit_rescale": False},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("knobs", OFF.values(), ids=OFF)
-def test_switched_off_is_the_plain_model_bit_for_bit(knobs):
-    plain, off = build(seed=3), build(seed=3, **knobs)
-    a, b = plain.state_dict(), off.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    with torch.no_grad():
-        for p, q in zip(plain.parameters(), off.parameters(), strict=True):
-            noise = torch.randn(p.shape)
-            p += noise
-            q += noise
-    ids = tokens()
-    assert torch.equal(plain.nll(ids[:, :-1], ids[:, 1:]), off.nll(ids[:, :-1], ids[:, 1:]))
-
-
 # ---- embeddings
 
 

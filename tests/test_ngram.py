@@ -16,10 +16,7 @@ import train_gpt as tg
 VOCAB, BOS = 16, 1
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from threads that wait for each other on a busy machine."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_text(n: int, seed: int = 0) -> Tensor:

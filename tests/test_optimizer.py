@@ -1,31 +1,20 @@
-"""Section 5: orthogonalisation, Muon, AdamW groups, and their equality over any number of processes."""
+"""Section 5: orthogonalisation, Muon, AdamW groups, what one step does to whom; the whole step and its ranks stand in test_trainer_oracle.py."""
 
 import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import assert_same
 from torch import nn
 
 import train_gpt as tg
 
 ALONE = SimpleNamespace(world=1, rank=0, device=torch.device("cpu"))
-SHAPES = {
-    "a": (24, 16),
-    "b": (24, 16),
-    "c": (24, 16),
-    "d": (16, 24),
-    "e": (32, 32),
-}  # no world of 2 or 3 divides all banks
-STEPS = 4
+SHAPES = {"a": (24, 16), "b": (24, 16), "c": (24, 16), "d": (16, 24), "e": (32, 32)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Toy matrices gain nothing from threads, and lose much on a busy machine."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Toy(nn.Module):
@@ -71,18 +60,6 @@ def train(model: nn.Module, optimizers: tg.Optimizers, steps: range, parts: list
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same(left: dict, right: dict, **tolerance: float) -> None:
-    """Bitwise, or within a tolerance; nested dicts of tensors."""
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        if isinstance(value, dict):
-            assert_same(value, right[key], **tolerance)
-        elif tolerance:
-            torch.testing.assert_close(value, right[key], **tolerance)
-        else:
-            assert torch.equal(value, right[key]), key
 
 
 # ---- orthogonalisation
@@ -138,14 +115,6 @@ def test_polar_coefficients_bring_all_but_the_tiniest_singular_values_close_to_o
         assert after.min() > 0.85 - slack and after.max() < 1.15 + slack
 
 
-def test_further_iterations_repeat_the_last_polar_tuple():
-    G = torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(0))
-    a, b, c = tg.NEWTON_SCHULZ["polar"][-1]
-    X = tg.orthogonalize(G, 5, torch.float32, "polar")[0]
-    A = X @ X.T
-    torch.testing.assert_close(tg.orthogonalize(G, 6, torch.float32, "polar")[0], a * X + (b * A + c * A @ A) @ X)
-
-
 def test_row_normalisation_gives_rows_of_length_one(monkeypatch):
     bank, seen = tg.Optimizers(config(muon_row_normalize=True), Toy(), ALONE).banks[0], []
     monkeypatch.setattr(tg, "orthogonalize", lambda G, *_: seen.append(G.clone()) or G)
@@ -166,23 +135,6 @@ def test_momentum_rises_linearly_then_stays():
     momenta = [tg.muon_momentum(step, 0.85, 0.95, 4) for step in (0, 2, 4, 100)]
     assert momenta == pytest.approx([0.85, 0.90, 0.95, 0.95])
     assert tg.muon_momentum(0, 0.85, 0.95, 0) == 0.95
-
-
-def test_equals_torch_muon_at_constant_momentum_without_weight_decay(monkeypatch):
-    """torch's momentum is an average and ours a sum: a constant factor, which the orthogonalisation removes."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's Muon in fp32, to compare all digits
-    ours, theirs = Toy(), Toy()
-    knobs = {"muon_momentum_warmup_start": 0.9, "muon_momentum": 0.9, "matrix_lr": 0.05}
-    optimizers = tg.Optimizers(config(**knobs), ours, ALONE)
-    groups = [{"params": [getattr(theirs, name)], "lr": 0.1 if name == "b" else 0.05} for name in SHAPES]
-    muon = torch.optim.Muon(groups, momentum=0.9, nesterov=True, weight_decay=0.0)
-    for step in range(6):
-        for model in (ours, theirs):
-            set_grads(model, step, [1])
-        optimizers.step(step, 1.0)
-        muon.step()
-    for name in SHAPES:
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
 
 
 # ---- groups
@@ -236,23 +188,6 @@ def test_a_limit_above_the_norm_changes_nothing():
 # ---- state
 
 
-def test_state_round_trip_through_a_file_is_bitwise(tmp_path):
-    model = Toy()
-    optimizers = tg.Optimizers(config(), model, ALONE)
-    train(model, optimizers, range(2), [1])
-    torch.save({"model": model.state_dict(), "optimizers": optimizers.state_dict()}, tmp_path / "state.pt")
-    train(model, optimizers, range(2, STEPS), [1])
-
-    saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    resumed = Toy()
-    resumed.load_state_dict(saved["model"])
-    again = tg.Optimizers(config(), resumed, ALONE)
-    again.load_state_dict(saved["optimizers"])
-    train(resumed, again, range(2, STEPS), [1])
-    assert_same(weights(resumed), weights(model))
-    assert_same(again.state_dict(), optimizers.state_dict())
-
-
 def test_a_saved_state_does_not_move_with_later_steps():
     model = Toy()
     optimizers = tg.Optimizers(config(), model, ALONE)
@@ -261,80 +196,3 @@ def test_a_saved_state_does_not_move_with_later_steps():
     before = copy.deepcopy(state)
     train(model, optimizers, range(1, 3), [1])
     assert_same(state, before)
-
-
-def test_the_first_state_undoes_priming_steps_bitwise():
-    fresh, primed = Toy(), Toy()
-    optimizers = tg.Optimizers(config(grad_clip_norm=1.0), primed, ALONE)
-    start, state = weights(primed), optimizers.state_dict()
-    train(primed, optimizers, range(3), [1])
-    primed.load_state_dict(start)
-    optimizers.load_state_dict(state)
-    train(primed, optimizers, range(3), [2])
-    reference = tg.Optimizers(config(grad_clip_norm=1.0), fresh, ALONE)
-    train(fresh, reference, range(3), [2])
-    assert_same(weights(primed), weights(fresh))
-    assert_same(optimizers.state_dict(), reference.state_dict())
-
-
-# ---- several processes
-
-SHARED = {"grad_clip_norm": 5.0, "muon_wd": 0.1, "adam_wd": 0.1}
-DTYPES = ("fp32", "bf16")
-
-
-def worker(rank: int, world: int, folder: str) -> None:
-    """Trains on part `rank` of each gradient; then once more from step 2 of the state that one process has saved."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    run = SimpleNamespace(world=world, rank=rank, device=torch.device("cpu"))
-    for dtype in DTYPES:
-        model, out = Toy(), {}
-        optimizers = tg.Optimizers(config(train_dtype=dtype, **SHARED), model, run)
-        train(model, optimizers, range(2), [rank])
-        out["state"] = optimizers.state_dict()
-        train(model, optimizers, range(2, STEPS), [rank])
-        out["weights"] = weights(model)
-
-        alone = torch.load(f"{folder}/alone-{dtype}.pt", weights_only=True)
-        model.load_state_dict(alone["half"])
-        optimizers.load_state_dict(alone["state"])
-        train(model, optimizers, range(2, STEPS), [rank])
-        out["resumed"] = weights(model)
-        torch.save(out, f"{folder}/{dtype}-{rank}.pt")
-    tg.end_process_group()
-
-
-def train_alone(dtype: str, parts: list[int]) -> dict[str, dict]:
-    """The same training in one process: weights and state after two steps, weights at the end."""
-    model, out = Toy(), {}
-    optimizers = tg.Optimizers(config(train_dtype=dtype, **SHARED), model, ALONE)
-    train(model, optimizers, range(2), parts)
-    out["half"], out["state"] = weights(model), optimizers.state_dict()
-    train(model, optimizers, range(2, STEPS), parts)
-    return out | {"weights": weights(model)}
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_several_processes_equal_one(world, tmp_path):
-    """Whatever the world size: same weights, same state, and each continues from the other's state."""
-    parts = list(range(world))
-    alone = {dtype: train_alone(dtype, parts) for dtype in DTYPES}
-    for dtype in DTYPES:
-        torch.save(alone[dtype], tmp_path / f"alone-{dtype}.pt")
-    mp.start_processes(worker, (world, str(tmp_path)), nprocs=world, start_method="forkserver")
-    for dtype, tolerance in {"fp32": {"rtol": 1e-4, "atol": 1e-5}, "bf16": {"rtol": 0.02, "atol": 2e-3}}.items():
-        expected = alone[dtype]
-        ranks = [torch.load(tmp_path / f"{dtype}-{rank}.pt", weights_only=True) for rank in parts]
-        for other in ranks[1:]:
-            assert_same(ranks[0], other)
-        assert_same(ranks[0]["state"], expected["state"], **tolerance)
-        assert_same(ranks[0]["weights"], expected["weights"], **tolerance)
-        assert_same(ranks[0]["resumed"], expected["weights"], **tolerance)
-
-        model = Toy()  # one process continues from the state of several
-        model.load_state_dict(expected["half"])
-        optimizers = tg.Optimizers(config(train_dtype=dtype, **SHARED), model, ALONE)
-        optimizers.load_state_dict(ranks[0]["state"])
-        train(model, optimizers, range(2, STEPS), parts)
-        assert_same(ranks[0]["weights"], weights(model), **tolerance)

@@ -1,4 +1,4 @@
-"""Section 6's techniques: schedules, weight averages, quantisation-aware and complementary training."""
+"""Section 6's techniques: schedules, quantisation-aware and complementary training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import train_gpt as tg
 
@@ -104,72 +103,6 @@ def test_a_schedule_that_makes_no_sense_is_refused(text):
 def test_a_schedule_may_be_longer_than_the_model_s_own_length():
     cfg = config(train_seq_schedule="8@0.5,64@1.0", train_seq_len=32, eval_seq_len=16)
     assert cfg.seq_curriculum == [(0.5, 8), (1.0, 64)] and tg.rope_table(cfg).shape[1] == cfg.longest_seq == 64
-
-
-# ---- averages
-
-
-class Toy(nn.Module):
-    """Two parameters that a test moves as it likes."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
-        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
-
-    def move(self, value: float) -> None:
-        with torch.no_grad():
-            self.a.fill_(value)
-            self.b.fill_(2 * value)
-
-
-def averaged(values: list[float], scales: list[float] | None = None, **knobs) -> tuple[float, str]:
-    """(a's average after these weights, what the log calls it); `scales` are the learning-rate scales."""
-    toy = Toy()
-    average = tg.WeightAverage(config(**knobs), toy)
-    for step, value in enumerate(values):
-        toy.move(value)
-        average.update(step, step / len(values), scales[step] if scales else 1.0)
-    name = average.apply()
-    assert torch.allclose(toy.b, 2 * toy.a[0]) and toy.frozen.item() == 1
-    return toy.a[0].item(), name
-
-
-VALUES = [1.0, 4.0, 2.0, 8.0, 5.0, 7.0]
-
-
-def ema(values: list[float], decay: float) -> list[float]:
-    out = [values[0]]
-    for value in values[1:]:
-        out.append(decay * out[-1] + (1 - decay) * value)
-    return out
-
-
-def test_without_averaging_the_last_weights_stay():
-    assert averaged(VALUES) == (7.0, "last")
-
-
-def test_ema_is_the_recursion_and_may_start_late():
-    assert averaged(VALUES, ema_decay=0.9) == (pytest.approx(ema(VALUES, 0.9)[-1]), "ema(0.9)")
-    assert averaged(VALUES, ema_decay=0.9, ema_start_frac=0.5)[0] == pytest.approx(ema(VALUES[3:], 0.9)[-1])
-    assert averaged(VALUES, ema_decay=1e-6)[0] == pytest.approx(7.0, abs=1e-4)  # towards decay 0: the last weights
-
-
-def test_swa_is_the_plain_mean_of_every_nth_late_step():
-    scales = [1.0, 0.5, 0.19, 0.15, 0.1, 0.0]
-    assert averaged(VALUES, scales, swa_every=2, swa_blend=1.0) == (pytest.approx((8 + 7) / 2), "0 last + 1 swa(2)")
-    assert averaged(VALUES, scales, swa_every=1, swa_blend=1.0)[0] == pytest.approx((2 + 8 + 5 + 7) / 4)
-    assert averaged(VALUES, scales, swa_every=1, swa_start_scale=0.6, swa_blend=1.0)[0] == pytest.approx(26 / 5)
-    assert averaged(VALUES, swa_every=1) == (7.0, "last")  # the scale never fell
-
-
-def test_the_published_blends():
-    """#187: half EMA, half SWA of the weights; #850: .7 EMA, .3 SWA of the EMA."""
-    scales, track = [0.1] * 6, ema(VALUES, 0.9)
-    half = averaged(VALUES, scales, ema_decay=0.9, swa_every=2, swa_blend=0.5)
-    assert half == (pytest.approx(0.5 * track[-1] + 0.5 * (4 + 8 + 7) / 3), "0.5 ema(0.9) + 0.5 swa(3)")
-    of_ema = averaged(VALUES, scales, ema_decay=0.9, swa_every=2, swa_blend=0.3, swa_source="ema")
-    assert of_ema[0] == pytest.approx(0.7 * track[-1] + 0.3 * (track[1] + track[3] + track[5]) / 3)
 
 
 # ---- quantisation-aware training

@@ -23,7 +23,7 @@ BASE = {"vocab_size": V, "num_layers": 3, "model_dim": 24, "num_heads": 3, "num_
 OPTIONS = {
     "plain": {},
     "decay, clip, EMA and SWA": {"muon_wd": 0.7, "adam_wd": 0.5, "grad_clip_norm": 0.05, "ema_decay": 0.7, "ema_start_frac": 0.3, "swa_every": 2,
-                                 "swa_start_scale": 0.6},
+                                 "swa_start_scale": 0.6, "swa_blend": 0.3},
     "decay after, polar, rows, SWA of the EMA": {"muon_wd": 0.7, "muon_wd_order": "after", "newton_schulz": "polar", "muon_row_normalize": True,
                                                  "muon_backend_steps": 6, "adam_wd": 0.3, "embed_wd": 0.9, "ema_decay": 0.6, "swa_every": 3,
                                                  "swa_source": "ema", "swa_start_scale": 2.0},
@@ -37,6 +37,13 @@ OPTIONS = {
     "complementary, plain mean": {"complement_alpha": 0.9},
     "documents apart": {"doc_mask": True, "smear": True, "bigram_vocab_size": 20, "bigram_dim": 6, "ema_decay": 0.9},
 }  # fmt: skip
+
+
+AVERAGES = {
+    "plain": "last",
+    "decay, clip, EMA and SWA": "0.7 ema(0.7) + 0.3 swa(2)",
+    "documents apart": "ema(0.9)",
+}  # what the log calls them
 
 
 def stream() -> np.ndarray:
@@ -216,6 +223,11 @@ def test_ten_steps_are_those_of_a_plain_loop(name):
     if trainer.counts is not None:
         assert torch.equal(trainer.counts.pairs.view(V, V), plain.pairs.long())
     assert state["position"] == STEPS * trainer.cfg.train_batch_tokens and state["step"] == STEPS
+    called, blend = trainer.average.apply(), trainer.cfg.swa_blend if plain.swa else 0.0
+    assert called == AVERAGES.get(name, called)
+    for n, p in (plain.ema or plain.params).items():
+        mean = sum(w[n] for w in plain.swa) / max(len(plain.swa), 1)
+        assert near(trainer.model.get_parameter(n), (1 - blend) * p + blend * mean), n
 
 
 # ---- ranks and resumes: one property over all of the state

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SEQ, VOCAB, Data, NoCompiler, config, events, finished, losses, score_of, spawn
+from conftest import SEQ, VOCAB, Data, NoCompiler, assert_same, config, events, finished, losses, score_of, spawn
 
 import train_gpt as tg
 
@@ -29,22 +29,6 @@ def make(env: dict[str, str], data: Data, **changes) -> tg.Trainer:
 def steps(trainer: tg.Trainer, n: int) -> list[float]:
     """Losses of n steps at full rate in the middle of the budget."""
     return [float(trainer.train_step(0.5, 1.0)) for _ in range(n)]
-
-
-def assert_same(a, b) -> None:
-    """Equal bit for bit, through dicts and lists."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 EVERYTHING = {"EMA_DECAY": 0.9, "SWA_EVERY": 1, "SWA_START_SCALE": 2, "COMPLEMENT_ALPHA": 0.5, "QAT": "soft_round", "QAT_START_FRAC": 0.4,
