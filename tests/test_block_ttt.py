@@ -503,42 +503,6 @@ def test_phases_beyond_the_text_are_named_before_training(tiny, script):
     assert "step:" not in result.out
 
 
-def test_published_names_reach_our_knobs():
-    cfg = config({
-        "RECIPE": "frontier", "NGRAM_SCORE": "off", "TTT_ENABLED": "1", "TTT_RESET": "document", "TTT_EVAL_SEQ_LEN": "2560", "TTT_LORA_RANK": "80", "TTT_LORA_ALPHA": "144",
-        "TTT_LORA_LR": "8e-5", "TTT_WEIGHT_DECAY": "2.0", "TTT_BETA1": "0", "TTT_BETA2": ".99", "TTT_OPTIMIZER": "adam", "TTT_GRAD_STEPS": "1",
-        "TTT_LORA_SITES": "k,q,v,o,mlp,head", "TTT_K_LORA": "0", "TTT_MASK": "no_qv", "PHASED_TTT_PREFIX_DOCS": "2500", "GLOBAL_TTT_OPTIMIZER": "sgd",
-        "PHASED_TTT_NUM_PHASES": "1", "TTT_SHORT_SCORE_FIRST_ENABLED": "0", "TTT_SHORT_SCORE_FIRST_STEPS": "256:8", "TTT_LOCAL_LR_MULT": ".75",
-        "NGRAM_TILT_ENABLED": "1", "TOKEN_ORDER": "16", "TOKEN_THRESHOLD": ".7", "TOKEN_BOOST": "2", "ADAPTIVE_BOOST_GAMMA": "1",
-    })  # fmt: skip
-    assert cfg.ttt_sites == {"o", "mlp", "head"} and (cfg.ttt_lr, cfg.ttt_wd, cfg.ttt_optimizer) == (8e-5, 2.0, "adamw")
-    assert cfg.phased_ttt_prefix == pytest.approx(0.3) and cfg.ttt_chunk_steps == [(math.inf, 48)]
-    tilt = (cfg.ngram_tilt_order, cfg.ngram_tilt_threshold, cfg.ngram_tilt_beta, cfg.ngram_tilt_gamma)
-    assert tilt == (16, 0.7, 2.0, 1.0) and cfg.stages[-2:] == ("ttt", "tilt")
-
-
-PR2135 = """
-    TTT_ENABLED=1 TTT_BATCH_SIZE=64 TTT_CHUNK_SIZE=48 TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_LR=8e-5 TTT_WEIGHT_DECAY=2.0 TTT_BETA1=0
-    TTT_BETA2=.99 TTT_OPTIMIZER=adam TTT_GRAD_STEPS=1 TTT_K_LORA=0 TTT_O_LORA=1 TTT_MLP_LORA=1 TTT_WARM_START_A=1 TTT_LORA_EMA_DECAY=0
-    TTT_UPDATE_EVERY=1 PHASED_TTT_PREFIX_DOCS=2500 PHASED_TTT_NUM_PHASES=1 GLOBAL_TTT_LR=.001 GLOBAL_TTT_MOMENTUM=.9 GLOBAL_TTT_EPOCHS=1
-    GLOBAL_TTT_CHUNK_TOKENS=32768 GLOBAL_TTT_BATCH_SEQS=32 GLOBAL_TTT_GRAD_CLIP=1.0 GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
-    GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_OPTIMIZER=sgd NGRAM_TILT_ENABLED=1 TOKEN_ORDER=16 TOKEN_THRESHOLD=.8 TOKEN_BOOST=2.625
-    NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 TTT_EVAL_ONLY=0
-"""
-
-
-def test_the_published_environment_of_the_evaluation_is_the_recipe():
-    published = dict(word.split("=") for word in PR2135.split())
-    loaded = tg.load_config({"RECIPE": "frontier", **published}, has_gpu=lambda: False)
-    assert loaded.cfg == tg.load_config({"RECIPE": "frontier"}, has_gpu=lambda: False).cfg
-    assert [notice.split("=")[0] for notice in loaded.notices] == ["NGRAM_HINT_PRECOMPUTE_OUTSIDE"]
-    cfg = loaded.cfg
-    assert cfg.ttt_eval_len == 2560 and cfg.ttt_sites == {"q", "v", "o", "mlp", "head"}
-    with torch.device("meta"):
-        sites = tg.lora_sites(cfg, tg.GPT(cfg))
-    assert len(sites) == 17 * 4 + 1, "a LoRA for each of the 17 passes"
-
-
 # ---- the audit
 
 

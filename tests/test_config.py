@@ -142,6 +142,34 @@ def test_every_recipe_sets_only_known_knobs_to_values_in_bounds():
     ({"GATED_ATTN_BIAS_INIT": "x"}, ["GATED_ATTN_BIAS_INIT='x': ATTN_GATE_INIT='x'", "a number"]),
     ({"TARGET_BYTES": "1", "MAX_WALLCLOCK_SECONDS": "8"}, ["GPTQ_RESERVE_SECONDS=8", "MAX_WALLCLOCK_SECONDS=8", "lower"]),
     ({"VE_ENABLED": "yes"}, ["VE_ENABLED='yes'", "expected 0 or 1"]),
+    ({"RECIPE": "cpu", "QUANT_TRELLIS": "6"}, ["QUANT_TRELLIS"]),
+    ({"RECIPE": "cpu", "QUANT_TRELLIS": "8", "COMPRESSOR": "zstd"}, ["needs COMPRESSOR=entropy"]),
+    ({"RECIPE": "cpu", "QUANT_TRELLIS": "4", "PRUNE_FRAC": "0.1", "PRUNE_SCOPE": "global"}, ["PRUNE_SCOPE=tensor"]),
+    ({"RECIPE": "cpu", "AWQ_LITE_ENABLED": "1"}, ["AWQ_LITE_ENABLED='1': expected 0: with QUANT_TRELLIS every column has its own step"]),
+    ({"RECIPE": "cpu", "LQER_ASYM_ENABLED": "0"}, ["LQER_ASYM_ENABLED='0': expected 1"]),
+    ({"RECIPE": "cpu", "GPTQ_CALIBRATION": "self"}, ["GPTQ_CALIBRATION='self': expected train"]),
+    ({"RECIPE": "cpu", "LQER_ENABLED": "2"}, ["expected 0 or 1"]),
+    ({"NGRAM_SCORE": "exactly"}, ["NGRAM_SCORE='exactly'"]),
+    ({"NGRAM_ORDER": "1"}, ["NGRAM_ORDER=1"]),
+    ({"NGRAM_BUCKETS": "1000"}, ["nearest below: 512"]),
+    ({"NGRAM_MIX": "mixture"}, ["NGRAM_MIX='mixture': expected cascade: every other way"]),
+    ({"EVAL_STRIDE": "64", "EVAL_STAGES": "sliding,tilt"}, ["EVAL_STAGES=sliding,tilt: stage tilt needs NGRAM_TILT_ENABLED=1"]),
+    ({"NGRAM_CLAIM": "pr1"}, ["NGRAM_CLAIM"]),
+    ({"NGRAM_TABLE": "all"}, ["NGRAM_TABLE='all': expected none or a list of pr1095, exact"]),
+    ({"NGRAM_SCORE": "claimed", "NGRAM_CLAIM": "pr1095"}, ["NGRAM_TABLE=none lacks pr1095"]),
+    ({"EVAL_STAGES": "table"}, ["stage table needs NGRAM_TABLE=exact"]),
+    ({"NGRAM_TABLE_BYTES": "10"}, ["NGRAM_TABLE_BYTES=10"]),
+    ({"RECIPE": "pr1095", "NGRAM_ORDERS": "2,3"}, ["NGRAM_ORDERS='2,3': expected 2,3,4,5,6,7: the published scorer is kept"]),
+    ({"RECIPE": "pr187", "RUN_CONFIG": "B"}, ["RUN_CONFIG='B': expected A or C"]),
+    ({"RECIPE": "pr850", "VE_ENABLED": "yes"}, ["VE_ENABLED='yes': expected 0 or 1"]),
+    ({"RECIPE": "pr850", "LATE_QAT_THRESHOLD": "late"}, ["LATE_QAT_THRESHOLD='late': expected a number"]),
+    ({"RECIPE": "pr850", "NGRAM_EVAL_ORDER": "7"}, ["NGRAM_EVAL_ORDER='7': expected 9: the published scorer is kept as it was"]),
+    ({"VE_ENABLED": "1"}, ["VE_DIM=128 with VE_LAYERS"]),
+    ({"TTT_ENABLED": "1", "TTT_RESET": "none", "TTT_LORA_BLOCKS": "10"}, ["TTT_LORA_BLOCKS=10 exceeds NUM_LAYERS=9"]),
+    *(({"TRAIN_SEQ_SCHEDULE": text}, ["TRAIN_SEQ_SCHEDULE='"]) for text in ("8", "8@0.6,16@0.3", "x@0.3", "4@0.3", "8@1.2", "8@0.3@0.4", "8@nan")),
+    *(({"RECIPE": "frontier", name: value}, [f"{name}='{value}': expected"]) for name, value in (
+        ("GATED_ATTN_ENABLED", "1"), ("ROPE_YARN", "1"), ("PARALLEL_FINAL_LANE", "attn"), ("MUON_HUBER_WD", ".1"),
+        ("QK_GAIN_INIT_SCHEDULE", "5,4"), ("GPTQ_CALIBRATION_MODE", "doc_start"), ("PREQUANT_ONLY", "1"))),
 ])  # fmt: skip
 def test_a_bad_value_is_named_with_what_would_do(env, words):
     text = message(**env)
@@ -267,30 +295,6 @@ def test_a_run_id_is_a_name_and_no_path(run_id):
     text = message(RUN_ID=run_id)
     assert f"RUN_ID={run_id!r}: expected a name" in text and len(text.splitlines()) == 1
     assert load(**BASE, RUN_ID="v1.2_lr-0.04~..").cfg.run_id == "v1.2_lr-0.04~.."
-
-
-def test_an_ordinary_shell_is_left_alone():
-    shell = ["PATH", "HOME", "LANG", "TERM", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES",
-             "GITHUB_RUN_ID", "NCCL_DEBUG", "OMP_NUM_THREADS", "HF_HOME", "EDITOR", "LS_COLORS", "VIRTUAL_ENV", "DISPLAY", "JAVA_HOME"]  # fmt: skip
-    loaded = load(**BASE, **dict.fromkeys(shell, "1"))
-    assert loaded.cfg == load(**BASE).cfg and not loaded.notices
-
-
-def test_a_name_that_shares_words_with_a_knob_only_warns():
-    assert any("DATASET is no knob and is ignored" in notice for notice in load(**BASE, DATASET="x").notices)
-
-
-def test_published_names_become_ours_and_an_explicit_knob_wins():
-    assert load(RECIPE="pr740", WEIGHT_DECAY="0.1").cfg.muon_wd == 0.1
-    assert load(RECIPE="pr740", WEIGHT_DECAY="0.1", MUON_WD="0.2").cfg.muon_wd == 0.2
-    assert load(RECIPE="pr740", MUON_WD="0.2", WEIGHT_DECAY="0.1").cfg.muon_wd == 0.2
-    # one name, two meanings: LN_SCALE acts on the inputs in #850 and on the outputs in #187
-    assert [load(RECIPE=r, LN_SCALE="1").cfg.ln_scale for r in ("pr850", "pr187")] == ["in", "out"]
-
-
-def test_published_knobs_without_effect_are_accepted_and_reported():
-    loaded = load(RECIPE="pr850", TTT_FREEZE_BLOCKS="2")
-    assert any("TTT_FREEZE_BLOCKS=2 has no effect" in notice for notice in loaded.notices)
 
 
 def test_every_published_name_leads_to_knobs_that_exist():

@@ -225,22 +225,6 @@ def test_orders_nine_to_eleven_of_187_are_one():
     assert torch.equal(h[0], h[1]) and torch.equal(h[0], h[2])
 
 
-@pytest.mark.parametrize(
-    ("env", "words"),
-    [
-        ({"NGRAM_SCORE": "exactly"}, "NGRAM_SCORE='exactly'"),
-        ({"NGRAM_ORDER": "1"}, "NGRAM_ORDER=1"),
-        ({"NGRAM_BUCKETS": "1000"}, "nearest below: 512"),
-        ({"NGRAM_MIX": "mixture"}, "NGRAM_MIX='mixture': expected cascade: every other way"),
-        ({"EVAL_STAGES": "sliding,tilt"}, "EVAL_STAGES=sliding,tilt: stage tilt needs NGRAM_TILT_ENABLED=1"),
-        ({"NGRAM_CLAIM": "pr1"}, "NGRAM_CLAIM"),
-    ],
-)
-def test_bad_settings_get_one_clear_message(env, words):
-    with pytest.raises(tg.ConfigError, match=words):
-        tg.load_config({"RECIPE": "cpu", **env})
-
-
 # ---- the audit
 
 

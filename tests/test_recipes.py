@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 
 import numpy as np
@@ -192,7 +193,25 @@ CONVERSIONS = [
     ("pr1095", "FULL_GPTQ=1", {"gptq_enabled": True}), ("pr740", "NGRAM_ENABLED=0", {"ngram_score": "off"}),
     ("pr850", "NGRAM_EVAL_BUCKETS=1024", {"ngram_buckets": 1024}), ("pr850", "NGRAM_EVAL_MIN_COUNT=3", {"ngram_min_count": 3}),
     ("pr850", "NGRAM_EVAL_BATCH_SEQS=32", {"val_batch_tokens": 65536}),
+    ("frontier", "SPARSE_ATTN_GATE_ENABLED=0", {"attn_gate": "none"}), ("frontier", "SMEAR_GATE_ENABLED=0", {"smear": False}),
+    ("frontier", "LEAKY_RELU_SQ_SLOPE=0.3", {"leaky_slope": 0.3}), ("frontier", "FORCE_STOP_STEP=4000", {"iterations": 4000}),
+    ("frontier", "GPTQ_CALIBRATION_BATCHES=16", {"gptq_n_samples": 768}), ("frontier", "EVAL_INCLUDE_TAIL=0", {"val_drop_tail": True}),
+    ("frontier", "COMPRESSOR=lzma QUANT_TRELLIS=0", {"compressor": "lzma"}), ("frontier", "ARTIFACT_DIR=out", {"log_dir": "out"}),
+    ("frontier", "TTT_MASK=no_qv TTT_K_LORA=0", {"ttt_sites": {"o", "mlp", "head"}}), ("frontier", "TTT_SHORT_SCORE_FIRST_ENABLED=0", {"ttt_chunk_steps": [(math.inf, 48)]}),
+    ("frontier", "TTT_LORA_LR=8e-4 TTT_WEIGHT_DECAY=2.5 TTT_OPTIMIZER=adam", {"ttt_lr": 8e-4, "ttt_wd": 2.5, "ttt_optimizer": "adamw"}),
+    ("frontier", "TOKEN_ORDER=15 TOKEN_THRESHOLD=.7 TOKEN_BOOST=2", {"ngram_tilt_order": 15, "ngram_tilt_threshold": 0.7, "ngram_tilt_beta": 2.0}),
+    ("frontier", "ADAPTIVE_BOOST_GAMMA=1 NGRAM_SCORE=off", {"ngram_tilt_gamma": 1.0, "stages": ("roundtrip", "ttt", "tilt")}),
+    ("cpu", "LQER_ENABLED=1", {"lqer_top_k": 3}), ("cpu", "LQER_ENABLED=1 LQER_TOP_K=4", {"lqer_top_k": 4}), ("cpu", "LQER_ENABLED=0 LQER_TOP_K=4", {"lqer_top_k": 0}),
+    ("pr1095", "NGRAM_ENABLED=0", {"ngram_tables": (), "ngram_scores": ()}),
     ("pr850", "WARMDOWN_ITERS=7", {"warmdown_iters": 1200}), ("pr164", "VAL_BATCH_SIZE=4096", {"val_batch_tokens": 4096}),
+    # what a switch turns off stays off however it is set, in either order
+    ("pr164", "SWA_ENABLED=0 SWA_EVERY=200", {"swa_every": 0}),
+    ("pr164", "SWA_EVERY=200 SWA_ENABLED=0", {"swa_every": 0}),
+    ("pr164", "SWA_EVERY=100 SWA_ENABLED=1", {"swa_every": 100, "swa_blend": 1.0}),
+    ("pr740", "EMA_ENABLED=0 EMA_DECAY=.997", {"ema_decay": 0.0}),
+    ("pr850", "VE_ENABLED=0 VE_DIM=128 VE_LAYERS=9,10", {"ve_dim": 0, "value_layers": ()}),
+    ("pr850", "VE_DIM=64 VE_ENABLED=1", {"ve_dim": 64, "value_layers": (9, 10)}),
+    ("pr850", "GATED_ATTN_ENABLED=0 GATED_ATTN_BIAS_INIT=4.0", {"attn_gate": "none"}),
 ]  # fmt: skip
 
 
@@ -203,40 +222,13 @@ def test_a_dead_name_lives_again_where_our_knob_of_that_name_has_an_effect():
 
 @pytest.mark.parametrize("recipe, word, values", CONVERSIONS, ids=[f"{r} {w}" for r, w, _ in CONVERSIONS])
 def test_published_values_are_converted(recipe, word, values):
-    cfg = load(recipe, **dict([word.split("=")])).cfg
+    cfg = load(recipe, **dict(one.split("=") for one in word.split())).cfg
     assert {k: getattr(cfg, k) for k in values} == values
-
-
-@pytest.mark.parametrize("recipe, word, message", [
-    ("pr187", "RUN_CONFIG=B", "RUN_CONFIG='B': expected A or C"),
-    ("pr850", "VE_ENABLED=yes", "VE_ENABLED='yes': expected 0 or 1"),
-    ("pr850", "LATE_QAT_THRESHOLD=late", "LATE_QAT_THRESHOLD='late': expected a number"),
-    ("pr850", "NGRAM_EVAL_ORDER=7", "NGRAM_EVAL_ORDER='7': expected 9: the published scorer is kept as it was"),
-    ("baseline", "VE_ENABLED=1", "VE_DIM=128 with VE_LAYERS"),
-])  # fmt: skip
-def test_a_published_knob_with_a_bad_value_is_refused_by_its_own_name(recipe, word, message):
-    with pytest.raises(tg.ConfigError) as error:
-        load(recipe, **dict([word.split("=")]))
-    assert message in str(error.value)
 
 
 def test_our_knob_wins_over_a_published_name_in_either_order():
     for env in ({"WEIGHT_DECAY": "1", "MUON_WD": "2"}, {"MUON_WD": "2", "WEIGHT_DECAY": "1"}):
         assert load("pr740", **env).cfg.muon_wd == 2.0
-
-
-@pytest.mark.parametrize("recipe, line, values", [
-    ("pr164", "SWA_ENABLED=0 SWA_EVERY=200", {"swa_every": 0}),
-    ("pr164", "SWA_EVERY=200 SWA_ENABLED=0", {"swa_every": 0}),
-    ("pr164", "SWA_EVERY=100 SWA_ENABLED=1", {"swa_every": 100, "swa_blend": 1.0}),
-    ("pr740", "EMA_ENABLED=0 EMA_DECAY=.997", {"ema_decay": 0.0}),
-    ("pr850", "VE_ENABLED=0 VE_DIM=128 VE_LAYERS=9,10", {"ve_dim": 0, "value_layers": ()}),
-    ("pr850", "VE_DIM=64 VE_ENABLED=1", {"ve_dim": 64, "value_layers": (9, 10)}),
-    ("pr850", "GATED_ATTN_ENABLED=0 GATED_ATTN_BIAS_INIT=4.0", {"attn_gate": "none"}),
-])  # fmt: skip
-def test_what_a_published_switch_turns_off_stays_off_however_it_is_set(recipe, line, values):
-    cfg = load(recipe, **dict(word.split("=") for word in line.split())).cfg
-    assert {k: getattr(cfg, k) for k in values} == values
 
 
 @pytest.mark.parametrize("recipe", KNOBS)

@@ -204,8 +204,6 @@ def test_bytes_in_a_latin_1_literal_are_opened(folder, pack):
     assert (script.source, script.layers, script.opaque) == (text, 1, None) and len(blob) < len(text)
 
 
-# ---- 2 gates
-
 # ---- 3 seconds
 
 
@@ -263,12 +261,6 @@ def test_a_hyperparameter_block_before_the_source_is_the_runs(folder):
     ].status == "PASS"
 
 
-# ---- 6 readable source, 7 helpers
-
-
-# ---- script that ran
-
-
 # ---- Missed: 1 training on validation text
 
 ADAPT = """
@@ -292,15 +284,6 @@ TAUGHT = with_call("    ttt_adapt(model, val_tokens, opt)\n", ADAPT.format(name=
 
 def found(text: str) -> set[str]:
     return {f.pattern for f in patterns.find_patterns(syntax.parse(text.encode()), text)}
-
-
-# ---- Missed: 2 the text's size
-
-
-# ---- Missed: 5 evaluation time
-
-
-# ---- Missed: 6 the script's file, 8 the score
 
 
 # ---- Messages

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SEQ, VOCAB, Uniform, config, events, run_ranks, score_of
+from conftest import SEQ, Uniform, config, events, run_ranks, score_of
 from test_ngram import VOCAB as SMALL
 from test_ngram import ToyNetwork, make_text, tiny_audit, walk
 
@@ -344,32 +344,6 @@ def test_ranks_count_the_same_text(tiny, script, tmp_path):
     alone, shared = ((tmp_path / "logs" / f"{name}.pgz").read_bytes() for name in ("alone", "shared"))
     for name in ("pr1095", "exact"):
         assert tg.read_header(alone).sections[name] == tg.read_header(shared).sections[name]
-
-
-@pytest.mark.parametrize(
-    ("knobs", "words"),
-    [
-        ({"NGRAM_TABLE": "all"}, "NGRAM_TABLE='all': expected none or a list of pr1095, exact"),
-        ({"NGRAM_SCORE": "claimed", "NGRAM_CLAIM": "pr1095"}, "NGRAM_TABLE=none lacks pr1095"),
-        ({"EVAL_STAGES": "table"}, "stage table needs NGRAM_TABLE=exact"),
-        ({"NGRAM_TABLE_BYTES": 10}, "NGRAM_TABLE_BYTES=10"),
-        (
-            {"RECIPE": "pr1095", "NGRAM_ORDERS": "2,3"},
-            "NGRAM_ORDERS='2,3': expected 2,3,4,5,6,7: the published scorer is kept",
-        ),
-    ],
-)
-def test_what_makes_no_sense_is_refused(tiny, knobs, words):
-    with pytest.raises(tg.ConfigError, match=words.replace("(", r"\(")):
-        config(tiny, **knobs)
-
-
-def test_published_switches_of_1095(tiny):
-    on = config({"RECIPE": "pr1095", "NGRAM_ORDERS": "2,3,4,5,6,7", "NGRAM_ALPHA_MAX": "0.95", "NGRAM_MIN_COUNT": "2"})
-    assert on.ngram_tables == ("pr1095",) and on.ngram_claim == "pr1095" and "claimed" in on.ngram_scores
-    off = config({"RECIPE": "pr1095", "NGRAM_ENABLED": "0"})
-    assert off.ngram_tables == () and off.ngram_scores == ()
-    assert int(tiny["VOCAB_SIZE"]) == VOCAB
 
 
 @pytest.mark.gpu

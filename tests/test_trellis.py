@@ -325,33 +325,7 @@ def test_a_trellis_of_few_rows_or_many_columns_is_refused():
         assert tg.trellis_states(8, shape) == 0
 
 
-# ---- knobs, corrections, the last bytes
-
-
-@pytest.mark.parametrize(
-    ("env", "words"),
-    [
-        ({"QUANT_TRELLIS": "6"}, "QUANT_TRELLIS"),
-        ({"QUANT_TRELLIS": "8", "COMPRESSOR": "zstd"}, "needs COMPRESSOR=entropy"),
-        ({"QUANT_TRELLIS": "4", "PRUNE_FRAC": "0.1", "PRUNE_SCOPE": "global"}, "PRUNE_SCOPE=tensor"),
-        (
-            {"AWQ_LITE_ENABLED": "1"},
-            "AWQ_LITE_ENABLED='1': expected 0: with QUANT_TRELLIS every column has its own step",
-        ),
-        ({"LQER_ASYM_ENABLED": "0"}, "LQER_ASYM_ENABLED='0': expected 1"),
-        ({"GPTQ_CALIBRATION": "self"}, "GPTQ_CALIBRATION='self': expected train"),
-        ({"LQER_ENABLED": "2"}, "expected 0 or 1"),
-    ],
-)
-def test_settings_that_cannot_work_get_one_clear_message(env, words):
-    with pytest.raises(tg.ConfigError, match=words):
-        tg.load_config({"RECIPE": "cpu", **env})
-
-
-def test_published_names_of_the_corrections_are_ours():
-    for env, top in (({}, 3), ({"LQER_TOP_K": "4"}, 4)):
-        assert tg.load_config({"RECIPE": "cpu", "LQER_ENABLED": "1", **env}).cfg.lqer_top_k == top
-    assert tg.load_config({"RECIPE": "cpu", "LQER_ENABLED": "0", "LQER_TOP_K": "4"}).cfg.lqer_top_k == 0
+# ---- corrections, the last bytes
 
 
 def test_asymmetric_factors_have_two_bits_left_and_a_step_a_group_right():

@@ -165,15 +165,6 @@ def test_850_adapts_28672_numbers_and_cuts_the_real_text_into_947_chunks():
     assert math.ceil(62_021_632 / cfg.ttt_chunk_tokens) == 947
 
 
-@pytest.mark.parametrize(("knobs", "words"), [
-    ({"TTT_LORA_SITES": "q,gate"}, "TTT_LORA_SITES='q,gate': this model has the sites"),
-    ({"TTT_LORA_BLOCKS": 3}, "TTT_LORA_BLOCKS=3 exceeds NUM_LAYERS=2"),
-])  # fmt: skip
-def test_sites_that_do_not_exist_are_named(tiny, knobs, words):
-    with pytest.raises(tg.ConfigError, match=words):
-        config(tiny, **{**TTT, **knobs})
-
-
 def test_ranks_adapt_alike(tiny, script):
     env = {**tiny, **{name: str(value) for name, value in TTT.items()}}
     assert script(env).status == 0
