@@ -1,7 +1,5 @@
-"""Each published system against a second program in float64, written from its description: logits, two optimizer steps, a phase at test time.
-
-It takes nothing from train_gpt.py but what is under test: what a system is, at a small size, stands below.
-"""
+"""The training of each published system against a second program in float64, written from its description: two optimizer steps, a phase at
+test time. Its network's second program is test_formulas' own."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_formulas import Oracle, parameters
 
 import train_gpt as tg
 
@@ -29,76 +28,49 @@ POLAR = (
 )  # fmt: skip
 
 
-def xor_hash(rows):
-    return lambda before, now: rows - 1 if before < 0 else ((36313 * now) ^ (27191 * before)) % (rows - 1)
-
-
-def sum_hash(a, b, rows):
-    return lambda before, now: (a * now + b * max(before, 0)) % rows
-
-
 def system(**facts) -> SimpleNamespace:
-    """The baseline with these differences."""
+    """The baseline's training with these differences."""
     plain = {
-        "env": {}, "passes": ([0, 1], [2, 3, 4]), "slope": 0.0, "rotated": K, "base": 1e4, "xsa": (), "depth_scaled": False, "gate": "",
-        "pipeline": "norm", "bigram": None, "ve": (), "lanes": 99, "documents_apart": False, "rounded": ("", 0, ""), "complement": 0.0,
-        "rates": (0.05, 0.04, 0.04), "late": 1.0, "wd": 0.0, "wd_after": False, "adam_wd": (0.0, 0.0), "beta2": 0.95, "clip": 0.0, "roles": {},
-        "momentum": (0.85, 0.95, 500), "ns": CLASSIC, "rows_of_length_1": False, "scale": 60 / (1200 * 0.09),
+        "env": {}, "documents_apart": False, "rounded": ("", 0), "complement": 0.0, "rates": (0.05, 0.04, 0.04), "late": 1.0, "wd": 0.0,
+        "wd_after": False, "adam_wd": (0.0, 0.0), "beta2": 0.95, "clip": 0.0, "roles": {}, "momentum": (0.85, 0.95, 500), "ns": CLASSIC,
+        "rows_of_length_1": False, "scale": 60 / (1200 * 0.09), "base": 1e4, "rotated": K,
     }  # fmt: skip
     return SimpleNamespace(**{**plain, **facts})
 
 
-MUON_99 = (0.92, 0.99, 1500)
-# What each system is: #164, #740, #187, #850, #1095, #2135; rates of tokens, matrices and scalars, decays of tokens and scalars. `scale` is
-# that of the rates after 6,000 steps in 540 s of 600: .09 s each.
+MUON_99, BIGRAM = (0.92, 0.99, 1500), {"BIGRAM_VOCAB_SIZE": 31, "BIGRAM_DIM": 6}
+# How each system trains: #164, #740, #187, #850, #1095, #2135; rates of tokens, matrices and scalars, decays of tokens and scalars. `scale` is
+# that of the rates after 6,000 steps in 540 s of 600: .09 s each. What its network is stands in test_recipes.py, field by field.
 SYSTEMS = {
     "baseline": system(),
     "pr164": system(
-        env={"ROPE_TRAIN_LEN": 10, "BIGRAM_VOCAB_SIZE": 31, "BIGRAM_DIM": 6}, base=1e4 * 2 ** (K / (K - 2)), pipeline="norm smear",
-        bigram=xor_hash(31), rates=(0.03, 0.02, 0.02), clip=0.3, momentum=MUON_99, scale=60 / (3000 * 0.09)),
+        env={"ROPE_TRAIN_LEN": 10, **BIGRAM}, base=1e4 * 2 ** (K / (K - 2)), rates=(0.03, 0.02, 0.02), clip=0.3, momentum=MUON_99,
+        scale=60 / (3000 * 0.09)),
     "pr740": system(
-        env={"ROPE_DIMS": K // 2, "BIGRAM_VOCAB_SIZE": 31, "BIGRAM_DIM": 6}, slope=0.5, rotated=K // 2, xsa=range(5), depth_scaled=True,
-        pipeline="smear norm", bigram=sum_hash(2654435761, 40503, 31), rates=(0.03, 0.02, 0.02), wd=0.04, clip=0.3,
+        env={"ROPE_DIMS": K // 2, **BIGRAM}, rotated=K // 2, rates=(0.03, 0.02, 0.02), wd=0.04, clip=0.3,
         roles={"bigram.table.weight": "scalar", "bigram.proj.weight": "scalar"}, momentum=MUON_99, scale=60 / (3500 * 0.09)),
     "pr187": system(
-        env={"XSA_LAST_N": 2, "PRE_ENRICH_DIM": 24, "OVERTONE_INIT": 0, "BIGRAM_VOCAB_SIZE": 31, "BIGRAM_DIM": 6}, passes=([0, 1, 2], [3, 4]), xsa=(3, 4),
-        pipeline="smear enrich norm", bigram=sum_hash(1, 92821, 31), rounded=("nearest", 31, ""), rates=(0.035, 0.025, 0.025), wd=0.04,
+        env={"XSA_LAST_N": 2, "PRE_ENRICH_DIM": 24, "OVERTONE_INIT": 0, **BIGRAM}, rounded=("nearest", 31), rates=(0.035, 0.025, 0.025), wd=0.04,
         wd_after=True, adam_wd=(0.04, 0.04), roles={"bigram.table.weight": "matrix"}, momentum=MUON_99, scale=60 / (3500 * 0.09)),
     "pr850": system(
-        env={"ROPE_DIMS": 4, "ROPE_TRAIN_LEN": 10, "XSA_LAST_N": 2, "VE_DIM": 7, "VE_LAYERS": "3,4", "BIGRAM_VOCAB_SIZE": 31, "BIGRAM_DIM": 6},
-        slope=0.9, rotated=4, base=1e4 * 2 ** (4 / 2), xsa=(3, 4), depth_scaled=True, gate="input", pipeline="norm smear", bigram=xor_hash(31),
-        ve=(3, 4), rounded=("soft", 15, ""), complement=0.5, rates=(0.035, 0.025, 0.025), late=2.0, wd=0.04, adam_wd=(0.04, 0.04), clip=0.3,
+        env={"ROPE_DIMS": 4, "ROPE_TRAIN_LEN": 10, "XSA_LAST_N": 2, "VE_DIM": 7, "VE_LAYERS": "3,4", **BIGRAM}, rotated=4, base=1e4 * 2 ** (4 / 2),
+        rounded=("soft", 15), complement=0.5, rates=(0.035, 0.025, 0.025), late=2.0, wd=0.04, adam_wd=(0.04, 0.04), clip=0.3,
         momentum=MUON_99, scale=0.5 * (1 + math.cos(math.pi * 0.6))),
     "pr1095": system(
-        env={"ROPE_DIMS": 4, "VE_DIM": 7, "XSA_LAST_N": 5, "ADAPTER_RANK": 3, "BIGRAM_VOCAB_SIZE": 31, "BIGRAM_DIM": 6}, slope=0.5, rotated=4, xsa=range(5),
-        depth_scaled=True, pipeline="norm smear", bigram=xor_hash(31), ve=(3, 4), rounded=("nearest", 31, "proj"), rates=(0.035, 0.04, 0.025),
-        wd=0.04, adam_wd=(0.04, 0.04), clip=0.1, momentum=MUON_99, scale=60 / (5000 * 0.09)),
+        env={"ROPE_DIMS": 4, "VE_DIM": 7, "XSA_LAST_N": 5, "ADAPTER_RANK": 3, **BIGRAM}, rotated=4, rounded=("nearest", 31),
+        rates=(0.035, 0.04, 0.025), wd=0.04, adam_wd=(0.04, 0.04), clip=0.1, momentum=MUON_99, scale=60 / (5000 * 0.09)),
     "frontier": system(
         env={"NUM_LAYERS": 6, "LOOP_START": 2, "LOOP_END": 3, "PARALLEL_START_LAYER": 4, "ROPE_DIMS": 4, "GATE_WINDOW": 6, "EVAL_SEQ_LEN": LONG,
-             "TTT_EVAL_SEQ_LEN": LONG, "TTT_CHUNK_SIZE": 8}, passes=([0, 1, 2, 3, 2], [3, 2, 3, 4, 5]), slope=0.5, rotated=4, xsa=range(6), depth_scaled=True,
-        gate="sparse", pipeline="window norm", lanes=4, documents_apart=True, rates=(0.03, 0.028, 0.02), wd=0.095, adam_wd=(0.085, 0.02), beta2=0.99,
-        clip=0.3, momentum=(0.92, 0.97, 1500), ns=POLAR, rows_of_length_1=True, scale=0.1 / 0.85),
+             "TTT_EVAL_SEQ_LEN": LONG, "TTT_CHUNK_SIZE": 8}, rotated=4, documents_apart=True, rates=(0.03, 0.028, 0.02), wd=0.095,
+        adam_wd=(0.085, 0.02), beta2=0.99, clip=0.3, momentum=(0.92, 0.97, 1500), ns=POLAR, rows_of_length_1=True, scale=0.1 / 0.85),
 }  # fmt: skip
-
-
-# ---- the forward pass
-
-
-def norm(x):
-    return x / x.square().mean(-1, keepdim=True).sqrt()
-
-
-def turned(S, x):
-    """(T, heads, K): pairs (j, j + half) of the first dims turned by the position."""
-    half = S.rotated // 2
-    angle = torch.arange(len(x))[:, None, None] * S.base ** (-2 * torch.arange(half) / S.rotated)
-    a, b = x[..., :half], x[..., half : S.rotated]
-    return torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin(), x[..., S.rotated :]], -1)
 
 
 def rounded(S, w, sharpness):
     """A row in steps of its largest weight / top; the gradient passes straight through."""
-    how, top, _ = S.rounded
+    how, top = S.rounded
+    if not how or not sharpness:
+        return w
     step = w.detach().abs().amax(1, keepdim=True) / top
     u = w.detach() / step
     below = u.floor()
@@ -106,89 +78,9 @@ def rounded(S, w, sharpness):
     return w + (step * (u.round() if how == "nearest" else soft).clamp(-top, top) - w).detach()
 
 
-def logits(S, P, ids: list[int], looped: bool = True, sharpness: float = 0.0):
-    """(T, V) of one row of ids, or of one document, from the parameters P by name. With `sharpness` the weights are rounded as in training."""
-
-    def matrix(site):
-        if f"{site}.a" in P:
-            return P[f"{site}.base"] + P[f"{site}.b"] @ P[f"{site}.a"]
-        w = P[f"{site}.weight"]
-        return rounded(S, w, sharpness) if sharpness and S.rounded[0] and S.rounded[2] in site else w
-
-    def back(x):
-        return torch.cat([torch.zeros(1, D), x[:-1]])
-
-    def attention(i, n):
-        at, v0 = f"blocks.{i}.attn", values.get(0)
-        both = matrix(f"{at}.kv") if f"{at}.kv.a" in P else torch.cat([matrix(f"{at}.k"), matrix(f"{at}.v")])
-        q, (k, v) = (n @ matrix(f"{at}.q").T).view(-1, H, K), (n @ both.T).view(-1, 2, G, K).unbind(1)
-        if i in S.ve:
-            added = (
-                P["ve.scale"] * P["ve.layer_scales"][S.ve.index(i)] * P["ve.table.weight"][ids] @ matrix("ve.proj").T
-            )
-            v = v + added.view(v.shape)
-        values.setdefault(0, v)
-        if f"{at}.value_residual.logits" in P:
-            share = P[f"{at}.value_residual.logits"].softmax(0)
-            v = share[0] * v0 + share[1] * v
-        q, k = turned(S, norm(q)) * P[f"{at}.q_gain_H"][:, None], turned(S, norm(k))
-        k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
-        z = torch.einsum("thk,shk->hts", q, k) / math.sqrt(K)
-        y = torch.einsum(
-            "hts,shk->thk", z.masked_fill(torch.ones(len(n), len(n)).triu(1).bool(), -math.inf).softmax(-1), v
-        )
-        if i in S.xsa:
-            unit = v / v.norm(dim=-1, keepdim=True)
-            y = y - (y * unit).sum(-1, keepdim=True) * unit
-        if S.gate == "input":
-            y = y * (n @ P[f"{at}.gate.weight_HW"].T + P[f"{at}.gate.bias_H"]).sigmoid()[..., None]
-        if S.gate == "sparse":
-            y = y * (0.5 * n[:, :6] @ P[f"{at}.gate.weight_HW"].T).sigmoid()[..., None]
-        return y.reshape(len(n), D) @ matrix(f"{at}.out").T
-
-    def mlp(i, n):
-        z = n @ matrix(f"blocks.{i}.mlp.up").T
-        return torch.where(z > 0, z, S.slope * z).square() @ matrix(f"blocks.{i}.mlp.down").T
-
-    x, values, inside = P["tok_emb.weight"][ids], {}, (torch.tensor(ids) != BOS)[:, None].double()
-    if S.bigram:
-        rows = [S.bigram(before, now) for before, now in itertools.pairwise([-1, *ids])]
-        x = x + P.get("bigram.scale", 1.0) * (P["bigram.table.weight"][rows] @ matrix("bigram.proj").T)
-    for stage in S.pipeline.split():
-        if stage == "norm":
-            x = norm(x)
-        elif stage == "smear":
-            share = inside * P["smear.gate"].sigmoid()
-            x = (1 - share) * x + share * back(x)
-        elif stage == "window":
-            x = x + inside * P["smear.scale"] * (x[:, :6] @ P["smear.weight_W"]).sigmoid()[:, None] * back(x)
-        else:
-            z = x @ matrix("pre_enrich.up").T
-            x = (0.5 * z * (1 + torch.erf(z / math.sqrt(2)))) @ matrix("pre_enrich.down").T
-    a = m = x0 = x
-    saved, (encoder, decoder) = [], S.passes if looped else (range(3), range(3, 6))
-    for at, i in enumerate([*encoder, *decoder]):
-        b, depth = f"blocks.{i}", 1 / math.sqrt(i + 1) if S.depth_scaled else 1.0
-        j = at - len(encoder)
-        if j >= 0 and saved:
-            skip = P["skip_weights"][j] * saved.pop()
-            g = P["skip_gates"][j].sigmoid() if "skip_gates" in P else None
-            a = a + skip if g is None else g * a + (1 - g) * skip
-        mix = P[f"{b}.resid_mix"]
-        u = mix[0] * a + mix[1] * x0
-        y = P[f"{b}.attn_scale"] * attention(i, depth * norm(u))
-        if i < S.lanes:
-            u = u + y
-            a = m = u + P[f"{b}.mlp_scale"] * mlp(i, depth * norm(u))
-        else:
-            z, lane = P[f"{b}.mlp_scale"] * mlp(i, depth * norm(m)), P[f"{b}.lane_mix"]
-            a, m = lane[0, 0] * a + lane[0, 1] * y + lane[0, 2] * z, lane[1, 0] * m + lane[1, 1] * y + lane[1, 2] * z
-        saved += [a] if at < len(encoder) else []
-    return 30 * (norm((a + m) / 2) @ P["tok_emb.weight"].T / 30).tanh()
-
-
-def nll(S, P, ids, targets, **how):
-    return -logits(S, P, ids, **how).log_softmax(-1)[torch.arange(len(ids)), targets]
+def nll(S, cfg, P, ids, targets, sharpness: float = 0.0):
+    z = Oracle(cfg, P, ids, True, lambda w: rounded(S, w, sharpness)).logits()
+    return -z.log_softmax(-1)[torch.arange(len(ids)), targets]
 
 
 # ---- one optimizer step
@@ -267,30 +159,12 @@ def build(name: str, **more) -> tuple[SimpleNamespace, tg.Config, tg.GPT]:
     return S, cfg, model
 
 
-def parameters(model: tg.GPT) -> dict[str, torch.Tensor]:
-    frozen = {name: b for name, b in model.named_buffers() if name.endswith(".base")}
-    return frozen | {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-
-
 def text(n: int) -> list[int]:
     rng = np.random.default_rng(7)
     ids = rng.integers(2, V, n)
     ids[rng.random(n) < 0.06] = BOS
     ids[[3, 4]] = BOS, BOS
     return ids.tolist()
-
-
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_logits(name):
-    S, cfg, model = build(name)
-    rows = [text(3 * LONG)[i * LONG : i * LONG + (T, LONG)[cfg.eval_len > T]] for i in range(3)]
-    for looped in (True, False)[: 1 + bool(cfg.num_loops)]:
-        model.set_looped(looped)
-        with torch.no_grad():
-            found = model.logits(model.features(torch.tensor(rows)))
-            for mine, row in zip(found, rows, strict=True):
-                parts = [logits(S, parameters(model), ids, looped) for ids, _ in segments(S, row, row, LONG)]
-                assert (mine - torch.cat(parts)).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -313,7 +187,7 @@ def test_two_optimizer_steps(name):
         loss = 0.0
         for x, y in segments(S, inputs, targets, T):
             weight = 1 - S.complement * pairs[x, y] / (pairs[x].sum(1) + 1)
-            loss = loss + (weight * nll(S, P, x, y, sharpness=1 + 15 * (0.9 - 0.85) / 0.15)).sum() / (6 * T)
+            loss = loss + (weight * nll(S, cfg, P, x, y, 1 + 15 * (0.9 - 0.85) / 0.15)).sum() / (6 * T)
         names = [name for name, p in P.items() if p.requires_grad]
         grads = torch.autograd.grad(loss, [P[name] for name in names])
         before = {name: P[name].detach() for name in names}
@@ -336,7 +210,7 @@ def test_a_phase_at_test_time_trains_on_steps_of_32_full_rows_by_their_targets()
     network.train_weights(found.tokens, 700)
     for lo, hi in steps:
         parts = segments(S, tokens[lo - 1 : hi - 1], tokens[lo:hi], 8)
-        grads = torch.autograd.grad(sum(nll(S, P, x, y).sum() for x, y in parts) / (hi - lo), list(P.values()))
+        grads = torch.autograd.grad(sum(nll(S, cfg, P, x, y).sum() for x, y in parts) / (hi - lo), list(P.values()))
         total = math.sqrt(sum(float(g.square().sum()) for g in grads))
         rate = 0.001 * (0.5 + 0.5 * math.cos(math.pi * ((lo - 1) // 300) / 2))
         for name, g in zip(list(P), grads, strict=True):
