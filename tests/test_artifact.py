@@ -123,6 +123,14 @@ def test_sparse_codes_cost_their_entropy(share):
     assert 8 * len(tg.encode_codes([codes])) < tg.entropy_bits(np.unique(codes, return_counts=True)[1]) + 8 * 64
 
 
+def test_no_prefix_of_an_lzma_stream_is_one():
+    packed = tg.lzma_pack(raw := bytes(range(200)) * 3)
+    assert tg.lzma_unpack(packed, 600) == raw
+    for bad, size in ((packed[:-1], 600), (packed, 599), (packed, 601), (packed + b"x", 600)):
+        with pytest.raises(tg.ArtifactError, match="an LZMA stream does not"):
+            tg.lzma_unpack(bad, size)
+
+
 def test_code_tables_are_the_same_numbers_on_every_machine():
     """Only square roots, products and floors: pin the result so that a change of arithmetic is noticed."""
     weights = tg.table_weights(np.arange(255))
@@ -131,10 +139,8 @@ def test_code_tables_are_the_same_numbers_on_every_machine():
     rng = np.random.default_rng(0)
     codes = rng.integers(-9, 10, size=(80, 40)).astype(float) @ np.triu(np.ones((40, 40)))
     factor = tg.regression(codes.T @ codes, 80)
-    assert (
-        np.array_equal(factor, np.round(factor))
-        and hashlib.sha256(factor.tobytes()).hexdigest()[:16] == "ee1d571e0f6260a5"
-    )
+    assert np.array_equal(factor, np.round(factor))
+    assert hashlib.sha256(factor.tobytes()).hexdigest()[:16] == "ee1d571e0f6260a5"
 
 
 def test_each_kind_of_bad_file_gets_its_own_message():

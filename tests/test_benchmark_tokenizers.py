@@ -28,11 +28,9 @@ def test_one_set_from_documents_to_the_table(tmp_path, capsys):
     assert bench.main(argv) == 0
     assert "never used" not in (tmp_path / "work" / "documents.jsonl").read_text()
     manifest = json.loads((tmp_path / "work" / "fused_300" / "manifest.json").read_text())
-    assert (
-        manifest["transform"] == "caseops"
-        and manifest["val"]["documents"] == 20
-        and manifest["train"]["documents"] == 100
-    )
+    assert manifest["transform"] == "caseops"
+    assert manifest["val"]["documents"] == 20
+    assert manifest["train"]["documents"] == 100
     log = next((tmp_path / "work" / "logs").glob("*.txt")).read_text()
     assert f"val_bytes:{manifest['val']['bytes']} bytes_from:sidecar" in log  # of the original text
     row = capsys.readouterr().out.splitlines()[-1].split("|")

@@ -90,6 +90,19 @@ def test_chunks_depend_on_the_position_alone():
     assert starts[-1] > 2300 >= starts[-2]
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 9))
+def test_documents_are_dealt_once_in_batches_of_no_more_than_a_ranks_share(lengths, ranks, rows):
+    chunks = list(tg.chunk_starts([(20, 5), (math.inf, 8)], max(lengths)))
+    documents = [tg.Document(1000 * i, n) for i, n in enumerate(lengths)]
+    work = {
+        d: next(at for at in chunks if at > d.targets) - 1 for d in documents
+    }  # tokens to the end of its last chunk
+    batches = [batch for rank in tg.deal_documents(documents, ranks, rows, chunks) for batch in rank]
+    assert sorted(d for batch in batches for d in batch) == documents and max(map(len, batches)) <= rows
+    assert all(len(b) == 1 or sum(work[d] for d in b) <= sum(work.values()) / ranks for b in batches)
+
+
 def test_phases_come_at_the_first_block_end_past_their_share():
     edges = [11, 21, 31, 41, 101]
     assert tg.phase_edges(edges, 0.3, 1) == [31] and tg.phase_edges(edges, 0.3, 3) == [11, 21, 31]
@@ -308,9 +321,8 @@ def test_a_target_is_scored_by_the_distribution_of_its_moment(tiny, double, text
     recorded = tg.RecordingScorer(network, [1, 5, 61, 100, 150, 203, len(text.tokens) - 1])
     tg.score_first([network, recorded], text, 40)
     for t, p in recorded.dists.items():
-        assert float(p.sum()) == pytest.approx(1) and float(p[text.tokens[t]].log()) == pytest.approx(
-            float(network.logp[t])
-        )
+        assert float(p.sum()) == pytest.approx(1)
+        assert float(p[text.tokens[t]].log()) == pytest.approx(float(network.logp[t]))
 
 
 def test_other_stages_see_no_trace(tiny, model, text):
@@ -496,10 +508,8 @@ def test_bad_input_is_named(tiny, knobs, words):
 
 def test_phases_beyond_the_text_are_named_before_training(tiny, script):
     result = script(tiny, **{**TTT, "TTT_BLOCK_TOKENS": 100000, "PHASED_TTT_NUM_PHASES": 2})
-    assert (
-        result.status == 2
-        and "PHASED_TTT_NUM_PHASES=2: the text's 1 blocks of TTT_BLOCK_TOKENS=100000 have room for 0" in result.err
-    )
+    assert result.status == 2
+    assert "PHASED_TTT_NUM_PHASES=2: the text's 1 blocks of TTT_BLOCK_TOKENS=100000 have room for 0" in result.err
     assert "step:" not in result.out
 
 

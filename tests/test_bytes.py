@@ -102,6 +102,11 @@ def validation(tokenizer: tg.Tokenizer, folder, texts: list[str], tiny) -> tg.Va
     return tg.load_validation(cfg, folder, tokenizer)
 
 
+def test_documents_begin_with_id_1(train):
+    with pytest.raises(tg.ConfigError, match="has BOS at 2; documents begin with id 1"):
+        tokenizer_of(train({"bos_id": 2, "eos_id": 1}))
+
+
 def published_rule(sp, _name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The challenge's own accounting: one leading space, every other letter as it stands in the piece."""
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
@@ -319,7 +324,8 @@ def test_a_sidecar_of_other_shards_is_refused(manifest, cased, tiny):
         wrong = data.sidecar.copy()
         wrong[at[-1]] += 1
         assert f"gives {wrong[at[-1]]} bytes to validation token {at[-1]}, {piece!r}" in data.refusal(tiny, wrong)
-    assert " numbers for the " in data.refusal(tiny, data.sidecar[:-1])
+    for length in (data.sidecar[:-1], [*data.sidecar, 1]):
+        assert " numbers for the " in data.refusal(tiny, length)
     assert "bytes to validation token" in data.refusal(tiny, np.roll(data.sidecar, 1))
     data.write(data.sidecar)
     extra = write_shard(data.folder / "fineweb_val_bytes_000002.bin", [1])
@@ -380,10 +386,8 @@ def test_a_run_on_caseops_says_what_it_counted(cased, tiny, script, tmp_path, mo
     assert f"sample: {data.tokenizer.decode(document[1:].numpy())[0]!r}" in result.out  # original text, case restored
     facts = events(env, "run")[0]
     assert facts["data"]["bytes_from"] == "sidecar" and facts["data"]["transform"] == "caseops"
-    assert (
-        facts["data"]["val_bytes"] == data.sidecar.sum()
-        and facts["tokenizer"]["vocab_size"] == data.tokenizer.sp.vocab_size()
-    )
+    assert facts["data"]["val_bytes"] == data.sidecar.sum()
+    assert facts["tokenizer"]["vocab_size"] == data.tokenizer.sp.vocab_size()
     artifact = tmp_path / "logs" / "tiny.pgz"
     header, blob = tg.read_header(artifact.read_bytes())[0], artifact.read_bytes()
     assert header["transform"] == "caseops"
@@ -392,9 +396,8 @@ def test_a_run_on_caseops_says_what_it_counted(cased, tiny, script, tmp_path, mo
     (data.folder / "manifest.json").write_text((data.folder / "manifest.json").read_text().replace("caseops", ""))
     again = {**env, "MODE": "eval", "RUN_ID": "again"}
     result = script({**again, "ARTIFACT": str(artifact), "VAL_BYTES": "tokenizer"})
-    assert (
-        result.status == 2 and "made for text that went through caseops, these data went through nothing" in result.err
-    )
+    assert result.status == 2
+    assert "made for text that went through caseops, these data went through nothing" in result.err
     (data.folder / "manifest.json").write_text(
         (data.folder / "manifest.json").read_text().replace('"transform": ""', '"transform": "rot13"')
     )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -204,11 +205,9 @@ def test_a_checkpoint_goes_on_with_its_own_data_alone(data, tmp_path, tiny, scri
     shard[-1] ^= 1
     write_shard(moved / "fineweb_train_000001.bin", shard)
     result = script(tiny, **again, DATA_PATH=moved)
-    assert (
-        result.status == 2
-        and "made with other data" in result.err
-        and "set DATA_PATH to what the run began with" in result.err
-    )
+    assert result.status == 2
+    assert "made with other data" in result.err
+    assert "set DATA_PATH to what the run began with" in result.err
     other = tmp_path / "other.model"  # of equal size: an empty field more
     other.write_bytes(data.tokenizer.read_bytes() + b"\x2a\x00")
     result = script(tiny, **again, TOKENIZER_PATH=other)
@@ -281,19 +280,18 @@ def test_a_stream_of_documents_counts_the_bytes_of_each(data, tiny):
     assert int(text.bytes[0]) == 0
 
 
-def test_boundary_pieces_are_no_text_and_eat_the_space_after_them(data):
+def test_boundary_pieces_are_no_text_and_eat_the_space_after_them(data, tmp_path):
     sp = sentencepiece.SentencePieceProcessor(model_file=str(data.tokenizer))
     tokenizer = tg.Tokenizer(data.tokenizer, VOCAB)
     spaced = next(i for i in range(VOCAB) if sp.id_to_piece(i).startswith("▁") and len(sp.id_to_piece(i)) > 2)
     length = len(sp.id_to_piece(spaced)) - 1
     plain = next(i for i in range(VOCAB) if sp.id_to_piece(i) == "a")
-    assert tokenizer.count_bytes(np.array([BOS, spaced, spaced, plain, 2, spaced])).tolist() == [
-        length,
-        length + 1,
-        1,
-        0,
-        length,
-    ]
+    counts = tokenizer.count_bytes(np.array([BOS, spaced, spaced, plain, 2, spaced]))
+    assert counts.tolist() == [length, length + 1, 1, 0, length]
+    unused = b"\x0a\x0b\x0a\x02zz\x15" + struct.pack("<f", -9.0) + b"\x18\x05"  # one more piece, of type UNUSED
+    (tmp_path / "t.model").write_bytes(data.tokenizer.read_bytes() + unused)
+    tokenizer = tg.Tokenizer(tmp_path / "t.model", VOCAB + 1)
+    assert tokenizer.count_bytes(np.array([BOS, spaced, VOCAB, spaced])).tolist() == [length, 0, length]
 
 
 # ---- validation
@@ -374,6 +372,7 @@ def test_fewer_sequences_than_ranks_names_the_nearest_batch_that_works(tiny):
     text = message(tg.check_batch, config(tiny), 5)
     assert "TRAIN_BATCH_TOKENS=128 holds 4 sequences of 32, fewer than the 5 ranks" in text
     assert "the nearest that works is 160" in text
+    tg.check_batch(config(tiny), 4)  # one for each
 
 
 def test_documents_differ_between_the_splits():

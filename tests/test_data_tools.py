@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -612,6 +613,17 @@ def test_so_many_training_shards_and_no_more(make):
     assert texts == PLAIN[8 : 8 + len(texts)] and train["bytes"] == sum(map(len, texts))
     assert len(train["shards"]) == 2 and 550 < train["tokens"] <= 600
     assert re.search(r"[\d.]+ MB/s of text on \d+ process.*80 shards of 100,000,000 tokens take", made.said)
+    for less, count in ((0, len(texts)), (1, len(texts) - 1)):  # a document that fills the last shard exactly is in it
+        words = ("--val-docs", 8, "--shard-tokens", train["tokens"] - less, "--train-shards", 1)
+        assert len(make(PLAIN, *words, out=f"exact{less}").texts("train")) == count
+
+
+@pytest.mark.parametrize("pieces", [65_536, 65_537])
+def test_more_pieces_than_ids_of_16_bits_are_refused(monkeypatch, pieces):
+    model = SimpleNamespace(bos_id=lambda: 1, vocab_size=lambda: pieces)
+    monkeypatch.setattr(make_shards.sentencepiece, "SentencePieceProcessor", lambda **_: model)
+    with pytest.raises(shards.InputError, match="do not fit") if pieces > 65_536 else contextlib.nullcontext():
+        assert make_shards.load_tokenizer(b"", "t.model") is model
 
 
 def test_a_document_longer_than_the_training_shards_is_refused_there_and_taken_in_validation(make):
@@ -1080,10 +1092,8 @@ def test_the_environment_of_published_commands_is_read(hub, tmp_path, monkeypatc
     monkeypatch.setenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "my_root")
     assert fetch(hub, tmp_path, "--variant", "sp512") == 0
     found = local_files(tmp_path)
-    assert (
-        found["datasets/fineweb10B_sp512/fineweb_train_000000.bin"] == shard(0)
-        and "tokenizers/fineweb_512_bpe.model" in found
-    )
+    assert found["datasets/fineweb10B_sp512/fineweb_train_000000.bin"] == shard(0)
+    assert "tokenizers/fineweb_512_bpe.model" in found
 
 
 @pytest.mark.parametrize("fault", ["page", "redirect"])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SEQ, VOCAB, NoCompiler, config
+from conftest import BOS, SEQ, VOCAB, NoCompiler, config
 
 import train_gpt as tg
 
@@ -101,6 +101,18 @@ def test_the_score_does_not_depend_on_the_batch_or_the_order_of_asking(tiny, mod
     parts = [single.score(text.tokens, lo, min(lo + 7, n)) for lo in range(1, n, 7)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
     assert stride == SEQ or single.ahead < n, "the buffer was filled in several goes"
+
+
+@pytest.mark.parametrize("stride", [1, 8, SEQ])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_every_full_batch_of_windows_has_room_for_its_segments(tiny, model, stride, share):
+    tokens = torch.where(torch.rand(260, generator=torch.Generator().manual_seed(3)) < share, BOS, 7)
+    text = tg.ValidationText(tokens, torch.ones_like(tokens), True)
+    network = expert(config(tiny, DOC_MASK=1, VAL_BATCH_TOKENS=4 * SEQ), model, text, stride)
+    rows = [tokens[s : s + SEQ] for s in range(0, 260 - SEQ, stride)]
+    for i in range(len(rows) - network.rows + 1):
+        offset = tg.find_segments(torch.stack(rows[i : i + network.rows]), SEQ).offset_BT
+        assert (offset == 0).sum() < network.room
 
 
 def test_out_of_memory_halves_the_batch_and_changes_no_score(tiny, model, text, monkeypatch):
@@ -266,11 +278,9 @@ def test_the_evaluation_is_projected_before_the_training_on_tokens_of_its_own(ti
     )
     result = script(tiny, ITERATIONS=1, EVAL_WALLCLOCK_SECONDS=100)
     lines = [line for line in result.out.splitlines() if line.startswith(("evaluation projected", "training ends"))]
-    assert (
-        result.status == 0
-        and re.match(r"evaluation projected: roundtrip \d+s, sliding \d+s of 100s$", lines[0])
-        and len(lines) == 2
-    )
+    assert result.status == 0
+    assert re.match(r"evaluation projected: roundtrip \d+s, sliding \d+s of 100s$", lines[0])
+    assert len(lines) == 2
     assert len(seen) == 2 and all(len(own) == 2 * (SEQ + 1) < len(text) for own, text in seen)
     broken = script(tiny, ITERATIONS=1, EVAL_WALLCLOCK_SECONDS=1e-6, RUN_ID="broken")
     assert "notice: EVAL_WALLCLOCK_SECONDS=1e-06 will break: the network's stages take" in broken.out

@@ -92,9 +92,9 @@ def test_an_installed_kernel_that_is_of_no_use_is_named_and_passed_over(monkeypa
     if notice is None:
         assert (name, notices) == ("fa2", ()) and tried
         return
-    assert (
-        name == "sdpa" and len(notices) == 1 and re.search(f"flash_attn is there and of no use .*{notice}", notices[0])
-    )
+    assert name == "sdpa"
+    assert len(notices) == 1
+    assert re.search(f"flash_attn is there and of no use .*{notice}", notices[0])
     with pytest.raises(t.ConfigError, match=rf"ATTENTION=fa2: .*{notice}.*; use ATTENTION=auto or ATTENTION=sdpa"):
         t.choose_attention(forced, torch.device("cuda"))
 

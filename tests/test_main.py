@@ -112,7 +112,8 @@ def test_a_run_writes_what_it_promises(done, data):
 
 def test_every_event_has_the_fields_of_the_schema(done):
     seen = events(done[0])
-    assert [e["event"] for e in seen[:2]] == ["run", "config"] and seen[-1] == {
+    assert [e["event"] for e in seen[:2]] == ["run", "config"]
+    assert seen[-1] == {
         **seen[-1],
         "event": "end",
         "status": "ok",
@@ -164,9 +165,8 @@ def test_the_modes_and_limits_of_an_artifact(done, script, tmp_path):
     }
     # the published name of MODE=eval; an environment knob changes how it is scored, and may leave the score aside
     quick = script(base, EVAL_ONLY=1, RUN_ID="quick", VAL_TOKENS=200, EVAL_STRIDE=16)
-    assert quick.status == 0 and quick.out.splitlines()[-1].startswith(
-        "no_score (VAL_TOKENS=200 scored a prefix only) val_bpb:"
-    )
+    assert quick.status == 0
+    assert quick.out.splitlines()[-1].startswith("no_score (VAL_TOKENS=200 scored a prefix only) val_bpb:")
     line = events({**base, "RUN_ID": "quick"}, "score")[0]
     assert not line["complete"] and events({**base, "RUN_ID": "quick"}, "stage")[0]["tokens"] == 199
     # what the artifact fixes stays fixed, what it is not made for is refused
@@ -198,9 +198,8 @@ def test_over_the_limit_the_run_fails_after_writing_everything(tiny, script):
     assert not score["limits_ok"] and score["total_bytes"] > 1000
     assert (Path(tiny["LOG_DIR"]) / "tiny.pgz").stat().st_size == score["artifact_bytes"]
     assert re.search(r"limit broken: total \d+ bytes exceed ARTIFACT_LIMIT=1000", result.out)
-    assert (
-        result.out.splitlines()[-1].startswith("score val_bpb:") and events(tiny, "end")[0]["status"] == "limit broken"
-    )
+    assert result.out.splitlines()[-1].startswith("score val_bpb:")
+    assert events(tiny, "end")[0]["status"] == "limit broken"
 
 
 def test_training_and_calibration_over_the_time_limit_fail_the_run(tiny, script, monkeypatch):
@@ -318,10 +317,8 @@ def test_a_crash_is_in_the_log_too(tiny, script, monkeypatch):
     monkeypatch.setattr(tg, "quantize", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         script(tiny)
-    assert (
-        events(tiny, "error")[0]["message"].startswith("ZeroDivisionError")
-        and events(tiny, "end")[0]["status"] == "failed"
-    )
+    assert events(tiny, "error")[0]["message"].startswith("ZeroDivisionError")
+    assert events(tiny, "end")[0]["status"] == "failed"
 
 
 # ---- the engine room: several processes

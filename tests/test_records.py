@@ -899,9 +899,9 @@ def test_a_real_run_goes_from_its_logs_to_a_checked_folder(tiny, data, script, t
     capsys.readouterr()
     assert run_cli("check", made) == 0
     text = capsys.readouterr().out
-    assert (
-        re.search("PASS  script that ran", text) and "ngram: a distribution" in text and "1 layer(s) of packing" in text
-    )
+    assert re.search("PASS  script that ran", text)
+    assert "ngram: a distribution" in text
+    assert "1 layer(s) of packing" in text
 
 
 # ---- leaked documents

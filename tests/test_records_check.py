@@ -256,9 +256,8 @@ def test_a_hyperparameter_block_before_the_source_is_the_runs(folder):
         (folder / f"train_seed{seed}.log").write_text(log_text(seed, bpb, head=head, named="warmup_step:1/20"))
     entry = rules.read_entry(folder)
     assert [r.seed for r in entry.scored] == [1, 2, 3] and entry.scored[0].config["MATRIX_LR"] == 0.026
-    assert {c.status for c in verdicts(folder).values()} == {"PASS", "WARN"} and verdicts(folder)[
-        "script that ran"
-    ].status == "PASS"
+    assert {c.status for c in verdicts(folder).values()} == {"PASS", "WARN"}
+    assert verdicts(folder)["script that ran"].status == "PASS"
 
 
 # ---- Missed: 1 training on validation text
@@ -301,9 +300,9 @@ class More:
 def test_a_finding_in_a_one_line_program_shows_its_name():
     text = "import os;" + "".join(f"a{n}={n};" for n in range(400)) + "prequant_ttt_epochs=21;" + "b=1;" * 100
     (finding,) = patterns.find_patterns(syntax.parse(text.encode()), text)
-    assert (
-        finding.name == "prequant_ttt_epochs" and "prequant_ttt_epochs=21" in finding.text and len(finding.text) < 160
-    )
+    assert finding.name == "prequant_ttt_epochs"
+    assert "prequant_ttt_epochs=21" in finding.text
+    assert len(finding.text) < 160
 
 
 def test_text_that_the_terminal_cannot_show_is_shown_escaped(folder):

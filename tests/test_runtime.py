@@ -238,7 +238,8 @@ def test_a_port_that_another_program_has_is_named_with_the_remedy(tiny, monkeypa
         for key, value in joined.items():
             monkeypatch.setenv(key, value)
         status, _, err = script({**tiny, **joined})
-    assert status == 1 and re.fullmatch(
+    assert status == 1
+    assert re.fullmatch(
         rf"error: rank 0 cannot listen at .*127\.0\.0\.1:{port} \(.*EADDRINUSE.*another MASTER_PORT.*\n", err
     )
 
@@ -266,9 +267,8 @@ def test_what_may_not_be_read_is_one_message(tiny, data, script, monkeypatch, wh
         tg.Path, "is_file", lambda path: isfile(path) or (call, path.name) == ("read_text", "manifest.json")
     )
     status, out, err = script(tiny)
-    assert (status, out) == (2, "") and re.fullmatch(
-        r"error: cannot read .*: Permission denied; check what it is and its permissions\n", err
-    )
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"error: cannot read .*: Permission denied; check what it is and its permissions\n", err)
 
 
 @pytest.mark.parametrize(

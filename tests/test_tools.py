@@ -381,6 +381,12 @@ def test_forged_files_are_artifact_errors_and_nothing_else(form, codec, monkeypa
     assert refused > 2000
 
 
+@pytest.mark.parametrize("n", [0, 127, 128, 129, 16_383, 16_384, 2**31, 2**56 - 1])
+def test_numbers_of_any_width_stand_in_a_file(n):
+    header = tc.CodecHeader(2, n, n, n, n, n, n)
+    assert tc.read_file(tc.write_file(header, b"body")) == (header, b"body")
+
+
 def test_a_number_without_end_is_refused_at_once():
     head = tc.CODEC_MAGIC + bytes([tc.CODEC_VERSION]) + b"\xff" * 1_000_000
     with pytest.raises(tg.ArtifactError, match="inconsistent"):
@@ -562,10 +568,8 @@ def test_explained_text_is_the_original_with_its_newlines(codec):
     data = '\n  def f(x):\n\treturn x… "½"  # 🙂 中\n'
     (notes,) = te.explain_documents(codec.predictor, [data], 10_000)
     assert "".join(n.text for n in notes) == data
-    assert (
-        len(te.explain_documents(codec.predictor, [data, data], 5)[0]) == 5
-        and len(te.explain_documents(codec.predictor, [data, data], 5)) == 1
-    )
+    assert len(te.explain_documents(codec.predictor, [data, data], 5)[0]) == 5
+    assert len(te.explain_documents(codec.predictor, [data, data], 5)) == 1
     assert re.sub(r"\033\[[\d;]*m", "", te.terminal_text(notes)) == data
 
 

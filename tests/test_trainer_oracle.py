@@ -23,7 +23,7 @@ BASE = {"vocab_size": V, "num_layers": 3, "model_dim": 24, "num_heads": 3, "num_
 OPTIONS = {
     "plain": {},
     "decay, clip, EMA and SWA": {"muon_wd": 0.7, "adam_wd": 0.5, "grad_clip_norm": 0.05, "ema_decay": 0.7, "ema_start_frac": 0.3, "swa_every": 2,
-                                 "swa_start_scale": 0.6, "swa_blend": 0.3},
+                                 "swa_start_scale": 0.6, "swa_blend": 0.3, "embed_wd": 0.0},
     "decay after, polar, rows, SWA of the EMA": {"muon_wd": 0.7, "muon_wd_order": "after", "newton_schulz": "polar", "muon_row_normalize": True,
                                                  "muon_backend_steps": 6, "adam_wd": 0.3, "embed_wd": 0.9, "ema_decay": 0.6, "swa_every": 3,
                                                  "swa_source": "ema", "swa_start_scale": 2.0},

@@ -45,9 +45,6 @@ def test_a_warmdown_longer_than_the_training_is_noticed(tiny, script):
     assert "notice: WARMDOWN_ITERS=5 is longer than ITERATIONS=4: rates fall from the first step on" in long
 
 
-# ---- averaging
-
-
 # ---- priming
 
 
@@ -330,15 +327,6 @@ def test_what_turns_on_is_logged_with_its_step(tiny, data):
 # ---- checkpoints
 
 
-def test_a_state_loads_to_the_same_future(tiny, data, tmp_path):
-    one, other = make(tiny, data, **EVERYTHING), make(tiny, data, SEED=7, **{**EVERYTHING})
-    steps(one, 3)
-    torch.save(one.state_dict(), tmp_path / "state.pt")
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert steps(other, 3) == steps(one, 3)
-    assert_same(other.state_dict(), one.state_dict())
-
-
 def test_the_last_checkpoints_stay(tiny, script, tmp_path):
     assert script(tiny, CHECKPOINT_EVERY=1, CHECKPOINT_KEEP=3).status == 0
     folder = tmp_path / "logs" / "tiny.ckpt"
@@ -371,27 +359,6 @@ def test_a_checkpoint_of_another_configuration_or_kind_is_refused(tiny, script, 
         result = script(tiny, RESUME=tmp_path / name, RUN_ID="new")
         assert result.status == 2 and "not a checkpoint of this script" in result.err
     assert not (tmp_path / "logs" / "new.txt").exists()
-
-
-def test_a_run_stopped_by_sigterm_goes_on_to_the_same_bits(tiny, script, monkeypatch):
-    assert script(tiny, RUN_ID="whole").status == 0
-    step = tg.Trainer.train_step
-
-    def interrupted(self, *args):
-        if self.step == 3 and self.run.graceful:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tg.Trainer, "train_step", interrupted)
-        stopped = script(tiny, CHECKPOINT_EVERY=100)
-    assert stopped.status == 1 and "stopped by SIGTERM at step 4; saved" in stopped.err and "RESUME=auto" in stopped.err
-    assert events(tiny, "end")[-1]["status"] == "stopped" and not list(Path(tiny["LOG_DIR"]).glob("*.pgz.*"))
-    assert script(tiny, RESUME="auto", CHECKPOINT_EVERY=100).status == 0
-    whole = {**tiny, "RUN_ID": "whole"}
-    assert losses(tiny) == losses(whole) and score_of(tiny) == score_of(whole)
-    artifacts = [Path(tiny["LOG_DIR"]) / f"{name}.pgz" for name in ("tiny", "whole")]
-    assert artifacts[0].read_bytes() == artifacts[1].read_bytes()
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tiny, script):

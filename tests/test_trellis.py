@@ -371,10 +371,8 @@ def test_the_last_bytes_are_spent_and_none_that_the_code_takes(states, code, wan
     assert len(tg.pack(cfg, {}, budget.stored)) == len(budget.blob) == budget.spent - code
     asked.clear()
     full = dataclasses.replace(cfg, target_bytes=budget.spent)  # nothing is left: nothing is tried
-    assert (
-        tg.BudgetSearch(full, {}, named, store, tg.Calibration({}, fisher), code, {}).spend_rest(budget) is budget
-        and not asked
-    )
+    assert tg.BudgetSearch(full, {}, named, store, tg.Calibration({}, fisher), code, {}).spend_rest(budget) is budget
+    assert not asked
 
 
 def test_a_run_at_the_lowest_rates_ends_with_an_artifact_that_scores(tiny, script, monkeypatch):
@@ -394,10 +392,8 @@ def fill_with(run: tg.Run | None) -> list[str]:
         cfg = tg.Config(target_bytes=9000, quant_min_numel=100, gptq_enabled=True, quant_trellis=states, lqer_top_k=1)
         budget = tg.BudgetSearch(cfg, {}, named, store, calibration, 500, run=run).fill()
         digests.append(hashlib.sha256(budget.blob).hexdigest())
-        assert (
-            tg.unpack(budget.blob, layout(budget.stored))[1].keys() == budget.stored.keys()
-            and budget.spent == len(budget.blob) + 500
-        )
+        assert tg.unpack(budget.blob, layout(budget.stored))[1].keys() == budget.stored.keys()
+        assert budget.spent == len(budget.blob) + 500
     return digests
 
 
