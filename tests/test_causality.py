@@ -65,6 +65,11 @@ AHEAD = {
 }  # fmt: skip
 
 
+BOTH = {"NGRAM_TABLE": "pr1095,exact", "NGRAM_CLAIM": "pr1095"}
+SOUND = [("ngram", {**TILT, "NGRAM_TILT_ORDER": 4, "NGRAM_TILT_GAMMA": 1}), ("ngram", {"NGRAM_TILT_ENABLED": 1, "NGRAM_TILT_ORDER": 8}),
+         ("ngram", SHARED), ("table", BOTH), ("ngram", BOTH), ("normalized", BOTH), ("normalized", {})]  # fmt: skip
+
+
 def changed(function, old: str, new: str):
     """The function with one place of its text changed."""
     source = textwrap.dedent(inspect.getsource(function))
@@ -90,10 +95,12 @@ def test_what_looks_ahead_fails_the_audit(name, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_claims")
-@pytest.mark.parametrize(("stage", "knobs"), dict.fromkeys((s, tuple(k.items())) for s, k, *_ in AHEAD.values()))
+@pytest.mark.parametrize(
+    ("stage", "knobs"), [*dict.fromkeys((s, tuple(k.items())) for s, k, *_ in AHEAD.values()), *SOUND]
+)
 def test_the_same_parts_as_they_are_pass(stage, knobs):
     checks = tiny_audit(stage, tables() if "NGRAM_TABLE" in dict(knobs) else tg.NO_TABLES, **dict(knobs))
-    assert all(checks.values()), checks
+    assert len(checks) == 6 and all(checks.values()), checks
 
 
 @pytest.mark.parametrize("sign", [-1, 1])

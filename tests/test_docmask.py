@@ -185,19 +185,6 @@ def trainer_of(tiny, data, **changes) -> tg.Trainer:
     return tg.Trainer(cfg, run, model, tg.TokenStream(tg.load_split(data.folder, "train"), VOCAB))
 
 
-def test_a_step_is_one_stream_of_documents(tiny, data):
-    trainer = trainer_of(tiny, data, DOC_MASK=1)
-    crossing = False
-    while not crossing:  # until a segment runs over the end of a row
-        inputs, targets = trainer.batcher.next(SEQ)
-        flat, following = inputs.reshape(-1), targets.reshape(-1)
-        cut = spans(flat, SEQ)
-        crossing = any(lo // SEQ != (hi - 1) // SEQ for lo, hi in cut)
-    loss = trainer.backward(inputs, targets, tg.Ctx())
-    alone = [trainer.model.nll(flat[None, lo:hi], following[None, lo:hi]).sum() for lo, hi in cut]
-    assert abs(loss.item() - sum(alone).item() / len(flat)) < 1e-5
-
-
 def test_a_compiled_step_is_the_eager_one(tiny, data, monkeypatch):
     """As a CPU compiles it; a stream of more documents than expected takes another size of bounds, not another result."""
     monkeypatch.setattr(tg, "notice_failed_compile", lambda _run, error: pytest.fail(str(error)))

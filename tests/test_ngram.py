@@ -261,31 +261,6 @@ def test_a_former_knob_is_accepted_at_the_value_that_is_left_of_it():
             tg.load_config({}, {"RECIPE": "cpu", "NGRAM_MIX": other})
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {},
-        {"NGRAM_TILT_ENABLED": 1, "NGRAM_TILT_ORDER": 4, "NGRAM_TILT_RATE": 0.5, "NGRAM_TILT_GAMMA": 1},
-        {"NGRAM_TILT_ENABLED": 1, "NGRAM_TILT_ORDER": 8},
-    ],
-)
-def test_the_audit_passes_the_texts_own_ngrams(knobs):
-    checks = tiny_audit("ngram", **knobs)
-    assert len(checks) == 6 and all(checks.values()), checks
-
-
-@pytest.mark.usefixtures("small_claims")
-@pytest.mark.parametrize("stage", ["roundtrip", "sliding", "normalized"])
-def test_the_audit_passes_the_other_valid_stages(stage):
-    checks = tiny_audit(stage)
-    assert all(checks.values()), checks
-
-
-def test_the_audit_passes_counts_over_a_network_that_learns():
-    checks = tiny_audit("ngram", TTT_ENABLED=1, TTT_CHUNK_TOKENS=256)
-    assert all(checks.values()), checks
-
-
 @pytest.mark.usefixtures("small_claims")
 @pytest.mark.parametrize("name", tg.PUBLISHED)
 def test_the_audit_rejects_every_claim(name):

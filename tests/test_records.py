@@ -302,11 +302,8 @@ def test_what_a_text_log_says_and_what_it_does_not(tmp_path, capsys, text, told)
     (tmp_path / "README.md").write_text("# x\n")
     (tmp_path / "submission.json").write_text(json.dumps({"val_bpb": run.bpb(), "val_loss": run.loss(), "seeds": [1]}))
     for command in ("table", "check", "compare", "plot"):  # no figure, or none of them, makes a command fall over
-        assert run_cli(command, tmp_path, *(["--out", tmp_path / "p", "--force"] if command == "plot" else [])) in (
-            0,
-            1,
-            2,
-        )
+        words = ["--out", tmp_path / "p", "--force"] if command == "plot" else []
+        assert run_cli(command, tmp_path, *words) in (0, 1, 2)
     capsys.readouterr()
 
 
@@ -380,12 +377,9 @@ def test_a_resumed_run_counts_each_step_once_switches_where_it_first_did_and_is_
     path = write_run(world, "a", seed=7, bpb=1.8)
     lines = path.read_text().splitlines(keepends=True)
     again = [
-        {"event": "switch", "name": "qat", "step": 80, "value": 1},
-        {"event": "switch", "name": "seq_len", "step": 80, "value": 1024},
+        {"event": "switch", "name": name, "step": 80, "value": value} for name, value in (("qat", 1), ("seq_len", 1024))
     ]
-    cut = [
-        json.dumps({"v": 1, "t": 0, **event}) + "\n" for event in ({"event": "end", "status": "interrupted"}, *again)
-    ]
+    cut = [json.dumps({"v": 1, "t": 0, **e}) + "\n" for e in ({"event": "end", "status": "interrupted"}, *again)]
     path.write_text("".join([*lines[:12], cut[0], *lines[:-1], *cut[1:], lines[-1]]))
     run = logs.read_log(path)
     assert run.finished and [e["step"] for e in run.steps] == list(range(0, 100, 5)) and run.status() == "ok"
@@ -558,17 +552,13 @@ def test_pictures_are_drawn_and_never_replaced_unasked(world, capsys):
 
 def submit(world, *words, runs=("s1", "s2", "s3")) -> int:
     places = [world["logs"] / f"{r}.jsonl" for r in runs]
-    more = (
-        "--name",
-        "idea",
-        "--script",
-        world["script"],
-        "--records",
-        world["root"] / "records",
-        "--date",
-        "2026-04-02",
-    )
-    return run_cli("submit", *places, *more, *words)
+    more = {
+        "--name": "idea",
+        "--script": world["script"],
+        "--records": world["root"] / "records",
+        "--date": "2026-04-02",
+    }
+    return run_cli("submit", *places, *(word for pair in more.items() for word in pair), *words)
 
 
 def folder_of(world, *words, runs=("s1",)) -> Path:
@@ -605,16 +595,8 @@ def test_a_record_folder_is_complete_passes_its_own_check_and_is_never_overwritt
     assert meta["val_bpb"] == pytest.approx(1.902) and meta["seeds"] == [1, 2, 3] and meta["github_id"] == "aperson"
     assert all(meta["compliance"].values()) and meta["runs_left_out"] == {"s4 (seed 4)": 1.95}
     readme = (folder / "README.md").read_text()
-    for words in (
-        "## Result",
-        "## Method",
-        "## Compliance",
-        "## Reproduce",
-        "1.90200",
-        "curves.png",
-        "s4 (seed 4): 1.95000",
-    ):
-        assert words in readme
+    sections = [f"## {title}" for title in ("Result", "Method", "Compliance", "Reproduce")]
+    assert all(words in readme for words in (*sections, "1.90200", "curves.png", "s4 (seed 4): 1.95000"))
     assert {c["status"] for c in json.loads(said(capsys, 0, "check", folder, "--json"))[str(folder)]} == {"PASS"}
     before = {p: p.read_bytes() for p in (world["root"] / "records").rglob("*") if p.is_file()}
     assert "never overwritten" in refusal(world, capsys, runs=runs, status=2)
@@ -774,13 +756,7 @@ def test_an_ngram_table_counts_as_bytes_without_weights(world):
     plt.close(plots.bytes_by_role(plt, [run]))
     rows = submission.estimate(submission._system("pr1095"), run)
     mean = 8 * 2_170_000 / 3_062_144  # of the weights alone
-    bits = {
-        "adapter": mean,
-        "embed": 7.02 * 8 / 6,
-        "table": mean,
-        "proj": mean,
-        "control": mean,
-    }  # of the weights alone
+    bits = {**dict.fromkeys(("adapter", "table", "proj", "control"), mean), "embed": 7.02 * 8 / 6}
     assert {r.role: r.bits for r in rows} == pytest.approx(bits)
     readme = (folder / "README.md").read_text()
     total = sum(round(r.bytes) for r in rows) + 10_692_380 + run.pack["code_bytes"]
@@ -954,20 +930,8 @@ def verdicts(folder: Path) -> dict[str, rules.Check]:
 
 
 def test_check_reads_the_baselines_folder_and_says_what_it_cannot_know(tmp_path):
-    meta = {
-        "author": "A",
-        "github_id": "x",
-        "name": "Baseline",
-        "date": "2026-03-18",
-        "val_bpb": 1.2244,
-        "bytes_total": 15863489,
-    }
-    folder = tmp_path / "track_10min_16mb" / "2026-03-17_Baseline"
-    files = {
-        "README.md": "# Baseline\n",
-        "train_gpt.py": 'import os\nprint("source")\n',
-        "submission.json": json.dumps(meta),
-    }
+    folder, meta = tmp_path / "track_10min_16mb" / "2026-03-17_Baseline", {"val_bpb": 1.2244, "bytes_total": 15863489}
+    files = {"train_gpt.py": 'import os\nprint("source")\n', "submission.json": json.dumps(meta)}
     write_files(folder, {**files, "train.log": BASELINE_LOG})
     got = {rule: check.status for rule, check in verdicts(folder).items()}
     sure = ("val_bpb", "bytes", "script that ran", "validation text")  # 62,021,632 tokens imply 151 MB
@@ -1186,7 +1150,7 @@ def test_a_sweep_told_to_end_ends_its_run_and_a_killed_ones_run_is_left_alone_wh
     Path("trainer.py").write_text(SILENT_TRAINER)
     words = [
         sys.executable,
-        str(ROOT / "records/report.py"),
+        ROOT / "records/report.py",
         "sweep",
         "list.txt",
         "--launch",

@@ -286,12 +286,6 @@ def tables() -> tg.Tables:
     return tg.Tables(cells, tg.unpack_trie(tg.build_trie(x, SMALL, 4, 2**28), SMALL))
 
 
-@pytest.mark.parametrize("stage", ["table", "ngram", "normalized"])
-def test_the_audit_passes_what_is_valid(stage):
-    checks = tiny_audit(stage, tables=tables(), NGRAM_TABLE="pr1095,exact", NGRAM_CLAIM="pr1095")
-    assert len(checks) == 6 and all(checks.values()), checks
-
-
 def test_the_audit_rejects_the_claim():
     checks = tiny_audit("claimed", tables=tables(), NGRAM_TABLE="pr1095", NGRAM_CLAIM="pr1095")
     assert not checks["a distribution"] and not checks["noise costs its entropy"] and checks["every target once"]
