@@ -289,13 +289,7 @@ def test_two_processes_score_alike(tiny, script):
     env = {**tiny, **{name: str(value) for name, value in knobs.items()}}
     assert script(env).status == 0
     base = {k: env[k] for k in ("DATA_PATH", "DEVICE", "ATTENTION", "LOG_DIR")}
-    shared = {
-        **base,
-        "MODE": "eval",
-        "ARTIFACT": str(Path(env["LOG_DIR"]) / "tiny.pgz"),
-        "RUN_ID": "shared",
-        "VAL_TOKENS": "300",
-    }
+    shared = {**base, "MODE": "eval", "RUN_ID": "shared", "VAL_TOKENS": "300", "ARTIFACT": f"{env['LOG_DIR']}/tiny.pgz"}
     run_ranks(shared, 2)
     (mine,), (theirs,) = events(shared, "stage"), events(env, "stage")
     assert abs(mine["val_bpb"] - theirs["val_bpb"]) < 1e-5

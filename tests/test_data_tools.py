@@ -246,10 +246,8 @@ def test_the_official_split_is_the_default_and_is_named(make):
 
 # ---- make_shards: what it refuses
 
-GOOD, FEW = (
-    "".join(json.dumps({"text": text}) + "\n" for text in PLAIN).encode(),
-    ("--val-docs", 1, "--vocab-size", 300),
-)
+GOOD = "".join(json.dumps({"text": text}) + "\n" for text in PLAIN).encode()
+FEW = ("--val-docs", 1, "--vocab-size", 300)
 HAN = "\n\n".join("".join(map(chr, range(i, i + 40))) * 3 for i in range(0x4E00, 0x5A00, 40)).encode()
 BAD = [  # (input, its bytes, words, the message)
     ("json.jsonl", b'{"text": "fine"}\n\n{"text": broken\n', FEW, "json.jsonl:3: not JSON"),
@@ -294,10 +292,8 @@ def test_bad_input_gets_one_clear_message_and_leaves_nothing(make, tmp_path, mon
 def test_a_failure_in_a_worker_leaves_the_folder_as_it_was(make, tmp_path, corpus):
     before = shutil.copytree(corpus / "out", tmp_path / "out")
     words = ("--val-docs", 5, "--vocab-size", 300, "--workers", 2)
-    for force, phrase in (
-        ((), "--force to replace it"),
-        (("--force",), "a.jsonl:3001: the text holds half a surrogate pair"),
-    ):
+    half = "a.jsonl:3001: the text holds half a surrogate pair"
+    for force, phrase in (((), "--force to replace it"), (("--force",), half)):
         made = make(PLAIN * 50 + ["half a pair \ud800"], *words, *force)
         assert made.status == 2 and phrase in made.said
         assert made.files == {path.name: path.read_bytes() for path in (corpus / "out").iterdir()}, before
@@ -318,11 +314,7 @@ def test_force_leaves_nothing_of_the_old_set(make, tmp_path, corpus):
     made = make(PLAIN, "--val-docs", 5, "--force", "--tokenizer", mine)
     names = {"fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json", "notes.txt", "my own.model"}
     assert made.files.keys() == names
-    assert made.manifest["tokenizer"] == {
-        **made.manifest["tokenizer"],
-        "file": mine.name,
-        "sha256": shards.sha256_of(mine),
-    }
+    assert made.manifest["tokenizer"].items() >= {"file": mine.name, "sha256": shards.sha256_of(mine)}.items()
     made = make(PLAIN, "--val-docs", 5, "--force", "--vocab-size", 300)
     assert made.files.keys() == names - {mine.name} | {"tokenizer_300.model"}
 
@@ -376,22 +368,13 @@ def test_a_lock_is_on_the_folder_ends_with_its_holder_and_can_be_held_twice(tmp_
     (errno.ENOSPC, 1), (errno.EIO, 1), (errno.EDQUOT, 1), (errno.EACCES, 2), (errno.ENOTDIR, 2), (errno.ENAMETOOLONG, 2),
 ])  # fmt: skip
 def test_exit_status_2_is_for_mistakes_and_1_for_a_full_disk(make, monkeypatch, number, status):
-    def fails(path: Path, _: bytes) -> None:
-        raise OSError(number, os.strerror(number), str(path))
+    def fails(_) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(make_shards, "write_synced", fails)
+    monkeypatch.setattr(os, "fsync", fails)
     made = make(PLAIN, "--val-docs", 5, "--workers", 1)
-    assert made.status == status and os.strerror(number) in made.said
-    assert made.said.count("\n") == 1 and not made.out.exists()
-
-
-def test_a_full_disk_is_reported_with_the_file(tmp_path, capsys, monkeypatch):
-    def full(_) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    assert shards.run_tool(lambda: shards.write_synced(tmp_path / "a.bin", b"x")) == 1
-    assert capsys.readouterr().err == f"error: [Errno 28] No space left on device: '{tmp_path / 'a.bin'}'\n"
+    said = rf"error: \[Errno {number}\] {os.strerror(number)}: '{made.out}/.*'\n"  # with the file
+    assert made.status == status and re.fullmatch(said, made.said) and not made.out.exists()
 
 
 @pytest.mark.parametrize("words", [
@@ -539,10 +522,8 @@ def test_a_tokenizer_for_case_factored_text_is_checked(make, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("saves", [1, 2, 5])
 def test_an_interrupted_job_goes_on_to_the_same_bytes(make, monkeypatch, saves, workers):
-    texts, words = (
-        CASES + PLAIN + PLAIN[:5],
-        ("--caseops", "--vocab-size", 420, "--val-docs", 8, "--shard-tokens", 300, "--workers", workers),
-    )
+    texts = CASES + PLAIN + PLAIN[:5]
+    words = ("--caseops", "--vocab-size", 420, "--val-docs", 8, "--shard-tokens", 300, "--workers", workers)
     whole, save, count = make(texts, *words, out="whole"), make_shards.Job.save, Counter()
 
     def interrupted(job) -> None:

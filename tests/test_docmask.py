@@ -228,10 +228,7 @@ def test_the_score_is_of_the_masked_model(tiny, script, tmp_path):
     del run["DOC_MASK"]  # the artifact's
     assert script(run, ATTENTION="sdpa").status == 0
     assert abs(score_of(run) - trained) < 1e-5
-    assert {e["stage"] for e in events(run, "stage")} == {
-        "roundtrip",
-        "sliding",
-    }
+    assert {e["stage"] for e in events(run, "stage")} == {"roundtrip", "sliding"}
     assert script(run, RUN_ID="audit", MODE="audit", EVAL_STRIDE=0).status == 0
     result = script(run, RUN_ID="off", DOC_MASK=0)
     assert result.status == 2 and "DOC_MASK=0: the artifact was made with 1" in result.err

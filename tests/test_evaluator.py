@@ -224,10 +224,8 @@ def test_the_projection_is_one_batch_times_the_text(tiny, model, text, monkeypat
     steps = [-(-d.targets // 8) for d in tg.documents_of(text.tokens)]
     assert found == pytest.approx(2.0 * sum(steps) / 5)
     network = tg.DocumentLoraNetwork(cfg, run, model, own, 8)
-    network.rehearsed, times = (
-        (lambda _: 2),
-        iter([20.0, 15.0]),
-    )  # of two documents, of one: 10 s the steps, 5 s a document
+    network.rehearsed = lambda _: 2
+    times = iter([20.0, 15.0])  # of two documents, of one: 10 s the steps, 5 s a document
     monkeypatch.setattr(tg.NetworkExpert, "timed", lambda _self, action: action() and 0 or next(times))
     assert len(steps) <= cfg.ttt_batch_size
     assert network.expected_seconds(text) == pytest.approx(10.0 * max(steps) / 5 + 5.0 * sum(steps) / 5)
@@ -248,12 +246,8 @@ def test_the_evaluation_is_projected_before_the_training_on_tokens_of_its_own(ti
     assert len(seen) == 2 and all(len(own) == 2 * (SEQ + 1) < len(text) for own, text in seen)
     broken = script(tiny, ITERATIONS=1, EVAL_WALLCLOCK_SECONDS=1e-6, RUN_ID="broken")
     assert "notice: EVAL_WALLCLOCK_SECONDS=1e-06 will break: the network's stages take" in broken.out
-    again = script(
-        {k: tiny[k] for k in ("DATA_PATH", "LOG_DIR", "DEVICE", "ATTENTION")},
-        MODE="eval",
-        RUN_ID="again",
-        ARTIFACT=f"{tiny['LOG_DIR']}/tiny.pgz",
-    )
+    base = {k: tiny[k] for k in ("DATA_PATH", "LOG_DIR", "DEVICE", "ATTENTION")}
+    again = script(base, MODE="eval", RUN_ID="again", ARTIFACT=f"{tiny['LOG_DIR']}/tiny.pgz")
     assert again.out.count("evaluation projected") == 1
     assert "projected" not in script(tiny, ITERATIONS=1, EVAL_WALLCLOCK_SECONDS=0, RUN_ID="unlimited").out
 

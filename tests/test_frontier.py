@@ -202,20 +202,12 @@ def test_a_run_of_the_recipe_from_end_to_end(data, tmp_path, script):
     assert events(env, "pack")[0]["total_bytes"] <= 112_000
     assert [e["stage"] for e in events(env, "stage")] == ["roundtrip", "ttt", "tilt", "ngram"]
     assert "ttt: trained all weights on" in result.out and "evaluation projected: roundtrip " in result.out
-    fresh = {name: env[name] for name in ("DATA_PATH", "LOG_DIR", "DEVICE", "ATTENTION", "VAL_TOKENS")} | {
-        "RUN_ID": "again"
-    }
+    fresh = {name: env[name] for name in ("DATA_PATH", "LOG_DIR", "DEVICE", "ATTENTION", "VAL_TOKENS")}
+    fresh["RUN_ID"] = "again"
     run_ranks({**fresh, "MODE": "eval", "ARTIFACT": str(tmp_path / "f.pgz")}, 1)
     assert score_of(fresh) == pytest.approx(score_of(env), abs=1e-6)
-    audit = script(
-        env,
-        MODE="audit",
-        ARTIFACT=tmp_path / "f.pgz",
-        RUN_ID="audit",
-        VAL_TOKENS=100,
-        PHASED_TTT_NUM_PHASES=0,
-        EVAL_STAGES="ngram",
-    )
+    less = {"RUN_ID": "audit", "VAL_TOKENS": 100, "PHASED_TTT_NUM_PHASES": 0, "EVAL_STAGES": "ngram"}
+    audit = script(env, MODE="audit", ARTIFACT=tmp_path / "f.pgz", **less)
     assert audit.status == 0, audit.out + audit.err
 
 

@@ -249,12 +249,13 @@ def test_a_port_that_another_program_has_is_named_with_the_remedy(tiny, monkeypa
 )
 def test_what_may_not_be_read_is_one_message(tiny, data, script, monkeypatch, where, call):
     """Of a shard, a tokenizer, a manifest, a folder."""
-    known, plain = (
-        {"fromfile": "fineweb_", "read_bytes": ".model", "read_text": "manifest.json", "listdir": data.folder.name}[
-            call
-        ],
-        getattr(where, call),
-    )
+    of_call = {
+        "fromfile": "fineweb_",
+        "read_bytes": ".model",
+        "read_text": "manifest.json",
+        "listdir": data.folder.name,
+    }
+    known, plain = of_call[call], getattr(where, call)
 
     def refuse(path, *args, **kwargs):
         if known in str(path):
@@ -288,19 +289,11 @@ def test_hidden_files_are_no_data(data, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
         (tmp_path / f"._{path.name}").write_bytes(b"\0\5\26\7 what a Mac keeps beside it")
     assert tg.own_tokenizer(tmp_path, None) == tmp_path / data.tokenizer.name
-    assert [p.name for p in tg.shard_paths(tmp_path, "train")] == [
-        "fineweb_train_000000.bin",
-        "fineweb_train_000001.bin",
-    ]
+    assert [p.name for p in tg.shard_paths(tmp_path, "train")] == [f"fineweb_train_00000{n}.bin" for n in (0, 1)]
 
 
 def test_seeds_differ_by_purpose_and_rank_and_repeat():
-    seeds = [
-        tg.derive_seed(1, "init"),
-        tg.derive_seed(2, "init"),
-        tg.derive_seed(1, "ttt"),
-        tg.derive_seed(1, "ttt", 1),
-    ]
+    seeds = [tg.derive_seed(*of) for of in ((1, "init"), (2, "init"), (1, "ttt"), (1, "ttt", 1))]
     assert len(set(seeds)) == 4 and all(0 <= s < 2**63 for s in seeds)
     assert tg.derive_seed(1, "init") == seeds[0]
 

@@ -70,11 +70,8 @@ class Plain:
     """The step as its definition, one parameter at a time."""
 
     def __init__(self, trainer: tg.Trainer) -> None:
-        self.cfg, self.model, self.tokens = (
-            trainer.cfg,
-            copy.deepcopy(trainer.model).double(),
-            trainer.batcher.stream.read(0, trainer.batcher.stream.total),
-        )
+        self.cfg, self.model, data = trainer.cfg, copy.deepcopy(trainer.model).double(), trainer.batcher.stream
+        self.tokens = data.read(0, data.total)
         self.model.compute_dtype = torch.float64
         self.params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         zeros = lambda: {name: torch.zeros_like(p) for name, p in self.params.items()}  # noqa: E731
@@ -291,10 +288,8 @@ def test_all_of_the_state_is_the_same_on_one_two_and_three_ranks_and_after_a_res
     for world in (1, 2, 3):
         for rank in range(world):
             states = load(world, rank)
-            found = {
-                name: differences(one["half" if name in ("half", "loaded") else "end"], state)
-                for name, state in states.items()
-            }
+            theirs = {name: one["half" if name in ("half", "loaded") else "end"] for name in states}
+            found = {name: differences(theirs[name], state) for name, state in states.items()}
             assert not any(found.values()), (world, rank, found)
     trainer = make(**EVERYTHING)  # one process goes on from three
     trainer.load_state_dict(load(3, 2)["half"])
