@@ -18,7 +18,7 @@ import train_gpt as tg
 
 BOS = 1
 SWITCHES = {
-    "xsa": {"xsa_last_n": 2}, "partial rope": {"rope_dims": 4}, "ntk": {"rope_train_len": 8, "rope_base": 500.0}, "ln in": {"ln_scale": "in"},
+    "xsa": {"xsa_last_n": 2}, "partial rope": {"rope_dims": 4}, "ntk": {"rope_train_len": 16, "rope_base": 500.0}, "ln in": {"ln_scale": "in"},
     "partial ntk": {"rope_dims": 6, "rope_train_len": 5}, "ln out": {"ln_scale": "out"}, "input gate": {"attn_gate": "input"},
     "softmax vrl": {"value_residual": "softmax"},
     "ve": {"ve_dim": 6, "ve_layers": "0,3"}, "smear": {"smear": True}, "leak": {"smear": True, "smear_cross_doc": True},
