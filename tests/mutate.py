@@ -43,6 +43,8 @@ MUTANTS = {
         ("bytes-meter", "evaluator.py -k meter", ("self.bytes += int(byte_counts.sum())", "self.bytes += int(byte_counts.clamp_min(1).sum())")),
         ("data-share", "data.py -k partition", ("tokens = self.stream.read(rows.start * seq_len, len(rows) * seq_len + 1)", "tokens = self.stream.read(self.run.rank * len(rows) * seq_len, len(rows) * seq_len + 1)")),
         ("data-wrap", "data.py -k 'partition or reads'", ("at = (at + len(part)) % self.total", "at = (at + len(part)) % (self.total + 1)")),
+        ("bytes-sidecar-length", "bytes.py -k other_shards", ("if (n := len(parts[-1])) != (tokens := len(load_shard(path))):", "if (n := len(parts[-1])) < (tokens := len(load_shard(path))):")),
+        ("bytes-unused", "data.py -k boundary", ("boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])", "boundary = np.array([sp.is_control(i) or sp.is_unknown(i) for i in ids])")),
     ],
     "causality": [
         ("E1: window start moves with the end of the text", "evaluator.py -k context_promised", ("return Window(max(0, full - 1 - seq_len), lo, min(full, end))", "return Window(max(0, min(full, end) - 1 - seq_len), lo, min(full, end))")),
@@ -64,6 +66,7 @@ MUTANTS = {
         ("eval-table-order", "table.py -k statistics_are", ("np.full(max(0, self.order - lo), self.NO_TOKEN)", "np.full(max(0, self.order - lo), 2)")),
         ("eval-audit-cuts", "causality.py -k more", ("n // 4, n // 2, 3 * n // 4, n - 1, *self.edges()}", "n // 4, n // 2, 3 * n // 4, n - 1}")),
         ("eval-polyak", "ttt.py -k definition", ("self.mean.lerp_(self.params, 1 - self.cfg.ttt_polyak_decay)", "self.mean.lerp_(self.params, self.cfg.ttt_polyak_decay)")),
+        ("eval-room", "evaluator.py -k room_for", ("sums = F.pad((begun[ends] - begun[start + 1] + 1).cumsum(0), (1, 0))", "sums = F.pad((begun[ends] - begun[start + 1]).cumsum(0), (1, 0))")),
     ],
     "techniques": [
         ("T1: Smear: BOS zeroes the neighbour, not the share", "formulas.py", ("        if self.scale is None:\n", "        shifted = shifted * (ids_BT != BOS)[..., None]\n        if self.scale is None:\n"), ("            s = s * (ids_BT != BOS)[..., None]\n", "            pass\n")),
@@ -93,6 +96,7 @@ MUTANTS = {
         ("train-loop-edge", "trainer_oracle.py -k ten_steps", ("frac >= cfg.enable_looping_at}", "frac > cfg.enable_looping_at}")),
         ("train-rewarm", "trainer_oracle.py -k ten_steps", ("(self.step - self.changed_at + 1) / steps", "(self.step - self.changed_at) / steps")),
         ("train-reserve", "trainer_oracle.py -k reserve", ("return cfg.max_wallclock_seconds - cfg.reserved_seconds", "return cfg.max_wallclock_seconds")),
+        ("optim-embed-decay", "trainer_oracle.py -k ten_steps", ("embed_wd = cfg.adam_wd if cfg.embed_wd < 0 else cfg.embed_wd", "embed_wd = cfg.adam_wd if cfg.embed_wd <= 0 else cfg.embed_wd")),
     ],
     "quantizer": [
         ("Q1: GPTQ codes gathered, not scattered, back into column order", "quantizer.py -k gptq", ("return torch.empty_like(codes_NRC).scatter_(2, as_rows, codes_NRC).to(torch.int8)", "return codes_NRC.gather(2, as_rows).to(torch.int8)")),
@@ -118,6 +122,7 @@ MUTANTS = {
         ("quant-sdclip", "quantizer.py -k sdclip", ("    deviation_R = w_RC.std(dim=1) if", "    deviation_R = w_RC.square().mean(dim=1).sqrt() if")),
         ("quant-ranks", "trellis.py -k together", ("    results = [iter(found) for found, _ in parts]", "    results = [iter(found) for found, _ in reversed(parts)]")),
         ("coder-checksum", "artifact.py -k 'bad_file or mutated'", ("if hashlib.sha256(memoryview(blob)[:-CHECKSUM_BYTES]).digest() != blob[-CHECKSUM_BYTES:]:", "if False:")),
+        ("coder-fields", "table.py -k numbers", ("if len(part) != count or (count and not low <= part.min() <= part.max() <= high):", "if len(part) != count or (count and not low <= part.min()):")),
     ],
     "checkpoints": [
         ("K1: the curriculum's position is not restored", "trainer_oracle.py -k ranks", ('        self.seq_len, self.changed_at = state["curriculum"]\n', "")),
@@ -162,6 +167,8 @@ MUTANTS = {
         ("shards-copies", "data_tools.py -k copies", ("self.digests.add(item.digest.hex())", "self.digests = {item.digest.hex()}"), "data/make_shards.py"),
         ("shards-resume", "data_tools.py -k interrupted", ('self.read, self.copies, self.digests = state["read"], state["copies"], set(state["digests"])', 'self.read, self.copies = state["read"], state["copies"]'), "data/make_shards.py"),
         ("caseops-title", "caseops.py", ("if inside is None and run[1:].islower() | (len(run) == 1):", "if inside is None and run[1:].islower():"), "data/caseops.py"),
+        ("shards-limit", "data_tools.py -k so_many", ("if self.val.documents == self.args.val_docs and tokens > limit:", "if self.val.documents == self.args.val_docs and tokens >= limit:"), "data/make_shards.py"),
+        ("codec-varint", "tools.py -k any_width", ("while n > 127:", "while n > 128:"), "tools/codec.py"),
     ],
     "checker": [
         ("check-bytes", "records_check.py", ("    if worst <= LIMIT_BYTES:\n", "    if worst < LIMIT_BYTES + 1000:\n"), "records/check/rules.py"),
@@ -169,6 +176,7 @@ MUTANTS = {
         ("check-claims", "records_check.py records.py -k 'claim or figure'", ('        return FAIL, rule, f"{bpb:.5f} is a claimed figure (no code length); {scores}"', '        return WARN, rule, f"{bpb:.5f} is a claimed figure (no code length); {scores}"'), "records/check/rules.py"),
         ("check-hardware", "records_check.py -k hardware", ('good = all("H100" in (device or "H100") and ranks in (8, None)', 'good = any("H100" in (device or "H100") and ranks in (8, None)'), "records/check/rules.py"),
         ("check-layers", "records_check.py -k 'literal or layers or wherever or packed'", ("held = _programs(tree) if depth[text] < MAX_LAYERS else {}", "held = _programs(tree) if depth[text] < 1 else {}"), "records/check/source.py"),
+        ("check-evaluation", "records_check.py -k verdicts", ('    if max(seconds) > LIMIT_SECONDS:\n        return _over(\n            entry, "evaluation time"', '    if max(seconds) > LIMIT_SECONDS + 1:\n        return _over(\n            entry, "evaluation time"'), "records/check/rules.py"),
     ],
 }
 # fmt: on

@@ -88,9 +88,8 @@ def test_a_terminal_that_goes_away_does_not_end_the_training(tiny, monkeypatch, 
     assert log.splitlines()[-1].startswith("score ")
     assert events(tiny, "end")[0]["status"] == ("incomplete" if status else "ok")
     err = capsys.readouterr().err  # a reader who left is no error; an output file on a full disk is one
-    assert err.splitlines() == (
-        ["error: could not write the standard output (No space left on device)"] if status else []
-    )
+    full = "error: could not write the standard output (No space left on device)"
+    assert err.splitlines() == [full] * bool(status)
 
 
 def test_neither_stream_is_needed(tiny, monkeypatch):
@@ -478,10 +477,8 @@ def test_the_limits_of_a_training_may_be_raised_on_resume(tiny, script):
     assert script(tiny, CHECKPOINT_EVERY=6).status == 0
     longer = script(tiny, RESUME="auto", ITERATIONS=12)
     assert longer.status == 0 and sorted(losses(tiny)) == list(range(1, 13))
-    assert (
-        "raised ITERATIONS from 6 to 12: the schedule follows the new end; lr_scale at step 6 was 0.000, is 1.000"
-        in longer.out
-    )
+    scales = "the schedule follows the new end; lr_scale at step 6 was 0.000, is 1.000"
+    assert f"raised ITERATIONS from 6 to 12: {scales}" in longer.out
     assert events(tiny, "train_end")[-1]["steps"] == 12
     for changes, words in (
         ({"ITERATIONS": 5}, "ITERATIONS was 6, is 5"),
@@ -499,10 +496,8 @@ def test_a_longer_time_limit_is_a_raised_one(tiny, script):
     knobs = {"MAX_WALLCLOCK_SECONDS": 1000, "CHECKPOINT_EVERY": 3}
     assert script(tiny, **knobs).status == 0
     for more in (2000, 0):
-        assert (
-            "raised MAX_WALLCLOCK_SECONDS from 1000 to"
-            in script(tiny, RESUME="auto", **{**knobs, "MAX_WALLCLOCK_SECONDS": more}).out
-        )
+        longer = script(tiny, RESUME="auto", **{**knobs, "MAX_WALLCLOCK_SECONDS": more})
+        assert "raised MAX_WALLCLOCK_SECONDS from 1000 to" in longer.out
 
 
 def test_a_checkpoint_of_the_last_steps_leaves_no_time_for_another(tiny, script):
@@ -531,13 +526,11 @@ def test_two_processes_cannot_run_under_one_name(tiny, script):
 
 def test_the_lock_is_the_systems_and_goes_with_its_process(tiny, script):
     code = "import sys, time, train_gpt as tg, pathlib; f = tg.lock_file(pathlib.Path(sys.argv[1])); print(f is not None, flush=True); time.sleep(60)"
-    path = Path(tiny["LOG_DIR"]) / "tiny.txt"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=process_env({"PYTHONPATH": str(SCRIPT.parent)}),
+    command, env = (
+        [sys.executable, "-c", code, f"{tiny['LOG_DIR']}/tiny.txt"],
+        process_env({"PYTHONPATH": str(SCRIPT.parent)}),
     )
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     assert other.stdout.readline() == "True\n"
     assert script(tiny).status == 2
     other.kill()
@@ -563,9 +556,8 @@ def test_runs_without_a_name_that_start_in_one_second_get_names_of_their_own(tin
     assert [script(env).status for _ in range(2)] == [0, 0]
     running.close("ok")
     assert script(env).status == 0
-    assert sorted(p.stem for p in Path(env["LOG_DIR"]).glob("*.pgz")) == [
-        f"20260101-120000-baseline-1337{s}" for s in ("", "-2", "-3")
-    ]
+    names = [f"20260101-120000-baseline-1337{s}" for s in ("", "-2", "-3")]
+    assert sorted(p.stem for p in Path(env["LOG_DIR"]).glob("*.pgz")) == names
 
 
 # ---- rank variables of another job
