@@ -2,7 +2,7 @@
 
     python benchmarks/strength.py train --data DATA --out FOLDER [--seed 1] [--points 1.5 3 6 12 18 24] [--shape 4x256]
     python benchmarks/strength.py measure FOLDER --data DATA [--parts stages ttt quant spend] [--only 4x256-s1-6M] [--rates LoRA=0.01 phase=0.1]
-    python benchmarks/strength.py report FOLDER [--picture strength.png]
+    python benchmarks/strength.py report FOLDER [--picture strength.png] [--data DATA --fresh 0.02]
 
 DATA is a folder of data/make_shards.py with case factored out and more training tokens than are trained on. `train` runs
 train_gpt.py with the cpu recipe's network. A point is a finished network: the rate is flat for the first 80 % of its steps and
@@ -11,7 +11,8 @@ Rates follow steps, not the clock. Each piece may be stopped at any time; the sa
 
 `measure` scores whole validation documents and chooses settings on training text that no training reaches. Each outcome is a
 line of FOLDER/outcomes.jsonl with the nats of each document as soon as it is there; the same line again goes on. Seconds are
-CPU seconds. `report` prints gains in bits per byte, paired by document, with their standard errors, and draws them.
+CPU seconds. `report` prints gains in bits per byte, paired by document, with their standard errors, and draws them; with --fresh
+only of documents of which so small a share stands in the training text, in runs of 16 tokens.
 
     stages   windows, sliding windows, and on these the artifact's n-grams, the text's own, and the tilt
     ttt      a LoRA a document, one change at a time
@@ -129,6 +130,7 @@ def fail(running: list[tuple[Network, subprocess.Popen]]) -> None:
 
 STAGE_TOKENS, TTT_TOKENS, GAP_TOKENS, CHOICE_TOKENS = 45_000, 16_000, 30_000, 5_000
 LONGEST = 3000  # tokens of a document that is measured
+RUN_TOKENS = 16  # a run of as many that stands in the training text was read before
 TABLE_TOKENS = BATCH * POINTS[1.5]  # training tokens whose n-grams are counted: all networks were trained on them
 ARTIFACT_BYTES = 1_500_000  # of which a table takes a share: about the 4x256 network at 3.5 bits
 LORA = {
@@ -160,7 +162,7 @@ QUANT: dict[str, dict[str, Any]] = {  # the slowest last
     "steps of columns": {"even": True},
     "64 states": {"quant_trellis": 64},
 }
-BITS = ("independent", "8 states", "64 states")  # at 3 and 4 bits too, the others at 3.5 alone
+BITS = ("independent", "8 states", "steps of columns", "64 states")  # at 3 and 4 bits too, LQER at 3.5 alone
 
 
 def whole_documents(text: tg.ValidationText, n: int) -> tg.ValidationText:
@@ -178,6 +180,23 @@ def whole_documents(text: tg.ValidationText, n: int) -> tg.ValidationText:
 def by_document(text: tg.ValidationText, values: torch.Tensor) -> list[float]:
     """Sums over the targets of each document of values (n - 1,), those of the targets 1 .. n-1."""
     return [float(values[d.start : d.start + d.targets].sum()) for d in tg.documents_of(text.tokens)]
+
+
+def fresh_documents(data: Path, n: int, share: float) -> list[bool]:
+    """Whether less than `share` of the RUN_TOKENS-token runs of each document measured on n tokens stand in what the last point trained on."""
+
+    def runs(tokens: np.ndarray) -> np.ndarray:
+        hashes, rows = np.zeros(len(tokens) - RUN_TOKENS + 1, np.uint64), len(tokens) - RUN_TOKENS + 1
+        for i in range(RUN_TOKENS):
+            hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens[i : i + rows].astype(np.uint64) + np.uint64(1)
+        return hashes
+
+    learned, read = (np.concatenate(tg.load_split(data, split)).astype(np.int64) for split in ("train", "val"))
+    tokens = torch.from_numpy(read)
+    text = whole_documents(tg.ValidationText(tokens, torch.ones_like(tokens), complete=True), n)
+    known = np.isin(runs(text.tokens.numpy()), runs(learned[: BATCH * max(POINTS.values())]))
+    ends = [(d.start, d.start + max(1, d.targets - RUN_TOKENS + 1)) for d in tg.documents_of(text.tokens)]
+    return [float(known[start:end].mean()) < share for start, end in ends]
 
 
 class Outcomes:
@@ -349,7 +368,7 @@ class Subject:
         text = whole_documents(self.text, GAP_TOKENS)
         held = self.held.tokens[: 16 * 512].view(-1, 512)
         cfg = dataclasses.replace(
-            self.cfg, gptq_enabled=True, target_bytes=1, control_bits=16, gptq_n_samples=32, compressor="entropy"
+            self.cfg, gptq_enabled=True, target_bytes=1, control_bits=16, gptq_n_samples=256, compressor="entropy"
         )
         named = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         store = {n: p.store for n, p in self.model.named_parameters()}
@@ -504,6 +523,13 @@ def gaps(outcomes: Outcomes, network: Network) -> Iterator[str]:
 
 def report(args: argparse.Namespace) -> None:
     outcomes, networks = Outcomes(args.folder), list(finished(args.folder))
+    if args.fresh:
+        sizes = {"stages": STAGE_TOKENS, "ttt": TTT_TOKENS, "spend": TTT_TOKENS, "quant": GAP_TOKENS}
+        kept = {part: fresh_documents(args.data, n, args.fresh) for part, n in sizes.items()}
+        print(", ".join(f"{part}: {sum(fresh)} of {len(fresh)} documents" for part, fresh in kept.items()))
+        for row in outcomes.known.values():
+            for field in ("nats", "bytes") if row["part"] in kept and "nats" in row else ():
+                row[field] = [x for x, fresh in zip(row[field], kept[row["part"]], strict=True) if fresh]
     print("| what | " + " | ".join(n.name for n in networks) + f" | at {AIM:g}, a guess |")
     print("|---" * (len(networks) + 2) + "|")
     windows = [outcomes.known.get((n.name, "stages", "windows")) for n in networks]
@@ -572,8 +598,12 @@ def main() -> None:
     reporting = commands.add_parser("report", help="print and draw what was measured")
     reporting.add_argument("folder", type=Path)
     reporting.add_argument("--picture", type=Path)
+    reporting.add_argument("--data", type=Path, help="with --fresh")
+    reporting.add_argument("--fresh", type=float, default=0.0, metavar="SHARE")
     reporting.set_defaults(action=report)
     args = parser.parse_args()
+    if args.command == "report" and args.fresh and not args.data:
+        parser.error("--fresh needs --data")
     args.action(args)
 
 

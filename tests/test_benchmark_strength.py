@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import write_shard
 
 import benchmarks.strength as strength
 import train_gpt as tg
@@ -37,6 +38,16 @@ def test_documents_are_whole_short_enough_and_keep_their_bytes(monkeypatch):
     assert text.bytes.tolist()[:-1] == [0, 1, 2, 12, 13, 14, 15, 16, 17]
     sums = strength.by_document(text, torch.ones(len(text.tokens) - 1))
     assert sums == [3.0, 2.0, 4.0]
+
+
+def test_a_document_is_fresh_where_few_of_its_runs_were_trained_on(tmp_path):
+    rng = np.random.default_rng(0)
+    train, new = rng.integers(4, 500, 400), rng.integers(4, 500, 300)
+    documents = [new[:100], [*new[100:170], *train[50:80]], train[200:300], new[200:]]  # 0, 15 of 86, all and 0 runs
+    write_shard(tmp_path / "fineweb_train_000000.bin", train)
+    write_shard(tmp_path / "fineweb_val_000000.bin", [t for d in [*documents, new[:9]] for t in (tg.BOS, *d)])
+    for share, fresh in ((0.17, [True, False, False, True]), (0.18, [True, True, False, True])):
+        assert strength.fresh_documents(tmp_path, 10_000, share) == fresh
 
 
 def test_a_gain_is_paired_by_document_and_its_error_shrinks_with_what_they_share():
