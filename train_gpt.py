@@ -1828,7 +1828,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         files = [shard for split in splits for shard in (*split["shards"], *split.get("sidecars", []))]
         typed = all([type(f[key]) for key in ("file", "tokens", "sha256")] == [str, int, str] for f in files)
         sound = typed and isinstance(tokenizer["sha256"], str) and Path(tokenizer["file"]).name == tokenizer["file"]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         sound = False
     if not sound or manifest["format"] != MANIFEST_FORMAT:
         raise ConfigError(f"{path}: not a manifest that this script reads ({MANIFEST_FORMAT}); make the shards again")

@@ -135,7 +135,7 @@ def test_a_manifest_that_cannot_be_read_is_no_guess(data, tmp_path, tiny):
     path, good = folder / "manifest.json", json.loads((folder / "manifest.json").read_text())
     tokenizers = (3, {}, {"file": "../a.model", "sha256": ""})
     others = [{"format": "parameter-golf shards, version 9"}, *({"tokenizer": value} for value in tokenizers)]
-    for text in ("{", "[]", "{}", '{"format": 3}', *(json.dumps({**good, **other}) for other in others)):
+    for text in ("{", "[" * 99_999, "[]", "{}", '{"format": 3}', *(json.dumps({**good, **other}) for other in others)):
         path.write_text(text)
         foreign = text in ("{}", '{"format": 3}')  # of another tool: two tokenizers, and nobody says which
         words = (
