@@ -8355,6 +8355,8 @@ def open_run(loaded: LoadedConfig, tokenizer_sha256: str = "") -> OpenRun:
     loaded, paths = fit_data(loaded, tokenizer_sha256)
     cfg = loaded.cfg
     tokenizer = Tokenizer(paths.tokenizer, cfg.vocab_size, paths.transform)
+    if cfg.compressor == "zstd":
+        zstd_pack(b"")  # a package that is missing is told before the training
     text = load_validation(cfg, paths.folder, tokenizer)
     check_phases(cfg, text.tokens)
     run = Run.start(cfg)
@@ -8795,11 +8797,13 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         # Ranks that end differently keep torchrun waiting, and only the first has logs to lose.
         if Run.current is not None and Run.current.broadcast(bool(Run.current.lost)) and status == 0:
             status, outcome = 1, "incomplete"
-    except (ConfigError, ArtifactError, PermissionError, IsADirectoryError, NotADirectoryError) as e:
+    except (ConfigError, ArtifactError, ImportError, PermissionError, IsADirectoryError, NotADirectoryError) as e:
         begun = Run.current is not None and Run.current.training_began  # then the script should have found it before
         status, outcome, message = 1 if begun else 2, "failed" if begun else "mistake", str(e)
         if isinstance(e, OSError):
             message = f"cannot read {e.filename}: {e.strerror}; check what it is and its permissions"
+        if isinstance(e, ImportError):
+            message = f"{e}; pip install -r requirements.txt"
     except (Interrupted, BrokenRun, KeyboardInterrupt) as e:
         status, outcome, message = 1, "stopped", str(e) or "stopped by SIGINT"
     except Exception as e:

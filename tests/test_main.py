@@ -428,3 +428,11 @@ def test_a_gpu_trains_packs_and_scores(tiny, script, changes):
     assert score_of({**env, "RUN_ID": "again"}) == pytest.approx(score_of(env), abs=1e-4)
     assert script(base, MODE="eval", ARTIFACT=artifact, DEVICE="cpu", RUN_ID="cpu").status == 0
     assert score_of({**env, "RUN_ID": "cpu"}) == pytest.approx(score_of(env), rel=0.02)
+
+
+@pytest.mark.parametrize(("package", "changes"), [("sentencepiece", {}), ("zstandard", {"COMPRESSOR": "zstd"})])
+def test_a_missing_package_is_one_message_before_the_training(package, changes, script, tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    status, out, err = script(tiny, **changes)
+    assert status == 2 and "step:" not in out and "Traceback" not in err
+    assert package in err and err.endswith("; pip install -r requirements.txt\n")
