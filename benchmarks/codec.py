@@ -1,7 +1,7 @@
 """The codec's speed and size: cache against recomputing, tokens a second by lanes, files against general compressors.
 
     python benchmarks/codec.py                              speed, with random weights of the cpu recipe
-    python benchmarks/codec.py logs/run.pgz FILE ...        size: each file by that artifact, xz -9e, zstd -22, 7-zip PPMd
+    python benchmarks/codec.py logs/run.pgz FILE ...        size: each file by that artifact, xz -9e, zstd -22, PPMd (pip install pyppmd)
 
 Prints wall seconds and seconds of processor time: on a busy machine only the second, and ratios, mean anything.
 """
@@ -9,15 +9,15 @@ Prints wall seconds and seconds of processor time: on a busy machine only the se
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
+import lzma
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
@@ -78,21 +78,18 @@ def speed(threads: int) -> None:
                       f"{other_wall / 4 / (wall / steps):.1f}x in wall time")  # fmt: skip
 
 
-def packed_by(command: list[str], path: Path, suffix: str) -> int | None:
-    """Bytes that an external compressor makes of a file; None where it is not installed."""
-    if shutil.which(command[0]) is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / path.name
-        copy.write_bytes(path.read_bytes())
-        subprocess.run([part.format(copy) for part in command], cwd=folder, check=True, capture_output=True)
-        return Path(f"{copy}{suffix}").stat().st_size
+def ppmd(data: bytes) -> bytes:
+    """7-zip's text compressor, PPMd of variant H, without its container."""
+    import pyppmd
+
+    encoder = pyppmd.Ppmd7Encoder(32, 256 << 20)
+    return encoder.encode(data) + encoder.flush()
 
 
-OTHERS = {
-    "xz -9e": (["xz", "-9e", "-k", "{}"], ".xz"),
-    "zstd -22": (["zstd", "--ultra", "-22", "-q", "-k", "{}"], ".zst"),
-    "7z PPMd": (["7z", "a", "-m0=PPMd:o=32:mem=256m", "{}.7z", "{}"], ".7z"),
+OTHERS: dict[str, Callable[[bytes], bytes]] = {
+    "xz -9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+    "zstd -22": lambda data: zstandard.ZstdCompressor(level=22).compress(data),
+    "PPMd": ppmd,
 }
 
 
@@ -110,10 +107,9 @@ def sizes(artifact: Path, files: list[Path], threads: int) -> None:
         started = time.perf_counter()
         assert codec.decompress(packed.blob) == data, f"{path} did not come back"
         rate = packed.header.tokens / (time.perf_counter() - started)
-        others = [packed_by(command, path, suffix) for command, suffix in OTHERS.values()]
         loss = packed.token_bits / packed.ideal - 1 if packed.ideal else 0.0
         cells = [path.name, f"{len(data):,}", f"{len(packed.blob):,}", f"{8 * len(packed.blob) / len(data):.3f}", f"{loss:.3%}",
-                 f"{packed.restoration_bits // 8:,}", f"{rate:.0f}", *("-" if n is None else f"{n:,}" for n in others)]  # fmt: skip
+                 f"{packed.restoration_bits // 8:,}", f"{rate:.0f}", *(f"{len(other(data)):,}" for other in OTHERS.values())]  # fmt: skip
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
