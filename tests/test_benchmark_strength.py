@@ -23,18 +23,8 @@ def test_documents_are_whole_short_enough_and_keep_their_bytes(monkeypatch):
     lengths, bos = [3, 9, 2, 4, 4], tg.BOS
     tokens = torch.tensor([t for n in lengths for t in [bos, *range(10 * n, 10 * n + n - 1)]] + [bos])
     text = strength.whole_documents(tg.ValidationText(tokens, torch.arange(len(tokens)), complete=False), 9)
-    assert text.tokens.tolist() == [
-        bos,
-        30,
-        31,
-        bos,
-        20,
-        bos,
-        40,
-        41,
-        42,
-        bos,
-    ]  # the 9 are too long, the last 4 too many
+    short = [bos, 30, 31, bos, 20, bos, 40, 41, 42]  # the 9 are too long, the last 4 too many
+    assert text.tokens.tolist() == [*short, bos]
     assert text.bytes.tolist()[:-1] == [0, 1, 2, 12, 13, 14, 15, 16, 17]
     sums = strength.by_document(text, torch.ones(len(text.tokens) - 1))
     assert sums == [3.0, 2.0, 4.0]

@@ -324,9 +324,7 @@ def test_scores_entropies_and_hints_are_those_of_the_softmax_of_the_last_targets
 
 
 @pytest.mark.parametrize(("rows", "passes", "most"), [(4, 0, 2**23), (4, 0, 200), (64, 1, 2000)])
-def test_the_packed_table_is_counted_on_the_start_of_the_training_text(
-    tiny, data, script, tmp_path, rows, passes, most
-):
+def test_the_packed_table_counts_the_start_of_the_training_text(tiny, data, script, tmp_path, rows, passes, most):
     """Three steps into the stream, more than there is and fewer than those steps read, and after a whole pass over it."""
     steps = passes * len(data.train) // (rows * SEQ) + 3
     env = {**tiny, "NGRAM_TABLE": "exact", "NGRAM_TABLE_TOKENS": str(most), "ITERATIONS": str(steps), "CODE_FORM": "source",
