@@ -6706,16 +6706,23 @@ class NetworkExpert:
         wanted = run.device.type == "cuda" and cfg.compile != "0"
         self.compiled = torch.compile(score_windows, dynamic=False) if wanted else None
 
+    @property
+    def window_step(self) -> int:
+        """Full windows begin at multiples of this."""
+        return self.stride
+
     def room_for(self, tokens: Tensor) -> int:
         """How many bounds of segments any full batch of windows of `tokens` has, one more at least, as a power of two; that of the
         rehearsal's windows, which hold one BOS at most, is never larger."""
         if not self.cfg.doc_mask:
             return 0
         begun = F.pad((tokens == BOS).cumsum(0), (1, 0))
-        start = torch.arange(0, max(1, len(tokens) - self.seq_len), self.stride, device=tokens.device)
+        start = torch.arange(0, max(1, len(tokens) - self.seq_len), self.window_step, device=tokens.device)
         ends = (start + self.seq_len).clamp_max(len(tokens))
-        sums = F.pad((begun[ends] - begun[start + 1] + 1).cumsum(0), (1, 0))  # a row begins a segment anyway
-        most = int((sums[self.rows :] - sums[: -self.rows]).max()) if len(start) > self.rows else int(sums[-1])
+        begins = begun[ends] - begun[start + 1] + 1  # a row begins a segment anyway
+        apart = self.stride // self.window_step
+        sums = F.pad(F.pad(begins, (0, -len(begins) % apart)).view(-1, apart).cumsum(0), (0, 0, 1, 0))
+        most = int((sums[self.rows :] - sums[: -self.rows]).max() if len(sums) > self.rows else sums[-1].max())
         return 1 << max(most, 2 * self.rows).bit_length()
 
     def timed(self, action: Callable[[], Any]) -> float:
@@ -6959,6 +6966,11 @@ class SharedLoraNetwork(LoraNetwork):
             self.optimizer = torch.optim.AdamW([self.params], self.lr, betas, cfg.ttt_adam_eps, cfg.ttt_wd)
         else:
             self.optimizer = torch.optim.SGD([self.params], self.lr, cfg.ttt_momentum)
+
+    @property
+    def window_step(self) -> int:
+        """As after any chunk, where windows begin anew."""
+        return math.gcd(self.stride, self.seq_len, self.cfg.ttt_chunk_tokens)
 
     def expected_seconds(self, text: ValidationText) -> float:
         """Seconds of scoring, and of learning from one batch's time."""

@@ -66,7 +66,8 @@ MUTANTS = {
         ("eval-table-order", "table.py -k statistics_are", ("np.full(max(0, self.order - lo), self.NO_TOKEN)", "np.full(max(0, self.order - lo), 2)")),
         ("eval-audit-cuts", "causality.py -k more", ("n // 4, n // 2, 3 * n // 4, n - 1, *self.edges()}", "n // 4, n // 2, 3 * n // 4, n - 1}")),
         ("eval-polyak", "ttt.py -k definition", ("self.mean.lerp_(self.params, 1 - self.cfg.ttt_polyak_decay)", "self.mean.lerp_(self.params, self.cfg.ttt_polyak_decay)")),
-        ("eval-room", "evaluator.py -k room_for", ("sums = F.pad((begun[ends] - begun[start + 1] + 1).cumsum(0), (1, 0))", "sums = F.pad((begun[ends] - begun[start + 1]).cumsum(0), (1, 0))")),
+        ("eval-room", "evaluator.py -k room_for", ("begins = begun[ends] - begun[start + 1] + 1", "begins = begun[ends] - begun[start + 1]")),
+        ("eval-room-chunks", "evaluator.py -k room_for", ("return math.gcd(self.stride, self.seq_len, self.cfg.ttt_chunk_tokens)", "return self.stride")),
     ],
     "techniques": [
         ("T1: Smear: BOS zeroes the neighbour, not the share", "formulas.py", ("        if self.scale is None:\n", "        shifted = shifted * (ids_BT != BOS)[..., None]\n        if self.scale is None:\n"), ("            s = s * (ids_BT != BOS)[..., None]\n", "            pass\n")),

@@ -94,16 +94,22 @@ def test_the_score_does_not_depend_on_the_batch_or_the_order_of_asking(tiny, mod
     assert stride == SEQ or single.ahead < n, "the buffer was filled in several goes"
 
 
-@pytest.mark.parametrize("stride", [1, 8, SEQ])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_every_full_batch_of_windows_has_room_for_its_segments(tiny, model, stride, share):
-    tokens = torch.where(torch.rand(260, generator=torch.Generator().manual_seed(3)) < share, BOS, 7)
+@pytest.mark.parametrize(("stride", "chunk"), [(1, 0), (8, 0), (SEQ, 0), (8, 67)])
+@pytest.mark.parametrize(
+    ("share", "seed"), [(0.0, 3), (0.1, 36), (0.3, 10), (1.0, 3)]
+)  # 36, 10: those after chunks hold most
+def test_every_full_batch_of_windows_has_room_for_its_segments(tiny, model, stride, chunk, share, seed):
+    tokens = torch.where(torch.rand(1000, generator=torch.Generator().manual_seed(seed)) < share, BOS, 7)
     text = tg.ValidationText(tokens, torch.ones_like(tokens), True)
-    network = expert(config(tiny, DOC_MASK=1, VAL_BATCH_TOKENS=4 * SEQ), model, text, stride)
-    rows = [tokens[s : s + SEQ] for s in range(0, 260 - SEQ, stride)]
-    for i in range(len(rows) - network.rows + 1):
-        offset = tg.find_segments(torch.stack(rows[i : i + network.rows]), SEQ).offset_BT
-        assert (offset == 0).sum() < network.room
+    cfg = config(tiny, DOC_MASK=1, VAL_BATCH_TOKENS=4 * SEQ, TTT_CHUNK_TOKENS=chunk or 2**16)
+    network = (tg.SharedLoraNetwork if chunk else tg.NetworkExpert)(cfg, tg.Run(cfg, 0, 0, 1, 1), model, text, stride)
+    while network.done < len(tokens):
+        plan = network.plan(len(tokens))
+        rows = [tokens[w.start : w.hi - 1] for w in plan if (w.hi - w.lo, w.lo - w.start) == (stride, SEQ + 1 - stride)]
+        for i in range(len(rows) - network.rows + 1):
+            offset = tg.find_segments(torch.stack(rows[i : i + network.rows]), SEQ).offset_BT
+            assert (offset == 0).sum() < network.room
+        network.done = plan[-1].hi
 
 
 def test_out_of_memory_halves_the_batch_and_changes_no_score(tiny, model, text, monkeypatch):
