@@ -137,6 +137,23 @@ def test_momentum_rises_linearly_then_stays():
     assert tg.muon_momentum(0, 0.85, 0.95, 0) == 0.95
 
 
+def test_equals_torch_muon_at_constant_momentum_without_weight_decay(monkeypatch):
+    """torch's momentum is an average and ours a sum: a constant factor, which the orthogonalisation removes."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's Muon in fp32, to compare all digits
+    ours, theirs = Toy(), Toy()
+    knobs = {"muon_momentum_warmup_start": 0.9, "muon_momentum": 0.9, "matrix_lr": 0.05}
+    optimizers = tg.Optimizers(config(**knobs), ours, ALONE)
+    groups = [{"params": [getattr(theirs, name)], "lr": 0.1 if name == "b" else 0.05} for name in SHAPES]
+    muon = torch.optim.Muon(groups, momentum=0.9, nesterov=True, weight_decay=0.0)
+    for step in range(6):
+        for model in (ours, theirs):
+            set_grads(model, step, [1])
+        optimizers.step(step, 1.0)
+        muon.step()
+    for name in SHAPES:
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+
+
 # ---- groups
 
 

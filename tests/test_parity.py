@@ -1,5 +1,5 @@
-"""The training of each published system against a second program in float64, written from its description: two optimizer steps, a phase at
-test time. Its network's second program is test_formulas' own."""
+"""Each published system against a second program in float64, written from its description: logits, two optimizer steps, a phase at test
+time. Its network's second program is test_formulas' own, told below what each system is."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def system(**facts) -> SimpleNamespace:
 
 MUON_99, BIGRAM = (0.92, 0.99, 1500), {"BIGRAM_VOCAB_SIZE": 31, "BIGRAM_DIM": 6}
 # How each system trains: #164, #740, #187, #850, #1095, #2135; rates of tokens, matrices and scalars, decays of tokens and scalars. `scale` is
-# that of the rates after 6,000 steps in 540 s of 600: .09 s each. What its network is stands in test_recipes.py, field by field.
+# that of the rates after 6,000 steps in 540 s of 600: .09 s each.
 SYSTEMS = {
     "baseline": system(),
     "pr164": system(
@@ -63,6 +63,27 @@ SYSTEMS = {
         env={"NUM_LAYERS": 6, "LOOP_START": 2, "LOOP_END": 3, "PARALLEL_START_LAYER": 4, "ROPE_DIMS": 4, "GATE_WINDOW": 6, "EVAL_SEQ_LEN": LONG,
              "TTT_EVAL_SEQ_LEN": LONG, "TTT_CHUNK_SIZE": 8}, rotated=4, documents_apart=True, rates=(0.03, 0.028, 0.02), wd=0.095,
         adam_wd=(0.085, 0.02), beta2=0.99, clip=0.3, momentum=(0.92, 0.97, 1500), ns=POLAR, rows_of_length_1=True, scale=0.1 / 0.85),
+}  # fmt: skip
+
+
+ROWS, IN, BEFORE = (
+    {"bigram_vocab_size": 31, "bigram_dim": 6},
+    {"ln_scale": "in"},
+    {"smear": True, "smear_before_norm": True},
+)
+VE = {"ve_dim": 7, "ve_layers": "3,4"}
+# What each system's network is, at that size.
+NETWORKS: dict[str, dict] = {
+    "baseline": {},
+    "pr164": {**ROWS, "smear": True, "rope_train_len": 10},
+    "pr740": {**ROWS, **BEFORE, **IN, "bigram_hash": "pr740", "bigram_scale": 0.0, "leaky_slope": 0.5, "rope_dims": K // 2, "xsa_last_n": -1},
+    "pr187": {**ROWS, **BEFORE, "bigram_hash": "pr187", "bigram_scale": 0.0, "skip_split": "ceil", "xsa_last_n": 2, "pre_enrich_dim": 24},
+    "pr850": {**ROWS, **IN, **VE, "smear": True, "leaky_slope": 0.9, "rope_dims": 4, "rope_train_len": 10, "xsa_last_n": 2, "attn_gate": "input",
+              "value_residual": "softmax"},
+    "pr1095": {**ROWS, **IN, **VE, "smear": True, "leaky_slope": 0.5, "rope_dims": 4, "xsa_last_n": 5, "kv_fused": True, "adapter_rank": 3},
+    "frontier": {**BEFORE, **IN, "smear_form": "window", "num_layers": 6, "leaky_slope": 0.5, "rope_dims": 4, "xsa_last_n": -1, "attn_gate": "sparse",
+                 "sparse_attn_gate_scale": 0.5, "gate_window": 6, "skip_gates_enabled": True, "num_loops": 2, "loop_start": 2, "loop_end": 3,
+                 "parallel_start_layer": 4, "eval_seq_len": LONG},
 }  # fmt: skip
 
 
@@ -165,6 +186,30 @@ def text(n: int) -> list[int]:
     ids[rng.random(n) < 0.06] = BOS
     ids[[3, 4]] = BOS, BOS
     return ids.tolist()
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_logits(name):
+    """The second program is told what the system is, not what the recipe says."""
+    S, cfg, model = build(name)
+    size = {
+        "vocab_size": V,
+        "model_dim": D,
+        "num_heads": H,
+        "num_kv_heads": G,
+        "num_layers": 5,
+        "train_seq_len": T,
+        "train_batch_tokens": 6 * T,
+    }
+    told, P = tg.Config(**{**size, **NETWORKS[name]}), parameters(model)
+    rows = [text(3 * LONG)[i * LONG : i * LONG + (T, LONG)[cfg.eval_len > T]] for i in range(3)]
+    for looped in (True, False)[: 1 + bool(told.num_loops)]:
+        model.set_looped(looped)
+        with torch.no_grad():
+            found = model.logits(model.features(torch.tensor(rows)))
+            for mine, row in zip(found, rows, strict=True):
+                parts = [Oracle(told, P, ids, looped).logits() for ids, _ in segments(S, row, row, LONG)]
+                assert (mine - torch.cat(parts)).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
