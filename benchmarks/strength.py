@@ -23,6 +23,7 @@ only of documents of which so small a share stands in the training text, in runs
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -128,7 +129,7 @@ def fail(running: list[tuple[Network, subprocess.Popen]]) -> None:
 
 # ---- measuring
 
-STAGE_TOKENS, TTT_TOKENS, GAP_TOKENS, CHOICE_TOKENS = 45_000, 16_000, 30_000, 5_000
+STAGE_TOKENS, TTT_TOKENS, GAP_TOKENS, CHOICE_TOKENS = 150_000, 60_000, 30_000, 8_000
 LONGEST = 3000  # tokens of a document that is measured
 RUN_TOKENS = 16  # a run of as many that stands in the training text was read before
 TABLE_TOKENS = BATCH * POINTS[1.5]  # training tokens whose n-grams are counted: all networks were trained on them
@@ -140,7 +141,7 @@ LORA = {
 }  # fmt: skip
 PHASE = {"PHASED_TTT_NUM_PHASES": "1", "GLOBAL_TTT_CHUNK_TOKENS": "1024"}
 TILT = {"NGRAM_TILT_ENABLED": "1", "NGRAM_TILT_ORDER": "16"}
-RATES, PHASE_RATES = ("0.003", "0.01", "0.03"), ("0.01", "0.1", "1")
+RATES, PHASE_RATES = ("0.001", "0.003", "0.01", "0.03"), ("0.001", "0.01", "0.1", "1")
 SHORT = {"TTT_SHORT_SCORE_FIRST_STEPS": "256:8,2000:24"}
 CHANGES: dict[str, dict[str, str]] = {  # from a LoRA a document
     "sites o,mlp,head": {"TTT_LORA_SITES": "o,mlp,head"},
@@ -155,6 +156,24 @@ SPENT: dict[str, dict[str, str]] = {  # what the seconds may be spent on that ke
     "rank 64": {"TTT_LORA_RANK": "64", "TTT_LORA_ALPHA": "115.2"},
     "site head": {"TTT_LORA_SITES": "head"},
 }
+
+
+class TwoSteps(tg.DocumentBatch):
+    """A second step on each chunk, from the keys and values before it; later chunks see those that the chunk was scored with."""
+
+    def score(self, tokens: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
+        self.before = copy.copy(self.cache)
+        return super().score(tokens, lo, hi)
+
+    def update(self, tokens: torch.Tensor, lo: int, hi: int) -> None:
+        super().update(tokens, lo, hi)
+        if self.rows(hi):
+            kept, self.cache = self.cache, self.before
+            super().score(tokens, lo, hi)
+            self.cache = kept
+            super().update(tokens, lo, hi)
+
+
 QUANT: dict[str, dict[str, Any]] = {  # the slowest last
     "independent": {},
     "8 states": {"quant_trellis": 8},
@@ -304,6 +323,7 @@ class Subject:
         tilt, learned = TILT, {**TILT, "NGRAM_TILT_GAMMA": "1", "NGRAM_TILT_RATE": "0.8"}
         forms = [("windows", "roundtrip", 0, tilt), ("sliding", "sliding", 0, tilt), ("tilt", "tilt", 0, tilt), ("tilt learned", "tilt", 0, learned),
                  ("n-grams", "ngram", 0, {}), ("tilt, n-grams", "ngram", 0, tilt), ("tilt learned, n-grams", "ngram", 0, learned),
+                 ("n-grams of order 24", "ngram", 0, {"NGRAM_ORDER": "24"}), ("n-grams of order 8", "ngram", 0, {"NGRAM_ORDER": "8"}),
                  ("table 1 %", "table", 0.01, {}), ("table 5 %", "table", 0.05, {}), ("table 20 %", "table", 0.2, {}),
                  ("table 1 %, n-grams", "ngram", 0.01, {}), ("table 5 %, n-grams", "ngram", 0.05, {}), ("table 20 %, n-grams", "ngram", 0.2, {})]  # fmt: skip
         for name, stage, share, knobs in forms:
@@ -345,6 +365,10 @@ class Subject:
         phase = {"GLOBAL_TTT_LR": self.choose("phase", "GLOBAL_TTT_LR", PHASE_RATES, **{**lora, **PHASE})}
         return whole_documents(self.text, TTT_TOKENS), {**lora, **phase}
 
+    def with_rate(self, name: str, lora: dict[str, str], knobs: dict[str, str]) -> dict[str, str]:
+        """A change with steps of its own on a text as long: with the rate that fits it."""
+        return {**lora, **knobs, "TTT_LR": self.choose(name, "TTT_LR", RATES, **{**lora, **knobs})}
+
     def measure_ttt(self) -> None:
         text, lora = self.lora()
         for name, knobs in (("LoRA", lora), ("nothing learned", {**lora, "TTT_LR": "0"})):
@@ -356,13 +380,21 @@ class Subject:
                 (", tilt, n-grams", "ngram", TILT),
             ):
                 self.get("ttt", name + more, partial(self.staged, text, networks, stage, {**knobs, **tilt}))
+        short = {"TTT_LR": self.with_rate("short chunks", lora, SHORT)["TTT_LR"]}
         for name, knobs in CHANGES.items():
-            self.get("ttt", name, lambda knobs=knobs: self.score(self.evaluation(text, **{**lora, **knobs}), "ttt"))
+            more = {**knobs, **(short if knobs.keys() & SHORT.keys() else {})}
+            self.get("ttt", name, lambda more=more: self.score(self.evaluation(text, **{**lora, **more}), "ttt"))
 
     def measure_spend(self) -> None:
         text, lora = self.lora()
         for name, knobs in SPENT.items():
-            self.get("ttt", name, lambda knobs=knobs: self.score(self.evaluation(text, **{**lora, **knobs}), "ttt"))
+            more = self.with_rate(name, lora, knobs)
+            self.get("ttt", name, lambda more=more: self.score(self.evaluation(text, **more), "ttt"))
+        plain = tg.DocumentBatch
+        tg.DocumentBatch = TwoSteps
+        more = self.with_rate("two steps", lora, {})
+        self.get("ttt", "two steps", lambda: self.score(self.evaluation(text, **more), "ttt"))
+        tg.DocumentBatch = plain
 
     def measure_quant(self) -> None:
         text = whole_documents(self.text, GAP_TOKENS)
@@ -456,6 +488,8 @@ COMPARED = {  # what is gained -> part, without, with
     "table 20 %": ("stages", "sliding", "table 20 %"),
     "table 20 % below n-grams": ("stages", "n-grams", "table 20 %, n-grams"),
     "n-grams": ("stages", "sliding", "n-grams"),
+    "order 24 for 16": ("stages", "n-grams", "n-grams of order 24"),
+    "order 16 for 8": ("stages", "n-grams of order 8", "n-grams"),
     "n-grams over table 5 %": ("stages", "table 5 %", "table 5 %, n-grams"),
     "tilt": ("stages", "sliding", "tilt"),
     "tilt below n-grams": ("stages", "n-grams", "tilt, n-grams"),
@@ -467,6 +501,7 @@ COMPARED = {  # what is gained -> part, without, with
     "short chunks": ("ttt", "LoRA", "short chunks"),
     "rank 64 for 16": ("ttt", "LoRA", "rank 64"),
     "chunks of 24": ("ttt", "LoRA", "chunks of 24"),
+    "two steps a chunk": ("ttt", "LoRA", "two steps"),
     "phase": ("ttt", "LoRA", "phase"),
     "caps in the phase": ("ttt", "phase", "phase and caps"),
     "n-grams over LoRA": ("ttt", "LoRA", "LoRA, n-grams"),
