@@ -4923,7 +4923,8 @@ def calibrate(cfg: Config, run: Run, model: GPT, batches: Iterable[Tensor]) -> C
     """Walk calibration text once through the one forward path.
 
     Fisher information (only for TARGET_BYTES) is the squared gradient of log p(y) with y drawn from the model itself:
-    such scores of different tokens are uncorrelated, so the square of a whole batch's gradient estimates their sum.
+    such scores of different tokens are uncorrelated, so the square of a whole batch's gradient estimates their sum. Every row counts
+    the mean token's once more than it was seen: a table's rows that this text lacks matter too.
     """
     tap, tokens = Hessians(), torch.zeros((), dtype=torch.int64, device=run.device)
     asked = model.named_parameters() if cfg.target_bytes else ()
@@ -4944,7 +4945,7 @@ def calibrate(cfg: Config, run: Run, model: GPT, batches: Iterable[Tensor]) -> C
     for total in (tokens, *fisher.values()):
         run.all_reduce(total)
     hessians = tap.reduced(run.all_reduce)
-    return Calibration(hessians, {n: total / tokens for n, total in fisher.items()}, int(tokens))
+    return Calibration(hessians, {n: (total + total.sum() / tokens) / tokens for n, total in fisher.items()}, int(tokens))
 
 
 def input_moments(name: str, named: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> Tensor | None:

@@ -253,11 +253,16 @@ def test_fisher_by_row_matches_the_exact_fisher_of_a_softmax():
     run, batches = alone(), []
     for inputs in tg.calibration_inputs(cfg, run, stream()):
         batches += [inputs] * 40
-    fisher = tg.calibrate(cfg, run, model, batches).fisher["head.weight"]
+    calibration = tg.calibrate(cfg, run, model, batches)
+    fisher, table = calibration.fisher["head.weight"], calibration.fisher["tok_emb.weight"]
     x = model.features(batches[0]).flatten(0, 1)
     p = model.logits(x).softmax(-1)
     exact = ((p * (1 - p)) * x.square().sum(-1, keepdim=True)).mean(0)
     torch.testing.assert_close(fisher.sum(), exact.sum().detach(), rtol=0.15, atol=0)
+    met = torch.isin(torch.arange(len(table)), torch.cat(batches))  # a row that the text lacks counts the mean token's once
+    assert 0 < met.sum() < len(met) and table[met].min() > table[~met].max()
+    once = table.sum() / (calibration.tokens + len(table))
+    torch.testing.assert_close(table[~met], once.expand((~met).sum()))
 
 
 def test_adapters_are_compensated_by_their_own_inputs():
