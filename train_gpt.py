@@ -4945,7 +4945,9 @@ def calibrate(cfg: Config, run: Run, model: GPT, batches: Iterable[Tensor]) -> C
     for total in (tokens, *fisher.values()):
         run.all_reduce(total)
     hessians = tap.reduced(run.all_reduce)
-    return Calibration(hessians, {n: (total + total.sum() / tokens) / tokens for n, total in fisher.items()}, int(tokens))
+    return Calibration(
+        hessians, {n: (total + total.sum() / tokens) / tokens for n, total in fisher.items()}, int(tokens)
+    )
 
 
 def input_moments(name: str, named: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> Tensor | None:

@@ -259,7 +259,9 @@ def test_fisher_by_row_matches_the_exact_fisher_of_a_softmax():
     p = model.logits(x).softmax(-1)
     exact = ((p * (1 - p)) * x.square().sum(-1, keepdim=True)).mean(0)
     torch.testing.assert_close(fisher.sum(), exact.sum().detach(), rtol=0.15, atol=0)
-    met = torch.isin(torch.arange(len(table)), torch.cat(batches))  # a row that the text lacks counts the mean token's once
+    met = torch.isin(
+        torch.arange(len(table)), torch.cat(batches)
+    )  # a row that the text lacks counts the mean token's once
     assert 0 < met.sum() < len(met) and table[met].min() > table[~met].max()
     once = table.sum() / (calibration.tokens + len(table))
     torch.testing.assert_close(table[~met], once.expand((~met).sum()))
