@@ -66,7 +66,7 @@ def speed(threads: int) -> None:
     for count in (1, 8, 16, 32, 64):
         for ngram in (False, True):
             steps = 640  # the first window of 512 and a prefill: what a long text averages to, and a little more
-            lanes = predictor.lanes(count, steps, ngram)
+            lanes = predictor.lanes(count, steps, "ngram" if ngram else "sliding")
             text = val[: count * steps].reshape(count, steps)
             wall, processor = time_steps(lanes, text, steps)
             print(

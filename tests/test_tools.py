@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import sentencepiece
 import torch
 
 import train_gpt as tg
+from benchmarks import codec as bench
 from tools import artifact as ta
 from tools import codec as tc
 from tools import explain as te
@@ -622,3 +624,15 @@ def test_what_is_no_utf8_is_refused_or_escaped_and_a_full_disk_is_no_mistake(too
     (tmp_path / "a.txt").write_text("some text\n")
     status, text = tool("explain", tmp_path / "a.txt")
     assert status == 1 and text.splitlines()[-1] == "error: [Errno 28] No space left on device"
+
+
+def test_codec_benchmark_measures_the_stages_that_it_names(monkeypatch, capsys):
+    """Seconds stand for stages here: a line's tokens a second tell which one was coded."""
+    predictor = SimpleNamespace(cfg=None, model=None, lanes=lambda _count, _steps, stage: stage)
+    monkeypatch.setattr(bench, "random_predictor", lambda _threads: predictor)
+    monkeypatch.setattr(bench, "time_steps", lambda stage, *_: ({"sliding": 1.0, "ngram": 2.0}[stage],) * 2)
+    monkeypatch.setattr(bench, "time_recompute", lambda *_: (1.0, 1.0))
+    bench.speed(1)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[1] in ("ngram", "none")]
+    assert lines == [[str(n), name, *[f"{640 * n / s:.0f}"] * 2] for n in (1, 8, 16, 32, 64)
+                     for name, s in (("none", 1), ("ngram", 2))]  # fmt: skip
