@@ -417,3 +417,19 @@ def test_ranks_make_the_same_file_together_and_fail_together(ranks, monkeypatch)
     assert text.count("made " + " ".join(fill_with(None))) == ranks
     assert text.count("ended BrokenRun rank 1: ZeroDivisionError: division by zero") == ranks - 1
     assert text.count("ended ZeroDivisionError") == 1
+
+
+def test_tensors_that_are_pruned_together_are_not_refined_alone(monkeypatch):
+    """The file of a budget is that of its steps: with PRUNE_SCOPE=global a tensor coded by itself would lose other codes."""
+    g = torch.Generator().manual_seed(4)
+    named = {f"blocks.{i}.mlp.up.weight": torch.randn(256, 128, generator=g) * 0.01 * (2 + i) for i in range(3)}
+    fisher = {n: torch.full((256,), 4.0**-i) for i, n in enumerate(named)}
+    for knob, value in (("BUDGET_FLOOR", 0.9), ("BUDGET_AIM", 0.94), ("LEFT_BYTES", 300)):
+        monkeypatch.setattr(tg, knob, value)
+    for scope, left in (("global", 300), ("tensor", 0)):
+        cfg = tg.Config(target_bytes=45_000, prune_frac=0.3, prune_scope=scope)
+        search = tg.BudgetSearch(cfg, {}, named, dict.fromkeys(named, "mlp"), tg.Calibration({}, fisher), 0)
+        budget = search.fill()
+        again = search.quantize_at(budget.steps, named)
+        assert all(torch.equal(again[n].codes, s.codes) for n, s in budget.stored.items())
+        assert left < cfg.target_bytes - budget.spent < 0.1 * cfg.target_bytes
