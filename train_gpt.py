@@ -484,7 +484,6 @@ class Config:
     ngram_tilt_threshold: float = knob(0.8, "", "fraction of its context's successors a hint needs", lo=0, hi=1, needs="NGRAM_TILT_ENABLED")
     ngram_tilt_beta: float = knob(2.625, "nats", "what is added to the hint's logit", lo=0, hi=20, needs="NGRAM_TILT_ENABLED")
     ngram_tilt_gamma: float = knob(0.0, "", "that times (1 - q)^gamma, q the network's probability of the hint", lo=0, hi=20, needs="NGRAM_TILT_ENABLED")
-    ngram_tilt_rate: float = knob(0.0, "", "step at which NGRAM_TILT_BETA is learned from scored text; 0: it stays", lo=0, hi=2, needs="NGRAM_TILT_ENABLED")
     ttt_enabled: bool = knob(False, "", "test-time training: stage ttt, LoRA on the network, learning from scored text")
     ttt_reset: str = knob("none", "", "none: one LoRA learns along the text; document: each document trains a LoRA of its own", choices=("none", "document"), needs="ttt")
     ttt_lora_rank: int = knob(8, "", "rank of the LoRA", lo=1, hi=1024, needs="ttt")
@@ -7688,35 +7687,24 @@ class Tilt(NgramExpert):
     """p(v) e^{s [v = hint]} / Z with Z = 1 + q (e^s - 1), q = p(hint), where the hint filled `threshold` of its context's successors.
 
     The hint is the token that followed the context of order-1 tokens last time; the most frequent one, as published, would fire at
-    6 more of 2,659 targets and save .00005 bpb. Token-only form of PRs #1514 and #2018. The strength is s = beta (1 - q)^gamma (#2129),
-    with beta fixed, or learned from scored targets: steps of `rate` times the summed gradient over the summed squared gradient.
-    Neutral at beta 0.
+    6 more of 2,659 targets and save .00005 bpb. Token-only form of PRs #1514 and #2018. The strength is s = beta (1 - q)^gamma (#2129):
+    neutral at beta 0.
     """
 
     def __init__(self, table: NgramTable, base: Expert, order: int, beta: float = 2.625, threshold: float = 0.8,
-                 gamma: float = 0.0, rate: float = 0.0) -> None:  # fmt: skip
+                 gamma: float = 0.0) -> None:  # fmt: skip
         super().__init__(table, base)
-        self.k, self.beta, self.threshold, self.gamma, self.rate = order - 1, beta, threshold, gamma, rate
-        self.squares = 3.0
+        self.k, self.beta, self.threshold, self.gamma = order - 1, beta, threshold, gamma
 
-    def transform(self, query: NgramQuery) -> tuple[Tensor, Any]:
+    def transform(self, query: NgramQuery) -> tuple[Tensor, None]:
         total, last = query.stats.total[self.k], query.stats.last[self.k]
         hint = query.tokens[last]
-        seen = (
-            self.table.counts(self.k)[last.cpu()].to(last.device) + 1
-        )  # how often the hint had followed, last time included
+        # How often the hint had followed its context, last time included.
+        seen = self.table.counts(self.k)[last.cpu()].to(last.device) + 1
         fires = (total > 0) & (seen >= self.threshold * total)
         q = query.p[hint] if query.whole else self.base.hint_prob[query.target].double()
-        room = torch.where(fires, (1 - q).clamp_min(0) ** self.gamma, 0.0)
-        strength, hit = self.beta * room, (hint == query.token).double()
-        z = 1 + q * torch.expm1(strength)
-        return query.p * torch.exp(strength * hit) / z, (room, hit, q * torch.exp(strength) / z)
-
-    def learn(self, pending: Any) -> None:
-        room, hit, tilted = pending
-        gradient = room * (hit - tilted)  # of log p by beta
-        self.squares += gradient.square().sum().item()
-        self.beta = max(0.0, self.beta + self.rate * gradient.sum().item() / self.squares)
+        strength = torch.where(fires, self.beta * (1 - q).clamp_min(0) ** self.gamma, 0.0)
+        return query.p * torch.exp(strength * (hint == query.token)) / (1 + q * torch.expm1(strength)), None
 
 
 # ---- the published scorers: hashed tables, looked up for the target alone ("claimed") or for every token ("normalized")
@@ -8001,7 +7989,7 @@ def expert_chain(
     chain = [network]
     if cfg.ngram_tilt_enabled and stage in ("tilt", "table", "ngram"):
         chain.append(Tilt(counted[-1], network, cfg.ngram_tilt_order, cfg.ngram_tilt_beta, cfg.ngram_tilt_threshold,
-                          cfg.ngram_tilt_gamma, cfg.ngram_tilt_rate))  # fmt: skip
+                          cfg.ngram_tilt_gamma))  # fmt: skip
     if packed is not None and stage in ("table", "ngram"):
         chain.append(PackedCascade(packed, chain[-1], cfg.ngram_rate))
     if stage == "ngram":

@@ -321,9 +321,9 @@ class Subject:
     def measure_stages(self) -> None:
         text, networks = whole_documents(self.text, STAGE_TOKENS), {}
         on = {"EVAL_STRIDE": "256", "NGRAM_SCORE": "exact", "NGRAM_ORDER": "16"}
-        tilt, learned = TILT, {**TILT, "NGRAM_TILT_GAMMA": "1", "NGRAM_TILT_RATE": "0.8"}
-        forms = [("windows", "roundtrip", 0, tilt), ("sliding", "sliding", 0, tilt), ("tilt", "tilt", 0, tilt), ("tilt learned", "tilt", 0, learned),
-                 ("n-grams", "ngram", 0, {}), ("tilt, n-grams", "ngram", 0, tilt), ("tilt learned, n-grams", "ngram", 0, learned),
+        tilt, steep = TILT, {**TILT, "NGRAM_TILT_GAMMA": "1"}
+        forms = [("windows", "roundtrip", 0, tilt), ("sliding", "sliding", 0, tilt), ("tilt", "tilt", 0, tilt), ("steep tilt", "tilt", 0, steep),
+                 ("n-grams", "ngram", 0, {}), ("tilt, n-grams", "ngram", 0, tilt), ("steep tilt, n-grams", "ngram", 0, steep),
                  ("n-grams of order 24", "ngram", 0, {"NGRAM_ORDER": "24"}), ("n-grams of order 8", "ngram", 0, {"NGRAM_ORDER": "8"}),
                  ("table 1 %", "table", 0.01, {}), ("table 5 %", "table", 0.05, {}), ("table 20 %", "table", 0.2, {}),
                  ("table 1 %, n-grams", "ngram", 0.01, {}), ("table 5 %, n-grams", "ngram", 0.05, {}), ("table 20 %, n-grams", "ngram", 0.2, {})]  # fmt: skip
@@ -495,7 +495,7 @@ COMPARED = {  # what is gained -> part, without, with
     "n-grams over table 5 %": ("stages", "table 5 %", "table 5 %, n-grams"),
     "tilt": ("stages", "sliding", "tilt"),
     "tilt below n-grams": ("stages", "n-grams", "tilt, n-grams"),
-    "learned tilt below n-grams": ("stages", "n-grams", "tilt learned, n-grams"),
+    "steep tilt below n-grams": ("stages", "n-grams", "steep tilt, n-grams"),
     "LoRA a document": ("ttt", "nothing learned", "LoRA"),
     "warm A": ("ttt", "A as drawn", "LoRA"),
     "sites q,v besides o,mlp,head": ("ttt", "sites o,mlp,head", "LoRA"),

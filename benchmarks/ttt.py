@@ -139,7 +139,7 @@ class Bench:
     def tilt(self) -> None:
         """All forms on the scores of one network pass, whose hints do not depend on the strength."""
         on, networks = {"NGRAM_SCORE": "exact", "NGRAM_TILT_ENABLED": "1"}, {}
-        forms = {"beta 2.625": {}, "gamma 1": {"NGRAM_TILT_GAMMA": "1"}, "gamma 1, beta learned": {"NGRAM_TILT_GAMMA": "1", "NGRAM_TILT_RATE": "0.8"}}  # fmt: skip
+        forms = {"beta 2.625": {}, "gamma 1": {"NGRAM_TILT_GAMMA": "1"}}  # fmt: skip
 
         def score(stage: str, **knobs: str) -> tg.StageResult:
             evaluation = tg.Evaluation(self.config(**{**on, **knobs}), self.run, self.model, self.text)

@@ -18,7 +18,7 @@ SHARED = {"n": 700, "TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 256, "TTT_LORA_RANK": 
 DOCUMENTS = {"TTT_ENABLED": 1, "TTT_RESET": "document", "TTT_EVAL_SEQ_LEN": 32, "TTT_CHUNK_SIZE": 16, "TTT_BLOCK_TOKENS": 60, "n": 360,
              "TTT_LORA_RANK": 2, "TTT_LORA_BLOCKS": 0, "TTT_LR": 0.05, "TTT_LORA_SITES": "q,o,mlp", "TTT_BATCH_SIZE": 4}  # fmt: skip
 PHASES = {**DOCUMENTS, "PHASED_TTT_NUM_PHASES": 2, "PHASED_TTT_PREFIX": 0.6, "GLOBAL_TTT_LR": 1.0}
-TILT = {"NGRAM_TILT_ENABLED": 1, "NGRAM_TILT_ORDER": 3, "NGRAM_TILT_THRESHOLD": 0.4, "NGRAM_TILT_RATE": 0.5}
+TILT = {"NGRAM_TILT_ENABLED": 1, "NGRAM_TILT_ORDER": 3, "NGRAM_TILT_THRESHOLD": 0.4}
 TABLE = {"NGRAM_TABLE": "exact"}
 CACHE = {"NGRAM_CLAIM": "pr740b"}
 
@@ -48,8 +48,6 @@ AHEAD = {
         "global_ttt_chunk_tokens, end)", "global_ttt_chunk_tokens, end + 1)", {HERE}),
     "a hint that its target confirms": ("tilt", TILT, tg.Tilt.transform,
         ".to(last.device) + 1", ".to(last.device) + 1 + (hint == query.tokens[query.target])", {HERE}),
-    "a tilt that learns before its score": ("tilt", TILT, tg.NgramExpert.score,
-        "return p.log()", "self.learn(self.pending)\n    return self.transform(self.query(self.base.score(tokens, lo, hi).exp(), entropy, tokens, lo, hi))[0].log()", {PAST}),
     "packed contexts that hold the target": ("table", TABLE, tg.PackedTable.span, "in (rows[:-1], rows[1:])", "in ([np.append(x[1:], -1) for x in rows[:-1]], rows[1:])", {SAME}),
     "packed contexts a token ahead": ("table", TABLE, tg.PackedTable.span, "self.rows(tokens, lo, hi)", "self.rows(tokens.roll(-1), lo, hi)", {PAST}),
     "a cascade that learns before its score": ("ngram", {}, tg.NgramExpert.score,

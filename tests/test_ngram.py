@@ -82,7 +82,7 @@ class ToyNetwork:
 # ruff: noqa: ARG005
 VALID = {
     "cascade": lambda table, base: tg.Cascade(table, base),
-    "tilt": lambda table, base: tg.Tilt(table, base, 4, gamma=1.0, rate=0.5),
+    "tilt": lambda table, base: tg.Tilt(table, base, 4, gamma=1.0),
     "normalized #740": lambda table, base: cache("pr740", base, normalize=True),
     "normalized #740, second form": lambda table, base: cache("pr740b", base, normalize=True),
     "normalized #187": lambda table, base: cache("pr187", base, normalize=True),

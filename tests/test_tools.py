@@ -211,13 +211,12 @@ def test_lanes_give_the_evaluators_distributions(recipe):
 
 
 STAGES = {  # what the score is of, in the order of the chain of experts
-    "tilt": {"NGRAM_SCORE": "off", "NGRAM_TILT_ORDER": 4},
-    "tilt that learns": {"NGRAM_SCORE": "off", "NGRAM_TILT_ORDER": 4, "NGRAM_TILT_GAMMA": 1, "NGRAM_TILT_RATE": 0.5},
+    "tilt": {"NGRAM_SCORE": "off", "NGRAM_TILT_ORDER": 4, "NGRAM_TILT_GAMMA": 1},
     "table": {"NGRAM_SCORE": "off", "NGRAM_TABLE": "exact"},
     "tilt, table": {"NGRAM_SCORE": "off", "NGRAM_TABLE": "exact", "NGRAM_TILT_ORDER": 4},
     "ngram": {},
     "tilt of longer contexts, ngram": {"NGRAM_ORDER": 2, "NGRAM_TILT_ORDER": 4},
-    "tilt, table, ngram": {"NGRAM_TABLE": "exact", "NGRAM_TILT_ORDER": 4, "NGRAM_TILT_RATE": 0.5},
+    "tilt, table, ngram": {"NGRAM_TABLE": "exact", "NGRAM_TILT_ORDER": 4},
     "network below unused experts": {"NGRAM_TABLE": "exact", "NGRAM_TILT_ORDER": 4, "SCORE_STAGE": "sliding"},
     "network without overlap": {"NGRAM_TABLE": "exact", "EVAL_STAGES": "roundtrip"},
 }
