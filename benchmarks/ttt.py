@@ -13,7 +13,8 @@ the seconds of the stage, side by side in one process:
     order   the text's order against the published one, longest document first, with the bits of order that figure leaves out
     tilt    the token tilt on the network, alone and under the cascade, for several strengths
 
---estimate plans the evaluation of RECIPE=frontier on 8 GPUs from a synthetic text of 50,000 documents; it needs no artifact.
+--estimate plans the evaluation of RECIPE=frontier on 8 GPUs from a synthetic text of 50,000 documents; it needs no artifact, and any
+knob may be set: TTT_CHUNK_SIZE=24 python benchmarks/ttt.py --estimate.
 The settings are those of the published runs but for the learning rates and the text that the single LoRA and the phases take a
 step on, which fit other sizes: part lr chooses the rates, --lr sets that of the documents without it. The validation text is for measuring: nothing is chosen by these figures.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -181,9 +183,14 @@ def plan_documents(cfg: tg.Config, model: tg.GPT, lengths: np.ndarray, ranks: in
     return Plan(total, steps, flops, slowest * ranks / total)
 
 
+# A number of a LoRA at each step: AdamW reads and writes it and both moments in fp32, and writes, sums and reads its gradient; three products
+# read it in bf16.
+STEP_BYTES, BANDWIDTH = 6 * 4 + 3 * 4 + 2 + 3 * 2, 3.35e12  # bytes, of an H100 a second
+
+
 def estimate(ranks: int = 8, peak: float = 989e12, share: float = 0.11) -> None:
-    """Forwards, steps, FLOPs and seconds of all stages of RECIPE=frontier, its numbers read from the recipe, with the sum written down."""
-    cfg = tg.load_config({"RECIPE": "frontier"}, has_gpu=lambda: True).cfg
+    """Forwards, steps, FLOPs and seconds of all stages of RECIPE=frontier, or of what the environment makes of it, with the sum written down."""
+    cfg = tg.load_config({"RECIPE": "frontier", **os.environ}, has_gpu=lambda: True).cfg
     with torch.device("meta"):
         model = tg.GPT(cfg)
     lengths, context, pace = synthetic_lengths(), cfg.ttt_eval_len, ranks * peak * share
@@ -194,15 +201,16 @@ def estimate(ranks: int = 8, peak: float = 989e12, share: float = 0.11) -> None:
     cpu = (
         1e-6 * n * sum(cfg.counted_orders) / 12
     )  # measured at order 12 on one CPU core: .54 us a token and 1.2, see RESULTS.md
+    numbers, rows = cfg.ttt_lora_rank * sum(map(sum, tg.lora_sites(cfg, model).values())), cfg.ttt_batch_size
+    steps = ttt.steps / ranks * rows * numbers * STEP_BYTES / BANDWIDTH
     parts = {"loading (published: 20 to 60)": 30.0, "roundtrip": tg.flops_per_token(model, cfg.eval_len) / 3 * n / pace,
-             "LoRA": ttt.flops / pace * ttt.balance, "phases": phase / pace, "n-gram statistics": 0.54 * cpu, "mixing": 1.2 * cpu}  # fmt: skip
+             "LoRA": ttt.flops / pace * ttt.balance, "its steps": steps, "phases": phase / pace, "n-gram statistics": 0.54 * cpu, "mixing": 1.2 * cpu}  # fmt: skip
     print(f"  stages {', '.join(cfg.stages)}; {len(lengths):,} documents, {n:,} targets, longest {lengths.max():,}; the 2,500 longest hold "
           f"{np.sort(lengths)[-2500:].sum() / n:.0%}")  # fmt: skip
     print(f"  tokens through the network {ttt.sent:.3e} ({ttt.sent / n:.1f} a target), optimizer steps {ttt.steps:,} ({ttt.steps // ranks:,} a rank); "
           f"FLOPs {ttt.flops:.2e} + {phase:.2e} (phases); the fullest rank of each block has {ttt.balance:.2f}x the mean")  # fmt: skip
     print(f"  seconds at {share:.0%} of peak: {' + '.join(f'{name} {s:.0f}' for name, s in parts.items())} = {sum(parts.values()):.0f}"
           f" of EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}")  # fmt: skip
-    numbers, rows = cfg.ttt_lora_rank * sum(map(sum, tg.lora_sites(cfg, model).values())), cfg.ttt_batch_size
     peaks = EvaluationPlan(cfg, lengths, ranks).peaks
     print(f"  GiB of memory, at most, on each GPU: {', '.join(f'{part} {size / 2**30:.1f}' for part, size in peaks.items())}; of them LoRA of "
           f"{rows} documents, {numbers:,} numbers each: {rows * numbers * 12 / 2**30:.1f} with moments")  # fmt: skip
