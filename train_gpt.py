@@ -68,7 +68,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -3783,14 +3782,13 @@ class HashedNgrams:
     """Counts of every n-gram of orders 2 to 7 in the rows that are trained on, by the hash of the whole n-gram (#1095).
 
     No context is counted, so these are no conditional probabilities; only NGRAM_CLAIM=pr1095 reads them. On a GPU they are
-    counted in a stream of their own beside the step; what a step's counting takes is measured, not assumed.
+    counted in a stream of their own beside the step.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.steps, self.seconds = run, 0, 0.0  # of counting since the start or the state that was loaded
+        self.run = run
         self.cells = {n: torch.zeros(size, dtype=torch.int32, device=run.device) for n, size in HASHED_SIZES.items()}
         self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
-        self.timers: list[tuple[Any, Any]] = []
 
     def count(self, rows_BT: Tensor) -> None:
         """Add the n-grams within each row."""
@@ -3802,27 +3800,13 @@ class HashedNgrams:
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """Count this rank's rows of the step: the inputs and the last target."""
         rows = torch.cat([inputs, targets[:, -1:]], dim=1)
-        self.steps += 1
         if self.stream is None:
-            started = time.perf_counter()
             self.count(rows)
-            self.seconds += time.perf_counter() - started
             return
-        timer = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            timer[0].record()
             self.count(rows)
-            timer[1].record()
         rows.record_stream(self.stream)
-        self.timers.append(timer)
-
-    def step_ms(self) -> float:
-        """Mean milliseconds that counting took a step (on a GPU: of its own stream, beside the step)."""
-        done = list(takewhile(lambda pair: pair[1].query(), self.timers))  # they end in the order they were started
-        self.timers = self.timers[len(done) :]
-        self.seconds += sum(start.elapsed_time(end) for start, end in done) / 1000
-        return 1000 * self.seconds / max(self.steps - len(self.timers), 1)
 
     def total(self) -> dict[int, np.ndarray]:
         """Order -> counts of all ranks, saturated to uint16; every rank must call it."""
@@ -3835,7 +3819,6 @@ class HashedNgrams:
 
     def load_state_dict(self, state: dict[int, Tensor]) -> None:
         """Rank 0 goes on from all counts so far, the others from none: the sum is the same."""
-        self.steps, self.seconds, self.timers = 0, 0.0, []
         for n, cells in self.cells.items():
             cells.copy_(state[n] if self.run.rank == 0 else torch.zeros_like(cells))
 
@@ -4319,9 +4302,6 @@ class TrainingLoop:
         if counts is not None:
             extra["complement_weight"] = float(self.run.all_reduce(counts.mean_weight.clone())) / self.run.world
             line += f" complement_weight:{extra['complement_weight']:.4f}"
-        if self.trainer.ngrams is not None:
-            extra["ngram_ms"] = self.trainer.ngrams.step_ms()
-            line += f" ngram_ms:{extra['ngram_ms']:.2f}"
         self.run.log(line)
         self.run.event("step", step=step, total=cfg.iterations, train_loss=mean, lr_scale=scale, train_s=now,
                        step_ms=1000 * pace, tokens_per_s=rate, mfu=mfu, eta_s=eta, **extra)  # fmt: skip

@@ -62,7 +62,7 @@ DOCUMENTS = {**PLAIN, "TTT_ENABLED": 1, "TTT_RESET": "document", "TTT_LORA_SITES
 PACKED = {**PLAIN, "ADAPTER_RANK": 4, "QUANT_CLIP": "sigma", "COMPRESSOR": "zstd", "NGRAM_TABLE": "pr1095", "NGRAM_SCORE": "normalized", "NGRAM_CLAIM": "pr740", "NGRAM_MIN_COUNT": 1,
           "ENCODER_RECURRENCE": 1, "NUM_LAYERS": 3, "WARMDOWN_FRAC": 0.5, "PRUNE_FRAC": 0.1, "GPTQ_ENABLED": 1, "GPTQ_N_SAMPLES": 2, "LR_SCHEDULE": "warmdown"}  # fmt: skip
 BASES = {"plain": PLAIN, "parts": PARTS, "documents": DOCUMENTS, "packed": PACKED}
-VOLATILE = {"t", "seconds", "train_s", "eval_s", "step_ms", "tokens_per_s", "ngram_ms", "eta_s", "mfu", "calibration_s", "started", "peak_memory_mib", "path", "artifact", "run_id",
+VOLATILE = {"t", "seconds", "train_s", "eval_s", "step_ms", "tokens_per_s", "eta_s", "mfu", "calibration_s", "started", "peak_memory_mib", "path", "artifact", "run_id",
             "artifact_sha256", "artifact_bytes", "total_bytes"}  # fmt: skip
 
 

@@ -38,7 +38,6 @@ def test_hashed_counts_are_those_of_every_ngram_within_a_row(run):
         assert cells.dtype == np.uint16 and len(cells) == tg.HASHED_SIZES[n] and cells.sum() == 2 * 3 * (20 - n + 1)
         expected = Counter(hashed(tuple(r[i : i + n])) % len(cells) for r in rows.tolist() for i in range(21 - n))
         assert {int(c): int(cells[c]) for c in cells.nonzero()[0]} == {c: 2 * x for c, x in expected.items()}
-    assert counts.steps == 2 and counts.step_ms() > 0
 
 
 def test_hashed_counts_saturate_and_go_on_from_a_checkpoint(run):
@@ -305,8 +304,6 @@ def test_a_run_carries_its_tables_and_scores_with_them_alone(tiny, script, monke
     }
     result = script(env)
     assert result.status == 0, result.err
-    steps = events(env, "step")
-    assert all(e["ngram_ms"] > 0 for e in steps) and "ngram_ms:" in result.out
     assert [e["stage"] for e in events(env, "stage")] == ["roundtrip", "sliding", "table", "ngram"]
     claim, pack = events(env, "claim")[0], events(env, "pack")[0]
     assert claim["name"] == "pr1095"
@@ -351,5 +348,4 @@ def test_a_gpu_counts_the_same_beside_its_steps(tiny):
         for _ in range(3):
             counts.update(rows[:, :-1].to(run.device), rows[:, 1:].to(run.device))
         totals.append(counts.total())
-        assert counts.step_ms() > 0
     assert all(np.array_equal(totals[0][n], totals[1][n]) for n in totals[0])
