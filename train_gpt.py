@@ -5267,16 +5267,15 @@ def zstd_pack(raw: bytes, level: int = 22) -> bytes:
 
 
 def zstd_unpack(packed: bytes, size: int) -> bytes:
-    """Inverse of zstd_pack; reads at most `size` bytes and refuses any other length."""
+    """Inverse of zstd_pack; refuses any length but `size`, and bytes after the frame."""
     import zstandard
 
     try:
-        raw = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed).read(size + 1)
+        if zstandard.frame_content_size(packed) != size:
+            raise ArtifactError(f"a zstd stream does not hold the {size} bytes that the header announces")
+        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(packed, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ArtifactError(f"a zstd stream does not decode: {error}") from None
-    if len(raw) != size:
-        raise ArtifactError(f"a zstd stream does not hold the {size} bytes that the header announces")
-    return raw
 
 
 # ---- streams: all arrays of one kind of one role, in the model's order
@@ -5960,6 +5959,8 @@ def read_header(blob: bytes) -> ParsedHeader:
         raise ArtifactError("streams and sections do not fill the file")
     streams = [(coder, part) for (coder, _), part in zip(sizes, parts, strict=False)]
     named = {name: part for (name, _), part in zip(sections, parts[len(sizes) :], strict=True)}
+    if len(named) < len(sections):
+        raise ArtifactError("two sections have the same name")
     return ParsedHeader(fields, layout, records, streams, named, raw_limit(total))
 
 

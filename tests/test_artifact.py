@@ -123,12 +123,20 @@ def test_sparse_codes_cost_their_entropy(share):
     assert 8 * len(tg.encode_codes([codes])) < tg.entropy_bits(np.unique(codes, return_counts=True)[1]) + 8 * 64
 
 
-def test_no_prefix_of_an_lzma_stream_is_one():
-    packed = tg.lzma_pack(raw := bytes(range(200)) * 3)
-    assert tg.lzma_unpack(packed, 600) == raw
-    for bad, size in ((packed[:-1], 600), (packed, 599), (packed, 601), (packed + b"x", 600)):
-        with pytest.raises(tg.ArtifactError, match="an LZMA stream does not"):
-            tg.lzma_unpack(bad, size)
+@pytest.mark.parametrize(("pack", "unpack"), [(tg.lzma_pack, tg.lzma_unpack), (tg.zstd_pack, tg.zstd_unpack)])
+def test_no_prefix_of_a_stream_is_one_and_nothing_follows_it(pack, unpack):
+    packed = pack(raw := bytes(range(200)) * 3)
+    assert unpack(packed, 600) == raw and unpack(pack(b""), 0) == b""
+    for bad, size in (
+        (packed[:-1], 600),
+        (packed, 599),
+        (packed, 601),
+        (packed + b"x", 600),
+        (2 * packed, 600),
+        (b"", 600),
+    ):
+        with pytest.raises(tg.ArtifactError, match="an? (LZMA|zstd) stream does not"):
+            unpack(bad, size)
 
 
 def test_code_tables_are_the_same_numbers_on_every_machine():
@@ -205,6 +213,7 @@ def hostile(header_change) -> bytes:
         (lambda h: h["streams"].__setitem__(0, ["codes", h["streams"].pop(1)[1] + h["streams"][0][1]]), "streams are not"),
         (lambda h: h.pop("sections"), "does not list"),
         (lambda h: h["sections"].append(["x", True]), "does not list"),
+        (lambda h: h["sections"].extend([["x", 0]] * 2), "two sections have the same name"),
     ],
 )  # fmt: skip
 def test_hostile_headers_are_refused(change, words):
