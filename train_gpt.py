@@ -6208,9 +6208,8 @@ class BudgetSearch:
             sizes = ", ".join(f"{r} {s['bytes']:,}" for r, s in role_bytes(found.blob, layout_of(found.stored)).items())
             raise ConfigError(f"TARGET_BYTES={target} cannot be met: the smallest total is {found.spent:,} bytes (code {self.code_bytes:,}, {sizes}); "
                               "a smaller model or fewer high-precision tensors would do")  # fmt: skip
-        alone = (
-            not self.cfg.prune_frac or self.cfg.prune_scope == "tensor"
-        )  # one tensor's codes are settled without the others'
+        # One tensor's codes are settled without the others' unless all are pruned together.
+        alone = not self.cfg.prune_frac or self.cfg.prune_scope == "tensor"
         return self.spend_rest(best) if alone else best
 
     def pack_at(self, room: float) -> Budget:
