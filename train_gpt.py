@@ -841,6 +841,7 @@ PUBLISHED_NAMES: dict[str, dict[str, Fate]] = {
         "GPTQ_CALIBRATION": Only("train", "calibration looks at windows of the training stream"),
         "PRUNE_PCT": "PRUNE_FRAC",
         "NGRAM_ENABLED": {"0": "NGRAM_SCORE=off", "1": "NGRAM_SCORE=exact"},
+        "NGRAM_TILT_RATE": Only("0", "learning the tilt's strength gained .0001 bits per byte; NGRAM_TILT_BETA sets it"),
         "NGRAM_MIX": Only("cascade", "every other way for exact counts to correct the network scored worse"),
         "ENCODER_PASSES": Only("2", "ENCODER_RECURRENCE runs the encoder twice, as published"),
         "MLP_MULT_ENCODER": same_width, "MLP_MULT_DECODER": same_width,

@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -155,6 +156,7 @@ SPENT: dict[str, dict[str, str]] = {  # what the seconds may be spent on that ke
     "chunks of 24": {"TTT_CHUNK_SIZE": "24"},
     "rank 64": {"TTT_LORA_RANK": "64", "TTT_LORA_ALPHA": "115.2"},
     "site head": {"TTT_LORA_SITES": "head"},
+    "two steps": {},  # TwoSteps
 }
 
 
@@ -367,8 +369,8 @@ class Subject:
         return whole_documents(self.text, TTT_TOKENS), {**lora, **phase}
 
     def with_rate(self, name: str, lora: dict[str, str], knobs: dict[str, str]) -> dict[str, str]:
-        """A change with steps of its own on a text as long: with the rate that fits it."""
-        return {**lora, **knobs, "TTT_LR": self.choose(name, "TTT_LR", RATES, **{**lora, **knobs})}
+        """These knobs and the rate that fits a LoRA with them, where it makes other or more steps."""
+        return {**knobs, "TTT_LR": self.choose(name, "TTT_LR", RATES, **{**lora, **knobs})}
 
     def measure_ttt(self) -> None:
         text, lora = self.lora()
@@ -381,21 +383,18 @@ class Subject:
                 (", tilt, n-grams", "ngram", TILT),
             ):
                 self.get("ttt", name + more, partial(self.staged, text, networks, stage, {**knobs, **tilt}))
-        short = {"TTT_LR": self.with_rate("short chunks", lora, SHORT)["TTT_LR"]}
+        short = self.with_rate("short chunks", lora, SHORT)
         for name, knobs in CHANGES.items():
-            more = {**knobs, **(short if knobs.keys() & SHORT.keys() else {})}
+            more = {**knobs, **short} if SHORT.items() <= knobs.items() else knobs
             self.get("ttt", name, lambda more=more: self.score(self.evaluation(text, **{**lora, **more}), "ttt"))
 
     def measure_spend(self) -> None:
         text, lora = self.lora()
         for name, knobs in SPENT.items():
-            more = self.with_rate(name, lora, knobs)
-            self.get("ttt", name, lambda more=more: self.score(self.evaluation(text, **more), "ttt"))
-        plain = tg.DocumentBatch
-        tg.DocumentBatch = TwoSteps
-        more = self.with_rate("two steps", lora, {})
-        self.get("ttt", "two steps", lambda: self.score(self.evaluation(text, **more), "ttt"))
-        tg.DocumentBatch = plain
+            form = TwoSteps if name == "two steps" else tg.DocumentBatch
+            with mock.patch.object(tg, "DocumentBatch", form):
+                more = {**lora, **self.with_rate(name, lora, knobs)}
+                self.get("ttt", name, lambda more=more: self.score(self.evaluation(text, **more), "ttt"))
 
     def measure_quant(self) -> None:
         text = whole_documents(self.text, GAP_TOKENS)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_evaluator import model  # noqa: F401 (a fixture)
 
 import train_gpt as tg
+from benchmarks.strength import TwoSteps
 
 # ruff: noqa: F811
 TTT = {
@@ -160,8 +161,8 @@ def trained(cfg, model, x, end):
     model.requires_grad_(False)
 
 
-def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
-    """The definition, one document and one chunk at a time, with torch's own optimizers."""
+def by_hand(tiny, model, text, twice=False, **knobs) -> torch.Tensor:
+    """The definition, one document and one chunk at a time, with torch's own optimizers; `twice`: a second step on each chunk."""
     cfg, x, n = config(tiny, **{**TTT, **knobs}), text.tokens, len(text.tokens)
     model, generator = (
         copy.deepcopy(model).requires_grad_(False),
@@ -182,9 +183,13 @@ def by_hand(tiny, model, text, **knobs) -> torch.Tensor:
             size = 4 if lo <= 8 else 6 if lo <= 20 else 12
             hi = lo + size
             kept.first, stop = max(0, hi - 1 - cfg.ttt_eval_len), min(hi, e - s)
+            before = copy.copy(kept)
+            before.all = {slot: [*pairs] for slot, pairs in kept.all.items()}
             logp, nll = scored(model, x[s + lo - 1 : s + stop], stop - lo, lora, cfg.ttt_temperature, kept)
             scores.append(logp)
-            if s + hi < e:
+            for again in range(1 + twice) if s + hi < e else ():
+                if again:
+                    _, nll = scored(model, x[s + lo - 1 : s + hi], size, lora, cfg.ttt_temperature, before)
                 adam.zero_grad()
                 w = text.bytes[s + lo : s + hi].clamp_min(1).double() if cfg.ttt_byte_weighted else torch.ones(size)
                 (nll @ w.double() / w.sum()).backward()
@@ -221,6 +226,15 @@ def test_scores_are_those_of_the_definition(tiny, double, text, knobs):
     alone = walk(learner(tiny, double, text, **{**knobs, "TTT_LR": 0, "PHASED_TTT_NUM_PHASES": 0}), text)
     assert (alone[:4] - mine[:4]).abs().max() < 1e-9, "nothing is learned before the first chunk is scored"
     assert (alone[4:12] - mine[4:12]).abs().max() > 1e-3
+
+
+def test_a_second_step_on_each_chunk_as_the_benchmark_takes_it_is_that_of_the_definition(
+    tiny, double, text, monkeypatch
+):
+    once = walk(learner(tiny, double, text), text)
+    monkeypatch.setattr(tg, "DocumentBatch", TwoSteps)
+    twice = walk(learner(tiny, double, text), text)
+    assert (twice - by_hand(tiny, double, text, twice=True)).abs().max() < 1e-9 and (twice - once).abs().max() > 1e-3
 
 
 # ---- and do not depend on how they are computed

@@ -255,6 +255,7 @@ def bad_inputs(data, tmp: Path) -> list[tuple[dict, str]]:
             f"calibration needs {SEQ} training tokens",
         ),
         ({"EMA_DECAYS": ".9,.99"}, "EMA_DECAY keeps one"),
+        ({"NGRAM_TILT_RATE": ".8"}, "NGRAM_TILT_BETA sets it"),
         ({"TARGET_BYTES": 99999, "QUANT_MIN_NUMEL": 10**6}, "TARGET_BYTES=99999 finds no tensor to code"),
         ({"TARGET_BYTES": 999, "EMBED_BITS": 16, "QUANT_MIN_NUMEL": 100}, "tensors that are kept as floats take"),
         ({"QUANT_OVERRIDES": "nowhere=5"}, "QUANT_OVERRIDES item nowhere=5 matches no parameter"),

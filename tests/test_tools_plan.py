@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import SEQ, config
 
 import train_gpt as tg
+from benchmarks import ttt
 from tools import plan
 
 
@@ -89,3 +92,16 @@ def test_mistakes_are_one_message(tool):
     assert status == 2 and text.startswith("error: RECIPE='none'") and text.count("\n") == 1
     status, _, text = tool(RECIPE="baseline", NUM_HEADS="5", MODE="plan")  # MODE is no business of the plan's
     assert status == 2 and text.startswith("error: MODEL_DIM=512 is not a multiple of NUM_HEADS=5\n")
+
+
+def test_the_estimate_takes_knobs_and_counts_what_a_step_moves(monkeypatch, capsys):
+    """512 documents of 480 targets in 36 batches, each of ten chunks or twenty; a step follows each but the last."""
+    monkeypatch.setattr(ttt, "synthetic_lengths", lambda: np.full(512, 480))
+    monkeypatch.setattr(ttt, "EvaluationPlan", lambda *_: SimpleNamespace(peaks={}))
+    monkeypatch.setattr(ttt, "BANDWIDTH", 1e9)
+    for chunk, steps in ((48, 9), (24, 19)):
+        monkeypatch.setenv("TTT_CHUNK_SIZE", str(chunk))
+        ttt.estimate()
+        said = capsys.readouterr().out
+        assert f"optimizer steps {36 * steps} " in said and "5,918,720 numbers each" in said
+        assert f" its steps {36 * steps / 8 * 64 * 5_918_720 * 44 / 1e9:.0f} " in said
